@@ -1,0 +1,164 @@
+"""The loss of one micro-batch: the core's losses, fed from a model's hidden states or logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import sdpo
+
+from .config import SDPOConfig
+from .hidden_states import CompletionStates, HeadTransform
+
+
+class Targets(NamedTuple):
+    """What the loss needs beside the two models' outputs, all [B, T]."""
+
+    tokens: Tensor
+    loss_mask: Tensor
+    old_log_probs: Tensor | None
+    weights: Tensor | None
+
+
+def fused(
+    config: SDPOConfig,
+    student: CompletionStates,
+    teacher: CompletionStates,
+    targets: Targets,
+    *,
+    temperature: float,
+    transform: HeadTransform,
+    compute_dtype: torch.dtype | None,
+) -> Any:
+    """The fused loss over hidden states; `compute_dtype` is autocast's dtype, or `None` without autocast."""
+    shared = teacher.head.weight is student.head.weight
+    student_weight = _cast(student.head.weight, student.hidden, compute_dtype)
+    teacher_weight = student_weight.detach() if shared else _cast(teacher.head.weight, teacher.hidden, compute_dtype)
+    dtype = student_weight.dtype
+    functions = {
+        "student_topk": sdpo.fused_topk_distillation_loss,
+        "teacher_topk": sdpo.fused_topk_distillation_loss,
+        "full": sdpo.fused_full_distillation_loss,
+        "sampled_token": sdpo.fused_sampled_token_distillation_loss,
+    }
+    options: dict[str, Any] = {}
+    if config.distillation_support in ("student_topk", "teacher_topk"):
+        options = {
+            "k": config.distillation_topk,
+            "tail": config.tail,
+            "support": config.distillation_support.removesuffix("_topk"),
+        }
+    if config.distillation_support != "sampled_token":
+        options["alpha"] = config.alpha
+    return functions[config.distillation_support](
+        student.hidden.to(dtype),
+        student_weight,
+        teacher.hidden.to(dtype),
+        teacher_weight,
+        targets.tokens,
+        temperature=temperature,
+        loss_mask=targets.loss_mask,
+        old_log_probs=targets.old_log_probs,
+        is_clip=config.is_clip,
+        extra_weights=targets.weights,
+        student_bias=student.head.bias,
+        teacher_bias=teacher.head.bias,
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
+        chunk_size=config.loss_chunk_size,
+        backend="auto" if config.loss_backend == "logits" else config.loss_backend,
+        **options,
+    )
+
+
+def _cast(weight: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    return weight.to(compute_dtype or torch.promote_types(weight.dtype, hidden.dtype))
+
+
+def from_logits(
+    config: SDPOConfig,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Targets,
+    *,
+    temperature: float,
+) -> Any:
+    """The same loss from whole logits [B, T, V], for heads that cannot be fused."""
+    p = student_logits.float() / temperature
+    q = teacher_logits.detach().float() / temperature
+    if config.distillation_support == "full":
+        per_token = sdpo.full_distillation_loss(p, q, alpha=config.alpha)
+    elif config.distillation_support == "sampled_token":
+        per_token = sdpo.sampled_token_distillation_loss(p, q, targets.tokens)
+    else:
+        per_token = sdpo.topk_distillation_loss(
+            p,
+            q,
+            k=config.distillation_topk,
+            alpha=config.alpha,
+            tail=config.tail,
+            support=config.distillation_support.removesuffix("_topk"),
+        )
+    log_p, log_q = p.detach().log_softmax(-1), q.log_softmax(-1)
+    tokens = targets.tokens[..., None]
+    log_probs = log_p.gather(-1, tokens).squeeze(-1)
+    weights = torch.ones_like(log_probs) if targets.weights is None else targets.weights
+    if targets.old_log_probs is not None and config.is_clip is not None:
+        weights = weights * sdpo.importance_weights(log_probs, targets.old_log_probs, clip=config.is_clip)
+    mask = targets.loss_mask
+    k = min(config.distillation_topk, p.shape[-1])
+    top = sdpo.topk_log_probs(p.detach(), k=k)
+    return LogitsOutput(
+        total=torch.where(mask, per_token * weights, 0.0).sum(),
+        per_token=per_token.detach(),
+        log_probs=log_probs,
+        teacher_log_probs=log_q.gather(-1, tokens).squeeze(-1),
+        student_entropy=_entropy(log_p),
+        teacher_entropy=_entropy(log_q),
+        student_topk_mass=top.log_probs.exp().sum(-1),
+        teacher_topk_mass=sdpo.gather_log_probs(q, top.indices).log_probs.exp().sum(-1),
+    )
+
+
+class LogitsOutput(NamedTuple):
+    """What `from_logits` and the fused losses have in common; all but `total` are [B, T] without gradient."""
+
+    total: Tensor
+    per_token: Tensor
+    log_probs: Tensor
+    teacher_log_probs: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_topk_mass: Tensor
+    teacher_topk_mass: Tensor
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(-1)
+
+
+def step_metrics(config: SDPOConfig, output: Any, targets: Targets) -> dict[str, tuple[Tensor, Tensor]]:
+    """The per-token metrics of a micro-batch as (sum, weight) pairs over its active tokens."""
+    mask = targets.loss_mask
+    count = mask.sum()
+    gap = output.teacher_log_probs - output.log_probs
+    values = {
+        "divergence": output.per_token,
+        "student_entropy": output.student_entropy,
+        "teacher_entropy": output.teacher_entropy,
+        "sampled_token_log_ratio": gap,
+        "sampled_token_agreement": (gap >= 0).float(),
+    }
+    if config.distillation_support in ("student_topk", "teacher_topk"):
+        values["student_topk_mass"] = output.student_topk_mass
+        values["teacher_topk_mass"] = output.teacher_topk_mass
+        values["student_tail_mass"] = 1.0 - output.student_topk_mass
+        values["teacher_tail_mass"] = 1.0 - output.teacher_topk_mass
+    if targets.old_log_probs is not None and config.is_clip is not None:
+        ratio = (output.log_probs - targets.old_log_probs).exp()
+        values["is_clip_fraction"] = (ratio > config.is_clip).float()
+    return {
+        f"self_distillation/{name}": (torch.where(mask, value, 0.0).sum(), count) for name, value in values.items()
+    }

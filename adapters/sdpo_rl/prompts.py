@@ -1,0 +1,223 @@
+"""Prompts, plain and conversational: their question, their reprompt, their tokens within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sdpo import Reprompts, Templates, build_reprompts, cut_middle
+
+Prompt = str | list[dict[str, Any]]
+Completion = str | list[dict[str, Any]]
+
+CUT_MARKER = " ... "
+
+
+def is_conversational(prompt: Any) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+
+
+def check_prompts(prompts: Sequence[Any]) -> None:
+    """Every prompt is a string, or messages that end with a user turn of text.
+
+    Raises:
+        TypeError: a prompt of another kind.
+        ValueError: a conversation that does not end with a user turn, or whose last turn holds no text alone.
+    """
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            continue
+        if not is_conversational(prompt):
+            raise TypeError(
+                f"prompt {row} must be a string or a non-empty list of messages with a role, got {prompt!r:.200}"
+            )
+        if prompt[-1]["role"] != "user":
+            raise ValueError(
+                f"prompt {row} ends with a {prompt[-1]['role']!r} turn; SDPO writes the reprompt into the last "
+                "user turn, so every prompt must end with one"
+            )
+        question(prompt)
+
+
+def question(prompt: Prompt) -> str:
+    """The text that the reprompt replaces: a plain prompt itself, or the last user turn's text."""
+    return prompt if isinstance(prompt, str) else _content_text(prompt[-1]["content"])
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise ValueError(
+        "the last user turn must be text: a string or text parts; images and other media cannot be reprompted"
+    )
+
+
+def with_question(prompt: Prompt, text: str) -> Prompt:
+    """The prompt with its question replaced; every earlier message and every other key stays as it is."""
+    if isinstance(prompt, str):
+        return text
+    content = text if isinstance(prompt[-1]["content"], str) else [{"type": "text", "text": text}]
+    return [*prompt[:-1], {**prompt[-1], "content": content}]
+
+
+def completion_text(completion: Completion) -> str:
+    """What a completion says: its string, or the text of its assistant and tool turns in order."""
+    if isinstance(completion, str):
+        return completion
+    parts = [
+        message["content"] if isinstance(message.get("content"), str) else _parts_text(message.get("content"))
+        for message in completion
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _parts_text(content: Any) -> str:
+    return "".join(part.get("text", "") for part in content or [])
+
+
+@dataclass
+class Renderer:
+    """Prompt → token ids, exactly as the student's prompts are made: the chat template applied once.
+
+    `tools`, `chat_template` and `template_kwargs` are the trainer's own; a plain prompt is tokenized as it is.
+    """
+
+    tokenizer: Any
+    tools: Sequence[Any] | None = None
+    chat_template: str | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The ids of each prompt, without padding."""
+        if not prompts:
+            return []
+        if isinstance(prompts[0], str):
+            return [list(ids) for ids in self.tokenizer(text=list(prompts))["input_ids"]]
+        encoded = self.tokenizer.apply_chat_template(
+            conversation=list(prompts),
+            tools=list(self.tools) if self.tools else None,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self.template_kwargs,
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+
+@dataclass(frozen=True)
+class TeacherPrompts:
+    """Reprompts as tokens. Rows without signal have an empty list and `row_mask` false."""
+
+    ids: list[list[int]]
+    row_mask: list[bool]
+    has_demonstration: list[bool]
+    uses_feedback: list[bool]
+    truncated: list[bool]
+    dropped: list[bool]
+
+
+@dataclass
+class Reprompter:
+    """Question, demonstrations and feedback → the teacher's prompt, at most `limit` tokens long.
+
+    What does not fit is cut out of the demonstrations and the feedback, never out of the frame: the question,
+    the earlier turns and the generation prompt stay whole. A row whose frame alone is too long gets no signal
+    (`dropped`). `truncation` names the place of the cut; `error` raises instead.
+    """
+
+    renderer: Renderer
+    templates: Templates
+    feedback_only_without_solution: bool
+    truncation: str
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        demonstrations: Sequence[Sequence[str]],
+        feedback: Sequence[str | None],
+        limits: Sequence[int],
+    ) -> TeacherPrompts:
+        """Tokens of every active row; `limits` holds the longest reprompt of each."""
+        built = self._build(prompts, demonstrations, feedback)
+        active = [row for row, on in enumerate(built.row_mask) if on]
+        rendered = self.renderer([with_question(prompts[row], built.texts[row]) for row in active])
+        ids: list[list[int]] = [[] for _ in prompts]
+        row_mask = list(built.row_mask)
+        truncated, dropped = [False] * len(prompts), [False] * len(prompts)
+        for row, row_ids in zip(active, rendered):
+            if len(row_ids) <= limits[row]:
+                ids[row] = row_ids
+                continue
+            shown = feedback[row] if built.uses_feedback[row] else None
+            fitted = self._fit(prompts[row], demonstrations[row], shown, len(row_ids), limits[row])
+            truncated[row], dropped[row] = fitted is not None, fitted is None
+            row_mask[row] = fitted is not None
+            ids[row] = fitted or []
+        return TeacherPrompts(
+            ids=ids,
+            row_mask=row_mask,
+            has_demonstration=list(built.has_demonstration),
+            uses_feedback=list(built.uses_feedback),
+            truncated=truncated,
+            dropped=dropped,
+        )
+
+    def _build(
+        self,
+        prompts: Sequence[Prompt],
+        demonstrations: Sequence[Sequence[str]],
+        feedback: Sequence[str | None],
+    ) -> Reprompts:
+        return build_reprompts(
+            [question(prompt) for prompt in prompts],
+            demonstrations,
+            feedback,
+            templates=self.templates,
+            feedback_only_without_solution=self.feedback_only_without_solution,
+        )
+
+    def _fit(
+        self, prompt: Prompt, demonstrations: Sequence[str], feedback: str | None, length: int, limit: int
+    ) -> list[int] | None:
+        if self.truncation == "error":
+            raise ValueError(
+                f"a reprompt has {length} tokens and max_reprompt_length leaves {limit}; raise "
+                "max_reprompt_length, or choose reprompt_truncation='middle'"
+            )
+        texts = [*demonstrations, *([feedback] if feedback is not None else [])]
+        tokens = [self._encode(text) for text in texts]
+        total = sum(map(len, tokens))
+        budget = total - (length - limit)
+        # Cutting and decoding can change the count by a few tokens, hence more than one try.
+        while budget > 0:
+            share = budget / total
+            cut = [self._cut(piece, int(len(piece) * share)) for piece in tokens]
+            shown = cut[len(demonstrations)] if feedback is not None else None
+            built = self._build([prompt], [cut[: len(demonstrations)]], [shown])
+            ids = self.renderer([with_question(prompt, built.texts[0])])[0]
+            if len(ids) <= limit:
+                return ids if built.row_mask[0] else None
+            budget -= max(len(ids) - limit, 1)
+        return None
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.renderer.tokenizer(text=text, add_special_tokens=False)["input_ids"])
+
+    def _cut(self, tokens: list[int], limit: int) -> str:
+        decode: Callable[[list[int]], str] = self.renderer.tokenizer.decode
+        if len(tokens) <= limit:
+            return decode(tokens)
+        marker = self._encode(CUT_MARKER)
+        if limit <= len(marker):
+            return ""
+        if self.truncation == "middle":
+            return decode(list(cut_middle(tokens, limit, marker=marker)))
+        kept = limit - len(marker)
+        return decode([*marker, *tokens[-kept:]] if self.truncation == "left" else [*tokens[:kept], *marker])

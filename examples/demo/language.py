@@ -1,0 +1,63 @@
+"""A word-level tokenizer of 34 entries for the machine's language, lossless in both directions.
+
+Words carry their own spaces (`"run "`, `" on "`), which keeps texts short. No entry is a prefix of another, so
+a text splits in one way only: `decode(encode(text)) == text` for every text of the language, and
+`encode(decode(ids)) == ids` for every sequence of words, also for the nonsense that a policy samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+PAD, EOS, USER, ASSISTANT, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>", "<unk>")
+
+WORDS = (
+    *"0123456789",
+    *"ABCDEFGH",
+    "\n",
+    "run ",
+    " on ",
+    "line ",
+    ": expected ",
+    " got ",
+    "end",
+    "junk",
+    "solution",
+    "feedback",
+    "solve again",
+)
+
+# One token opens each turn; the assistant's turn is closed by <eos>, as in generation.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}<user>{{ message.content }}"
+    "{% else %}<assistant>{{ message.content }}<eos>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, made from the two tables above and nothing else."""
+    entries = {entry: index for index, entry in enumerate((*SPECIAL, *WORDS))}
+    backend = Tokenizer(models.WordLevel(entries, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(WORDS)), behavior="isolated")
+    backend.decoder = decoders.Fuse()  # without it, decoding would put a space between any two words
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder (`AutoTokenizer` would build a byte-level one from the model type)."""
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,0 +1,78 @@
+"""SDPO: self-distillation policy optimization, as pure functions over tensors and texts.
+
+A language model that has seen a solution or an error message predicts its own completion better than one that has
+not. SDPO distils that difference back into the bare prompt::
+
+    select_demonstrations, build_reprompts    who shows what to whom
+    Teacher: ema, frozen, trust_region, live  whose weights read the reprompt
+    topk_distillation_loss and its relatives  nats per position between student and teacher
+    self_distillation_loss                    their sum over active tokens; the caller divides by the count
+
+Example:
+    >>> import torch
+    >>> student_logits, teacher_logits = torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[[0.0, 2.0, 1.0]]])
+    >>> per_token = topk_distillation_loss(student_logits, teacher_logits, k=2, alpha=0.5, tail="bucket")
+    >>> loss = self_distillation_loss(per_token, torch.tensor([[True]]), row_mask=torch.tensor([True]))
+    >>> round((loss.total / loss.count).item(), 4)
+    0.1928
+
+Source: "Reinforcement Learning via Self-Distillation", arXiv 2601.20802.
+"""
+
+from sdpo.advantages import (
+    blend_advantages,
+    group_normalized_advantages,
+    logit_advantages,
+    sequence_advantages,
+    token_advantages,
+)
+from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
+from sdpo.divergence import generalized_jsd, kl_divergence
+from sdpo.importance import importance_weights
+from sdpo.loss import (
+    LossOutput,
+    full_distillation_loss,
+    sampled_token_distillation_loss,
+    self_distillation_loss,
+    topk_distillation_loss,
+)
+from sdpo.reprompt import (
+    Reprompts,
+    Templates,
+    build_reprompts,
+    distillation_mask,
+    select_demonstrations,
+    strip_thinking,
+)
+from sdpo.topk import GatheredLogProbs, TopK, add_tail_bucket, gather_log_probs, renormalize, topk_log_probs
+
+__all__ = [
+    "GatheredLogProbs",
+    "LossOutput",
+    "MaskedSum",
+    "Reprompts",
+    "Templates",
+    "TopK",
+    "add_tail_bucket",
+    "blend_advantages",
+    "build_reprompts",
+    "distillation_mask",
+    "full_distillation_loss",
+    "gather_log_probs",
+    "generalized_jsd",
+    "group_normalized_advantages",
+    "importance_weights",
+    "kl_divergence",
+    "logit_advantages",
+    "renormalize",
+    "sampled_token_distillation_loss",
+    "select_demonstrations",
+    "self_distillation_loss",
+    "sequence_advantages",
+    "sequence_sum",
+    "strip_thinking",
+    "token_advantages",
+    "token_sum",
+    "topk_distillation_loss",
+    "topk_log_probs",
+]

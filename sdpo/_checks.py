@@ -1,0 +1,120 @@
+"""Checks at the door of every public function: shapes, dtypes and Python scalars.
+
+Only static facts are looked at, never a tensor's values: a check costs no device synchronisation and holds
+under ``torch.func`` transforms and ``torch.compile``. Every message names the argument, what was expected,
+what came, and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["floating", "integer", "bool"]
+
+_FIX: dict[Kind, str] = {
+    "floating": "convert it with `.float()`",
+    "integer": "convert it with `.long()`",
+    "bool": "convert it with `.bool()`",
+}
+
+
+def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> None:
+    """Demand a tensor of the dtype family ``kind`` with at least ``min_ndim`` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name}: expected a {kind} torch.Tensor, got {type(value).__name__}; wrap it in torch.as_tensor"
+        )
+    matches = {
+        "floating": value.dtype.is_floating_point,
+        "integer": value.dtype in (torch.int32, torch.int64),
+        "bool": value.dtype == torch.bool,
+    }
+    if not matches[kind]:
+        raise TypeError(f"{name}: expected a {kind} dtype, got {value.dtype}; {_FIX[kind]}")
+    if value.ndim < min_ndim:
+        raise ValueError(
+            f"{name}: expected at least {min_ndim} dimension(s), got shape {tuple(value.shape)}; "
+            "add the missing one with `.unsqueeze`"
+        )
+
+
+def check_distribution(name: str, value: object) -> None:
+    """Demand a floating tensor [..., V] with at least one category in its last dimension."""
+    check_tensor(name, value, "floating", min_ndim=1)
+    assert isinstance(value, Tensor)
+    if value.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: expected at least one category in the last dimension, got shape {tuple(value.shape)}; "
+            "the vocabulary is the last dimension"
+        )
+
+
+def check_shape(name: str, value: Tensor, expected: tuple[int, ...], *, like: str) -> None:
+    """Demand the exact shape ``expected``, which the message explains by ``like``."""
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: expected shape {tuple(expected)} ({like}), got {tuple(value.shape)}; "
+            "align the tensors before the call, nothing is broadcast"
+        )
+
+
+def check_int(name: str, value: object, *, low: int, high: int, meaning: str) -> int:
+    """Return ``value`` as an int in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__}); pass {meaning}")
+    number = int(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected an int in [{low}, {high}], got {number}; pass {meaning}")
+    return number
+
+
+def check_real(
+    name: str,
+    value: object,
+    *,
+    low: float,
+    high: float,
+    meaning: str,
+    open_low: bool = False,
+) -> float:
+    """Return ``value`` as a float in [low, high], or in (low, high] with ``open_low``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}); pass {meaning}")
+    number = float(value)
+    inside = low < number <= high if open_low else low <= number <= high
+    if math.isnan(number) or not inside:
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}; pass {meaning}")
+    return number
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Demand one of the strings ``choices``."""
+    if not isinstance(value, str):
+        raise TypeError(
+            f"{name}: expected one of {choices}, got {value!r} ({type(value).__name__}); pass a str"
+        )
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}; pass one of these names")
+
+
+def check_flag(name: str, value: object, *, meaning: str) -> None:
+    """Demand a Python bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r} ({type(value).__name__}); pass {meaning}")
+
+
+def check_alpha(alpha: object) -> float:
+    """Return the divergence's interpolation weight as a float in [0, 1]."""
+    return check_real(
+        "alpha",
+        alpha,
+        low=0.0,
+        high=1.0,
+        meaning="0 for KL(teacher‖student), 1 for KL(student‖teacher), or a weight between them for the JSD",
+    )

@@ -1,0 +1,91 @@
+"""Sums over active tokens, kept apart from their counts: the caller divides.
+
+A mean of means depends on how a step was cut into micro-batches and ranks. Sums and counts add up: whoever
+sees the whole optimizer step divides once, and the objective is the same however the step was cut.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sdpo._checks import check_shape, check_tensor
+from sdpo._numerics import keep, upcast
+
+
+class MaskedSum(NamedTuple):
+    """A sum and the number of items in it. Add totals to totals and counts to counts, then divide."""
+
+    total: Tensor  # [] float32 or float64, carries the gradient
+    count: Tensor  # type: ignore[assignment]  # [] int64; shadows tuple.count on purpose
+
+    def mean(self) -> Tensor:
+        """``total / count``; with nothing to count 0, whose gradient is exactly 0.
+
+        Example:
+            >>> import torch
+            >>> MaskedSum(total=torch.tensor(6.0), count=torch.tensor(4)).mean().item()
+            1.5
+        """
+        return self.total / self.count.clamp(min=1)
+
+
+def token_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
+    """Sum over the active tokens and their number: every token weighs the same.
+
+    Formula: ``(per_token[mask].sum(), mask.sum())``. What stands at inactive positions, even NaN or inf,
+    reaches neither the sum nor the gradient.
+
+    Shapes: per_token [..., T], mask [..., T] bool, to total [] and count [] int64. Unit: that of per_token,
+    float32
+    (float64 for float64 input). Gradient: to per_token.
+
+    Raises:
+        TypeError: per_token is not floating, or mask not bool.
+        ValueError: the shapes differ.
+
+    Source: SDPO, arXiv 2601.20802, section 2 (token-level mean).
+
+    Example:
+        >>> import torch
+        >>> loss = torch.tensor([[1.0, 2.0, float("nan")], [4.0, 5.0, 6.0]])
+        >>> token_sum(loss, torch.tensor([[True, True, False], [True, False, False]]))
+        MaskedSum(total=tensor(7.), count=tensor(3))
+    """
+    values = _active(per_token, mask)
+    return MaskedSum(total=values.sum(), count=mask.sum())
+
+
+def sequence_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
+    """Sum of the active rows' means and the number of active rows: every sequence weighs the same.
+
+    Formula: ``(Σ_rows mean(per_token[row][mask[row]]), rows with an active token)``. Rows without an active
+    token count nothing. What stands at inactive positions, even NaN or inf, reaches neither the sum nor the
+    gradient.
+
+    Shapes: per_token [..., T], mask [..., T] bool, to total [] and count [] int64. Unit: that of per_token,
+    float32
+    (float64 for float64 input). Gradient: to per_token.
+
+    Raises:
+        TypeError: per_token is not floating, or mask not bool.
+        ValueError: the shapes differ, or there is no token dimension.
+
+    Example:
+        >>> import torch
+        >>> loss = torch.tensor([[1.0, 3.0, float("nan")], [4.0, 5.0, 6.0]])
+        >>> sequence_sum(loss, torch.tensor([[True, True, False], [True, False, False]]))
+        MaskedSum(total=tensor(6.), count=tensor(2))
+    """
+    values = _active(per_token, mask)
+    lengths = mask.sum(dim=-1)
+    means = values.sum(dim=-1) / lengths.clamp(min=1)
+    return MaskedSum(total=means.sum(), count=(lengths > 0).sum())
+
+
+def _active(per_token: Tensor, mask: Tensor) -> Tensor:
+    check_tensor("per_token", per_token, "floating", min_ndim=1)
+    check_tensor("mask", mask, "bool")
+    check_shape("mask", mask, per_token.shape, like="the shape of per_token")
+    return keep(upcast(per_token), mask)

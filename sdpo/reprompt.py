@@ -1,0 +1,351 @@
+"""Teacher contexts: which peer to show, and the words to show it in.
+
+Text and indices in, text and indices out; no tokenizer and no model. A row is one completion; the rows that
+share a group id answer the same prompt. Source: SDPO, arXiv 2601.20802, section 3 (demonstrations) and
+section 4 (feedback).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from string import Formatter
+from types import NoneType
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+from torch import Tensor
+
+from sdpo._checks import check_choice, check_flag, check_int, check_real
+
+Item = TypeVar("Item")
+Policy = Literal["first", "random", "shortest", "longest", "best"]
+
+_TEMPLATE_FIELDS = {
+    "reprompt": ("prompt", "solution", "feedback"),
+    "solution": ("successful_previous_attempt",),
+    "feedback": ("feedback_raw",),
+}
+_THINK_TAG = re.compile(r"</?think>")
+
+
+class Reprompts(NamedTuple):
+    """What the teacher reads, one entry per row (B rows)."""
+
+    texts: list[str]  # the reprompt, or the prompt itself where the row has no teacher signal
+    row_mask: list[bool]  # True: the row has teacher signal, and its text differs from its prompt
+    has_demonstration: list[bool]  # at least one non-blank demonstration
+    uses_feedback: list[bool]  # non-blank feedback that was not suppressed by a demonstration
+
+
+@dataclass(frozen=True)
+class Templates:
+    """The frame of a reprompt: ``str.format`` templates, checked when they are made.
+
+    A reprompt is ``reprompt`` filled with the prompt, one ``solution`` section per demonstration, and the
+    ``feedback`` section or nothing. Each template holds each of its own fields exactly once and nothing else
+    in braces; a literal brace is doubled. The defaults are the strings of the published runs.
+
+    Raises:
+        TypeError: a template is not a string.
+        ValueError: an unknown, missing, repeated or positional field, a conversion, a format spec, or an
+            unpaired brace.
+
+    Example:
+        >>> Templates(solution="\\nA peer wrote:\\n{successful_previous_attempt}").feedback[:14]
+        '\\nThe following'
+        >>> Templates(feedback="{remark}")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: template 'feedback' must hold {feedback_raw} once each, got '{remark}': missing ...
+    """
+
+    reprompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+    solution: str = "\nCorrect solution:\n\n{successful_previous_attempt}"
+    feedback: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+
+    def __post_init__(self) -> None:
+        for name, fields in _TEMPLATE_FIELDS.items():
+            _check_template(name, getattr(self, name), fields)
+
+
+def select_demonstrations(
+    rewards: Tensor | Sequence[float],
+    group_ids: Tensor | Sequence[Hashable],
+    *,
+    success_threshold: float,
+    exclude_self: bool,
+    policy: Policy,
+    seed: int,
+    count: int = 1,
+    eligible: Tensor | Sequence[bool] | None = None,
+    lengths: Tensor | Sequence[float] | None = None,
+) -> list[tuple[int, ...]]:
+    """For every row, the indices of the successful peers that its teacher is shown.
+
+    Candidates of row i: ``{j : group[j] = group[i], reward[j] >= success_threshold, eligible[j]}``, without i
+    itself if exclude_self. Row i gets the first ``count`` of them (or all there are) in the order of policy:
+    "first" by index; "shortest" and "longest" by lengths, then index; "best" by falling reward, then index;
+    "random" by a hash of (seed, which rows of the group succeeded, i's rank in the group, j's rank), so that
+    over seeds every ordered choice is equally likely. Pass a new seed per batch.
+
+    Invariant exactly, for every policy: renaming the groups; adding, removing, moving or interleaving other
+    groups (the indices follow their rows). Reordering rows *within* a group permutes the result exactly under
+    "best", "shortest" and "longest" without ties, in law under "random" (the distribution over seeds), and
+    not under "first". No global random state is touched; processes that see the same batch decide alike.
+
+    Shapes: rewards [B], NaN = could not be scored, never a success; group_ids [B]; eligible [B], False = may
+    not serve although successful (its text is empty once thinking is stripped, say); lengths [B].
+
+    Raises:
+        TypeError: an entry or option of another kind.
+        ValueError: unequal numbers of rows, an unknown policy, count < 1, or no lengths where policy needs
+            them.
+
+    Source: SDPO, arXiv 2601.20802, section 3.
+
+    Example:
+        >>> select_demonstrations([1.0, 0.0, 1.0, 0.0], ["a", "a", "a", "b"], success_threshold=1.0,
+        ...                       exclude_self=True, policy="first", seed=0)
+        [(2,), (0,), (0,), ()]
+    """
+    groups = _column("group_ids", group_ids, Hashable)
+    rows = len(groups)
+    scores = _column("rewards", rewards, Real, rows)
+    usable = _column("eligible", [True] * rows if eligible is None else eligible, bool, rows)
+    sizes = _column("lengths", [0] * rows if lengths is None else lengths, Real, rows)
+    check_real("success_threshold", success_threshold, low=-math.inf, high=math.inf, meaning="a reward")
+    check_flag("exclude_self", exclude_self, meaning="True to hide a row's own success from it")
+    check_choice("policy", policy, get_args(Policy))
+    check_int("seed", seed, low=0, high=2**64 - 1, meaning="a new number per batch")
+    check_int("count", count, low=1, high=2**31 - 1, meaning="how many demonstrations a row may have")
+    if policy in ("shortest", "longest") and (lengths is None or any(math.isnan(size) for size in sizes)):
+        raise ValueError(
+            f"lengths: policy {policy!r} needs a number for every row, got {lengths}; count tokens"
+        )
+    # 0.7 held in float32 lies below the double 0.7; a tensor's comparison rounds the threshold to its dtype.
+    successes = (
+        (rewards >= success_threshold).tolist()
+        if isinstance(rewards, Tensor)
+        else [bool(score >= success_threshold) for score in scores]
+    )
+    members: dict[Hashable, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+
+    order: dict[str, Callable[[int], tuple[float, int]]] = {
+        "first": lambda row: (0, row),
+        "shortest": lambda row: (sizes[row], row),
+        "longest": lambda row: (-sizes[row], row),
+        "best": lambda row: (-scores[row], row),
+    }
+    chosen: list[tuple[int, ...]] = [()] * rows
+    for group_rows in members.values():
+        rank = {row: position for position, row in enumerate(group_rows)}
+        candidates = [row for row in group_rows if successes[row] and usable[row]]
+        content = f"{seed}|{len(group_rows)}|{[rank[row] for row in candidates]}"
+        if policy != "random":
+            candidates.sort(key=order[policy])
+        for row in group_rows:
+            pool = [peer for peer in candidates if not (exclude_self and peer == row)]
+            if policy == "random":
+                draws = {peer: _draw(f"{content}|{rank[row]}|{rank[peer]}") for peer in pool}
+                pool.sort(key=draws.__getitem__)
+            chosen[row] = tuple(pool[:count])
+    return chosen
+
+
+def distillation_mask(
+    demonstrations: Sequence[Sequence[str]],
+    feedback: Sequence[str | None],
+    *,
+    feedback_only_without_solution: bool,
+) -> list[bool]:
+    """Which rows carry teacher signal: a non-blank demonstration, or feedback that is used.
+
+    Suppressing feedback beside a demonstration never empties a row, so the mask is the same for both values
+    of ``feedback_only_without_solution``. Equals ``build_reprompts(...).row_mask``, without building a text.
+
+    Raises:
+        TypeError, ValueError: as ``build_reprompts``.
+
+    Example:
+        >>> distillation_mask([["two"], [], []], [None, "got 3", "  "], feedback_only_without_solution=True)
+        [True, True, False]
+    """
+    signals = _signals(demonstrations, feedback, feedback_only_without_solution)
+    return [bool(shown or hint) for shown, hint in signals]
+
+
+def build_reprompts(
+    prompts: Sequence[str],
+    demonstrations: Sequence[Sequence[str]],
+    feedback: Sequence[str | None],
+    *,
+    templates: Templates,
+    feedback_only_without_solution: bool,
+) -> Reprompts:
+    """The texts the teacher reads, and which rows have teacher signal.
+
+    Formula: ``text = reprompt(prompt, solution(d1) + solution(d2) + ..., feedback(f) if used)``, or the
+    unchanged prompt where there is neither. Blank demonstrations and blank feedback count as none. Feedback is
+    used unless ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are never
+    formatted again: braces in them survive. ``row_mask[i]`` is True exactly where ``texts[i] != prompts[i]``.
+
+    Shapes: prompts, demonstrations (a sequence of texts per row) and feedback, all of B rows.
+
+    Raises:
+        TypeError: an entry of another kind.
+        ValueError: unequal numbers of rows.
+
+    Source: SDPO, arXiv 2601.20802, sections 3 and 4.
+
+    Example:
+        >>> built = build_reprompts(["1 + 1?", "2 * 3?"], [["two"], []], ["got 3", None],
+        ...                         templates=Templates(), feedback_only_without_solution=True)
+        >>> built.texts
+        ['1 + 1?\\nCorrect solution:\\n\\ntwo\\n\\nCorrectly solve the original question.', '2 * 3?']
+        >>> built.row_mask, built.uses_feedback
+        ([True, False], [False, False])
+    """
+    signals = _signals(demonstrations, feedback, feedback_only_without_solution)
+    row_mask = [bool(shown or hint) for shown, hint in signals]
+    texts = _column("prompts", prompts, str, len(signals))
+    for row, (shown, hint) in enumerate(signals):
+        if row_mask[row]:
+            solutions = (templates.solution.format(successful_previous_attempt=text) for text in shown)
+            remark = templates.feedback.format(feedback_raw=hint) if hint else ""
+            texts[row] = templates.reprompt.format(
+                prompt=texts[row], solution="".join(solutions), feedback=remark
+            )
+    return Reprompts(
+        texts=texts,
+        row_mask=row_mask,
+        has_demonstration=[bool(shown) for shown, _ in signals],
+        uses_feedback=[bool(hint) for _, hint in signals],
+    )
+
+
+def strip_thinking(text: str) -> str:
+    """The text without its thinking: what lies inside ``<think>...</think>``, however the block is broken.
+
+    Tags pair up like brackets, so nested blocks go as one. A block that is never closed goes to the end of
+    the text; a stray ``</think>`` (the completion began inside a block) takes everything before it. A text that
+    had a tag loses its outer whitespace, one without comes back unchanged. Idempotent; no tag survives.
+
+    Example:
+        >>> strip_thinking("<think>2, no, 3</think>\\n\\nThe answer is 3."), strip_thinking("hm</think> 3")
+        ('The answer is 3.', '3')
+        >>> strip_thinking("so <think>it never ends")
+        'so'
+    """
+    # Cutting a block can join the pieces of another tag, hence until none is left.
+    while _THINK_TAG.search(text):
+        text = _strip_once(text)
+    return text
+
+
+def cut_middle(items: Sequence[Item], limit: int, *, marker: Sequence[Item]) -> list[Item]:
+    """At most ``limit`` items: head + marker + tail, the middle cut out.
+
+    ``len(result) = min(len(items), limit)``. Head and tail share what the marker leaves, the head takes an odd
+    one; a marker that would leave room for nothing is left out. Items that fit come back unmarked.
+
+    Raises:
+        TypeError: limit is not an int.
+        ValueError: limit is negative.
+
+    Example:
+        >>> cut_middle([1, 2, 3, 4, 5, 6], 4, marker=[0])
+        [1, 2, 0, 6]
+        >>> "".join(cut_middle("long demonstration", 9, marker="..."))
+        'lon...ion'
+    """
+    check_int("limit", limit, low=0, high=2**63 - 1, meaning="the number of items to keep")
+    if len(items) <= limit:
+        return list(items)
+    gap = list(marker) if limit > len(marker) else []
+    kept = limit - len(gap)
+    tail = kept // 2
+    return [*items[: kept - tail], *gap, *items[len(items) - tail :]]
+
+
+def _draw(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()
+
+
+def _strip_once(text: str) -> str:
+    kept: list[str] = []
+    depth = position = 0
+    for tag in _THINK_TAG.finditer(text):
+        if depth == 0:
+            kept.append(text[position : tag.start()])
+        position = tag.end()
+        if tag.group() == "<think>":
+            depth += 1
+        elif depth:
+            depth -= 1
+        else:
+            kept.clear()
+    if depth == 0:
+        kept.append(text[position:])
+    return "".join(kept).strip()
+
+
+def _signals(
+    demonstrations: Sequence[Sequence[str]],
+    feedback: Sequence[str | None],
+    feedback_only_without_solution: bool,
+) -> list[tuple[list[str], str]]:
+    """Per row its non-blank demonstrations, and the feedback that is used ("" for none)."""
+    check_flag(
+        "feedback_only_without_solution",
+        feedback_only_without_solution,
+        meaning="True to drop the feedback of rows that have a demonstration",
+    )
+    hints = _column("feedback", feedback, (str, NoneType))
+    signals = []
+    for row, texts in enumerate(_column("demonstrations", demonstrations, Sequence, len(hints))):
+        shown = [text for text in _column(f"demonstrations[{row}]", texts, str) if text.strip()]
+        hint = hints[row] or ""
+        suppressed = not hint.strip() or (feedback_only_without_solution and shown)
+        signals.append((shown, "" if suppressed else hint))
+    return signals
+
+
+def _column(name: str, values: object, kind: type | tuple[type, ...], rows: int | None = None) -> list:
+    """``values`` as a new list of ``rows`` entries of one kind; a tensor [B] becomes Python scalars."""
+    if isinstance(values, str) or not isinstance(values, (Tensor, Sequence)):
+        raise TypeError(f"{name}: expected a sequence, got {type(values).__name__}; wrap it in a list")
+    if isinstance(values, Tensor) and values.ndim != 1:
+        raise ValueError(f"{name}: expected shape [B], got {tuple(values.shape)}; flatten it")
+    column = values.tolist() if isinstance(values, Tensor) else list(values)
+    if rows is not None and len(column) != rows:
+        raise ValueError(f"{name}: expected {rows} entries, one per row, got {len(column)}")
+    for row, value in enumerate(column):
+        # A tensor hashes by identity: as a group id it would silently make every row its own group.
+        if isinstance(value, Tensor) or not isinstance(value, kind):
+            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise TypeError(f"{name}[{row}]: expected {kinds}, got {type(value).__name__}; convert the entry")
+    return column
+
+
+def _check_template(name: str, template: str, fields: tuple[str, ...]) -> None:
+    if not isinstance(template, str):
+        raise TypeError(f"template {name!r} must be a string, got {type(template).__name__}")
+    expected = ", ".join(f"{{{field}}}" for field in fields)
+    complaint = f"template {name!r} must hold {expected} once each, got {template!r}: "
+    try:
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{complaint}{error}; write literal braces as {{{{ and }}}}") from error
+    plain = [field or "" for _, field, spec, conversion in parts if not spec and not conversion]
+    if len(plain) != len(parts):
+        raise ValueError(f"{complaint}a field takes no conversion (!) and no format spec (:)")
+    if sorted(plain) != sorted(fields):
+        missing, unknown = sorted(set(fields) - set(plain)), sorted(set(plain) - set(fields))
+        repeated = sorted({field for field in fields if plain.count(field) > 1})
+        wrong = f"missing {missing}, unknown {unknown}, repeated {repeated}"
+        raise ValueError(f"{complaint}{wrong}; write literal braces as {{{{ and }}}}")
