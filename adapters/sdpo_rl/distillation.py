@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Targets(NamedTuple):
 def fused(
     config: SDPOConfig,
     student: CompletionStates,
-    teacher: CompletionStates,
+    teachers: Sequence[CompletionStates],
     targets: Targets,
     *,
     temperature: float,
@@ -33,6 +34,7 @@ def fused(
     compute_dtype: torch.dtype | None,
 ) -> Any:
     """The fused loss over hidden states; `compute_dtype` is autocast's dtype, or `None` without autocast."""
+    teacher = teachers[0]
     shared = teacher.head.weight is student.head.weight
     student_weight = _cast(student.head.weight, student.hidden, compute_dtype)
     teacher_weight = student_weight.detach() if shared else _cast(teacher.head.weight, teacher.hidden, compute_dtype)
@@ -73,6 +75,21 @@ def fused(
     )
 
 
+def rollout_weights(rows: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
+    """Detached weights [B, T] or [B, 1] for the gap between trainer and inference engine; `None` without one.
+
+    TRL's own ratio, where it computed one, truncated at `clip`; otherwise min(π_old/π_rollout, clip) per token.
+    A token that the engine could not score (NaN) weighs 1.
+    """
+    ratio = rows.get("importance_sampling_ratio")
+    if ratio is not None:
+        return ratio.detach().float().nan_to_num(1.0).clamp(max=clip)
+    old, rollout = rows.get("old_per_token_logps"), rows.get("sampling_per_token_logps")
+    if old is None or rollout is None:
+        return None
+    return sdpo.importance_weights(old.float(), rollout.float(), clip=clip)
+
+
 def _cast(weight: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
     return weight.to(compute_dtype or torch.promote_types(weight.dtype, hidden.dtype))
 
@@ -80,14 +97,16 @@ def _cast(weight: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> 
 def from_logits(
     config: SDPOConfig,
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Sequence[Tensor],
     targets: Targets,
     *,
     temperature: float,
 ) -> Any:
     """The same loss from whole logits [B, T, V], for heads that cannot be fused."""
     p = student_logits.float() / temperature
-    q = teacher_logits.detach().float() / temperature
+    q = teacher_logits[0].float() / temperature
+    if len(teacher_logits) == 2:
+        q = torch.lerp(q, teacher_logits[1].float() / temperature, config.trust_region_coef)
     if config.distillation_support == "full":
         per_token = sdpo.full_distillation_loss(p, q, alpha=config.alpha)
     elif config.distillation_support == "sampled_token":

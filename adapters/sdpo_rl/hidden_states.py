@@ -125,6 +125,22 @@ def completion_states(
     return found[0]
 
 
+def completion_logits(
+    model: nn.Module,
+    unwrapped: nn.Module,
+    arguments: Mapping[str, Any],
+    *,
+    length: int,
+    params: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Whole logits [B, T, V] that predict the last `length` tokens, for heads that cannot be fused."""
+    if params is None:
+        outputs = model(**arguments)
+    else:
+        outputs = functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
+    return outputs.logits[:, -(length + 1) : -1]
+
+
 def transform_matches(model: nn.Module, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:
     """Whether `transform` reproduces the model's own logits at the last position of the first row.
 

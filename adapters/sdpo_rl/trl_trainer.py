@@ -6,6 +6,9 @@ trainer (`PatchFastRL`) is inherited when it was patched before.
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from . import checks, distillation, hidden_states
 from .alignment import compact, left_pad, position_ids
-from .callbacks import TeacherTicks
+from .callbacks import AfterOptimizerStep
 from .config import SDPOConfig
 from .diagnostics import Diagnostics
 from .feedback import FeedbackCollector
@@ -25,6 +28,8 @@ from .prompts import Renderer, Reprompter
 from .rollout import Rollout, teacher_context
 from .teacher_store import TeacherStore
 from .trl_compat import log_probs_result, plain_log_probs
+
+logger = logging.getLogger("sdpo_rl")
 
 _BASE: Any = trl.GRPOTrainer
 
@@ -90,7 +95,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return
         checks.check_vocabulary(self.sdpo_config, self._unwrapped)
-        self._teacher = TeacherStore(self._unwrapped, self.sdpo_config, seed=self.args.seed)
+        self._teacher = TeacherStore(self._unwrapped, self.sdpo_config)
         self._window = StepWindow()
         self._window_index = 0
         self._counted: Any = None
@@ -99,7 +104,8 @@ class SDPOTrainer(_BASE):
         self._transform = hidden_states.head_transform(self._unwrapped.config)
         self._fused: bool | None = False if self.sdpo_config.loss_backend == "logits" else None
         self._rollout: Rollout | None = None
-        self.add_callback(TeacherTicks(self))
+        self._generations_done = 0
+        self.add_callback(AfterOptimizerStep(self._after_optimizer_step))
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -190,7 +196,7 @@ class SDPOTrainer(_BASE):
                 return self._zero_loss()
             # Another rank may be active, and its collectives need this one.
             active = torch.zeros(1, dtype=torch.long, device=loss_mask.device)
-        rows = {name: value[active] for name, value in inputs.items() if self._is_row_tensor(value, loss_mask)}
+        rows = _row_tensors(inputs, active, len(loss_mask))
         student = compact(
             rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"]
         )
@@ -201,7 +207,7 @@ class SDPOTrainer(_BASE):
         targets = distillation.Targets(
             tokens=rows["completion_ids"][:, :length],
             loss_mask=loss_mask[active, :length],
-            old_log_probs=_columns(rows.get("old_per_token_logps"), length),
+            old_log_probs=rows["old_per_token_logps"][:, :length] if "old_per_token_logps" in rows else None,
             weights=self._weights(rows, loss_mask[active], length),
         )
         output = self._distill(model, student, teacher, targets)
@@ -210,48 +216,181 @@ class SDPOTrainer(_BASE):
 
     def _distill(self, model: nn.Module, student: Any, teacher: Any, targets: distillation.Targets) -> Any:
         unwrapped, length = self._unwrapped, student[2]
-        arguments = [
+        reads, answers = (
             hidden_states.forward_arguments(unwrapped, ids, mask, position_ids(mask), length + 1)
-            for ids, mask, _ in (student, teacher)
-        ]
-        if self._fused is None:
-            self._fused = self._can_fuse(unwrapped, arguments[0])
-        params = self._teacher.params(unwrapped)
-        # The teacher runs first: the student's graph is then never touched by other weights.
-        if self._fused:
-            with torch.no_grad(), self._autocast():
-                q = hidden_states.completion_states(
-                    model, unwrapped, arguments[1], length=length, params=params
-                )
-            with self._autocast():
-                p = hidden_states.completion_states(model, unwrapped, arguments[0], length=length)
-            with torch.autocast(p.hidden.device.type, enabled=False):
-                return distillation.fused(
-                    self.sdpo_config,
-                    p,
-                    q,
-                    targets,
-                    temperature=self.temperature,
-                    transform=self._transform,
-                    compute_dtype=self._compute_dtype,
-                )
-        with torch.no_grad(), self._autocast():
-            q_logits = hidden_states.completion_logits(model, unwrapped, arguments[1], length=length, params=params)
-        with self._autocast():
-            p_logits = hidden_states.completion_logits(model, unwrapped, arguments[0], length=length)
-        return distillation.from_logits(
-            self.sdpo_config, p_logits, q_logits, targets, temperature=self.temperature
+            for ids, mask, _ in (teacher, student)
         )
+        if self._fused is None:
+            self._fused = self._can_fuse(unwrapped, answers)
+        forward = hidden_states.completion_states if self._fused else hidden_states.completion_logits
+        # The teacher runs first: the student's graph is then never touched by other weights.
+        with torch.no_grad(), self.accelerator.autocast():
+            q = [
+                forward(model, unwrapped, reads, length=length, params=params)
+                for params in self._teacher.forwards(unwrapped)
+            ]
+        with self.accelerator.autocast():
+            p = forward(model, unwrapped, answers, length=length)
+        with torch.autocast(targets.tokens.device.type, enabled=False):
+            if not self._fused:
+                return distillation.from_logits(self.sdpo_config, p, q, targets, temperature=self.temperature)
+            return distillation.fused(
+                self.sdpo_config,
+                p,
+                q,
+                targets,
+                temperature=self.temperature,
+                transform=self._transform,
+                compute_dtype=self._compute_dtype,
+            )
+
+    def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
+        training = unwrapped.training
+        unwrapped.eval()
+        try:
+            with self.accelerator.autocast():
+                matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
+        finally:
+            unwrapped.train(training)
+        if not matches:
+            logger.warning(
+                "The model changes its logits after the LM head in a way its configuration does not declare; "
+                "falling back to loss_backend='logits', which holds whole logits in memory."
+            )
+        return matches
 
     def _weights(self, rows: dict[str, Tensor], loss_mask: Tensor, length: int) -> Tensor | None:
-        """Rollout weights times, for `sequence-mean`, one over the row's tokens; `None` means all ones."""
+        """Rollout weights times, for `sequence-mean`, one over the row's tokens [B, T]; `None`: all ones."""
         weights = None
         if self.sdpo_config.rollout_is_clip is not None:
             weights = distillation.rollout_weights(rows, clip=self.sdpo_config.rollout_is_clip)
         if weights is not None:
-            weights = weights.expand(-1, loss_mask.shape[1])[:, :length]
+            weights = weights.expand(loss_mask.shape)[:, :length]
         if self.sdpo_config.loss_aggregation == "sequence-mean":
-            share = 1.0 / loss_mask.sum(-1, keepdim=True).clamp(min=1)
-            share = share.expand(-1, length)
+            share = (1.0 / loss_mask.sum(-1, keepdim=True).clamp(min=1)).expand(-1, length)
             weights = share if weights is None else weights * share
         return weights
+
+    def _zero_loss(self) -> Tensor:
+        """0 with a gradient of exactly 0, so that backward and gradient scaling stay legal."""
+        anchor = next(p for p in self._unwrapped.parameters() if p.requires_grad)
+        return anchor.view(-1)[:1].sum().float() * 0.0
+
+    def _loss_mask(self, inputs: Any) -> Tensor:
+        """Tokens with a loss [B, T]: completion, not from a tool, of a row with teacher signal."""
+        mask = inputs["completion_mask"].bool() & inputs["row_mask"][:, None]
+        return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+    def _active_count(self, inputs: Any) -> Tensor:
+        mask = self._loss_mask(inputs)
+        return mask.any(-1).sum() if self.sdpo_config.loss_aggregation == "sequence-mean" else mask.sum()
+
+    # --- training loop -----------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; keeps the place in the optimizer step and, at its end, its true denominator."""
+        loss = super().training_step(*args, **kwargs)
+        if not self.sdpo_config.enabled:
+            return loss
+        self._window_index += 1
+        if self.accelerator.sync_gradients:
+            self._window_index = 0
+            correction = self._window.correction()
+            if correction is not None:
+                for parameter in self.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(correction.to(parameter.grad.device))
+        return loss
+
+    def _after_optimizer_step(self) -> None:
+        per_tick = 1
+        if self.sdpo_config.teacher_tick == "generation_batch":
+            generate_every = self.args.steps_per_generation * self.num_iterations
+            per_tick = self._step // generate_every - self._generations_done
+            self._generations_done += per_tick
+        for _ in range(per_tick):
+            self._teacher.tick(self._unwrapped)
+        if per_tick and (distance := self._teacher.distance(self._unwrapped)) is not None:
+            self._sums["train"].add(
+                {"self_distillation/teacher_distance": (distance, torch.ones_like(distance))}
+            )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's logging, with the means of the tensors that were kept since the last time."""
+        if self.sdpo_config.enabled:
+            mode = self._mode
+            means = self._sums[mode].means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
+            self._diagnostics.observe_means(means)
+            for name, value in means.items():
+                self._metrics[mode][name].append(value)
+        super().log(logs, *args, **kwargs)
+
+    # --- GRPO without Triton -----------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        method = super()._get_per_token_logps_and_entropies
+        if input_ids.device.type != "cpu":
+            return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        batch_size = args[0] if args else kwargs.get("batch_size")
+        log_probs, entropies = plain_log_probs(self, model, input_ids, attention_mask, logits_to_keep, batch_size)
+        return log_probs_result(method, log_probs, entropies)
+
+    # --- facts about this run ----------------------------------------------------------------------------
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _compute_dtype(self) -> torch.dtype | None:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+
+    @property
+    def _pad_id(self) -> int:
+        return getattr(self.processing_class, "tokenizer", self.processing_class).pad_token_id
+
+    @property
+    def _selection_seed(self) -> int:
+        # A function of the run's place, so that a resumed run draws what the uninterrupted one drew.
+        place = (self.args.seed, self.state.global_step, self._window_index, self._mode == "eval")
+        return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big")
+
+    @property
+    def _context_length(self) -> float:
+        """Tokens that the model can read; reprompt and completion together stay below it."""
+        model = self._unwrapped
+        limits = (
+            getattr(model, "max_seq_length", None),
+            getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        )
+        return min((limit for limit in limits if limit), default=math.inf)
+
+    def _reprompter(self) -> Reprompter:
+        config = self.sdpo_config
+        renderer = Renderer(
+            tokenizer=self.processing_class,
+            tools=getattr(self, "tools", None),
+            chat_template=getattr(self, "chat_template", None),
+            template_kwargs={**self.chat_template_kwargs, **config.apply_chat_template_kwargs},
+        )
+        return Reprompter(
+            renderer,
+            config.templates(),
+            config.environment_feedback_only_without_solution,
+            config.reprompt_truncation,
+        )
+
+
+def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
+    """The row-wise tensors among `inputs`, at `rows`."""
+    return {
+        name: value[rows]
+        for name, value in inputs.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+    }

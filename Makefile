@@ -1,0 +1,57 @@
+# Two commands: `make demo` does the main job, `make test` proves the library. Both set up .venv first.
+
+PYTHON ?= python3
+SEEDS ?= 1
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo checkpoint test test-thorough test-gpu check format wheel bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
+
+checkpoint: $(READY)
+	$(BIN)/python examples/demo/pretrain.py --output examples/demo/checkpoint
+
+test: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-thorough: $(READY)
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS)
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q --doctest-modules sdpo adapters
+	$(BIN)/python -m pytest -q property_tests/readme_blocks.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(READY)
+	$(BIN)/python -m build --wheel
+
+bench: $(READY)
+	$(BIN)/python examples/benchmarks/loss.py
+
+clean:
+	rm -rf $(VENV) output dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# torch first and by its exact version: a bare `torch` may bring gigabytes of CUDA that the demo does not need.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[trl,peft,bnb,triton,viz,dev]"
+	touch $(READY)

@@ -1,0 +1,72 @@
+"""The teacher: a state over the student's trainable parameters, never a second model."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+import sdpo
+
+from .config import SDPOConfig
+
+Params = dict[str, Tensor]
+
+
+def trainable_parameters(model: nn.Module) -> Params:
+    """The parameters that training moves, by name; a frozen, possibly quantized, base is shared instead."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class TeacherStore:
+    """Holds the core's teacher state for a model and hands out the weights of the teacher's forwards.
+
+    Raises:
+        ValueError: `lora_ema` on a model without adapters, or a model in which nothing trains.
+    """
+
+    def __init__(self, model: nn.Module, config: SDPOConfig) -> None:
+        if config.teacher_mode == "lora_ema" and not hasattr(model, "peft_config"):
+            raise ValueError(
+                "teacher_mode='lora_ema' averages adapters, and the model has none; pass peft_config, or use "
+                "teacher_mode='ema', which averages whatever trains"
+            )
+        params = trainable_parameters(model)
+        if not params:
+            raise ValueError("no parameter of the model has requires_grad; there is nothing to train or to average")
+        self._mode = config.teacher_mode
+        self._teacher = _core_teacher(config)
+        self.state: sdpo.TeacherState = self._teacher.init(params)
+
+    def forwards(self, model: nn.Module) -> list[Params | None]:
+        """The weights of each teacher forward: named tensors in place of the student's, or `None` for its own.
+
+        One forward for every mode but `trust_region`, whose logits lie between the first model's and the
+        student's: the first model comes first.
+        """
+        if self._mode == "live":
+            return [None]
+        own = trainable_parameters(model)
+        params: Params = {
+            name: held.to(device=own[name].device, dtype=own[name].dtype)
+            for name, held in self.state.params.items()
+        }
+        return [params, None] if self._mode == "trust_region" else [params]
+
+    def tick(self, model: nn.Module) -> None:
+        """Move the teacher towards the student, once."""
+        self.state = self._teacher.update(self.state, trainable_parameters(model))
+
+    def distance(self, model: nn.Module) -> Tensor | None:
+        """‖θ' − θ‖/‖θ‖ [] over the trainable parameters; `None` for a live teacher."""
+        if self._mode == "live":
+            return None
+        return sdpo.teacher_distance(self.state, trainable_parameters(model))
+
+
+def _core_teacher(config: SDPOConfig) -> sdpo.Teacher:
+    if config.teacher_mode == "frozen":
+        return sdpo.frozen()
+    if config.teacher_mode == "live":
+        return sdpo.live()
+    if config.teacher_mode == "trust_region":
+        return sdpo.trust_region(coef=config.trust_region_coef)
+    return sdpo.ema(update_rate=config.teacher_update_rate)
