@@ -1,7 +1,7 @@
 """SDPO: self-distillation policy optimization, as pure functions over tensors and texts.
 
-A language model that has seen a solution or an error message predicts its own completion better than one that has
-not. SDPO distils that difference back into the bare prompt::
+A language model that has seen a solution or an error message predicts its own completion better than one
+that has not. SDPO distils that difference back into the bare prompt::
 
     select_demonstrations, build_reprompts    who shows what to whom
     Teacher: ema, frozen, trust_region, live  whose weights read the reprompt
@@ -44,6 +44,17 @@ from sdpo.reprompt import (
     select_demonstrations,
     strip_thinking,
 )
+from sdpo.teacher import (
+    Teacher,
+    TeacherState,
+    ema,
+    frozen,
+    live,
+    teacher_distance,
+    trust_region,
+    trust_region_hidden,
+    trust_region_logits,
+)
 from sdpo.topk import GatheredLogProbs, TopK, add_tail_bucket, gather_log_probs, renormalize, topk_log_probs
 
 __all__ = [
@@ -51,18 +62,23 @@ __all__ = [
     "LossOutput",
     "MaskedSum",
     "Reprompts",
+    "Teacher",
+    "TeacherState",
     "Templates",
     "TopK",
     "add_tail_bucket",
     "blend_advantages",
     "build_reprompts",
     "distillation_mask",
+    "ema",
+    "frozen",
     "full_distillation_loss",
     "gather_log_probs",
     "generalized_jsd",
     "group_normalized_advantages",
     "importance_weights",
     "kl_divergence",
+    "live",
     "logit_advantages",
     "renormalize",
     "sampled_token_distillation_loss",
@@ -71,8 +87,12 @@ __all__ = [
     "sequence_advantages",
     "sequence_sum",
     "strip_thinking",
+    "teacher_distance",
     "token_advantages",
     "token_sum",
     "topk_distillation_loss",
     "topk_log_probs",
+    "trust_region",
+    "trust_region_hidden",
+    "trust_region_logits",
 ]

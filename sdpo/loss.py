@@ -147,10 +147,10 @@ def self_distillation_loss(
 ) -> LossOutput:
     """Sum of a per-token loss over the active tokens: completion tokens of rows with a teacher signal.
 
-    Formula: with ``active = loss_mask & row_mask[:, None]``, the total is ``(weights * per_token)[active].sum()``
-    and the count ``active.sum()``. The objective is Σ total / Σ count over all micro-batches and ranks of a
-    step. With nothing active the total is 0, its gradient exactly 0, and backward legal. What stands at
-    inactive positions, even NaN or inf, reaches neither.
+    Formula: with ``active = loss_mask & row_mask[:, None]``, the total is the sum of
+    ``(weights * per_token)[active]`` and the count ``active.sum()``. The objective is Σ total / Σ count over
+    all micro-batches and ranks of a step. With nothing active the total is 0, its gradient exactly 0, and
+    backward legal. What stands at inactive positions, even NaN or inf, reaches neither.
 
     Shapes: per_token [B, T], loss_mask [B, T] bool, row_mask [B] bool, weights [B, T], to total [] and count
     []. Unit: nats, float32 (float64 for float64 input). Gradient: to per_token; weights are detached.

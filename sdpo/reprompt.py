@@ -122,9 +122,7 @@ def select_demonstrations(
     check_int("seed", seed, low=0, high=2**64 - 1, meaning="a new number per batch")
     check_int("count", count, low=1, high=2**31 - 1, meaning="how many demonstrations a row may have")
     if policy in ("shortest", "longest") and (lengths is None or any(math.isnan(size) for size in sizes)):
-        raise ValueError(
-            f"lengths: policy {policy!r} needs a number for every row, got {lengths}; count tokens"
-        )
+        raise ValueError(f"lengths: policy {policy!r} needs one number per row, got {lengths}; count tokens")
     # 0.7 held in float32 lies below the double 0.7; a tensor's comparison rounds the threshold to its dtype.
     successes = (
         (rewards >= success_threshold).tolist()
@@ -190,9 +188,9 @@ def build_reprompts(
     """The texts the teacher reads, and which rows have teacher signal.
 
     Formula: ``text = reprompt(prompt, solution(d1) + solution(d2) + ..., feedback(f) if used)``, or the
-    unchanged prompt where there is neither. Blank demonstrations and blank feedback count as none. Feedback is
-    used unless ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are never
-    formatted again: braces in them survive. ``row_mask[i]`` is True exactly where ``texts[i] != prompts[i]``.
+    unchanged prompt where there is neither. Blank demonstrations and blank feedback count as none. Feedback
+    is used unless ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are
+    never formatted again: braces in them survive. row_mask is True exactly where the text is not the prompt.
 
     Shapes: prompts, demonstrations (a sequence of texts per row) and feedback, all of B rows.
 
@@ -210,6 +208,8 @@ def build_reprompts(
         >>> built.row_mask, built.uses_feedback
         ([True, False], [False, False])
     """
+    if not isinstance(templates, Templates):
+        raise TypeError(f"templates: expected sdpo.Templates, got {type(templates).__name__}; build one")
     signals = _signals(demonstrations, feedback, feedback_only_without_solution)
     row_mask = [bool(shown or hint) for shown, hint in signals]
     texts = _column("prompts", prompts, str, len(signals))
@@ -232,8 +232,8 @@ def strip_thinking(text: str) -> str:
     """The text without its thinking: what lies inside ``<think>...</think>``, however the block is broken.
 
     Tags pair up like brackets, so nested blocks go as one. A block that is never closed goes to the end of
-    the text; a stray ``</think>`` (the completion began inside a block) takes everything before it. A text that
-    had a tag loses its outer whitespace, one without comes back unchanged. Idempotent; no tag survives.
+    the text; a stray ``</think>`` (the completion began inside a block) takes everything before it. A text
+    that had a tag loses its outer whitespace, one without comes back unchanged. Idempotent; no tag survives.
 
     Example:
         >>> strip_thinking("<think>2, no, 3</think>\\n\\nThe answer is 3."), strip_thinking("hm</think> 3")
@@ -250,8 +250,8 @@ def strip_thinking(text: str) -> str:
 def cut_middle(items: Sequence[Item], limit: int, *, marker: Sequence[Item]) -> list[Item]:
     """At most ``limit`` items: head + marker + tail, the middle cut out.
 
-    ``len(result) = min(len(items), limit)``. Head and tail share what the marker leaves, the head takes an odd
-    one; a marker that would leave room for nothing is left out. Items that fit come back unmarked.
+    ``len(result) = min(len(items), limit)``. Head and tail share what the marker leaves, the head takes an
+    odd one; a marker that would leave room for nothing is left out. Items that fit come back unmarked.
 
     Raises:
         TypeError: limit is not an int.

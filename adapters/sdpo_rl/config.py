@@ -6,20 +6,20 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sdpo import Templates
 
-SUPPORTS = ("student_topk", "teacher_topk", "full", "sampled_token")
-AGGREGATIONS = ("token-mean", "sequence-mean")
-TEACHER_MODES = ("ema", "frozen", "trust_region", "live", "lora_ema")
-TEACHER_TICKS = ("generation_batch", "optimizer_step")
-TEACHER_DTYPES = ("float32", "bfloat16")
-TEACHER_OFFLOADS = ("none", "cpu")
-TEACHER_ON_RESUME = ("restore", "restart")
-POLICIES = ("first", "random", "shortest", "longest", "best")
-TRUNCATIONS = ("middle", "left", "right", "error")
-BACKENDS = ("auto", "torch", "triton", "logits")
+Support = Literal["student_topk", "teacher_topk", "full", "sampled_token"]
+Aggregation = Literal["token-mean", "sequence-mean"]
+TeacherMode = Literal["ema", "frozen", "trust_region", "live", "lora_ema"]
+TeacherTick = Literal["generation_batch", "optimizer_step"]
+TeacherDtype = Literal["float32", "bfloat16"]
+TeacherOffload = Literal["none", "cpu"]
+TeacherOnResume = Literal["restore", "restart"]
+Policy = Literal["first", "random", "shortest", "longest", "best"]
+Truncation = Literal["middle", "left", "right", "error"]
+Backend = Literal["auto", "torch", "triton", "logits"]
 
 _TEMPLATES = Templates()
 
@@ -102,21 +102,21 @@ class SDPOConfig:
     enabled: bool = _option(True, "Train with SDPO; False is plain GRPO.")
     alpha: float = _option(0.5, "0: KL(teacher||student), 1: KL(student||teacher), between: generalized JSD.")
     distillation_topk: int = _option(100, "K of the top-K supports.")
-    distillation_support: str = _option("student_topk", f"One of {', '.join(SUPPORTS)}.")
+    distillation_support: Support = _option("student_topk", "Which tokens the divergence is taken over.")
     distillation_add_tail: bool = _option(True, "Keep the mass outside the top-K as one more category.")
     is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio student/old.")
     rollout_is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio old/rollout.")
-    loss_aggregation: str = _option("token-mean", f"One of {', '.join(AGGREGATIONS)}.")
-    teacher_mode: str = _option("ema", f"One of {', '.join(TEACHER_MODES)}.")
+    loss_aggregation: Aggregation = _option("token-mean", "What the loss is a mean of.")
+    teacher_mode: TeacherMode = _option("ema", "Which weights read the reprompt.")
     teacher_update_rate: float = _option(0.05, "Weight of the student in the moving average.")
     trust_region_coef: float = _option(0.5, "Weight of the live student in the trust-region teacher.")
-    teacher_tick: str = _option("generation_batch", f"One of {', '.join(TEACHER_TICKS)}.")
-    teacher_dtype: str = _option("float32", f"One of {', '.join(TEACHER_DTYPES)}.")
-    teacher_offload: str = _option("none", f"One of {', '.join(TEACHER_OFFLOADS)}.")
-    teacher_on_resume: str = _option("restore", f"One of {', '.join(TEACHER_ON_RESUME)}.")
+    teacher_tick: TeacherTick = _option("generation_batch", "When the moving average moves.")
+    teacher_dtype: TeacherDtype = _option("float32", "Dtype of the averaged weights.")
+    teacher_offload: TeacherOffload = _option("none", "Where the averaged weights rest.")
+    teacher_on_resume: TeacherOnResume = _option("restore", "What to do about the teacher on resume.")
     success_reward_threshold: float = _option(1.0, "A score that reaches it is a success.")
     dont_reprompt_on_self_success: bool = _option(True, "A row is never its own demonstration.")
-    demonstration_policy: str = _option("random", f"One of {', '.join(POLICIES)}.")
+    demonstration_policy: Policy = _option("random", "Which success serves as the demonstration.")
     num_demonstrations: int = _option(1, "Successes shown per reprompt.")
     remove_thinking_from_demonstration: bool = _option(True, "Strip <think>...</think>.")
     include_environment_feedback: bool = _option(True, "Use the texts that reward functions return.")
@@ -124,12 +124,12 @@ class SDPOConfig:
         True, "Show feedback only where no demonstration exists."
     )
     max_reprompt_length: int = _option(10240, "Tokens of a reprompt.")
-    reprompt_truncation: str = _option("middle", f"One of {', '.join(TRUNCATIONS)}.")
+    reprompt_truncation: Truncation = _option("middle", "Where a too long demonstration or feedback is cut.")
     reprompt_template: str = _option(_TEMPLATES.reprompt, "Fields {prompt}, {solution}, {feedback}.")
     solution_template: str = _option(_TEMPLATES.solution, "Field {successful_previous_attempt}.")
     feedback_template: str = _option(_TEMPLATES.feedback, "Field {feedback_raw}.")
     apply_chat_template_kwargs: dict | str = _option({}, "Chat-template arguments for the reprompt (JSON).")
-    loss_backend: str = _option("auto", f"One of {', '.join(BACKENDS)}.")
+    loss_backend: Backend = _option("auto", "How the loss is computed.")
     loss_chunk_size: int | None = _option(None, "Tokens projected at a time; unset: from free memory.")
     diagnostics_patience: int = _option(10, "Generation batches without an active row before a warning.")
 
@@ -148,23 +148,28 @@ class SDPOConfig:
             if getattr(self, name) is not None:
                 _number(self, name, "a finite number > 0, or None to turn the weights off", low=0.0)
         _number(self, "success_reward_threshold", "a finite number")
-        _choice(self, "distillation_support", SUPPORTS)
-        _choice(self, "loss_aggregation", AGGREGATIONS)
-        _choice(self, "teacher_mode", TEACHER_MODES)
-        _choice(self, "teacher_tick", TEACHER_TICKS)
-        _choice(self, "teacher_dtype", TEACHER_DTYPES)
-        _choice(self, "teacher_offload", TEACHER_OFFLOADS)
-        _choice(self, "teacher_on_resume", TEACHER_ON_RESUME)
-        _choice(self, "demonstration_policy", POLICIES)
-        _choice(self, "reprompt_truncation", TRUNCATIONS)
-        _choice(self, "loss_backend", BACKENDS)
+        _choice(self, "distillation_support", get_args(Support))
+        _choice(self, "loss_aggregation", get_args(Aggregation))
+        _choice(self, "teacher_mode", get_args(TeacherMode))
+        _choice(self, "teacher_tick", get_args(TeacherTick))
+        _choice(self, "teacher_dtype", get_args(TeacherDtype))
+        _choice(self, "teacher_offload", get_args(TeacherOffload))
+        _choice(self, "teacher_on_resume", get_args(TeacherOnResume))
+        _choice(self, "demonstration_policy", get_args(Policy))
+        _choice(self, "reprompt_truncation", get_args(Truncation))
+        _choice(self, "loss_backend", get_args(Backend))
         if self.distillation_support == "sampled_token" and self.alpha != 1.0:
             raise ValueError(
                 "distillation_support='sampled_token' estimates the gradient of KL(student‖teacher) and "
                 f"needs alpha=1.0, got alpha={self.alpha}; set alpha=1.0 or another support"
             )
-        self.apply_chat_template_kwargs = _mapping(self.apply_chat_template_kwargs)
+        self.apply_chat_template_kwargs = self.template_kwargs
         self.templates()
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """`apply_chat_template_kwargs` as a mapping; on the command line it is JSON."""
+        return _mapping(self.apply_chat_template_kwargs)
 
     def templates(self) -> Templates:
         """The three templates as the core's `Templates`."""
@@ -173,9 +178,18 @@ class SDPOConfig:
         )
 
     @property
-    def tail(self) -> str:
+    def tail(self) -> Literal["bucket", "renormalize"]:
         """The core's name of what happens outside the top-K."""
         return "bucket" if self.distillation_add_tail else "renormalize"
+
+    @property
+    def topk_side(self) -> Literal["student", "teacher"] | None:
+        """Whose top-K is the support; `None` where the support is none of the two."""
+        sides: dict[str, Literal["student", "teacher"]] = {
+            "student_topk": "student",
+            "teacher_topk": "teacher",
+        }
+        return sides.get(self.distillation_support)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SDPOConfig:

@@ -37,42 +37,42 @@ def fused(
     teacher = teachers[0]
     shared = teacher.head.weight is student.head.weight
     student_weight = _cast(student.head.weight, student.hidden, compute_dtype)
-    teacher_weight = student_weight.detach() if shared else _cast(teacher.head.weight, teacher.hidden, compute_dtype)
+    teacher_weight = (
+        student_weight.detach() if shared else _cast(teacher.head.weight, teacher.hidden, compute_dtype)
+    )
     dtype = student_weight.dtype
-    functions = {
-        "student_topk": sdpo.fused_topk_distillation_loss,
-        "teacher_topk": sdpo.fused_topk_distillation_loss,
-        "full": sdpo.fused_full_distillation_loss,
-        "sampled_token": sdpo.fused_sampled_token_distillation_loss,
+    shared_options: dict[str, Any] = {
+        "temperature": temperature,
+        "loss_mask": targets.loss_mask,
+        "old_log_probs": targets.old_log_probs,
+        "is_clip": config.is_clip,
+        "extra_weights": targets.weights,
+        "student_bias": student.head.bias,
+        "teacher_bias": teacher.head.bias,
+        "softcap": transform.softcap,
+        "logit_scale": transform.logit_scale,
+        "chunk_size": config.loss_chunk_size,
+        "backend": config.loss_backend,
     }
-    options: dict[str, Any] = {}
-    if config.distillation_support in ("student_topk", "teacher_topk"):
-        options = {
-            "k": config.distillation_topk,
-            "tail": config.tail,
-            "support": config.distillation_support.removesuffix("_topk"),
-        }
-    if config.distillation_support != "sampled_token":
-        options["alpha"] = config.alpha
-    return functions[config.distillation_support](
+    states = (
         student.hidden.to(dtype),
         student_weight,
         teacher.hidden.to(dtype),
         teacher_weight,
         targets.tokens,
-        temperature=temperature,
-        loss_mask=targets.loss_mask,
-        old_log_probs=targets.old_log_probs,
-        is_clip=config.is_clip,
-        extra_weights=targets.weights,
-        student_bias=student.head.bias,
-        teacher_bias=teacher.head.bias,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
-        chunk_size=config.loss_chunk_size,
-        backend="auto" if config.loss_backend == "logits" else config.loss_backend,
-        **options,
     )
+    if config.topk_side is not None:
+        return sdpo.fused_topk_distillation_loss(
+            *states,
+            k=config.distillation_topk,
+            alpha=config.alpha,
+            tail=config.tail,
+            support=config.topk_side,
+            **shared_options,
+        )
+    if config.distillation_support == "full":
+        return sdpo.fused_full_distillation_loss(*states, alpha=config.alpha, **shared_options)
+    return sdpo.fused_sampled_token_distillation_loss(*states, **shared_options)
 
 
 def rollout_weights(rows: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
@@ -109,7 +109,7 @@ def from_logits(
         q = torch.lerp(q, teacher_logits[1].float() / temperature, config.trust_region_coef)
     if config.distillation_support == "full":
         per_token = sdpo.full_distillation_loss(p, q, alpha=config.alpha)
-    elif config.distillation_support == "sampled_token":
+    elif config.topk_side is None:
         per_token = sdpo.sampled_token_distillation_loss(p, q, targets.tokens)
     else:
         per_token = sdpo.topk_distillation_loss(
@@ -118,7 +118,7 @@ def from_logits(
             k=config.distillation_topk,
             alpha=config.alpha,
             tail=config.tail,
-            support=config.distillation_support.removesuffix("_topk"),
+            support=config.topk_side,
         )
     log_p, log_q = p.detach().log_softmax(-1), q.log_softmax(-1)
     tokens = targets.tokens[..., None]
@@ -170,7 +170,7 @@ def step_metrics(config: SDPOConfig, output: Any, targets: Targets) -> dict[str,
         "sampled_token_log_ratio": gap,
         "sampled_token_agreement": (gap >= 0).float(),
     }
-    if config.distillation_support in ("student_topk", "teacher_topk"):
+    if config.topk_side is not None:
         values["student_topk_mass"] = output.student_topk_mass
         values["teacher_topk_mass"] = output.teacher_topk_mass
         values["student_tail_mass"] = 1.0 - output.student_topk_mass
@@ -179,5 +179,6 @@ def step_metrics(config: SDPOConfig, output: Any, targets: Targets) -> dict[str,
         ratio = (output.log_probs - targets.old_log_probs).exp()
         values["is_clip_fraction"] = (ratio > config.is_clip).float()
     return {
-        f"self_distillation/{name}": (torch.where(mask, value, 0.0).sum(), count) for name, value in values.items()
+        f"self_distillation/{name}": (torch.where(mask, value, 0.0).sum(), count)
+        for name, value in values.items()
     }

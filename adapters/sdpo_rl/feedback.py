@@ -98,7 +98,9 @@ class FeedbackCollector:
             scores, texts = split_rewards(name, outputs, len(completions))
             last = getattr(inner, "last_feedback", None)
             if last is not None and not any(texts):
-                texts = split_rewards(f"{name}.last_feedback", [(None, text) for text in last], len(completions))[1]
+                texts = split_rewards(
+                    f"{name}.last_feedback", [(None, text) for text in last], len(completions)
+                )[1]
             self._texts[slot] = texts
             return scores
 
@@ -116,11 +118,16 @@ class FeedbackCollector:
 
     def take(self, rows: int, column: Sequence[str | None] | None = None) -> list[str | None]:
         """One text or `None` per row; a row without live feedback falls back to the dataset's `column`."""
-        live = [join_feedback([self._texts[slot][row] for slot in sorted(self._texts)]) for row in range(rows)]
+        live = [
+            join_feedback([self._texts[slot][row] for slot in sorted(self._texts)]) for row in range(rows)
+        ]
         self._texts.clear()
         if column is None:
             return live
-        return [text if text is not None else join_feedback([static]) for text, static in zip(live, column)]
+        return [
+            text if text is not None else join_feedback([static])
+            for text, static in zip(live, column, strict=True)
+        ]
 
 
 def _unwrap_partial(function: Callable) -> Callable:

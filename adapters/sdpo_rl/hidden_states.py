@@ -50,7 +50,7 @@ def head_transform(config: Any) -> HeadTransform:
     return HeadTransform(1.0 if scale is None else scale, None if softcap is None else float(softcap))
 
 
-def linear_head(module: nn.Module) -> nn.Module:
+def linear_head(module: Any) -> Any:
     """The linear layer behind an output-embedding module, through PEFT's `modules_to_save` wrapper.
 
     Raises:
@@ -59,7 +59,8 @@ def linear_head(module: nn.Module) -> nn.Module:
     saved = getattr(module, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):
         adapters = getattr(module, "active_adapters", None) or [getattr(module, "active_adapter", "default")]
-        module = saved[adapters[0]] if adapters[0] in saved else module.original_module
+        name = adapters[0]
+        module = saved[name] if name in saved else module.original_module  # noqa: SIM401 - no get() there
     weight = getattr(module, "weight", None)
     if hasattr(module, "lora_A") or not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ValueError(
@@ -70,13 +71,15 @@ def linear_head(module: nn.Module) -> nn.Module:
     return module
 
 
-def accepts(model: nn.Module, name: str) -> bool:
+def accepts(model: Any, name: str) -> bool:
     """Whether the model's forward, below any PEFT wrapper, has a parameter of this name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(type(base).forward).parameters
 
 
-def forward_arguments(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int) -> dict[str, Any]:
+def forward_arguments(
+    model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int
+) -> dict[str, Any]:
     """Keyword arguments of a training forward whose head sees the last `keep` positions."""
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if accepts(model, "position_ids"):
@@ -87,8 +90,8 @@ def forward_arguments(model: nn.Module, ids: Tensor, mask: Tensor, positions: Te
 
 
 def completion_states(
-    model: nn.Module,
-    unwrapped: nn.Module,
+    model: Any,
+    unwrapped: Any,
     arguments: Mapping[str, Any],
     *,
     length: int,
@@ -103,7 +106,7 @@ def completion_states(
     head_module = unwrapped.get_output_embeddings()
     found: list[CompletionStates] = []
 
-    def capture(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def capture(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         linear = linear_head(module)
         # Read here, inside the forward: this is where swapped and gathered parameters are in place.
         found.append(CompletionStates(args[0][:, -(length + 1) : -1], Head(linear.weight, linear.bias)))
@@ -126,8 +129,8 @@ def completion_states(
 
 
 def completion_logits(
-    model: nn.Module,
-    unwrapped: nn.Module,
+    model: Any,
+    unwrapped: Any,
     arguments: Mapping[str, Any],
     *,
     length: int,
@@ -141,7 +144,7 @@ def completion_logits(
     return outputs.logits[:, -(length + 1) : -1]
 
 
-def transform_matches(model: nn.Module, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:
+def transform_matches(model: Any, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:
     """Whether `transform` reproduces the model's own logits at the last position of the first row.
 
     A model that changes its logits in an undeclared way would otherwise be distilled on other numbers than it
@@ -156,7 +159,7 @@ def transform_matches(model: nn.Module, arguments: Mapping[str, Any], transform:
         one_row["logits_to_keep"] = 2
     seen: list[tuple[Tensor, Head]] = []
 
-    def peek(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def peek(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         linear = linear_head(module)
         seen.append((args[0][:, -1:], Head(linear.weight, linear.bias)))
         return (args[0][:, -1:], *args[1:])

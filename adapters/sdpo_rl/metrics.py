@@ -30,4 +30,6 @@ class MetricSums:
         names = sorted(self._sums)
         totals = reduce(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums.clear()
-        return {name: total / weight for name, (total, weight) in zip(names, totals) if weight > 0}
+        return {
+            name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0
+        }

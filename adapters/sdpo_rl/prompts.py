@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpo import Reprompts, Templates, build_reprompts, cut_middle
+from sdpo import Reprompts, Templates, build_reprompts
+from sdpo.reprompt import cut_middle
 
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, Any]]
@@ -16,7 +17,9 @@ CUT_MARKER = " ... "
 
 def is_conversational(prompt: Any) -> bool:
     """Whether a prompt is a list of messages."""
-    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+    return (
+        isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+    )
 
 
 def check_prompts(prompts: Sequence[Any]) -> None:
@@ -151,7 +154,7 @@ class Reprompter:
         ids: list[list[int]] = [[] for _ in prompts]
         row_mask = list(built.row_mask)
         truncated, dropped = [False] * len(prompts), [False] * len(prompts)
-        for row, row_ids in zip(active, rendered):
+        for row, row_ids in zip(active, rendered, strict=True):
             if len(row_ids) <= limits[row]:
                 ids[row] = row_ids
                 continue

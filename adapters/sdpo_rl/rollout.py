@@ -70,14 +70,13 @@ def teacher_context(
         lengths=[peer.length for peer in peers],
     )[first : first + rows]
     feedback = [
-        text if config.include_environment_feedback and text and text.strip() else None for text in rollout.feedback
+        text if config.include_environment_feedback and text and text.strip() else None
+        for text in rollout.feedback
     ]
     limits = [
         int(min(config.max_reprompt_length, context_length - length)) for length in rollout.completion_lengths
     ]
-    prompts = reprompter(
-        rollout.prompts, [[peers[i].text for i in row] for row in chosen], feedback, limits
-    )
+    prompts = reprompter(rollout.prompts, [[peers[i].text for i in row] for row in chosen], feedback, limits)
     available = [bool(text and text.strip()) for text in rollout.feedback]
     flags = gather(
         list(
@@ -88,17 +87,20 @@ def teacher_context(
                 prompts.row_mask,
                 prompts.truncated,
                 prompts.dropped,
+                strict=True,
             )
         )
     )
-    return TeacherContext(prompts, _metrics(flags, rollout.scores, group_size, config.success_reward_threshold))
+    return TeacherContext(
+        prompts, _metrics(flags, rollout.scores, group_size, config.success_reward_threshold)
+    )
 
 
 def _peers(rollout: Rollout, config: SDPOConfig) -> list[tuple[str, int]]:
     texts = [completion_text(completion) for completion in rollout.completions]
     if config.remove_thinking_from_demonstration:
         texts = [strip_thinking(text) for text in texts]
-    return list(zip(texts, rollout.completion_lengths))
+    return list(zip(texts, rollout.completion_lengths, strict=True))
 
 
 def _metrics(
@@ -112,7 +114,7 @@ def _metrics(
         "truncated_reprompt_fraction",
         "dropped_reprompt_fraction",
     )
-    metrics = {name: _mean(column) for name, column in zip(names, zip(*flags))}
+    metrics = {name: _mean(column) for name, column in zip(names, zip(*flags, strict=True), strict=True)}
     groups = [scores[start : start + group_size] for start in range(0, len(scores), group_size)]
     metrics["success_group_fraction"] = _mean(
         [any(not math.isnan(score) and score >= threshold for score in group) for group in groups]

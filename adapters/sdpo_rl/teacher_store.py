@@ -23,7 +23,7 @@ class TeacherStore:
         ValueError: `lora_ema` on a model without adapters, or a model in which nothing trains.
     """
 
-    def __init__(self, model: nn.Module, config: SDPOConfig) -> None:
+    def __init__(self, model: nn.Module, config: SDPOConfig, *, seed: int) -> None:
         if config.teacher_mode == "lora_ema" and not hasattr(model, "peft_config"):
             raise ValueError(
                 "teacher_mode='lora_ema' averages adapters, and the model has none; pass peft_config, or use "
@@ -31,9 +31,11 @@ class TeacherStore:
             )
         params = trainable_parameters(model)
         if not params:
-            raise ValueError("no parameter of the model has requires_grad; there is nothing to train or to average")
+            raise ValueError(
+                "no parameter of the model has requires_grad; there is nothing to train or to average"
+            )
         self._mode = config.teacher_mode
-        self._teacher = _core_teacher(config)
+        self._teacher = _core_teacher(config, seed)
         self.state: sdpo.TeacherState = self._teacher.init(params)
 
     def forwards(self, model: nn.Module) -> list[Params | None]:
@@ -62,11 +64,16 @@ class TeacherStore:
         return sdpo.teacher_distance(self.state, trainable_parameters(model))
 
 
-def _core_teacher(config: SDPOConfig) -> sdpo.Teacher:
+def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:
     if config.teacher_mode == "frozen":
         return sdpo.frozen()
     if config.teacher_mode == "live":
         return sdpo.live()
     if config.teacher_mode == "trust_region":
         return sdpo.trust_region(coef=config.trust_region_coef)
-    return sdpo.ema(update_rate=config.teacher_update_rate)
+    return sdpo.ema(
+        update_rate=config.teacher_update_rate,
+        dtype="bfloat16" if config.teacher_dtype == "bfloat16" else "float32",
+        seed=seed,
+        inplace=True,
+    )

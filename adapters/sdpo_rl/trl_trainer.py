@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import trl
@@ -58,7 +58,7 @@ class SDPOTrainer(_BASE):
         TypeError: a `sdpo_config` or reward function of the wrong kind.
     """
 
-    _tag_names = ["trl", "grpo", "sdpo"]
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
     _name = "SDPO"
 
     def __init__(
@@ -95,7 +95,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return
         checks.check_vocabulary(self.sdpo_config, self._unwrapped)
-        self._teacher = TeacherStore(self._unwrapped, self.sdpo_config)
+        self._teacher = TeacherStore(self._unwrapped, self.sdpo_config, seed=self.args.seed)
         self._window = StepWindow()
         self._window_index = 0
         self._counted: Any = None
@@ -109,7 +109,9 @@ class SDPOTrainer(_BASE):
 
     # --- rollout -----------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+    def _calculate_rewards(
+        self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
+    ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         feedback = self._feedback.take(len(prompts), [row.get("feedback") for row in inputs])
         if any(feedback) and hasattr(self, "_log_completion_extra"):
@@ -134,7 +136,9 @@ class SDPOTrainer(_BASE):
         output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
         if rollout is None:
-            raise RuntimeError("GRPOTrainer did not call _calculate_rewards; this TRL release is not supported")
+            raise RuntimeError(
+                "GRPOTrainer did not call _calculate_rewards; this TRL release is not supported"
+            )
         mode = self._mode
         context = teacher_context(
             rollout,
@@ -150,9 +154,7 @@ class SDPOTrainer(_BASE):
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
-        ids, mask = left_pad(
-            context.prompts.ids, pad_id=self._pad_id, device=output["completion_ids"].device
-        )
+        ids, mask = left_pad(context.prompts.ids, pad_id=self._pad_id, device=output["completion_ids"].device)
         output["teacher_prompt_ids"], output["teacher_prompt_mask"] = ids, mask
         output["row_mask"] = torch.tensor(context.prompts.row_mask, device=ids.device)
         return output
@@ -201,7 +203,10 @@ class SDPOTrainer(_BASE):
             rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"]
         )
         teacher = compact(
-            rows["teacher_prompt_ids"], rows["teacher_prompt_mask"], rows["completion_ids"], rows["completion_mask"]
+            rows["teacher_prompt_ids"],
+            rows["teacher_prompt_mask"],
+            rows["completion_ids"],
+            rows["completion_mask"],
         )
         length = student[2]
         targets = distillation.Targets(
@@ -222,7 +227,7 @@ class SDPOTrainer(_BASE):
         )
         if self._fused is None:
             self._fused = self._can_fuse(unwrapped, answers)
-        forward = hidden_states.completion_states if self._fused else hidden_states.completion_logits
+        forward: Any = hidden_states.completion_states if self._fused else hidden_states.completion_logits
         # The teacher runs first: the student's graph is then never touched by other weights.
         with torch.no_grad(), self.accelerator.autocast():
             q = [
@@ -328,13 +333,21 @@ class SDPOTrainer(_BASE):
     # --- GRPO without Triton -----------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Any, ...]:
         method = super()._get_per_token_logps_and_entropies
         if input_ids.device.type != "cpu":
             return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         batch_size = args[0] if args else kwargs.get("batch_size")
-        log_probs, entropies = plain_log_probs(self, model, input_ids, attention_mask, logits_to_keep, batch_size)
+        log_probs, entropies = plain_log_probs(
+            self, model, input_ids, attention_mask, logits_to_keep, batch_size
+        )
         return log_probs_result(method, log_probs, entropies)
 
     # --- facts about this run ----------------------------------------------------------------------------
@@ -344,7 +357,7 @@ class SDPOTrainer(_BASE):
         return "train" if self.model.training else "eval"
 
     @property
-    def _unwrapped(self) -> nn.Module:
+    def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
     @property
@@ -353,7 +366,8 @@ class SDPOTrainer(_BASE):
 
     @property
     def _pad_id(self) -> int:
-        return getattr(self.processing_class, "tokenizer", self.processing_class).pad_token_id
+        processing: Any = self.processing_class
+        return getattr(processing, "tokenizer", processing).pad_token_id
 
     @property
     def _selection_seed(self) -> int:
@@ -377,7 +391,7 @@ class SDPOTrainer(_BASE):
             tokenizer=self.processing_class,
             tools=getattr(self, "tools", None),
             chat_template=getattr(self, "chat_template", None),
-            template_kwargs={**self.chat_template_kwargs, **config.apply_chat_template_kwargs},
+            template_kwargs={**self.chat_template_kwargs, **config.template_kwargs},
         )
         return Reprompter(
             renderer,

@@ -1,0 +1,312 @@
+"""The teacher's weights: pure ``(init, update)`` pairs over named tensors.
+
+The teacher is the student's own model read with other weights; only those weights live here. The average is
+kept in float32 whatever the parameters' dtype, because a step of r·(θ − θ') is mostly smaller than the
+spacing of bfloat16 around θ', and rounding to nearest then throws it away, always in the same direction.
+Source: SDPO, arXiv 2601.20802, section 4 (self-teacher variants).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdpo._checks import check_choice, check_flag, check_int, check_real, check_shape, check_tensor
+from sdpo._numerics import upcast
+
+StateDtype = Literal["float32", "bfloat16"]
+
+# bfloat16 is the upper half of float32.
+_LOWER_HALF = 0xFFFF
+
+
+class TeacherState(NamedTuple):
+    """What a checkpoint must keep of a teacher."""
+
+    params: dict[str, Tensor]  # by parameter name, detached; float32 (float64 of float64); empty for ``live``
+    ticks: int  # updates so far; with the seed it fixes the stochastic rounding of a bfloat16 state
+
+
+class Teacher(NamedTuple):
+    """A rule for the teacher's weights, as a pair of functions."""
+
+    init: Callable[[Mapping[str, Tensor]], TeacherState]  # student parameters -> a state equal to them
+    update: Callable[[TeacherState, Mapping[str, Tensor]], TeacherState]  # once per generation batch
+
+
+def ema(
+    *, update_rate: float, dtype: StateDtype = "float32", seed: int = 0, inplace: bool = False
+) -> Teacher:
+    """An exponential moving average of the student: ``θ' <- θ' + r·(θ − θ')``, r = update_rate.
+
+    update_rate is the weight of the *student*: 0 is ``frozen``, 1 copies it. After n updates
+    ``θ'_n = (1−r)^n θ_0 + r Σ_k (1−r)^(n−k) θ_k``. With adapters pass the trainable parameters only; the
+    average of two factors A and B is not the average of their product B·A.
+
+    dtype="bfloat16" halves the state. Its update is computed in float32 and rounded stochastically, up or
+    down with the probabilities that keep the expectation, from (seed, ticks, name). So the state is an
+    unbiased estimate of the float32 average and stays within the range of a bfloat16 student's past. An
+    element strays from it by more than ``u·sqrt(log(2/δ) / (2r(2−r)))`` with probability δ at most
+    (Azuma-Hoeffding; u is the bfloat16 spacing there): noise in place of bias, small beside float32's only
+    for large r. float64 parameters keep a float64 state.
+
+    inplace=True lets ``update`` write into the tensors of the state it is given, which is then spent: nothing
+    larger than one parameter is allocated. The default leaves its inputs alone, as ``torch.func`` demands.
+
+    Shapes: any. Gradient: none, in or out.
+
+    Raises:
+        TypeError: a parameter is not a floating tensor (frozen quantized storage, say); all are named.
+        ValueError: update_rate outside [0, 1]; no parameters; or names, shapes or dtypes that differ between
+            the state and the student, all listed.
+
+    Source: SDPO, arXiv 2601.20802, section 4.
+
+    Example:
+        >>> teacher = ema(update_rate=0.25)
+        >>> state = teacher.init({"w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)})
+        >>> teacher.update(state, {"w": torch.tensor([5.0, 2.0], dtype=torch.bfloat16)})
+        TeacherState(params={'w': tensor([2., 2.])}, ticks=1)
+    """
+    rate = check_real("update_rate", update_rate, low=0.0, high=1.0, meaning="the weight of the student")
+    check_choice("dtype", dtype, ("float32", "bfloat16"))
+    check_int("seed", seed, low=0, high=2**63 - 1, meaning="the seed of the stochastic rounding")
+    check_flag("inplace", inplace, meaning="True to reuse the memory of the state")
+
+    def update(state: TeacherState, params: Mapping[str, Tensor]) -> TeacherState:
+        _check_match(state, params, dtype)
+        averaged = {}
+        for name, old in state.params.items():
+            new = params[name].detach()
+            if old.dtype == torch.bfloat16:
+                average = torch.lerp(old.float(), new.float(), rate)
+                target = old if inplace else torch.empty_like(old)
+                averaged[name] = _round_stochastically(average, target, f"{seed}|{state.ticks}|{name}")
+            else:
+                lerp = torch.Tensor.lerp_ if inplace else torch.lerp
+                averaged[name] = lerp(old, new.to(old.dtype), rate)
+        return TeacherState(averaged, state.ticks + 1)
+
+    return Teacher(init=lambda params: _clones(params, dtype), update=update)
+
+
+def frozen() -> Teacher:
+    """The student as it was at the start: ``θ' = θ_0``; equals ``ema(update_rate=0)`` without its arithmetic.
+
+    Raises:
+        TypeError, ValueError: as ``ema``; an update, too, demands the same parameters.
+
+    Example:
+        >>> teacher = frozen()
+        >>> state = teacher.init({"w": torch.zeros(2)})
+        >>> teacher.update(state, {"w": torch.ones(2)})
+        TeacherState(params={'w': tensor([0., 0.])}, ticks=1)
+    """
+
+    def update(state: TeacherState, params: Mapping[str, Tensor]) -> TeacherState:
+        _check_match(state, params)
+        return TeacherState(state.params, state.ticks + 1)
+
+    return Teacher(init=lambda params: _clones(params, "float32"), update=update)
+
+
+def live() -> Teacher:
+    """The student itself, ``θ' = θ``, so the state holds no weights; diverges in the paper, for ablations.
+
+    Example:
+        >>> teacher = live()
+        >>> teacher.update(teacher.init({"w": torch.zeros(2)}), {"w": torch.ones(2)})
+        TeacherState(params={}, ticks=1)
+    """
+    return Teacher(
+        init=lambda params: TeacherState({}, 0),
+        update=lambda state, params: TeacherState(state.params, state.ticks + 1),
+    )
+
+
+def trust_region(*, coef: float) -> Teacher:
+    """The start pulled towards the student, in distributions: ``q ∝ q_0^(1−c) · q_θ^c``, c = coef.
+
+    The weights are those of ``frozen``: θ_0 is all there is to keep. The geometric mean is taken after the two
+    forwards, by ``trust_region_logits``, or before one shared linear head by ``trust_region_hidden``; give them
+    the same coef, which is only checked here.
+
+    Raises:
+        TypeError, ValueError: coef is not a number in [0, 1]; otherwise as ``frozen``.
+
+    Source: SDPO, arXiv 2601.20802, section 4, Table 4.
+
+    Example:
+        >>> trust_region(coef=0.5).init({"w": torch.ones(2)})
+        TeacherState(params={'w': tensor([1., 1.])}, ticks=0)
+    """
+    _check_coef(coef)
+    return frozen()
+
+
+def trust_region_logits(reference_logits: Tensor, live_logits: Tensor, *, coef: float) -> Tensor:
+    """Logits of the trust-region teacher, ``(1−c)·z_ref + c·z_live``, whose softmax is q ∝ q_ref^(1−c)·q_θ^c.
+
+    coef 0 is the reference and 1 the live student, exactly. A token impossible for either (−∞) is impossible
+    for a mixture.
+
+    Shapes: [..., V] and [..., V] to [..., V]. Unit: nats, float32 (float64 for float64 logits). Gradient:
+    none, also not to the live logits: they are the teacher's here.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or coef not a number.
+        ValueError: the shapes differ, or coef is not in [0, 1].
+
+    Source: SDPO, arXiv 2601.20802, section 4.
+
+    Example:
+        >>> trust_region_logits(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), coef=0.25)
+        tensor([0.5000, 3.0000])
+    """
+    check_tensor("reference_logits", reference_logits, "floating", min_ndim=1)
+    check_tensor("live_logits", live_logits, "floating", min_ndim=1)
+    check_shape("live_logits", live_logits, reference_logits.shape, like="the shape of reference_logits")
+    return _mix(reference_logits, live_logits, _check_coef(coef))
+
+
+def trust_region_hidden(reference_hidden: Tensor, live_hidden: Tensor, *, coef: float) -> Tensor:
+    """The same mixture before the head: ``W·mix(h_ref, h_live) + b = mix(W·h_ref + b, W·h_live + b)``.
+
+    One head product instead of two, where both models share one *linear* head: not with a trained head, and
+    not under soft-capping. Mixed in float32, returned in the dtype of reference_hidden, ready for the head.
+
+    Shapes: [..., D] and [..., D] to [..., D]. Gradient: none.
+
+    Raises:
+        TypeError, ValueError: as ``trust_region_logits``.
+
+    Example:
+        >>> trust_region_hidden(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), coef=0.5)
+        tensor([1., 2.])
+    """
+    check_tensor("reference_hidden", reference_hidden, "floating", min_ndim=1)
+    check_tensor("live_hidden", live_hidden, "floating", min_ndim=1)
+    check_shape("live_hidden", live_hidden, reference_hidden.shape, like="the shape of reference_hidden")
+    return _mix(reference_hidden, live_hidden, _check_coef(coef)).to(reference_hidden.dtype)
+
+
+def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tensor:
+    """How far the teacher is from the student: ``‖θ' − θ‖ / ‖θ‖`` over all parameters together.
+
+    Shapes: any to [] (no synchronisation). Unit: a ratio, float32 or float64. 0 for ``live``. Gradient: none.
+    All parameters are on one device.
+
+    Raises:
+        TypeError, ValueError: params are not the state's, as in ``ema``.
+
+    Example:
+        >>> state = frozen().init({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        >>> teacher_distance(state, {"a": torch.tensor([6.0]), "b": torch.tensor([8.0])})
+        tensor(0.5000)
+    """
+    _check_params(params)
+    if not state.params:
+        return upcast(next(iter(params.values())).detach()).new_zeros(())
+    _check_match(state, params)
+    gaps, norms = [], []
+    for name, old in state.params.items():  # one parameter at a time: no second model in float32
+        student = upcast(params[name].detach())
+        gaps.append(torch.linalg.vector_norm(upcast(old) - student))
+        norms.append(torch.linalg.vector_norm(student))
+    distance, norm = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (gaps, norms))
+    return distance / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def _mix(reference: Tensor, live_values: Tensor, coef: float) -> Tensor:
+    reference, live_values = upcast(reference).detach(), upcast(live_values).detach()
+    # The ends are exact by choice, not by arithmetic: 0 · (−∞) would be NaN.
+    if coef in (0.0, 1.0):
+        return live_values if coef else reference
+    return (1.0 - coef) * reference + coef * live_values
+
+
+def _check_coef(coef: float) -> float:
+    return check_real("coef", coef, low=0.0, high=1.0, meaning="the weight of the live student")
+
+
+def _clones(params: Mapping[str, Tensor], dtype: StateDtype) -> TeacherState:
+    _check_params(params)
+    clones = {}
+    for name, param in params.items():
+        kept = torch.float64 if param.dtype == torch.float64 else getattr(torch, dtype)
+        clones[name] = param.detach().to(kept, copy=True)
+    return TeacherState(clones, 0)
+
+
+def _round_stochastically(average: Tensor, target: Tensor, key: str) -> Tensor:
+    """Write float32 values into a bfloat16 tensor, each to a neighbour, with the value as the expectation."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    generator = torch.Generator(average.device).manual_seed(int.from_bytes(digest))
+    source, rounded = _local(average), _local(target)
+    noise = torch.randint(
+        _LOWER_HALF + 1, source.shape, generator=generator, dtype=torch.int32, device=source.device
+    )
+    # Adding below the cut and truncating carries with probability (lower half) / 2^16, away from zero on
+    # either side of it, since the sign is a bit of its own. In a NaN or an infinity the carry would change it.
+    upper = ((source.view(torch.int32) + noise) & ~_LOWER_HALF).view(torch.float32)
+    rounded.copy_(torch.where(source.isfinite(), upper, source))
+    return target
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _check_params(params: Mapping[str, Tensor]) -> None:
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params: expected a mapping of names to tensors, got {type(params).__name__}; "
+            "pass dict(model.named_parameters())"
+        )
+    if not params:
+        raise ValueError(
+            "params: expected at least one parameter, got none; pass the trainable ones, "
+            "and attach the adapter first if the model is to have one"
+        )
+    # Packed 4-bit storage may call itself bfloat16; only its quant_state tells.
+    refused = [
+        f"{name!r} ({getattr(param, 'dtype', type(param).__name__)})"
+        for name, param in params.items()
+        if not isinstance(param, Tensor)
+        or not param.is_floating_point()
+        or getattr(param, "quant_state", None) is not None
+    ]
+    if refused:
+        raise TypeError(
+            f"params: expected floating tensors that can be averaged, got {', '.join(refused)}; pass only "
+            "trainable parameters: {n: p for n, p in model.named_parameters() if p.requires_grad}"
+        )
+
+
+def _check_match(state: TeacherState, params: Mapping[str, Tensor], dtype: StateDtype | None = None) -> None:
+    """The state and the student have the same names and shapes, and the state is stored as this rule does."""
+    _check_params(params)
+    kept = None if dtype is None else (getattr(torch, dtype), torch.float64)
+    shared = [name for name in state.params if name in params]
+    differences = [f"missing {name!r}" for name in state.params if name not in params]
+    differences += [f"unexpected {name!r}" for name in params if name not in state.params]
+    differences += [
+        f"{name!r} has shape {tuple(params[name].shape)}, not {tuple(state.params[name].shape)}"
+        for name in shared
+        if params[name].shape != state.params[name].shape
+    ]
+    differences += [
+        f"the state of {name!r} is {state.params[name].dtype}, not torch.{dtype}"
+        for name in shared
+        if kept is not None and state.params[name].dtype not in kept
+    ]
+    if differences:
+        raise ValueError(
+            f"params: expected the parameters of the teacher's state, got {'; '.join(differences)}; "
+            "pass the student the state was made from, or restart the teacher with init"
+        )
