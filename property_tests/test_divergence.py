@@ -252,9 +252,9 @@ def test_tensors_are_checked() -> None:
     log_p = torch.zeros(2, 1)
     with pytest.raises(ValueError, match=r"teacher_log_probs: expected shape \(2, 1\).*got \(1,\)"):
         generalized_jsd(log_p, torch.zeros(1), alpha=0.5)
-    with pytest.raises(TypeError, match=r"log_q: expected a floating dtype, got torch.int64; convert"):
+    with pytest.raises(TypeError, match=r"log_q: expected a tensor of floating dtype, got torch.int64; convert"):
         kl_divergence(log_p, torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=r"log_p: expected at least one category"):
         kl_divergence(torch.zeros(2, 0), torch.zeros(2, 0))
-    with pytest.raises(TypeError, match=r"log_p: expected a floating torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"log_p: expected a tensor of floating dtype, got list"):
         kl_divergence([0.0], log_p)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """What the trainer relies on in Unsloth's rewritten `GRPOTrainer`, run for real on a CPU.
 
-Each `observe_*` function runs in a fresh process (see unsloth_driver.py); the tests read what it saw.
+The `observe` functions run in a fresh process (see unsloth_driver.py); the tests read what they saw.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import unsloth_driver as driver
 pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
 
 
-# --- in the fresh process ------------------------------------------------------------------------------------
+# --- in the fresh process ---------------------------------------------------------------------------------
 
 
 def observe_trainer() -> dict[str, Any]:
@@ -72,7 +72,8 @@ def observe_trainer() -> dict[str, Any]:
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)
-            gradients.append(float(next(p for p in self.model.parameters() if p.requires_grad).grad.flatten()[0]))
+            first = next(p for p in self.model.parameters() if p.requires_grad)
+            gradients.append(float(first.grad.flatten()[0]))
             return loss
 
     Linear(
@@ -84,15 +85,16 @@ def observe_trainer() -> dict[str, Any]:
 
 
 def old_log_prob_errors(trainer: Any, model: Any, inputs: Any) -> list[float]:
-    """Largest error of the stored old log-probs at first use, by token rank and (the wrong twin) by last columns."""
+    """Largest error of the stored old log-probs: by token rank, and (wrong twins) by last and first columns."""
     import torch
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    length, stored = inputs["completion_ids"].shape[1], inputs["old_per_token_logps"]
+    completion, stored = inputs["completion_ids"], inputs["old_per_token_logps"]
+    length = completion.shape[1]
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=length + 1).logits[:, :-1].float()
-    truth = torch.log_softmax(logits / trainer.temperature, -1).gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    truth = torch.log_softmax(logits / trainer.temperature, -1).gather(-1, completion[..., None])[..., 0]
     rank = (ids != trainer.processing_class.pad_token_id).cumsum(1) - 1
     columns = (rank - (ids.shape[1] - stored.shape[1]))[:, -length:].clamp(0, stored.shape[1] - 1)
     active = inputs["completion_mask"].bool()
@@ -100,6 +102,10 @@ def old_log_prob_errors(trainer: Any, model: Any, inputs: Any) -> list[float]:
         float((values - truth)[active].abs().max())
         for values in (stored.gather(1, columns), stored[:, -length:], stored[:, :length])
     ]
+
+
+def observe() -> dict[str, Any]:
+    return {"trainer": observe_trainer(), "padding": observe_padding(fast=False)}
 
 
 def observe_padding(fast: bool) -> dict[str, Any]:
@@ -150,17 +156,22 @@ def observe_padding(fast: bool) -> dict[str, Any]:
     return errors
 
 
-# --- tests ---------------------------------------------------------------------------------------------------
+# --- tests ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def trainer_facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return driver.run("test_unsloth_cpu:observe_trainer", tmp_path_factory.mktemp("trainer"))
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return driver.run("test_unsloth_cpu:observe", tmp_path_factory.mktemp("unsloth"))
 
 
 @pytest.fixture(scope="module")
-def padding_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return driver.run("test_unsloth_cpu:observe_padding", tmp_path_factory.mktemp("padding"), fast=False)
+def trainer_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    return facts["trainer"]
+
+
+@pytest.fixture(scope="module")
+def padding_errors(facts: dict[str, Any]) -> dict[str, float]:
+    return facts["padding"]
 
 
 def test_trl_hands_out_the_rewritten_class(trainer_facts: dict[str, Any]) -> None:

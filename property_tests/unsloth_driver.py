@@ -33,7 +33,7 @@ ENVIRONMENT = {
 }
 
 
-# --- the test's side -----------------------------------------------------------------------------------------
+# --- the test's side --------------------------------------------------------------------------------------
 
 
 def python() -> str:
@@ -44,16 +44,19 @@ def missing() -> str | None:
     """Why these tests cannot run here, or `None`."""
     if "SDPO_UNSLOTH_PYTHON" in os.environ:
         return None
-    absent = [name for name in ("unsloth", "unsloth_zoo", "bitsandbytes") if not importlib.util.find_spec(name)]
+    needed = ("unsloth", "unsloth_zoo", "bitsandbytes")
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if not absent:
         return None
     return (
-        f"{', '.join(absent)} not installed: `pip install --no-deps unsloth unsloth_zoo bitsandbytes`, or set "
+        f"{', '.join(absent)} not installed: `pip install --no-deps {' '.join(needed)}`, or set "
         "SDPO_UNSLOTH_PYTHON to an interpreter that has them"
     )
 
 
-def run(function: str, cwd: Path, *, interpreter: bool = False, timeout: float = 240.0, **arguments: Any) -> Any:
+def run(
+    function: str, cwd: Path, *, interpreter: bool = False, timeout: float = 240.0, **arguments: Any
+) -> Any:
     """The result of `MODULE:FUNCTION` in a fresh process whose working directory is `cwd`."""
     command = [python(), str(HERE / "unsloth_driver.py"), *(["--interpreter"] if interpreter else [])]
     command += [function, json.dumps(arguments)]
@@ -63,11 +66,12 @@ def run(function: str, cwd: Path, *, interpreter: bool = False, timeout: float =
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not results:
-        raise AssertionError(f"{function} failed ({done.returncode})\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        output = f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+        raise AssertionError(f"{function} failed with {done.returncode}\n{output}")
     return json.loads(results[-1][len(MARK) :])
 
 
-# --- the fresh process's side --------------------------------------------------------------------------------
+# --- the fresh process's side -----------------------------------------------------------------------------
 
 
 def patch(*, interpreter: bool = False) -> Any:
@@ -164,7 +168,7 @@ def qwen2_config(vocab_size: int, hidden_size: int) -> Any:
 
 
 def lora_model(tokens: Any, *, seed: int = 0) -> Any:
-    """A plain PEFT model in float32 that Unsloth's trainer accepts: with Unsloth's own mode switches bound."""
+    """A plain float32 PEFT model that Unsloth's trainer accepts: Unsloth's own mode switches are bound to it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2ForCausalLM
@@ -198,8 +202,9 @@ def fast_model(
     tokens.save_pretrained(folder)
     # Unsloth returns a Qwen2 tokenizer of its own making for this folder, so callers keep `tokens`.
     model, _ = fast_language_model.from_pretrained(
-        folder, max_seq_length=max_seq_length, dtype=getattr(torch, dtype), load_in_4bit=False, device_map="cpu"
-    )
+        folder, max_seq_length=max_seq_length, dtype=getattr(torch, dtype), load_in_4bit=False,
+        device_map="cpu",
+    )  # fmt: skip
     model = fast_language_model.get_peft_model(
         model, r=4, lora_alpha=8, target_modules=PROJECTIONS, lora_dropout=0, bias="none",
         use_gradient_checkpointing="unsloth",

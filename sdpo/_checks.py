@@ -27,7 +27,7 @@ def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> 
     """Demand a tensor of the dtype family ``kind`` with at least ``min_ndim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected a {kind} torch.Tensor, got {type(value).__name__}; wrap it in torch.as_tensor"
+            f"{name}: expected a tensor of {kind} dtype, got {type(value).__name__}; wrap it in torch.as_tensor"
         )
     matches = {
         "floating": value.dtype.is_floating_point,
@@ -35,7 +35,7 @@ def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> 
         "bool": value.dtype == torch.bool,
     }
     if not matches[kind]:
-        raise TypeError(f"{name}: expected a {kind} dtype, got {value.dtype}; {_FIX[kind]}")
+        raise TypeError(f"{name}: expected a tensor of {kind} dtype, got {value.dtype}; {_FIX[kind]}")
     if value.ndim < min_ndim:
         raise ValueError(
             f"{name}: expected at least {min_ndim} dimension(s), got shape {tuple(value.shape)}; "

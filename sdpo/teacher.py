@@ -51,8 +51,8 @@ def ema(
     down with the probabilities that keep the expectation, from (seed, ticks, name). So the state is an
     unbiased estimate of the float32 average and stays within the range of a bfloat16 student's past. An
     element strays from it by more than ``u·sqrt(log(2/δ) / (2r(2−r)))`` with probability δ at most
-    (Azuma-Hoeffding; u is the bfloat16 spacing there): noise in place of bias, small beside float32's only
-    for large r. float64 parameters keep a float64 state.
+    (Azuma-Hoeffding; u is the bfloat16 spacing there). Noise instead of bias, but still noise, the more the
+    smaller r: hence not the default. float64 parameters keep a float64 state.
 
     inplace=True lets ``update`` write into the tensors of the state it is given, which is then spent: nothing
     larger than one parameter is allocated. The default leaves its inputs alone, as ``torch.func`` demands.
@@ -131,9 +131,9 @@ def live() -> Teacher:
 def trust_region(*, coef: float) -> Teacher:
     """The start pulled towards the student, in distributions: ``q ∝ q_0^(1−c) · q_θ^c``, c = coef.
 
-    The weights are those of ``frozen``: θ_0 is all there is to keep. The geometric mean is taken after the two
-    forwards, by ``trust_region_logits``, or before one shared linear head by ``trust_region_hidden``; give them
-    the same coef, which is only checked here.
+    The weights are those of ``frozen``: θ_0 is all there is to keep. The geometric mean is taken after the
+    two forwards by ``trust_region_logits``, or before one shared linear head by ``trust_region_hidden``. Give
+    them the same coef: the weights do not depend on it, so here it is only checked.
 
     Raises:
         TypeError, ValueError: coef is not a number in [0, 1]; otherwise as ``frozen``.
@@ -250,8 +250,8 @@ def _round_stochastically(average: Tensor, target: Tensor, key: str) -> Tensor:
     noise = torch.randint(
         _LOWER_HALF + 1, source.shape, generator=generator, dtype=torch.int32, device=source.device
     )
-    # Adding below the cut and truncating carries with probability (lower half) / 2^16, away from zero on
-    # either side of it, since the sign is a bit of its own. In a NaN or an infinity the carry would change it.
+    # Adding noise below the cut carries with probability (lower half) / 2^16, away from zero on both sides
+    # of it, since the sign is a bit of its own. In a NaN the carry could run into the sign: copy that as it is.
     upper = ((source.view(torch.int32) + noise) & ~_LOWER_HALF).view(torch.float32)
     rounded.copy_(torch.where(source.isfinite(), upper, source))
     return target

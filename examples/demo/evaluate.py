@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from language import encode_answer, encode_question
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -25,18 +26,27 @@ def evaluate(
     ``p(answer | question) = prod_t p(y_t | question, y_<t)`` over the answer's tokens and its <eos>. That is also
     the expected accuracy at temperature 1. Greedy decoding gives the answer iff every ``y_t`` is the argmax.
     """
-    prefixes = [tokenizer(f"<user>{question}<assistant>").input_ids for question in questions]
-    targets = [tokenizer(f"{answer}<eos>").input_ids for answer in answers]
-    rows = [prefix + target for prefix, target in zip(prefixes, targets, strict=True)]
+    asked = [encode_question(tokenizer, question) for question in questions]
+    rows = [ids + encode_answer(tokenizer, answer) for ids, answer in zip(asked, answers, strict=True)]
     width = max(map(len, rows))
     # Padding stands on the right, where a causal model never looks.
-    tokens = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
-    starts = torch.tensor([len(prefix) for prefix in prefixes])[:, None]
-    ends = torch.tensor([len(row) for row in rows])[:, None]
+    tokens = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in rows])
+    start = torch.tensor([len(ids) for ids in asked])[:, None]
+    end = torch.tensor([len(ids) for ids in rows])[:, None]
     position = torch.arange(1, width)
-    is_answer = (position >= starts) & (position < ends)
+    in_answer = (start <= position) & (position < end)
 
     log_probs = model(input_ids=tokens.to(model.device)).logits.float().log_softmax(-1)[:, :-1].cpu()
-    chosen = log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    best = log_probs.argmax(-1) == tokens[:, 1:]
-    return Evaluation(chosen.where(is_answer, 0.0).sum(-1).exp(), (best | ~is_answer).all(-1))
+    of_answer = log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    is_argmax = log_probs.argmax(-1) == tokens[:, 1:]
+    return Evaluation(of_answer.where(in_answer, 0.0).sum(-1).exp(), (is_argmax | ~in_answer).all(-1))
+
+
+@torch.no_grad()
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, question: str) -> str:
+    """The greedy completion of one question."""
+    prompt = torch.tensor([encode_question(tokenizer, question)], device=model.device)
+    output = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24
+    )
+    return tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from sdpo import Templates
+
 PAD, EOS, USER, ASSISTANT, UNKNOWN = SPECIAL = ("<pad>", "<eos>", "<user>", "<assistant>", "<unk>")
 
 WORDS = (
@@ -39,6 +41,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
+# The words around a second attempt. The checkpoint has learned to read exactly these.
+TEMPLATES = Templates(
+    reprompt="{prompt}{solution}{feedback}\nsolve again",
+    solution="\nsolution\n{successful_previous_attempt}",
+    feedback="\nfeedback\n{feedback_raw}",
+)
+
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer, made from the two tables above and nothing else."""
@@ -61,3 +70,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder (`AutoTokenizer` would build a byte-level one from the model type)."""
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def encode_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
+    """A user turn and the token that opens the assistant's."""
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
+    """What the assistant writes: the answer and <eos>."""
+    return [*tokenizer(answer).input_ids, tokenizer.eos_token_id]

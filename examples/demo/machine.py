@@ -113,12 +113,6 @@ def _legible(line: str) -> str:
     return line if re.fullmatch("[A-H]?[0-9]{3}", line) else "junk"
 
 
-# The words around a second attempt. The checkpoint learned to read exactly these.
-REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\nsolve again"
-SOLUTION_TEMPLATE = "\nsolution\n{successful_previous_attempt}"
-FEEDBACK_TEMPLATE = "\nfeedback\n{feedback_raw}"
-
-
 def held_out(register: str) -> bool:
     """Whether prompts on this register are kept for evaluation: about one register in five, by its MD5."""
     return hashlib.md5(register.encode()).digest()[0] % 5 == 0

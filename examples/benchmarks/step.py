@@ -1,0 +1,208 @@
+"""A whole optimizer step, side by side in one run: SDPO here, TRL's experimental SDPO, and plain GRPO.
+
+    python examples/benchmarks/step.py --shape 0.5b --output records/step.json
+
+Random weights of a published shape, LoRA on bf16, completions fixed beforehand so that generation does not
+drown the difference. Every row has a short feedback text, so the teacher's forward is about as long as the
+student's; `half` gives every second row no signal. Reported: median time of an optimizer step and the peak of
+allocated memory above the weights, with the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+
+from sdpo_rl import SDPOConfig, SDPOTrainer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=128, vocab_size=2048, tie_word_embeddings=True),
+    "0.5b": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                 intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True),
+    "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+               intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False),
+}  # fmt: skip
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:?!\n"
+FEEDBACK = "line 3: expected 42 got 17. "
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", *ALPHABET]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def make_model(shape: dict[str, Any], device: str) -> Any:
+    torch.manual_seed(0)
+    config = Qwen2Config(**shape, max_position_embeddings=8192, pad_token_id=0, eos_token_id=1)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = Qwen2ForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    model.config._name_or_path = "random"
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def fix_completions(model: Any, length: int) -> None:
+    """`generate` hands back the same random completions for every trainer."""
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        size = (len(input_ids), length)
+        tokens = torch.randint(2, 2 + len(ALPHABET), size, generator=generator)
+        return torch.cat([input_ids, tokens.to(input_ids.device)], dim=1)
+
+    model.generate = generate
+
+
+class Clock(TrainerCallback):
+    """Wall time of every optimizer step, the device idle at both ends."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.steps.append(time.perf_counter() - self._start)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Train a few steps with one trainer; the first are not counted."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    model = make_model(SHAPES[options.shape], device)
+    fix_completions(model, options.completion)
+    weights = torch.cuda.memory_allocated() if device == "cuda" else 0
+    half = arm.endswith("half")
+    rows = 4 * options.rows
+    prompts = ["the quick brown fox jumps over the lazy dog. " * 3] * rows
+    feedback = ["" if half and row % 2 else FEEDBACK for row in range(rows)]
+    dataset = Dataset.from_dict({"prompt": prompts, "feedback": feedback, "privileged_context": feedback})
+    common: dict[str, Any] = dict(
+        per_device_train_batch_size=options.rows,
+        num_generations=2,
+        max_completion_length=options.completion,
+        gradient_accumulation_steps=1,
+        max_steps=options.warmup + options.steps,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        gradient_checkpointing=options.checkpointing,
+        learning_rate=1e-5,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1000,
+        disable_tqdm=True,
+        shuffle_dataset=False,
+    )
+    clock = Clock()
+    shared: dict[str, Any] = dict(
+        model=model,
+        processing_class=make_tokenizer(),
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        train_dataset=dataset,
+        callbacks=[clock],
+    )
+    with tempfile.TemporaryDirectory() as output:
+        if arm == "trl-sdpo":
+            from trl.experimental.sdpo import SDPOConfig as PeerConfig
+            from trl.experimental.sdpo import SDPOTrainer as PeerTrainer
+
+            peer = PeerConfig(
+                output, **common, distillation_mode="topk_logits", distillation_topk=100,
+                distillation_add_tail=True, distillation_alpha=0.5, include_environment_feedback=True,
+            )  # fmt: skip
+            trainer = PeerTrainer(args=peer, **shared)
+        else:
+            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, distillation_topk=100)
+            trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+    peak = torch.cuda.max_memory_allocated() - weights if device == "cuda" else 0
+    steps = clock.steps[options.warmup :]
+    return {"seconds": statistics.median(steps), "peak_bytes": peak, "weight_bytes": weights, "steps": steps}
+
+
+def environment(device: str) -> dict[str, Any]:
+    names = ("torch", "transformers", "trl", "peft", "triton")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return {"gpu": gpu, "python": platform.python_version(), **found, "command": " ".join(sys.argv)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--completion", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--arms", nargs="+", default=["grpo", "sdpo", "sdpo-half", "trl-sdpo"])
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {arm: measure(arm, options, device) for arm in options.arms}
+    print(f"{'trainer':12}{'s/step':>10}{'peak GiB':>10}")
+    for arm, row in results.items():
+        print(f"{arm:12}{row['seconds']:10.3f}{row['peak_bytes'] / 2**30:10.2f}")
+    ours = results.get("sdpo")
+    ratios = {}
+    if ours:
+        for arm, row in results.items():
+            if arm != "sdpo":
+                ratios[f"time sdpo/{arm}"] = ours["seconds"] / row["seconds"]
+                if row["peak_bytes"]:
+                    ratios[f"memory sdpo/{arm}"] = ours["peak_bytes"] / row["peak_bytes"]
+    for name, ratio in ratios.items():
+        print(f"{name:28}{ratio:8.3f}")
+    if options.output:
+        record = {
+            "environment": environment(device),
+            "options": {k: str(v) for k, v in vars(options).items()},
+            "results": results,
+            "ratios": ratios,
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

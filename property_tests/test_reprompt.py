@@ -1,0 +1,588 @@
+"""Teacher contexts: selection against a naive loop, texts against concatenation, and wrong twins that fail both."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from sdpo.reprompt import (
+    Templates,
+    build_reprompts,
+    cut_middle,
+    distillation_mask,
+    select_demonstrations,
+    strip_thinking,
+)
+
+DETERMINISTIC = ["first", "shortest", "longest", "best"]
+POLICIES = [*DETERMINISTIC, "random"]
+Batch = dict[str, Any]
+
+
+@st.composite
+def batches(draw: st.DrawFn, *, distinct: bool = False) -> Batch:
+    rows = draw(st.integers(0, 12))
+    numbers = st.sampled_from([0.0, 0.5, 1.0, 1.5, math.inf, math.nan])
+    sizes = st.integers(1, 5)
+    if distinct:
+        numbers, sizes = st.floats(0, 2, width=32), st.integers(1, 10**6)
+
+    def column(values: st.SearchStrategy[Any], unique: bool = False) -> list[Any]:
+        return draw(st.lists(values, min_size=rows, max_size=rows, unique=unique))
+
+    return {
+        "rewards": column(numbers, distinct),
+        "group_ids": column(st.integers(0, 3)),
+        "eligible": column(st.booleans()),
+        "lengths": column(sizes, distinct),
+        "success_threshold": draw(st.sampled_from([0.5, 1.0])),
+        "exclude_self": draw(st.booleans()),
+        "count": draw(st.integers(1, 3)),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+def select(batch: Batch, policy: str, **changes: Any) -> list[tuple[int, ...]]:
+    options = {**batch, **changes}
+    return select_demonstrations(options.pop("rewards"), options.pop("group_ids"), policy=policy, **options)
+
+
+def naive_selection(batch: Batch, policy: str) -> list[tuple[int, ...]]:
+    """By repeatedly scanning for the best row that is still free: no sorting, no groups kept."""
+    rewards, lengths = batch["rewards"], batch["lengths"]
+    result = []
+    for i in range(len(rewards)):
+        picked: list[int] = []
+        while len(picked) < batch["count"]:
+            winner = None
+            for j in range(len(rewards)):
+                usable = batch["group_ids"][j] == batch["group_ids"][i] and batch["eligible"][j]
+                success = not math.isnan(rewards[j]) and rewards[j] >= batch["success_threshold"]
+                if not (usable and success) or j in picked or (batch["exclude_self"] and i == j):
+                    continue
+                if (
+                    winner is None
+                    or (policy == "best" and rewards[j] > rewards[winner])
+                    or (policy == "shortest" and lengths[j] < lengths[winner])
+                    or (policy == "longest" and lengths[j] > lengths[winner])
+                ):
+                    winner = j
+            if winner is None:
+                break
+            picked.append(winner)
+        result.append(tuple(picked))
+    return result
+
+
+@given(batches(), st.sampled_from(DETERMINISTIC))
+def test_selection_equals_the_naive_loop(batch: Batch, policy: str) -> None:
+    assert select(batch, policy) == naive_selection(batch, policy)
+
+
+WRONG_BATCHES: dict[str, Callable[[Batch], Batch]] = {
+    "strictly above the threshold": lambda b: {**b, "success_threshold": b["success_threshold"] + 1e-6},
+    "NaN succeeds": lambda b: {**b, "rewards": [2.0 if math.isnan(r) else r for r in b["rewards"]]},
+    "any group": lambda b: {**b, "group_ids": [0] * len(b["group_ids"])},
+    "groups by position": lambda b: {**b, "group_ids": [i // 2 for i in range(len(b["group_ids"]))]},
+    "self flag inverted": lambda b: {**b, "exclude_self": not b["exclude_self"]},
+    "ineligible rows serve": lambda b: {**b, "eligible": [True] * len(b["eligible"])},
+    "always one": lambda b: {**b, "count": 1},
+}
+WITNESS: Batch = {
+    "rewards": [1.0, 1.0, math.nan, 0.0, 1.5, 1.0, 1.0],
+    "group_ids": [0, 1, 0, 0, 0, 1, 0],
+    "eligible": [True, True, True, True, True, True, False],
+    "lengths": [5, 4, 3, 2, 1, 9, 8],
+    "success_threshold": 1.0,
+    "exclude_self": True,
+    "count": 2,
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize("policy", DETERMINISTIC)
+@pytest.mark.parametrize("name", WRONG_BATCHES)
+def test_the_naive_loop_rejects_wrong_selections(name: str, policy: str) -> None:
+    assert select(WITNESS, policy) == naive_selection(WITNESS, policy)
+    assert select(WRONG_BATCHES[name](WITNESS), policy) != naive_selection(WITNESS, policy)
+
+
+def test_the_naive_loop_tells_every_policy_from_every_other() -> None:
+    answers = [tuple(select(WITNESS, policy)) for policy in DETERMINISTIC]
+    assert len(set(answers)) == 3, "shortest and best agree on the witness, all others differ"
+    assert select({**WITNESS, "lengths": [1, 1, 1, 1, 2, 1, 1]}, "shortest") != select(WITNESS, "best")
+
+
+@given(batches(), st.sampled_from(POLICIES))
+def test_selection_is_a_set_of_own_successes(batch: Batch, policy: str) -> None:
+    pools = naive_selection({**batch, "count": 99}, "first")
+    for row, picked in enumerate(select(batch, policy)):
+        assert len(picked) == len(set(picked)) == min(batch["count"], len(pools[row]))
+        assert set(picked) <= set(pools[row])
+        assert not (batch["exclude_self"] and row in picked)
+
+
+def permuted(batch: Batch, order: Sequence[int]) -> Batch:
+    columns = ("rewards", "group_ids", "eligible", "lengths")
+    return {**batch, **{name: [batch[name][row] for row in order] for name in columns}}
+
+
+def commutes(choose: Callable[[Batch], list[tuple[int, ...]]], batch: Batch, order: Sequence[int]) -> bool:
+    here, there = choose(batch), choose(permuted(batch, order))
+    return all(tuple(order[j] for j in there[new]) == here[old] for new, old in enumerate(order))
+
+
+@given(batches(distinct=True), st.sampled_from(["shortest", "longest", "best"]), st.randoms())
+def test_without_ties_selection_commutes_with_any_permutation(
+    batch: Batch, policy: str, shuffler: random.Random
+) -> None:
+    order = list(range(len(batch["rewards"])))
+    shuffler.shuffle(order)
+    assert commutes(lambda b: select(b, policy), batch, order)
+
+
+def keep_order_within_groups(groups: Sequence[int], shuffled: Sequence[int]) -> list[int]:
+    """The interleaving of `shuffled`, with the rows of each group in their old order."""
+    queues = {group: iter([row for row, g in enumerate(groups) if g == group]) for group in groups}
+    return [next(queues[groups[row]]) for row in shuffled]
+
+
+@given(batches(), st.sampled_from(POLICIES), st.randoms())
+def test_every_policy_commutes_with_moving_and_renaming_groups(
+    batch: Batch, policy: str, shuffler: random.Random
+) -> None:
+    order = list(range(len(batch["rewards"])))
+    shuffler.shuffle(order)
+    order = keep_order_within_groups(batch["group_ids"], order)
+    assert commutes(lambda b: select(b, policy), batch, order)
+    renamed = [("prompt", 7 - group) for group in batch["group_ids"]]
+    assert select(batch, policy, group_ids=renamed) == select(batch, policy)
+
+
+def test_a_draw_by_absolute_row_does_not_commute() -> None:
+    def by_absolute_row(batch: Batch) -> list[tuple[int, ...]]:
+        pools = naive_selection({**batch, "count": 99}, "first")
+        return [tuple(random.Random(row).sample(pool, min(1, len(pool)))) for row, pool in enumerate(pools)]
+
+    batch = {**WITNESS, "rewards": [1.0] * 12, "eligible": [True] * 12, "lengths": [1] * 12, "count": 1}
+    batch["group_ids"] = [0] * 6 + [1] * 6
+    order = [*range(6, 12), *range(6)]
+    assert commutes(lambda b: select(b, "random"), batch, order)
+    assert not commutes(by_absolute_row, batch, order)
+
+
+@given(batches(), st.integers(0, 12))
+def test_adding_a_group_changes_no_other_group(batch: Batch, at: int) -> None:
+    at = min(at, len(batch["rewards"]))
+    rows = [*range(at), None, *range(at, len(batch["rewards"]))]
+    added = {"rewards": 1.5, "group_ids": 99, "eligible": True, "lengths": 1}
+    larger = {
+        **batch,
+        **{name: [new if row is None else batch[name][row] for row in rows] for name, new in added.items()},
+    }
+    for policy in POLICIES:
+        old, new = select(batch, policy), select(larger, policy)
+        assert [tuple(rows[j] for j in new[i]) for i, row in enumerate(rows) if row is not None] == old
+
+
+def is_uniform(draws: Counter[Any], outcomes: int) -> bool:
+    """Pearson's test at about six standard deviations: derandomised, so it holds or fails for good."""
+    total = sum(draws.values())
+    expected = total / outcomes
+    chi = sum((count - expected) ** 2 / expected for count in draws.values())
+    chi += expected * (outcomes - len(draws))
+    return abs(chi - (outcomes - 1)) < 6 * math.sqrt(2 * (outcomes - 1)) + 6
+
+
+def test_random_is_uniform_over_ordered_choices_and_independent_between_rows() -> None:
+    batch = {**WITNESS, "rewards": [1.0] * 5, "group_ids": [0] * 5, "eligible": None, "lengths": None}
+    results = [select(batch, "random", seed=seed) for seed in range(3000)]
+    for row in range(5):
+        peers = [peer for peer in range(5) if peer != row]
+        draws = Counter(result[row] for result in results)
+        assert set(draws) == set(itertools.permutations(peers, 2))
+        assert is_uniform(draws, 12)
+    pairs = Counter((result[0][0], result[1][0]) for result in results)
+    assert is_uniform(pairs, 16)
+    # The twin that turns one wheel for the whole group: uniform in every row, but the rows move together.
+    wheel = Counter(((0 + turn) % 4 + 1, (turn + 1) % 4) for turn in (r[0][0] for r in results))
+    assert not is_uniform(wheel, 16)
+
+
+def test_random_neither_reads_nor_moves_the_global_generators() -> None:
+    random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), torch.get_rng_state()
+    first = select(WITNESS, "random")
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    random.seed(2), torch.manual_seed(2)
+    assert select(WITNESS, "random") == first
+    assert len({tuple(select(WITNESS, "random", seed=seed)) for seed in range(20)}) > 1
+
+
+def test_tensors_are_taken_like_lists_and_compared_in_their_own_dtype() -> None:
+    columns = {
+        "rewards": torch.tensor(WITNESS["rewards"]),
+        "group_ids": torch.tensor(WITNESS["group_ids"]),
+        "eligible": torch.tensor(WITNESS["eligible"]),
+        "lengths": torch.tensor(WITNESS["lengths"]),
+    }
+    for policy in POLICIES:
+        assert select({**WITNESS, **columns}, policy) == select(WITNESS, policy)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        rewards = torch.tensor([0.7, 0.7], dtype=dtype)
+        assert select_demonstrations(
+            rewards, [0, 0], success_threshold=0.7, exclude_self=True, policy="first", seed=0
+        ) == [(1,), (0,)]
+    # The twin that goes through Python floats loses every 0.7 of a float32 reward.
+    assert not any(value >= 0.7 for value in torch.tensor([0.7, 0.7]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"group_ids": [0]}, ValueError, "rewards: expected 1 entries"),
+        ({"group_ids": [torch.tensor(0)] * 7}, TypeError, r"group_ids\[0\]: .* got Tensor"),
+        ({"group_ids": [[0]] * 7}, TypeError, r"group_ids\[0\]: expected Hashable, got list"),
+        ({"rewards": torch.zeros(7, 1)}, ValueError, r"rewards: expected shape \[B\], got \(7, 1\)"),
+        ({"rewards": [None] * 7}, TypeError, r"rewards\[0\]: expected Real, got NoneType"),
+        ({"eligible": [1] * 7}, TypeError, r"eligible\[0\]: expected bool, got int"),
+        ({"lengths": None, "policy": "shortest"}, ValueError, "lengths: policy 'shortest' needs"),
+        ({"lengths": [math.nan] * 7, "policy": "longest"}, ValueError, "lengths: policy 'longest' needs"),
+        ({"policy": "worst"}, ValueError, "policy: expected one of .*'random'.* got 'worst'"),
+        ({"success_threshold": math.nan}, ValueError, "success_threshold"),
+        ({"exclude_self": 1}, TypeError, "exclude_self: expected a bool"),
+        ({"count": 0}, ValueError, "count: expected an int in .*, got 0"),
+        ({"seed": 0.5}, TypeError, "seed: expected an int"),
+    ],
+)
+def test_selection_refuses_bad_arguments_by_name(changes: Batch, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        select(WITNESS, changes.get("policy", "first"), **{k: v for k, v in changes.items() if k != "policy"})
+
+
+# Texts -------------------------------------------------------------------------------------------------------
+
+NASTY = st.text(alphabet="a \n{}%$\\", max_size=6) | st.sampled_from(
+    ["{prompt}", "{solution}", "{feedback}", "{feedback_raw}", "{successful_previous_attempt}", "{{}}", "{0}"]
+)
+LITERAL = st.text(alphabet="x\n{}:!", max_size=4)
+
+
+def escaped(literal: str) -> str:
+    return literal.replace("{", "{{").replace("}", "}}")
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> tuple[Templates, dict[str, list[str]]]:
+    """Templates together with their pieces: literals as they are to appear, fields as one-element tuples."""
+    pieces: dict[str, list[Any]] = {}
+    fields = {
+        "reprompt": draw(st.permutations(["prompt", "solution", "feedback"])),
+        "solution": ["successful_previous_attempt"],
+        "feedback": ["feedback_raw"],
+    }
+    for name, names in fields.items():
+        pieces[name] = [draw(LITERAL)]
+        for field in names:
+            pieces[name] += [(field,), draw(LITERAL)]
+    texts = {
+        name: "".join(escaped(p) if isinstance(p, str) else "{" + p[0] + "}" for p in parts)
+        for name, parts in pieces.items()
+    }
+    return Templates(**texts), pieces
+
+
+def fill(pieces: Sequence[Any], values: dict[str, str]) -> str:
+    return "".join(piece if isinstance(piece, str) else values[piece[0]] for piece in pieces)
+
+
+def naive_text(
+    pieces: dict[str, list[Any]], prompt: str, shown: list[str], hint: str | None, only: bool
+) -> str:
+    """Concatenation of pieces: nothing is ever formatted."""
+    shown = [text for text in shown if text.strip() != ""]
+    used = hint is not None and hint.strip() != "" and not (only and len(shown) > 0)
+    if not shown and not used:
+        return prompt
+    solution = "".join(fill(pieces["solution"], {"successful_previous_attempt": text}) for text in shown)
+    remark = fill(pieces["feedback"], {"feedback_raw": hint or ""}) if used else ""
+    return fill(pieces["reprompt"], {"prompt": prompt, "solution": solution, "feedback": remark})
+
+
+ROWS = st.lists(
+    st.tuples(NASTY, st.lists(NASTY, max_size=3), st.none() | NASTY | st.just(" \n\t")), max_size=5
+)
+SURE_ROW = ("{solution}", ["{feedback}", "{successful_previous_attempt}"], "{prompt}{{")
+DEFAULT_PIECES = {
+    "reprompt": [("prompt",), ("solution",), ("feedback",), "\n\nCorrectly solve the original question."],
+    "solution": ["\nCorrect solution:\n\n", ("successful_previous_attempt",)],
+    "feedback": [
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n",
+        ("feedback_raw",),
+    ],
+}
+
+
+@given(frames(), ROWS, st.booleans())
+@example((Templates(), DEFAULT_PIECES), [SURE_ROW], True)
+@example((Templates(), DEFAULT_PIECES), [SURE_ROW], False)
+def test_texts_equal_plain_concatenation(
+    frame: tuple[Templates, dict[str, list[Any]]], rows: list[tuple[str, list[str], str | None]], only: bool
+) -> None:
+    templates, pieces = frame
+    prompts, shown, hints = ([row[i] for row in rows] for i in range(3))
+    built = build_reprompts(prompts, shown, hints, templates=templates, feedback_only_without_solution=only)
+    assert built.texts == [naive_text(pieces, *row, only) for row in rows]
+    assert built.row_mask == [text != prompt for text, prompt in zip(built.texts, prompts, strict=True)]
+    for mask in (True, False):
+        assert distillation_mask(shown, hints, feedback_only_without_solution=mask) == built.row_mask
+    for active, shows, uses in zip(*built[1:], strict=True):
+        assert active == (shows or uses)
+        assert not (only and shows and uses)
+
+
+def chained_replace(prompt: str, shown: list[str], hint: str) -> str:
+    t = Templates()
+    solution = "".join(t.solution.replace("{successful_previous_attempt}", text) for text in shown)
+    remark = t.feedback.replace("{feedback_raw}", hint)
+    text = t.reprompt.replace("{prompt}", prompt).replace("{solution}", solution)
+    return text.replace("{feedback}", remark)
+
+
+def formatted_twice(prompt: str, shown: list[str], hint: str) -> str:
+    t = Templates()
+    frame = t.reprompt.replace("{solution}", t.solution * len(shown)).replace("{feedback}", t.feedback)
+    values = {"feedback_raw": hint, "successful_previous_attempt": "".join(shown), "prompt": prompt}
+    return frame.format(**values)
+
+
+@pytest.mark.parametrize("twin", [chained_replace, formatted_twice])
+def test_plain_concatenation_rejects_texts_that_are_formatted_again(twin: Callable[..., str]) -> None:
+    assert twin("q", ["s"], "f") == naive_text(DEFAULT_PIECES, "q", ["s"], "f", False)
+    assert twin(*SURE_ROW) != naive_text(DEFAULT_PIECES, *SURE_ROW, False)
+
+
+CASES = {  # rewards of the group, feedback of the row 0 -> shows a demonstration, uses feedback
+    "no success, no feedback": ([0.0, 0.0], None, False, False),
+    "no success, feedback": ([0.0, 0.0], "wrong", False, True),
+    "failed, a success exists": ([0.0, 1.0], "wrong", True, False),
+    "successful, another exists": ([1.0, 1.0], "fine", True, False),
+    "the only success": ([1.0, 0.0], "", False, False),
+    "all succeed": ([1.0, 1.0], None, True, False),
+}
+
+
+def table_row(
+    rewards: list[float], hint: str | None, *, exclude_self: bool = True, only: bool = True
+) -> tuple:
+    chosen = select_demonstrations(
+        rewards, [0, 0], success_threshold=1.0, exclude_self=exclude_self, policy="random", seed=3
+    )
+    shown = [[f"answer {j}" for j in row] for row in chosen]
+    built = build_reprompts(
+        ["q", "q"], shown, [hint, None], templates=Templates(), feedback_only_without_solution=only
+    )
+    return built.has_demonstration[0], built.uses_feedback[0], built.row_mask[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_case_table(case: str) -> None:
+    rewards, hint, shows, uses = CASES[case]
+    assert table_row(rewards, hint) == (shows, uses, shows or uses)
+
+
+def test_the_case_table_rejects_other_rules() -> None:
+    for rule in ({"exclude_self": False}, {"only": False}):
+        assert any(table_row(r, h, **rule) != (s, u, s or u) for r, h, s, u in CASES.values())
+
+
+def test_several_demonstrations_pass_through_the_solution_template_once_each() -> None:
+    templates = Templates(
+        reprompt="{prompt}|{solution}|{feedback}", solution="<{successful_previous_attempt}>"
+    )
+    built = build_reprompts(
+        ["q"], [["a", " ", "b"]], [None], templates=templates, feedback_only_without_solution=True
+    )
+    assert built.texts == ["q|<a><b>|"]
+
+
+def test_the_default_templates_are_the_published_strings() -> None:
+    assert Templates() == Templates(
+        reprompt="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
+        solution="\nCorrect solution:\n\n{successful_previous_attempt}",
+        feedback="\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
+    )
+    with pytest.raises(FrozenInstanceError):
+        Templates().solution = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"reprompt": "{prompt}{solution}"}, ValueError, r"missing \['feedback'\]"),
+        ({"reprompt": "{prompt}{solution}{feedback}{x}"}, ValueError, r"unknown \['x'\]"),
+        ({"reprompt": "{prompt}{prompt}{solution}{feedback}"}, ValueError, r"repeated \['prompt'\]"),
+        ({"solution": "{}"}, ValueError, r"unknown \[''\]"),
+        ({"solution": "{0}{successful_previous_attempt}"}, ValueError, r"unknown \['0'\]"),
+        (
+            {"solution": "none"},
+            ValueError,
+            "template 'solution' must hold {successful_previous_attempt} once",
+        ),
+        ({"solution": "{{successful_previous_attempt}}"}, ValueError, "missing"),
+        ({"feedback": "{feedback_raw!r}"}, ValueError, "no conversion"),
+        ({"feedback": "{feedback_raw:>9}"}, ValueError, "no format spec"),
+        ({"feedback": "{feedback_raw.x}"}, ValueError, r"unknown \['feedback_raw.x'\]"),
+        ({"feedback": "{feedback_raw[0]}"}, ValueError, "unknown"),
+        ({"feedback": "{feedback_raw"}, ValueError, "literal braces as {{ and }}"),
+        ({"feedback": "}{feedback_raw}"}, ValueError, "template 'feedback' .* literal braces"),
+        ({"feedback": None}, TypeError, "template 'feedback' must be a string, got NoneType"),
+    ],
+)
+def test_templates_refuse_wrong_fields_when_made(changes: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Templates(**changes)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ((["q"], ["text"], [None]), TypeError, r"demonstrations\[0\]: expected a sequence, got str"),
+        ((["q"], [[3]], [None]), TypeError, r"demonstrations\[0\]\[0\]: expected str, got int"),
+        ((["q"], [[]], [float("nan")]), TypeError, r"feedback\[0\]: expected str or NoneType, got float"),
+        ((["q"], [None], [None]), TypeError, r"demonstrations\[0\]"),
+        (("q", [[]], [None]), TypeError, "prompts: expected a sequence, got str"),
+        (([["q"]], [[]], [None]), TypeError, r"prompts\[0\]: expected str, got list"),
+        ((["q"], [[], []], [None, None]), ValueError, "prompts: expected 2 entries"),
+        ((["q"], [[], []], [None]), ValueError, "demonstrations: expected 1 entries"),
+    ],
+)
+def test_texts_refuse_bad_rows_by_name(columns: tuple, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_reprompts(*columns, templates=Templates(), feedback_only_without_solution=True)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(TypeError, match="templates: expected sdpo.Templates, got dict"):
+        build_reprompts([], [], [], templates={}, feedback_only_without_solution=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="feedback_only_without_solution: expected a bool"):
+        distillation_mask([], [], feedback_only_without_solution=None)  # type: ignore[arg-type]
+
+
+# Thinking and truncation -------------------------------------------------------------------------------------
+
+PIECES = st.lists(st.sampled_from(["<think>", "</think>", "a", "b ", "\n", "{x}"]), max_size=9).map("".join)
+FRAGMENTS = st.lists(
+    st.sampled_from(["<think>", "</think>", "<thi", "nk>", "</th", "ink>", "<", " a"]), max_size=12
+).map("".join)
+
+
+def naive_strip(text: str) -> str:
+    """Bracket rewriting: innermost pairs vanish first, then what a lone bracket claims."""
+    if not re.search("</?think>", text):
+        return text
+    text = text.replace("<think>", "\1").replace("</think>", "\2")
+    while re.search("\1[^\1\2]*\2", text):
+        text = re.sub("\1[^\1\2]*\2", "", text)
+    return text.rpartition("\2")[2].partition("\1")[0].strip()
+
+
+def regex_strip(text: str) -> str:
+    return re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
+
+
+def closed_only_strip(text: str) -> str:
+    return text.rpartition("</think>")[2].strip()
+
+
+@given(PIECES)
+def test_thinking_equals_bracket_rewriting(text: str) -> None:
+    assert strip_thinking(text) == naive_strip(text)
+
+
+@pytest.mark.parametrize("twin", [regex_strip, closed_only_strip, str.strip])
+def test_bracket_rewriting_rejects_simpler_rules(twin: Callable[[str], str]) -> None:
+    witnesses = ["<think>a", "a</think>b", "<think>a<think>b</think>c</think>d", "a <think>b</think>", " a"]
+    assert any(twin(text) != naive_strip(text) for text in witnesses)
+    assert all(strip_thinking(text) == naive_strip(text) for text in witnesses)
+
+
+@given(FRAGMENTS)
+@example("<thi<think></think>nk>x</think> y")
+def test_stripping_is_idempotent_and_leaves_no_tag(text: str) -> None:
+    once = strip_thinking(text)
+    assert strip_thinking(once) == once
+    assert "<think>" not in once
+    assert "</think>" not in once
+
+
+def test_one_pass_over_broken_tags_is_not_enough() -> None:
+    text = "<thi<think></think>nk>secret"
+    assert "<think>" in regex_strip(text)
+    assert strip_thinking(text) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("  no tag\n", "  no tag\n"),
+        ("<think>a</think>\n\n  b ", "b"),
+        ("<think>a</think><think>b</think>c", "c"),
+        ("x <think>a<think>b</think>c</think> d", "x  d"),
+        ("a</think>b</think>c", "c"),
+        ("a<think>b", "a"),
+        ("<think>only thoughts</think>", ""),
+        ("</think>", ""),
+    ],
+)
+def test_thinking_examples(text: str, kept: str) -> None:
+    assert strip_thinking(text) == kept
+
+
+def is_a_cut(cut: Callable[..., list[int]], items: list[int], limit: int, marker: list[int]) -> bool:
+    result = cut(items, limit, marker=marker)
+    if len(items) <= limit:
+        return result == items
+    gap = marker if limit > len(marker) else []
+    head = (limit - len(gap) + 1) // 2
+    tail = limit - len(gap) - head
+    return result == items[:head] + gap + list(reversed(list(reversed(items))[:tail]))
+
+
+@given(st.lists(st.integers(), max_size=12), st.integers(0, 14), st.lists(st.just(-1), max_size=4))
+def test_cut_middle_keeps_both_ends(items: list[int], limit: int, marker: list[int]) -> None:
+    before = list(items)
+    assert is_a_cut(cut_middle, items, limit, marker)
+    assert items == before
+    assert len(cut_middle(items, limit, marker=marker)) == min(len(items), limit)
+    assume(items)
+    assert cut_middle(tuple(items), len(items), marker=marker) == items
+
+
+def test_cut_middle_rejects_other_cuts() -> None:
+    def from_the_right(items: list[int], limit: int, *, marker: list[int]) -> list[int]:
+        return items[:limit]
+
+    def empty_tail_by_minus_zero(items: list[int], limit: int, *, marker: list[int]) -> list[int]:
+        gap = marker if limit > len(marker) else []
+        kept = limit - len(gap)
+        return [*items[: kept - kept // 2], *gap, *items[-(kept // 2) :]] if len(items) > limit else items
+
+    items = list(range(10))
+    assert not is_a_cut(from_the_right, items, 6, [-1])
+    assert is_a_cut(empty_tail_by_minus_zero, items, 6, [-1])
+    assert not is_a_cut(empty_tail_by_minus_zero, items, 2, [-1])
+    with pytest.raises(ValueError, match="limit: expected an int in .*, got -1"):
+        cut_middle(items, -1, marker=[])

@@ -1,0 +1,208 @@
+"""One chunk of the fused loss in plain torch: any device, any dtype, and the oracle of the kernels.
+
+The gradient of a divergence L over K tokens and a bucket for the rest, with respect to the logits z. Write
+x_j = log p_j for the categories (K tokens, then the tail), g_j = ∂L/∂x_j with the x_j taken as independent, and
+G = Σ_j g_j. All x_j share the normaliser log Σ exp z, whose derivative is p_v; the tail's x also holds
+log Σ_{v outside} exp z_v, whose derivative is the softmax over the outside tokens alone. So, with the categories'
+slopes s_j = g_j − G·p_j,
+
+    ∂L/∂z_v = s_v                              inside the support
+    ∂L/∂z_v = s_tail · softmax_outside(z)_v    outside: the tail's slope, shared out by probability
+
+Nothing is divided by a nearly empty tail, and nothing is subtracted from 1 to find it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdpo._numerics import logaddexp, logsumexp
+from sdpo._recipe import Recipe, Rows, Side, TokenStats
+from sdpo.importance import importance_weights
+
+
+class Split(NamedTuple):
+    """A chunk of distributions, seen as K tokens and the rest."""
+
+    inside: Tensor  # [c, K] logits at the support
+    log_inside: Tensor  # [c] logsumexp over the support
+    log_outside: Tensor  # [c] logsumexp over all other tokens; −inf if there are none
+    normalizer: Tensor  # [c] logsumexp over the vocabulary
+    entropy: Tensor  # [c] nats
+    outside: Tensor  # [c, V] softmax over the tokens outside, exactly 0 inside
+
+
+def divergence(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """JSD_α of normalised log-probabilities [c, M], p the student: value [c] and slopes s = g − G·p [c, M].
+
+    The Kullback–Leibler divergences are summed as Σ p·log(p/q) − p + q: every term is ≥ 0, and an error of the
+    normalisers, common to a row, drops out in first order. In the JSD those corrections cancel token by token.
+    Where a divergence is infinite its token sends no gradient, as in the plain loss.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    no_p, no_q = log_p.isneginf(), log_q.isneginf()
+    if alpha == 0.0:
+        terms = _kl_terms(q, p, (log_q - log_p).masked_fill(no_p | no_q, 0.0), no_q, no_p)
+        g = (-q).masked_fill(no_p, 0.0)
+    elif alpha == 1.0:
+        log_ratio = (log_p - log_q).masked_fill(no_p | no_q, 0.0)
+        terms = _kl_terms(p, q, log_ratio, no_p, no_q)
+        # Adding c·p to g changes no slope. g is p·(log_ratio + 1), and 0 where infinite: shifted by −p.
+        g = p * log_ratio.masked_fill(no_q & ~no_p, -1.0)
+    else:
+        delta = (log_q - log_p).masked_fill(no_p & no_q, 0.0).clamp(-80.0, 80.0)
+        g = (1 - alpha) * p * _log_over_mixture(delta, alpha)
+        terms = g + alpha * q * _log_over_mixture(-delta, 1 - alpha)
+    return terms.sum(dim=1), g - g.sum(dim=1, keepdim=True) * p
+
+
+def _kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor, no_p: Tensor, no_q: Tensor) -> Tensor:
+    """p·log(p/q) − p + q: q where p = 0, +inf where p > 0 = q; ``log_ratio`` is finite, 0 in both cases."""
+    near = log_ratio.abs() < 1.0
+    small = log_ratio.masked_fill(~near, 0.0)
+    terms = torch.where(near, p * (small + (-small).expm1()), p * (log_ratio - 1.0) + q)
+    return torch.where(no_p, q, terms).masked_fill(no_q & ~no_p, math.inf)
+
+
+def _log_over_mixture(delta: Tensor, weight: float) -> Tensor:
+    """log(p / ((1−w)·p + w·q)) from delta = log q − log p in [−80, 80], beyond which nothing of it is left."""
+    near = delta.abs() < 1.0
+    small = (weight * delta.masked_fill(~near, 0.0).expm1()).log1p()
+    return -torch.where(near, small, ((1 - weight) + weight * delta.exp()).log())
+
+
+def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+    """Turn products [c, V] into logits, in place: bias, scale, soft-cap, temperature."""
+    if bias is not None:
+        products.add_(bias.to(products.dtype))
+    if recipe.softcap is None:
+        return products.mul_(recipe.logit_scale / recipe.temperature)
+    return products.mul_(recipe.logit_scale / recipe.softcap).tanh_().mul_(recipe.softcap / recipe.temperature)
+
+
+def map_slope(logits: Tensor, recipe: Recipe) -> Tensor | float:
+    """Derivative of the logits with respect to the products, as a function of the logits."""
+    slope = recipe.logit_scale / recipe.temperature
+    if recipe.softcap is None:
+        return slope
+    return (1.0 - (logits * (recipe.temperature / recipe.softcap)).square()) * slope
+
+
+def split(logits: Tensor, ids: Tensor) -> Split:
+    """Read logits [c, V] at ids [c, K] and sum all other tokens; leaves 0 in the logits at ids and where −inf."""
+    inside = logits.gather(1, ids)
+    logits.scatter_(1, ids, -math.inf)
+    top = logits.amax(dim=1)
+    top = top.masked_fill(top.isneginf(), 0.0)
+    outside = (logits - top[:, None]).exp_()
+    mass = outside.sum(dim=1)
+    outside.div_(mass.masked_fill(mass == 0.0, 1.0)[:, None])
+    log_outside = top + mass.log()
+    log_inside = logsumexp(inside)
+    normalizer = logaddexp(log_inside, log_outside)
+    logits.masked_fill_(logits.isneginf(), 0.0)
+    # A batched dot product: the mean logit outside, without a second [c, V] temporary.
+    mean_outside = torch.bmm(outside[:, None, :], logits[:, :, None]).flatten()
+    inside_p = (inside - normalizer[:, None]).exp()
+    mean = (inside_p * inside.masked_fill(inside.isneginf(), 0.0)).sum(dim=1)
+    mean = mean + (log_outside - normalizer).exp() * mean_outside
+    return Split(inside, log_inside, log_outside, normalizer, normalizer - mean, outside)
+
+
+def choose_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Recipe) -> Tensor:
+    """Token ids [c, K] of the support: a model's K likeliest, the sampled token, or (K = V) every token."""
+    if recipe.support == "sampled":
+        return tokens[:, None]
+    owner = student if recipe.support == "student" else teacher
+    if recipe.k is None or recipe.k == owner.shape[1]:
+        return torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
+    return owner.topk(recipe.k, dim=1, sorted=False).indices
+
+
+def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
+    """The loss of one chunk; fills ``slope`` [c, V] with d(weighted loss)/d(student products), if it is given.
+
+    The buffers of both sides are consumed; ``slope`` may be the student's.
+    """
+    z_student = map_logits(student.products, student.bias, recipe)
+    z_teacher = map_logits(teacher.products, teacher.bias, recipe)
+    if teacher.reference is not None and recipe.trust_region_coef is not None:
+        reference = map_logits(teacher.reference, teacher.reference_bias, recipe)
+        z_teacher = reference.lerp_(z_teacher, recipe.trust_region_coef)
+    ids = choose_support(z_student, z_teacher, rows.tokens, recipe)
+    token = rows.tokens[:, None]
+    token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
+    q = split(z_teacher, ids)._replace(outside=z_teacher)
+    p = split(z_student, ids)
+
+    log_p, log_q = p.inside - p.normalizer[:, None], q.inside - q.normalizer[:, None]
+    log_tail_p, log_tail_q = p.log_outside - p.normalizer, q.log_outside - q.normalizer
+    log_token, log_token_q = token_student - p.normalizer, token_teacher - q.normalizer
+    if recipe.support == "sampled":
+        value, inside, outside = _sampled(log_token, log_token_q, log_tail_p)
+    else:
+        value, inside, outside = _topk(log_p, log_q, log_tail_p, log_tail_q, recipe)
+
+    weights, clipped = _weights(log_token, rows, recipe)
+    if slope is not None:
+        scale = weights if rows.slope_weights is None else rows.slope_weights.to(weights.dtype)
+        scale = (scale if rows.lift is None else scale * rows.lift)[:, None]
+        torch.mul(p.outside.mul_(map_slope(z_student, recipe)), outside[:, None] * scale, out=slope)
+        slope.scatter_(1, ids, inside * scale * map_slope(p.inside, recipe))
+    return TokenStats(
+        per_token=value,
+        weights=weights,
+        log_probs=log_token,
+        teacher_log_probs=log_token_q,
+        student_entropy=p.entropy,
+        teacher_entropy=q.entropy,
+        student_topk_mass=(p.log_inside - p.normalizer).exp(),
+        teacher_topk_mass=(q.log_inside - q.normalizer).exp(),
+        student_log_tail=log_tail_p,
+        teacher_log_tail=log_tail_q,
+        clipped=clipped,
+    )
+
+
+def _topk(
+    log_p: Tensor, log_q: Tensor, log_tail_p: Tensor, log_tail_q: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value [c], slopes at the support [c, K] and of the tail [c]."""
+    if recipe.tail == "renormalize":
+        value, inside = divergence(_renormalize(log_p), _renormalize(log_q), recipe.alpha)
+        return value, inside, torch.zeros_like(value)
+    log_p = torch.cat([log_p, log_tail_p[:, None]], dim=1)
+    log_q = torch.cat([log_q, log_tail_q[:, None]], dim=1)
+    value, slopes = divergence(log_p, log_q, recipe.alpha)
+    return value, slopes[:, :-1], slopes[:, -1]
+
+
+def _renormalize(log_probs: Tensor) -> Tensor:
+    mass = logsumexp(log_probs)[:, None]
+    return log_probs - mass.masked_fill(mass.isneginf(), 0.0)
+
+
+def _sampled(log_p: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The surrogate A·log p with A = log p − log q held fixed: g = A at the token, 0 elsewhere."""
+    never = log_p.isneginf()
+    infinite = log_q.isneginf() & ~never
+    advantage = (log_p - log_q).masked_fill(never | infinite, 0.0)
+    value = (advantage * log_p.masked_fill(never, 0.0)).masked_fill(infinite, math.inf)
+    tail = advantage * log_tail.exp()
+    return value, tail[:, None], -tail
+
+
+def _weights(log_token: Tensor, rows: Rows, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Importance × extra weights [c], and where the importance was cut."""
+    weights, clipped = torch.ones_like(log_token), torch.zeros_like(log_token)
+    if rows.old_log_probs is not None and recipe.is_clip is not None:
+        old = rows.old_log_probs.to(log_token.dtype)
+        weights = importance_weights(log_token, old, clip=recipe.is_clip)
+        clipped = (log_token - old > math.log(recipe.is_clip)).to(log_token.dtype)
+    if rows.extra_weights is not None:
+        weights = weights * rows.extra_weights.to(weights.dtype)
+    return weights, clipped
