@@ -1,4 +1,4 @@
-"""Independent answers: float64 loops over Python lists, written from the definitions and sharing nothing with sdpo."""
+"""Independent answers: float64 loops over Python lists, from the definitions, sharing nothing with sdpo."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def per_row(function: Callable[..., float], *tensors: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(leading)
 
 
-def numerical_gradient(function: Callable[[list[float]], float], point: Row, step: float = 1e-5) -> list[float]:
+def numerical_gradient(
+    function: Callable[[list[float]], float], point: Row, step: float = 1e-5
+) -> list[float]:
     """Central differences; 0 where the point is −inf."""
     gradient = []
     for i, z in enumerate(point):

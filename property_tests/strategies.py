@@ -1,4 +1,4 @@
-"""Hypothesis strategies shared by the tests, and `Claim`: a property, what it holds for, and a wrong twin it rejects."""
+"""Hypothesis strategies shared by the tests, and `Claim`: a property, and a wrong twin that it rejects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generator(seed: int) -> torch.Generator:
 def logits(
     draw: st.DrawFn, *, shape: tuple[int, ...], masked: bool = True, max_scale: float = 30.0
 ) -> Tensor:
-    """Float64 logits [*shape]: flat to very peaked, with ties, a common offset, and −inf entries (never a whole row)."""
+    """Float64 logits [*shape]: flat to very peaked, with ties, an offset, and −inf entries (never a whole row)."""
     rng = generator(draw(seeds))
     scale = draw(st.sampled_from([s for s in (0.1, 1.0, 5.0, 30.0, 300.0) if s <= max_scale]))
     values = torch.randn(shape, generator=rng, dtype=torch.float64) * scale
@@ -84,7 +84,11 @@ class Claim:
 
     def rejects_wrong_twin(self) -> None:
         search = settings(
-            max_examples=300, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False
+            max_examples=300,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            report_multiple_bugs=False,
         )
         with pytest.raises(AssertionError):
             search(given(**self.drawn)(lambda **values: self.check(self.wrong, **values)))()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from strategies import Claim, assert_near, generator, logit_pairs, name_of, seeds, token_batches
 from torch import Tensor
 
 from sdpo import (
@@ -19,7 +20,6 @@ from sdpo import (
     sequence_advantages,
     token_advantages,
 )
-from strategies import Claim, assert_near, generator, logit_pairs, name_of, seeds, token_batches
 
 reward_lists = st.lists(
     st.tuples(st.sampled_from([0.0, 0.1, 0.3, 1.0, 5.0]), st.integers(0, 3)), min_size=1, max_size=12
@@ -31,7 +31,7 @@ def as_tensors(rows: list[tuple[float, int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
 
 
-# ---- groups ----------------------------------------------------------------------------------------------------
+# ---- groups ------------------------------------------------------------------------------------------------
 
 
 def property_group_baseline_is_a_loop(normalize: Any, rows: list[tuple[float, int]], scale: bool) -> None:
@@ -51,14 +51,14 @@ def property_equal_rewards_give_exactly_zero(normalize: Any, reward: float, size
 
 def property_a_broken_reward_stays_in_its_group(normalize: Any, rows: list[tuple[float, int]]) -> None:
     rewards, groups = as_tensors(rows)
-    broken = normalize(rewards.masked_fill(groups == groups[0], math.nan), groups, scale_by_std=True, eps=1e-4)
+    broken = normalize(
+        rewards.masked_fill(groups == groups[0], math.nan), groups, scale_by_std=True, eps=1e-4
+    )
     clean = normalize(rewards, groups, scale_by_std=True, eps=1e-4)
     assert_near(broken[groups != groups[0]], clean[groups != groups[0]])
 
 
-def normalize_by_matrix_product(
-    rewards: Tensor, groups: Tensor, *, scale_by_std: bool, eps: float
-) -> Tensor:
+def normalize_by_matrix_product(rewards: Tensor, groups: Tensor, *, scale_by_std: bool, eps: float) -> Tensor:
     same = (groups[:, None] == groups).to(rewards.dtype)
     size = same.sum(-1)
     centered = rewards - same @ rewards / size
@@ -66,7 +66,7 @@ def normalize_by_matrix_product(
     return centered / (std + eps) if scale_by_std else centered
 
 
-# ---- self-distillation -----------------------------------------------------------------------------------------
+# ---- self-distillation -------------------------------------------------------------------------------------
 
 
 def property_policy_gradient_is_the_divergence_gradient(advantages: Any, pair: Any) -> None:
@@ -82,7 +82,9 @@ def property_policy_gradient_is_the_divergence_gradient(advantages: Any, pair: A
     assert_near(policy_gradient, -leaf.grad)
 
 
-def property_token_advantage_is_the_logit_advantage_of_the_token(advantages: Any, pair: Any, seed: int) -> None:
+def property_token_advantage_is_the_logit_advantage_of_the_token(
+    advantages: Any, pair: Any, seed: int
+) -> None:
     student, teacher = pair
     tokens = torch.randint(student.shape[-1], student.shape[:-1], generator=generator(seed))
     expected = logit_advantages(student, teacher).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -101,11 +103,16 @@ def property_sequence_advantage_is_the_mean_of_active_tokens(advantages: Any, ba
 def property_blend_is_a_weighted_sum(blend: Any, batch: Any, weight: float) -> None:
     per_token, _ = batch
     per_row = per_token[:, 0]
-    expected = [[weight * a + (1 - weight) * b for b in row] for a, row in zip(per_row, per_token, strict=True)]
+    expected = [
+        [weight * a + (1 - weight) * b for b in row] for a, row in zip(per_row, per_token, strict=True)
+    ]
     assert_near(blend(per_row, per_token, reward_weight=weight), expected)
     assert_near(blend(per_row, per_row, reward_weight=weight), per_row)
     assert_near(blend(per_token, -per_token, reward_weight=weight), (2 * weight - 1) * per_token)
-    assert_near(blend(per_row, torch.full_like(per_token, -math.inf), reward_weight=1.0), per_row[:, None].expand_as(per_token))
+    assert_near(
+        blend(per_row, torch.full_like(per_token, -math.inf), reward_weight=1.0),
+        per_row[:, None].expand_as(per_token),
+    )
     assert_near(blend(torch.full_like(per_row, math.nan), per_token, reward_weight=0.0), per_token)
 
 
@@ -195,7 +202,9 @@ def test_arguments_are_checked() -> None:
         group_normalized_advantages(rewards.view(2, 2), groups, scale_by_std=True, eps=0.0)
     with pytest.raises(ValueError, match=r"reward_weight: expected a number in \[0, 1\], got 1\.1"):
         blend_advantages(rewards, rewards, reward_weight=1.1)
-    with pytest.raises(ValueError, match=r"reward_advantages: expected shape \(2,\) \(one per sequence\), got \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"reward_advantages: expected shape \(2,\) \(one per sequence\), got \(4,\)"
+    ):
         blend_advantages(rewards, torch.zeros(2, 3), reward_weight=0.5)
     with pytest.raises(TypeError, match=r"tokens: expected a tensor of integer dtype"):
         token_advantages(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from strategies import Claim, assert_near, generator, name_of, seeds, token_batches
 from torch import Tensor
 
 from sdpo import MaskedSum, sequence_sum, token_sum
-from strategies import Claim, assert_near, generator, name_of, seeds, token_batches
 
 Batch = tuple[Tensor, Tensor]
 batches = token_batches()
@@ -19,7 +19,12 @@ batches = token_batches()
 
 def property_token_sum_is_a_loop(aggregate: Any, batch: Batch) -> None:
     values, mask = batch
-    active = [v for row, kept in zip(*map(Tensor.tolist, batch), strict=True) for v, m in zip(row, kept, strict=True) if m]
+    active = [
+        v
+        for row, kept in zip(*map(Tensor.tolist, batch), strict=True)
+        for v, m in zip(row, kept, strict=True)
+        if m
+    ]
     total, count = aggregate(values, mask)
     assert_near(total, math.fsum(active))
     assert count.item() == len(active)
@@ -54,7 +59,9 @@ def property_masked_values_do_not_exist(aggregate: Any, batch: Batch, poison: fl
 def property_columns_of_padding_change_nothing(aggregate: Any, batch: Batch, columns: int) -> None:
     values, mask = batch
     padding = torch.full((len(values), columns), math.nan, dtype=values.dtype)
-    padded = aggregate(torch.cat([values, padding], -1), torch.cat([mask, torch.zeros_like(padding).bool()], -1))
+    padded = aggregate(
+        torch.cat([values, padding], -1), torch.cat([mask, torch.zeros_like(padding).bool()], -1)
+    )
     assert_near(padded.mean(), aggregate(values, mask).mean())
     assert padded.count == aggregate(values, mask).count
 
@@ -163,7 +170,10 @@ def test_empty_batches_are_zero(aggregate: Any, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("aggregate", [token_sum, sequence_sum])
 def test_tensors_are_checked(aggregate: Any) -> None:
     values = torch.zeros(2, 3)
-    with pytest.raises(TypeError, match=r"mask: expected a tensor of bool dtype, got torch\.float32; convert it with `\.bool\(\)`"):
+    with pytest.raises(
+        TypeError,
+        match=r"mask: expected a tensor of bool dtype, got torch\.float32; convert it with `\.bool\(\)`",
+    ):
         aggregate(values, values)
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 3\).*got \(2,\)"):
         aggregate(values, torch.ones(2, dtype=torch.bool))

@@ -6,15 +6,14 @@ import math
 from functools import partial
 from typing import Any
 
+import oracles
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import strategies as st
+from strategies import Claim, alphas, assert_near, inner_alphas, logit_pairs, name_of, seeds
 from torch import Tensor
 
-import oracles
 from sdpo import generalized_jsd, kl_divergence
-from strategies import Claim, alphas, assert_near, inner_alphas, logit_pairs, name_of, seeds
 
 Pair = tuple[Tensor, Tensor]
 
@@ -23,7 +22,7 @@ def normalized(pair: Pair) -> Pair:
     return torch.log_softmax(pair[0], -1), torch.log_softmax(pair[1], -1)
 
 
-# ---- Kullback–Leibler ------------------------------------------------------------------------------------------
+# ---- Kullback–Leibler --------------------------------------------------------------------------------------
 
 
 def property_kl_is_its_definition(kl: Any, pair: Pair) -> None:
@@ -32,7 +31,7 @@ def property_kl_is_its_definition(kl: Any, pair: Pair) -> None:
 
 
 def kl_from_torch(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def property_kl_agrees_with_torch(kl: Any, pair: Pair) -> None:
@@ -76,7 +75,7 @@ def property_infinite_is_inf_and_harmless(kl: Any, pair: Pair) -> None:
     assert (student.grad == 0.0).all()
 
 
-# ---- generalized Jensen–Shannon --------------------------------------------------------------------------------
+# ---- generalized Jensen–Shannon ----------------------------------------------------------------------------
 
 
 def mixture(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
@@ -222,9 +221,7 @@ CLAIMS = [
         jsd_without_student_half,
         {"pair": mild_pair, "alpha": st.floats(0.1, 0.9)},
     ),
-    Claim(
-        property_jsd_gradient_is_closed_form_everywhere, generalized_jsd, jsd_with_plain_logaddexp, inner
-    ),
+    Claim(property_jsd_gradient_is_closed_form_everywhere, generalized_jsd, jsd_with_plain_logaddexp, inner),
 ]
 
 
@@ -240,7 +237,14 @@ def test_rejects_its_wrong_twin(claim: Claim) -> None:
 
 @pytest.mark.parametrize(
     ("alpha", "error"),
-    [(3, ValueError), (-0.1, ValueError), (math.nan, ValueError), (True, TypeError), ("1", TypeError), (None, TypeError)],
+    [
+        (3, ValueError),
+        (-0.1, ValueError),
+        (math.nan, ValueError),
+        (True, TypeError),
+        ("1", TypeError),
+        (None, TypeError),
+    ],
 )
 def test_alpha_is_checked(alpha: Any, error: type[Exception]) -> None:
     log_p = torch.zeros(1)
@@ -252,7 +256,9 @@ def test_tensors_are_checked() -> None:
     log_p = torch.zeros(2, 1)
     with pytest.raises(ValueError, match=r"teacher_log_probs: expected shape \(2, 1\).*got \(1,\)"):
         generalized_jsd(log_p, torch.zeros(1), alpha=0.5)
-    with pytest.raises(TypeError, match=r"log_q: expected a tensor of floating dtype, got torch.int64; convert"):
+    with pytest.raises(
+        TypeError, match=r"log_q: expected a tensor of floating dtype, got torch.int64; convert"
+    ):
         kl_divergence(log_p, torch.zeros(2, 1, dtype=torch.long))
     with pytest.raises(ValueError, match=r"log_p: expected at least one category"):
         kl_divergence(torch.zeros(2, 0), torch.zeros(2, 0))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
@@ -60,7 +60,10 @@ def model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes}))
+        made = Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes}))
+    # Every sixth character also ends a completion, so that completions differ in length.
+    made.generation_config.eos_token_id = [1, *range(6, len(VOCABULARY), 6)]
+    return made
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -111,7 +114,7 @@ def arguments(output: Path, **changes: Any) -> GRPOConfig:
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
         "num_generations": GROUP,
-        "max_completion_length": 6,
+        "max_completion_length": 8,
         "max_steps": 2,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
@@ -151,7 +154,7 @@ def trainer(
     **changes: Any,
 ) -> SDPOTrainer:
     """A trainer over the tiny model (or `start`); further keywords change its `GRPOConfig`."""
-    return SDPOTrainer(
+    made = SDPOTrainer(
         model=model() if start is None else start,
         args=arguments(output, **changes),
         sdpo_config=sdpo_config or config(),
@@ -163,3 +166,5 @@ def trainer(
         callbacks=callbacks,
         tools=tools,
     )
+    made.remove_callback(PrinterCallback)
+    return made

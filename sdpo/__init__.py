@@ -28,6 +28,7 @@ from sdpo.advantages import (
 )
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
+from sdpo.fused import FusedOutput, fused_topk_distillation_loss
 from sdpo.importance import importance_weights
 from sdpo.loss import (
     LossOutput,
@@ -58,6 +59,7 @@ from sdpo.teacher import (
 from sdpo.topk import GatheredLogProbs, TopK, add_tail_bucket, gather_log_probs, renormalize, topk_log_probs
 
 __all__ = [
+    "FusedOutput",
     "GatheredLogProbs",
     "LossOutput",
     "MaskedSum",
@@ -73,6 +75,7 @@ __all__ = [
     "ema",
     "frozen",
     "full_distillation_loss",
+    "fused_topk_distillation_loss",
     "gather_log_probs",
     "generalized_jsd",
     "group_normalized_advantages",

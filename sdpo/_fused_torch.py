@@ -84,12 +84,12 @@ def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
     return products.mul_(recipe.logit_scale / recipe.softcap).tanh_().mul_(recipe.softcap / recipe.temperature)
 
 
-def map_slope(logits: Tensor, recipe: Recipe) -> Tensor | float:
-    """Derivative of the logits with respect to the products, as a function of the logits."""
-    slope = recipe.logit_scale / recipe.temperature
+def flatten_by_softcap(slope: Tensor, logits: Tensor, recipe: Recipe) -> Tensor:
+    """Multiply a slope, in place, by 1 − tanh²: what the soft-cap lets through, read off its own result."""
     if recipe.softcap is None:
         return slope
-    return (1.0 - (logits * (recipe.temperature / recipe.softcap)).square()) * slope
+    capped = logits * (recipe.temperature / recipe.softcap)
+    return slope.mul_(capped.square_().neg_().add_(1.0))
 
 
 def split(logits: Tensor, ids: Tensor) -> Split:
@@ -132,7 +132,8 @@ def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tenso
     z_teacher = map_logits(teacher.products, teacher.bias, recipe)
     if teacher.reference is not None and recipe.trust_region_coef is not None:
         reference = map_logits(teacher.reference, teacher.reference_bias, recipe)
-        z_teacher = reference.lerp_(z_teacher, recipe.trust_region_coef)
+        # Not lerp: it would subtract −inf from −inf where a token is impossible.
+        z_teacher = reference.mul_(1 - recipe.trust_region_coef).add_(z_teacher, alpha=recipe.trust_region_coef)
     ids = choose_support(z_student, z_teacher, rows.tokens, recipe)
     token = rows.tokens[:, None]
     token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
@@ -151,8 +152,9 @@ def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tenso
     if slope is not None:
         scale = weights if rows.slope_weights is None else rows.slope_weights.to(weights.dtype)
         scale = (scale if rows.lift is None else scale * rows.lift)[:, None]
-        torch.mul(p.outside.mul_(map_slope(z_student, recipe)), outside[:, None] * scale, out=slope)
-        slope.scatter_(1, ids, inside * scale * map_slope(p.inside, recipe))
+        scale = scale * (recipe.logit_scale / recipe.temperature)
+        torch.mul(flatten_by_softcap(p.outside, z_student, recipe), outside[:, None] * scale, out=slope)
+        slope.scatter_(1, ids, flatten_by_softcap(inside * scale, p.inside, recipe))
     return TokenStats(
         per_token=value,
         weights=weights,

@@ -42,13 +42,11 @@ def gradient_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
     return operand if has_mixed_product(device, operand) else working_dtype(operand)
 
 
-def gradient_lift(operand: torch.dtype, weights: Tensor, bound: float) -> Tensor | None:
-    """Power of two that lifts fp16 gradients out of the underflow, [] float32; None where nothing is needed.
+def gradient_lift(weights: Tensor, bound: float) -> Tensor:
+    """Power of two that lifts fp16 gradients out of the underflow, [] float32.
 
-    ``weights`` [n] multiplied by ``bound`` bounds the loss weights.
+    ``weights`` [N > 0] multiplied by ``bound`` bounds the loss weights.
     """
-    if operand != torch.float16 or weights.numel() == 0:
-        return None
     largest = weights.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) * bound
     return torch.exp2((math.log2(_LIFTED) - largest.log2()).floor())
 

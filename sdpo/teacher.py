@@ -9,6 +9,7 @@ Source: SDPO, arXiv 2601.20802, section 4 (self-teacher variants).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -222,11 +223,12 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
 
 
 def _mix(reference: Tensor, live_values: Tensor, coef: float) -> Tensor:
-    reference, live_values = upcast(reference).detach(), upcast(live_values).detach()
-    # The ends are exact by choice, not by arithmetic: 0 · (−∞) would be NaN.
-    if coef in (0.0, 1.0):
-        return live_values if coef else reference
-    return (1.0 - coef) * reference + coef * live_values
+    common = torch.promote_types(upcast(reference).dtype, live_values.dtype)
+    start, end = reference.detach().to(common), live_values.detach().to(common)
+    if coef in (0.0, 1.0):  # exactly one of the two, whatever is impossible for the other
+        return end if coef else start
+    # (1−c)·(−∞) + c·z is −∞ for every c in between, but torch.lerp takes a difference and makes it NaN.
+    return torch.lerp(start, end, coef).masked_fill_(start.isneginf() | end.isneginf(), -math.inf)
 
 
 def _check_coef(coef: float) -> float:

@@ -31,48 +31,39 @@ def fused(
     *,
     temperature: float,
     transform: HeadTransform,
-    compute_dtype: torch.dtype | None,
-) -> Any:
-    """The fused loss over hidden states; `compute_dtype` is autocast's dtype, or `None` without autocast."""
-    teacher = teachers[0]
-    shared = teacher.head.weight is student.head.weight
-    student_weight = _cast(student.head.weight, student.hidden, compute_dtype)
-    teacher_weight = (
-        student_weight.detach() if shared else _cast(teacher.head.weight, teacher.hidden, compute_dtype)
-    )
-    dtype = student_weight.dtype
-    shared_options: dict[str, Any] = {
-        "temperature": temperature,
-        "loss_mask": targets.loss_mask,
-        "old_log_probs": targets.old_log_probs,
-        "is_clip": config.is_clip,
-        "extra_weights": targets.weights,
-        "student_bias": student.head.bias,
-        "teacher_bias": teacher.head.bias,
-        "softcap": transform.softcap,
-        "logit_scale": transform.logit_scale,
-        "chunk_size": config.loss_chunk_size,
-        "backend": config.loss_backend,
-    }
-    states = (
-        student.hidden.to(dtype),
-        student_weight,
-        teacher.hidden.to(dtype),
-        teacher_weight,
+) -> sdpo.FusedOutput:
+    """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region."""
+    teacher = teachers[-1]
+    reference = teachers[0] if len(teachers) == 2 else None
+    # A head that all forwards share is named once, which saves a product.
+    own_head = reference is not None and reference.head.weight is not teacher.head.weight
+    return sdpo.fused_topk_distillation_loss(
+        student.hidden,
+        student.head.weight,
+        teacher.hidden,
+        teacher.head.weight,
         targets.tokens,
+        k=config.distillation_topk if config.topk_side else None,
+        alpha=config.alpha,
+        tail=config.tail,
+        support=config.topk_side
+        or ("sampled" if config.distillation_support == "sampled_token" else "student"),
+        temperature=temperature,
+        loss_mask=targets.loss_mask,
+        old_log_probs=targets.old_log_probs,
+        is_clip=config.is_clip if targets.old_log_probs is not None else None,
+        extra_weights=targets.weights,
+        student_bias=student.head.bias,
+        teacher_bias=teacher.head.bias,
+        reference_hidden=reference.hidden if reference else None,
+        reference_head=reference.head.weight if reference and own_head else None,
+        reference_bias=reference.head.bias if reference and own_head else None,
+        trust_region_coef=config.trust_region_coef if reference else None,
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
+        chunk_size=config.loss_chunk_size,
+        backend="auto" if config.loss_backend == "logits" else config.loss_backend,
     )
-    if config.topk_side is not None:
-        return sdpo.fused_topk_distillation_loss(
-            *states,
-            k=config.distillation_topk,
-            alpha=config.alpha,
-            tail=config.tail,
-            support=config.topk_side,
-            **shared_options,
-        )
-    if config.distillation_support == "full":
-        return sdpo.fused_full_distillation_loss(*states, alpha=config.alpha, **shared_options)
-    return sdpo.fused_sampled_token_distillation_loss(*states, **shared_options)
 
 
 def rollout_weights(rows: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
@@ -88,10 +79,6 @@ def rollout_weights(rows: Mapping[str, Tensor], *, clip: float) -> Tensor | None
     if old is None or rollout is None:
         return None
     return sdpo.importance_weights(old.float(), rollout.float(), clip=clip)
-
-
-def _cast(weight: Tensor, hidden: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
-    return weight.to(compute_dtype or torch.promote_types(weight.dtype, hidden.dtype))
 
 
 def from_logits(

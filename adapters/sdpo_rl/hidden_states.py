@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from . import ranks
 
 
 class Head(NamedTuple):
@@ -77,6 +80,18 @@ def accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(type(base).forward).parameters
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def forward_arguments(
     model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int
 ) -> dict[str, Any]:
@@ -100,8 +115,8 @@ def completion_states(
     """Hidden states [B, T, D] that predict the last `length` tokens, with the head's own tensors.
 
     `model` is what runs (it may be wrapped for several ranks), `unwrapped` the model inside it. With `params`
-    the forward uses these tensors in place of the parameters of the same names, and `model` is left
-    untouched. The head sees a single position: its whole product is never formed.
+    the forward uses these tensors in place of the parameters of the same names, and `model` is left as it
+    was. The head sees a single position: its whole product is never formed.
     """
     head_module = unwrapped.get_output_embeddings()
     found: list[CompletionStates] = []
@@ -109,15 +124,15 @@ def completion_states(
     def capture(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         linear = linear_head(module)
         # Read here, inside the forward: this is where swapped and gathered parameters are in place.
-        found.append(CompletionStates(args[0][:, -(length + 1) : -1], Head(linear.weight, linear.bias)))
+        head = Head(linear.weight, linear.bias)
+        if params is not None and ranks.is_sharded(unwrapped):
+            head = Head(*map(_lasting, head))
+        found.append(CompletionStates(args[0][:, -(length + 1) : -1], head))
         return (args[0][:, -1:], *args[1:])
 
     handle = head_module.register_forward_pre_hook(capture)
     try:
-        if params is None:
-            model(**arguments)
-        else:
-            functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
+        _run(model, unwrapped, arguments, params)
     finally:
         handle.remove()
     if len(found) != 1:
@@ -137,11 +152,23 @@ def completion_logits(
     params: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Whole logits [B, T, V] that predict the last `length` tokens, for heads that cannot be fused."""
+    return _run(model, unwrapped, arguments, params).logits[:, -(length + 1) : -1]
+
+
+def _run(
+    model: Any, unwrapped: Any, arguments: Mapping[str, Any], params: Mapping[str, Tensor] | None
+) -> Any:
     if params is None:
-        outputs = model(**arguments)
-    else:
-        outputs = functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
-    return outputs.logits[:, -(length + 1) : -1]
+        return model(**arguments)
+    if ranks.is_sharded(unwrapped):
+        with ranks.exchanged(unwrapped, params):
+            return model(**arguments)
+    return functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
+
+
+def _lasting(tensor: Tensor | None) -> Tensor | None:
+    """A copy of a trainable tensor: its memory is gathered anew, with other contents, for the next forward."""
+    return tensor.detach().clone() if tensor is not None and tensor.requires_grad else tensor
 
 
 def transform_matches(model: Any, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:

@@ -6,14 +6,18 @@ from torch import Tensor, nn
 
 import sdpo
 
+from . import ranks
 from .config import SDPOConfig
 
 Params = dict[str, Tensor]
 
 
 def trainable_parameters(model: nn.Module) -> Params:
-    """The parameters that training moves, by name; a frozen, possibly quantized, base is shared instead."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The parameters that training moves, by name; a frozen, possibly quantized, base is shared instead.
+
+    Of a sharded model, the parts that this rank holds.
+    """
+    return ranks.held_parameters(model)
 
 
 class TeacherStore:
@@ -46,7 +50,7 @@ class TeacherStore:
         """
         if self._mode == "live":
             return [None]
-        own = trainable_parameters(model)
+        own = self._own(model)
         params: Params = {
             name: held.to(device=own[name].device, dtype=own[name].dtype)
             for name, held in self.state.params.items()
@@ -55,13 +59,28 @@ class TeacherStore:
 
     def tick(self, model: nn.Module) -> None:
         """Move the teacher towards the student, once."""
-        self.state = self._teacher.update(self.state, trainable_parameters(model))
+        self.state = self._teacher.update(self.state, self._own(model))
 
     def distance(self, model: nn.Module) -> Tensor | None:
         """‖θ' − θ‖/‖θ‖ [] over the trainable parameters; `None` for a live teacher."""
         if self._mode == "live":
             return None
-        return sdpo.teacher_distance(self.state, trainable_parameters(model))
+        own = self._own(model)
+        return ranks.global_ratio(sdpo.teacher_distance(self.state, own), own, model)
+
+    def _own(self, model: nn.Module) -> Params:
+        """The model's parameters; the state takes their parts if the model was sharded after this was made."""
+        own = trainable_parameters(model)
+        if any(held.shape != own[name].shape for name, held in self.state.params.items()):
+            # Before the first tick the student is the better source: where only rank 0 loads the weights, the
+            # others had none when the state was made.
+            params = self.state.params
+            self.state = (
+                self.state._replace(params=ranks.held_parts(model, params))
+                if self.state.ticks
+                else self._teacher.init(own)
+            )
+        return own
 
 
 def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:

@@ -16,7 +16,7 @@ import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import checks, distillation, hidden_states
+from . import checks, distillation, hidden_states, unsloth_compat
 from .alignment import compact, left_pad, position_ids
 from .callbacks import AfterOptimizerStep
 from .config import SDPOConfig
@@ -32,6 +32,7 @@ from .trl_compat import log_probs_result, plain_log_probs
 logger = logging.getLogger("sdpo_rl")
 
 _BASE: Any = trl.GRPOTrainer
+_IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
 
 
 class SDPOTrainer(_BASE):
@@ -67,10 +68,7 @@ class SDPOTrainer(_BASE):
         if trl.GRPOTrainer is not _BASE:
             raise RuntimeError(
                 "trl.GRPOTrainer was patched after sdpo_rl.SDPOTrainer was imported, so training would run "
-                "unpatched. Import in this order:\n"
-                "    from unsloth import FastLanguageModel, PatchFastRL\n"
-                '    PatchFastRL("GRPO", FastLanguageModel)\n'
-                "    from sdpo_rl import SDPOTrainer, SDPOConfig"
+                f"unpatched. Import in this order:\n{unsloth_compat.IMPORT_ORDER}"
             )
         if sdpo_config is not None and not isinstance(sdpo_config, SDPOConfig):
             raise TypeError(f"sdpo_config must be an SDPOConfig, got {type(sdpo_config).__name__}")
@@ -78,6 +76,8 @@ class SDPOTrainer(_BASE):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
+        if _IS_UNSLOTH:
+            unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         rewards = kwargs.get("reward_funcs")
         checks.check_reward_functions(rewards)
         if self.sdpo_config.enabled:
@@ -177,7 +177,10 @@ class SDPOTrainer(_BASE):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError("SDPOTrainer does not return outputs from compute_loss")
-        total = self._distilled_total(model, inputs)
+        if _IS_UNSLOTH:
+            inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
+        with unsloth_compat.logits_not_hidden_states():
+            total = self._distilled_total(model, inputs)
         if self._mode == "train":
             denominator = self._window.denominator(
                 step=self._step,
@@ -228,35 +231,24 @@ class SDPOTrainer(_BASE):
         if self._fused is None:
             self._fused = self._can_fuse(unwrapped, answers)
         forward: Any = hidden_states.completion_states if self._fused else hidden_states.completion_logits
-        # The teacher runs first: the student's graph is then never touched by other weights.
-        with torch.no_grad(), self.accelerator.autocast():
+        # The teacher runs first: the student's graph is then never touched by other weights. It runs in eval
+        # mode: dropout would be noise in the target.
+        with torch.no_grad(), self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
             q = [
                 forward(model, unwrapped, reads, length=length, params=params)
                 for params in self._teacher.forwards(unwrapped)
             ]
         with self.accelerator.autocast():
             p = forward(model, unwrapped, answers, length=length)
-        with torch.autocast(targets.tokens.device.type, enabled=False):
             if not self._fused:
                 return distillation.from_logits(self.sdpo_config, p, q, targets, temperature=self.temperature)
             return distillation.fused(
-                self.sdpo_config,
-                p,
-                q,
-                targets,
-                temperature=self.temperature,
-                transform=self._transform,
-                compute_dtype=self._compute_dtype,
+                self.sdpo_config, p, q, targets, temperature=self.temperature, transform=self._transform
             )
 
     def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
-        training = unwrapped.training
-        unwrapped.eval()
-        try:
-            with self.accelerator.autocast():
-                matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
-        finally:
-            unwrapped.train(training)
+        with self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
+            matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
         if not matches:
             logger.warning(
                 "The model changes its logits after the LM head in a way its configuration does not declare; "
@@ -342,7 +334,8 @@ class SDPOTrainer(_BASE):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         method = super()._get_per_token_logps_and_entropies
-        if input_ids.device.type != "cpu":
+        # Unsloth's own version runs on a CPU, and its loss expects its conventions.
+        if _IS_UNSLOTH or input_ids.device.type != "cpu":
             return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         batch_size = args[0] if args else kwargs.get("batch_size")
         log_probs, entropies = plain_log_probs(
@@ -359,10 +352,6 @@ class SDPOTrainer(_BASE):
     @property
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def _compute_dtype(self) -> torch.dtype | None:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
 
     @property
     def _pad_id(self) -> int:

@@ -19,7 +19,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], answers: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    answers: Sequence[str],
 ) -> Evaluation:
     """Teacher-force each answer: one forward pass gives its probability and whether greedy decoding finds it.
 

@@ -94,18 +94,22 @@ class Task(NamedTuple):
         return "\n".join(lines)
 
 
-_LINE = re.compile(r"[A-H]?[0-9]{3}")
+class Verdict(NamedTuple):
+    """What the interpreter returns for one completion: the pair that an SDPO reward function gives."""
+
+    score: float
+    feedback: str
 
 
-def interpret(completion: str, answer: str) -> tuple[float, str]:
-    """Score and feedback of a completion: `(1.0, "")` if it is the answer, else 0.0 and its first wrong line."""
+def interpret(completion: str, answer: str) -> Verdict:
+    """Score 1.0 and no feedback if the completion is the answer, else 0.0 and its first wrong line."""
     if completion == answer:
-        return 1.0, ""
+        return Verdict(1.0, "")
     expected, got = answer.split("\n"), [_legible(line) for line in completion.split("\n") if completion]
     # Past its last line either side says "end", so that two different texts always differ somewhere.
     for line, (want, have) in enumerate(zip_longest(expected, got, fillvalue="end"), start=1):
         if want != have:
-            return 0.0, f"line {line}: expected {want} got {have}"
+            return Verdict(0.0, f"line {line}: expected {want} got {have}")
     raise AssertionError("different texts have a first different line")
 
 

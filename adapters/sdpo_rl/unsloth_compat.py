@@ -1,0 +1,88 @@
+"""Unsloth's rewritten `GRPOTrainer`: what it does otherwise than TRL's, and what it must be told in time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMPORT_ORDER = (
+    "    from unsloth import FastLanguageModel, PatchFastRL\n"
+    '    PatchFastRL("GRPO", FastLanguageModel)\n'
+    "    from sdpo_rl import SDPOTrainer, SDPOConfig\n"
+    "    from trl import GRPOConfig"
+)
+_HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
+
+
+def is_unsloth(trainer_class: type) -> bool:
+    """Whether a trainer class is, or derives from, one that Unsloth has rewritten."""
+    return any(cls.__name__ == "UnslothGRPOTrainer" for cls in trainer_class.__mro__)
+
+
+def check_construction(model: Any, args: Any, peft_config: Any) -> None:
+    """Refuse what Unsloth's trainer ignores silently or fails on much later.
+
+    Raises:
+        ValueError: `peft_config`, a model's name, a model that Unsloth did not load, or a `GRPOConfig` that was
+            imported before the patch; each with the fix.
+    """
+    if peft_config is not None:
+        raise ValueError(
+            "Unsloth's trainer ignores peft_config and would train the whole model; add the adapter with "
+            "`model = FastLanguageModel.get_peft_model(model, r=16, ...)` and drop peft_config"
+        )
+    if isinstance(model, str):
+        raise ValueError(
+            f"under Unsloth the model must be loaded first, got the name {model!r}; use "
+            f"`model, tokenizer = FastLanguageModel.from_pretrained({model!r}, ...)` and pass the model"
+        )
+    if not hasattr(model, "for_training"):
+        raise ValueError(
+            f"this {type(model).__name__} was not loaded by Unsloth (it has no for_training), and Unsloth's "
+            "generation would fail on it; load it with FastLanguageModel.from_pretrained, or do not patch TRL"
+        )
+    if not hasattr(args, "unsloth_num_chunks"):
+        raise ValueError(
+            "args is a GRPOConfig from before the patch: it has no unsloth_num_chunks, and Unsloth's loss would "
+            f"fail on it. Import in this order, then make the config again:\n{IMPORT_ORDER}"
+        )
+
+
+@contextmanager
+def logits_not_hidden_states() -> Iterator[None]:
+    """Forwards return logits whatever an earlier, interrupted pass of Unsloth left in the environment."""
+    before = os.environ.get(_HIDDEN_STATES)
+    os.environ[_HIDDEN_STATES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_HIDDEN_STATES]
+        else:
+            os.environ[_HIDDEN_STATES] = before
+
+
+def align_old_log_probs(inputs: Mapping[str, Any], pad_id: int) -> dict[str, Any]:
+    """The inputs with `old_per_token_logps` [B, T] under the completion's columns.
+
+    Unsloth packs each row to the left, by pad id, into a wider tensor. A token's column there is its rank among
+    the row's tokens that are not the pad token. A row that sampled the pad token was scored as another sequence;
+    its entries become NaN, which weighs 1.
+    """
+    old = inputs.get("old_per_token_logps")
+    if old is None:
+        return dict(inputs)
+    completion, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
+    ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
+    length = completion.shape[1]
+    rank = (ids != pad_id).cumsum(dim=1) - 1 - (ids.shape[1] - old.shape[1])
+    columns = rank[:, -length:]
+    inside = (columns >= 0) & (columns < old.shape[1])
+    aligned: Tensor = old.gather(1, columns.clamp(0, old.shape[1] - 1))
+    wrong = ((completion == pad_id) & mask).any(dim=1, keepdim=True) | ~inside
+    return {**inputs, "old_per_token_logps": aligned.masked_fill(wrong, float("nan"))}

@@ -1,0 +1,124 @@
+"""SDPO in your own loop: the core alone, plain torch, no trainer.
+
+    python examples/own_loop.py --steps 40
+
+The same little world as the demo: a machine whose opcodes changed their meaning, and an interpreter that says
+which line was wrong first. Reads top to bottom; every line that is SDPO comes from `import sdpo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from transformers import Qwen2ForCausalLM
+
+import sdpo
+
+DEMO = Path(__file__).parent / "demo"
+sys.path.insert(0, str(DEMO))
+from evaluate import evaluate  # noqa: E402 - a folder of scripts, not a package
+from language import TEMPLATES, encode_question, load_tokenizer  # noqa: E402
+from machine import changed_machine, draw_task, held_out_tasks, interpret  # noqa: E402
+
+PROMPTS, GROUP, LENGTH = 16, 4, 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    rng = random.Random(options.seed)
+
+    tokenizer = load_tokenizer(DEMO / "checkpoint")
+    model = Qwen2ForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32)
+    machine = changed_machine(options.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    teacher = sdpo.ema(update_rate=0.05)
+    state = teacher.init(dict(model.named_parameters()))
+
+    def logits(weights: dict[str, Tensor] | None, questions: list[str], completions: Tensor) -> Tensor:
+        """Logits [B, T, V] of the completion tokens after each question, with the given weights."""
+        asked = [encode_question(tokenizer, question) for question in questions]
+        width = max(map(len, asked))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in asked])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked])
+        inputs = {
+            "input_ids": torch.cat([ids, completions], dim=1),
+            "attention_mask": torch.cat([mask, torch.ones_like(completions)], dim=1),
+        }
+        outputs = model(**inputs) if weights is None else functional_call(model, weights, kwargs=inputs)
+        return outputs.logits[:, -completions.shape[1] - 1 : -1]
+
+    def sample(questions: list[str]) -> Tensor:
+        """Completions [B, T], padded after the end of the answer."""
+        asked = [encode_question(tokenizer, question) for question in questions]
+        width = max(map(len, asked))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in asked])
+        generated = model.generate(
+            ids, attention_mask=(ids != tokenizer.pad_token_id).long(), do_sample=True, top_k=0,
+            max_new_tokens=LENGTH, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return generated[:, width:]
+
+    for step in range(options.steps + 1):
+        if step % 10 == 0:
+            tasks = held_out_tasks()
+            answers = [task.answer(machine) for task in tasks]
+            found = evaluate(model, tokenizer, [task.prompt for task in tasks], answers)
+            print(f"step {step:3d}  held-out probability of the right answer {found.probability.mean():.3f}")
+
+        # 1. Roll out a group of completions per prompt, and let the world judge each of them.
+        tasks = [task for task in (draw_task(rng) for _ in range(PROMPTS)) for _ in range(GROUP)]
+        questions = [task.prompt for task in tasks]
+        completions = sample(questions)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        verdicts = [interpret(text, task.answer(machine)) for text, task in zip(texts, tasks, strict=True)]
+
+        # 2. A successful peer and the interpreter's remark make the teacher's prompt.
+        chosen = sdpo.select_demonstrations(
+            [verdict.score for verdict in verdicts],
+            [row // GROUP for row in range(len(tasks))],
+            success_threshold=1.0,
+            exclude_self=True,
+            policy="random",
+            seed=step,
+        )
+        reprompts = sdpo.build_reprompts(
+            questions,
+            [[texts[peer] for peer in peers] for peers in chosen],
+            [verdict.feedback for verdict in verdicts],
+            templates=TEMPLATES,
+            feedback_only_without_solution=False,
+        )
+
+        # 3. The same model, having read it, teaches the model that has not.
+        with torch.no_grad():
+            teacher_logits = logits(state.params, reprompts.texts, completions)
+        student_logits = logits(None, questions, completions)
+        ended = (completions == tokenizer.eos_token_id).cumsum(-1)
+        loss_mask = (ended - (completions == tokenizer.eos_token_id).long()) == 0
+        per_token = sdpo.topk_distillation_loss(
+            student_logits, teacher_logits, k=20, alpha=0.5, tail="bucket"
+        )
+        loss = sdpo.self_distillation_loss(per_token, loss_mask, row_mask=torch.tensor(reprompts.row_mask))
+        (loss.total / loss.count.clamp(min=1)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 4. The teacher follows.
+        state = teacher.update(state, dict(model.named_parameters()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Padding: every id comes back from its row, and nothing but padding goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from sdpo_rl.alignment import compact, left_pad, position_ids
+from strategies import Claim, name_of
+from torch import Tensor
+
+PAD = 0
+CPU = torch.device("cpu")
+id_rows = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=5)  # PAD may be a token like any other
+
+
+def property_rows_come_back(pad: Any, rows: list[list[int]]) -> None:
+    ids, mask = pad(rows, pad_id=PAD, device=CPU)
+    width = max(map(len, rows), default=0)
+    assert ids.shape == mask.shape == (len(rows), width)
+    assert ids.dtype == mask.dtype == torch.long
+    assert [i[m.bool()].tolist() for i, m in zip(ids, mask, strict=True)] == rows
+    assert all((m[1:] >= m[:-1]).all() for m in mask)
+    assert (ids[mask == 0] == PAD).all()
+
+
+def right_pad(rows: list[list[int]], *, pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    ids, mask = left_pad([row[::-1] for row in rows], pad_id=pad_id, device=device)
+    return ids.flip(-1), mask.flip(-1)
+
+
+def property_positions_count_tokens(positions: Any, rows: list[list[int]], columns: int) -> None:
+    """Whatever the padding, a row's tokens stand at 0, 1, 2, …"""
+    _, mask = left_pad(rows, pad_id=PAD, device=CPU)
+    mask = torch.cat([torch.zeros(len(mask), columns, dtype=torch.long), mask], dim=1)
+    got = positions(mask)
+    assert [p[m.bool()].tolist() for p, m in zip(got, mask, strict=True)] == [list(range(len(r))) for r in rows]
+    assert (got >= 0).all()
+
+
+def batch(rows: list[tuple[list[int], list[int]]], left: int, right: int) -> tuple[Tensor, ...]:
+    """Prompts and completions with superfluous columns of padding, as a slice of a larger batch has them."""
+    prompt, prompt_mask = left_pad([p for p, _ in rows], pad_id=PAD, device=CPU)
+    completion, completion_mask = right_pad([c for _, c in rows], pad_id=PAD, device=CPU)
+    wider = torch.nn.functional.pad
+    return (
+        wider(prompt, (left, 0)),
+        wider(prompt_mask, (left, 0)),
+        wider(completion, (0, right)),
+        wider(completion_mask, (0, right)),
+    )
+
+
+def property_compact_keeps_the_tokens(squeeze: Any, rows: Any, left: int, right: int) -> None:
+    ids, mask, length = squeeze(*batch(rows, left, right))
+    longest = [max(max(len(row[i]) for row in rows), 1) for i in (0, 1)]
+    assert length == longest[1]
+    assert ids.shape == mask.shape == (len(rows), sum(longest))
+    for row_ids, row_mask, (prompt, completion) in zip(ids, mask, rows, strict=True):
+        assert row_ids[row_mask.bool()].tolist() == [*prompt, *completion]
+        assert row_ids[-length:][row_mask[-length:].bool()].tolist() == completion
+
+
+def keeps_the_head(prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor) -> Any:
+    """Cuts the prompt from the wrong side."""
+    width = max(int(prompt_mask.sum(-1).max()), 1)
+    length = max(int(completion_mask.sum(-1).max()), 1)
+    return (
+        torch.cat([prompt[:, :width], completion[:, :length]], 1),
+        torch.cat([prompt_mask[:, :width], completion_mask[:, :length]], 1),
+        length,
+    )
+
+
+CLAIMS = [
+    Claim(property_rows_come_back, left_pad, right_pad, {"rows": id_rows}),
+    Claim(
+        property_positions_count_tokens,
+        position_ids,
+        lambda mask: torch.arange(mask.shape[1]).expand(mask.shape),
+        {"rows": id_rows, "columns": st.integers(0, 3)},
+    ),
+    Claim(
+        property_compact_keeps_the_tokens,
+        compact,
+        keeps_the_head,
+        {
+            "rows": st.lists(
+                st.tuples(st.lists(st.integers(1, 9), max_size=5), st.lists(st.integers(1, 9), max_size=5)),
+                min_size=1,
+                max_size=4,
+            ),
+            "left": st.integers(1, 3),
+            "right": st.integers(1, 3),
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_rejects_its_wrong_twin(claim: Claim) -> None:
+    claim.rejects_wrong_twin()

@@ -1,0 +1,186 @@
+"""The configuration: its published defaults and presets, and its way through YAML and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from trl import GRPOConfig, TrlParser
+
+from sdpo_rl import SDPOConfig, training_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = {field.name: field for field in dataclasses.fields(SDPOConfig)}
+
+PUBLISHED = {
+    "enabled": True,
+    "alpha": 0.5,
+    "distillation_topk": 100,
+    "distillation_add_tail": True,
+    "is_clip": 2.0,
+    "teacher_mode": "ema",
+    "teacher_update_rate": 0.05,
+    "success_reward_threshold": 1.0,
+    "dont_reprompt_on_self_success": True,
+    "remove_thinking_from_demonstration": True,
+    "include_environment_feedback": True,
+    "environment_feedback_only_without_solution": True,
+    "max_reprompt_length": 10240,
+    "reprompt_template": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
+    "solution_template": "\nCorrect solution:\n\n{successful_previous_attempt}",
+    "feedback_template": (
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+    ),
+    "apply_chat_template_kwargs": {},
+}
+
+PRESETS = {
+    "generalization": {
+        "alpha": 0.5,
+        "distillation_topk": 100,
+        "teacher_update_rate": 0.05,
+        "include_environment_feedback": False,
+    },
+    "rich_feedback": {"alpha": 1.0, "distillation_topk": 20, "teacher_update_rate": 0.01},
+    "test_time": {"alpha": 1.0, "distillation_topk": 20, "teacher_update_rate": 0.01},
+}
+
+TRAINING = {
+    "generalization": {"learning_rate": 1e-5, "warmup_steps": 10, "num_generations": 8},
+    "rich_feedback": {"learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 8},
+    "test_time": {"learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 16},
+}
+
+configs = st.builds(
+    SDPOConfig,
+    enabled=st.booleans(),
+    alpha=st.floats(0, 1),
+    distillation_topk=st.integers(1, 500),
+    distillation_support=st.sampled_from(["student_topk", "teacher_topk", "full"]),
+    distillation_add_tail=st.booleans(),
+    is_clip=st.none() | st.floats(0.1, 10),
+    teacher_mode=st.sampled_from(["ema", "frozen", "trust_region", "live", "lora_ema"]),
+    success_reward_threshold=st.floats(-5, 5),
+    reprompt_template=st.sampled_from(["{prompt}\n{solution}: {feedback}", "{{}}{prompt}{solution}{feedback}"]),
+    apply_chat_template_kwargs=st.dictionaries(st.text("abc", min_size=1), st.booleans() | st.integers()),
+    loss_chunk_size=st.none() | st.integers(1, 4096),
+)
+
+
+def parse(arguments: list[str]) -> SDPOConfig:
+    return TrlParser((SDPOConfig,)).parse_args_and_config(arguments)[0]
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    config = dataclasses.asdict(SDPOConfig())
+    assert {name: config[name] for name in PUBLISHED} == PUBLISHED
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    config = dataclasses.asdict(SDPOConfig.preset(name))
+    assert config == {**dataclasses.asdict(SDPOConfig()), **PRESETS[name]}
+    assert dataclasses.asdict(SDPOConfig.preset(name, alpha=0.0, is_clip=None)) == {
+        **config,
+        "alpha": 0.0,
+        "is_clip": None,
+    }
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_arguments_are_arguments(name: str, tmp_path: Path) -> None:
+    arguments = training_arguments(name)
+    common = {"temperature": 1.0, "top_p": 1.0, "weight_decay": 0.01, "max_grad_norm": 1.0, "beta": 0.0}
+    common |= {"adam_beta1": 0.9, "adam_beta2": 0.999}
+    assert {key: arguments[key] for key in common | TRAINING[name]} == common | TRAINING[name]
+    made = GRPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=16, **arguments
+    )
+    assert made.learning_rate == arguments["learning_rate"]
+    arguments["learning_rate"] = 7.0
+    assert training_arguments(name)["learning_rate"] != 7.0
+
+
+def test_every_field_is_explained_with_its_default() -> None:
+    described = dict(re.findall(r"^        (\w+): (.+?)(?=^        \w+: |\n\n)", SDPOConfig.__doc__ or "", re.M | re.S))
+    assert described.keys() >= FIELDS.keys()
+    assert all(field.metadata["help"] for field in FIELDS.values())
+    for name, field in FIELDS.items():
+        value = re.escape(str(field.default))
+        if isinstance(field.default, int | float | str) and "template" not in name:
+            assert re.search(rf"Default `?{value}\b|`{value}`\s+\(default", described[name]), name
+
+
+@given(config=configs)
+def test_a_config_is_its_fields(config: SDPOConfig) -> None:
+    assert SDPOConfig(**dataclasses.asdict(config)) == config
+
+
+def test_yaml(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("yaml") / "config.yaml"
+
+    @given(config=configs)
+    def survives(config: SDPOConfig) -> None:
+        path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+        assert parse(["--config", str(path)]) == config
+
+    survives()
+
+
+@given(config=configs)
+def test_the_command_line(config: SDPOConfig) -> None:
+    arguments = []
+    for name, value in dataclasses.asdict(config).items():
+        if value != FIELDS[name].default:
+            arguments += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    # A value that the command line cannot say is left at its default.
+    said = [a for a in arguments if a != "None"]
+    unsaid = {name: None for name, value in dataclasses.asdict(config).items() if value is None}
+    for name in unsaid:
+        if f"--{name}" in said:
+            said.remove(f"--{name}")
+    assert dataclasses.replace(parse(said), **unsaid) == config
+
+
+def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("alpha: 3\n")
+    with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
+        parse(["--config", str(path)])
+    path.write_text("alhpa: 0.5\n")
+    with pytest.raises(ValueError, match="alhpa"):
+        parse(["--config", str(path)])
+
+
+def test_both_configs_share_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "is_clip: null\nalpha: 1\napply_chat_template_kwargs: {enable_thinking: false}\n"
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nlearning_rate: 1.0e-6\n"
+    )
+    sdpo_config, arguments = TrlParser((SDPOConfig, GRPOConfig)).parse_args_and_config(["--config", str(path)])
+    assert (sdpo_config.is_clip, sdpo_config.alpha) == (None, 1)
+    assert sdpo_config.apply_chat_template_kwargs == {"enable_thinking": False}
+    assert arguments.learning_rate == 1e-6
+
+
+EXAMPLES = sorted((ROOT / "examples").rglob("*.y*ml"))
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="no YAML among the examples")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads(path: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    known = {f.name for config in (SDPOConfig, GRPOConfig) for f in dataclasses.fields(config)}
+    own = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    copy = tmp_path / path.name
+    copy.write_text(yaml.safe_dump({**{k: v for k, v in content.items() if k in known}, **own}))
+    config, _ = TrlParser((SDPOConfig, GRPOConfig)).parse_args_and_config(["--config", str(copy)])
+    assert isinstance(config, SDPOConfig)

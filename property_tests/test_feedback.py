@@ -1,0 +1,198 @@
+"""Live feedback: whatever shape a reward function's output has, every text stays with its row."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from sdpo_rl.feedback import FeedbackCollector, join_feedback, split_rewards
+from strategies import Claim, name_of
+
+# --- one function's output --------------------------------------------------------------------------------
+
+scores = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(-5, 5)
+texts = st.none() | st.sampled_from(["", " \n", "line 2: {x}", "two\nlines", "off by one"])
+SHAPES: list[Callable[[Any, Any], Any]] = [
+    lambda score, text: (score, text),
+    lambda score, text: [score, text],
+    lambda score, text: {"score": score, "feedback": text},
+    lambda score, text: {"score": score} if text is None else {"feedback": text, "score": score},
+    lambda score, text: score if text is None else (score, text),
+]
+rows = st.lists(st.tuples(scores, texts, st.sampled_from(SHAPES)), max_size=8)
+
+
+def property_scores_and_texts_stay_with_their_rows(split: Any, table: Any, container: Any) -> None:
+    got_scores, got_texts = split("judge", container(shape(s, t) for s, t, shape in table), len(table))
+    assert got_texts == [text for _, text, _ in table]
+    assert got_scores == [None if s is None else float(s) for s, *_ in table]
+
+
+def forgets_rows_without_score(name: str, outputs: Any, count: int) -> Any:
+    got_scores, got_texts = split_rewards(name, outputs, count)
+    return got_scores, [None if s is None else t for s, t in zip(got_scores, got_texts, strict=True)]
+
+
+def property_blank_texts_do_not_count(join: Any, column: Any) -> None:
+    kept = [text for text in column if text is not None and not text.isspace() and text]
+    joined = join(column)
+    assert (joined is None) == (not kept)
+    if kept:
+        assert joined.split("\n\n") == kept
+
+
+# --- several functions, one batch -------------------------------------------------------------------------
+
+tables = st.integers(1, 5).flatmap(
+    lambda count: st.tuples(
+        st.lists(st.lists(texts, min_size=count, max_size=count), min_size=1, max_size=4),
+        st.none() | st.lists(texts, min_size=count, max_size=count),
+    )
+)
+
+
+def reward(column: list[str | None], kind: str) -> Any:
+    """A reward function that says the texts of `column`, in one of the ways there are."""
+
+    def pairs(completions: list[Any], **_: Any) -> list[Any]:
+        return [(0.0, text) for text in column]
+
+    async def later(completions: list[Any], **_: Any) -> list[Any]:
+        await asyncio.sleep(0)
+        return [(0.0, text) for text in column]
+
+    class Remembers:
+        last_feedback: list[str | None] | None = None
+
+        def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+            self.last_feedback = list(column)
+            return [0.0] * len(completions)
+
+    def bound(completions: list[Any], said: Any, **_: Any) -> list[Any]:
+        return [{"score": 0.0, "feedback": text} for text in said]
+
+    return {"pairs": pairs, "later": later, "object": Remembers(), "partial": functools.partial(bound, said=column)}[
+        kind
+    ]
+
+
+def collect(columns: list[list[str | None]], kinds: list[str], static: list[str | None] | None) -> list[str | None]:
+    collector = FeedbackCollector()
+    wrapped = [collector.wrap(reward(c, k)) for c, k in zip(columns, kinds, strict=False)]
+    count = len(columns[0])
+    for function in reversed(wrapped):  # async functions finish in any order
+        result = function(prompts=["?"] * count, completions=["!"] * count)
+        got = asyncio.run(result) if asyncio.iscoroutine(result) else result
+        assert got == [0.0] * count
+    return collector.take(count, static)
+
+
+def property_rows_gather_the_texts_of_all_functions_in_order(gather: Any, table: Any, kinds: list[str]) -> None:
+    columns, static = table
+    rows = list(zip(*columns, strict=True))
+    expected = ["\n\n".join(t for t in row if t and t.strip()) or None for row in rows]
+    if static is not None:
+        expected = [
+            said if said is not None else (known if known and known.strip() else None)
+            for said, known in zip(expected, static, strict=True)
+        ]
+    assert gather(columns, kinds, static) == expected
+
+
+def last_function_wins(columns: Any, kinds: list[str], static: Any) -> Any:
+    return collect(columns[-1:], kinds, static)
+
+
+CLAIMS = [
+    Claim(
+        property_scores_and_texts_stay_with_their_rows,
+        split_rewards,
+        forgets_rows_without_score,
+        {"table": rows, "container": st.sampled_from([list, tuple, iter])},
+    ),
+    Claim(
+        property_blank_texts_do_not_count,
+        join_feedback,
+        lambda column: "\n\n".join(t for t in column if t) or None,
+        {"column": st.lists(st.none() | st.sampled_from(["", " ", "\n", "a", "b{}"]))},
+    ),
+    Claim(
+        property_rows_gather_the_texts_of_all_functions_in_order,
+        collect,
+        last_function_wins,
+        {"table": tables, "kinds": st.permutations(["pairs", "later", "object", "partial"])},
+    ),
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_rejects_its_wrong_twin(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
+
+
+# --- wrapping ---------------------------------------------------------------------------------------------
+
+
+class Judge:
+    def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+
+class AsyncJudge:
+    async def __call__(self, completions: list[Any], **_: Any) -> list[tuple[float, str]]:
+        return [(1.0, "why") for _ in completions]
+
+
+def test_names_survive() -> None:
+    wrap = FeedbackCollector().wrap
+    assert wrap(reward([], "pairs")).__name__ == "pairs"
+    assert wrap(reward([], "later")).__name__ == "later"
+    assert wrap(reward([], "partial")).__name__ == "bound"
+    assert wrap(Judge()).__name__ == "Judge"
+
+
+def test_async_stays_async() -> None:
+    wrap = FeedbackCollector().wrap
+    assert asyncio.iscoroutinefunction(wrap(reward([], "later")))
+    assert asyncio.iscoroutinefunction(wrap(AsyncJudge()))
+    assert not asyncio.iscoroutinefunction(wrap(reward([], "pairs")))
+
+
+def test_reward_models_and_names_pass_through() -> None:
+    import torch
+
+    model = torch.nn.Linear(1, 1)
+    assert FeedbackCollector().wrap(model) is model
+    assert FeedbackCollector().wrap("org/reward-model") == "org/reward-model"
+
+
+def test_a_batch_is_forgotten_once_taken() -> None:
+    collector = FeedbackCollector()
+    collector.wrap(reward(["old"], "pairs"))(completions=["!"])
+    assert collector.take(1) == ["old"]
+    assert collector.take(1) == [None]
+
+
+def test_stale_last_feedback_does_not_outlive_its_batch() -> None:
+    judge = reward(["first", None], "object")
+    collector = FeedbackCollector()
+    wrapped = collector.wrap(judge)
+    wrapped(completions=["!", "!"])
+    assert collector.take(2) == ["first", None]
+
+    def silent(completions: list[Any], **_: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    silent.last_feedback = None  # type: ignore[attr-defined]
+    again = collector.wrap(silent)
+    again(completions=["!", "!"])
+    assert collector.take(2) == [None, None]

@@ -1,0 +1,205 @@
+"""Hidden states and head: together they are the model's own logits, under its own or under other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from sdpo_rl.alignment import left_pad, position_ids
+from sdpo_rl.hidden_states import (
+    completion_logits,
+    completion_states,
+    forward_arguments,
+    head_transform,
+    linear_head,
+    transform_matches,
+)
+from torch import Tensor, nn
+
+VOCABULARY = 40
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def build(name: str, **changes: Any) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **changes})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def phi_with_bias() -> nn.Module:
+    model = build("Phi", num_key_value_heads=2)
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def adapted() -> nn.Module:
+    model = get_peft_model(build("Qwen2"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def head_trained_in_full() -> nn.Module:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(build("Qwen2", tie_word_embeddings=False), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "qwen2, tied": lambda: build("Qwen2", tie_word_embeddings=True),
+    "qwen3": lambda: build("Qwen3", head_dim=8),
+    "llama": lambda: build("Llama"),
+    "gemma2, soft-capped": lambda: build("Gemma2", head_dim=8, final_logit_softcapping=3.0),
+    "cohere, scaled": lambda: build("Cohere", logit_scale=0.25),
+    "granite, divided": lambda: build("Granite", logits_scaling=4.0),
+    "phi, with a bias": phi_with_bias,
+    "gpt2, absolute positions": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3,
+            bos_token_id=2, eos_token_id=1,
+        )
+    ).eval(),
+    "lora": adapted,
+    "lora with a trained head": head_trained_in_full,
+}
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16]]
+LENGTH = 3
+
+
+def arguments(model: nn.Module, rows: list[list[int]] = ROWS, extra: int = 0) -> dict[str, Any]:
+    """Padded on the left, by `extra` columns more than needed; all rows end with LENGTH completion tokens."""
+    ids, mask = left_pad(rows, pad_id=0, device=torch.device("cpu"))
+    ids, mask = (nn.functional.pad(x, (extra, 0)) for x in (ids, mask))
+    return forward_arguments(model, ids, mask, position_ids(mask), LENGTH + 1)
+
+
+def projected(model: nn.Module, states: Any) -> Tensor:
+    transform = head_transform(model.config)
+    logits = nn.functional.linear(states.hidden, states.head.weight, states.head.bias) * transform.logit_scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    return logits
+
+
+def alone(model: nn.Module, row: list[int]) -> Tensor:
+    """The plain forward of one row: logits [T, V] that predict its last tokens."""
+    return model(input_ids=torch.tensor([row])).logits[0, -LENGTH - 1 : -1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_states_through_the_head_are_the_model_s_logits(name: str) -> None:
+    model = MODELS[name]()
+    for extra in (0, 3):
+        given = arguments(model, extra=extra)
+        through = projected(model, completion_states(model, model, given, length=LENGTH))
+        whole = completion_logits(model, model, given, length=LENGTH)
+        for row, got, also in zip(ROWS, through, whole, strict=True):
+            torch.testing.assert_close(got, alone(model, row), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(also, alone(model, row), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_other_weights_are_the_other_model_and_leave_this_one_alone(name: str) -> None:
+    model, other = MODELS[name](), MODELS[name]()
+    for parameter in other.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    params = {n: p.detach() for n, p in other.named_parameters() if p.requires_grad}
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    swapped = projected(
+        model, completion_states(model, model, arguments(model), length=LENGTH, params=params)
+    )
+    whole = completion_logits(model, model, arguments(model), length=LENGTH, params=params)
+    for row, got, also in zip(ROWS, swapped, whole, strict=True):
+        torch.testing.assert_close(got, alone(other, row), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(also, alone(other, row), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert (swapped[0] - alone(model, ROWS[0])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_the_dense_ones(name: str) -> None:
+    model = MODELS[name]()
+    weights = torch.randn(len(ROWS), LENGTH, VOCABULARY)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    through = projected(model, completion_states(model, model, arguments(model), length=LENGTH))
+    got = torch.autograd.grad((through * weights).sum(), list(named.values()))
+    dense = sum((alone(model, row) * w).sum() for row, w in zip(ROWS, weights, strict=True))
+    for name_, g, d in zip(named, got, torch.autograd.grad(dense, list(named.values())), strict=True):
+        torch.testing.assert_close(g, d, rtol=1e-3, atol=1e-4 * max(1.0, float(d.abs().max())), msg=name_)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_declared_transform_is_recognised_and_a_wrong_one_is_not(name: str) -> None:
+    model = MODELS[name]()
+    transform = head_transform(model.config)
+    assert transform_matches(model, arguments(model), transform)
+    assert not transform_matches(model, arguments(model), transform._replace(logit_scale=transform.logit_scale * 2))
+    wrong_cap = None if transform.softcap is not None else 0.5
+    assert not transform_matches(model, arguments(model), transform._replace(softcap=wrong_cap))
+
+
+def test_the_head_never_sees_more_than_one_position() -> None:
+    model = build("Qwen2")
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    completion_states(model, model, arguments(model), length=LENGTH)
+    assert seen == [1]
+
+
+def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
+    model = build("Qwen2")
+    completion_states(model, model, arguments(model), length=LENGTH)
+    with pytest.raises(TypeError):
+        completion_states(model, model, {**arguments(model), "no_such_argument": 1}, length=LENGTH)
+    assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (nn.Sequential(nn.Linear(2, 2)), "Sequential"),
+        (nn.Identity(), "Identity"),
+        (type("Packed", (nn.Module,), {"weight": torch.zeros(2, 2, dtype=torch.uint8)})(), "Packed"),
+    ],
+    ids=["sequence", "no weight", "quantized"],
+)
+def test_a_head_that_is_not_one_linear_map_is_refused_by_name(head: nn.Module, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"LM head is a {kind}.*loss_backend='logits'"):
+        linear_head(head)
+
+
+def test_an_adapted_head_is_refused() -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"])
+    model = get_peft_model(build("Qwen2", tie_word_embeddings=False), config)
+    with pytest.raises(ValueError, match="target_modules"):
+        linear_head(model.get_output_embeddings())
+
+
+def test_the_tiny_model_itself() -> None:
+    model = tiny.model()
+    assert transform_matches(model, arguments(model), head_transform(model.config))

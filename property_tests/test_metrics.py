@@ -1,0 +1,215 @@
+"""Metrics: means that no split changes, and warnings that come when they should and only then."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from sdpo_rl import SDPOConfig
+from sdpo_rl.diagnostics import Diagnostics
+from sdpo_rl.distillation import Targets, from_logits, rollout_weights, step_metrics
+from sdpo_rl.metrics import MetricSums
+from strategies import Claim, generator, name_of, seeds
+from torch import Tensor
+
+# --- sums -------------------------------------------------------------------------------------------------
+
+values = st.lists(st.tuples(st.floats(-9, 9), st.integers(0, 3)), min_size=1, max_size=12)
+
+
+def identity(totals: Tensor) -> Tensor:
+    return totals
+
+
+def property_a_mean_is_weighted_and_split_does_not_matter(sums: Any, table: Any, cuts: list[int]) -> None:
+    kept = sums()
+    edges = sorted({0, len(table), *(c for c in cuts if c < len(table))})
+    for start, end in zip(edges, edges[1:], strict=False):
+        part = table[start:end]
+        total = sum(value * weight for value, weight in part)
+        kept.add({"m": (torch.tensor(total), torch.tensor(sum(w for _, w in part)))})
+    weight = sum(w for _, w in table)
+    got = kept.means(identity)
+    if weight == 0:
+        assert got == {}
+    else:
+        assert got["m"] == pytest.approx(sum(v * w for v, w in table) / weight, rel=1e-5, abs=1e-5)
+    assert kept.means(identity) == {}
+
+
+class MeanOfMeans(MetricSums):
+    def add(self, values: Any) -> None:
+        super().add({k: (t / w.clamp(min=1), (w > 0).long()) for k, (t, w) in values.items()})
+
+
+CLAIMS = [
+    Claim(
+        property_a_mean_is_weighted_and_split_does_not_matter,
+        MetricSums,
+        MeanOfMeans,
+        {"table": values, "cuts": st.lists(st.integers(1, 11), max_size=4)},
+    )
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_rejects_its_wrong_twin(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
+
+
+def test_ranks_meet_once_whatever_the_order_of_names() -> None:
+    one, two = MetricSums(), MetricSums()
+    one.add({"a": (torch.tensor(1.0), torch.tensor(1)), "b": (torch.tensor(4.0), torch.tensor(2))})
+    two.add({"b": (torch.tensor(2.0), torch.tensor(1)), "a": (torch.tensor(0.0), torch.tensor(0))})
+    meetings: list[Tensor] = []
+    two.means(lambda totals: meetings.append(totals) or totals)
+    assert one.means(lambda totals: totals + meetings[0]) == {"a": 1.0, "b": 2.0}
+    assert len(meetings) == 1
+
+
+# --- what a micro-batch reports ---------------------------------------------------------------------------
+
+
+def property_reports_are_means_over_active_tokens(report: Any, seed: int, support: str) -> None:
+    rng = generator(seed)
+    student, teacher = (torch.randn(2, 3, 7, generator=rng) * 2 for _ in range(2))
+    tokens = torch.randint(7, (2, 3), generator=rng)
+    mask = torch.rand(2, 3, generator=rng) < 0.7
+    mask[0, 0] = True
+    config = SDPOConfig(distillation_topk=3, distillation_support=support, is_clip=1.2)
+    old = student.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    old = old + torch.randn(2, 3, generator=rng) * 0.3
+    targets = Targets(tokens, mask, old, None)
+    output = from_logits(config, student * 1.5, [teacher * 1.5], targets, temperature=1.5)
+    sums = MetricSums()
+    sums.add(report(config, output, targets))
+    got = {k.removeprefix("self_distillation/"): v for k, v in sums.means(identity).items()}
+    expected: dict[str, list[float]] = {}
+    for b in range(2):
+        for t in range(3):
+            if not mask[b, t]:
+                continue
+            p, q = (z[b, t].double().softmax(-1).tolist() for z in (student, teacher))
+            y, top = int(tokens[b, t]), sorted(range(7), key=lambda v: -p[v])[:3]
+            gap = math.log(q[y]) - math.log(p[y])
+            row = {
+                "student_entropy": -sum(x * math.log(x) for x in p),
+                "teacher_entropy": -sum(x * math.log(x) for x in q),
+                "sampled_token_log_ratio": gap,
+                "sampled_token_agreement": float(gap >= 0),
+                "student_topk_mass": sum(p[v] for v in top),
+                "student_tail_mass": 1 - sum(p[v] for v in top),
+                "teacher_topk_mass": sum(q[v] for v in top),
+                "teacher_tail_mass": 1 - sum(q[v] for v in top),
+                "is_clip_fraction": float(math.log(p[y]) - float(old[b, t]) > math.log(1.2)),
+            }
+            for name, value in row.items():
+                expected.setdefault(name, []).append(value)
+    assert got.pop("divergence") >= 0
+    assert got.keys() == expected.keys()
+    for name, column in expected.items():
+        assert got[name] == pytest.approx(sum(column) / len(column), rel=1e-4, abs=1e-4), name
+
+
+def over_all_tokens(config: Any, output: Any, targets: Targets) -> Any:
+    return step_metrics(config, output, targets._replace(loss_mask=torch.ones_like(targets.loss_mask)))
+
+
+REPORT = {"seed": seeds, "support": st.just("student_topk")}
+
+
+def test_reports() -> None:
+    claim = Claim(property_reports_are_means_over_active_tokens, step_metrics, over_all_tokens, REPORT)
+    claim.holds()
+    claim.rejects_wrong_twin()
+
+
+def test_no_topk_mass_without_a_topk() -> None:
+    logits = torch.zeros(1, 1, 4)
+    targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
+    config = SDPOConfig(distillation_support="full")
+    names = step_metrics(config, from_logits(config, logits, [logits], targets, temperature=1.0), targets)
+    assert not any("topk" in name or "tail" in name or "clip" in name for name in names)
+
+
+# --- the gap to the inference engine ----------------------------------------------------------------------
+
+
+def test_rollout_weights() -> None:
+    old = torch.tensor([[-1.0, -1.0, -1.0]])
+    rollout = torch.tensor([[-1.0, -4.0, math.nan]])
+    rows = {"old_per_token_logps": old, "sampling_per_token_logps": rollout}
+    assert rollout_weights(rows, clip=2.0).tolist() == [[1.0, 2.0, 1.0]]  # type: ignore[union-attr]
+    ratio = torch.tensor([[3.0], [0.5]], requires_grad=True)
+    own = rollout_weights({**rows, "importance_sampling_ratio": ratio}, clip=2.0)
+    assert own is not None
+    assert own.tolist() == [[2.0], [0.5]]
+    assert not own.requires_grad
+    assert rollout_weights({"old_per_token_logps": old}, clip=2.0) is None
+    assert rollout_weights({}, clip=2.0) is None
+
+
+# --- warnings ---------------------------------------------------------------------------------------------
+
+QUIET = {
+    "self_distillation/empty_target_batch": 0.0,
+    "self_distillation/truncated_reprompt_fraction": 0.0,
+    "self_distillation/dropped_reprompt_fraction": 0.0,
+}
+
+
+def warnings(caplog: pytest.LogCaptureFixture, batches: list[tuple[dict[str, float], list[int]]]) -> list[str]:
+    watch = Diagnostics(SDPOConfig(diagnostics_patience=3))
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        for changes, lengths in batches:
+            watch.observe_batch({**QUIET, **changes}, lengths)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_healthy_run_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings(caplog, [({}, [10, 20])] * 20) == []
+
+
+def test_nothing_to_learn_from_is_said_once_per_patience(caplog: pytest.LogCaptureFixture) -> None:
+    empty = ({"self_distillation/empty_target_batch": 1.0}, [5])
+    said = warnings(caplog, [empty, empty, ({}, [5]), empty, empty])
+    assert said == []
+    said = warnings(caplog, [empty] * 7)
+    assert len(said) == 2
+    assert "success_reward_threshold=1" in said[0]
+    assert "for 3 generation batches" in said[0]
+
+
+def test_truncation_and_dropped_rows_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    often = {"self_distillation/truncated_reprompt_fraction": 0.5}
+    said = warnings(caplog, [(often, [5])] * 3 + [({"self_distillation/dropped_reprompt_fraction": 0.1}, [5])] * 3)
+    assert [("max_reprompt_length" in message) for message in said] == [True, True]
+
+
+def test_shrinking_completions_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    said = warnings(caplog, [({}, [100, 300])] * 5 + [({}, [30, 40])] * 3)
+    assert len(said) == 1
+    assert "from 200 to 35 tokens" in said[0]
+
+
+def test_a_small_top_k_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Diagnostics(SDPOConfig())
+    for mass in (0.95, 0.5, 0.4):
+        watch.observe_means({"self_distillation/student_topk_mass": mass})
+    assert [record.getMessage() for record in caplog.records if "50%" in record.getMessage()]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_divergence_that_is_no_number_stops_the_run(value: float) -> None:
+    with pytest.raises(FloatingPointError, match=f"became {value}"):
+        Diagnostics(SDPOConfig()).observe_means({"self_distillation/divergence": value})

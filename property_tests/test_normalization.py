@@ -1,0 +1,114 @@
+"""One denominator per optimizer step, for any micro-batches, accumulation and generation schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from sdpo_rl.normalization import StepWindow
+from strategies import Claim, name_of
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    slots: int  # micro-batches per generation batch
+    iterations: int  # passes over each
+    steps: list[int]  # micro-batches of each optimizer step
+    counts: list[list[int]]  # active tokens, by generation batch and slot
+
+    @property
+    def generate_every(self) -> int:
+        return self.slots * self.iterations
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    slots, iterations = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    steps = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    batches = -(-sum(steps) // (slots * iterations))
+    row = st.lists(st.integers(0, 6), min_size=slots, max_size=slots)
+    return Schedule(slots, iterations, steps, draw(st.lists(row, min_size=batches, max_size=batches)))
+
+
+def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], list[float]]:
+    """The accumulated gradient of each step, where every active token contributes `value`; and the true counts."""
+    gradients, counts, micro = [], [], 0
+    for length in schedule.steps:
+        gradient, count = 0.0, 0
+        for index in range(length):
+            generation, slot = micro // schedule.generate_every, micro % schedule.slots
+            if micro % schedule.generate_every == 0:
+                window.set_counts(torch.tensor(schedule.counts[generation]))
+            denominator = window.denominator(
+                step=micro, index=index, length=length, generate_every=schedule.generate_every
+            )
+            assert denominator >= 1
+            here = schedule.counts[generation][slot]
+            gradient += value * here / float(denominator)
+            count += here
+            micro += 1
+        correction = window.correction()
+        gradients.append(gradient * (1.0 if correction is None else float(correction)))
+        counts.append(float(count))
+    return gradients, counts
+
+
+def property_a_step_is_a_mean_over_its_active_tokens(window: Any, schedule: Schedule) -> None:
+    gradients, counts = run(window(), schedule, 3.0)
+    assert gradients == pytest.approx([3.0 if count else 0.0 for count in counts], rel=1e-5)
+
+
+def property_no_correction_where_all_counts_are_known(window: Any, schedule: Schedule) -> None:
+    tracked = window()
+    run(tracked, schedule, 1.0)
+    last = sum(schedule.steps[:-1]) // schedule.generate_every
+    if last == (sum(schedule.steps) - 1) // schedule.generate_every:
+        assert tracked.correction() is None
+
+
+class PerMicroBatch(StepWindow):
+    """Each micro-batch over its own count, then averaged: depends on how the step was split."""
+
+    def denominator(self, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
+        assert self._counts is not None
+        return self._counts[step % len(self._counts)].clamp(min=1.0) * length
+
+
+class AlwaysCorrects(StepWindow):
+    def correction(self) -> Tensor | None:
+        return torch.ones(())
+
+
+CLAIMS = [
+    Claim(
+        property_a_step_is_a_mean_over_its_active_tokens,
+        StepWindow,
+        PerMicroBatch,
+        {"schedule": schedules()},
+    ),
+    Claim(
+        property_no_correction_where_all_counts_are_known,
+        StepWindow,
+        AlwaysCorrects,
+        {"schedule": schedules()},
+    ),
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_rejects_its_wrong_twin(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
+
+
+def test_counts_come_first() -> None:
+    with pytest.raises(RuntimeError, match="set_counts"):
+        StepWindow().denominator(step=0, index=0, length=1, generate_every=1)

@@ -1,0 +1,219 @@
+"""The loop over chunks of tokens: products, loss, gradient of the logits, and its products with head and hidden.
+
+The loss weights are known before the gradient is, so the gradient is made right here, in the forward pass: one
+product for the student, one for the teacher, one for the gradient of the hidden states, one for that of the head
+if it learns. Nothing is computed twice, and no [N, V] tensor ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdpo._projection import (
+    accumulate_head,
+    gradient_dtype,
+    gradient_lift,
+    operand_dtype,
+    project,
+    pull_back,
+    working_dtype,
+)
+from sdpo._recipe import Recipe, Rows, Side, TokenStats
+
+Backend = Callable[[Side, Side, Rows, Recipe, Tensor | None], TokenStats]
+
+
+class Operands(NamedTuple):
+    """The tensors of the fused loss, tokens flattened to one dimension N."""
+
+    student_hidden: Tensor  # [N, D]
+    student_head: Tensor  # [V, D]
+    student_bias: Tensor | None  # [V]
+    teacher_hidden: Tensor  # [N, D'], D' the teacher's own
+    teacher_head: Tensor  # [V, D']
+    teacher_bias: Tensor | None  # [V]
+    reference_hidden: Tensor | None  # [N, D'] hidden states of the trust region's centre
+    reference_head: Tensor | None  # [V, D']
+    reference_bias: Tensor | None  # [V]
+    tokens: Tensor  # [N] int64
+    active: Tensor | None  # [n] int64, positions with loss; None if all N have it
+    old_log_probs: Tensor | None  # [N]
+    extra_weights: Tensor | None  # [N]
+
+
+class Plan(NamedTuple):
+    """How the work is cut, and what it must produce."""
+
+    backend: Backend
+    chunk_rows: int  # tokens whose logits exist at a time
+    slope_rows: int  # tokens whose logit gradients are collected before their products
+    own_reference: bool  # the trust region's centre needs a product of its own
+    hidden: bool  # make the gradient of the student's hidden states
+    head: bool  # and of its head
+    bias: bool  # and of its bias
+
+
+class Outcome(NamedTuple):
+    """Loss statistics [len(TokenStats), n] and the gradients of Σ weights · per_token."""
+
+    stats: Tensor
+    hidden: Tensor | None  # [N, D], zero at inactive positions
+    head: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+def run(operands: Operands, recipe: Recipe, plan: Plan, slope_weights: Tensor | None = None) -> Outcome:
+    """Go through all active tokens once.
+
+    ``slope_weights`` [n] replace the loss weights in the gradients (not in the statistics).
+    """
+    with torch.no_grad(), torch.autocast(operands.student_hidden.device.type, enabled=False):
+        return _Pass(operands, recipe, plan, slope_weights).run()
+
+
+class _Pass:
+    """The buffers of one pass over the tokens."""
+
+    def __init__(self, operands: Operands, recipe: Recipe, plan: Plan, slope_weights: Tensor | None) -> None:
+        self.operands, self.recipe, self.plan, self.slope_weights = operands, recipe, plan, slope_weights
+        hidden, head = operands.student_hidden, operands.student_head
+        self.device = hidden.device
+        self.dtype = student_dtype(operands)
+        self.working = working_dtype(self.dtype)
+        self.count = hidden.shape[0] if operands.active is None else operands.active.shape[0]
+        self.vocabulary = head.shape[0]
+        self.casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.lift = self._lift()
+        self.stats = torch.empty(len(TokenStats._fields), self.count, dtype=self.working, device=self.device)
+        self.hidden_gradient: Tensor | None = None
+        self.head_gradient: Tensor | None = None
+        self.bias_gradient: Tensor | None = None
+        if plan.hidden:
+            # fp16 gradients may underflow before a gradient scaler has seen them: they wait in float32.
+            kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+            self.hidden_gradient = torch.zeros(hidden.shape, dtype=kept, device=self.device)
+        if plan.head:
+            slope_dtype = gradient_dtype(self.device, self.dtype)
+            kept = torch.bfloat16 if slope_dtype == head.dtype == torch.bfloat16 else self.working
+            make = torch.empty if self.count else torch.zeros
+            self.head_gradient = make(head.shape, dtype=kept, device=self.device)
+        if plan.bias:
+            self.bias_gradient = torch.zeros(self.vocabulary, dtype=self.working, device=self.device)
+
+    def run(self) -> Outcome:
+        plan, width = self.plan, min(self.plan.chunk_rows, self.count)
+        products = [self._buffer(width, self.working) for _ in range(3 if self.plan.own_reference else 2)]
+        slope_dtype = gradient_dtype(self.device, self.dtype)
+        makes_slope = plan.hidden or plan.head or plan.bias
+        # In the working dtype the slope takes the place of the student's logits, chunk by chunk.
+        in_place = slope_dtype == self.working
+        block = width if in_place else min(plan.slope_rows, self.count)
+        slopes = products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
+        for start in range(0, self.count, max(block, 1)):
+            stop = min(start + block, self.count)
+            for low in range(start, stop, max(width, 1)):
+                high = min(low + width, stop)
+                slope = slopes[low - start : high - start] if makes_slope else None
+                self._chunk(low, high, products, slope)
+            if makes_slope:
+                self._push(start, stop, slopes[: stop - start])
+        if self.lift is not None:
+            for gradient in (self.head_gradient, self.bias_gradient):
+                if gradient is not None:
+                    gradient.div_(self.lift)
+        return Outcome(self.stats, self.hidden_gradient, self.head_gradient, self.bias_gradient)
+
+    def _chunk(self, low: int, high: int, products: list[Tensor], slope: Tensor | None) -> None:
+        """Logits, loss and slope of the tokens low to high."""
+        ops = self.operands
+        student_products = self._project(ops.student_hidden, ops.student_head, low, high, products[0])
+        reference = None
+        if ops.reference_hidden is None:
+            teacher_products = self._project(ops.teacher_hidden, ops.teacher_head, low, high, products[1])
+        elif self.plan.own_reference and ops.reference_head is not None:
+            teacher_products = self._project(ops.teacher_hidden, ops.teacher_head, low, high, products[1])
+            reference = self._project(ops.reference_hidden, ops.reference_head, low, high, products[2])
+        else:
+            teacher_products = self._project_between(low, high, products[1])
+        rows = Rows(
+            tokens=self._take(ops.tokens, low, high),
+            old_log_probs=self._take(ops.old_log_probs, low, high),
+            extra_weights=self._take(ops.extra_weights, low, high),
+            slope_weights=None if self.slope_weights is None else self.slope_weights[low:high],
+            lift=self.lift,
+        )
+        stats = self.plan.backend(
+            Side(student_products, ops.student_bias),
+            Side(teacher_products, ops.teacher_bias, reference, ops.reference_bias),
+            rows,
+            self.recipe,
+            slope,
+        )
+        torch.stack(stats, out=self.stats[:, low:high])
+
+    def _push(self, start: int, stop: int, slope: Tensor) -> None:
+        """Send the slopes of the tokens start to stop on to hidden states, head and bias."""
+        ops = self.operands
+        if self.hidden_gradient is not None:
+            head = self._cast(ops.student_head, self.dtype)
+            rows = pull_back(slope, head, exact=self.hidden_gradient.dtype == torch.float32)
+            if self.lift is not None:
+                rows = rows / self.lift
+            if ops.active is None:
+                self.hidden_gradient[start:stop] = rows
+            else:
+                self.hidden_gradient.index_copy_(0, ops.active[start:stop], rows.to(self.hidden_gradient.dtype))
+        if self.head_gradient is not None:
+            hidden = self._take(ops.student_hidden, start, stop).to(self.dtype)
+            accumulate_head(slope, hidden, self.head_gradient, first=start == 0)
+        if self.bias_gradient is not None:
+            self.bias_gradient += slope.sum(dim=0, dtype=self.working)
+
+    def _project(self, hidden: Tensor, head: Tensor, low: int, high: int, out: Tensor) -> Tensor:
+        dtype = operand_dtype(hidden, head)
+        return project(self._take(hidden, low, high).to(dtype), self._cast(head, dtype), out[: high - low])
+
+    def _project_between(self, low: int, high: int, out: Tensor) -> Tensor:
+        """Products of the states between centre and teacher: through one linear head that is the same thing."""
+        ops, coef = self.operands, self.recipe.trust_region_coef
+        assert ops.reference_hidden is not None
+        assert coef is not None
+        dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head)
+        wide = working_dtype(dtype)
+        centre = self._take(ops.reference_hidden, low, high).to(wide)
+        between = centre.lerp(self._take(ops.teacher_hidden, low, high).to(wide), coef)
+        return project(between.to(dtype), self._cast(ops.teacher_head, dtype), out[: high - low])
+
+    def _take(self, values: Tensor | None, low: int, high: int) -> Tensor | None:
+        if values is None:
+            return None
+        active = self.operands.active
+        return values[low:high] if active is None else values.index_select(0, active[low:high])
+
+    def _cast(self, head: Tensor, dtype: torch.dtype) -> Tensor:
+        """The head in the products' dtype: converted at most once, also where both models share it."""
+        key = (head.data_ptr(), dtype)
+        if key not in self.casts:
+            self.casts[key] = head.to(dtype)
+        return self.casts[key]
+
+    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, self.vocabulary, dtype=dtype, device=self.device)
+
+    def _lift(self) -> Tensor | None:
+        if gradient_dtype(self.device, self.dtype) != torch.float16:
+            return None
+        weights = self.slope_weights if self.slope_weights is not None else self.operands.extra_weights
+        if weights is None:
+            weights = torch.ones(1, device=self.device)
+        bound = self.recipe.is_clip if self.recipe.is_clip is not None and self.slope_weights is None else 1.0
+        return gradient_lift(weights, bound)
+
+
+def student_dtype(operands: Operands) -> torch.dtype:
+    """Dtype of the student's products' inputs."""
+    return operand_dtype(operands.student_hidden, operands.student_head)
