@@ -174,8 +174,9 @@ def test_the_head_never_sees_more_than_one_position() -> None:
 def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     model = build("Qwen2")
     completion_states(model, model, arguments(model), length=LENGTH)
-    with pytest.raises(TypeError):
-        completion_states(model, model, {**arguments(model), "no_such_argument": 1}, length=LENGTH)
+    beyond = {**arguments(model), "input_ids": torch.full((2, 7), VOCABULARY)}
+    with pytest.raises(IndexError):
+        completion_states(model, model, beyond, length=LENGTH)
     assert not model.lm_head._forward_pre_hooks
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sdpo import _fused_doors as doors
 from sdpo._fused_autograd import per_token_loss, total_loss
-from sdpo._recipe import Recipe, Support, Tail, TokenStats
+from sdpo._recipe import Support, Tail, TokenStats
 
 
 class FusedOutput(NamedTuple):

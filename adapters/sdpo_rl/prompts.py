@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpo import Reprompts, Templates, build_reprompts
-from sdpo.reprompt import cut_middle
+from sdpo import Reprompts, Templates, build_reprompts, cut_middle
 
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, Any]]

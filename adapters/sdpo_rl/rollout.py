@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from sdpo import select_demonstrations, strip_thinking
 
@@ -20,7 +21,7 @@ class Rollout(NamedTuple):
     completions: list[Completion]
     completion_lengths: list[int]
     feedback: list[str | None]
-    scores: list[float]  # nan: no reward function applied to the row
+    scores: Tensor  # float32 on the CPU; nan: no reward function applied to the row
 
 
 class Peer(NamedTuple):
@@ -104,7 +105,7 @@ def _peers(rollout: Rollout, config: SDPOConfig) -> list[tuple[str, int]]:
 
 
 def _metrics(
-    flags: Sequence[Sequence[bool]], scores: Sequence[float], group_size: int, threshold: float
+    flags: Sequence[Sequence[bool]], scores: Tensor, group_size: int, threshold: float
 ) -> dict[str, float]:
     names = (
         "success_sample_fraction",
@@ -115,10 +116,10 @@ def _metrics(
         "dropped_reprompt_fraction",
     )
     metrics = {name: _mean(column) for name, column in zip(names, zip(*flags, strict=True), strict=True)}
-    groups = [scores[start : start + group_size] for start in range(0, len(scores), group_size)]
-    metrics["success_group_fraction"] = _mean(
-        [any(not math.isnan(score) and score >= threshold for score in group) for group in groups]
-    )
+    # Compared as a tensor: 0.7 held in float32 lies below the double 0.7.
+    successes = (scores >= threshold).tolist()
+    groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
+    metrics["success_group_fraction"] = _mean([any(group) for group in groups])
     metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
     return {f"self_distillation/{name}": value for name, value in metrics.items()}
 

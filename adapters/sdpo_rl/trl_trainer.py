@@ -125,7 +125,7 @@ class SDPOTrainer(_BASE):
             completions=list(completions),
             completion_lengths=[len(ids) for ids in completion_ids_list],
             feedback=feedback,
-            scores=scores.tolist(),
+            scores=scores.float().cpu(),
         )
         return rewards
 

@@ -1,0 +1,78 @@
+"""Exact top-K of each row from the maxima of its groups, and the sum of all it leaves out.
+
+The K groups with the largest maxima hold the K largest logits. Groups that are not among them enter the outside
+sum whole, the others token by token. Ties go to the lower token id, exactly: among equal maxima the earlier groups
+are taken, and each holds at least one of the equal logits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sdpo.kernels._math import SMALLEST, finite_or_zero, first_k, log_add_exp, order_key, times_exp, to_logits
+
+
+@triton.jit
+def choose_groups(
+    group_tops, group_masses, chosen_groups, log_others, GROUPS, K,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Ids of the K best groups in ascending order (−1: fewer than K exist), and the logsumexp of the others."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.arange(0, BLOCK_G)
+    real = groups < GROUPS
+    tops = tl.load(group_tops + row * GROUPS + groups, mask=real, other=-float("inf"))
+    chosen, rank = first_k(tl.where(real, order_key(tops), SMALLEST), K)
+    tl.store(chosen_groups + row * K + rank, groups, mask=chosen)
+    ranks = tl.arange(0, BLOCK_K)
+    tl.store(chosen_groups + row * K + ranks, ranks * 0 - 1, mask=(ranks >= GROUPS) & (ranks < K))
+    other = real & (chosen == 0)
+    masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
+    high = tl.max(tl.where(other, tops, -float("inf")), 0)
+    base = finite_or_zero(high)
+    mass = tl.sum(times_exp(masses, tops - base), 0)
+    tl.store(log_others + row, tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), -float("inf")))
+
+
+@triton.jit
+def choose_tokens(
+    products, bias, chosen_groups, log_others, ids, inside, log_outside, V, K, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Ids and logits of the K largest among the chosen groups, and the logsumexp of all other tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    group = tl.load(chosen_groups + row * K + place // GROUP, mask=place // GROUP < K, other=-1)
+    columns = group * GROUP + place % GROUP
+    real = (group >= 0) & (columns < V)
+    values = tl.load(products + row * V + columns, mask=real, other=0.0)
+    shift = 0.0
+    if BIAS:
+        shift = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
+    z = to_logits(values, shift, inner, outer, SOFTCAP)
+    chosen, rank = first_k(tl.where(real, order_key(z), SMALLEST), K)
+    tl.store(ids + row * K + rank, columns.to(tl.int64), mask=chosen)
+    tl.store(inside + row * K + rank, z, mask=chosen)
+    rest = tl.where(real & (chosen == 0), z, -float("inf"))
+    high = tl.max(rest, 0)
+    mass = tl.sum(tl.exp(rest - finite_or_zero(high)), 0)
+    log_rest = tl.where(high == -float("inf"), high, high + tl.log(tl.where(mass > 0.0, mass, 1.0)))
+    tl.store(log_outside + row, log_add_exp(log_rest, tl.load(log_others + row)))
+
+
+@triton.jit
+def read_tokens(
+    products, bias, ids, logits, V, K, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Logits at given token ids [c, K]."""
+    row = tl.program_id(0).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_K)
+    real = ranks < K
+    columns = tl.load(ids + row * K + ranks, mask=real, other=0)
+    values = tl.load(products + row * V + columns, mask=real, other=0.0)
+    shift = 0.0
+    if BIAS:
+        shift = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
+    tl.store(logits + row * K + ranks, to_logits(values, shift, inner, outer, SOFTCAP), mask=real)

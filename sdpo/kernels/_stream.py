@@ -1,0 +1,80 @@
+"""The passes over a chunk's products: each reads every element once, one program per row and block of columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sdpo.kernels._math import MASKED, finite_or_zero, times_exp, to_logits
+
+
+@triton.jit
+def load_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits of a block of columns of a row; −inf beyond the vocabulary."""
+    inside = columns < V
+    values = tl.load(products + row * V + columns, mask=inside, other=MASKED)
+    shift = 0.0
+    if BIAS:
+        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return to_logits(values, shift, inner, outer, SOFTCAP)
+
+
+@triton.jit
+def block_sums(
+    products, bias, tops, masses, moments, V, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per block of columns: the largest logit z*, Σ exp(z − z*), and Σ (z − z*)·exp(z − z*)."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
+    top = tl.max(z, 0)
+    away = z - finite_or_zero(top)
+    e = tl.exp(away)
+    place = row * tl.num_programs(1) + block
+    tl.store(tops + place, top)
+    tl.store(masses + place, tl.sum(e, 0))
+    tl.store(moments + place, tl.sum(tl.where(e > 0.0, away * e, 0.0), 0))
+
+
+@triton.jit
+def group_sums(
+    products, bias, tops, masses, moments, group_tops, group_masses, V, GROUPS, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """As ``block_sums``, and the first two per group of GROUP neighbouring columns."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    groups = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
+    group_top = tl.max(z, 1)
+    base = finite_or_zero(group_top)
+    away = z - base[:, None]
+    e = tl.exp(away)
+    group_mass = tl.sum(e, 1)
+    group_moment = tl.sum(tl.where(e > 0.0, away * e, 0.0), 1)
+    real = groups < GROUPS
+    tl.store(group_tops + row * GROUPS + groups, group_top, mask=real)
+    tl.store(group_masses + row * GROUPS + groups, group_mass, mask=real)
+    top = tl.max(group_top, 0)
+    lower = base - finite_or_zero(top)
+    place = row * tl.num_programs(1) + block
+    tl.store(tops + place, top)
+    tl.store(masses + place, tl.sum(times_exp(group_mass, lower), 0))
+    tl.store(moments + place, tl.sum(times_exp(group_moment + lower * group_mass, lower), 0))
+
+
+@triton.jit
+def outside_slopes(
+    products, bias, slopes, outside, log_outside, V, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is written later."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
+    slope = times_exp(tl.load(outside + row), z - finite_or_zero(tl.load(log_outside + row)))
+    if SOFTCAP:
+        capped = z / outer
+        slope = tl.where(z == -float("inf"), 0.0, slope * (1.0 - capped * capped))
+    tl.store(slopes + row * V + columns, slope.to(slopes.dtype.element_ty), mask=columns < V)
