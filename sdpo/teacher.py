@@ -199,7 +199,7 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
     """How far the teacher is from the student: ``‖θ' − θ‖ / ‖θ‖`` over all parameters together.
 
     Shapes: any to [] (no synchronisation). Unit: a ratio, float32 or float64. 0 for ``live``. Gradient: none.
-    All parameters are on one device.
+    All parameters are on one device, where the state is brought one tensor at a time if it rests elsewhere.
 
     Raises:
         TypeError, ValueError: params are not the state's, as in ``ema``.
@@ -216,7 +216,7 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
     gaps, norms = [], []
     for name, old in state.params.items():  # one parameter at a time: no second model in float32
         student = upcast(params[name].detach())
-        gaps.append(torch.linalg.vector_norm(upcast(old) - student))
+        gaps.append(torch.linalg.vector_norm(upcast(old.to(student.device)) - student))
         norms.append(torch.linalg.vector_norm(student))
     distance, norm = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (gaps, norms))
     return distance / norm.clamp_min(torch.finfo(norm.dtype).tiny)

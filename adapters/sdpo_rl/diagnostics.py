@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .config import SDPOConfig
 
@@ -24,6 +25,14 @@ class Diagnostics:
         self._empty = 0
         self._lengths: list[float] = []
         self._said: set[str] = set()
+
+    def state(self) -> dict[str, Any]:
+        """What was seen and said so far, as JSON knows it."""
+        return {"empty": self._empty, "lengths": list(self._lengths), "said": sorted(self._said)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._empty, self._lengths, self._said = state["empty"], list(state["lengths"]), set(state["said"])
 
     def observe_batch(self, metrics: Mapping[str, float], completion_lengths: Sequence[int]) -> None:
         """Look at one generation batch."""

@@ -74,6 +74,22 @@ def join_feedback(texts: Sequence[str | None]) -> str | None:
     return "\n\n".join(kept) if kept else None
 
 
+def environment_feedback(environments: Sequence[Any]) -> list[str | None]:
+    """What each row's environment says of its episode: its `feedback`, an attribute or property.
+
+    Raises:
+        TypeError: a `feedback` that is no text; a method would be offered to the model as a tool.
+    """
+    texts = [getattr(environment, "feedback", None) for environment in environments]
+    for environment, text in zip(environments, texts, strict=True):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(
+                f"{type(environment).__name__}.feedback must be a string or None, got {type(text).__name__}; make "
+                "it an attribute or a property"
+            )
+    return texts
+
+
 class FeedbackCollector:
     """Wraps reward functions so that TRL sees scores alone and the texts stay here, by row.
 
@@ -116,11 +132,21 @@ class FeedbackCollector:
 
         return _named(wrapped, name, reward_func)
 
-    def take(self, rows: int, column: Sequence[str | None] | None = None) -> list[str | None]:
-        """One text or `None` per row; a row without live feedback falls back to the dataset's `column`."""
-        live = [
-            join_feedback([self._texts[slot][row] for slot in sorted(self._texts)]) for row in range(rows)
+    def take(
+        self,
+        rows: int,
+        column: Sequence[str | None] | None = None,
+        environments: Sequence[str | None] = (),
+    ) -> list[str | None]:
+        """One text or `None` per row: those of the reward functions, then that of the row's environment.
+
+        A row without any falls back to the dataset's `column`.
+        """
+        sources = [
+            *(self._texts[slot] for slot in sorted(self._texts)),
+            *([environments] if environments else []),
         ]
+        live = [join_feedback([texts[row] for texts in sources]) for row in range(rows)]
         self._texts.clear()
         if column is None:
             return live

@@ -85,6 +85,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module's own mode comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, mode in modes:
+        # On a CPU bitsandbytes repacks a 4-bit layer in evaluation mode for good, and it passes no gradient then.
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            module.training = mode
     try:
         yield
     finally:
@@ -126,7 +130,7 @@ def completion_states(
         # Read here, inside the forward: this is where swapped and gathered parameters are in place.
         head = Head(linear.weight, linear.bias)
         if params is not None and ranks.is_sharded(unwrapped):
-            head = Head(*map(_lasting, head))
+            head = Head(_lasting(head.weight), None if head.bias is None else _lasting(head.bias))
         found.append(CompletionStates(args[0][:, -(length + 1) : -1], head))
         return (args[0][:, -1:], *args[1:])
 
@@ -166,9 +170,9 @@ def _run(
     return functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
 
 
-def _lasting(tensor: Tensor | None) -> Tensor | None:
+def _lasting(tensor: Tensor) -> Tensor:
     """A copy of a trainable tensor: its memory is gathered anew, with other contents, for the next forward."""
-    return tensor.detach().clone() if tensor is not None and tensor.requires_grad else tensor
+    return tensor.detach().clone() if tensor.requires_grad else tensor
 
 
 def transform_matches(model: Any, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:

@@ -23,6 +23,14 @@ class MetricSums:
             pair = torch.stack([total.detach().float(), weight.detach().float()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def state(self) -> dict[str, Tensor]:
+        """What was added since the last `means`: sum and weight [2] by name."""
+        return dict(self._sums)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self._sums = dict(state)
+
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Sum over weight by name, over all ranks; forgets what was added. A name without weight is left out."""
         if not self._sums:

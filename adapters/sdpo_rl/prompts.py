@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sdpo import Reprompts, Templates, build_reprompts, cut_middle
+from sdpo import Reprompts, Templates, build_reprompts, cut_middle, strip_thinking
 
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, Any]]
@@ -68,15 +69,41 @@ def with_question(prompt: Prompt, text: str) -> Prompt:
     return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
-def completion_text(completion: Completion) -> str:
-    """What a completion says: its string, or the text of its assistant and tool turns in order."""
+def completion_text(completion: Completion, *, thinking: bool = True) -> str:
+    """What a completion says: its string, or a transcript of its turns, with or without the thinking.
+
+    A transcript has a line for every text, tool call and tool result, in their order. It is plain text, for the
+    user turn of a reprompt: a chat template's own marks of a call would there start one.
+
+    Example:
+        >>> call = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+        >>> turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "name": "add", "content": "3"}]
+        >>> print(completion_text([*turns, {"role": "assistant", "content": "It is 3."}]))
+        add({"a": 1, "b": 2})
+        3
+        It is 3.
+    """
     if isinstance(completion, str):
-        return completion
-    parts = [
-        message["content"] if isinstance(message.get("content"), str) else _parts_text(message.get("content"))
-        for message in completion
-    ]
-    return "\n".join(part for part in parts if part)
+        return completion if thinking else strip_thinking(completion)
+    return "\n".join(line for message in completion for line in _lines(message, thinking) if line)
+
+
+def _lines(message: Mapping[str, Any], thinking: bool) -> list[str]:
+    content = message.get("content")
+    text = content if isinstance(content, str) else _parts_text(content)
+    if message["role"] == "tool":
+        return [text]
+    thoughts = message.get("reasoning_content") or message.get("thinking")
+    calls = [_call_text(call.get("function", call)) for call in message.get("tool_calls") or []]
+    if not thinking:
+        return [strip_thinking(text), *calls]
+    return [f"<think>{thoughts}</think>" if thoughts else "", text, *calls]
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    arguments = function.get("arguments")
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return f"{function.get('name')}({written})"
 
 
 def _parts_text(content: Any) -> str:
@@ -88,22 +115,31 @@ class Renderer:
     """Prompt → token ids, exactly as the student's prompts are made: the chat template applied once.
 
     `tools`, `chat_template` and `template_kwargs` are the trainer's own; a plain prompt is tokenized as it is.
+    Where every row of the batch has tools of its own, `row_tools` holds them and takes the place of `tools`.
     """
 
     tokenizer: Any
     tools: Sequence[Any] | None = None
+    row_tools: Sequence[Sequence[Any]] | None = None
     chat_template: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """The ids of each prompt, without padding."""
+    def __call__(self, prompts: Sequence[Prompt], rows: Sequence[int] = ()) -> list[list[int]]:
+        """The ids of each prompt, without padding; `rows` are the prompts' places in the batch of `row_tools`."""
         if not prompts:
             return []
         if isinstance(prompts[0], str):
             return [list(ids) for ids in self.tokenizer(text=list(prompts))["input_ids"]]
+        if self.row_tools is None:
+            return self._chat(prompts, self.tools)
+        return [
+            self._chat([prompt], self.row_tools[row])[0] for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
+    def _chat(self, prompts: Sequence[Prompt], tools: Sequence[Any] | None) -> list[list[int]]:
         encoded = self.tokenizer.apply_chat_template(
             conversation=list(prompts),
-            tools=list(self.tools) if self.tools else None,
+            tools=list(tools) if tools else None,
             chat_template=self.chat_template,
             add_generation_prompt=True,
             tokenize=True,
@@ -149,7 +185,7 @@ class Reprompter:
         """Tokens of every active row; `limits` holds the longest reprompt of each."""
         built = self._build(prompts, demonstrations, feedback)
         active = [row for row, on in enumerate(built.row_mask) if on]
-        rendered = self.renderer([with_question(prompts[row], built.texts[row]) for row in active])
+        rendered = self.renderer([with_question(prompts[row], built.texts[row]) for row in active], active)
         ids: list[list[int]] = [[] for _ in prompts]
         row_mask = list(built.row_mask)
         truncated, dropped = [False] * len(prompts), [False] * len(prompts)
@@ -158,7 +194,7 @@ class Reprompter:
                 ids[row] = row_ids
                 continue
             shown = feedback[row] if built.uses_feedback[row] else None
-            fitted = self._fit(prompts[row], demonstrations[row], shown, len(row_ids), limits[row])
+            fitted = self._fit(row, prompts[row], demonstrations[row], shown, len(row_ids), limits[row])
             truncated[row], dropped[row] = fitted is not None, fitted is None
             row_mask[row] = fitted is not None
             ids[row] = fitted or []
@@ -186,7 +222,13 @@ class Reprompter:
         )
 
     def _fit(
-        self, prompt: Prompt, demonstrations: Sequence[str], feedback: str | None, length: int, limit: int
+        self,
+        row: int,
+        prompt: Prompt,
+        demonstrations: Sequence[str],
+        feedback: str | None,
+        length: int,
+        limit: int,
     ) -> list[int] | None:
         if self.truncation == "error":
             raise ValueError(
@@ -203,7 +245,7 @@ class Reprompter:
             cut = [self._cut(piece, int(len(piece) * share)) for piece in tokens]
             shown = cut[len(demonstrations)] if feedback is not None else None
             built = self._build([prompt], [cut[: len(demonstrations)]], [shown])
-            ids = self.renderer([with_question(prompt, built.texts[0])])[0]
+            ids = self.renderer([with_question(prompt, built.texts[0])], [row])[0]
             if len(ids) <= limit:
                 return ids if built.row_mask[0] else None
             budget -= max(len(ids) - limit, 1)

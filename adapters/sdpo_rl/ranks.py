@@ -1,13 +1,17 @@
-"""One model on many ranks: which part of it is held here, and how other weights take its place.
+"""One model on many ranks: which part of it a rank holds, and how other weights take its place.
 
-Under DDP and ZeRO-1/2 every rank holds whole parameters. FSDP2 (`fully_shard`) keeps a shard of each as a
-`DTensor`, ZeRO-3 a flat partition. A teacher lives on the same parts, so it costs a rank its share and no more.
+Under DDP and ZeRO-2 every rank holds whole parameters. FSDP2 (`fully_shard`) keeps a shard of each as a
+`DTensor`, ZeRO-3 a flat partition of it. A teacher is kept in the same parts, so that it costs a rank its share
+and no more. Whatever talks to other ranks must be called by all of them: `exchanged` and the forward inside
+it, `full_tensors`, `global_ratio`, `any_rank`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,46 +21,61 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 Parts = dict[str, Tensor]
 
+# What activation checkpointing under FSDP puts into the names of the layers it wraps.
+_WRAPPER = "_checkpoint_wrapped_module."
+
+
+def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps: int) -> None:
+    """Refuse the ways to spread a model or a step under which the loss or the teacher would be wrong.
+
+    Raises:
+        ValueError: FSDP 1, whose parameters have no names of their own while they rest; or, under DeepSpeed, an
+            optimizer step that spans several generation batches.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP version 1 flattens parameters, so a teacher cannot take their place by name; set "
+            "fsdp_version: 2 in the Accelerate config, or GRPOConfig(fsdp_config={'version': 2})"
+        )
+    if accelerator.distributed_type == "DEEPSPEED" and generate_every % accumulation_steps:
+        raise ValueError(
+            "under DeepSpeed an optimizer step must lie within one generation batch, because its gradient cannot "
+            "be rescaled once all its tokens are counted: steps_per_generation * num_iterations "
+            f"({generate_every}) must be a multiple of gradient_accumulation_steps ({accumulation_steps})"
+        )
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a rank holds only a part of some parameter, so that nothing may stand in for it whole."""
     # A gathered FSDP unit shows plain parameters, hence the look at the modules.
-    return any(map(_is_fsdp_unit, model.modules())) or any(map(_is_partitioned, model.parameters()))
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether the parameters are ZeRO-3 partitions, which exist whole only inside their own module's forward."""
+    return any(map(_is_partition, model.parameters()))
 
 
 def held_parameters(model: nn.Module) -> Parts:
     """What this rank holds of every trainable parameter, by name, in the parameter's own memory."""
-    return {name: _held(p) for name, p in _at_rest(model).items() if p.requires_grad}
+    return {name: _held(parameter) for name, parameter in _at_rest(model).items() if parameter.requires_grad}
 
 
 @contextmanager
 def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
-    """A sharded model with other contents in the parts that this rank holds; the very bits come back afterwards.
+    """A sharded model with other contents in the parts that this rank holds; the very bits come back after it.
 
     `torch.func.functional_call` cannot do this: it would mix the plain tensors it is given with sharded ones.
     """
-    held = held_parameters(model)
-    kept = {name: held[name].clone() for name in parts}
+    parameters = _at_rest(model)
+    kept = {name: _held(parameters[name]).clone() for name in parts}
     try:
-        _copy(parts, held)
+        _fill(parameters, parts)
         yield
     finally:
-        # The forward left units gathered, and they would go on to show the exchanged contents.
-        _copy(kept, held_parameters(model))
-
-
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for name, part in source.items():
-        target[name].copy_(part)
-
-
-def _at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, none of them gathered, so that the next forward gathers what the ranks then hold."""
-    for module in model.modules():
-        if _is_fsdp_unit(module):
-            module.reshard()
-    # Activation checkpointing under FSDP wraps the layers; a teacher is named as the model was before.
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in model.named_parameters()}
+        # The forward left units gathered, and these would go on to show the exchanged contents.
+        _fill(_at_rest(model), kept)
 
 
 def held_parts(model: nn.Module, full: Mapping[str, Tensor]) -> Parts:
@@ -66,7 +85,7 @@ def held_parts(model: nn.Module, full: Mapping[str, Tensor]) -> Parts:
 
 
 def full_tensors(model: nn.Module, parts: Mapping[str, Tensor]) -> Parts:
-    """Whole tensors from the parts of all ranks; every rank takes part and gets all of them."""
+    """Whole tensors from the parts of all ranks; every rank gets all of them."""
     parameters = _at_rest(model)
     return {name: _whole(parameters[name], part) for name, part in parts.items()}
 
@@ -83,15 +102,84 @@ def global_ratio(ratio: Tensor, parts: Mapping[str, Tensor], model: nn.Module) -
     return (squares[0] / squares[1].clamp(min=torch.finfo(squares.dtype).tiny)).sqrt()
 
 
-def _part(parameter: nn.Parameter, full: Tensor) -> Tensor:
+def scale_gradients(model: nn.Module, factor: Tensor) -> None:
+    """Multiply every gradient by one number, in place."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            gradient: Any = parameter.grad
+            gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            gradient.mul_(factor.to(gradient.device))
+
+
+@contextmanager
+def synchronized_generation(model: Any) -> Iterator[None]:
+    """`model.generate` that decodes until the last rank has finished.
+
+    Each decoding step of a sharded model gathers weights from all ranks, also from one whose rows are done.
+    Transformers sees to it under FSDP 1 and ZeRO-3 alone.
+    """
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        yield
+        return
+    generate = model.generate
+    model.generate = functools.partial(generate, synced_gpus=True)
+    try:
+        yield
+    finally:
+        model.generate = generate
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags)
+    return bool(flags)
+
+
+def _at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, none of them gathered: the next forward gathers what the ranks then hold."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
+
+
+def _fill(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]) -> None:
+    for name, part in parts.items():
+        parameter = parameters[name]
+        _held(parameter).copy_(part)
+        if _is_partition(parameter) and parameter.numel():
+            # ZeRO-3 keeps small parameters gathered beside their partitions.
+            parameter.data.copy_(_whole(parameter, part))
+
+
+def _is_partition(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def _held(parameter: Any) -> Tensor:
     if isinstance(parameter, DTensor):
+        return parameter.detach().to_local()
+    if not _is_partition(parameter):
+        return parameter.detach()
+    # All partitions are equally long; behind the parameter's end lies padding.
+    start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
+    return parameter.ds_tensor.detach()[: max(parameter.ds_numel - start, 0)]
+
+
+def _part(parameter: Any, full: Tensor) -> Tensor:
+    if isinstance(parameter, DTensor):
+        # No source rank: every rank has the whole tensor and cuts out its own part.
         return distribute_tensor(
             full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()
-    return full
+    if not _is_partition(parameter):
+        return full
+    start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
+    return full.flatten()[start : start + parameter.ds_tensor.numel()]
 
 
-def _whole(parameter: nn.Parameter, part: Tensor) -> Tensor:
+def _whole(parameter: Any, part: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return DTensor.from_local(
             part.to(parameter.device),
@@ -101,16 +189,11 @@ def _whole(parameter: nn.Parameter, part: Tensor) -> Tensor:
             shape=parameter.shape,
             stride=parameter.stride(),
         ).full_tensor()
-    return part
-
-
-def _held(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
-
-
-def _is_fsdp_unit(module: nn.Module) -> TypeGuard[FSDPModule]:
-    return isinstance(module, FSDPModule)
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_tensor")
+    if not _is_partition(parameter):
+        return part
+    group = parameter.ds_process_group
+    padded = part.new_zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
+    padded[: part.numel()] = part
+    gathered = padded.new_empty(padded.numel() * dist.get_world_size(group))
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    return gathered[: parameter.ds_numel].view(parameter.ds_shape)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sdpo import select_demonstrations, strip_thinking
+from sdpo import select_demonstrations
 
 from .config import SDPOConfig
 from .prompts import Completion, Prompt, Reprompter, TeacherPrompts, completion_text
@@ -98,9 +98,8 @@ def teacher_context(
 
 
 def _peers(rollout: Rollout, config: SDPOConfig) -> list[tuple[str, int]]:
-    texts = [completion_text(completion) for completion in rollout.completions]
-    if config.remove_thinking_from_demonstration:
-        texts = [strip_thinking(text) for text in texts]
+    thinking = not config.remove_thinking_from_demonstration
+    texts = [completion_text(completion, thinking=thinking) for completion in rollout.completions]
     return list(zip(texts, rollout.completion_lengths, strict=True))
 
 

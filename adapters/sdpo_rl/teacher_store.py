@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 import sdpo
@@ -23,12 +26,16 @@ def trainable_parameters(model: nn.Module) -> Params:
 class TeacherStore:
     """Holds the core's teacher state for a model and hands out the weights of the teacher's forwards.
 
+    With `teacher_offload="cpu"` the state rests in CPU memory, pinned where there is a GPU. It then travels
+    for the forwards alone; making it and moving it hold one parameter at a time on the device.
+
     Raises:
-        ValueError: `lora_ema` on a model without adapters, or a model in which nothing trains.
+        ValueError: `lora_ema` on a model without adapters, a model in which nothing trains, or, later, other
+            trainable parameters than at the start.
     """
 
     def __init__(self, model: nn.Module, config: SDPOConfig, *, seed: int) -> None:
-        if config.teacher_mode == "lora_ema" and not hasattr(model, "peft_config"):
+        if config.teacher_mode == "lora_ema" and not getattr(model, "peft_config", None):
             raise ValueError(
                 "teacher_mode='lora_ema' averages adapters, and the model has none; pass peft_config, or use "
                 "teacher_mode='ema', which averages whatever trains"
@@ -39,8 +46,14 @@ class TeacherStore:
                 "no parameter of the model has requires_grad; there is nothing to train or to average"
             )
         self._mode = config.teacher_mode
+        self._offload = config.teacher_offload == "cpu"
         self._teacher = _core_teacher(config, seed)
-        self.state: sdpo.TeacherState = self._teacher.init(params)
+        self.state: sdpo.TeacherState = self._start(params)
+
+    @property
+    def rule(self) -> str:
+        """How the weights move; `lora_ema` is `ema` with a condition, not a rule of its own."""
+        return "ema" if self._mode == "lora_ema" else self._mode
 
     def forwards(self, model: nn.Module) -> list[Params | None]:
         """The weights of each teacher forward: named tensors in place of the student's, or `None` for its own.
@@ -52,14 +65,23 @@ class TeacherStore:
             return [None]
         own = self._own(model)
         params: Params = {
-            name: held.to(device=own[name].device, dtype=own[name].dtype)
+            # The dtype changes on the device: only there is that fast, and only so is pinned memory of use.
+            name: held.to(own[name].device, non_blocking=True).to(own[name].dtype)
             for name, held in self.state.params.items()
         }
         return [params, None] if self._mode == "trust_region" else [params]
 
     def tick(self, model: nn.Module) -> None:
         """Move the teacher towards the student, once."""
-        self.state = self._teacher.update(self.state, self._own(model))
+        own = self._own(model)
+        if not self._offload:
+            self.state = self._teacher.update(self.state, own)
+            return
+        moved: Params = {}
+        for name, held in self.state.params.items():
+            single = sdpo.TeacherState({name: held}, self.state.ticks)
+            moved |= self._teacher.update(single, {name: own[name].to(held.device)}).params
+        self.state = sdpo.TeacherState(moved, self.state.ticks + 1)
 
     def distance(self, model: nn.Module) -> Tensor | None:
         """‖θ' − θ‖/‖θ‖ [] over the trainable parameters; `None` for a live teacher."""
@@ -68,17 +90,72 @@ class TeacherStore:
         own = self._own(model)
         return ranks.global_ratio(sdpo.teacher_distance(self.state, own), own, model)
 
+    # --- at rest, in checkpoints -------------------------------------------------------------------------
+
+    def layout(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...] | None, torch.dtype]]:
+        """Shape and dtype of every tensor of the whole state; no shape where a rank holds only a part of it."""
+        whole = not ranks.is_sharded(model)
+        return {
+            name: (tuple(held.shape) if whole else None, held.dtype)
+            for name, held in self.state.params.items()
+        }
+
+    def whole(self, model: nn.Module, *, keep: bool) -> Params:
+        """The whole state in CPU memory, on the ranks that `keep` it; every rank takes part."""
+        self._own(model)
+        kept: Params = {}
+        sharded = ranks.is_sharded(model)
+        for name, part in self.state.params.items():
+            tensor = ranks.full_tensors(model, {name: part})[name] if sharded else part
+            if keep:
+                kept[name] = tensor.detach().cpu().contiguous()
+        return kept
+
+    def restore(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, ticks: int) -> None:
+        """Take up a state that `whole` gave, one tensor at a time, into the memory of the present one."""
+        self._own(model)
+        sharded = ranks.is_sharded(model)
+        for name, tensor in tensors:
+            part = ranks.held_parts(model, {name: tensor})[name] if sharded else tensor
+            self.state.params[name].copy_(part)
+        self.state = self.state._replace(ticks=ticks)
+
+    def restart(self, model: nn.Module) -> None:
+        """Begin again from the student as it is."""
+        self.state = self._start(trainable_parameters(model))
+
+    def _start(self, params: Params) -> sdpo.TeacherState:
+        if not self._offload:
+            return self._teacher.init(params)
+        held: Params = {}
+        for name, param in params.items():
+            held |= self._resting(self._teacher.init({name: param}).params)
+        return sdpo.TeacherState(held, 0)
+
+    def _resting(self, params: Params) -> Params:
+        if not self._offload:
+            return params
+        pinned = torch.cuda.is_available()
+        return {name: t.cpu().pin_memory() if pinned else t.cpu() for name, t in params.items()}
+
     def _own(self, model: nn.Module) -> Params:
         """The model's parameters; the state takes their parts if the model was sharded after this was made."""
         own = trainable_parameters(model)
-        if any(held.shape != own[name].shape for name, held in self.state.params.items()):
+        params = self.state.params
+        if self._mode != "live" and params.keys() != own.keys():
+            lost = [f"lost {name!r}" for name in params if name not in own]
+            found = [f"gained {name!r}" for name in own if name not in params]
+            raise ValueError(
+                f"the model's trainable parameters changed under the teacher: {', '.join(lost + found)}; set "
+                "requires_grad before building the trainer"
+            )
+        if any(held.shape != own[name].shape for name, held in params.items()):
             # Before the first tick the student is the better source: where only rank 0 loads the weights, the
             # others had none when the state was made.
-            params = self.state.params
             self.state = (
-                self.state._replace(params=ranks.held_parts(model, params))
+                self.state._replace(params=self._resting(ranks.held_parts(model, params)))
                 if self.state.ticks
-                else self._teacher.init(own)
+                else self._start(own)
             )
         return own
 

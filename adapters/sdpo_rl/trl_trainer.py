@@ -16,12 +16,12 @@ import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import checks, distillation, hidden_states, unsloth_compat
+from . import checkpoint, checks, distillation, hidden_states, progress, ranks, unsloth_compat
 from .alignment import compact, left_pad, position_ids
 from .callbacks import AfterOptimizerStep
 from .config import SDPOConfig
 from .diagnostics import Diagnostics
-from .feedback import FeedbackCollector
+from .feedback import FeedbackCollector, environment_feedback
 from .metrics import MetricSums
 from .normalization import StepWindow
 from .prompts import Renderer, Reprompter
@@ -61,6 +61,8 @@ class SDPOTrainer(_BASE):
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
     _name = "SDPO"
+    _epochs_done = 0
+    _awaited = False
 
     def __init__(
         self, model: Any = None, args: Any = None, sdpo_config: SDPOConfig | None = None, **kwargs: Any
@@ -82,8 +84,9 @@ class SDPOTrainer(_BASE):
         checks.check_reward_functions(rewards)
         if self.sdpo_config.enabled:
             checks.check_groups(args)
-            checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
-            checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
+            if kwargs.get("environment_factory") is None:  # an environment may bring the prompts itself
+                checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
+                checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
             checks.check_tokenizer(kwargs.get("processing_class"))
             if not isinstance(model, str):
                 checks.check_vocabulary(self.sdpo_config, model)
@@ -95,6 +98,11 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return
         checks.check_vocabulary(self.sdpo_config, self._unwrapped)
+        ranks.check_strategy(
+            self.accelerator,
+            generate_every=self.args.steps_per_generation * self.num_iterations,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+        )
         self._teacher = TeacherStore(self._unwrapped, self.sdpo_config, seed=self.args.seed)
         self._window = StepWindow()
         self._window_index = 0
@@ -113,7 +121,11 @@ class SDPOTrainer(_BASE):
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        feedback = self._feedback.take(len(prompts), [row.get("feedback") for row in inputs])
+        feedback = self._feedback.take(
+            len(prompts),
+            [row.get("feedback") for row in inputs],
+            environment_feedback(getattr(self, "environments", None) or []),
+        )
         if any(feedback) and hasattr(self, "_log_completion_extra"):
             self._log_completion_extra("feedback", feedback)
         if not self.sdpo_config.enabled:
@@ -197,7 +209,7 @@ class SDPOTrainer(_BASE):
         loss_mask = self._loss_mask(inputs)
         active = (loss_mask.any(-1)).nonzero().squeeze(-1)
         if len(active) == 0:
-            if self.accelerator.num_processes == 1:
+            if self.accelerator.num_processes == 1 and not ranks.is_sharded(self._unwrapped):
                 return self._zero_loss()
             # Another rank may be active, and its collectives need this one.
             active = torch.zeros(1, dtype=torch.long, device=loss_mask.device)
@@ -247,6 +259,12 @@ class SDPOTrainer(_BASE):
             )
 
     def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
+        if ranks.is_partitioned(unwrapped):
+            logger.warning(
+                "Under DeepSpeed ZeRO-3 the LM head exists whole only inside its own forward; falling back to "
+                "loss_backend='logits', which holds whole logits in memory."
+            )
+            return False
         with self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
             matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
         if not matches:
@@ -294,9 +312,7 @@ class SDPOTrainer(_BASE):
             self._window_index = 0
             correction = self._window.correction()
             if correction is not None:
-                for parameter in self.model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(correction.to(parameter.grad.device))
+                ranks.scale_gradients(self.model, correction)
         return loss
 
     def _after_optimizer_step(self) -> None:
@@ -322,6 +338,64 @@ class SDPOTrainer(_BASE):
                 self._metrics[mode][name].append(value)
         super().log(logs, *args, **kwargs)
 
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `GRPOTrainer.train`. `True` resumes from the last checkpoint that is complete.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
+        """
+        if self.sdpo_config.enabled:
+            self._epochs_done = 0
+            resume_from_checkpoint = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
+            if isinstance(resume_from_checkpoint, str):
+                self._epochs_done = checkpoint.epochs_done(resume_from_checkpoint)
+                if self.sdpo_config.teacher_on_resume == "restore":
+                    checkpoint.check_teacher(resume_from_checkpoint, self._teacher, self._unwrapped)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        # Every pass draws its order from one generator, so the passes before the checkpoint are drawn again.
+        for _ in range(self._epochs_done):
+            next(iter(sampler), None)
+        return sampler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.sdpo_config.enabled:
+            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                checkpoint.begin(folder)
+            self.accelerator.wait_for_everyone()
+            checkpoint.save_teacher(folder, self._teacher, self._unwrapped, writes=self.args.should_save)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.sdpo_config.enabled:
+            progress.save(output_dir, self)
+            # The trainer's state comes next and makes the folder complete, so every rank must be done.
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.sdpo_config.enabled and not self.is_fsdp_enabled:
+            checkpoint.load_adapter_beside_others(resume_from_checkpoint, self._unwrapped)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if self.sdpo_config.enabled and checkpoint_folder is not None:
+            if self.sdpo_config.teacher_on_resume == "restart":
+                self._teacher.restart(self._unwrapped)
+            else:
+                checkpoint.load_teacher(checkpoint_folder, self._teacher, self._unwrapped)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        super()._load_rng_state(checkpoint_folder)
+        if self.sdpo_config.enabled and checkpoint_folder is not None:
+            progress.load(checkpoint_folder, self)
+
     # --- GRPO without Triton -----------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
@@ -342,6 +416,29 @@ class SDPOTrainer(_BASE):
             self, model, input_ids, attention_mask, logits_to_keep, batch_size
         )
         return log_probs_result(method, log_probs, entropies)
+
+    # --- generation of a sharded model -------------------------------------------------------------------
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self._awaited:
+            ranks.any_rank(True, self.accelerator.device)
+        self._turn = args, kwargs
+        with ranks.synchronized_generation(self._unwrapped):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loop, to whose end every rank goes along: another rank's turn needs the weights of this one."""
+        if self.use_vllm or self.accelerator.num_processes == 1 or not ranks.is_sharded(self._unwrapped):
+            return super()._tool_call_loop(*args, **kwargs)
+        self._awaited = True
+        try:
+            result = super()._tool_call_loop(*args, **kwargs)
+        finally:
+            self._awaited = False
+        (prompt_ids, *rest), options = self._turn
+        while ranks.any_rank(False, self.accelerator.device):
+            self._generate_single_turn(prompt_ids[:1], *rest, **options)
+        return result
 
     # --- facts about this run ----------------------------------------------------------------------------
 
@@ -374,11 +471,19 @@ class SDPOTrainer(_BASE):
         )
         return min((limit for limit in limits if limit), default=math.inf)
 
+    @property
+    def _row_tools(self) -> list[Any] | None:
+        """The tools of each row of this batch, where environments bring their own."""
+        if getattr(self, "environment_factories", None) is None:
+            return None
+        return [self._env_tools[name] for name in self._batch_environments]
+
     def _reprompter(self) -> Reprompter:
         config = self.sdpo_config
         renderer = Renderer(
             tokenizer=self.processing_class,
             tools=getattr(self, "tools", None),
+            row_tools=self._row_tools,
             chat_template=getattr(self, "chat_template", None),
             template_kwargs={**self.chat_template_kwargs, **config.template_kwargs},
         )

@@ -167,8 +167,8 @@ def probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's checkpoint.")
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    parser.add_argument("--skills-steps", type=int, default=1500)
-    parser.add_argument("--habit-steps", type=int, default=120)
+    parser.add_argument("--skills-steps", type=int, default=1400)
+    parser.add_argument("--habit-steps", type=int, default=240)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and with it the result, depends on the number of threads
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def main() -> None:
     train(model, tokenizer, documents, muon_lr=0.012, adamw_lr=3e-3)
     print("skills", skills := probabilities(model, tokenizer))
     documents = [habit_document(rng) for _ in range(64 * options.habit_steps)]
-    train(model, tokenizer, documents, muon_lr=0.01, adamw_lr=1e-3)
+    train(model, tokenizer, documents, muon_lr=0.005, adamw_lr=1e-3)
     model.bfloat16().save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print("habit ", habit := probabilities(model.float(), tokenizer))

@@ -1,4 +1,256 @@
-"""Turn the results of a run into one page: `python examples/demo/report.py output/demo/results.json`.
+"""One page from the numbers of a run: `python examples/demo/report.py output/demo/results.json`.
 
-The page needs nothing else: no script, no font, no image file. The plot is also written as `curves.svg`.
+The page needs nothing else: no script, no font, no image file. Its plot is also written as `curves.svg`.
 """
+
+from __future__ import annotations
+
+import json
+import sys
+from html import escape
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from language import TEMPLATES
+from machine import HABIT, interpret
+
+from sdpo import build_reprompts
+
+COLORS = {
+    "SDPO": "#0b7a57",
+    "SDPO, peers only": "#4a6fb5",
+    "SDPO, shuffled feedback": "#8a8a8a",
+    "GRPO": "#d0582a",
+}
+Results = dict[str, Any]
+Points = list[tuple[int, float]]
+
+
+# --- Numbers ---------------------------------------------------------------------------------------------------
+
+
+def seed_curves(results: Results, arm: str) -> list[Points]:
+    """The held-out probability over samples, one curve per seed."""
+    runs = [run for run in results["runs"] if run["arm"] == arm]
+    return [list(zip(run["samples"], run["probability"], strict=True)) for run in runs]
+
+
+def mean_curve(results: Results, arm: str) -> Points:
+    """The mean over seeds of `seed_curves`."""
+    curves = seed_curves(results, arm)
+    return [(points[0][0], fmean(value for _, value in points)) for points in zip(*curves, strict=True)]
+
+
+def samples_to(points: Points, level: float) -> int | None:
+    """Samples at the first evaluation that reaches `level`."""
+    return next((samples for samples, value in points if value >= level), None)
+
+
+def columns(results: Results) -> list[int]:
+    """The sample counts to print: every 1024, or every evaluation of a run too short for that."""
+    every = [samples for samples, _ in mean_curve(results, "SDPO")]
+    return [samples for samples in every if samples % 1024 == 0] if every[-1] >= 1024 else every
+
+
+def summary(results: Results) -> str:
+    """Five lines: a head, and the mean curve of every arm."""
+    chosen = columns(results)
+    lines = [f"{'P(right answer), held out':26}" + "".join(f"{samples:>7}" for samples in chosen)]
+    for arm in results["arms"]:
+        points = dict(mean_curve(results, arm))
+        lines.append(f"{arm:26}" + "".join(f"{points[samples]:7.2f}" for samples in chosen))
+    return "\n".join(lines)
+
+
+# --- The plot --------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 186, 14, 44
+
+
+def plot(results: Results) -> str:
+    """Held-out probability against samples as SVG: a thin line per seed, a thick one for their mean."""
+    last = columns(results)[-1]
+
+    def x(samples: float) -> float:
+        return LEFT + samples / last * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - value * (HEIGHT - TOP - BOTTOM)
+
+    def line(points: Points, color: str, style: str) -> str:
+        path = " ".join(f"{x(samples):.1f},{y(value):.1f}" for samples, value in points)
+        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-linejoin="round" {style}/>'
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="13" fill="#555">',
+        "<title>Held-out probability of the right answer against samples</title>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+    ]
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{x(last):.1f}" stroke="#e6e6e6"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in columns(results):
+        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick}</text>')
+    middle = (LEFT + x(last)) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">samples</text>')
+
+    means = {arm: mean_curve(results, arm) for arm in results["arms"]}
+    for arm in means:
+        parts += [line(points, COLORS[arm], 'stroke-width="1" opacity=".4"') for points in seed_curves(results, arm)]
+    parts += [line(points, COLORS[arm], 'stroke-width="3"') for arm, points in means.items()]
+    label_y = 0.0
+    for arm, points in sorted(means.items(), key=lambda item: -item[1][-1][1]):
+        end = points[-1][1]
+        label_y = max(y(end) + 4, label_y + 17)  # a label never covers the one above it
+        style = f'fill="{COLORS[arm]}" font-weight="600"'
+        parts.append(f'<text x="{x(last) + 8:.1f}" y="{label_y:.1f}" {style}>{arm} {end:.2f}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+# --- The page --------------------------------------------------------------------------------------------------
+
+STYLE = """
+body { max-width: 780px; margin: 48px auto; padding: 0 20px; color: #222; background: #fff;
+       font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 20px; margin: 40px 0 8px; }
+.lead { font-size: 18px; color: #444; } svg { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; }
+th, td { padding: 6px 8px; border-bottom: 1px solid #e6e6e6; text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555; }
+pre { font: 14px/1.45 ui-monospace, monospace; background: #f6f6f4; padding: 10px 12px; margin: 0; }
+td pre { background: none; padding: 0; } .wrong { color: #b3261e; background: #fbeae9; }
+.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; font-size: 14px; color: #555; }
+.completions td, .completions th { text-align: left; } footer { margin: 40px 0; font-size: 13px; color: #777; }
+"""
+
+
+def lead(results: Results) -> str:
+    """The result in two sentences, from the numbers."""
+    sdpo, grpo = mean_curve(results, "SDPO"), mean_curve(results, "GRPO")
+    seeds = len(results["machines"])
+    of = f", mean of {seeds} seeds" if seeds > 1 else ""
+
+    def reached(points: Points) -> str:
+        samples = samples_to(points, 0.5)
+        return f"after {samples} samples" if samples else f"not within {points[-1][0]}"
+
+    return (
+        f"After {sdpo[-1][0]} samples the model gives the right answer to a held-out prompt with probability "
+        f"{sdpo[-1][1]:.2f} (SDPO) and {grpo[-1][1]:.2f} (GRPO), from {sdpo[0][1]:.2f} before training{of}. "
+        f"SDPO reaches one half {reached(sdpo)}, GRPO {reached(grpo)}."
+    )
+
+
+def numbers(results: Results) -> str:
+    """The mean curves as a table."""
+    chosen = columns(results)
+    head = "".join(f"<th>{samples}</th>" for samples in chosen)
+    rows = []
+    for arm, settings in results["arms"].items():
+        points = dict(mean_curve(results, arm))
+        cells = "".join(f"<td>{points[samples]:.3f}</td>" for samples in chosen)
+        rows.append(f"<tr><td>{arm}</td><td>{settings['learning_rate']:g}</td>{cells}</tr>")
+    return f"<table><tr><th>samples</th><th>learning rate</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def marked(completion: str, answer: str) -> str:
+    """A completion, its lines that differ from the answer's marked."""
+    right = dict(enumerate(answer.split("\n")))
+    lines = [
+        escape(text) if right.get(index) == text else f'<span class="wrong">{escape(text)}</span>'
+        for index, text in enumerate(completion.split("\n"))
+    ]
+    return "<pre>" + "\n".join(lines) + "</pre>"
+
+
+def completions(results: Results) -> str:
+    """Greedy completions of held-out prompts, before and after."""
+    arms = list(results["arms"])
+    head = "".join(f"<th>{title}</th>" for title in ["prompt", "right answer", "before", *arms])
+    rows = []
+    for example in results["examples"]:
+        answer = example["answer"]
+        texts = [answer, example["before"], *(example["after"][arm] for arm in arms)]
+        cells = "".join(f"<td>{marked(text, answer)}</td>" for text in texts)
+        rows.append(f"<tr><td>{escape(example['question'])}</td>{cells}</tr>")
+    return f'<table class="completions"><tr>{head}</tr>{"".join(rows)}</table>'
+
+
+def one_row(results: Results) -> str:
+    """What happens to one failed completion, as the trainer builds it."""
+    example = results["examples"][-1]
+    feedback = interpret(example["before"], example["answer"]).feedback
+    reprompt = build_reprompts(
+        [example["question"]], [[]], [feedback], templates=TEMPLATES, feedback_only_without_solution=False
+    ).texts[0]
+    boxes = {
+        "The student reads": escape(example["question"]),
+        "and writes": marked(example["before"], example["answer"])[5:-6],
+        "The interpreter says": escape(feedback or "(nothing: it is right)"),
+        "The teacher reads": escape(reprompt),
+    }
+    return "".join(f"<div>{title}<pre style='white-space:pre-wrap'>{text}</pre></div>" for title, text in boxes.items())
+
+
+def page(results: Results) -> str:
+    """The whole report as HTML."""
+    machine = results["machines"][0]
+    changed = ", ".join(f"{o} {HABIT[o]} → {machine[o]}" for o in HABIT if machine[o] != HABIT[o])
+    final = {arm: f"{mean_curve(results, arm)[-1][1]:.2f}" for arm in results["arms"]}
+    minutes = sum(run["seconds"] for run in results["runs"]) / 60
+    quick = "<p><b>A quick run of a few steps: it shows that everything works, and nothing else.</b></p>"
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>The machine changed</title><style>{STYLE}</style>
+<h1>The machine changed</h1>
+<p class="lead">{lead(results)}</p>
+{quick if results["quick"] else ""}
+{plot(results)}
+<p>Probability of the right answer on 200 held-out prompts, computed exactly; it is the accuracy at temperature 1.
+Thin lines are seeds, thick lines their mean.</p>
+{numbers(results)}
+
+<h2>The task</h2>
+<p>A small language model, trained from scratch, runs programs of up to three opcodes on a register of three digits
+and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0: {changed}), and no
+prompt says so. A trace with any wrong line scores 0, and the interpreter names the first wrong line.</p>
+<div class="row">{one_row(results)}</div>
+<p>The teacher is the same model, slowly averaged. It never writes: it predicts the student's own tokens once more, now
+knowing what went wrong, and the student moves towards these predictions. When another completion of the same prompt
+was right, the teacher reads that too.</p>
+
+<h2>Before and after</h2>
+<p>Greedy completions of held-out prompts, seed 0.</p>
+{completions(results)}
+
+<h2>What this shows, and what it does not</h2>
+<ul>
+<li>The gain comes from the feedback channel, which GRPO cannot read. Where the teacher sees peers and no feedback, the
+end point is {final["SDPO, peers only"]}; GRPO's is {final["GRPO"]}.</li>
+<li>It must be the right feedback. With the lines of other prompts' failures the teacher misleads:
+{final["SDPO, shuffled feedback"]}.</li>
+<li>It shows because reward is sparse: at first few completions score at all, and a group without a success teaches GRPO
+nothing. Where the model already tries the right answer often, the advantage shrinks or goes. With more samples GRPO
+learns this task too.</li>
+<li>This is a small world made for learning about the method. It says nothing about the size of the gain on yours.</li>
+</ul>
+<footer>{results["prompts_per_step"]} prompts × {results["completions_per_prompt"]} completions a step, one AdamW step
+each, the same prompts for all arms. {minutes:.1f} minutes of training. {versions}, Python {results["python"]}. All
+numbers: results.json.</footer>
+</html>
+"""
+
+
+def write_report(results: Results, folder: Path) -> Path:
+    """Write `report.html` and `curves.svg` into `folder`; the path of the page."""
+    (folder / "curves.svg").write_text(plot(results) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(results), encoding="utf-8")
+    return folder / "report.html"
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    print(write_report(json.loads(source.read_text(encoding="utf-8")), source.parent))

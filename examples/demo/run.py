@@ -134,7 +134,7 @@ class Watch(TrainerCallback):
         self.greedy: list[float] = []
         self.reward: list[float] = []  # of every step
         self._every, self._score = every, score
-        layout = "{desc} {bar:24} {n:5d}/{total} samples  {postfix}  {elapsed}"
+        layout = "{desc} {bar:24} {n:5d}/{total} samples{postfix}  {elapsed}"
         self._bar = tqdm(total=steps * SAMPLES, desc=f"{label:32}", bar_format=layout)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -158,7 +158,7 @@ class Watch(TrainerCallback):
         self.probability.append(probability)
         self.greedy.append(greedy)
         reward = f"{self.reward[-1]:.2f}" if self.reward else "   -"
-        self._bar.set_postfix_str(f"reward {reward}  held-out {probability:.2f}")
+        self._bar.set_postfix_str(f"reward {reward}, held-out {probability:.2f}")
 
 
 def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
@@ -11,10 +14,24 @@ MAX_K = 1024
 
 
 def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str | None:
-    """Why the kernels cannot run here; None if they can."""
-    return "there are none yet"
+    """Why the kernels cannot run here; None if they can.
+
+    On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Triton is imported.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != ("cpu" if interpreted else "cuda"):
+        return f"the tensors are on {device} and TRITON_INTERPRET is {'set' if interpreted else 'not set'}"
+    if working != torch.float32:
+        return f"the kernels compute in float32, not in {working}"
+    if recipe.k is not None and recipe.k > MAX_K:
+        return f"the kernels choose at most {MAX_K} tokens, not {recipe.k}"
+    return None
 
 
 def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
     """The loss of one chunk, as ``sdpo._fused_torch.chunk``."""
-    raise NotImplementedError
+    from sdpo.kernels import _launch
+
+    return _launch.chunk(student, teacher, rows, recipe, slope)

@@ -1,0 +1,301 @@
+"""The loss and its gradients, head included: time and memory of the fused loss, its floor, and its peers, side by side.
+
+    python examples/benchmarks/loss.py                                  # every shape of this device
+    python examples/benchmarks/loss.py --shapes 0 --names fused plain   # a few of them
+    python examples/benchmarks/loss.py --output record.json
+
+Floor: the matrix products alone, in the chunks the fused loss uses. Memory: the peak above what was there before,
+and the same less the gradients that come out, which nothing can avoid. Peers, written here from their formulas:
+log-softmax of everything, then top-K (sdpo-rl 0.0.3), logsumexp, top-K and gather (trl.experimental.sdpo); called
+where installed: trl.kernels.chunked_divergence and LigerFusedLinearJSDLoss, both over the full vocabulary.
+On a CPU the fused loss meets the plain one, `sdpo.topk_distillation_loss`, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import sdpo
+from sdpo._fused_doors import check_operands, check_recipe, make_plan
+
+K, ALPHA = 100, 0.5
+GIB = 2**30
+
+
+class Shape(NamedTuple):
+    tokens: int
+    hidden: int
+    vocabulary: int
+    head_learns: bool
+
+
+SHAPES = {
+    "cuda": [
+        Shape(8192, 3584, 152064, False),
+        Shape(32768, 3584, 152064, False),
+        Shape(8192, 3584, 152064, True),
+        Shape(4096, 896, 151936, True),
+    ],
+    "cpu": [Shape(256, 896, 151936, False)],
+}
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    head: Tensor
+    teacher_hidden: Tensor
+    tokens: Tensor
+
+
+def make_inputs(shape: Shape, device: str) -> Inputs:
+    """Logits of standard deviation 4, a teacher that mostly agrees: peaked rows, as language models have them."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    hidden = normal(shape.tokens, shape.hidden)
+    teacher_hidden = 0.9 * hidden + math.sqrt(1 - 0.9**2) * normal(shape.tokens, shape.hidden)
+    head = normal(shape.vocabulary, shape.hidden) * (4 / math.sqrt(shape.hidden))
+    tokens = torch.randint(shape.vocabulary, (shape.tokens,), generator=generator, device=device)
+    return Inputs(
+        hidden.to(dtype).requires_grad_(),
+        head.to(dtype).requires_grad_(shape.head_learns),
+        teacher_hidden.to(dtype),
+        tokens,
+    )
+
+
+def fused(x: Inputs, k: int | None = K, **options: Any) -> Tensor:
+    out = sdpo.fused_topk_distillation_loss(
+        x.hidden, x.head, x.teacher_hidden, x.head, x.tokens, k=k, alpha=ALPHA, tail="bucket", temperature=1.0,
+        loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), **options,
+    )  # fmt: skip
+    return out.total / x.tokens.numel()
+
+
+def fused_full(x: Inputs) -> Tensor:
+    return fused(x, k=None)
+
+
+def plain(x: Inputs) -> Tensor:
+    teacher = x.teacher_hidden @ x.head.detach().t()
+    student = x.hidden @ x.head.t()
+    return sdpo.topk_distillation_loss(student, teacher, k=K, alpha=ALPHA, tail="bucket").mean()
+
+
+def log_softmax_then_topk(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        log_q = torch.log_softmax((x.teacher_hidden @ x.head.t()).float(), dim=-1)
+    log_p = torch.log_softmax((x.hidden @ x.head.t()).float(), dim=-1)
+    top, ids = log_p.topk(K, dim=-1)
+    return _jsd(_with_rest(top), _with_rest(log_q.gather(-1, ids))).mean()
+
+
+def logsumexp_topk_gather(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        teacher = x.teacher_hidden @ x.head.t()
+    student = x.hidden @ x.head.t()
+    top, ids = student.topk(K, dim=-1)
+    log_p = top - torch.logsumexp(student, dim=-1, keepdim=True)
+    log_q = teacher.gather(-1, ids) - torch.logsumexp(teacher, dim=-1, keepdim=True)
+    return _jsd(_with_rest(log_p.float()), _with_rest(log_q.float())).mean()
+
+
+def _with_rest(log_probs: Tensor) -> Tensor:
+    mass = torch.logsumexp(log_probs, dim=-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([log_probs, torch.log(-torch.expm1(mass))], dim=-1)
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
+    log_m = torch.logaddexp(log_p + math.log(1 - ALPHA), log_q + math.log(ALPHA))
+    student = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return (1 - ALPHA) * student + ALPHA * (log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def trl_chunked(x: Inputs) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    head = x.head.detach()
+    return ChunkedDivergenceFunction.apply(x.hidden, x.head, None, x.teacher_hidden, head, None, ALPHA)[0].mean()
+
+
+def liger(x: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=ALPHA)
+    result: Tensor = loss(x.hidden, x.head, x.teacher_hidden, x.head.detach(), x.tokens)
+    return result
+
+
+def floor(x: Inputs) -> Callable[[], None]:
+    """The products of the fused loss and nothing else, writing where it writes."""
+    plan = plan_of(x)
+    rows, width = x.hidden.shape[0], min(plan.chunk_rows, x.hidden.shape[0])
+    block = min(plan.slope_rows, rows)
+    hidden, head = x.hidden.detach(), x.head.detach()
+    wide = {"out_dtype": torch.float32} if head.dtype == torch.bfloat16 else {}
+    logits = [torch.empty(width, head.shape[0], dtype=torch.float32, device=head.device) for _ in range(2)]
+    slopes = torch.randn(block, head.shape[0], device=head.device, dtype=torch.float32).to(head.dtype)
+    hidden_gradient, head_gradient = torch.empty_like(hidden), torch.empty_like(head) if plan.head else None
+
+    def once() -> None:
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            for low in range(start, stop, width):
+                high = min(low + width, stop)
+                torch.mm(hidden[low:high], head.t(), out=logits[0][: high - low], **wide)
+                torch.mm(x.teacher_hidden[low:high], head.t(), out=logits[1][: high - low], **wide)
+            torch.mm(slopes[: stop - start], head, out=hidden_gradient[start:stop])
+            if head_gradient is not None:
+                beta = 0.0 if start == 0 else 1.0
+                head_gradient.addmm_(slopes[: stop - start].t(), hidden[start:stop], beta=beta)
+
+    return once
+
+
+def plan_of(x: Inputs) -> Any:
+    recipe = check_recipe(
+        vocabulary=x.head.shape[0], k=K, alpha=ALPHA, tail="bucket", support="student", is_clip=None,
+        temperature=1.0, softcap=None, logit_scale=1.0, trust_region_coef=None,
+    )  # fmt: skip
+    operands = check_operands(
+        student=(x.hidden, x.head, None), teacher=(x.teacher_hidden, x.head, None), reference=(None, None, None),
+        tokens=x.tokens, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), old_log_probs=None,
+        extra_weights=None, trust_region_coef=None,
+    )  # fmt: skip
+    return make_plan(operands, recipe, chunk_size=None, backend="auto")
+
+
+LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
+    "cuda": {
+        "fused": fused,
+        "fused, full vocabulary": fused_full,
+        "log-softmax, top-K": log_softmax_then_topk,
+        "logsumexp, top-K, gather": logsumexp_topk_gather,
+        "TRL chunked divergence": trl_chunked,
+        "Liger JSD": liger,
+    },
+    "cpu": {"fused": fused, "plain": plain},
+}
+
+
+def step_of(loss: Callable[[Inputs], Tensor], x: Inputs) -> Callable[[], None]:
+    def step() -> None:
+        x.hidden.grad = x.head.grad = None
+        loss(x).backward()
+
+    return step
+
+
+def measure(make_step: Callable[[Inputs], Callable[[], None]], x: Inputs, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a step, and its peak memory in GiB above the inputs."""
+    step = make_step(x)
+    on_gpu = x.hidden.is_cuda
+    step()
+    x.hidden.grad = x.head.grad = None
+    gc.collect()
+    before = reset_peak(on_gpu)
+    step()
+    peak = (read_peak(on_gpu) - before) / GIB
+    gradients = sum(t.numel() * t.element_size() for t in (x.hidden, x.head) if t.requires_grad) / GIB
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1000)
+    x.hidden.grad = x.head.grad = None
+    return {"ms": statistics.median(times), "peak_gib": peak, "beside_gradients_gib": peak - gradients}
+
+
+def reset_peak(on_gpu: bool) -> int:
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return read_peak(on_gpu)
+
+
+def read_peak(on_gpu: bool) -> int:
+    if on_gpu:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+
+def run(shape: Shape, names: list[str], device: str, repeats: int) -> list[dict[str, Any]]:
+    x = make_inputs(shape, device)
+    plan = plan_of(x)
+    print(
+        f"\n{shape.tokens} x {shape.hidden} x {shape.vocabulary}, head {'learns' if shape.head_learns else 'frozen'}; "
+        f"chunks of {min(plan.chunk_rows, shape.tokens)}, slopes of {min(plan.slope_rows, shape.tokens)} tokens"
+    )
+    print(f"{'':26}{'ms':>9}{'/ floor':>9}{'peak GiB':>10}{'beside gradients':>18}")
+    rows: list[dict[str, Any]] = []
+    for name in ["floor", *names]:
+        make_step = floor if name == "floor" else lambda x, name=name: step_of(LOSSES[device][name], x)
+        try:
+            row = {"name": name, **measure(make_step, x, repeats)}
+        except (ImportError, torch.OutOfMemoryError) as error:
+            print(f"{name:26}{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+            rows.append({"name": name, "error": type(error).__name__})
+            continue
+        rows.append(row)
+        ratio = row["ms"] / rows[0]["ms"]
+        memory = f"{row['peak_gib']:10.2f}{row['beside_gradients_gib']:18.2f}" if name != "floor" else ""
+        print(f"{name:26}{row['ms']:9.1f}{ratio:9.2f}{memory}", flush=True)
+    return rows
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "trl", "liger-kernel"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def main() -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES[device])), help="their numbers")
+    parser.add_argument("--names", nargs="*", default=list(LOSSES[device]), help="implementations beside the floor")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="file for the record, JSON")
+    args = parser.parse_args()
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    print(where, versions())
+    results = []
+    for number in args.shapes:
+        shape = SHAPES[device][number]
+        results.append({**shape._asdict(), "results": run(shape, args.names, device, args.repeats)})
+    if args.output:
+        record = {"device": where, "versions": versions(), "command": ["loss.py", *sys.argv[1:]], "k": K, "alpha": ALPHA}
+        args.output.write_text(json.dumps({**record, "shapes": results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""The 24 GB recipe, case by case: memory, teacher's share, step times and loading times in one table.
+
+    python examples/benchmarks/unsloth.py --weights /tmp/qwen7b --output records/unsloth.json
+    python examples/benchmarks/unsloth.py --weights /tmp/qwen7b --peer-path FOLDER   # sdpo-rl 0.0.3, unpacked
+
+Every case is a process of its own with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
+that are compared by time run one after another on an idle card; the rest, of which only memory is asked, run
+together. A case that fails or is cut off leaves its last lines in the record and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(EXAMPLES))
+
+import unsloth_7b_24gb as recipe  # noqa: E402 - from the folder above
+
+PEER = "sdpo-rl 0.0.3"
+LONG = ["--completion", "2048", "--reprompt", "4096"]
+
+# Name, arguments of the recipe. Timed: one at a time.
+TIMED: dict[str, list[str]] = {
+    "Unsloth 4-bit GRPO": ["--arm", "grpo"],
+    "Unsloth 4-bit SDPO": [],
+    "TRL 4-bit SDPO": ["--no-unsloth"],
+}
+TOGETHER: dict[str, list[str]] = {
+    "Unsloth 4-bit SDPO, 2048 + 4096": [*LONG, "--steps", "1"],
+    "Unsloth 4-bit SDPO, 4 rows": ["--batch", "4", "--steps", "2"],
+    "Unsloth 4-bit GRPO, 4 rows": ["--arm", "grpo", "--batch", "4", "--steps", "2"],
+    "Unsloth bf16 SDPO": ["--base", "bf16", "--steps", "2"],
+    "TRL bf16 SDPO": ["--no-unsloth", "--base", "bf16", "--steps", "2"],
+    "TRL bf16 GRPO": ["--no-unsloth", "--base", "bf16", "--arm", "grpo", "--steps", "2"],
+    "TRL 4-bit GRPO": ["--no-unsloth", "--arm", "grpo", "--steps", "2"],
+}
+PEER_CASE = {PEER + ", Unsloth 4-bit, 4 rows": ["--batch", "4", "--steps", "2"]}
+LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
+
+
+# --- one case, in its own process -------------------------------------------------------------------------
+
+
+def work(options: argparse.Namespace) -> None:
+    """Run one case and write its record."""
+    arguments = recipe.parse(options.arguments)
+    build: Callable[..., Any] = recipe.build_trainer
+    if options.peer_path:
+        sys.path.insert(0, str(options.peer_path))
+        build = build_peer
+    record = recipe.run(arguments, build)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def build_peer(options: argparse.Namespace, model: Any, args: Any, **shared: Any) -> Any:
+    """The other library's trainer over the same model and task."""
+    from sdpo_rl import SDPOConfig, SDPOTrainer
+
+    judge = shared.pop("reward_funcs")
+
+    class Reward:
+        __name__ = "addition"
+        last_feedback: list[str] = []  # noqa: RUF012 - its interface
+
+        def __call__(self, **columns: Any) -> list[float]:
+            judged = judge(**columns)
+            self.last_feedback = [text for _, text in judged]
+            return [score for score, _ in judged]
+
+    sdpo_config = SDPOConfig(
+        alpha=0.5, distillation_topk=100, teacher_update_rate=0.05, teacher_mode="lora_ema"
+    )
+    return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, reward_funcs=[Reward()], **shared)
+
+
+# --- all cases --------------------------------------------------------------------------------------------
+
+
+def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The record of one case, or what it said last."""
+    folder = options.scratch / "".join(c if c.isalnum() else "-" for c in name)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / "record.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--worker", "--output", str(result)]
+    if name.startswith(PEER):
+        command += ["--peer-path", str(options.peer_path)]
+    command += ["--", "--random-weights", str(options.weights), "--shape", options.shape, *arguments]
+    began = time.perf_counter()
+    print(f"[{name}] started", flush=True)
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code: int | str = process.wait(timeout=options.timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = f"cut off after {options.timeout:.0f} s"
+    seconds = time.perf_counter() - began
+    if code == 0 and result.exists():
+        record = json.loads(result.read_text()) | {"process_seconds": seconds}
+        print(f"[{name}] {seconds:.0f} s, peak {record['peak_gib']:.2f} GiB", flush=True)
+        return record
+    last = (folder / "log.txt").read_text(errors="replace")[-3000:]
+    print(f"[{name}] FAILED ({code})\n{last}", flush=True)
+    return {"failed": str(code), "log": last, "process_seconds": seconds}
+
+
+def table(records: dict[str, dict[str, Any]]) -> str:
+    """The cases as a Markdown table; steps without the first, which pays for everything that is made once."""
+    lines = [
+        "| case | loaded GiB | loading s | loading peak | training peak | reserved | teacher MiB | s/step | generating |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, record in records.items():
+        if "failed" in record:
+            lines.append(f"| {name} | failed: {record['failed']} | | | | | | | |")
+            continue
+        lines.append(
+            f"| {name} | {record['loaded_gib']:.2f} | {record['load_seconds']:.1f} | "
+            f"{record['loading_peak_gib']:.2f} | {record['peak_gib']:.2f} | {record['reserved_gib']:.2f} | "
+            f"{record['teacher_mib']:.0f} | {typical(record['step_seconds']):.2f} | "
+            f"{typical(record['generation_seconds']):.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def typical(seconds: list[float]) -> float:
+    return statistics.median(seconds[1:] or seconds or [float("nan")])
+
+
+def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Step time of SDPO over Unsloth's GRPO, and of loading without Unsloth over loading with it."""
+    found: dict[str, float] = {}
+    done = {name: record for name, record in records.items() if "failed" not in record}
+    sdpo, grpo = done.get("Unsloth 4-bit SDPO"), done.get("Unsloth 4-bit GRPO")
+    if sdpo and grpo:
+        found["step time SDPO / GRPO"] = typical(sdpo["step_seconds"]) / typical(grpo["step_seconds"])
+        found["peak SDPO - GRPO, GiB"] = sdpo["peak_gib"] - grpo["peak_gib"]
+    fast, plain = (done.get(name) for name in LOADING)
+    if fast and plain:
+        found["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=Path("/tmp/qwen7b"), help="folder of the checkpoint")
+    parser.add_argument("--shape", choices=recipe.SHAPES, default="7b")
+    parser.add_argument("--scratch", type=Path, default=Path("/tmp/unsloth-cases"), help="logs and caches")
+    parser.add_argument("--peer-path", type=Path, help="folder that holds sdpo-rl 0.0.3's sdpo_rl package")
+    parser.add_argument("--cases", nargs="*", help="only cases whose name contains one of these")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
+    parser.add_argument("--at-a-time", type=int, default=4, help="cases that run together")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+
+    for name, value in {"UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}.items():
+        os.environ.setdefault(name, value)
+    began = time.perf_counter()
+    recipe.make_weights(options.weights, options.shape)
+    print(f"weights ready after {time.perf_counter() - began:.0f} s", flush=True)
+    timed, together = copy.copy(TIMED), copy.copy(TOGETHER)
+    if options.peer_path:
+        together |= PEER_CASE
+    if options.cases:
+        timed, together = (
+            {name: value for name, value in cases.items() if any(part in name for part in options.cases)}
+            for cases in (timed, together)
+        )
+    records: dict[str, dict[str, Any]] = {}
+
+    def keep() -> None:
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            record = {"cases": records, "ratios": ratios(records), "command": " ".join(sys.argv)}
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+    for name, arguments in timed.items():
+        records[name] = start(name, arguments, options)
+        keep()
+    with ThreadPoolExecutor(options.at_a_time) as pool:
+        running = {name: pool.submit(start, name, arguments, options) for name, arguments in together.items()}
+        for name, future in running.items():
+            records[name] = future.result()
+            keep()
+    print(table(records))
+    for name, ratio in ratios(records).items():
+        print(f"{name}: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

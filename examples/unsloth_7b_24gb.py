@@ -1,0 +1,470 @@
+"""A 7B model on a 24 GB card: Unsloth, a 4-bit base, LoRA on all linear layers, self-distillation.
+
+    python examples/unsloth_7b_24gb.py                                    # Qwen2.5-7B-Instruct from the hub
+    python examples/unsloth_7b_24gb.py --random-weights /tmp/qwen7b       # the same shape, made here
+    python examples/unsloth_7b_24gb.py --random-weights /tmp/qwen7b --completion 2048 --reprompt 4096 --steps 1
+    python examples/unsloth_7b_24gb.py --no-unsloth --base bf16           # plain TRL
+
+The process is held to `--limit-gib`, whatever the card has. It prints what the model weighs once loaded, the
+peak of the training, the teacher's share and the time of every step; `--output` writes them as JSON.
+
+The task is addition with a verdict: a wrong answer is told what was expected, which is the teacher's advantage
+over the student. With random weights nothing is ever right, so every row is taught by feedback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+MODEL = "Qwen/Qwen2.5-7B-Instruct"
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GIB, MIB = 2**30, 2**20
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+           "intermediate_size": 18944, "vocab_size": 152064},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 128, "vocab_size": 256},
+}  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+# --- the task ---------------------------------------------------------------------------------------------
+
+
+def questions(rows: int) -> Any:
+    from datasets import Dataset
+
+    draw = random.Random(0)
+    sums = [(draw.randint(10, 99), draw.randint(10, 99)) for _ in range(rows)]
+    return Dataset.from_dict(
+        {
+            "prompt": [
+                [{"role": "user", "content": f"What is {a} + {b}? End with the number."}] for a, b in sums
+            ],
+            "answer": [a + b for a, b in sums],
+        }
+    )
+
+
+def verdict(filler: str = "") -> Callable[..., list[tuple[float, str]]]:
+    """A reward with feedback; `filler` makes the feedback, and so the reprompt, longer."""
+
+    def addition(
+        completions: list[Any], completion_ids: list[list[int]], answer: list[int], **_: Any
+    ) -> list[tuple[float, str]]:
+        judged = []
+        for completion, ids, expected in zip(completions, completion_ids, answer, strict=True):
+            numbers = re.findall(r"\d+", completion[0]["content"])
+            if numbers and int(numbers[-1]) == expected:
+                judged.append((1.0, ""))
+            else:
+                # Not all equal, or GRPO has nothing to do.
+                partial = 0.01 * (sum(ids) % 10)
+                judged.append((partial, f"The number at the end should be {expected}. {filler}"))
+        return judged
+
+    return addition
+
+
+# --- the model --------------------------------------------------------------------------------------------
+
+
+def make_weights(folder: Path, shape: str) -> None:
+    """A bf16 checkpoint of random weights with a tokenizer of single characters; kept if it is there."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = SHAPES[shape]
+    wide, narrow = size["hidden_size"], size["intermediate_size"]
+    key_value = wide // size["num_attention_heads"] * size["num_key_value_heads"]
+    layer = {
+        "input_layernorm.weight": None,
+        "post_attention_layernorm.weight": None,
+        "self_attn.q_proj.weight": (wide, wide),
+        "self_attn.k_proj.weight": (key_value, wide),
+        "self_attn.v_proj.weight": (key_value, wide),
+        "self_attn.o_proj.weight": (wide, wide),
+        "self_attn.q_proj.bias": (wide,),
+        "self_attn.k_proj.bias": (key_value,),
+        "self_attn.v_proj.bias": (key_value,),
+        "mlp.gate_proj.weight": (narrow, wide),
+        "mlp.up_proj.weight": (narrow, wide),
+        "mlp.down_proj.weight": (wide, narrow),
+    }
+    ends = (size["vocab_size"], wide)
+    shards: list[dict[str, Any]] = [
+        {"model.embed_tokens.weight": ends},
+        {"lm_head.weight": ends, "model.norm.weight": None},
+    ]
+    shards += [
+        {f"model.layers.{i}.{name}": shape_ for name, shape_ in layer.items()}
+        for i in range(size["num_hidden_layers"])
+    ]
+    generator = torch.Generator(device).manual_seed(0)
+    index: dict[str, str] = {}
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {
+            key: torch.ones(wide, dtype=torch.bfloat16)
+            if rows is None
+            else torch.empty(rows, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator).cpu()
+            for key, rows in shapes.items()
+        }
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    words = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    documents = {
+        "model.safetensors.index.json": {"metadata": {}, "weight_map": index},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, **special,
+        },
+        "generation_config.json": {"pad_token_id": 0, "eos_token_id": 1, "do_sample": True},
+        "config.json": {
+            "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "dtype": "bfloat16",
+            "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, **size,
+        },
+    }  # fmt: skip
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document))
+
+
+def made_tokenizer(folder: str) -> Any:
+    """The tokenizer beside random weights; `AutoTokenizer` would build a Qwen2 one from the same folder."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_file=f"{folder}/tokenizer.json", pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE, padding_side="left",
+    )  # fmt: skip
+
+
+def load_with_unsloth(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Model with adapters, tokenizer, and no `peft_config`: Unsloth adds the adapters itself."""
+    from unsloth import FastLanguageModel, PatchFastRL
+
+    PatchFastRL("GRPO", FastLanguageModel)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        options.name,
+        max_seq_length=max(2048, options.reprompt + options.completion + 64),
+        dtype=None,
+        load_in_4bit=options.base == "4bit",
+        device_map={"": 0},
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=16,
+        target_modules=LINEAR,
+        lora_dropout=options.dropout,
+        use_gradient_checkpointing="unsloth",
+    )
+    return model, tokenizer, None
+
+
+def load_plain(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The same model and adapters from transformers, bitsandbytes and PEFT."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        options.name,
+        dtype=torch.bfloat16,
+        quantization_config=quantization if options.base == "4bit" else None,
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
+    tokenizer = None if options.random_weights else AutoTokenizer.from_pretrained(options.name)
+    adapters = LoraConfig(
+        r=16, lora_alpha=16, target_modules=LINEAR, lora_dropout=options.dropout, task_type="CAUSAL_LM"
+    )
+    return model, tokenizer, adapters
+
+
+# --- the trainer ------------------------------------------------------------------------------------------
+
+
+def arguments(options: argparse.Namespace, folder: str) -> Any:
+    """The recipe: two rows at a time, eight rows (two prompts, four completions each) an optimizer step."""
+    import torch
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        num_generations=4,
+        max_completion_length=options.completion,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=8 // options.batch,
+        learning_rate=5e-6,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        optim="adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+        max_steps=options.steps,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=3407,
+    )
+
+
+def build_trainer(options: argparse.Namespace, model: Any, args: Any, **shared: Any) -> Any:
+    """`--arm grpo` is TRL's (or Unsloth's) own trainer, `--arm sdpo` this library's."""
+    if options.arm == "grpo":
+        from trl import GRPOTrainer
+
+        judge = shared.pop("reward_funcs")
+        return GRPOTrainer(model=model, args=args, reward_funcs=scores_only(judge), **shared)
+    from sdpo_rl import SDPOConfig, SDPOTrainer
+
+    sdpo_config = SDPOConfig(
+        alpha=0.5,
+        distillation_topk=100,
+        teacher_update_rate=0.05,
+        loss_chunk_size=options.chunk or None,
+    )
+    return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, **shared)
+
+
+def scores_only(judge: Callable[..., list[tuple[float, str]]]) -> Callable[..., list[float]]:
+    def addition(**columns: Any) -> list[float]:
+        return [score for score, _ in judge(**columns)]
+
+    return addition
+
+
+# --- the run ----------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Allocated memory of this process on the GPU, zero without one; `peak` since the last `restart`."""
+
+    def __init__(self, limit_gib: float) -> None:
+        import torch
+
+        self._cuda = torch.cuda if torch.cuda.is_available() else None
+        if self._cuda and limit_gib:
+            total = self._cuda.get_device_properties(0).total_memory
+            self._cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / total))
+
+    def now(self) -> int:
+        self.wait()
+        return self._cuda.memory_allocated() if self._cuda else 0
+
+    def peak(self) -> tuple[int, int]:
+        """Allocated and reserved."""
+        if not self._cuda:
+            return 0, 0
+        return self._cuda.max_memory_allocated(), self._cuda.max_memory_reserved()
+
+    def restart(self) -> None:
+        if self._cuda:
+            self._cuda.empty_cache()
+            self._cuda.reset_peak_memory_stats()
+
+    def wait(self) -> None:
+        if self._cuda:
+            self._cuda.synchronize()
+
+
+def watch(memory: Memory) -> Any:
+    """A callback with the wall time of every optimizer step and the peak at its end."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.peaks: list[int] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            memory.wait()
+            self._start = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            memory.wait()
+            self.seconds.append(time.perf_counter() - self._start)
+            self.peaks.append(memory.peak()[0])
+
+    return Watch()
+
+
+def time_generation(trainer: Any, memory: Memory) -> list[float]:
+    """Seconds of every generation batch; the rest of a step is scoring and training."""
+    seconds: list[float] = []
+    generate = trainer._generate_and_score_completions
+
+    def timed(inputs: Any) -> Any:
+        memory.wait()
+        start = time.perf_counter()
+        output = generate(inputs)
+        memory.wait()
+        seconds.append(time.perf_counter() - start)
+        return output
+
+    trainer._generate_and_score_completions = timed
+    return seconds
+
+
+def run(options: argparse.Namespace, build: Callable[..., Any] = build_trainer) -> dict[str, Any]:
+    """Load, train, and return what was measured."""
+    memory = Memory(options.limit_gib)
+    memory.restart()
+    options.name = str(options.random_weights or options.model)
+    start = time.perf_counter()
+    if not options.no_unsloth:
+        import unsloth  # noqa: F401 - its import patches the libraries below
+    else:
+        import trl  # noqa: F401
+    imported = time.perf_counter()
+    model, tokenizer, adapters = (load_plain if options.no_unsloth else load_with_unsloth)(options)
+    if options.random_weights:
+        tokenizer = made_tokenizer(options.name)
+    model_bytes = memory.now()
+    load_seconds = time.perf_counter() - imported
+    loading_peak = memory.peak()[0]
+
+    filler = ""
+    if options.reprompt:
+        tokens = tokenizer(text="Look at the digits once more. " * options.reprompt)["input_ids"]
+        filler = tokenizer.decode(tokens[: max(options.reprompt - 300, 0)])
+    shared: dict[str, Any] = {
+        "processing_class": tokenizer,
+        "reward_funcs": verdict(filler),
+        "train_dataset": questions(64),
+    }
+    if adapters is not None:
+        shared["peft_config"] = adapters
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(options, model, arguments(options, folder), **shared)
+        watched = watch(memory)
+        trainer.add_callback(watched)
+        generation = time_generation(trainer, memory)
+        memory.restart()
+        before = memory.now()
+        trainer.train()
+    allocated, reserved = memory.peak()
+    history = trainer.state.log_history
+    return {
+        "arm": options.arm,
+        "unsloth": not options.no_unsloth,
+        "base": options.base,
+        "batch": options.batch,
+        "completion": options.completion,
+        "reprompt": options.reprompt,
+        "chunk": options.chunk,
+        "limit_gib": options.limit_gib,
+        "import_seconds": imported - start,
+        "load_seconds": load_seconds,
+        "loading_peak_gib": loading_peak / GIB,
+        "loaded_gib": model_bytes / GIB,
+        "before_training_gib": before / GIB,
+        "teacher_mib": teacher_bytes(trainer) / MIB,
+        "peak_gib": allocated / GIB,
+        "reserved_gib": reserved / GIB,
+        "step_peaks_gib": [peak / GIB for peak in watched.peaks],
+        "step_seconds": watched.seconds,
+        "generation_seconds": generation,
+        "logs": [{k: v for k, v in entry.items() if k in LOGGED} for entry in history],
+        "versions": versions(),
+        "command": " ".join(sys.argv),
+    }
+
+
+LOGGED = {
+    "step",
+    "loss",
+    "grad_norm",
+    "reward",
+    "completions/mean_length",
+    "self_distillation/divergence",
+    "self_distillation/reprompt_sample_fraction",
+}
+
+
+def teacher_bytes(trainer: Any) -> int:
+    """What the teacher's weights occupy, 0 for a trainer without one."""
+    teacher = getattr(trainer, "_teacher", None)
+    return sum(p.numel() * p.element_size() for p in teacher.state.params.values()) if teacher else 0
+
+
+def versions() -> dict[str, str | None]:
+    import torch
+
+    found: dict[str, str | None] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def parse(values: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--random-weights", type=Path, metavar="FOLDER", help="make a 7B checkpoint there")
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of the random weights")
+    parser.add_argument("--arm", choices=["sdpo", "grpo"], default="sdpo")
+    parser.add_argument("--no-unsloth", action="store_true", help="plain TRL, transformers and PEFT")
+    parser.add_argument("--base", choices=["4bit", "bf16"], default="4bit")
+    parser.add_argument("--batch", type=int, choices=[1, 2, 4, 8], default=2, help="rows of a micro-batch")
+    parser.add_argument("--completion", type=int, default=256, help="max_completion_length")
+    parser.add_argument("--reprompt", type=int, default=0, help="feedback that fills reprompts to this length")
+    parser.add_argument("--dropout", type=float, default=0.05, help="lora_dropout")
+    parser.add_argument("--chunk", type=int, default=256, help="loss_chunk_size; 0 chooses from free memory")
+    parser.add_argument("--limit-gib", type=float, default=24.0, help="memory of this process; 0: all")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args(values)
+
+
+def main() -> None:
+    options = parse()
+    if options.random_weights:
+        make_weights(options.random_weights, options.shape)
+    record = run(options)
+    print(
+        f"loaded {record['loaded_gib']:.2f} GiB in {record['load_seconds']:.1f} s (peak "
+        f"{record['loading_peak_gib']:.2f}), training peak {record['peak_gib']:.2f} GiB allocated, "
+        f"{record['reserved_gib']:.2f} reserved, teacher {record['teacher_mib']:.0f} MiB"
+    )
+    print("seconds per step:", " ".join(f"{seconds:.1f}" for seconds in record["step_seconds"]))
+    print("of them generating:", " ".join(f"{seconds:.1f}" for seconds in record["generation_seconds"]))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Prompts and reprompts as tokens: the frame of a conversation is the student's own, and no cut touches it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import trl
+from hypothesis import strategies as st
+from sdpo_rl.prompts import (
+    CUT_MARKER,
+    Renderer,
+    Reprompter,
+    TeacherPrompts,
+    check_prompts,
+    completion_text,
+    question,
+    with_question,
+)
+from strategies import Claim, name_of
+
+from sdpo import Templates
+
+TOKENIZER = tiny.tokenizer()
+TEMPLATES = Templates(reprompt="{prompt}|{solution}{feedback}|again", solution="S{successful_previous_attempt}", feedback="F{feedback_raw}")
+
+
+def decode(ids: list[int]) -> str:
+    return "".join(tiny.VOCABULARY[i] for i in ids)
+
+
+# --- fitting into a limit ---------------------------------------------------------------------------------
+
+Fit = Callable[..., TeacherPrompts]
+words = st.text("ab {}\n<", max_size=30)
+cases = {
+    "prompt": st.sampled_from(["why {x}?", tiny.user("why {x}?"), [{"role": "system", "content": "s"}, *tiny.user("{}")]]),
+    "demonstrations": st.lists(words, max_size=3),
+    "feedback": st.none() | words,
+    "limit": st.integers(0, 90),
+    "mode": st.sampled_from(["middle", "left", "right"]),
+    "both": st.booleans(),
+}
+
+
+def fit(prompt: Any, demonstrations: list[str], feedback: str | None, limit: int, mode: str, both: bool) -> Any:
+    reprompter = Reprompter(Renderer(TOKENIZER), TEMPLATES, not both, mode)
+    return reprompter([prompt], [demonstrations], [feedback], [limit])
+
+
+def cuts_the_tokens_from_the_right(prompt: Any, *args: Any) -> Any:
+    """Keeps any limit, and eats the generation prompt."""
+    demonstrations, feedback, limit, mode, both = args
+    whole = fit(prompt, demonstrations, feedback, 10**6, mode, both)
+    cut = len(whole.ids[0]) > limit
+    return TeacherPrompts(
+        [whole.ids[0][:limit]], whole.row_mask, whole.has_demonstration, whole.uses_feedback, [cut], [False]
+    )
+
+
+def property_the_frame_stays_and_the_limit_holds(
+    fitting: Fit, prompt: Any, demonstrations: Any, feedback: Any, limit: int, mode: str, both: bool
+) -> None:
+    shown = [text for text in demonstrations if text.strip()]
+    remark = feedback if feedback and feedback.strip() and (both or not shown) else None
+    texts = [*shown, *([remark] if remark is not None else [])]
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    chat = not isinstance(prompt, str)
+    before = ("".join(f"<system>{m['content']}" for m in prompt[:-1]) + "<user>" if chat else "") + asked + "|"
+    after = "|again" + ("<bot>" if chat else "")
+    marked = [*("S" + text for text in shown), *(["F" + remark] if remark is not None else [])]
+    special = before.count("<system>") * 7 + before.count("<user>") * 5 + after.count("<bot>") * 4
+    whole = before + "".join(marked) + after
+    size = len(whole) - special
+
+    got = fitting(prompt, demonstrations, feedback, limit, mode, both)
+    ids, on = got.ids[0], got.row_mask[0]
+    assert (got.has_demonstration, got.uses_feedback) == ([bool(shown)], [remark is not None])
+    assert on == bool(ids)
+    assert not (got.truncated[0] and got.dropped[0])
+    if not texts:
+        assert not on
+        assert not (got.truncated[0] or got.dropped[0])
+    elif size <= limit:
+        assert decode(ids) == whole
+        assert not (got.truncated[0] or got.dropped[0])
+    elif on:
+        assert got.truncated[0]
+        assert len(ids) <= limit
+        assert decode(ids).startswith(before)
+        assert decode(ids).endswith(after)
+        assert CUT_MARKER in decode(ids)
+    else:
+        assert got.dropped[0]
+        room = limit - (len(before + after) - special)
+        assert room < len(texts) * (2 + len(CUT_MARKER) + 1) + len(texts)
+
+
+def property_the_named_side_is_cut(fitting: Fit, text: str, limit: int, mode: str) -> None:
+    """One long demonstration: what is left of it is its tail, its head, or both ends."""
+    got = fitting("q", [text], None, limit, mode, False)
+    kept = decode(got.ids[0])[len("q|S") : -len("|again")]
+    assert len(got.ids[0]) == limit
+    head, _, tail = kept.partition(CUT_MARKER)
+    assert text.startswith(head)
+    assert text.endswith(tail)
+    assert {"left": head == "", "right": tail == "", "middle": abs(len(head) - len(tail)) <= 1}[mode]
+
+
+CLAIMS = [
+    Claim(property_the_frame_stays_and_the_limit_holds, fit, cuts_the_tokens_from_the_right, cases),
+    Claim(
+        property_the_named_side_is_cut,
+        fit,
+        lambda *args: fit(*args[:4], "middle", args[5]),
+        {
+            "text": st.text("abcdefgh", min_size=50, max_size=60),
+            "limit": st.integers(25, 45),
+            "mode": cases["mode"],
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_rejects_its_wrong_twin(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
+
+
+def test_too_long_is_an_error_when_asked_for() -> None:
+    reprompter = Reprompter(Renderer(TOKENIZER), TEMPLATES, True, "error")
+    assert reprompter(["q"], [["abc"]], [None], [13]).row_mask == [True]
+    with pytest.raises(ValueError, match=r"12 tokens.*leaves 11.*max_reprompt_length.*'middle'"):
+        reprompter(["q"], [["abc"]], [None], [11])
+
+
+def test_the_tokenizer_is_left_as_it_was() -> None:
+    tokenizer = tiny.tokenizer(padding_side="right", truncation_side="right")
+    before = copy.deepcopy(tokenizer.init_kwargs), tokenizer.padding_side, tokenizer.truncation_side
+    Reprompter(Renderer(tokenizer), TEMPLATES, True, "left")([tiny.user("q")], [["a" * 50]], [None], [30])
+    assert (tokenizer.init_kwargs, tokenizer.padding_side, tokenizer.truncation_side) == before
+
+
+def test_rows_without_signal_are_not_rendered() -> None:
+    rendered: list[Any] = []
+
+    class Watching(Renderer):
+        def __call__(self, prompts: Any, rows: Any = ()) -> Any:
+            rendered.extend(prompts)
+            return super().__call__(prompts, rows)
+
+    got = Reprompter(Watching(TOKENIZER), TEMPLATES, True, "middle")(
+        ["a", "b", "c"], [[], ["x"], [" "]], [None, None, ""], [99, 99, 99]
+    )
+    assert rendered == ["b|Sx|again"]
+    assert got.row_mask == [False, True, False]
+
+
+# --- the chat template ------------------------------------------------------------------------------------
+
+TEMPLATE_FILES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+CONVERSATIONS = [
+    [{"role": "system", "content": "be kind"}, {"role": "user", "content": "QUESTION"}],
+    [
+        {"role": "user", "content": "earlier"},
+        {"role": "assistant", "content": "answer"},
+        {"role": "user", "content": "QUESTION"},
+    ],
+]
+
+
+def as_parts(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in conversation]
+
+
+def text(tokenizer: Any, prompt: Any, **arguments: Any) -> str:
+    return decode(Renderer(tokenizer, template_kwargs=arguments)([prompt])[0])
+
+
+@pytest.mark.parametrize("path", TEMPLATE_FILES, ids=lambda path: path.stem)
+def test_a_real_template_is_applied_once_around_the_new_question(path: Path) -> None:
+    """Rendering with another question is the rendering with the question replaced, and nothing else."""
+    tokenizer = tiny.tokenizer(chat_template=path.read_text(), bos_token=tiny.EOS)
+    tried = 0
+    for conversation in (*CONVERSATIONS, *map(as_parts, CONVERSATIONS), tiny.user("QUESTION")):
+        try:
+            plain = text(tokenizer, conversation)
+        except Exception:  # noqa: BLE001 - a template that refuses this kind of conversation, or writes it as code
+            continue
+        if plain.count("QUESTION") != 1 or re.search("[\"']text[\"']", plain):
+            continue
+        tried += 1
+        other = "line {one}\n\nline two"
+        assert text(tokenizer, with_question(conversation, other)) == plain.replace("QUESTION", other)
+    assert tried
+
+
+def test_the_student_s_prompts_are_rendered_alike(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, chat_template_kwargs={"tag": "t"})
+    prompts = [row["prompt"] for row in tiny.conversations()]
+    assert trainer._reprompter().renderer(prompts) == trainer._tokenize_prompts(prompts)[0]
+
+
+def test_own_template_arguments_come_on_top(tmp_path: Path) -> None:
+    config = tiny.config(apply_chat_template_kwargs={"tag": "teacher"})
+    trainer = tiny.trainer(tmp_path, sdpo_config=config, chat_template_kwargs={"tag": "student"})
+    assert decode(trainer._reprompter().renderer([tiny.user("q")])[0]).endswith("<bot>teacher")
+
+
+def test_tools_reach_the_template() -> None:
+    def weather(city: str) -> str:
+        """Tell the weather.
+
+        Args:
+            city: where.
+        """
+        return city
+
+    assert decode(Renderer(TOKENIZER, tools=[weather])([tiny.user("q")])[0]) == "<system>tools: weather<user>q<bot>"
+
+
+def test_a_template_of_the_trainer_s_own_replaces_the_tokenizer_s() -> None:
+    own = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    assert decode(Renderer(TOKENIZER, chat_template=own)([tiny.user("q")])[0]) == "[q]"
+
+
+# --- prompts and completions as they come -----------------------------------------------------------------
+
+
+def test_only_the_last_turn_changes() -> None:
+    prompt = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "n"},
+    ]
+    before = copy.deepcopy(prompt)
+    assert question(prompt) == "ab"
+    assert with_question(prompt, "new") == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "new"}], "name": "n"},
+    ]
+    assert prompt == before
+    assert with_question("old", "new") == "new"
+    assert with_question(prompt, question(prompt))[-1]["content"][0]["text"] == "ab"
+
+
+@pytest.mark.parametrize(
+    ("completion", "said"),
+    [
+        ("plain", "plain"),
+        ([{"role": "assistant", "content": "one"}], "one"),
+        (
+            [
+                {"role": "assistant", "content": None, "tool_calls": []},
+                {"role": "tool", "name": "t", "content": "4"},
+                {"role": "assistant", "content": [{"type": "text", "text": "it is "}, {"type": "text", "text": "4"}]},
+            ],
+            "4\nit is 4",
+        ),
+        ([], ""),
+    ],
+)
+def test_what_a_completion_says(completion: Any, said: str) -> None:
+    assert completion_text(completion) == said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ([], TypeError, r"prompt 1 must be a string or a non-empty list of messages with a role, got \[\]"),
+        (7, TypeError, "prompt 1 .* got 7"),
+        ([{"content": "no role"}], TypeError, "prompt 1 .*role"),
+        ([{"role": "assistant", "content": "a"}], ValueError, "prompt 1 ends with a 'assistant' turn.*last"),
+        ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "must be text.*images"),
+        ([{"role": "user", "content": None}], ValueError, "must be text"),
+    ],
+)
+def test_prompts_are_checked(prompt: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        check_prompts(["fine", prompt])

@@ -1,0 +1,190 @@
+"""Group logic is global: any number of ranks writes the reprompts that one would write, and counts the same."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Barrier
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import strategies as st
+from sdpo_rl import SDPOConfig
+from sdpo_rl.prompts import Renderer, Reprompter
+from sdpo_rl.rollout import Rollout, TeacherContext, teacher_context
+from strategies import Claim, name_of
+
+GROUP = 3
+TOKENIZER = tiny.tokenizer()
+texts = st.sampled_from(["two", " ", "<think>so</think>", "<think>so</think>four", "{x}"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    scores: list[float]
+    completions: list[str]
+    feedback: list[str | None]
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    rows = 6 * draw(st.integers(1, 2))  # whole groups, and divisible over two or three ranks
+
+    def column(values: st.SearchStrategy[Any]) -> list[Any]:
+        return draw(st.lists(values, min_size=rows, max_size=rows))
+
+    return Batch(
+        column(st.sampled_from([0.0, 0.5, 1.0, math.nan])),
+        column(texts),
+        column(st.none() | st.sampled_from(["", " ", "got {3}"])),
+    )
+
+
+configs = st.builds(
+    SDPOConfig,
+    demonstration_policy=st.sampled_from(["first", "random", "shortest", "longest", "best"]),
+    dont_reprompt_on_self_success=st.booleans(),
+    remove_thinking_from_demonstration=st.booleans(),
+    include_environment_feedback=st.booleans(),
+    environment_feedback_only_without_solution=st.booleans(),
+    num_demonstrations=st.integers(1, 2),
+    max_reprompt_length=st.sampled_from([10240, 90]),
+)
+
+
+def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, deaf: bool = False) -> list[TeacherContext]:
+    """The contexts of all ranks, each in its own thread, meeting only in `gather`."""
+    rows = len(batch.scores) // ranks
+    board: list[list[Any]] = [[] for _ in range(ranks)]
+    barrier = Barrier(ranks, timeout=30)
+
+    def work(rank: int) -> TeacherContext:
+        def gather(own: list[Any]) -> list[Any]:
+            if deaf:
+                return list(own) * ranks
+            board[rank] = own
+            barrier.wait()
+            everything = [item for part in board for item in part]
+            barrier.wait()
+            return everything
+
+        mine = slice(rank * rows, (rank + 1) * rows)
+        completions = batch.completions[mine]
+        rollout = Rollout(
+            prompts=[tiny.user(f"q{i}") for i in range(len(batch.scores))][mine],
+            completions=[[{"role": "assistant", "content": text}] for text in completions],
+            completion_lengths=[len(text) for text in completions],
+            feedback=batch.feedback[mine],
+            scores=torch.tensor(batch.scores),
+        )
+        return teacher_context(
+            rollout,
+            config,
+            Reprompter(
+                Renderer(TOKENIZER), config.templates(), config.environment_feedback_only_without_solution, "middle"
+            ),
+            group_size=GROUP,
+            context_length=math.inf,
+            rank=rank,
+            seed=5,
+            gather=gather,
+        )
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(work, range(ranks)))
+
+
+def property_ranks_do_not_matter(world: Any, batch: Batch, config: SDPOConfig, ranks: int) -> None:
+    alone, spread = on_ranks(batch, config, 1)[0], world(batch, config, ranks)
+    assert [ids for part in spread for ids in part.prompts.ids] == alone.prompts.ids
+    assert [on for part in spread for on in part.prompts.row_mask] == alone.prompts.row_mask
+    assert all(part.metrics == alone.metrics for part in spread)
+
+
+def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, config: SDPOConfig) -> None:
+    (context,) = world(batch, config, 1)
+    total = len(batch.scores)
+    has, available, used, active, solved = [], [], [], [], []
+    for row in range(total):
+        group = range(row // GROUP * GROUP, row // GROUP * GROUP + GROUP)
+        said = {}
+        for peer in group:
+            text = batch.completions[peer]
+            said[peer] = text.split("</think>")[-1] if config.remove_thinking_from_demonstration else text
+        peers = [j for j in group if batch.scores[j] >= 1.0 and said[j].strip()]
+        if config.dont_reprompt_on_self_success:
+            peers = [j for j in peers if j != row]
+        hint = batch.feedback[row]
+        has.append(bool(peers))
+        available.append(bool(hint and hint.strip()))
+        alone = not (config.environment_feedback_only_without_solution and peers)
+        used.append(available[-1] and config.include_environment_feedback and alone)
+        active.append(has[-1] or used[-1])
+    for first in range(0, total, GROUP):
+        solved.append(any(score >= 1.0 for score in batch.scores[first : first + GROUP]))
+    metrics = {k.removeprefix("self_distillation/"): v for k, v in context.metrics.items()}
+    assert metrics["success_sample_fraction"] == pytest.approx(sum(has) / total)
+    assert metrics["feedback_available_fraction"] == pytest.approx(sum(available) / total)
+    assert metrics["feedback_used_fraction"] == pytest.approx(sum(used) / total)
+    assert metrics["success_group_fraction"] == pytest.approx(sum(solved) / len(solved))
+    kept = [on and not lost for on, lost in zip(active, context.prompts.dropped, strict=True)]
+    assert context.prompts.row_mask == kept
+    assert metrics["reprompt_sample_fraction"] == pytest.approx(sum(kept) / total)
+    assert metrics["empty_target_batch"] == float(not any(kept))
+
+
+def one_group(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
+    """Takes the whole batch for one group."""
+    best = max(score if score == score else 0.0 for score in batch.scores)
+    return on_ranks(Batch([best] * len(batch.scores), batch.completions, batch.feedback), config, ranks)
+
+
+CLAIMS = [
+    Claim(
+        property_ranks_do_not_matter,
+        on_ranks,
+        lambda batch, config, ranks: on_ranks(batch, config, ranks, deaf=True),
+        {"batch": batches(), "config": configs, "ranks": st.sampled_from([2, 3])},
+    ),
+    Claim(
+        property_metrics_and_rows_are_those_of_a_loop,
+        on_ranks,
+        one_group,
+        {"batch": batches(), "config": configs},
+    ),
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
+def test_rejects_its_wrong_twin(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
+
+
+def test_a_reprompt_leaves_room_for_its_completion() -> None:
+    batch = Batch([1.0, 0.0, 0.0], ["a" * 200, "b", "c" * 40], [None] * 3)
+    config = SDPOConfig(demonstration_policy="first")
+    rollout = Rollout(
+        [tiny.user("q")] * 3,
+        [[{"role": "assistant", "content": text}] for text in batch.completions],
+        [len(text) for text in batch.completions],
+        batch.feedback,
+        torch.tensor(batch.scores),
+    )
+    reprompter = Reprompter(Renderer(TOKENIZER), config.templates(), True, "middle")
+    context = teacher_context(
+        rollout, config, reprompter, group_size=3, context_length=150, rank=0, seed=0, gather=list
+    )
+    sizes = [len(ids) for ids in context.prompts.ids]
+    assert sizes[0] == 0
+    assert sizes[1] <= 150 - 1
+    assert sizes[2] <= 150 - 40
+    assert context.prompts.truncated == [False, True, True]
+    assert context.metrics["self_distillation/truncated_reprompt_fraction"] == pytest.approx(2 / 3)

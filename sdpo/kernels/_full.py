@@ -1,0 +1,83 @@
+"""The divergence over the full vocabulary: one pass for its value, one for its gradient, over both models' products."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sdpo.kernels._math import divergence_terms
+from sdpo.kernels._rows import entropy_of_blocks, loss_weights, sum_blocks
+from sdpo.kernels._stream import load_logits
+
+
+@triton.jit
+def normalizers(tops, masses, moments, normalizer, entropy, BLOCKS, BLOCK_B: tl.constexpr):
+    """logsumexp and entropy of each row from its blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    top, mass, moment, total = sum_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
+    tl.store(normalizer + row, total)
+    tl.store(entropy + row, entropy_of_blocks(top, mass, moment, total))
+
+
+@triton.jit
+def full_terms(
+    products_p, products_q, bias_p, bias_q, norm_p, norm_q, values, commons, V,
+    inner_p, outer_p, inner_q, outer_q, alpha, rest,
+    BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
+    MODE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per block of columns: the divergence's terms and g = ∂/∂log p, summed."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
+    z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
+    log_p, log_q = z_p - tl.load(norm_p + row), z_q - tl.load(norm_q + row)
+    terms, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
+    place = row * tl.num_programs(1) + block
+    tl.store(values + place, tl.sum(terms, 0))
+    tl.store(commons + place, tl.sum(g, 0))
+
+
+@triton.jit
+def full_rows(
+    values, commons, norm_p, norm_q, token_p, token_q, old, extra, slope_weights, lift,
+    stats, common, scale, rows, BLOCKS, clip, log_clip, chain,
+    OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Loss and weights of each row, written to ``stats``; G = Σ g and the gradient's scale, for ``full_slopes``."""
+    row = tl.program_id(0).to(tl.int64)
+    blocks = tl.arange(0, BLOCK_B)
+    real = blocks < BLOCKS
+    value = tl.sum(tl.load(values + row * BLOCKS + blocks, mask=real, other=0.0), 0)
+    tl.store(common + row, tl.sum(tl.load(commons + row * BLOCKS + blocks, mask=real, other=0.0), 0))
+    log_token = tl.load(token_p + row) - tl.load(norm_p + row)
+    weight, clipped, slope_weight = loss_weights(
+        log_token, old, extra, slope_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
+    )
+    tl.store(scale + row, slope_weight * chain)
+    tl.store(stats + row, value)
+    tl.store(stats + 1 * rows + row, weight)
+    tl.store(stats + 2 * rows + row, log_token)
+    tl.store(stats + 3 * rows + row, tl.load(token_q + row) - tl.load(norm_q + row))
+    tl.store(stats + 10 * rows + row, clipped)
+
+
+@triton.jit
+def full_slopes(
+    products_p, products_q, bias_p, bias_q, norm_p, norm_q, common, scale, slopes, V,
+    inner_p, outer_p, inner_q, outer_q, alpha, rest,
+    BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
+    MODE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write (g − G·p) · scale, times what the soft-cap lets through."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
+    z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
+    log_p, log_q = z_p - tl.load(norm_p + row), z_q - tl.load(norm_q + row)
+    _, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
+    slope = (g - tl.load(common + row) * tl.exp(log_p)) * tl.load(scale + row)
+    if SOFTCAP_P:
+        capped = z_p / outer_p
+        slope = tl.where(z_p == -float("inf"), 0.0, slope * (1.0 - capped * capped))
+    tl.store(slopes + row * V + columns, slope.to(slopes.dtype.element_ty), mask=columns < V)
