@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from sdpo_rl.alignment import compact, left_pad, position_ids
 from strategies import Claim, name_of
 from torch import Tensor
+
+from sdpo_rl.alignment import compact, left_pad, position_ids
 
 PAD = 0
 CPU = torch.device("cpu")
@@ -36,7 +37,9 @@ def property_positions_count_tokens(positions: Any, rows: list[list[int]], colum
     _, mask = left_pad(rows, pad_id=PAD, device=CPU)
     mask = torch.cat([torch.zeros(len(mask), columns, dtype=torch.long), mask], dim=1)
     got = positions(mask)
-    assert [p[m.bool()].tolist() for p, m in zip(got, mask, strict=True)] == [list(range(len(r))) for r in rows]
+    assert [p[m.bool()].tolist() for p, m in zip(got, mask, strict=True)] == [
+        list(range(len(r))) for r in rows
+    ]
     assert (got >= 0).all()
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from sdpo_rl.feedback import FeedbackCollector, join_feedback, split_rewards
 from strategies import Claim, name_of
+
+from sdpo_rl.feedback import FeedbackCollector, join_feedback, split_rewards
 
 # --- one function's output --------------------------------------------------------------------------------
 
@@ -75,12 +76,17 @@ def reward(column: list[str | None], kind: str) -> Any:
     def bound(completions: list[Any], said: Any, **_: Any) -> list[Any]:
         return [{"score": 0.0, "feedback": text} for text in said]
 
-    return {"pairs": pairs, "later": later, "object": Remembers(), "partial": functools.partial(bound, said=column)}[
-        kind
-    ]
+    return {
+        "pairs": pairs,
+        "later": later,
+        "object": Remembers(),
+        "partial": functools.partial(bound, said=column),
+    }[kind]
 
 
-def collect(columns: list[list[str | None]], kinds: list[str], static: list[str | None] | None) -> list[str | None]:
+def collect(
+    columns: list[list[str | None]], kinds: list[str], static: list[str | None] | None
+) -> list[str | None]:
     collector = FeedbackCollector()
     wrapped = [collector.wrap(reward(c, k)) for c, k in zip(columns, kinds, strict=False)]
     count = len(columns[0])
@@ -91,7 +97,9 @@ def collect(columns: list[list[str | None]], kinds: list[str], static: list[str 
     return collector.take(count, static)
 
 
-def property_rows_gather_the_texts_of_all_functions_in_order(gather: Any, table: Any, kinds: list[str]) -> None:
+def property_rows_gather_the_texts_of_all_functions_in_order(
+    gather: Any, table: Any, kinds: list[str]
+) -> None:
     columns, static = table
     rows = list(zip(*columns, strict=True))
     expected = ["\n\n".join(t for t in row if t and t.strip()) or None for row in rows]

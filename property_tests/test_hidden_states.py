@@ -10,6 +10,8 @@ import tiny
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
 from sdpo_rl.alignment import left_pad, position_ids
 from sdpo_rl.hidden_states import (
     completion_logits,
@@ -19,7 +21,6 @@ from sdpo_rl.hidden_states import (
     linear_head,
     transform_matches,
 )
-from torch import Tensor, nn
 
 VOCABULARY = 40
 SHAPE = {
@@ -77,8 +78,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "phi, with a bias": phi_with_bias,
     "gpt2, absolute positions": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3,
-            bos_token_id=2, eos_token_id=1,
+            vocab_size=VOCABULARY,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            initializer_range=0.3,
+            bos_token_id=2,
+            eos_token_id=1,
         )
     ).eval(),
     "lora": adapted,
@@ -158,7 +165,9 @@ def test_the_declared_transform_is_recognised_and_a_wrong_one_is_not(name: str) 
     model = MODELS[name]()
     transform = head_transform(model.config)
     assert transform_matches(model, arguments(model), transform)
-    assert not transform_matches(model, arguments(model), transform._replace(logit_scale=transform.logit_scale * 2))
+    assert not transform_matches(
+        model, arguments(model), transform._replace(logit_scale=transform.logit_scale * 2)
+    )
     wrong_cap = None if transform.softcap is not None else 0.5
     assert not transform_matches(model, arguments(model), transform._replace(softcap=wrong_cap))
 

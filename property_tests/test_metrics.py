@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from strategies import Claim, generator, name_of, seeds
+from torch import Tensor
+
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnostics import Diagnostics
 from sdpo_rl.distillation import Targets, from_logits, rollout_weights, step_metrics
 from sdpo_rl.metrics import MetricSums
-from strategies import Claim, generator, name_of, seeds
-from torch import Tensor
 
 # --- sums -------------------------------------------------------------------------------------------------
 
@@ -28,7 +30,7 @@ def identity(totals: Tensor) -> Tensor:
 def property_a_mean_is_weighted_and_split_does_not_matter(sums: Any, table: Any, cuts: list[int]) -> None:
     kept = sums()
     edges = sorted({0, len(table), *(c for c in cuts if c < len(table))})
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         part = table[start:end]
         total = sum(value * weight for value, weight in part)
         kept.add({"m": (torch.tensor(total), torch.tensor(sum(w for _, w in part)))})
@@ -167,7 +169,9 @@ QUIET = {
 }
 
 
-def warnings(caplog: pytest.LogCaptureFixture, batches: list[tuple[dict[str, float], list[int]]]) -> list[str]:
+def warnings(
+    caplog: pytest.LogCaptureFixture, batches: list[tuple[dict[str, float], list[int]]]
+) -> list[str]:
     watch = Diagnostics(SDPOConfig(diagnostics_patience=3))
     with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
         for changes, lengths in batches:
@@ -191,7 +195,9 @@ def test_nothing_to_learn_from_is_said_once_per_patience(caplog: pytest.LogCaptu
 
 def test_truncation_and_dropped_rows_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     often = {"self_distillation/truncated_reprompt_fraction": 0.5}
-    said = warnings(caplog, [(often, [5])] * 3 + [({"self_distillation/dropped_reprompt_fraction": 0.1}, [5])] * 3)
+    said = warnings(
+        caplog, [(often, [5])] * 3 + [({"self_distillation/dropped_reprompt_fraction": 0.1}, [5])] * 3
+    )
     assert [("max_reprompt_length" in message) for message in said] == [True, True]
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from sdpo_rl.normalization import StepWindow
 from strategies import Claim, name_of
 from torch import Tensor
+
+from sdpo_rl.normalization import StepWindow
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ import pytest
 import tiny
 import trl
 from hypothesis import strategies as st
+from strategies import Claim, name_of
+
+from sdpo import Templates
 from sdpo_rl.prompts import (
     CUT_MARKER,
     Renderer,
@@ -22,12 +25,13 @@ from sdpo_rl.prompts import (
     question,
     with_question,
 )
-from strategies import Claim, name_of
-
-from sdpo import Templates
 
 TOKENIZER = tiny.tokenizer()
-TEMPLATES = Templates(reprompt="{prompt}|{solution}{feedback}|again", solution="S{successful_previous_attempt}", feedback="F{feedback_raw}")
+TEMPLATES = Templates(
+    reprompt="{prompt}|{solution}{feedback}|again",
+    solution="S{successful_previous_attempt}",
+    feedback="F{feedback_raw}",
+)
 
 
 def decode(ids: list[int]) -> str:
@@ -39,7 +43,9 @@ def decode(ids: list[int]) -> str:
 Fit = Callable[..., TeacherPrompts]
 words = st.text("ab {}\n<", max_size=30)
 cases = {
-    "prompt": st.sampled_from(["why {x}?", tiny.user("why {x}?"), [{"role": "system", "content": "s"}, *tiny.user("{}")]]),
+    "prompt": st.sampled_from(
+        ["why {x}?", tiny.user("why {x}?"), [{"role": "system", "content": "s"}, *tiny.user("{}")]]
+    ),
     "demonstrations": st.lists(words, max_size=3),
     "feedback": st.none() | words,
     "limit": st.integers(0, 90),
@@ -48,7 +54,9 @@ cases = {
 }
 
 
-def fit(prompt: Any, demonstrations: list[str], feedback: str | None, limit: int, mode: str, both: bool) -> Any:
+def fit(
+    prompt: Any, demonstrations: list[str], feedback: str | None, limit: int, mode: str, both: bool
+) -> Any:
     reprompter = Reprompter(Renderer(TOKENIZER), TEMPLATES, not both, mode)
     return reprompter([prompt], [demonstrations], [feedback], [limit])
 
@@ -71,7 +79,9 @@ def property_the_frame_stays_and_the_limit_holds(
     texts = [*shown, *([remark] if remark is not None else [])]
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     chat = not isinstance(prompt, str)
-    before = ("".join(f"<system>{m['content']}" for m in prompt[:-1]) + "<user>" if chat else "") + asked + "|"
+    before = (
+        ("".join(f"<system>{m['content']}" for m in prompt[:-1]) + "<user>" if chat else "") + asked + "|"
+    )
     after = "|again" + ("<bot>" if chat else "")
     marked = [*("S" + text for text in shown), *(["F" + remark] if remark is not None else [])]
     special = before.count("<system>") * 7 + before.count("<user>") * 5 + after.count("<bot>") * 4
@@ -85,10 +95,12 @@ def property_the_frame_stays_and_the_limit_holds(
     assert not (got.truncated[0] and got.dropped[0])
     if not texts:
         assert not on
-        assert not (got.truncated[0] or got.dropped[0])
+        assert not (got.truncated[0])
+        assert not (got.dropped[0])
     elif size <= limit:
         assert decode(ids) == whole
-        assert not (got.truncated[0] or got.dropped[0])
+        assert not (got.truncated[0])
+        assert not (got.dropped[0])
     elif on:
         assert got.truncated[0]
         assert len(ids) <= limit
@@ -226,7 +238,10 @@ def test_tools_reach_the_template() -> None:
         """
         return city
 
-    assert decode(Renderer(TOKENIZER, tools=[weather])([tiny.user("q")])[0]) == "<system>tools: weather<user>q<bot>"
+    assert (
+        decode(Renderer(TOKENIZER, tools=[weather])([tiny.user("q")])[0])
+        == "<system>tools: weather<user>q<bot>"
+    )
 
 
 def test_a_template_of_the_trainer_s_own_replaces_the_tokenizer_s() -> None:
@@ -240,7 +255,11 @@ def test_a_template_of_the_trainer_s_own_replaces_the_tokenizer_s() -> None:
 def test_only_the_last_turn_changes() -> None:
     prompt = [
         {"role": "system", "content": "s"},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "n"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            "name": "n",
+        },
     ]
     before = copy.deepcopy(prompt)
     assert question(prompt) == "ab"
@@ -262,7 +281,10 @@ def test_only_the_last_turn_changes() -> None:
             [
                 {"role": "assistant", "content": None, "tool_calls": []},
                 {"role": "tool", "name": "t", "content": "4"},
-                {"role": "assistant", "content": [{"type": "text", "text": "it is "}, {"type": "text", "text": "4"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "it is "}, {"type": "text", "text": "4"}],
+                },
             ],
             "4\nit is 4",
         ),

@@ -12,10 +12,11 @@ import pytest
 import tiny
 import torch
 from hypothesis import strategies as st
+from strategies import Claim, name_of
+
 from sdpo_rl import SDPOConfig
 from sdpo_rl.prompts import Renderer, Reprompter
 from sdpo_rl.rollout import Rollout, TeacherContext, teacher_context
-from strategies import Claim, name_of
 
 GROUP = 3
 TOKENIZER = tiny.tokenizer()
@@ -84,7 +85,10 @@ def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, deaf: bool = False
             rollout,
             config,
             Reprompter(
-                Renderer(TOKENIZER), config.templates(), config.environment_feedback_only_without_solution, "middle"
+                Renderer(TOKENIZER),
+                config.templates(),
+                config.environment_feedback_only_without_solution,
+                "middle",
             ),
             group_size=GROUP,
             context_length=math.inf,

@@ -17,8 +17,9 @@ import torch
 from by_hand import Method, Row, compare
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from sdpo_rl import alignment, distillation, hidden_states, normalization, prompts, trl_trainer
 from torch import Tensor, nn
+
+from sdpo_rl import alignment, distillation, hidden_states, normalization, prompts, trl_trainer
 
 TOLERANCE = 5e-6
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -141,7 +142,11 @@ def test_every_objective(tmp_path: Path, objective: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "logits"])
 def test_the_temperature_divides_both_sides(tmp_path: Path, backend: str) -> None:
     trainer = tiny.trainer(
-        tmp_path, sdpo_config=tiny.config(loss_backend=backend), temperature=0.6, num_iterations=2, max_steps=3
+        tmp_path,
+        sdpo_config=tiny.config(loss_backend=backend),
+        temperature=0.6,
+        num_iterations=2,
+        max_steps=3,
     )
     assert compare(trainer, blank(), Method(temperature=0.6)).gradient < TOLERANCE
 
@@ -259,9 +264,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def each_micro_batch_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
-    def denominator(
-        self: Any, *, step: int, index: int, length: int, generate_every: int
-    ) -> Tensor:
+    def denominator(self: Any, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
     patch.setattr(normalization.StepWindow, "denominator", denominator)
@@ -270,7 +273,9 @@ def each_micro_batch_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
 def not_divided_by_accumulation(patch: pytest.MonkeyPatch) -> None:
     true = normalization.StepWindow.denominator
     patch.setattr(
-        normalization.StepWindow, "denominator", lambda self, **kwargs: true(self, **kwargs) / kwargs["length"]
+        normalization.StepWindow,
+        "denominator",
+        lambda self, **kwargs: true(self, **kwargs) / kwargs["length"],
     )
 
 

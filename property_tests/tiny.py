@@ -73,7 +73,9 @@ def user(text: str) -> list[dict[str, str]]:
 
 def conversations(rows: int = 8, **columns: list[Any]) -> Dataset:
     """Questions of different lengths, so that batches need padding."""
-    return Dataset.from_dict({"prompt": [user("say " + "no " * (i % 3) + str(i)) for i in range(rows)], **columns})
+    return Dataset.from_dict(
+        {"prompt": [user("say " + "no " * (i % 3) + str(i)) for i in range(rows)], **columns}
+    )
 
 
 def plain(rows: int = 8) -> Dataset:

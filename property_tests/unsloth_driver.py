@@ -1,6 +1,6 @@
 """Unsloth's real rewritten `GRPOTrainer` without a GPU, one fresh process per run.
 
-    python unsloth_driver.py [--interpreter] MODULE:FUNCTION [JSON]
+    python unsloth_driver.py [--interpreter | --gpu] MODULE:FUNCTION [JSON]
 
 patches TRL, imports MODULE, calls FUNCTION(**JSON) and prints its JSON result as the last line. Tests call
 `run(...)`, which starts that process in a scratch directory: Unsloth writes its generated trainers into the
@@ -55,13 +55,21 @@ def missing() -> str | None:
 
 
 def run(
-    function: str, cwd: Path, *, interpreter: bool = False, timeout: float = 240.0, **arguments: Any
+    function: str,
+    cwd: Path,
+    *,
+    interpreter: bool = False,
+    gpu: bool = False,
+    timeout: float = 240.0,
+    **arguments: Any,
 ) -> Any:
     """The result of `MODULE:FUNCTION` in a fresh process whose working directory is `cwd`."""
-    command = [python(), str(HERE / "unsloth_driver.py"), *(["--interpreter"] if interpreter else [])]
-    command += [function, json.dumps(arguments)]
+    machine = ["--interpreter"] if interpreter else ["--gpu"] if gpu else []
+    command = [python(), str(HERE / "unsloth_driver.py"), *machine, function, json.dumps(arguments)]
     paths = [str(HERE), str(HERE.parent), str(HERE.parent / "adapters"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if gpu:
+        del environment["UNSLOTH_ALLOW_CPU"]
     environment |= {"TRITON_INTERPRET": "1"} if interpreter else {}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
@@ -74,8 +82,13 @@ def run(
 # --- the fresh process's side -----------------------------------------------------------------------------
 
 
-def patch(*, interpreter: bool = False) -> Any:
+def patch(*, interpreter: bool = False, gpu: bool = False) -> Any:
     """Import Unsloth, rewrite TRL's trainer as `PatchFastRL` does on a GPU; return FastLanguageModel."""
+    if gpu:
+        from unsloth import FastLanguageModel, PatchFastRL
+
+        PatchFastRL("GRPO", FastLanguageModel)
+        return FastLanguageModel
     os.environ.update(ENVIRONMENT)
     import torch
 
@@ -168,16 +181,21 @@ def qwen2_config(vocab_size: int, hidden_size: int) -> Any:
 
 
 def lora_model(tokens: Any, *, seed: int = 0) -> Any:
-    """A plain float32 PEFT model that Unsloth's trainer accepts: Unsloth's own mode switches are bound to it."""
+    """A plain float32 PEFT model that Unsloth's trainer accepts."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2ForCausalLM
-    from unsloth.models.llama import FastLlamaModel
 
     torch.manual_seed(seed)
     base = Qwen2ForCausalLM(qwen2_config(len(tokens), 32)).float()
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
+    return bind_modes(get_peft_model(base, lora))
+
+
+def bind_modes(model: Any) -> Any:
+    """Make a float32 model one that Unsloth's trainer takes for its own: its mode switches are bound to it."""
+    from unsloth.models.llama import FastLlamaModel
+
     model.for_training = functools.partial(FastLlamaModel.for_training, model)
     model.for_inference = functools.partial(FastLlamaModel.for_inference, model)
     # Otherwise the trainer asks for fp16 on a machine without bf16.
@@ -248,11 +266,11 @@ def count_a(completions: list[str], **_: Any) -> list[float]:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    interpreter = arguments[0] == "--interpreter"
-    target, values = [*arguments[interpreter:], "{}"][:2]
+    interpreter, gpu = (arguments[0] == flag for flag in ("--interpreter", "--gpu"))
+    target, values = [*arguments[interpreter or gpu :], "{}"][:2]
     if interpreter:
         os.environ["TRITON_INTERPRET"] = "1"
-    patch(interpreter=interpreter)
+    patch(interpreter=interpreter, gpu=gpu)
     module, function = target.split(":")
     result = getattr(importlib.import_module(module), function)(**json.loads(values))
     print(MARK + json.dumps(result), flush=True)

@@ -24,7 +24,8 @@ from sdpo._projection import (
 )
 from sdpo._recipe import Recipe, Rows, Side, TokenStats
 
-Backend = Callable[[Side, Side, Rows, Recipe, Tensor | None], TokenStats]
+# (student, teacher, rows, recipe, stats, slope): fills stats [len(TokenStats), c] and, unless None, slope [c, V].
+Backend = Callable[[Side, Side, Rows, Recipe, Tensor, Tensor | None], None]
 
 
 class Operands(NamedTuple):
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
 
     backend: Backend
     chunk_rows: int  # tokens whose logits exist at a time
-    slope_rows: int  # tokens whose logit gradients are collected before their products
+    slope_rows: int  # tokens whose logit gradients are collected before the head's product
     own_reference: bool  # the trust region's centre needs a product of its own
     hidden: bool  # make the gradient of the student's hidden states
     head: bool  # and of its head
@@ -95,7 +96,8 @@ class _Pass:
         if plan.hidden:
             # fp16 gradients may underflow before a gradient scaler has seen them: they wait in float32.
             kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-            self.hidden_gradient = torch.zeros(hidden.shape, dtype=kept, device=self.device)
+            make = torch.empty if operands.active is None else torch.zeros
+            self.hidden_gradient = make(hidden.shape, dtype=kept, device=self.device)
         if plan.head:
             slope_dtype = gradient_dtype(self.device, self.dtype)
             kept = torch.bfloat16 if slope_dtype == head.dtype == torch.bfloat16 else self.working
@@ -105,22 +107,23 @@ class _Pass:
             self.bias_gradient = torch.zeros(self.vocabulary, dtype=self.working, device=self.device)
 
     def run(self) -> Outcome:
-        plan, width = self.plan, min(self.plan.chunk_rows, self.count)
-        products = [self._buffer(width, self.working) for _ in range(3 if self.plan.own_reference else 2)]
+        plan, width = self.plan, max(1, min(self.plan.chunk_rows, self.count))
+        products = [self._buffer(width, self.working) for _ in range(3 if plan.own_reference else 2)]
         slope_dtype = gradient_dtype(self.device, self.dtype)
-        makes_slope = plan.hidden or plan.head or plan.bias
-        # In the working dtype the slope takes the place of the student's logits, chunk by chunk.
+        # In the working dtype a slope takes the place of the logits it came from, chunk by chunk.
         in_place = slope_dtype == self.working
-        block = width if in_place else min(plan.slope_rows, self.count)
+        block = width if in_place else max(width, min(plan.slope_rows, self.count))
+        makes_slope = plan.hidden or plan.head or plan.bias
         slopes = products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
-        for start in range(0, self.count, max(block, 1)):
+        for start in range(0, self.count, block):
             stop = min(start + block, self.count)
-            for low in range(start, stop, max(width, 1)):
+            for low in range(start, stop, width):
                 high = min(low + width, stop)
                 slope = slopes[low - start : high - start] if makes_slope else None
                 self._chunk(low, high, products, slope)
-            if makes_slope:
-                self._push(start, stop, slopes[: stop - start])
+                if slope is not None:
+                    self._push_hidden(low, high, slope)
+            self._push_head(start, stop, slopes[: stop - start])
         if self.lift is not None:
             for gradient in (self.head_gradient, self.bias_gradient):
                 if gradient is not None:
@@ -146,29 +149,34 @@ class _Pass:
             slope_weights=None if self.slope_weights is None else self.slope_weights[low:high],
             lift=self.lift,
         )
-        stats = self.plan.backend(
+        self.plan.backend(
             Side(student_products, ops.student_bias),
             Side(teacher_products, ops.teacher_bias, reference, ops.reference_bias),
             rows,
             self.recipe,
+            self.stats[:, low:high],
             slope,
         )
-        torch.stack(stats, out=self.stats[:, low:high])
 
-    def _push(self, start: int, stop: int, slope: Tensor) -> None:
-        """Send the slopes of the tokens start to stop on to hidden states, head and bias."""
-        ops = self.operands
-        if self.hidden_gradient is not None:
-            head = self._cast(ops.student_head, self.dtype)
-            rows = pull_back(slope, head, exact=self.hidden_gradient.dtype == torch.float32)
-            if self.lift is not None:
-                rows = rows / self.lift
-            if ops.active is None:
-                self.hidden_gradient[start:stop] = rows
-            else:
-                self.hidden_gradient.index_copy_(0, ops.active[start:stop], rows.to(self.hidden_gradient.dtype))
+    def _push_hidden(self, low: int, high: int, slope: Tensor) -> None:
+        """Send the slopes of the tokens low to high on to their hidden states."""
+        gradient, active = self.hidden_gradient, self.operands.active
+        if gradient is None:
+            return
+        head = self._cast(self.operands.student_head, self.dtype)
+        if active is None and self.lift is None:
+            pull_back(slope, head, gradient[low:high])
+            return
+        rows = pull_back(slope, head, gradient.new_empty(high - low, gradient.shape[1]))
+        if self.lift is not None:
+            rows = rows.div_(self.lift)
+        positions = torch.arange(low, high, device=self.device) if active is None else active[low:high]
+        gradient.index_copy_(0, positions, rows)
+
+    def _push_head(self, start: int, stop: int, slope: Tensor) -> None:
+        """Send the slopes of the tokens start to stop on to head and bias."""
         if self.head_gradient is not None:
-            hidden = self._take(ops.student_hidden, start, stop).to(self.dtype)
+            hidden = self._take(self.operands.student_hidden, start, stop).to(self.dtype)
             accumulate_head(slope, hidden, self.head_gradient, first=start == 0)
         if self.bias_gradient is not None:
             self.bias_gradient += slope.sum(dim=0, dtype=self.working)

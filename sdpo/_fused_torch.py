@@ -123,8 +123,10 @@ def choose_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Rec
     return owner.topk(recipe.k, dim=1, sorted=False).indices
 
 
-def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
-    """The loss of one chunk; fills ``slope`` [c, V] with d(weighted loss)/d(student products), if it is given.
+def chunk(
+    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None
+) -> None:
+    """The loss of one chunk: fills ``stats``, and ``slope`` [c, V] with d(weighted loss)/d(student products).
 
     The buffers of both sides are consumed; ``slope`` may be the student's.
     """
@@ -154,8 +156,9 @@ def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tenso
         scale = (scale if rows.lift is None else scale * rows.lift)[:, None]
         scale = scale * (recipe.logit_scale / recipe.temperature)
         torch.mul(flatten_by_softcap(p.outside, z_student, recipe), outside[:, None] * scale, out=slope)
-        slope.scatter_(1, ids, flatten_by_softcap(inside * scale, p.inside, recipe))
-    return TokenStats(
+        inside = flatten_by_softcap(inside * scale, p.inside, recipe)
+        slope.scatter_(1, ids, inside.to(slope.dtype))
+    known = TokenStats(
         per_token=value,
         weights=weights,
         log_probs=log_token,
@@ -168,6 +171,7 @@ def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tenso
         teacher_log_tail=log_tail_q,
         clipped=clipped,
     )
+    torch.stack(known, out=stats)
 
 
 def _topk(

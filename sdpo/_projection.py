@@ -34,7 +34,8 @@ def working_dtype(operand: torch.dtype) -> torch.dtype:
 
 def has_mixed_product(device: torch.device, operand: torch.dtype) -> bool:
     """Whether 16-bit inputs can be multiplied into float32 in one product."""
-    return device.type == "cuda" and operand in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype_out")
+    known = hasattr(torch.ops.aten.mm, "dtype_out")
+    return device.type == "cuda" and operand in (torch.bfloat16, torch.float16) and known
 
 
 def gradient_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
@@ -64,21 +65,22 @@ def project(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def pull_back(slope: Tensor, head: Tensor, *, exact: bool) -> Tensor:
-    """``slope @ head``: the gradient [c, D] of the hidden states from that of the logits, slope [c, V].
+def pull_back(slope: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """``slope @ head``: the gradient of the hidden states from that of the logits, [c, V] and [V, D] into [c, D].
 
-    ``exact`` asks for the working dtype, which a later division by the lift needs; without it the product may
-    round to the head's own dtype once, as a linear layer's backward does.
+    An ``out`` in the head's 16-bit dtype is rounded to once, at the end, as in a linear layer's backward.
     """
-    if slope.dtype == head.dtype:
-        if exact and has_mixed_product(head.device, head.dtype):
-            return torch.mm(slope, head, out_dtype=torch.float32)
-        return slope @ head
-    result = slope.new_zeros(slope.shape[0], head.shape[1])
+    if slope.dtype == head.dtype == out.dtype:
+        return torch.mm(slope, head, out=out)
+    if slope.dtype == head.dtype and has_mixed_product(head.device, head.dtype):
+        if out.dtype == torch.float32:
+            return torch.mm(slope, head, out_dtype=out.dtype, out=out)
+        return out.copy_(torch.mm(slope, head, out_dtype=torch.float32))
+    total = slope.new_zeros(slope.shape[0], head.shape[1])
     for start in range(0, head.shape[0], _SLAB):
         slab = slice(start, start + _SLAB)
-        result.addmm_(slope[:, slab], head[slab].to(slope.dtype))
-    return result
+        total.addmm_(slope[:, slab], head[slab].to(slope.dtype))
+    return out.copy_(total)
 
 
 def accumulate_head(slope: Tensor, hidden: Tensor, total: Tensor, *, first: bool) -> None:

@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SDPOConfig, training_arguments
+    from .report import unsloth_report
     from .trl_trainer import SDPOTrainer
 
-__all__ = ["SDPOConfig", "SDPOTrainer", "training_arguments"]
+__all__ = ["SDPOConfig", "SDPOTrainer", "training_arguments", "unsloth_report"]
 
-_HOMES = {"SDPOConfig": "config", "SDPOTrainer": "trl_trainer", "training_arguments": "config"}
+_HOMES = {
+    "SDPOConfig": "config",
+    "SDPOTrainer": "trl_trainer",
+    "training_arguments": "config",
+    "unsloth_report": "report",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -57,13 +57,14 @@ def resolve(choice: Any, output_dir: str | Path) -> Any:
         ValueError: the chosen folder, or every one there is, was not finished.
     """
     if isinstance(choice, (str, os.PathLike)):
-        if Path(choice).is_dir() and not is_complete(choice):
-            other = next(filter(is_complete, _checkpoints(Path(choice).resolve().parent)), None)
+        chosen = Path(choice)
+        if chosen.is_dir() and not is_complete(chosen):
+            other = next(filter(is_complete, _checkpoints(chosen.resolve().parent)), None)
             raise ValueError(
-                f"{choice} is incomplete: its {_STATE}, which is written last, is missing or cut short, so the "
+                f"{chosen} is incomplete: its {_STATE}, which is written last, is missing or cut short, so the "
                 f"run ended while it was being saved. {_instead(other)}"
             )
-        return str(choice)
+        return str(chosen)
     folders = _checkpoints(Path(output_dir)) if choice is True else []
     for folder in folders:
         if is_complete(folder):
@@ -146,7 +147,9 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
         rule, saved = _about(file)["rule"], set(file.keys())
         differences = [] if rule == store.rule else [f"its rule is {rule!r}, this run's {store.rule!r}"]
         differences += [f"it lacks {name!r}" for name in layout if name not in saved]
-        differences += [f"it has {name!r}, which does not train here" for name in sorted(saved - layout.keys())]
+        differences += [
+            f"it has {name!r}, which does not train here" for name in sorted(saved - layout.keys())
+        ]
         for name in sorted(saved & layout.keys()):
             shape, dtype = layout[name]
             entry = file.get_slice(name)

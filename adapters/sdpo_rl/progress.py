@@ -68,16 +68,21 @@ def load(folder: str, trainer: Any) -> None:
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - no mapping
     then, now = progress["schedule"], _schedule(trainer)
     if then != now:
-        changed = ", ".join(f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name])
-        logger.warning("Since %s was saved: %s. The generation batch and its metrics begin anew.", folder, changed)
+        changed = ", ".join(
+            f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]
+        )
+        logger.warning(
+            "Since %s was saved: %s. The generation batch and its metrics begin anew.", folder, changed
+        )
         return
     trainer._step = progress["step"]
     trainer._generations_done = trainer._step // _generate_every(trainer)
     if progress["batches"] is not None:
         trainer._buffered_inputs = _unpack(progress["batches"], tensors)
-    for name in progress["loss"].keys() & vars(trainer).keys():
-        kept, value = getattr(trainer, name), progress["loss"][name]
-        setattr(trainer, name, kept.new_tensor(value) if isinstance(kept, Tensor) else type(kept)(value))
+    for name in _LOSS:
+        if name in progress["loss"] and hasattr(trainer, name):
+            kept, value = getattr(trainer, name), progress["loss"][name]
+            setattr(trainer, name, kept.new_tensor(value) if isinstance(kept, Tensor) else type(kept)(value))
     trainer._metrics["train"].update(progress["metrics"])
     trainer._sums["train"].load_state(
         {name.removeprefix(_SUMS): pair for name, pair in tensors.items() if name.startswith(_SUMS)}
@@ -133,7 +138,9 @@ def _pack(batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, Tensor]] | N
 def _unpack(written: Sequence[Batch], tensors: Mapping[str, Tensor]) -> list[Batch]:
     return [
         {
-            key: tensors[f"{index}/{key}"].to(getattr(torch, kept["dtype"])) if "dtype" in kept else kept["value"]
+            key: tensors[f"{index}/{key}"].to(getattr(torch, kept["dtype"]))
+            if "dtype" in kept
+            else kept["value"]
             for key, kept in entry.items()
         }
         for index, entry in enumerate(written)

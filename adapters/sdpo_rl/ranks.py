@@ -159,7 +159,7 @@ def _is_partition(parameter: nn.Parameter) -> bool:
 
 def _held(parameter: Any) -> Tensor:
     if isinstance(parameter, DTensor):
-        return parameter.detach().to_local()
+        return parameter.to_local().detach()
     if not _is_partition(parameter):
         return parameter.detach()
     # All partitions are equally long; behind the parameter's end lies padding.

@@ -211,8 +211,10 @@ class SDPOTrainer(_BASE):
         if len(active) == 0:
             if self.accelerator.num_processes == 1 and not ranks.is_sharded(self._unwrapped):
                 return self._zero_loss()
-            # Another rank may be active, and its collectives need this one.
+            # Another rank may be active, and its collectives need this one: a row as it is, without a loss.
             active = torch.zeros(1, dtype=torch.long, device=loss_mask.device)
+            own = {f"teacher_{name}": inputs[name] for name in ("prompt_ids", "prompt_mask")}
+            inputs = {**inputs, **own}
         rows = _row_tensors(inputs, active, len(loss_mask))
         student = compact(
             rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"]

@@ -98,6 +98,7 @@ def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[
     if name.startswith(PEER):
         command += ["--peer-path", str(options.peer_path)]
     command += ["--", "--random-weights", str(options.weights), "--shape", options.shape, *arguments]
+    command += options.arguments
     began = time.perf_counter()
     print(f"[{name}] started", flush=True)
     with (folder / "log.txt").open("w") as log:
@@ -166,7 +167,7 @@ def main() -> None:
     parser.add_argument("--at-a-time", type=int, default=4, help="cases that run together")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help="after `--`: further arguments of every case")
     options = parser.parse_args()
     if options.worker:
         work(options)

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo._recipe import Recipe, Rows, Side, TokenStats
+from sdpo._recipe import Recipe, Rows, Side
 
 MAX_K = 1024
 
@@ -30,8 +30,10 @@ def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str |
     return None
 
 
-def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
+def chunk(
+    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None
+) -> None:
     """The loss of one chunk, as ``sdpo._fused_torch.chunk``."""
     from sdpo.kernels import _launch
 
-    return _launch.chunk(student, teacher, rows, recipe, slope)
+    _launch.chunk(student, teacher, rows, recipe, stats, slope)

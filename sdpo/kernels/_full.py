@@ -41,7 +41,7 @@ def full_terms(
 @triton.jit
 def full_rows(
     values, commons, norm_p, norm_q, token_p, token_q, old, extra, slope_weights, lift,
-    stats, common, scale, rows, BLOCKS, clip, log_clip, chain,
+    stats, common, scale, width, BLOCKS, clip, log_clip, chain,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Loss and weights of each row, written to ``stats``; G = Σ g and the gradient's scale, for ``full_slopes``."""
@@ -56,10 +56,10 @@ def full_rows(
     )
     tl.store(scale + row, slope_weight * chain)
     tl.store(stats + row, value)
-    tl.store(stats + 1 * rows + row, weight)
-    tl.store(stats + 2 * rows + row, log_token)
-    tl.store(stats + 3 * rows + row, tl.load(token_q + row) - tl.load(norm_q + row))
-    tl.store(stats + 10 * rows + row, clipped)
+    tl.store(stats + 1 * width + row, weight)
+    tl.store(stats + 2 * width + row, log_token)
+    tl.store(stats + 3 * width + row, tl.load(token_q + row) - tl.load(norm_q + row))
+    tl.store(stats + 10 * width + row, clipped)
 
 
 @triton.jit

@@ -40,46 +40,47 @@ class _Sums(NamedTuple):
     moments: Tensor
 
 
-def chunk(student: Side, teacher: Side, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
-    """The loss of one chunk; fills ``slope`` [c, V], which must not share memory with the student's products."""
+def chunk(
+    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None
+) -> None:
+    """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``slope`` [c, V]."""
     p, q = _model(student, recipe), _model(teacher, recipe)
     if teacher.reference is not None and recipe.trust_region_coef is not None:
         q = _between(teacher, recipe)
+    fill = _fill_full if recipe.k is None and recipe.support != "sampled" else _fill_topk
     with torch.cuda.device_of(student.products):
-        if recipe.k is None and recipe.support != "sampled":
-            return _full_chunk(p, q, rows, recipe, slope)
-        return _topk_chunk(p, q, rows, recipe, slope)
+        fill(p, q, rows, recipe, stats, slope)
 
 
-def _topk_chunk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
+class _Support(NamedTuple):
+    """One model at the support, and the rest of its vocabulary."""
+
+    inside: Tensor  # [c, K] logits
+    token: Tensor  # [c] logit of the sampled token
+    sums: _Sums
+    log_outside: Tensor  # [c]
+
+
+def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None) -> None:
     count, vocabulary = p.products.shape
-    new = p.products.new_empty
-    tokens = rows.tokens[:, None]
-    token_p, token_q = _read(p, tokens), _read(q, tokens)
     if recipe.support == "sampled":
-        ids, inside_p, inside_q, k = tokens, token_p, token_q, 1
-        log_outside_p = log_outside_q = new(count)
-        sums_p, sums_q = _without(p, ids), _without(q, ids)
+        ids = rows.tokens[:, None]
+        student, teacher = _take(p, rows.tokens, ids), _take(q, rows.tokens, ids)
+    elif recipe.support == "student":
+        ids, student = _choose(p, rows.tokens, recipe)
+        teacher = _take(q, rows.tokens, ids)
     else:
-        k = recipe.k if recipe.k is not None else 1
-        owner, other = (p, q) if recipe.support == "student" else (q, p)
-        ids, inside_owner, log_outside_owner, sums_owner = _choose(owner, k)
-        inside_other = _read(other, ids)
-        sums_other, log_outside_other = _without(other, ids), new(count)
-        if recipe.support == "student":
-            inside_p, sums_p, log_outside_p = inside_owner, sums_owner, log_outside_owner
-            inside_q, sums_q, log_outside_q = inside_other, sums_other, log_outside_other
-        else:
-            inside_p, sums_p, log_outside_p = inside_other, sums_other, log_outside_other
-            inside_q, sums_q, log_outside_q = inside_owner, sums_owner, log_outside_owner
+        ids, teacher = _choose(q, rows.tokens, recipe)
+        student = _take(p, rows.tokens, ids)
 
-    stats = new(len(TokenStats._fields), count)
-    inside_slopes, outside_slope = new(count, k), new(count)
-    blocks = sums_p.tops.shape[1]
+    k, blocks = ids.shape[1], student.sums.tops.shape[1]
+    inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.dtype)
+    outside_slope = torch.empty_like(student.token)
     _rows.topk_rows[(count,)](
-        inside_p, inside_q, token_p, token_q, *sums_p, log_outside_p, *sums_q, log_outside_q,
+        student.inside, teacher.inside, student.token, teacher.token,
+        *student.sums, student.log_outside, *teacher.sums, teacher.log_outside,
         *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope,
-        count, k, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe), *_chain(p, recipe),
+        stats.stride(0), k, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe), *_chain(p, recipe),
         MODE=_mode(recipe), BUCKET=recipe.tail == "bucket",
         STUDENT_OWNS=recipe.support == "student", TEACHER_OWNS=recipe.support == "teacher",
         **_weight_flags(rows, recipe), SOFTCAP=p.softcap,
@@ -87,28 +88,28 @@ def _topk_chunk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, slope: Tensor 
     )  # fmt: skip
     if slope is not None:
         _stream.outside_slopes[(count, triton.cdiv(vocabulary, BLOCK))](
-            p.products, p.bias, slope, outside_slope, log_outside_p, vocabulary, p.inner, p.outer,
+            p.products, p.bias, slope, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
             BIAS=p.has_bias, SOFTCAP=p.softcap, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        slope.scatter_(1, ids, inside_slopes.to(slope.dtype))
-    return TokenStats(*stats.unbind())
+        slope.scatter_(1, ids, inside_slopes)
 
 
-def _full_chunk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, slope: Tensor | None) -> TokenStats:
+def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None) -> None:
     count, vocabulary = p.products.shape
     grid = (count, triton.cdiv(vocabulary, BLOCK))
     new = p.products.new_empty
-    stats = new(len(TokenStats._fields), count)
     known = TokenStats(*stats.unbind())
-    normalizers = new(2, count)
-    for model, normalizer, entropy in (
-        (p, normalizers[0], known.student_entropy),
-        (q, normalizers[1], known.teacher_entropy),
-    ):
-        sums = _block_sums(model)
-        _full.normalizers[(count,)](*sums, normalizer, entropy, grid[1], BLOCK_B=_power(grid[1]), num_warps=1)
+    normalizers, token_logits = new(2, count), new(2, count)
+    for i, (model, entropy) in enumerate(((p, known.student_entropy), (q, known.teacher_entropy))):
+        _full.normalizers[(count,)](
+            *_block_sums(model), normalizers[i], entropy, grid[1], BLOCK_B=_power(grid[1]), num_warps=1
+        )
+        _select.read_tokens[(count,)](
+            model.products, model.bias, rows.tokens, token_logits[i], vocabulary, model.inner, model.outer,
+            BIAS=model.has_bias, SOFTCAP=model.softcap, num_warps=1,
+        )  # fmt: skip
     values, commons, common, scale = new(grid), new(grid), new(count), new(count)
-    both = (p.products, q.products, p.bias, q.bias, *normalizers.unbind())
+    both = (p.products, q.products, p.bias, q.bias, *normalizers)
     maps = (vocabulary, p.inner, p.outer, q.inner, q.outer, recipe.alpha, 1 - recipe.alpha)
     flags: dict[str, Any] = {
         "BIAS_P": p.has_bias, "BIAS_Q": q.has_bias, "SOFTCAP_P": p.softcap, "SOFTCAP_Q": q.softcap,
@@ -116,8 +117,8 @@ def _full_chunk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, slope: Tensor 
     }  # fmt: skip
     _full.full_terms[grid](*both, values, commons, *maps, **flags)
     _full.full_rows[(count,)](
-        values, commons, *normalizers.unbind(), _read(p, rows.tokens[:, None]), _read(q, rows.tokens[:, None]),
-        *_weight_pointers(rows, stats), stats, common, scale, count, grid[1], *_clip(recipe), _chain(p, recipe)[0],
+        values, commons, *normalizers, *token_logits, *_weight_pointers(rows, stats), stats, common, scale,
+        stats.stride(0), grid[1], *_clip(recipe), _chain(p, recipe)[0],
         **_weight_flags(rows, recipe), BLOCK_B=_power(grid[1]), num_warps=1,
     )  # fmt: skip
     known.student_topk_mass.fill_(1.0)
@@ -126,52 +127,45 @@ def _full_chunk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, slope: Tensor 
     known.teacher_log_tail.fill_(-math.inf)
     if slope is not None:
         _full.full_slopes[grid](*both, common, scale, slope, *maps, **flags)
-    return known
 
 
-def _choose(model: _Model, k: int) -> tuple[Tensor, Tensor, Tensor, _Sums]:
-    """A model's K likeliest tokens: ids and logits [c, K], logsumexp of all others [c], sums of the blocks."""
+def _choose(model: _Model, tokens: Tensor, recipe: Recipe) -> tuple[Tensor, _Support]:
+    """A model's K likeliest tokens: ids [c, K], and the model there."""
+    assert recipe.k is not None
     count, vocabulary = model.products.shape
-    group = GROUP if k < NARROW_FROM else NARROW_GROUP
+    k, group = recipe.k, GROUP if recipe.k < NARROW_FROM else NARROW_GROUP
     groups, blocks = triton.cdiv(vocabulary, group), triton.cdiv(vocabulary, BLOCK)
     new = model.products.new_empty
-    sums, group_tops, group_masses = _Sums(*new(3, count, blocks).unbind()), new(count, groups), new(count, groups)
+    sums, group_sums = _Sums(*new(3, count, blocks)), new(2, count, groups)
     _stream.group_sums[(count, blocks)](
-        model.products, model.bias, *sums, group_tops, group_masses, vocabulary, groups, model.inner, model.outer,
+        model.products, model.bias, *sums, *group_sums, vocabulary, groups, model.inner, model.outer,
         BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK=BLOCK, GROUP=group, num_warps=WARPS,
     )  # fmt: skip
-    chosen = new(count, k, dtype=torch.int32)
-    log_others, log_outside = new(count), new(count)
+    chosen, log_others = new(count, k, dtype=torch.int32), new(count)
     block_g = _power(groups)
     _select.choose_groups[(count,)](
-        group_tops, group_masses, chosen, log_others, groups, k,
-        BLOCK_G=block_g, BLOCK_K=_power(k), num_warps=_warps(block_g),
-    )  # fmt: skip
-    ids, inside = new(count, k, dtype=torch.int64), new(count, k)
+        *group_sums, chosen, log_others, groups, k, BLOCK_G=block_g, BLOCK_K=_power(k), num_warps=_warps(block_g)
+    )
+    ids, inside, token, log_outside = new(count, k, dtype=torch.int64), new(count, k), new(count), new(count)
     block = _power(k) * group
     _select.choose_tokens[(count,)](
-        model.products, model.bias, chosen, log_others, ids, inside, log_outside, vocabulary, k,
+        model.products, model.bias, tokens, chosen, log_others, ids, inside, token, log_outside, vocabulary, k,
         model.inner, model.outer,
         BIAS=model.has_bias, SOFTCAP=model.softcap, GROUP=group, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return ids, inside, log_outside, sums
+    return ids, _Support(inside, token, sums, log_outside)
 
 
-def _read(model: _Model, ids: Tensor) -> Tensor:
-    """Logits [c, K] at token ids [c, K]."""
-    count, k = ids.shape
-    logits = model.products.new_empty(count, k)
-    _select.read_tokens[(count,)](
-        model.products, model.bias, ids, logits, model.products.shape[1], k, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK_K=_power(k), num_warps=1,
+def _take(model: _Model, tokens: Tensor, ids: Tensor) -> _Support:
+    """A model at ids [c, K] that another one chose."""
+    (count, k), vocabulary = ids.shape, model.products.shape[1]
+    new = model.products.new_empty
+    inside, token = new(count, k), new(count)
+    _select.take_tokens[(count,)](
+        model.products, model.bias, tokens, ids, inside, token, vocabulary, k, model.inner, model.outer,
+        BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK_K=_power(k), num_warps=4,
     )  # fmt: skip
-    return logits
-
-
-def _without(model: _Model, ids: Tensor) -> _Sums:
-    """Sums of the blocks over all tokens but those at ids, which are lost from the products."""
-    model.products.scatter_(1, ids, _math.MASKED.value)
-    return _block_sums(model)
+    return _Support(inside, token, _block_sums(model), new(count))
 
 
 def _block_sums(model: _Model) -> _Sums:
@@ -239,4 +233,4 @@ def _power(size: int) -> int:
 
 
 def _warps(block: int) -> int:
-    return min(16, max(4, block // 1024))
+    return min(16, max(4, block // 2048))

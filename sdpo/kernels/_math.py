@@ -57,25 +57,36 @@ def order_key(values):
 
 
 @triton.jit
-def kth_largest(keys, k):
-    """The k-th largest of a block of keys, found bit by bit; SMALLEST if there are fewer than k candidates."""
+def threshold_of(keys, k):
+    """A key that k keys of the block reach: the k-th largest itself, or any below it that no further one reaches.
+
+    Found bit by bit, SMALLEST if there are fewer than k candidates.
+    """
     smallest = tl.full((), SMALLEST, tl.int32)
-    found = tl.where(tl.sum((keys >= 0).to(tl.int32)) >= k, smallest * 0, smallest)
-    for step in range(31):
-        candidate = found | (1 << (30 - step))
-        found = tl.where(tl.sum((keys >= candidate).to(tl.int32)) >= k, candidate, found)
+    reached = tl.sum((keys >= 0).to(tl.int32))
+    found = tl.where(reached >= k, smallest * 0, smallest)
+    bit = 30
+    while (bit >= 0) & (reached != k):
+        candidate = found | (1 << bit)
+        count = tl.sum((keys >= candidate).to(tl.int32))
+        found = tl.where(count >= k, candidate, found)
+        reached = tl.where(count >= k, count, reached)
+        bit -= 1
     return found
 
 
 @triton.jit
 def first_k(keys, k):
     """Mask of the k largest keys, ties to the lower position, and each one's rank by position."""
-    threshold = kth_largest(keys, k)
+    threshold = threshold_of(keys, k)
     above = keys > threshold
     tied = (keys == threshold) & (keys > SMALLEST)
     room = k - tl.sum(above.to(tl.int32))
-    chosen = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room))
-    return chosen, tl.cumsum(chosen.to(tl.int32), 0) - 1
+    # Both counts in one scan: blocks hold at most 2^15 keys.
+    seen = tl.cumsum(above.to(tl.int32) * 65536 + tied.to(tl.int32), 0)
+    ties = seen & 65535
+    chosen = above | (tied & (ties <= room))
+    return chosen, (seen >> 16) + tl.minimum(ties, room) - 1
 
 
 @triton.jit

@@ -86,12 +86,12 @@ def topk_rows(
     tops_q, masses_q, moments_q, log_outside_q,
     old, extra, slope_weights, lift,
     stats, inside_slopes, outside_slope,
-    rows, K, BLOCKS, alpha, rest, clip, log_clip, chain, outer,
+    width, K, BLOCKS, alpha, rest, clip, log_clip, chain, outer,
     MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Statistics [11, rows] in the order of ``TokenStats``, slopes at the support and of the tail."""
+    """Statistics, rows of ``width`` in the order of ``TokenStats``, and slopes: at the support and of the tail."""
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
@@ -142,16 +142,16 @@ def topk_rows(
     if SOFTCAP:
         capped = z_p / outer
         slope *= tl.where(real, 1.0 - capped * capped, 0.0)
-    tl.store(inside_slopes + row * K + ranks, slope, mask=real)
+    tl.store(inside_slopes + row * K + ranks, slope.to(inside_slopes.dtype.element_ty), mask=real)
     tl.store(outside_slope + row, tail_slope * scale)
     tl.store(stats + row, value)
-    tl.store(stats + 1 * rows + row, weight)
-    tl.store(stats + 2 * rows + row, log_token)
-    tl.store(stats + 3 * rows + row, log_token_q)
-    tl.store(stats + 4 * rows + row, entropy_p)
-    tl.store(stats + 5 * rows + row, entropy_q)
-    tl.store(stats + 6 * rows + row, tl.exp(log_mass_p))
-    tl.store(stats + 7 * rows + row, tl.exp(log_mass_q))
-    tl.store(stats + 8 * rows + row, log_tail_p)
-    tl.store(stats + 9 * rows + row, log_tail_q)
-    tl.store(stats + 10 * rows + row, clipped)
+    tl.store(stats + 1 * width + row, weight)
+    tl.store(stats + 2 * width + row, log_token)
+    tl.store(stats + 3 * width + row, log_token_q)
+    tl.store(stats + 4 * width + row, entropy_p)
+    tl.store(stats + 5 * width + row, entropy_q)
+    tl.store(stats + 6 * width + row, tl.exp(log_mass_p))
+    tl.store(stats + 7 * width + row, tl.exp(log_mass_q))
+    tl.store(stats + 8 * width + row, log_tail_p)
+    tl.store(stats + 9 * width + row, log_tail_q)
+    tl.store(stats + 10 * width + row, clipped)

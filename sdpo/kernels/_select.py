@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import SMALLEST, finite_or_zero, first_k, log_add_exp, order_key, times_exp, to_logits
+from sdpo.kernels._math import MASKED, SMALLEST, finite_or_zero, first_k, log_add_exp, order_key, times_exp, to_logits
+
+
+@triton.jit
+def read_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Logits at columns of the vocabulary."""
+    values = tl.load(products + row * V + columns)
+    shift = 0.0
+    if BIAS:
+        shift = tl.load(bias + columns).to(tl.float32)
+    return to_logits(values, shift, inner, outer, SOFTCAP)
 
 
 @triton.jit
@@ -37,10 +47,10 @@ def choose_groups(
 
 @triton.jit
 def choose_tokens(
-    products, bias, chosen_groups, log_others, ids, inside, log_outside, V, K, inner, outer,
+    products, bias, tokens, chosen_groups, log_others, ids, inside, token_logits, log_outside, V, K, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Ids and logits of the K largest among the chosen groups, and the logsumexp of all other tokens."""
+    """Ids and logits of the K largest among the chosen groups, the logsumexp of all others, and the sampled logit."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     group = tl.load(chosen_groups + row * K + place // GROUP, mask=place // GROUP < K, other=-1)
@@ -59,20 +69,32 @@ def choose_tokens(
     mass = tl.sum(tl.exp(rest - finite_or_zero(high)), 0)
     log_rest = tl.where(high == -float("inf"), high, high + tl.log(tl.where(mass > 0.0, mass, 1.0)))
     tl.store(log_outside + row, log_add_exp(log_rest, tl.load(log_others + row)))
+    tl.store(token_logits + row, read_logits(products, bias, row, tl.load(tokens + row), V, inner, outer, BIAS, SOFTCAP))
 
 
 @triton.jit
-def read_tokens(
-    products, bias, ids, logits, V, K, inner, outer,
+def take_tokens(
+    products, bias, tokens, ids, inside, token_logits, V, K, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits at given token ids [c, K]."""
+    """Logits at given ids, which are lost from the products, and the sampled token's."""
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
     columns = tl.load(ids + row * K + ranks, mask=real, other=0)
-    values = tl.load(products + row * V + columns, mask=real, other=0.0)
-    shift = 0.0
-    if BIAS:
-        shift = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
-    tl.store(logits + row * K + ranks, to_logits(values, shift, inner, outer, SOFTCAP), mask=real)
+    z = read_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
+    token = read_logits(products, bias, row, tl.load(tokens + row), V, inner, outer, BIAS, SOFTCAP)
+    tl.store(inside + row * K + ranks, z, mask=real)
+    tl.store(token_logits + row, token)
+    tl.debug_barrier()  # every thread has read before one overwrites
+    tl.store(products + row * V + columns, ranks * 0.0 + MASKED, mask=real)
+
+
+@triton.jit
+def read_tokens(
+    products, bias, tokens, token_logits, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """The sampled token's logit."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(tokens + row)
+    tl.store(token_logits + row, read_logits(products, bias, row, token, V, inner, outer, BIAS, SOFTCAP))

@@ -1,0 +1,122 @@
+"""One call of the fused loss, and the same call written with the plain losses: shared by the fused tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sdpo
+
+LEARNING = ("student_hidden", "student_head", "student_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of ``fused_topk_distillation_loss``, by name: tensors and scalars."""
+
+    tensors: dict[str, Tensor]
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+    def with_(self, **changes: Any) -> Case:
+        tensors = {name: value for name, value in changes.items() if isinstance(value, Tensor)}
+        scalars = {name: value for name, value in changes.items() if name not in tensors}
+        kept = {name: value for name, value in self.tensors.items() if name not in scalars}
+        return replace(self, tensors=kept | tensors, scalars=self.scalars | scalars)
+
+    def cast(self, dtype: torch.dtype, device: str = "cpu") -> Case:
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        return replace(self, tensors={name: moved(value) for name, value in self.tensors.items()})
+
+    def leaves(self) -> tuple[Case, list[Tensor]]:
+        """The case over fresh leaves, and those of its tensors that learn."""
+        learning = {
+            name: self.tensors[name].detach().clone().requires_grad_() for name in LEARNING if name in self.tensors
+        }
+        return replace(self, tensors=self.tensors | learning), list(learning.values())
+
+    def fused(self, **options: Any) -> sdpo.FusedOutput:
+        return sdpo.fused_topk_distillation_loss(**self.tensors, **(self.scalars | options))
+
+    def logits(self, model: str) -> Tensor:
+        t, s = self.tensors, self.scalars
+        products = t[f"{model}_hidden"] @ t[f"{model}_head"].mT
+        if f"{model}_bias" in t:
+            products = products + t[f"{model}_bias"]
+        products = products * s.get("logit_scale", 1.0)
+        cap = s.get("softcap")
+        return (products if cap is None else cap * torch.tanh(products / cap)) / s["temperature"]
+
+    def plain_per_token(self) -> tuple[Tensor, Tensor]:
+        """Divergence and weight of every token, masked or not."""
+        t, s = self.tensors, self.scalars
+        student, teacher = self.logits("student"), self.logits("teacher")
+        support = s.get("support", "student")
+        if support == "sampled":
+            divergence = sdpo.sampled_token_distillation_loss(student, teacher, t["tokens"])
+        elif s["k"] is None:
+            divergence = sdpo.full_distillation_loss(student, teacher, alpha=s["alpha"])
+        else:
+            divergence = sdpo.topk_distillation_loss(
+                student, teacher, k=s["k"], alpha=s["alpha"], tail=s["tail"], support=support
+            )
+        weights = torch.ones_like(divergence).detach()
+        if "old_log_probs" in t and s.get("is_clip") is not None:
+            log_probs = student.log_softmax(-1).gather(-1, t["tokens"][..., None])[..., 0]
+            weights = sdpo.importance_weights(log_probs, t["old_log_probs"], clip=s["is_clip"])
+        return divergence, weights * t.get("extra_weights", torch.ones_like(weights))
+
+    def plain_total(self) -> Tensor:
+        divergence, weights = self.plain_per_token()
+        mask = self.tensors["loss_mask"]
+        return (weights[mask] * divergence[mask]).sum()
+
+
+def make_case(
+    seed: int = 0,
+    *,
+    n: int | tuple[int, ...] = 33,
+    d: int = 17,
+    teacher_d: int | None = None,
+    v: int = 507,
+    scale: float = 3.0,
+    weights: bool = True,
+    biases: bool = True,
+    **scalars: Any,
+) -> Case:
+    """Float64 tensors with logits of standard deviation ``scale``; about a third of the tokens masked out."""
+    rng = torch.Generator().manual_seed(seed)
+    shape = n if isinstance(n, tuple) else (n,)
+    teacher_d = teacher_d or d
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=rng, dtype=torch.float64)
+
+    tensors = {
+        "student_hidden": normal(*shape, d),
+        "student_head": normal(v, d) * (scale / d**0.5),
+        "teacher_hidden": normal(*shape, teacher_d),
+        "teacher_head": normal(v, teacher_d) * (scale / teacher_d**0.5),
+        "tokens": torch.randint(v, shape, generator=rng),
+        "loss_mask": torch.rand(*shape, generator=rng) < 0.7,
+    }
+    if biases:
+        tensors |= {"student_bias": normal(v) * 0.3, "teacher_bias": normal(v) * 0.3}
+    if weights:
+        old = normal(*shape) - 8.0
+        tensors["old_log_probs"] = old.masked_fill(torch.rand(*shape, generator=rng) < 0.2, float("nan"))
+        tensors["extra_weights"] = torch.rand(*shape, generator=rng, dtype=torch.float64)
+        scalars.setdefault("is_clip", 2.0)
+    defaults = {"k": 20, "alpha": 0.5, "tail": "bucket", "temperature": 1.0}
+    return Case(tensors, defaults | scalars)
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """‖ours − reference‖ / ‖reference‖, in float64; 0 if both vanish."""
+    reference = reference.double()
+    difference = (ours.to(reference.device).double() - reference).norm()
+    return 0.0 if difference == 0.0 else (difference / reference.norm()).item()

@@ -1,0 +1,309 @@
+"""The house: what may import what, what users may rely on, and what no file may mention."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE, ADAPTER = ROOT / "sdpo", ROOT / "adapters" / "sdpo_rl"
+HEAVY = {"trl", "transformers", "peft", "bitsandbytes", "unsloth", "accelerate", "datasets"}
+UNWANTED = HEAVY | {"triton", "matplotlib", "pandas", "scipy", "sklearn", "pyarrow", "wandb", "safetensors"}
+
+
+# --- imports in a fresh process ---------------------------------------------------------------------------
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level modules that `code` loads in a fresh process which knows only this tree and its libraries."""
+    script = f"{code}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])},
+    )
+    return set(result.stdout.split())
+
+
+def test_the_core_needs_torch_alone() -> None:
+    loaded = loaded_by("import sdpo, sdpo.fused, sdpo.kernels")
+    assert "torch" in loaded
+    assert loaded & UNWANTED == set()
+    assert "sdpo_rl" not in loaded
+
+
+def test_the_adapter_binds_nothing_before_it_is_used() -> None:
+    loaded = loaded_by("import sdpo_rl; assert 'SDPOTrainer' in dir(sdpo_rl)")
+    assert loaded & (UNWANTED | {"torch", "numpy", "sdpo"}) == set()
+
+
+def test_the_config_needs_no_trainer() -> None:
+    assert loaded_by("from sdpo_rl import SDPOConfig; SDPOConfig()") & UNWANTED == set()
+
+
+def test_the_check_above_can_fail() -> None:
+    assert "datasets" in loaded_by("import datasets")
+
+
+# --- imports in the source --------------------------------------------------------------------------------
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Dotted names of a package's modules."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, path: Path, *, top_level_only: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports, relative ones resolved; not those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    nodes: list[ast.AST] = list(tree.body) if top_level_only else list(ast.walk(tree))
+    hidden = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    for node in nodes:
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def tops(names: Iterator[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", modules(CORE))
+def test_core_modules_import_torch_einops_and_the_standard_library(name: str) -> None:
+    allowed = {"torch", "einops", "sdpo", "__future__", *sys.stdlib_module_names}
+    if name.startswith("sdpo.kernels."):
+        allowed |= {"triton"}
+    assert tops(imports(name, modules(CORE)[name])) - allowed == set()
+
+
+@pytest.mark.parametrize("name", modules(CORE))
+def test_core_modules_do_not_log_draw_or_hold_modules(name: str) -> None:
+    path = modules(CORE)[name]
+    assert tops(imports(name, path)) & {"logging", "warnings", "random", "numpy"} == set()
+    source = path.read_text()
+    assert not re.search(
+        r"torch\.manual_seed|nn\.Module\b|\bprint\(|\.cuda\(", re.sub(r'"""(?s:.*?)"""', "", source)
+    )
+
+
+def home_of(name: str, known: dict[str, Path]) -> str:
+    """The module that holds a dotted name."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def reached_from(start: str) -> set[str]:
+    """Core modules that `start` needs, directly or not; the package's own front door aside."""
+    known = modules(CORE)
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        name = waiting.pop()
+        needs = {home_of(need, known) for need in imports(name, known[name])} - seen - {"", "sdpo"}
+        seen |= needs
+        waiting += needs
+    return seen
+
+
+def test_the_plain_loss_and_the_fused_one_do_not_know_each_other() -> None:
+    assert reached_from("sdpo.fused") & {"sdpo.loss"} == set()
+    assert not [name for name in reached_from("sdpo.loss") if "fused" in name or "kernels" in name]
+    assert reached_from("sdpo.fused")
+    assert reached_from("sdpo.loss")
+
+
+@pytest.mark.parametrize("name", [name for name in modules(CORE) if name != "sdpo"])
+def test_the_core_has_no_cycles(name: str) -> None:
+    assert name not in reached_from(name)
+
+
+@pytest.mark.parametrize("name", modules(ADAPTER))
+def test_optional_libraries_are_not_imported_at_the_top_of_the_adapter(name: str) -> None:
+    top = tops(imports(name, modules(ADAPTER)[name], top_level_only=True))
+    assert top & {"peft", "bitsandbytes", "unsloth", "triton", "matplotlib", "tqdm", "vllm"} == set()
+
+
+def test_adapters_is_a_source_root_and_no_package() -> None:
+    assert not (ROOT / "adapters" / "__init__.py").exists()
+    assert not (ROOT / "property_tests" / "__init__.py").exists()
+    assert not (ROOT / "examples" / "__init__.py").exists()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("_editable_impl_sdpo_rl") is None, reason="not an editable install"
+)
+def test_an_editable_install_exposes_the_two_packages_alone(tmp_path: Path) -> None:
+    names = ["sdpo", "sdpo_rl", "adapters", "examples", "property_tests"]
+    script = f"import importlib.util as u; print(*[n for n in {names} if u.find_spec(n)])"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert result.stdout.split() == ["sdpo", "sdpo_rl"]
+
+
+# --- what users may rely on -------------------------------------------------------------------------------
+
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+UPDATE = "SDPO_UPDATE_PUBLIC_API"
+
+
+def members(cls: type) -> Iterator[str]:
+    """A class's own public methods and fields, one line each."""
+    if dataclasses.is_dataclass(cls):
+        # Not `f.type`: argument parsers write to it.
+        declared = cls.__annotations__
+        yield from (f"    {f.name}: {declared[f.name]} = {_default(f)}" for f in dataclasses.fields(cls))
+    elif issubclass(cls, tuple):
+        yield from (f"    {name}: {text.__forward_arg__}" for name, text in cls.__annotations__.items())
+    for name, member in sorted(vars(cls).items()):
+        function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+        if inspect.isfunction(function) and (not name.startswith("_") or name == "__init__"):
+            if function.__qualname__.startswith("__create_fn__") or (
+                dataclasses.is_dataclass(cls) and name == "__init__"
+            ):
+                continue
+            yield f"    {name}{signature(function)}"
+        elif isinstance(member, property) and not name.startswith("_"):
+            yield f"    {name} (property)"
+
+
+class Text(str):
+    """A text that is its own representation: annotations are strings already."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def signature(function: Any) -> inspect.Signature:
+    plain = inspect.signature(function)
+    parameters = [
+        p if p.annotation is p.empty else p.replace(annotation=Text(p.annotation))
+        for p in plain.parameters.values()
+    ]
+    return plain.replace(parameters=parameters, return_annotation=Text(plain.return_annotation))
+
+
+def _default(f: Any) -> str:
+    return repr(f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
+
+
+def public_api() -> str:
+    lines = []
+    for package in ("sdpo", "sdpo_rl"):
+        home = importlib.import_module(package)
+        for name in sorted(home.__all__):
+            value = getattr(home, name)
+            if inspect.isclass(value):
+                lines += [f"class {package}.{name}", *members(value)]
+            else:
+                lines.append(f"{package}.{name}{signature(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_public_api_is_the_one_written_down() -> None:
+    """After a change that is meant: SDPO_UPDATE_PUBLIC_API=1 pytest property_tests/test_architecture.py"""
+    if os.environ.get(UPDATE):
+        SNAPSHOT.write_text(public_api())
+    assert public_api() == SNAPSHOT.read_text(), f"if this is meant, run again with {UPDATE}=1"
+
+
+PROMISED = """
+topk_log_probs gather_log_probs add_tail_bucket renormalize TopK GatheredLogProbs kl_divergence
+generalized_jsd full_distillation_loss topk_distillation_loss sampled_token_distillation_loss
+importance_weights MaskedSum token_sum sequence_sum self_distillation_loss LossOutput Teacher ema
+frozen live select_demonstrations Templates build_reprompts distillation_mask strip_thinking
+"""
+
+
+def test_promised_names_are_there_and_documented() -> None:
+    import sdpo
+
+    assert set(PROMISED.split()) <= set(sdpo.__all__)
+    for name in sdpo.__all__:
+        value = getattr(sdpo, name)
+        assert value.__doc__, name
+        if inspect.isfunction(value):
+            options = [p for p in inspect.signature(value).parameters.values() if p.default is not p.empty]
+            assert all(p.kind is p.KEYWORD_ONLY for p in options), name
+
+
+# --- what no file may mention -----------------------------------------------------------------------------
+
+PLACES = "|".join(["tmp", "work", "root", "home", "Users"])
+FORBIDDEN = re.compile(rf"(?<![\w.:/~-])/(?:{PLACES})/\w|\b(?:SPEC|DESIGN|INTEGRATION|DEMO)\.md\b")
+
+
+def repository_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_no_file_names_a_machine_s_paths() -> None:
+    found = []
+    for path in repository_files():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        found += [
+            f"{path.relative_to(ROOT)}:{n}: {line.strip():.80}"
+            for n, line in enumerate(lines, 1)
+            if FORBIDDEN.search(line)
+        ]
+    assert not found, "\n".join(found)
+
+
+def test_the_search_above_can_find() -> None:
+    slash = "/"
+    assert FORBIDDEN.search(f"open('{slash}tmp{slash}x')")
+    assert FORBIDDEN.search(f"cd {slash}home{slash}someone")
+    assert not FORBIDDEN.search("https://example.org/home/page")
+    assert not FORBIDDEN.search("output/tmp/x")

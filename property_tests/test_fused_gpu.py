@@ -1,0 +1,148 @@
+"""The kernels on a GPU: against the plain losses in float64, to the accuracy they promise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fused_cases import Case, make_case, relative_error
+
+pytestmark = pytest.mark.gpu
+
+VALUE = 1e-5
+
+SCALARS: list[dict[str, Any]] = [
+    {},
+    {"alpha": 0.0},
+    {"alpha": 1.0, "k": 1},
+    {"tail": "renormalize", "alpha": 0.3},
+    {"support": "teacher"},
+    {"support": "sampled", "k": None, "alpha": 1.0},
+    {"k": None},
+    {"k": None, "alpha": 0.0, "softcap": 20.0},
+    {"k": None, "alpha": 1.0},
+    {"softcap": 20.0, "temperature": 0.7, "logit_scale": 1.3},
+    {"support": "teacher", "softcap": 20.0, "alpha": 0.0, "temperature": 1.5},
+]
+SIZES = [(33, 64, 507), (5, 17, 1003), (64, 64, 4097), (1, 64, 4096), (130, 128, 50257)]
+
+
+def check(case: Case, dtype: torch.dtype, **options: Any) -> None:
+    """Value within 1e-5 of float64 on the same rounded inputs; gradients within the rounding of their dtype."""
+    rounded = case.cast(dtype)
+    exact, exact_leaves = rounded.cast(torch.float64, "cuda").leaves()
+    ours, leaves = rounded.cast(dtype, "cuda").leaves()
+    expected, out = exact.plain_total(), ours.fused(**options)
+    assert relative_error(out.total, expected) < VALUE
+    divergence, _ = exact.plain_per_token()
+    mask = case.tensors["loss_mask"].cuda()
+    assert relative_error(out.per_token[mask], divergence[mask]) < VALUE
+    gradients = torch.autograd.grad(out.total, leaves)
+    for ours_, exact_ in zip(gradients, torch.autograd.grad(expected, exact_leaves), strict=True):
+        unit = torch.finfo(dtype).eps
+        assert relative_error(ours_, exact_) < max(unit, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scalars", SCALARS, ids=str)
+def test_kernels_give_the_plain_numbers(scalars: dict[str, Any], dtype: torch.dtype) -> None:
+    check(make_case(1, n=33, d=64, v=1003, **scalars), dtype, backend="triton", chunk_size=16)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("scalars", [{"k": 100}, {"k": None}, {"k": 300, "support": "teacher"}], ids=str)
+def test_any_size(size: tuple[int, int, int], scalars: dict[str, Any]) -> None:
+    n, d, v = size
+    check(make_case(2, n=n, d=d, v=v, **scalars), torch.bfloat16, backend="triton")
+
+
+@pytest.mark.parametrize("k", [255, 256, 1000, 1024])
+def test_wide_supports(k: int) -> None:
+    check(make_case(3, n=9, d=64, v=5000, k=k), torch.bfloat16, backend="triton")
+
+
+def test_torch_backend_keeps_the_same_promises() -> None:
+    check(make_case(4, n=33, d=64, v=1003), torch.bfloat16, backend="torch", chunk_size=16)
+
+
+def test_a_full_support_leaves_an_exact_tail() -> None:
+    """Top-K mass of 0.999999: what is left of 1 − Σp in float32 is noise, the kernels' tail is not."""
+    case = make_case(5, n=64, d=64, v=4097, k=100, scale=13.0, weights=False, biases=False).cast(torch.bfloat16)
+    ours = case.cast(torch.bfloat16, "cuda").fused(backend="triton")
+    exact = case.cast(torch.float64, "cuda")
+    mask = case.tensors["loss_mask"].cuda()
+    top = sdpo_tail(exact)[mask]
+    deep = (top.exp() < 1e-5) & (top.exp() > 1e-30)
+    assert deep.sum() > 5
+    error = (ours.student_log_tail[mask] - top)[deep].abs()
+    assert error.max() < 1e-4
+    naive = torch.log(-torch.expm1(torch.log(ours.student_topk_mass[mask][deep])))
+    assert not (naive - top[deep]).abs().max() < 1e-4, "1 - mass would have passed"
+
+
+def sdpo_tail(case: Case) -> torch.Tensor:
+    import sdpo
+
+    return sdpo.topk_log_probs(case.logits("student"), k=case.scalars["k"]).log_tail
+
+
+def test_ties_and_impossible_tokens() -> None:
+    case = make_case(6, n=20, d=64, v=1003, weights=False)
+    case.tensors["student_head"][:700] = case.tensors["student_head"][0]
+    shut = torch.arange(1003) % 3 == 1
+    for side in ("student", "teacher"):
+        case.tensors[f"{side}_bias"].zero_().masked_fill_(shut, -torch.inf)
+    ours, leaves = case.cast(torch.float32, "cuda").leaves()
+    out = ours.fused(backend="triton")
+    reference, _ = case.cast(torch.float64, "cuda").plain_per_token()
+    mask = case.tensors["loss_mask"].cuda()
+    assert relative_error(out.per_token[mask], reference[mask]) < 1e-4
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.total, leaves))
+
+
+def test_same_inputs_same_bits() -> None:
+    case, leaves = make_case(7, n=300, d=128, v=50257, k=100).cast(torch.bfloat16, "cuda").leaves()
+
+    def once() -> list[torch.Tensor]:
+        out = case.fused()
+        return [out.total, out.per_token, *torch.autograd.grad(out.total, leaves)]
+
+    for first, second in zip(once(), once(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_memory_does_not_grow_with_the_tokens() -> None:
+    def peak(n: int) -> int:
+        case, leaves = make_case(8, n=n, d=64, v=50257, weights=False).cast(torch.bfloat16, "cuda").leaves()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(case.fused(chunk_size=64).total, leaves)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(64)
+    assert peak(2048) < 1.1 * peak(256) + 2048 * 64 * 16
+
+
+def test_norm_of_the_gradient() -> None:
+    """float32 leaves under autocast: bf16 products, gradients that are not rounded to bf16 at the end."""
+    rounded = make_case(10, n=512, d=256, v=8192, k=100).cast(torch.bfloat16)
+    exact, exact_leaves = rounded.cast(torch.float64, "cuda").leaves()
+    ours, leaves = rounded.cast(torch.float32, "cuda").leaves()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        total = ours.fused(chunk_size=128).total
+    expected = torch.autograd.grad(exact.plain_total(), exact_leaves)
+    for ours_, exact_ in zip(torch.autograd.grad(total, leaves), expected, strict=True):
+        assert abs(ours_.double().norm() / exact_.norm() - 1) < 1e-4
+
+
+def test_autocast_decides_the_dtype_of_the_products() -> None:
+    case, leaves = make_case(9, n=33, d=64, v=1003).cast(torch.float32, "cuda").leaves()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = case.fused()
+    gradients = torch.autograd.grad(out.total, leaves)
+    rounded, rounded_leaves = case.cast(torch.bfloat16, "cuda").leaves()
+    assert relative_error(out.total, rounded.fused().total) < 2e-3
+    assert all(g.dtype == torch.float32 for g in gradients)
+    for ours, theirs in zip(gradients, torch.autograd.grad(rounded.fused().total, rounded_leaves), strict=True):
+        assert relative_error(ours, theirs) < 2e-2

@@ -1,0 +1,105 @@
+"""The wheel: builds from the tree, holds the two packages and nothing else, and works from anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = {"trl", "peft", "bnb", "unsloth", "triton", "viz", "dev", "all"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built with the hatchling at hand, or else with one that `build` fetches."""
+    target = tmp_path_factory.mktemp("wheel")
+    isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []
+    result = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(target), str(ROOT)],
+        capture_output=True,
+        text=True,
+        cwd=target,
+    )
+    output = result.stdout + result.stderr
+    if result.returncode and re.search("No matching distribution|Connection|Max retries|resolve", output):
+        pytest.skip("hatchling is not installed and cannot be fetched")
+    assert result.returncode == 0, output
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def metadata(wheel: Path) -> tuple[list[str], dict[str, list[str]]]:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (path,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        message = Parser().parsestr(archive.read(path).decode())
+    return names, {
+        key: message.get_all(key) or [] for key in ("Requires-Dist", "Provides-Extra", "License-File")
+    }
+
+
+def test_it_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
+    names, _ = metadata(wheel)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sdpo", "sdpo_rl"}
+    expected = {
+        str(path.relative_to(home))
+        for home, package in ((ROOT, "sdpo"), (ROOT / "adapters", "sdpo_rl"))
+        for path in (home / package).rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert {"sdpo/py.typed"} <= set(names)
+
+
+def test_the_core_alone_needs_torch_and_einops(wheel: Path) -> None:
+    _, fields = metadata(wheel)
+    plain = [need for need in fields["Requires-Dist"] if "extra ==" not in need]
+    assert sorted(re.split(r"[<>=! ;]", need)[0] for need in plain) == ["einops", "torch"]
+    assert set(fields["Provides-Extra"]) == EXTRAS
+    assert fields["License-File"] == ["LICENSE"]
+
+
+def test_it_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(target),
+            str(wheel),
+        ],
+        check=True,
+        capture_output=True,
+        cwd=elsewhere,
+    )
+    # Without `site`, so that an editable install cannot answer in the wheel's place.
+    libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    script = f"""
+import sys
+sys.path[1:1] = [{str(target)!r}]
+sys.path += {libraries!r}
+import sdpo, sdpo_rl
+assert sdpo.__file__.startswith({str(target)!r}) and sdpo_rl.__file__.startswith({str(target)!r})
+state = sdpo.ema(update_rate=0.5).init({{"w": sdpo.topk.torch.zeros(1)}})
+print(sdpo_rl.SDPOConfig.preset("test_time").alpha, state.ticks, sdpo_rl.SDPOTrainer.__mro__[1].__name__)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", script], capture_output=True, text=True, cwd=elsewhere, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-3:] == ["1.0", "0", "GRPOTrainer"]

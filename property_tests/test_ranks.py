@@ -1,0 +1,170 @@
+"""Two ranks do what one does: the same losses, gradients and teacher, under DDP and under FSDP2.
+
+The ranks run in fresh processes (see rank_driver.py); the tests read what these saw. That one rank does what
+the paper says is shown in test_trainer_step.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_driver as driver
+import tiny
+import torch
+from filelock import FileLock
+
+TOLERANCE = 1e-5
+BOTH = [*(("ddp", name) for name in driver.RUNS), *(("fsdp2", name) for name in driver.SHARDED_RUNS)]
+
+Observed = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all ranks saw; parallel test workers share one launch."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            driver.launch(shared)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def one(folder: Path) -> Observed:
+    return torch.load(folder / "1-0.pt", weights_only=False)
+
+
+@pytest.fixture(scope="session")
+def two(folder: Path) -> list[Observed]:
+    return [torch.load(folder / f"2-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def gradient_gap(ours: list[Observed], theirs: list[Observed]) -> float:
+    """Relative, one length for all parameters, the largest over the steps."""
+    largest = 0.0
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine.keys() == reference.keys()
+        norm = torch.stack([g.norm() for g in reference.values()]).norm()
+        gap = torch.stack([(g - mine[name]).norm() for name, g in reference.items()]).norm()
+        largest = max(largest, (gap / norm.clamp(min=1e-30)).item() if gap else 0.0)
+    return largest
+
+
+def column(seen: Observed, name: str) -> list[float]:
+    return [entry[name] for entry in seen["log"] if name in entry]
+
+
+# --- two ranks against one --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("strategy", "name"), BOTH, ids=[f"{s}: {n}" for s, n in BOTH])
+def test_two_ranks_do_what_one_does(one: Observed, two: list[Observed], strategy: str, name: str) -> None:
+    expected = one["ddp", name]
+    for rank in two:
+        seen = rank[strategy, name]
+        assert gradient_gap(seen["gradients"], expected["gradients"]) < TOLERANCE
+        for metric in ("loss", "self_distillation/divergence", "self_distillation/teacher_distance"):
+            assert column(seen, metric) == pytest.approx(column(expected, metric), rel=TOLERANCE)
+        for shown, wanted in zip(seen["teacher"], expected["teacher"], strict=True):
+            torch.testing.assert_close(shown, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+        torch.testing.assert_close(seen["student"], expected["student"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("strategy", "name"), BOTH, ids=[f"{s}: {n}" for s, n in BOTH])
+def test_ranks_agree_to_the_bit_and_get_their_student_back(
+    two: list[Observed], strategy: str, name: str
+) -> None:
+    first, second = (rank[strategy, name] for rank in two)
+    assert all(torch.equal(a, b) for a, b in zip(first["teacher"], second["teacher"], strict=True))
+    assert torch.equal(first["student"], second["student"])
+    assert first["student came back"]
+    assert second["student came back"]
+
+
+def test_the_runs_differ(one: Observed) -> None:
+    """Equality above would mean little among runs that do nothing, or all the same."""
+    runs = {name: one["ddp", name] for name in driver.RUNS}
+    silent = "nobody has anything to learn"
+    for name, run in runs.items():
+        assert len(run["gradients"]) == driver.STEPS
+        learned = gradient_gap(run["gradients"], [{n: torch.zeros_like(g) for n, g in s.items()} for s in run["gradients"]])
+        assert (learned > 0) == (name != silent), name
+    base = runs["tied"]
+    for name in ("micro-batches", "a step over two generation batches", "sequence mean", "trust region", "live"):
+        assert gradient_gap(runs[name]["gradients"], base["gradients"]) > 100 * TOLERANCE, name
+    assert column(runs[silent], "loss") == [0.0] * driver.STEPS
+
+
+def test_a_mean_per_rank_would_be_noticed(two: list[Observed], one: Observed) -> None:
+    """The wrong twin: where one rank has fewer tokens, the mean of the ranks' means is another number."""
+    name = "the second rank has nothing to learn"
+    (loss, *_), (expected, *_) = column(two[0]["ddp", name], "loss"), column(one["ddp", name], "loss")
+    assert loss == pytest.approx(expected, rel=TOLERANCE)
+    assert loss / 2 != pytest.approx(expected, rel=0.1)
+
+
+# --- what crosses ranks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_demonstrations_cross_ranks(two: list[Observed], strategy: str) -> None:
+    """One group of eight rows, four on each rank; its only success is row 6, on the second rank."""
+    demonstration = driver.said(6, 0, True)
+    question = "say 0"
+    shown = f"{question}\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."
+    remarks = [
+        f"{question}\nThe following is feedback from your unsuccessful earlier attempt:\n\n{tiny.remark(text)}\n\n"
+        "Correctly solve the original question."
+        for text in (driver.said(row, 0, row == 6) for row in range(8))
+    ]
+    first, second = (rank[strategy, "a group on both ranks"]["prompts"][0] for rank in two)
+    questions = {text.split("\n")[0] for text in (*first, *second) if text}
+    assert len(questions) == 1  # one group, whichever question was drawn
+    drawn = questions.pop()
+    shown, remarks = shown.replace(question, drawn), [text.replace(question, drawn) for text in remarks]
+    assert first == [shown] * 4
+    assert second == [shown, shown, "", shown]  # row 6 has no other success to read, and failed in nothing
+
+
+def test_feedback_stays_with_its_row_on_its_rank(two: list[Observed], one: Observed) -> None:
+    for name in ("tied", "trust region", "a step over two generation batches"):
+        for batch, everything in enumerate(one["ddp", name]["prompts"]):
+            assert sum((rank["ddp", name]["prompts"][batch] for rank in two), []) == everything
+    assert any("unsuccessful" in text for text in one["ddp", "micro-batches"]["prompts"][0]) or any(
+        "unsuccessful" in text for batch in one["ddp", "tied"]["prompts"] for text in batch
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_draw_different_rollouts_and_wait_for_the_longest(two: list[Observed], strategy: str) -> None:
+    """One prompt on both ranks, which may write 3 and 9 tokens."""
+    first, second = (rank["sampling"][strategy]["completions"] for rank in two)
+    assert max(map(len, first)) <= 3
+    assert 3 < max(map(len, second)) <= 9
+    assert {tuple(row[:3]) for row in first}.isdisjoint(tuple(row[:3]) for row in second)
+
+
+# --- other weights in a sharded model ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_every_exchanged_parameter_is_seen_and_goes_back(two: list[Observed], head: str) -> None:
+    names = {name for name, _ in tiny.model(tie_word_embeddings=head == "tied").named_parameters()}
+    for rank in two:
+        seen = rank["exchange"][head]
+        assert seen["errors"].keys() == names
+        assert max(seen["errors"].values()) < 1e-4
+        assert min(seen["unseen"].values()) > 1e-2  # the replaced parameter would have been missed
+        assert max(seen["gaps"].values()) < 1e-6
+        assert seen["round trip"]
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_an_exchange_without_resharding_is_noticed(two: list[Observed], head: str) -> None:
+    """The wrong twin: units that stay gathered after a forward show their old contents."""
+    stale = two[0]["exchange"][head]["stale"]
+    assert {name for name, error in stale.items() if error > 1e-2} >= {"model.norm.weight"}

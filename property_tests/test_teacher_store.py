@@ -1,0 +1,512 @@
+"""The teacher of a real model: what it averages, what its forward sees, and what it costs.
+
+The oracle writes the averaged weights into the model itself and runs it; the library swaps them in for one
+forward. Both must give the same logits, and every averaged parameter must be seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+from sdpo import frozen, teacher_distance
+from sdpo_rl import SDPOConfig, distillation, hidden_states, teacher_store
+from sdpo_rl.teacher_store import TeacherStore
+
+Weights = dict[str, Tensor]
+RATE = 0.3
+IDS = torch.tensor([[4, 80, 81, 82, 5, 70, 71], [0, 4, 90, 5, 91, 92, 93]])
+MASK = (IDS != 0).long()
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+def lora(model: nn.Module | None = None, **changes: Any) -> PeftModel:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    return get_peft_model(model or tiny.model(), LoraConfig(**{**settings, **changes}))
+
+
+def warm_started() -> PeftModel:
+    """An adapter that was trained before: neither of its factors is zero."""
+    return lora(init_lora_weights=False)
+
+
+def prompt_tuned() -> PeftModel:
+    return get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def quantized(bits: int, folder: Path) -> PeftModel:
+    tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if bits == 8
+        else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    )
+    return lora(AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu"))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "full, tied embeddings": tiny.model,
+    "full, own head": lambda: tiny.model(tie_word_embeddings=False),
+    "full, bfloat16": lambda: tiny.model().bfloat16(),
+    "LoRA": lora,
+    "LoRA, warm start": warm_started,
+    "LoRA, trained biases": lambda: lora(bias="lora_only"),
+    "LoRA, all biases": lambda: lora(bias="all"),
+    "LoRA, whole head": lambda: lora(
+        tiny.model(tie_word_embeddings=False), modules_to_save=["lm_head", "embed_tokens"]
+    ),
+    "LoRA, tied head": lambda: lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "DoRA": lambda: lora(use_dora=True),
+    "prompt tuning": prompt_tuned,
+}
+
+
+# --- by hand ----------------------------------------------------------------------------------------------
+
+
+def trained(model: nn.Module) -> Weights:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Students(TrainerCallback):
+    """The trained weights at the start and after every optimizer step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.seen = [trained(model)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(trained(self.model))
+
+
+def average(students: list[Weights]) -> dict[str, Tensor]:
+    """The recursion of the paper in float64."""
+    result = {name: weight.double() for name, weight in students[0].items()}
+    for student in students[1:]:
+        result = {name: (1 - RATE) * old + RATE * student[name].double() for name, old in result.items()}
+    return result
+
+
+@contextmanager
+def written(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """The model with other contents in its parameters."""
+    own = dict(model.named_parameters())
+    kept = {name: own[name].detach().clone() for name in weights}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+    yield
+    with torch.no_grad():
+        for name, weight in kept.items():
+            own[name].copy_(weight)
+
+
+def logits(model: Any, params: Weights | None = None) -> Tensor:
+    model.eval()
+    arguments = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
+    with torch.no_grad():
+        return hidden_states.completion_logits(model, model, arguments, length=4, params=params)
+
+
+def run(model: nn.Module, folder: Path, **config: Any) -> tuple[Any, Students]:
+    trainer = tiny.trainer(
+        folder,
+        start=model,
+        sdpo_config=tiny.config(loss_backend="logits", teacher_update_rate=RATE, **config),
+        max_steps=3,
+    )
+    students = Students(trainer._unwrapped)
+    trainer.add_callback(students)
+    trainer.train()
+    return trainer, students
+
+
+def check(trainer: Any, students: Students, *, tolerance: float = 1e-6) -> None:
+    """The state is the average, and the forward sees all of it."""
+    store, model = trainer._teacher, trainer._unwrapped
+    expected = average(students.seen)
+    assert store.state.params.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(store.state.params[name].double(), weight, rtol=tolerance, atol=tolerance)
+    (params,) = store.forwards(model)
+    seen = logits(model, params)
+    with written(model, params):
+        assert torch.equal(seen, logits(model))
+    for name in params:
+        rest = {other: weight for other, weight in params.items() if other != name}
+        same = torch.equal(params[name], students.seen[-1][name])
+        assert same or not torch.equal(seen, logits(model, rest)), f"the forward does not see {name}"
+
+
+# --- what it averages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_teacher_is_the_average_and_every_parameter_of_it_is_seen(tmp_path: Path, name: str) -> None:
+    check(*run(MODELS[name](), tmp_path))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_base_is_shared_and_never_averaged(tmp_path: Path, bits: int) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = quantized(bits, tmp_path / "base")
+    frozen_before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer, students = run(model, tmp_path)
+    assert all("lora_" in name for name in trainer._teacher.state.params)
+    assert not torch.equal(students.seen[0][moved := next(iter(students.seen[0]))], students.seen[-1][moved])
+    for name, p in model.named_parameters():
+        assert name not in frozen_before or torch.equal(p, frozen_before[name]), name
+    check(trainer, students)
+
+
+def test_the_comparison_rejects_a_teacher_that_leaves_something_out(tmp_path: Path) -> None:
+    trainer, students = run(MODELS["LoRA, whole head"](), tmp_path)
+    state = trainer._teacher.state
+    factors = {name: weight for name, weight in state.params.items() if "modules_to_save" not in name}
+    assert len(factors) < len(state.params)
+    trainer._teacher.state = state._replace(params=factors)
+    trainer._teacher._own = lambda model: dict(model.named_parameters())
+    with pytest.raises(AssertionError):
+        check(trainer, students)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+def test_the_comparison_rejects_another_rate(tmp_path: Path, rate: float) -> None:
+    trainer, students = run(lora(), tmp_path)
+    trainer._teacher.state = TeacherStore(
+        trainer._unwrapped, SDPOConfig(teacher_update_rate=rate), seed=0
+    ).state
+    with pytest.raises(AssertionError):
+        check(trainer, students)
+
+
+# --- how it starts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen", "trust_region"])
+@pytest.mark.parametrize("name", ["full, tied embeddings", "LoRA, warm start"])
+def test_it_starts_as_the_student_it_was_given(tmp_path: Path, name: str, mode: str) -> None:
+    model = MODELS[name]()
+    with torch.no_grad():  # so that nothing on a disk or in a config knows these weights
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.01)
+    before = logits(model)
+    trainer = tiny.trainer(tmp_path, start=model, sdpo_config=tiny.config(teacher_mode=mode))
+    params = trainer._teacher.forwards(trainer._unwrapped)[0]
+    assert torch.equal(logits(trainer._unwrapped, params), before)
+
+
+def test_the_start_rejects_an_adapter_at_zero() -> None:
+    model = warm_started()
+    zero = {name: torch.zeros_like(w) if "lora_B" in name else w for name, w in trained(model).items()}
+    assert not torch.equal(logits(model, zero), logits(model))
+
+
+def test_an_adapter_made_from_a_config_is_averaged_too(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(teacher_mode="lora_ema"), peft_config=LoraConfig(r=4)
+    )
+    assert trainer._teacher.rule == "ema"
+    assert all("lora_" in name for name in trainer._teacher.state.params)
+
+
+def test_lora_ema_insists_on_adapters(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher_mode='lora_ema'.*peft_config.*teacher_mode='ema'"):
+        tiny.trainer(tmp_path, sdpo_config=tiny.config(teacher_mode="lora_ema"))
+
+
+def test_nothing_trainable_is_refused() -> None:
+    with pytest.raises(ValueError, match="requires_grad"):
+        TeacherStore(tiny.model().requires_grad_(False), SDPOConfig(), seed=0)
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen"])
+def test_other_trainable_parameters_than_at_the_start_are_refused_by_name(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    store = TeacherStore(model, SDPOConfig(teacher_mode=mode), seed=0)
+    model[0].bias.requires_grad_(False)
+    for call in (store.forwards, store.tick, store.distance):
+        with pytest.raises(ValueError, match=r"lost '0\.bias'"):
+            call(model)
+
+
+# --- the modes --------------------------------------------------------------------------------------------
+
+
+def test_frozen_keeps_the_start_and_live_keeps_nothing(tmp_path: Path) -> None:
+    trainer, students = run(lora(), tmp_path, teacher_mode="frozen")
+    assert all(torch.equal(w, students.seen[0][name]) for name, w in trainer._teacher.state.params.items())
+    trainer, students = run(lora(), tmp_path, teacher_mode="live")
+    assert trainer._teacher.state.params == {}
+    assert trainer._teacher.forwards(trainer._unwrapped) == [None]
+    assert trainer._teacher.distance(trainer._unwrapped) is None
+
+
+def geometric(first: Tensor, student: Tensor, coef: float) -> Tensor:
+    """log of q_0^(1−c) · q_θ^c, normalized, token by token."""
+    out = torch.empty_like(first, dtype=torch.float64)
+    for row in range(out.shape[0]):
+        for t in range(out.shape[1]):
+            q0, q1 = (z[row, t].double().softmax(-1) for z in (first, student))
+            q = q0 ** (1 - coef) * q1**coef
+            out[row, t] = (q / q.sum()).log()
+    return out
+
+
+@pytest.mark.parametrize("coef", [0.25, 0.7])
+def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path, coef: float) -> None:
+    trainer, students = run(tiny.model(), tmp_path, teacher_mode="trust_region", trust_region_coef=coef)
+    model = trainer._unwrapped
+    start, own = trainer._teacher.forwards(model)
+    assert own is None
+    assert all(torch.equal(w, students.seen[0][name]) for name, w in start.items())
+    with written(model, students.seen[0]):
+        first = logits(model)
+    now = logits(model)
+    assert torch.equal(logits(model, start), first)
+
+    p = torch.randn(now.shape, generator=torch.Generator().manual_seed(0))
+    options = {"alpha": 1.0, "distillation_support": "full", "trust_region_coef": coef, "is_clip": None}
+    tokens = IDS[:, -4:]
+    targets = distillation.Targets(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None)
+
+    def value(teachers: list[Tensor]) -> Tensor:
+        return distillation.from_logits(SDPOConfig(**options), p, teachers, targets, temperature=1.0).total
+
+    def by_hand(log_q: Tensor) -> Tensor:
+        log_p = p.double().log_softmax(-1)
+        return (log_p.exp() * (log_p - log_q)).sum()
+
+    torch.testing.assert_close(
+        value([first, now]).double(), by_hand(geometric(first, now, coef)), rtol=1e-5, atol=0
+    )
+    arithmetic = ((1 - coef) * first.double().softmax(-1) + coef * now.double().softmax(-1)).log()
+    for twin in (arithmetic, geometric(now, first, coef)):
+        assert abs(value([first, now]) - by_hand(twin)) > 1e-3
+
+
+# --- at rest ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["ema", "frozen", "trust_region"])
+def test_offloading_changes_no_bit(tmp_path: Path, mode: str, dtype: str) -> None:
+    states = [
+        run(lora(), tmp_path, teacher_mode=mode, teacher_dtype=dtype, teacher_offload=offload)[
+            0
+        ]._teacher.state
+        for offload in ("none", "cpu")
+    ]
+    assert states[0].ticks == states[1].ticks == 3
+    for name, tensor in states[0].params.items():
+        assert torch.equal(tensor, states[1].params[name])
+        assert tensor.dtype == (torch.bfloat16 if (mode, dtype) == ("ema", "bfloat16") else torch.float32)
+
+
+def test_an_offloaded_state_rounds_by_name(tmp_path: Path) -> None:
+    """A twin that gave every parameter the same noise would pass on one parameter, but not here."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[1].load_state_dict(model[0].state_dict())
+    store = TeacherStore(model, SDPOConfig(teacher_dtype="bfloat16", teacher_offload="cpu"), seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01)
+    store.tick(model)
+    first, second = store.state.params.values()
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_parameter(
+    dtype: torch.dtype,
+) -> None:
+    model = stack().to("cuda", dtype)
+    largest = max(p.numel() * 4 for p in model.parameters())
+
+    def extra(action: Callable[[], Any]) -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+
+    made: list[TeacherStore] = []
+    offload = SDPOConfig(teacher_offload="cpu")
+    assert extra(lambda: made.append(TeacherStore(model, offload, seed=0))) <= 2 * largest
+    store = made[0]
+    assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
+    assert extra(lambda: store.tick(model)) <= 2 * largest
+    assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
+    assert extra(lambda: store.distance(model)) <= 4 * largest
+    before = torch.cuda.memory_allocated()
+    params = store.forwards(model)
+    assert all(t.device.type == "cuda" and t.dtype == dtype for t in params[0].values())
+    del params
+    assert torch.cuda.memory_allocated() == before
+    assert extra(lambda: made.append(TeacherStore(model, SDPOConfig(), seed=0))) > 20 * largest
+
+
+# --- what it costs ----------------------------------------------------------------------------------------
+
+
+def stack() -> nn.Sequential:
+    """Forty parameters of one size, so that one is little and all are much."""
+    return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that results of operations held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._now = 0
+        self._owners: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        old = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (
+                _address(tensor) in self._owners or _address(tensor) not in old
+            ):
+                self._hold(_address(tensor), tensor.untyped_storage().nbytes(), tensor)
+        return result
+
+    def _hold(self, address: int, size: int, tensor: Tensor) -> None:
+        if not self._owners.get(address):
+            self._now += size
+            self.bytes = max(self.bytes, self._now)
+        self._owners[address] = self._owners.get(address, 0) + 1
+        weakref.finalize(tensor, self._release, address, size)
+
+    def _release(self, address: int, size: int) -> None:
+        self._owners[address] -= 1
+        if not self._owners[address]:
+            del self._owners[address]
+            self._now -= size
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def peak(action: Callable[[], Any]) -> int:
+    with Peak() as counter:
+        action()
+    return counter.bytes
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tick_and_a_distance_hold_one_parameter_at_a_time(dtype: torch.dtype, offload: str) -> None:
+    model = stack().to(dtype)
+    one = 64 * 64 * 4
+    store = TeacherStore(model, SDPOConfig(teacher_offload=offload), seed=0)
+    assert peak(lambda: store.tick(model)) <= 2 * one
+    assert peak(lambda: store.distance(model)) <= 4 * one
+    rounded = TeacherStore(model, SDPOConfig(teacher_dtype="bfloat16", teacher_offload=offload), seed=0)
+    assert peak(lambda: rounded.tick(model)) <= 6 * one
+
+
+def test_the_peak_rejects_copies_of_the_model() -> None:
+    model, one = stack().bfloat16(), 64 * 64 * 4
+    state = TeacherStore(model, SDPOConfig(), seed=0).state
+    params = dict(model.named_parameters())
+
+    def distance_over_a_float_copy() -> Tensor:
+        student = {name: p.detach().float() for name, p in params.items()}
+        return sum((state.params[name] - p).square().sum() for name, p in student.items()).sqrt()
+
+    def tick_out_of_place() -> Weights:
+        return {name: torch.lerp(w, params[name].detach().float(), RATE) for name, w in state.params.items()}
+
+    for twin in (distance_over_a_float_copy, tick_out_of_place):
+        assert peak(twin) >= 40 * one
+
+
+def held(tensors: dict[str, Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bytes_per_number"),
+    [
+        ("full, tied embeddings", "float32", 4),
+        ("full, own head", "float32", 4),
+        ("full, bfloat16", "float32", 4),
+        ("full, bfloat16", "bfloat16", 2),
+        ("LoRA", "float32", 4),
+        ("DoRA", "bfloat16", 2),
+    ],
+)
+def test_the_state_is_one_copy_of_what_trains(name: str, dtype: str, bytes_per_number: int) -> None:
+    model = MODELS[name]()
+    store = TeacherStore(model, SDPOConfig(teacher_dtype=dtype), seed=0)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert held(store.state.params) == numbers * bytes_per_number
+    if name.endswith("RA"):
+        everything = sum(p.numel() * p.element_size() for p in model.parameters())
+        assert held(store.state.params) < everything / 10
+
+
+def alive() -> int:
+    """Bytes of all tensors in the process, every memory counted once."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return sum({_address(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("name", ["full, own head", "LoRA"])
+def test_nothing_else_of_the_models_size_stays_alive(tmp_path: Path, name: str) -> None:
+    def grown(mode: str) -> tuple[int, Any]:
+        before = alive()
+        config = tiny.config(loss_backend="logits", teacher_mode=mode)
+        trainer = tiny.trainer(tmp_path, start=MODELS[name](), sdpo_config=config, max_steps=2)
+        trainer.train()
+        return alive() - before, trainer
+
+    without, trainer = grown("live")
+    model_bytes = sum(p.numel() * 4 for p in trainer._unwrapped.parameters())
+    del trainer
+    with_teacher, trainer = grown("ema")
+    unexplained = with_teacher - without - held(trainer._teacher.state.params)
+    assert abs(unexplained) < model_bytes / 50
+
+
+def test_the_count_rejects_a_second_model() -> None:
+    model = MODELS["full, own head"]()
+    before = alive()
+    second = trained(model)
+    assert alive() - before >= held(second) > 0
+
+
+def test_the_distance_meets_a_state_that_rests_elsewhere() -> None:
+    state = frozen().init({"w": torch.ones(3)})
+    assert teacher_distance(state, {"w": torch.ones(3, device="meta")}).device.type == "meta"
+
+
+def test_the_trainable_parameters_are_the_ones_with_a_gradient() -> None:
+    model = lora()
+    assert teacher_store.trainable_parameters(model).keys() == trained(model).keys()

@@ -1,0 +1,605 @@
+"""What GRPO's users take for granted, and what the trainer promises beside its loss."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import tiny
+import torch
+import trl
+from by_hand import ByHand, Method, Recorder, trainable
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from sdpo_rl import SDPOConfig, SDPOTrainer
+
+FOUR: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+PREFIX = "self_distillation/"
+
+
+def texts(completions: list[Any]) -> list[str]:
+    return [tiny.text_of(completion) for completion in completions]
+
+
+def never(completions: list[Any], **_: Any) -> list[float]:
+    """No success and no feedback."""
+    return [0.0 for _ in completions]
+
+
+def logs(trainer: Any, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- GRPO -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("split", [{}, FOUR], ids=["one micro-batch", "four"])
+def test_disabled_is_grpo_by_hand(tmp_path: Path, loss_type: str, split: dict[str, Any]) -> None:
+    """On-policy the ratio is 1, and the loss −A·log p: a mean per row and then over rows, or over all tokens."""
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(enabled=False),
+        loss_type=loss_type,
+        temperature=0.8,
+        max_steps=3,
+        **split,
+    )
+    recorder = Recorder(trainer)
+    trainer.train()
+    model = tiny.model()
+    for step in recorder.steps:
+        model.load_state_dict(step.before, strict=False)
+        per_row = []
+        for row in step.rows:
+            rewards = torch.tensor([tiny.score(r.text) for r in (row, *row.peers)])
+            advantage = (rewards[0] - rewards.mean()) / (rewards.std() + 1e-4)
+            ids = torch.tensor([row.prompt_ids + row.completion])
+            logits = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1] / 0.8
+            log_probs = logits.log_softmax(-1).gather(-1, ids[0, len(row.prompt_ids) :, None])
+            per_row.append(-advantage * log_probs.flatten())
+        by_row = torch.stack([row.mean() for row in per_row]).mean()
+        loss = by_row if loss_type == "grpo" else torch.cat(per_row).mean()
+        named = dict(model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(named.values()))
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        for name, gradient in zip(named, gradients, strict=True):
+            assert (gradient - step.gradients[name]).norm() < 1e-5 * norm, name
+
+
+def test_disabled_says_nothing_of_its_own_and_needs_no_signal(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=SDPOConfig(enabled=False, distillation_topk=10**6),
+        num_iterations=2,
+        beta=0.0,
+        eval_dataset=tiny.conversations(2),
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert not [name for entry in trainer.state.log_history for name in entry if PREFIX in name]
+    assert logs(trainer, "entropy")
+    assert logs(trainer, "rewards/judge/mean")
+
+
+def test_it_is_a_grpo_trainer(tmp_path: Path) -> None:
+    assert isinstance(tiny.trainer(tmp_path), trl.GRPOTrainer)
+
+
+def test_a_trainer_patched_too_late_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trl, "GRPOTrainer", type("Patched", (trl.GRPOTrainer,), {}))
+    with pytest.raises(RuntimeError, match=r"(?s)patched after.*PatchFastRL.*from sdpo_rl import"):
+        tiny.trainer(tmp_path)
+
+
+# --- ways to build one ------------------------------------------------------------------------------------
+
+
+def test_a_model_by_its_name(tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path / "model")
+    tokenizer = tiny.tokenizer()
+    assert tokenizer("a{}\n<user>")["input_ids"] == [tiny.VOCABULARY.index(t) for t in [*"a{}\n", "<user>"]]
+    trainer = tiny.trainer(tmp_path / "out", start=str(tmp_path / "model"), processing_class=tokenizer)
+    trainer.train()
+    twin = tiny.trainer(tmp_path / "twin")
+    twin.train()
+    assert same(trainable(trainer.model), trainable(twin.model))
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_another(tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> dict[str, torch.Tensor]:
+        trainer = tiny.trainer(
+            tmp_path / name,
+            sdpo_config=tiny.config(demonstration_policy="random"),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+            seed=seed,
+            **FOUR,
+        )
+        trainer.train()
+        return trainable(trainer.model)
+
+    first, second, other = run("a", 7), run("b", 7), run("c", 8)
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_callbacks_are_called(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen["step"] += 1
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+            seen["divergence"] += f"{PREFIX}divergence" in logs
+
+    tiny.trainer(tmp_path, callbacks=[Watch()], max_steps=3).train()
+    assert seen == {"step": 3, "divergence": 3}
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_mean_divergence_and_moves_nothing(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.conversations(4), num_generations_eval=2)
+    recorder = Recorder(trainer)
+    before, teacher = trainable(trainer.model), dict(trainer._teacher.state.params)
+    result = trainer.evaluate()
+    hand = ByHand(tiny.model(), Method())
+    assert len(recorder.evaluated) == 8
+    assert all(len(row.peers) == 1 for row in recorder.evaluated)
+    loss, _ = hand.step(recorder.evaluated, stale=False)
+    assert result["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert result[f"eval_{PREFIX}divergence"] == pytest.approx(loss, rel=1e-5)
+    assert same(before, trainable(trainer.model))
+    assert same(teacher, trainer._teacher.state.params)
+    assert trainer._teacher.state.ticks == 0
+    assert not trainer.model.training or trainer.train()
+
+
+def test_evaluation_without_a_signal_is_zero(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, reward_funcs=never, eval_dataset=tiny.conversations(4))
+    result = trainer.evaluate()
+    assert result["eval_loss"] == 0.0
+    assert result[f"eval_{PREFIX}empty_target_batch"] == 1.0
+
+
+# --- feedback ---------------------------------------------------------------------------------------------
+
+
+def said(text: str) -> str | None:
+    """Feedback that names its completion; none for some."""
+    return f"about [{text}]{{x}}" if len(text) % 3 else None
+
+
+def pairs(completions: list[Any], **_: Any) -> list[Any]:
+    return [(0.0, said(text)) for text in texts(completions)]
+
+
+def mappings(completions: list[Any], **_: Any) -> list[Any]:
+    return [{"score": 0.0, "feedback": said(text)} for text in texts(completions)]
+
+
+def not_applicable(completions: list[Any], **_: Any) -> list[Any]:
+    return [(None, said(text)) for text in texts(completions)]
+
+
+def mixed(completions: list[Any], **_: Any) -> list[Any]:
+    return [0.0 if said(text) is None else (0.0, said(text)) for text in texts(completions)]
+
+
+async def later(completions: list[Any], **_: Any) -> list[Any]:
+    return [(0.0, said(text)) for text in texts(completions)]
+
+
+class Remembering:
+    """Floats from the call, texts in an attribute."""
+
+    last_feedback: list[str | None]
+
+    def __call__(self, completions: list[Any], **_: Any) -> list[float]:
+        self.last_feedback = [said(text) for text in texts(completions)]
+        return [0.0] * len(completions)
+
+
+def first_half(completions: list[Any], **_: Any) -> list[Any]:
+    return [(0.0, (said(text) or "")[: len(text) // 2]) for text in texts(completions)]
+
+
+SAYING: dict[str, tuple[Callable[[], Any], Callable[[str], str | None]]] = {
+    "pairs": (lambda: pairs, said),
+    "mappings": (lambda: mappings, said),
+    "no score": (lambda: [not_applicable, never], said),
+    "mixed": (lambda: mixed, said),
+    "async": (lambda: later, said),
+    "attribute": (Remembering, said),
+    "beside a function that says nothing": (lambda: [never, pairs], said),
+    "two that speak": (
+        lambda: [pairs, mappings],
+        lambda text: None if said(text) is None else f"{said(text)}\n\n{said(text)}",
+    ),
+    "floats": (lambda: never, lambda text: None),
+}
+
+
+def feedback_of(ids: list[int], marker: str = "earlier attempt:\n\n") -> str | None:
+    """What a teacher's prompt says of the attempt."""
+    text = "".join(tiny.VOCABULARY[i] for i in ids)
+    return text.split(marker)[1].split("\n\nCorrectly solve")[0] if marker in text else None
+
+
+@pytest.mark.parametrize("name", SAYING)
+def test_feedback_reaches_its_row_and_the_table(tmp_path: Path, name: str) -> None:
+    make, expected = SAYING[name]
+    trainer = tiny.trainer(tmp_path, reward_funcs=make(), log_completions=True, max_steps=1, **FOUR)
+    recorder = Recorder(trainer)
+    contexts: list[list[int]] = []
+
+    def watch(output: dict[str, Any], batch: Any) -> None:
+        for ids, mask in zip(output["teacher_prompt_ids"], output["teacher_prompt_mask"], strict=True):
+            contexts.append(ids[mask.bool()].tolist())
+
+    recorder._alter = watch
+    trainer.train()
+    assert [feedback_of(ids) for ids in contexts] == [expected(row.text) for row in recorder.rows]
+    table = pandas.read_parquet(next((tmp_path / "completions").glob("*.parquet")))
+    shown = table["feedback"] if "feedback" in table else [None] * len(table)
+    for completion, text in zip(table["completion"], shown, strict=True):
+        assert (text if isinstance(text, str) else None) == expected(tiny.text_of(list(completion)))
+
+
+def test_a_static_column_counts_where_nothing_live_came(tmp_path: Path) -> None:
+    data = tiny.conversations(8, feedback=[f"static {i}" if i % 2 else None for i in range(8)])
+    trainer = tiny.trainer(tmp_path, reward_funcs=pairs, train_dataset=data, max_steps=4)
+    recorder = Recorder(trainer)
+    checked = Counter()
+
+    def watch(output: dict[str, Any], batch: Any) -> None:
+        for row, ids, mask in zip(
+            batch, output["teacher_prompt_ids"], output["teacher_prompt_mask"], strict=True
+        ):
+            number = int(row.prompt[-1]["content"].split()[-1])
+            static = f"static {number}" if number % 2 else None
+            expected = said(row.text) or static
+            assert feedback_of(ids[mask.bool()].tolist()) == expected
+            checked["live" if said(row.text) else static is not None] += 1
+
+    recorder._alter = watch
+    trainer.train()
+    assert checked.keys() == {"live", True, False}
+
+
+def test_the_table_stays_aligned_when_a_batch_has_no_feedback(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def moody(completions: list[Any], **_: Any) -> list[Any]:
+        calls.append(len(completions))
+        if len(calls) in (1, 4):
+            return [(0.0, "about " + text) for text in texts(completions)]
+        return [0.0 for _ in completions]
+
+    trainer = tiny.trainer(
+        tmp_path,
+        reward_funcs=moody,
+        log_completions=True,
+        max_steps=4,
+        eval_dataset=tiny.conversations(1),
+        per_device_eval_batch_size=4,
+    )
+    trainer.evaluate()
+    trainer.train()
+    for path in (tmp_path / "completions").glob("*.parquet"):
+        table = pandas.read_parquet(path)
+        for completion, text in zip(table["completion"], table["feedback"], strict=True):
+            assert not isinstance(text, str) or text == "about " + tiny.text_of(list(completion))
+
+
+def test_feedback_is_logged_under_grpo_too(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(enabled=False),
+        reward_funcs=pairs,
+        log_completions=True,
+        max_steps=1,
+    )
+    trainer.train()
+    table = pandas.read_parquet(next((tmp_path / "completions").glob("*.parquet")))
+    expected = [said(tiny.text_of(list(completion))) for completion in table["completion"]]
+    assert [text if isinstance(text, str) else None for text in table["feedback"]] == expected
+
+
+def test_feedback_can_be_left_out(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(include_environment_feedback=False), reward_funcs=pairs, max_steps=1
+    )
+    trainer.train()
+    assert logs(trainer, f"{PREFIX}feedback_used_fraction") == [0.0]
+    assert logs(trainer, f"{PREFIX}feedback_available_fraction")[0] > 0.0
+
+
+# --- success ----------------------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_reached_by_a_reward_that_equals_it(tmp_path: Path) -> None:
+    """0.7 in float32 lies below the double 0.7."""
+
+    def constant(completions: list[Any], **_: Any) -> list[float]:
+        return [0.7 for _ in completions]
+
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(success_reward_threshold=0.7), reward_funcs=constant, max_steps=1
+    )
+    trainer.train()
+    assert logs(trainer, f"{PREFIX}success_group_fraction") == [1.0]
+    assert logs(trainer, f"{PREFIX}success_sample_fraction") == [1.0]
+
+
+def test_the_score_is_the_weighted_sum_of_raw_rewards(tmp_path: Path) -> None:
+    def one(completions: list[Any], **_: Any) -> list[float]:
+        return [1.0 for _ in completions]
+
+    def sometimes(completions: list[Any], **_: Any) -> list[float | None]:
+        return [2.0 if tiny.score(text) else None for text in texts(completions)]
+
+    def run(weights: list[float]) -> float:
+        trainer = tiny.trainer(
+            tmp_path, reward_funcs=[one, sometimes], reward_weights=weights, max_steps=1, num_generations=2
+        )
+        recorder = Recorder(trainer)
+        trainer.train()
+        solved = [tiny.score(row.text) for row in recorder.rows]
+        assert 0 < sum(solved) < len(solved)
+        groups = [any(solved[i : i + 2]) for i in range(0, len(solved), 2)]
+        expected = 0.5 + 2 * weights[1] >= 1.0
+        assert logs(trainer, f"{PREFIX}success_group_fraction") == [
+            sum(groups) / len(groups) if expected else 0.0
+        ]
+        return sum(groups)
+
+    assert run([0.5, 0.25])
+    run([0.5, 0.2])
+
+
+def test_rows_that_nobody_judged_are_no_success(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def nobody(completions: list[Any], **_: Any) -> list[None]:
+        return [None for _ in completions]
+
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(success_reward_threshold=-1.0), reward_funcs=nobody, max_steps=1
+    )
+    trainer.train()
+    assert logs(trainer, f"{PREFIX}success_group_fraction") == [0.0]
+    assert logs(trainer, f"{PREFIX}empty_target_batch") == [1.0]
+
+
+# --- metrics ----------------------------------------------------------------------------------------------
+
+NAMES = {
+    "success_group_fraction",
+    "success_sample_fraction",
+    "feedback_available_fraction",
+    "feedback_used_fraction",
+    "reprompt_sample_fraction",
+    "empty_target_batch",
+    "divergence",
+    "student_topk_mass",
+    "teacher_topk_mass",
+    "student_tail_mass",
+    "teacher_tail_mass",
+    "student_entropy",
+    "teacher_entropy",
+    "sampled_token_agreement",
+    "is_clip_fraction",
+    "truncated_reprompt_fraction",
+    "teacher_distance",
+}
+
+
+def test_metrics_are_logged_under_their_names(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, num_iterations=2, max_steps=4, logging_steps=2, **FOUR)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        names = {name.removeprefix(PREFIX) for name in entry if name.startswith(PREFIX)}
+        assert names >= NAMES
+        assert all(isinstance(entry[PREFIX + name], float) for name in NAMES)
+        assert entry[f"{PREFIX}student_topk_mass"] + entry[f"{PREFIX}student_tail_mass"] == pytest.approx(1.0)
+        json.dumps(entry)
+
+
+def test_the_logged_divergence_is_the_unweighted_loss(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, max_steps=3, **FOUR)
+    trainer.train()
+    assert logs(trainer, f"{PREFIX}divergence") == pytest.approx(logs(trainer, "loss"), rel=1e-5)
+
+
+def test_the_teacher_s_distance_is_that_of_its_weights(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, max_steps=1)
+    trainer.train()
+    student, teacher = trainable(trainer.model), trainer._teacher.state.params
+    gap = torch.stack([(teacher[name] - student[name]).norm() for name in student]).norm()
+    norm = torch.stack([p.norm() for p in student.values()]).norm()
+    assert logs(trainer, f"{PREFIX}teacher_distance") == pytest.approx([(gap / norm).item()], rel=1e-5)
+
+
+def test_nothing_to_learn_from_is_said_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        tiny.trainer(
+            tmp_path, sdpo_config=tiny.config(diagnostics_patience=2), reward_funcs=never, max_steps=2
+        ).train()
+    assert "No row had a teacher signal for 2 generation batches" in caplog.text
+
+
+# --- the teacher's clock ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "ticks"),
+    [
+        ({}, 3, 3),
+        (FOUR, 3, 3),
+        ({"num_iterations": 2}, 5, 2),
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 2}, 5, 2),
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2},
+            2,
+            4,
+        ),
+    ],
+    ids=["plain", "accumulated", "two passes", "two steps a batch", "two batches a step"],
+)
+def test_one_tick_per_finished_generation_batch(
+    tmp_path: Path, changes: dict[str, Any], steps: int, ticks: int
+) -> None:
+    trainer = tiny.trainer(tmp_path, max_steps=steps, **changes)
+    trainer.train()
+    assert trainer._teacher.state.ticks == ticks
+
+
+def test_the_teacher_starts_as_the_student_and_holds_only_what_trains(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    held, own = trainer._teacher.state.params, trainable(trainer.model)
+    assert held.keys() == own.keys()
+    assert all("lora" in name for name in held)
+    assert same(held, own)
+    assert all(tensor.dtype == torch.float32 for tensor in held.values())
+    assert any(tensor.abs().sum() > 0 for tensor in held.values())
+
+
+def test_the_teacher_reads_without_dropout_and_modes_come_back(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5), max_steps=1
+    )
+    layer = next(m for n, m in trainer.model.named_modules() if n.endswith("lora_dropout.default"))
+    modes: list[tuple[bool, bool]] = []
+    layer.register_forward_pre_hook(
+        lambda module, args: modes.append((module.training, torch.is_grad_enabled()))
+    )
+    compute = trainer.compute_loss
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        modes.clear()
+        return compute(*args, **kwargs)
+
+    trainer.compute_loss = watched
+    trainer.train()
+    assert (False, False) in modes
+    assert modes[-1] == (True, True)
+    assert (True, False) not in modes
+    assert layer.training
+
+
+# --- rows without signal ----------------------------------------------------------------------------------
+
+
+def rows_forwarded(trainer: Any) -> list[int]:
+    """Rows of each training forward (sampling uses a cache, training does not)."""
+    seen: list[int] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs.get("use_cache") is False:
+            seen.append(len(kwargs["input_ids"]))
+
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("split", [{}, FOUR], ids=["one micro-batch", "four"])
+def test_rows_without_signal_cost_no_forward(tmp_path: Path, split: dict[str, Any]) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(loss_backend="logits"),
+        reward_funcs=tiny.parity,
+        max_steps=4,
+        num_generations=2,
+        **split,
+    )
+    seen = rows_forwarded(trainer)
+    trainer.train()
+    active = sum(round(8 * part) for part in logs(trainer, f"{PREFIX}reprompt_sample_fraction"))
+    assert 0 < active < 32
+    assert sum(seen) == 2 * active
+
+
+def test_a_step_without_signal_is_a_zero_that_changes_nothing(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, reward_funcs=never, weight_decay=0.0, max_steps=2, **FOUR)
+    recorder, seen, before = Recorder(trainer), rows_forwarded(trainer), trainable(trainer.model)
+    trainer.train()
+    assert seen == []
+    assert logs(trainer, "loss") == [0.0, 0.0]
+    assert logs(trainer, f"{PREFIX}empty_target_batch") == [1.0, 1.0]
+    assert all((g == 0).all() for step in recorder.steps for g in step.gradients.values())
+    assert same(before, trainable(trainer.model))
+
+
+def test_signal_comes_back_after_an_empty_batch(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def second_time(completions: list[Any], **_: Any) -> list[Any]:
+        calls.append(len(completions))
+        return [(0.0, "do better" if len(calls) == 2 else None) for _ in completions]
+
+    trainer = tiny.trainer(tmp_path, reward_funcs=second_time, max_steps=3, **FOUR)
+    trainer.train()
+    losses = logs(trainer, "loss")
+    assert losses[0] == losses[2] == 0.0
+    assert losses[1] > 0.0
+
+
+# --- the length of a reprompt -----------------------------------------------------------------------------
+
+
+def test_a_reprompt_never_exceeds_its_limit_or_the_model(tmp_path: Path) -> None:
+    def verbose(completions: list[Any], **_: Any) -> list[Any]:
+        return [(0.0, "x" * 400) for _ in completions]
+
+    for limit, positions in ((150, 512), (10240, 160)):
+        trainer = tiny.trainer(
+            tmp_path,
+            sdpo_config=tiny.config(max_reprompt_length=limit),
+            reward_funcs=verbose,
+            start=tiny.model(max_position_embeddings=positions),
+            max_steps=1,
+        )
+        widths: list[int] = []
+        recorder = Recorder(
+            trainer, lambda output, batch, w=widths: w.append(output["teacher_prompt_ids"].shape[1])
+        )
+        trainer.train()
+        longest = max(len(row.completion) for row in recorder.rows)
+        assert 100 < widths[0] <= min(limit, positions - 1)
+        assert limit == 150 or widths[0] <= positions - min(len(row.completion) for row in recorder.rows)
+        assert longest > 1
+        assert logs(trainer, f"{PREFIX}truncated_reprompt_fraction") == [1.0]
+
+
+def test_a_question_that_leaves_no_room_teaches_nothing(tmp_path: Path) -> None:
+    data = Dataset.from_dict({"prompt": [tiny.user("why " * 30)] * 4})
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(max_reprompt_length=100), train_dataset=data, max_steps=1
+    )
+    trainer.train()
+    assert logs(trainer, "loss") == [0.0]
+    assert logs(trainer, f"{PREFIX}dropped_reprompt_fraction")[0] > 0.0
+
+
+def test_one_class_one_name() -> None:
+    import sdpo_rl
+
+    assert sdpo_rl.SDPOTrainer is SDPOTrainer
+    with pytest.raises(AttributeError, match="no attribute 'SDPOTrianer'"):
+        _ = sdpo_rl.SDPOTrianer
+    assert {"SDPOConfig", "SDPOTrainer", "training_arguments"} <= set(dir(sdpo_rl))

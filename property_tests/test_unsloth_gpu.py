@@ -1,0 +1,244 @@
+"""FastLanguageModel on a GPU: a 4-bit base, its kernels, its attention, and a card that is too small.
+
+Each observation is a fresh process, as in test_unsloth_cpu.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import unsloth_driver as driver
+from test_unsloth_sdpo import RUNS, TOLERANCE, differences, long_remark
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing())),
+]
+WIDTH = 256
+
+
+# --- in the fresh process ---------------------------------------------------------------------------------
+
+
+def quantized_model(**changes: Any) -> Any:
+    """A 4-bit base under bf16 LoRA on all linear layers, as the 24 GB recipe has it."""
+    from unsloth import FastLanguageModel
+
+    folder = Path.cwd() / "qwen2"
+    if not folder.exists():
+        sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "tie_word_embeddings": False}
+        tiny.model(initializer_range=0.1, **sizes).bfloat16().save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=500, dtype=None, load_in_4bit=True, device_map={"": 0}
+    )
+    settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "use_gradient_checkpointing": "unsloth"}
+    model = FastLanguageModel.get_peft_model(model, target_modules=driver.PROJECTIONS, **(settings | changes))
+    driver.randomize_lora(model, scale=0.05)
+    return model
+
+
+def sdpo_trainer(model: Any, options: dict[str, Any] | None = None, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "use_cpu": False, "bf16": True, "optim": "adamw_8bit", "max_steps": 3, "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_completion_length": 16,
+    }  # fmt: skip
+    return tiny.trainer(
+        Path("out"),
+        start=model,
+        sdpo_config=tiny.config(**{"loss_backend": "auto", **(options or {})}),
+        **settings | changes,
+    )
+
+
+def fingerprint(model: Any) -> list[int]:
+    """Of every quantized weight, byte for byte."""
+    return [
+        int(parameter.detach().view(torch.uint8).long().sum())
+        for parameter in model.parameters()
+        if type(parameter).__name__ == "Params4bit"
+    ]
+
+
+def observe_recipe() -> dict[str, Any]:
+    """A short training on a 4-bit base, with what the teacher held and what moved."""
+    from by_hand import trainable
+
+    tiny.remark = long_remark
+    model = quantized_model()
+    trainer = sdpo_trainer(model, num_iterations=2)
+    before, start = fingerprint(model), trainable(model)
+    average = {name: tensor.float() for name, tensor in start.items()}
+    state = trainer._teacher.state
+    seen: dict[str, Any] = {
+        "teacher": sorted(state.params),
+        "trainable": sorted(start),
+        "teacher_dtypes": sorted({str(tensor.dtype) for tensor in state.params.values()}),
+        "quantized": len(before),
+        "batches": [],
+    }
+    true, tick = trainer._distilled_total, trainer._teacher.tick
+
+    def both_backends(model: Any, inputs: Any) -> Any:
+        total = true(model, inputs)
+        fused, trainer._fused = trainer._fused, False
+        with torch.no_grad():
+            seen["batches"].append([float(total.detach()), float(true(model, inputs))])
+        trainer._fused = fused
+        seen["fused"] = fused
+        return total
+
+    def averaged(model: Any) -> None:
+        tick(model)
+        for name, tensor in trainable(model).items():
+            average[name] = 0.7 * average[name] + 0.3 * tensor.float()
+
+    # Dropout would draw anew for the second backend.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trainer._distilled_total, trainer._teacher.tick = both_backends, averaged
+    trainer.train()
+    after = trainable(model)
+    held = trainer._teacher.state.params
+    seen |= {
+        "mro": [cls.__name__ for cls in type(trainer).__mro__],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "moved": max(float((tensor - start[name]).abs().max()) for name, tensor in after.items()),
+        "teacher_error": max(float((average[name] - held[name]).abs().max()) for name in held),
+        "teacher_behind": max(float((after[name] - held[name]).abs().max()) for name in held),
+        "base_untouched": fingerprint(model) == before,
+    }
+    import sdpo_rl
+
+    seen["report"] = sdpo_rl.unsloth_report(trainer)
+    seen["out_of_memory"] = run_out_of_memory(trainer)
+    return seen
+
+
+def run_out_of_memory(trainer: Any) -> list[str]:
+    """The message, and the kind of its cause, when the card is full in the middle of a loss."""
+    batch = trainer._buffered_inputs[0]
+    trainer.model.train()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    filler = []
+    try:
+        while True:
+            filler.append(torch.empty(2**20, dtype=torch.uint8, device="cuda"))
+    except torch.cuda.OutOfMemoryError:
+        pass
+    try:
+        trainer.compute_loss(trainer.model, batch)
+    except torch.cuda.OutOfMemoryError as error:
+        return [str(error), type(error.__cause__).__name__]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return ["enough memory", ""]
+
+
+def observe_grpo() -> dict[str, float]:
+    """`enabled=False` against Unsloth's own trainer, and that one against itself."""
+    import trl
+    from by_hand import trainable
+
+    after = {}
+    for name in ("base", "again", "ours"):
+        shared: dict[str, Any] = {
+            "model": quantized_model(lora_dropout=0.0),
+            "args": tiny.arguments(
+                Path("out"), use_cpu=False, bf16=True, optim="adamw_torch", per_device_train_batch_size=4,
+                gradient_accumulation_steps=2, learning_rate=1e-3,
+            ),
+            "processing_class": tiny.tokenizer(),
+            "train_dataset": tiny.conversations(),
+            "reward_funcs": tiny.parity,
+        }  # fmt: skip
+        if name == "ours":
+            from sdpo_rl import SDPOTrainer
+
+            trainer = SDPOTrainer(sdpo_config=tiny.config(enabled=False), **shared)
+        else:
+            trainer = trl.GRPOTrainer(**shared)
+        trainer.train()
+        after[name] = trainable(trainer.model)
+    return {
+        name: max(float((tensor - after["base"][key]).abs().max()) for key, tensor in after[name].items())
+        for name in ("again", "ours")
+    }
+
+
+def observe_exact(runs: list[str]) -> dict[str, Any]:
+    """The runs of the CPU suite, in float32, by FastLanguageModel's kernels and attention."""
+    import test_unsloth_sdpo
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return test_unsloth_sdpo.observe(fast=True, device="cuda:0", runs=runs)
+
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    seen = driver.run("test_unsloth_gpu:observe_recipe", tmp_path_factory.mktemp("recipe"), gpu=True)
+    print(seen["report"])
+    return seen
+
+
+def test_it_trains_over_the_rewritten_trainer(recipe: dict[str, Any]) -> None:
+    assert recipe["mro"][:3] == ["SDPOTrainer", "UnslothGRPOTrainer", "_UnslothGRPOTrainer"]
+    assert all(loss > 0.0 for loss in recipe["losses"])
+    assert recipe["moved"] > 0.0
+
+
+def test_the_teacher_is_the_average_of_the_adapters_alone(recipe: dict[str, Any]) -> None:
+    assert recipe["teacher"] == recipe["trainable"]
+    assert all("lora_" in name for name in recipe["teacher"])
+    assert recipe["teacher_dtypes"] == ["torch.float32"]
+    assert recipe["teacher_error"] < 1e-5
+    assert recipe["teacher_behind"] > 1e-5
+
+
+def test_nothing_quantized_moves(recipe: dict[str, Any]) -> None:
+    assert recipe["quantized"] == 2 * len(driver.PROJECTIONS)
+    assert recipe["base_untouched"]
+
+
+def test_fused_loss_and_whole_logits_agree(recipe: dict[str, Any]) -> None:
+    assert recipe["fused"] is True
+    for fused, whole in recipe["batches"]:
+        assert fused == pytest.approx(whole, rel=0.05, abs=1e-3)
+
+
+def test_a_full_card_is_explained(recipe: dict[str, Any]) -> None:
+    message, cause = recipe["out_of_memory"]
+    assert cause == "OutOfMemoryError"
+    for word in ("per_device_train_batch_size=2", "max_completion_length=16", "loss_chunk_size"):
+        assert word in message
+
+
+def test_the_report_names_the_parts(recipe: dict[str, Any]) -> None:
+    for part in ("Unsloth’s rewritten GRPOTrainer", "4-bit", "bitsandbytes", "GPU"):
+        assert part in recipe["report"]
+
+
+def test_grpo_is_unsloths_own(tmp_path: Path) -> None:
+    moved = driver.run("test_unsloth_gpu:observe_grpo", tmp_path, gpu=True)
+    # Twice the same program may differ on a GPU; ours may not differ more.
+    assert moved["ours"] <= 2 * moved["again"] + 1e-6
+
+
+def test_steps_equal_plain_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "remark", long_remark)
+    runs = ["two micro-batches", "two passes"]
+    driver.run("test_unsloth_gpu:observe_exact", tmp_path, gpu=True, runs=runs)
+    for name in runs:
+        difference = differences(tmp_path / f"{name}.pt", RUNS[name][2])
+        assert difference.gradient < 10 * TOLERANCE
+        assert difference.loss < 10 * TOLERANCE

@@ -1,0 +1,346 @@
+"""SDPO steps over Unsloth's real rewritten trainer, against the same steps by hand in plain transformers.
+
+A fresh process patches TRL, trains and writes down rows, weights, gradients and losses. This process, which has
+never seen Unsloth, does each step again: every row alone, no padding, the divergence from its definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import by_hand as hand
+import pytest
+import tiny
+import torch
+import unsloth_driver as driver
+from peft import LoraConfig, get_peft_model
+
+pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
+
+TOLERANCE = 1e-5
+PAD = 0
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def long_remark(text: str) -> str:
+    """Feedback of very different lengths, up to a few hundred tokens."""
+    return "" if tiny.score(text) else "no, " * (1 + 13 * (sum(map(ord, text)) % 5)) + "see {above}"
+
+
+# Changes of the GRPOConfig, of the SDPOConfig, of the method by hand.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], hand.Method]] = {
+    "two micro-batches": ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, {}, hand.Method()),
+    "one row at a time": ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, {}, hand.Method()),
+    "whole logits": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"loss_backend": "logits"},
+        hand.Method(),
+    ),
+    "two passes": (
+        {"num_iterations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"alpha": 1.0},
+        hand.Method(alpha=1.0),
+    ),
+    "checkpointing": (
+        {"gradient_checkpointing": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {},
+        hand.Method(),
+    ),
+}
+
+
+# --- in the fresh process ---------------------------------------------------------------------------------
+
+
+def start_model(*, fast: bool, device: str) -> Any:
+    """Random adapters over the same random base; `fast` is the real FastLanguageModel."""
+    base = tiny.model(tie_word_embeddings=False)
+    if fast:
+        from unsloth import FastLanguageModel
+
+        folder = str(Path.cwd() / "tiny")
+        base.save_pretrained(folder)
+        tiny.tokenizer().save_pretrained(folder)
+        model, _ = FastLanguageModel.from_pretrained(
+            folder, max_seq_length=500, dtype=torch.float32, load_in_4bit=False, device_map=device,
+        )  # fmt: skip
+        model = FastLanguageModel.get_peft_model(
+            model, r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0, bias="none",
+            use_gradient_checkpointing=False,
+        )  # fmt: skip
+        model.generation_config.eos_token_id = base.generation_config.eos_token_id
+    else:
+        model = driver.bind_modes(get_peft_model(base, lora()))
+    model._unsloth_user_float32 = True
+    driver.randomize_lora(model)
+    return model
+
+
+def sdpo_trainer(changes: dict[str, Any], options: dict[str, Any], *, fast: bool, device: str) -> Any:
+    cpu = {} if device == "cpu" else {"use_cpu": False}
+    return tiny.trainer(
+        Path("out"),
+        sdpo_config=tiny.config(**options),
+        start=start_model(fast=fast, device=device),
+        **{"max_steps": 3, "optim": "adamw_torch", "learning_rate": 0.02, **cpu, **changes},
+    )
+
+
+def record(changes: dict[str, Any], options: dict[str, Any], file: Path, *, fast: bool, device: str) -> Any:
+    """Train, and write what is needed to do it again."""
+    tiny.remark = long_remark
+    trainer = sdpo_trainer(changes, options, fast=fast, device=device)
+    recorder = hand.Recorder(trainer)
+    trainer.train()
+    for step in recorder.steps:
+        for weights in (step.before, step.gradients, step.after):
+            weights.update({name: tensor.cpu() for name, tensor in weights.items()})
+    for row in recorder.rows:
+        row.sampled_with = {name: tensor.cpu() for name, tensor in row.sampled_with.items()}
+    args = trainer.args
+    torch.save(
+        {
+            "steps": recorder.steps,
+            "logged": {e["step"]: e["loss"] for e in trainer.state.log_history if "loss" in e},
+            "generate_every": args.steps_per_generation * trainer.num_iterations,
+            "accumulation": args.gradient_accumulation_steps,
+        },
+        file,
+    )
+    return trainer
+
+
+def observe(fast: bool = False, device: str = "cpu", runs: list[str] | None = None) -> dict[str, Any]:
+    """Every run, and with the plain model the planted errors and GRPO too."""
+    for name in runs or RUNS:
+        changes, options, _ = RUNS[name]
+        trainer = record(changes, options, Path(f"{name}.pt"), fast=fast, device=device)
+    if fast:
+        return {"mro": [cls.__name__ for cls in type(trainer).__mro__]}
+    for name, plant in PLANTED.items():
+        with pytest.MonkeyPatch.context() as patch:
+            plant(patch)
+            changes, options, _ = RUNS["two passes"]
+            record(changes, options, Path(f"{name}.pt"), fast=False, device=device)
+    import sdpo_rl
+
+    return {
+        "grpo": observe_grpo(),
+        "evaluation": observe_evaluation(),
+        "report": sdpo_rl.unsloth_report(trainer),
+        "homes": {
+            name: next(cls.__name__ for cls in type(trainer).__mro__ if name in vars(cls)) for name in INHERITED
+        },
+        "ours": sorted(name for name in vars(type(trainer)) if callable(getattr(type(trainer), name))),
+    }
+
+
+INHERITED = ["prediction_step", "_generate", "_prepare_input", "create_optimizer", "get_train_dataloader"]
+
+
+def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
+    from sdpo_rl import alignment, trl_trainer
+
+    def left_pad(*args: Any, **kwargs: Any) -> Any:
+        ids, mask = alignment.left_pad(*args, **kwargs)
+        return ids, torch.ones_like(mask)
+
+    patch.setattr(trl_trainer, "left_pad", left_pad)
+
+
+def columns_of_the_wrong_side(patch: pytest.MonkeyPatch) -> None:
+    from sdpo_rl import unsloth_compat
+
+    def first_columns(inputs: Any, pad_id: int) -> Any:
+        old = inputs.get("old_per_token_logps")
+        if old is None:
+            return dict(inputs)
+        return {**inputs, "old_per_token_logps": old[:, : inputs["completion_ids"].shape[1]]}
+
+    patch.setattr(unsloth_compat, "align_old_log_probs", first_columns)
+
+
+PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "padding is attended": padding_is_attended,
+    "columns of the wrong side": columns_of_the_wrong_side,
+}
+
+
+def observe_grpo() -> dict[str, Any]:
+    """`enabled=False` and Unsloth's own trainer, from the same start; and one that differs, to see a difference."""
+    import trl
+
+    seen: dict[str, Any] = {}
+    after = {}
+    changes = {"num_iterations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    for name in ("base", "ours", "enabled"):
+        settings = {**changes, "max_steps": 3, "optim": "adamw_torch", "learning_rate": 0.02}
+        shared: dict[str, Any] = {
+            "model": start_model(fast=False, device="cpu"),
+            "args": tiny.arguments(Path("out"), **settings),
+            "processing_class": tiny.tokenizer(),
+            "train_dataset": tiny.conversations(),
+            "reward_funcs": tiny.parity,
+        }
+        if name == "base":
+            trainer = trl.GRPOTrainer(**shared)
+        else:
+            from sdpo_rl import SDPOTrainer
+
+            trainer = SDPOTrainer(sdpo_config=tiny.config(enabled=name == "enabled"), **shared)
+        losses = name_losses(trainer)
+        trainer.train()
+        after[name] = hand.trainable(trainer.model)
+        seen[name] = losses
+    for name in ("ours", "enabled"):
+        seen[f"{name} moved apart"] = max(
+            float((tensor - after["base"][key]).abs().max()) for key, tensor in after[name].items()
+        )
+    return seen
+
+
+def name_losses(trainer: Any) -> list[str]:
+    """The names of the losses' gradient functions, all the way down, one string a step."""
+    names: list[str] = []
+    true = trainer.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        loss = true(*args, **kwargs)
+        stack, found = [loss.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                stack += [parent for parent, _ in node.next_functions]
+        names.append(" ".join(sorted({type(node).__name__ for node in found if "Unsloth" in type(node).__name__})))
+        return loss
+
+    trainer.compute_loss = compute_loss
+    return names
+
+
+def observe_evaluation() -> dict[str, Any]:
+    """An evaluation in the middle of a training, by Unsloth's own loop."""
+    trainer = tiny.trainer(
+        Path("out"), start=start_model(fast=False, device="cpu"), eval_dataset=tiny.conversations(2),
+        max_steps=2, optim="adamw_torch", eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.train()
+    return {key: value for entry in trainer.state.log_history for key, value in entry.items() if "eval" in key}
+
+
+# --- the same steps by hand -------------------------------------------------------------------------------
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
+
+
+def blank() -> Any:
+    return get_peft_model(tiny.model(tie_word_embeddings=False), lora())
+
+
+def differences(file: Path, method: hand.Method) -> hand.Difference:
+    """Relative errors of gradients and logged losses, the largest over the steps."""
+    data = torch.load(file, weights_only=False)
+    by_hand = hand.ByHand(blank(), method)
+    stale = data["accumulation"] % data["generate_every"] != 0
+    teacher = data["steps"][0].before
+    micro_batches = ticks = 0
+    gradient_error = loss_error = 0.0
+    for number, step in enumerate(data["steps"], start=1):
+        by_hand.student.load_state_dict(step.before, strict=False)
+        by_hand.teacher.load_state_dict(teacher, strict=False)
+        for row in step.rows:
+            # Unsloth scores a row that sampled the pad token as another sequence; such a row weighs 1.
+            if PAD in row.completion:
+                row.sampled_with = step.before
+        loss, gradients = by_hand.step(step.rows, stale=stale)
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        gap = torch.stack([(g - step.gradients[name]).norm() for name, g in gradients.items()]).norm()
+        gradient_error = max(gradient_error, (gap / norm).item())
+        loss_error = max(loss_error, abs(data["logged"][number] - loss) / loss)
+        micro_batches += step.micro_batches
+        due = micro_batches // data["generate_every"]
+        for _ in range(due - ticks):
+            teacher = {
+                name: (1 - method.rate) * old + method.rate * step.after[name] for name, old in teacher.items()
+            }
+        ticks = due
+    return hand.Difference(gradient_error, loss_error)
+
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("unsloth")
+
+
+@pytest.fixture(scope="module")
+def seen(folder: Path) -> dict[str, Any]:
+    return driver.run("test_unsloth_sdpo:observe", folder)
+
+
+@pytest.fixture
+def _remarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "remark", long_remark)
+
+
+@pytest.mark.usefixtures("seen", "_remarks")
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_equals_plain_transformers(folder: Path, name: str) -> None:
+    difference = differences(folder / f"{name}.pt", RUNS[name][2])
+    assert difference.gradient < TOLERANCE
+    assert difference.loss < TOLERANCE
+
+
+@pytest.mark.usefixtures("seen")
+def test_the_rows_are_what_the_comparison_needs(folder: Path) -> None:
+    rows = [row for name in RUNS for step in torch.load(folder / f"{name}.pt", weights_only=False)["steps"]
+            for row in step.rows]  # fmt: skip
+    assert len({len(row.prompt_ids) for row in rows}) > 2, "ragged prompts"
+    assert len({len(row.completion) for row in rows}) > 3, "right padding"
+    assert any(PAD in row.completion for row in rows), "the pad token was sampled"
+
+
+@pytest.mark.usefixtures("seen", "_remarks")
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_comparison_notices(folder: Path, name: str) -> None:
+    assert differences(folder / f"{name}.pt", RUNS["two passes"][2]).gradient > 100 * TOLERANCE
+
+
+def test_grpo_is_unsloths_own(seen: dict[str, Any]) -> None:
+    grpo = seen["grpo"]
+    assert grpo["ours moved apart"] == 0.0
+    assert grpo["enabled moved apart"] > 1e-4
+    assert grpo["ours"] == grpo["base"]
+    assert all("UnslothEfficientGRPO" in names for names in grpo["ours"])
+    assert not any(grpo["enabled"])
+
+
+def test_evaluation_is_unsloths_own(seen: dict[str, Any]) -> None:
+    evaluation = seen["evaluation"]
+    assert evaluation["eval_loss"] > 0.0
+    assert evaluation["eval_self_distillation/reprompt_sample_fraction"] > 0.0
+
+
+def test_generation_and_its_memory_are_unsloths_own(seen: dict[str, Any]) -> None:
+    assert "SDPOTrainer" not in seen["homes"].values()
+    assert seen["homes"]["_generate"] == "_UnslothGRPOTrainer"
+    assert not [name for name in seen["ours"] if "vllm" in name or "sleep" in name or "wake" in name]
+
+
+@pytest.mark.slow
+def test_a_step_of_the_fast_language_model_equals_plain_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny, "remark", long_remark)
+    name = "two passes"
+    driver.run("test_unsloth_sdpo:observe", tmp_path, interpreter=True, timeout=1200, fast=True, runs=[name])
+    difference = differences(tmp_path / f"{name}.pt", RUNS[name][2])
+    assert difference.gradient < TOLERANCE
+    assert difference.loss < TOLERANCE
