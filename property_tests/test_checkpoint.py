@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from sdpo_rl import checkpoint, metrics, progress
@@ -50,6 +52,15 @@ def broad_lora() -> nn.Module:
 def prompt_tuned() -> nn.Module:
     torch.manual_seed(0)
     return get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def quantized_lora() -> nn.Module:
+    """An adapter over a 4-bit base that every run quantizes anew from the same numbers."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu")
+    return lora(base)
 
 
 def build(
@@ -156,6 +167,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "LoRA, biases and whole modules": ({**HALF_BATCH, "start": broad_lora}, [3]),
     "DoRA": ({**HALF_BATCH, "start": lambda: lora(use_dora=True)}, [3]),
     "prompt tuning": ({**HALF_BATCH, "start": prompt_tuned}, [3]),
+    "LoRA, 4-bit base": ({**HALF_BATCH, "start": quantized_lora}, [3]),
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
@@ -217,6 +229,14 @@ TWINS: dict[str, tuple[Any, str, Any, str, int, str]] = {
     "the epoch": (checkpoint, "epochs_done", forget, "full, in the next epoch", 5, "student"),
     "the sums": (metrics.MetricSums, "load_state", forget, "full fine-tuning", 1, "log"),
     "the running loss": (progress, "_LOSS", (), "full fine-tuning", 1, "log"),
+    "the dtypes": (
+        checkpoint,
+        "dtypes_kept",
+        contextlib.nullcontext,
+        "LoRA, 4-bit base",
+        3,
+        "student",
+    ),
     "the adapter beside others": (
         checkpoint,
         "load_adapter_beside_others",

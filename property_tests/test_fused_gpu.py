@@ -121,7 +121,9 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     peak(64)
-    assert peak(2048) < 1.1 * peak(256) + 2048 * 64 * 16
+    # What grows is the hidden gradient (bf16) and a few numbers per token, not 50257 of them.
+    assert peak(2048) - peak(256) < (2048 - 256) * (64 * 2 * 4 + 400)
+    assert peak(2048) - peak(256) < (2048 - 256) * 50257 / 10
 
 
 def test_norm_of_the_gradient() -> None:

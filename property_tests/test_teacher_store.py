@@ -358,7 +358,7 @@ def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_paramet
     assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
     assert extra(lambda: store.tick(model)) <= 2 * largest
     assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
-    assert extra(lambda: store.distance(model)) <= 4 * largest
+    assert extra(lambda: store.distance(model)) <= 8 * largest
     before = torch.cuda.memory_allocated()
     params = store.forwards(model)
     assert all(t.device.type == "cuda" and t.dtype == dtype for t in params[0].values())

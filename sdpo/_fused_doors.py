@@ -17,7 +17,7 @@ from sdpo._recipe import Recipe, Support, Tail
 _GPU_BYTES = int(1.75 * 2**30)
 _CPU_BYTES = 96 * 2**20
 _MAX_ROWS = 8192
-_SLOPE_BLOCKS = 4
+_SLOPE_BLOCKS = 6
 
 _Model = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -146,7 +146,7 @@ class _Pass:
             tokens=self._take(ops.tokens, low, high),
             old_log_probs=self._take(ops.old_log_probs, low, high),
             extra_weights=self._take(ops.extra_weights, low, high),
-            slope_weights=None if self.slope_weights is None else self.slope_weights[low:high],
+            slope_weights=None if self.slope_weights is None else self.slope_weights[low:high].contiguous(),
             lift=self.lift,
         )
         self.plan.backend(
@@ -200,7 +200,8 @@ class _Pass:
         if values is None:
             return None
         active = self.operands.active
-        return values[low:high] if active is None else values.index_select(0, active[low:high])
+        # The kernels step through memory by rows: an expanded tensor has none.
+        return (values[low:high] if active is None else values.index_select(0, active[low:high])).contiguous()
 
     def _cast(self, head: Tensor, dtype: torch.dtype) -> Tensor:
         """The head in the products' dtype: converted at most once, also where both models share it."""

@@ -16,7 +16,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,18 @@ def epochs_done(folder: str) -> int:
 
 
 def begin(folder: str) -> None:
-    """Make a folder for a checkpoint, incomplete until the Trainer has written its state."""
+    """Make a folder that is written again incomplete, until the Trainer has written its state."""
     (Path(folder) / _STATE).unlink(missing_ok=True)
-    (Path(folder) / FOLDER).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """What trains keeps its dtype while a checkpoint is loaded; PEFT makes a bfloat16 adapter float32."""
+    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, p in model.named_parameters():
+        if p.dtype != dtypes.get(name, p.dtype):
+            p.data = p.data.to(dtypes[name])
 
 
 def load_adapter_beside_others(folder: str, model: Any) -> None:
@@ -98,6 +108,7 @@ def load_adapter_beside_others(folder: str, model: Any) -> None:
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     save_file(dict(tensors), unfinished, metadata)
     os.replace(unfinished, path)

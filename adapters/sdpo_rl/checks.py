@@ -55,6 +55,17 @@ def check_groups(args: Any) -> None:
         )
 
 
+def check_objective(args: Any) -> None:
+    """No option asks for a term that this loss does not have: it would be dropped in silence."""
+    terms = {"beta": "KL penalty", "entropy_coef": "entropy bonus", "use_adaptive_entropy": "entropy bonus"}
+    for name, term in terms.items():
+        if getattr(args, name, 0):
+            raise ValueError(
+                f"{name}={getattr(args, name)} asks for a {term}, which the self-distillation loss replaces; "
+                f"leave {name} at its default, or set SDPOConfig(enabled=False)"
+            )
+
+
 def check_vocabulary(config: SDPOConfig, model: Any) -> None:
     """K fits into the model's vocabulary."""
     text_config = model.config.get_text_config()

@@ -128,7 +128,10 @@ class SDPOConfig:
     reprompt_template: str = _option(_TEMPLATES.reprompt, "Fields {prompt}, {solution}, {feedback}.")
     solution_template: str = _option(_TEMPLATES.solution, "Field {successful_previous_attempt}.")
     feedback_template: str = _option(_TEMPLATES.feedback, "Field {feedback_raw}.")
-    apply_chat_template_kwargs: dict | str = _option({}, "Chat-template arguments for the reprompt (JSON).")
+    # The shape of annotation that command-line parsers read as a text.
+    apply_chat_template_kwargs: dict[str, Any] | str | None = _option(
+        {}, "Chat-template arguments for the reprompt (JSON)."
+    )
     loss_backend: Backend = _option("auto", "How the loss is computed.")
     loss_chunk_size: int | None = _option(None, "Tokens projected at a time; unset: from free memory.")
     diagnostics_patience: int = _option(10, "Generation batches without an active row before a warning.")

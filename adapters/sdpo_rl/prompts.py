@@ -241,8 +241,7 @@ class Reprompter:
         budget = total - (length - limit)
         # Cutting and decoding can change the count by a few tokens, hence more than one try.
         while budget > 0:
-            share = budget / total
-            cut = [self._cut(piece, int(len(piece) * share)) for piece in tokens]
+            cut = [self._cut(piece, len(piece) * budget // total) for piece in tokens]
             shown = cut[len(demonstrations)] if feedback is not None else None
             built = self._build([prompt], [cut[: len(demonstrations)]], [shown])
             ids = self.renderer([with_question(prompt, built.texts[0])], [row])[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +27,17 @@ from .metrics import MetricSums
 from .normalization import StepWindow
 from .prompts import Renderer, Reprompter
 from .rollout import Rollout, teacher_context
+from .row_groups import RowGroup, row_groups, run_groups
 from .teacher_store import TeacherStore
 from .trl_compat import log_probs_result, plain_log_probs
+from .troubleshooting import memory_advice, warn_if_slow
 
 logger = logging.getLogger("sdpo_rl")
 
 _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
+# Enough to fill a device; the activations of more tokens at a time would only cost memory.
+_TEACHER_TOKENS = 8192
 
 
 class SDPOTrainer(_BASE):
@@ -74,6 +79,8 @@ class SDPOTrainer(_BASE):
             )
         if sdpo_config is not None and not isinstance(sdpo_config, SDPOConfig):
             raise TypeError(f"sdpo_config must be an SDPOConfig, got {type(sdpo_config).__name__}")
+        if model is None:
+            raise TypeError("model must be a model or a model's name, got None")
         self.sdpo_config = sdpo_config or SDPOConfig()
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
@@ -84,6 +91,7 @@ class SDPOTrainer(_BASE):
         checks.check_reward_functions(rewards)
         if self.sdpo_config.enabled:
             checks.check_groups(args)
+            checks.check_objective(args)
             if kwargs.get("environment_factory") is None:  # an environment may bring the prompts itself
                 checks.check_dataset(kwargs.get("train_dataset"), "train_dataset")
                 checks.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
@@ -106,6 +114,7 @@ class SDPOTrainer(_BASE):
         self._teacher = TeacherStore(self._unwrapped, self.sdpo_config, seed=self.args.seed)
         self._window = StepWindow()
         self._window_index = 0
+        self._window_loss: Tensor | float = 0.0
         self._counted: Any = None
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._diagnostics = Diagnostics(self.sdpo_config)
@@ -114,6 +123,7 @@ class SDPOTrainer(_BASE):
         self._rollout: Rollout | None = None
         self._generations_done = 0
         self.add_callback(AfterOptimizerStep(self._after_optimizer_step))
+        warn_if_slow(self)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -126,7 +136,8 @@ class SDPOTrainer(_BASE):
             [row.get("feedback") for row in inputs],
             environment_feedback(getattr(self, "environments", None) or []),
         )
-        if any(feedback) and hasattr(self, "_log_completion_extra"):
+        # Also a batch without any: the columns of the table must stay of one length.
+        if hasattr(self, "_log_completion_extra"):
             self._log_completion_extra("feedback", feedback)
         if not self.sdpo_config.enabled:
             return rewards
@@ -191,7 +202,7 @@ class SDPOTrainer(_BASE):
             raise ValueError("SDPOTrainer does not return outputs from compute_loss")
         if _IS_UNSLOTH:
             inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
-        with unsloth_compat.logits_not_hidden_states():
+        with memory_advice(self), unsloth_compat.logits_not_hidden_states():
             total = self._distilled_total(model, inputs)
         if self._mode == "train":
             denominator = self._window.denominator(
@@ -248,17 +259,30 @@ class SDPOTrainer(_BASE):
         # The teacher runs first: the student's graph is then never touched by other weights. It runs in eval
         # mode: dropout would be noise in the target.
         with torch.no_grad(), self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
+            groups = self._row_groups(teacher[1], length, token_limit=_TEACHER_TOKENS)
             q = [
-                forward(model, unwrapped, reads, length=length, params=params)
+                run_groups(partial(forward, model, unwrapped, params=params), reads, groups, length=length)
                 for params in self._teacher.forwards(unwrapped)
             ]
         with self.accelerator.autocast():
-            p = forward(model, unwrapped, answers, length=length)
+            groups = self._row_groups(student[1], length, token_limit=math.inf)
+            p = run_groups(partial(forward, model, unwrapped), answers, groups, length=length)
             if not self._fused:
                 return distillation.from_logits(self.sdpo_config, p, q, targets, temperature=self.temperature)
             return distillation.fused(
                 self.sdpo_config, p, q, targets, temperature=self.temperature, transform=self._transform
             )
+
+    def _row_groups(self, mask: Tensor, length: int, *, token_limit: float) -> list[RowGroup]:
+        if self.accelerator.num_processes > 1 or ranks.is_sharded(self._unwrapped):
+            # Every rank must call the model equally often.
+            token_limit = math.inf
+            if mask.shape[1] > self._context_length:
+                raise ValueError(
+                    f"a batch is {mask.shape[1]} tokens wide and the model reads {self._context_length}; on several "
+                    "ranks its rows cannot run apart: set per_device_train_batch_size=1, or raise max_seq_length"
+                )
+        return row_groups(mask, length=length, width_limit=self._context_length, token_limit=token_limit)
 
     def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
         if ranks.is_partitioned(unwrapped):
@@ -306,14 +330,19 @@ class SDPOTrainer(_BASE):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; keeps the place in the optimizer step and, at its end, its true denominator."""
-        loss = super().training_step(*args, **kwargs)
+        with memory_advice(self):
+            loss = super().training_step(*args, **kwargs)
         if not self.sdpo_config.enabled:
             return loss
         self._window_index += 1
+        self._window_loss = self._window_loss + loss
         if self.accelerator.sync_gradients:
+            window_loss, self._window_loss = self._window_loss, 0.0
             self._window_index = 0
             correction = self._window.correction()
             if correction is not None:
+                # The earlier micro-batches have been logged with the estimate; this one makes up for them.
+                loss = loss + window_loss * (correction - 1.0)
                 ranks.scale_gradients(self.model, correction)
         return loss
 
@@ -381,8 +410,11 @@ class SDPOTrainer(_BASE):
             self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.sdpo_config.enabled and not self.is_fsdp_enabled:
+        if not self.sdpo_config.enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with checkpoint.dtypes_kept(self._unwrapped):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
             checkpoint.load_adapter_beside_others(resume_from_checkpoint, self._unwrapped)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
@@ -502,5 +534,9 @@ def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
     return {
         name: value[rows]
         for name, value in inputs.items()
-        if isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+        # Unsloth's `max_left_pad` stays on the CPU; it is about columns that are gone after `compact`.
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == count
+        and value.device == rows.device
     }

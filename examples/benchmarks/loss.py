@@ -147,7 +147,7 @@ def floor(x: Inputs) -> Callable[[], None]:
     """The products of the fused loss and nothing else, writing where it writes."""
     plan = plan_of(x)
     rows, width = x.hidden.shape[0], min(plan.chunk_rows, x.hidden.shape[0])
-    block = min(plan.slope_rows, rows)
+    block = max(width, min(plan.slope_rows, rows))
     hidden, head = x.hidden.detach(), x.head.detach()
     wide = {"out_dtype": torch.float32} if head.dtype == torch.bfloat16 else {}
     logits = [torch.empty(width, head.shape[0], dtype=torch.float32, device=head.device) for _ in range(2)]
@@ -161,7 +161,7 @@ def floor(x: Inputs) -> Callable[[], None]:
                 high = min(low + width, stop)
                 torch.mm(hidden[low:high], head.t(), out=logits[0][: high - low], **wide)
                 torch.mm(x.teacher_hidden[low:high], head.t(), out=logits[1][: high - low], **wide)
-            torch.mm(slopes[: stop - start], head, out=hidden_gradient[start:stop])
+                torch.mm(slopes[low - start : high - start], head, out=hidden_gradient[low:high])
             if head_gradient is not None:
                 beta = 0.0 if start == 0 else 1.0
                 head_gradient.addmm_(slopes[: stop - start].t(), hidden[start:stop], beta=beta)

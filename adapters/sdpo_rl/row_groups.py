@@ -1,0 +1,85 @@
+"""Forwards of a few rows at a time: for memory, and so that no batch is wider than what the model reads.
+
+Rows lie as [left pad | prompt | completion | right pad]. One row with a long prompt and another with a long
+completion make a batch that is wider than each of them; a loader's `max_seq_length` then cuts it off on the
+right, silently. A forward without a gradient also holds one layer's activations of all its tokens, which for
+long reprompts is the largest memory of a step, and saves no time beyond what fills the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .hidden_states import CompletionStates
+
+
+class RowGroup(NamedTuple):
+    """Rows that run together, and the columns that any of them attends."""
+
+    rows: slice
+    columns: slice
+    right: int  # completion columns cut off on the right
+
+
+def row_groups(mask: Tensor, *, length: int, width_limit: float, token_limit: float) -> list[RowGroup]:
+    """Consecutive rows of `mask` [B, L], each group within both limits as far as a single row allows.
+
+    `length` is the number T of completion columns. A batch within the limits is one group, found without
+    reading the device; otherwise two numbers per row are read.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
+        >>> row_groups(mask, length=2, width_limit=3, token_limit=100)
+        [RowGroup(rows=slice(0, 1, None), columns=slice(0, 3, None), right=1), \
+RowGroup(rows=slice(1, 2, None), columns=slice(2, 4, None), right=0)]
+    """
+    count, width = mask.shape
+    if width <= width_limit and count * width <= token_limit:
+        return [RowGroup(slice(0, count), slice(0, width), 0)]
+    attended = mask.bool().int()
+    bounds = torch.stack([attended.argmax(1), width - attended.flip(1).argmax(1)], dim=1).tolist()
+    # At least one completion column stays, also in a row without a completion.
+    bounds = [(first, max(last, width - length + 1)) for first, last in bounds]
+    groups: list[RowGroup] = []
+    start, (first, last) = 0, bounds[0]
+    for row in range(1, count + 1):
+        if row < count:
+            low, high = min(first, bounds[row][0]), max(last, bounds[row][1])
+            if high - low <= width_limit and (row + 1 - start) * (high - low) <= token_limit:
+                first, last = low, high
+                continue
+        groups.append(RowGroup(slice(start, row), slice(first, last), width - last))
+        if row < count:
+            start, (first, last) = row, bounds[row]
+    return groups
+
+
+def run_groups(
+    forward: Callable[..., Any], arguments: Mapping[str, Any], groups: Sequence[RowGroup], *, length: int
+) -> Any:
+    """`forward(arguments, length=T)` group by group: `CompletionStates` or logits [B, T, ...], joined again.
+
+    Columns that were cut off are zero; no loss looks at them.
+    """
+    if len(groups) == 1 and groups[0].right == 0:
+        return forward(arguments, length=length)
+    parts = []
+    for group in groups:
+        kept = length - group.right
+        own = {
+            name: value[group.rows, group.columns] if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        if "logits_to_keep" in own:
+            own["logits_to_keep"] = kept + 1
+        parts.append(forward(own, length=kept))
+    rights = [group.right for group in groups]
+    if not isinstance(parts[0], CompletionStates):
+        return torch.cat([pad(part, (0, 0, 0, right)) for part, right in zip(parts, rights, strict=True)])
+    hidden = [pad(part.hidden, (0, 0, 0, right)) for part, right in zip(parts, rights, strict=True)]
+    return CompletionStates(torch.cat(hidden), parts[0].head)

@@ -1,0 +1,127 @@
+"""What to do about too little memory and too slow a run, said with the settings of the run at hand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .report import base_precision, checkpointing
+
+logger = logging.getLogger("sdpo_rl")
+
+# Shares of a card: above the first an unquantized base crowds out the rest, below the second there is room to
+# keep activations instead of computing them twice.
+_CROWDED = 0.5
+_ROOMY = 0.05
+
+
+class OutOfMemoryAdviceError(torch.cuda.OutOfMemoryError):  # type: ignore[misc,name-defined]
+    """The GPU's memory ran out; the message names the settings that decide how much is needed."""
+
+
+@contextmanager
+def memory_advice(trainer: Any) -> Iterator[None]:
+    """Let an out-of-memory error say what to change; the original error is its cause."""
+    try:
+        yield
+    except OutOfMemoryAdviceError:
+        raise
+    except torch.cuda.OutOfMemoryError as error:
+        # The first sentence stays as it is: tools that retry with smaller batches look for it.
+        raise OutOfMemoryAdviceError(f"{error}\n{advice(trainer)}") from error
+
+
+def advice(trainer: Any) -> str:
+    """The settings that decide a step's memory, most effective first."""
+    args, config = trainer.args, trainer.sdpo_config
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    unsloth = hasattr(model, "for_training")
+    lines = []
+    if checkpointing(model) == "off":
+        lines.append(
+            "gradient checkpointing is off: "
+            + (
+                'FastLanguageModel.get_peft_model(..., use_gradient_checkpointing="unsloth")'
+                if unsloth
+                else "GRPOConfig(gradient_checkpointing=True)"
+            )
+        )
+    elif unsloth and checkpointing(model) != "on (unsloth)":
+        lines.append('gradient checkpointing is on; use_gradient_checkpointing="unsloth" also offloads')
+    if base_precision(model) not in ("4-bit", "8-bit"):
+        lines.append(f"the base is held in {base_precision(model)}: load_in_4bit=True takes a quarter of bf16")
+    batch = args.per_device_train_batch_size
+    lines.append(
+        f"per_device_train_batch_size={batch}"
+        + (
+            f": lower it and raise gradient_accumulation_steps={args.gradient_accumulation_steps}"
+            if batch > 1
+            else " is the least"
+        )
+    )
+    lines.append(
+        f"num_generations={args.num_generations} × steps_per_generation={args.steps_per_generation}: "
+        f"{args.per_device_train_batch_size * args.steps_per_generation} completions are generated together"
+    )
+    lines.append(f"max_completion_length={args.max_completion_length}: lower it")
+    if config.enabled:
+        lines.append(f"max_reprompt_length={config.max_reprompt_length}: lower it")
+        if config.loss_backend == "logits":
+            lines.append("loss_backend='logits' holds whole logits: set it to 'auto'")
+        else:
+            lines.append(f"loss_chunk_size={config.loss_chunk_size}: try 128")
+        if config.teacher_mode != "live" and config.teacher_offload == "none":
+            lines.append("teacher_offload='none': 'cpu' keeps the averaged weights out of the GPU")
+    return "What decides the memory of a step here:\n" + "\n".join(f"  - {line}" for line in lines)
+
+
+def warn_if_slow(trainer: Any) -> None:
+    """One warning with every setting that makes a run slower than it needs to be, if there is any."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    reasons = slow_reasons(
+        backend=trainer.sdpo_config.loss_backend,
+        precision=base_precision(model),
+        checkpointing=checkpointing(model),
+        unsloth=hasattr(model, "for_training"),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        card_bytes=card,
+    )
+    if reasons:
+        logger.warning("This run is slower than it needs to be:\n%s", "\n".join(f"  - {r}" for r in reasons))
+
+
+def slow_reasons(
+    *, backend: str, precision: str, checkpointing: str, unsloth: bool, weight_bytes: int, card_bytes: int
+) -> list[str]:
+    """Why a run is slow, each reason with what to do. `card_bytes` is 0 without a GPU.
+
+    Example:
+        >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True,
+        ...              weight_bytes=5, card_bytes=24)
+        ["loss_backend='logits' computes and holds whole logits; 'auto' computes them in chunks"]
+    """
+    reasons = []
+    if backend == "logits":
+        reasons.append("loss_backend='logits' computes and holds whole logits; 'auto' computes them in chunks")
+    if not card_bytes:
+        return reasons
+    share = weight_bytes / card_bytes
+    if backend == "torch":
+        reasons.append("loss_backend='torch' on a GPU; 'auto' uses the kernels")
+    if precision not in ("4-bit", "8-bit") and share > _CROWDED:
+        how = "FastLanguageModel.from_pretrained(..., load_in_4bit=True)" if unsloth else "BitsAndBytesConfig"
+        reasons.append(
+            f"the base is held in {precision} and fills {share:.0%} of the card, so batches must be small; "
+            f"quantize it: {how}"
+        )
+    if checkpointing != "off" and share < _ROOMY:
+        reasons.append(
+            f"gradient checkpointing is {checkpointing} and computes every layer twice, though the weights "
+            f"fill only {share:.0%} of the card; turn it off if a step fits without"
+        )
+    return reasons

@@ -1,0 +1,454 @@
+"""Rollouts of more than one turn, of environments and of inference engines, each against what a reader expects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import talking
+import tiny
+import torch
+from by_hand import Method, Row, compare
+from datasets import Dataset
+from sdpo_rl import SDPOTrainer, trl_trainer
+from sdpo_rl.feedback import environment_feedback
+from sdpo_rl.prompts import completion_text
+from torch import Tensor, nn
+
+TOLERANCE = 3e-6
+
+
+@pytest.fixture(autouse=True)
+def experimental(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL warns that environments and rollout functions are young; here warnings are errors."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+# --- inference engines ------------------------------------------------------------------------------------
+# A token's weight is exp(gap) up to the clip, `engine_gap` being what the hand-written step reads.
+
+NAN = float("nan")
+
+
+def ratio_by_token(output: dict[str, Any], batch: list[Row]) -> None:
+    """TRL's `token_*` modes [B, C]; the engine could not score every fourth token."""
+    ratio = torch.linspace(0.2, 2.6, output["completion_ids"].numel()).view_as(output["completion_ids"])
+    ratio[:, ::4] = NAN
+    output["importance_sampling_ratio"] = ratio
+    for row, weights in zip(batch, ratio.nan_to_num(1.0), strict=True):
+        row.engine_gap = weights[: len(row.completion)].log().tolist()
+
+
+def ratio_by_sequence(output: dict[str, Any], batch: list[Row]) -> None:
+    """TRL's `sequence_*` modes [B, 1]; a masked sequence has ratio 0, an unscored one is neutral."""
+    ratio = torch.linspace(0.2, 2.6, len(batch))[:, None]
+    ratio[0], ratio[3] = NAN, 0.0
+    output["importance_sampling_ratio"] = ratio
+    for row, (weight,) in zip(batch, ratio.nan_to_num(1.0).tolist(), strict=True):
+        row.engine_gap = [torch.tensor(weight).log().item()] * len(row.completion)
+
+
+@pytest.mark.parametrize("ratios", [ratio_by_token, ratio_by_sequence])
+@pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}])
+def test_the_engine_s_ratio_weighs_every_token(
+    tmp_path: Path, ratios: Callable[..., None], split: dict[str, int]
+) -> None:
+    trainer = tiny.trainer(tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5), **split)
+    difference = compare(trainer, tiny.model(), Method(engine_clip=1.5), alter=ratios)
+    assert max(difference.gradient, difference.loss) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "wrong", [Method(engine_clip=2.6), Method(engine_clip=1.0)], ids=["not clipped", "clipped at one"]
+)
+@pytest.mark.parametrize("ratios", [ratio_by_token, ratio_by_sequence])
+def test_another_clip_is_noticed(tmp_path: Path, ratios: Callable[..., None], wrong: Method) -> None:
+    trainer = tiny.trainer(tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5))
+    assert compare(trainer, tiny.model(), wrong, alter=ratios).gradient > 1000 * TOLERANCE
+
+
+def test_the_engine_s_ratio_can_be_ignored(tmp_path: Path) -> None:
+    def unread(output: dict[str, Any], batch: list[Row]) -> None:
+        ratio_by_token(output, batch)
+        for row in batch:
+            row.engine_gap = None
+
+    trainer = tiny.trainer(tmp_path, sdpo_config=tiny.config(rollout_is_clip=None))
+    assert compare(trainer, tiny.model(), alter=unread).gradient < TOLERANCE
+
+
+# --- tools ------------------------------------------------------------------------------------------------
+
+QUESTION, OTHER = "6x7?", "2x3?"
+SCRIPTS = [
+    [talking.call("multiply", '{"a": 6, "b": 7}'), f"it is 42{talking.END}"],
+    [f"it is 13{talking.END}"],
+    [talking.call("multiply", '{"a": 6, "c": 7}'), f"it is 0{talking.END}"],
+    [
+        talking.call("multiply", '{"a": 6, "b": 6}'),
+        talking.call("multiply", '{"a": 36, "b": 1}'),
+        f"it is 36{talking.END}",
+    ],
+    *[[f"it is {n}{talking.END}"] for n in range(4)],
+]
+ERROR = "{'error': \"multiply() got an unexpected keyword argument 'c'\"}"
+RESULTS = [["42"], [], [ERROR], ["36", "36"], [], [], [], []]
+DEMONSTRATION = 'multiply({"a": 6, "b": 7})\n42\nit is 42'
+
+
+def product(completions: list[Any], **_: Any) -> list[Any]:
+    return [
+        (1.0, "") if "42" in completion[-1]["content"] else (0.0, f"{len(completion)} turns, no 42")
+        for completion in completions
+    ]
+
+
+def tool_trainer(folder: Path, scripts: list[list[str]] = SCRIPTS, **options: Any) -> SDPOTrainer:
+    changes = {
+        "max_completion_length": 400,
+        "max_steps": 1,
+        "shuffle_dataset": False,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        **options.pop("changes", {}),
+    }
+    settings: dict[str, Any] = {
+        "reward_funcs": product,
+        "tools": [talking.multiply],
+        "train_dataset": Dataset.from_dict({"prompt": [tiny.user(QUESTION), tiny.user(OTHER)]}),
+        **options,
+    }
+    trainer = SDPOTrainer(
+        model=talking.model(),
+        args=tiny.arguments(folder, **changes),
+        sdpo_config=tiny.config(distillation_support="full", alpha=1.0),
+        processing_class=talking.tokenizer(),
+        **settings,
+    )
+    talking.read_out(trainer, scripts)
+    return trainer
+
+
+def watch(trainer: Any) -> list[dict[str, Any]]:
+    """The generation batches, as the loss will read them."""
+    batches: list[dict[str, Any]] = []
+    generate = trainer._generate_and_score_completions
+
+    def keep(inputs: Any) -> Any:
+        batches.append(generate(inputs))
+        return batches[-1]
+
+    trainer._generate_and_score_completions = keep
+    return batches
+
+
+def expected_parts(row: int) -> list[tuple[str, bool]]:
+    """A completion as (text, whether the model wrote it)."""
+    parts = [(SCRIPTS[row][0], True)]
+    for result, turn in zip(RESULTS[row], SCRIPTS[row][1:], strict=True):
+        parts += [(talking.RESULT.format(result), False), (turn, True)]
+    return parts
+
+
+def expected_reprompt(row: int) -> str | None:
+    if row == 0:
+        return None
+    if row < 4:
+        return f"{QUESTION}\nCorrect solution:\n\n{DEMONSTRATION}\n\nCorrectly solve the original question."
+    remark = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n1 turns, no 42"
+    return f"{OTHER}{remark}\n\nCorrectly solve the original question."
+
+
+def rendered(tokens: Any, question: str, tools: list[Any]) -> list[int]:
+    return tokens.apply_chat_template(tiny.user(question), tools=tools, add_generation_prompt=True)["input_ids"]
+
+
+def test_the_teacher_reads_the_same_tokens_and_a_transcript(tmp_path: Path) -> None:
+    trainer = tool_trainer(tmp_path)
+    (batches, tokens) = watch(trainer), trainer.processing_class
+    trainer.train()
+    (batch,) = batches
+    assert batch["row_mask"].tolist() == [False] + [True] * 7
+    for row in range(8):
+        parts = expected_parts(row)
+        ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
+        pieces = [tokens(text)["input_ids"] for text, _ in parts]
+        assert ids.tolist() == sum(pieces, [])
+        written = [own for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece]
+        assert batch["tool_mask"][row][: len(ids)].bool().tolist() == written
+        reprompt = expected_reprompt(row)
+        reads = batch["teacher_prompt_ids"][row][batch["teacher_prompt_mask"][row].bool()].tolist()
+        assert reads == ([] if reprompt is None else rendered(tokens, reprompt, [talking.multiply]))
+
+
+def hand_written_step(model: nn.Module, tokens: Any, *, tools_count: bool, tools_read: bool) -> dict[str, Tensor]:
+    """Gradient of Σ KL(student‖teacher) over the model's own tokens; teacher and student still have one weight."""
+    losses = []
+    for row in range(1, 8):
+        parts = [part for part in expected_parts(row) if part[1] or tools_read]
+        pieces = [tokens(text)["input_ids"] for text, _ in parts]
+        completion = sum(pieces, [])
+        counts = torch.tensor(
+            [own or tools_count for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece]
+        )
+        question = QUESTION if row < 4 else OTHER
+        reprompt = expected_reprompt(row)
+        assert reprompt is not None
+        log_p, log_q = (
+            model(input_ids=torch.tensor([prompt + completion]))
+            .logits[0, len(prompt) - 1 : -1]
+            .double()
+            .log_softmax(-1)
+            for prompt in (
+                rendered(tokens, question, [talking.multiply]),
+                rendered(tokens, reprompt, [talking.multiply]),
+            )
+        )
+        losses.append((log_p.exp() * (log_p - log_q.detach())).sum(-1)[counts])
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(torch.cat(losses).mean(), list(named.values())), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tools_count", "tools_read", "equal"),
+    [(False, True, True), (True, True, False), (False, False, False)],
+    ids=["as it is", "twin: tools have a loss", "twin: tools are no context"],
+)
+@pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}])
+def test_only_the_model_s_own_tokens_have_a_loss(
+    tmp_path: Path, split: dict[str, int], tools_count: bool, tools_read: bool, equal: bool
+) -> None:
+    trainer = tool_trainer(tmp_path, changes=split)
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    tokens = trainer.processing_class
+    expected = hand_written_step(talking.model(), tokens, tools_count=tools_count, tools_read=tools_read)
+    moved = {name: start[name] - p.detach() for name, p in trainer.model.named_parameters()}
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    gap = torch.stack([(moved[name] - g).norm() for name, g in expected.items()]).norm()
+    assert (gap / norm < 1e-5) == equal  # weights minus weights: some digits are lost
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_transcript_of_turns(thinking: bool) -> None:
+    completion = [
+        {
+            "role": "assistant",
+            "reasoning_content": "hm",
+            "content": "Let me see.",
+            "tool_calls": [
+                {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "ä": "{x}"}}},
+                {"function": {"name": "now", "arguments": '{"raw": 1}'}},
+            ],
+        },
+        {"role": "tool", "name": "add", "content": "<think>kept: no thought of the model's</think>3"},
+        {"role": "tool", "name": "now", "content": [{"type": "text", "text": "noon"}]},
+        {"role": "assistant", "content": "<think>so it is</think>It is 3."},
+    ]
+    lines = [
+        "<think>hm</think>",
+        "Let me see.",
+        'add({"a": 1, "ä": "{x}"})',
+        'now({"raw": 1})',
+        "<think>kept: no thought of the model's</think>3",
+        "noon",
+        "<think>so it is</think>It is 3.",
+    ]
+    if not thinking:
+        lines = [*lines[1:6], "It is 3."]
+    assert completion_text(completion, thinking=thinking) == "\n".join(lines)
+
+
+def test_a_thought_that_never_ends_hides_its_own_turn_alone() -> None:
+    turns = [
+        {"role": "assistant", "content": "<think>cut", "tool_calls": []},
+        {"role": "tool", "name": "t", "content": "4"},
+        {"role": "assistant", "content": "four"},
+    ]
+    assert completion_text(turns, thinking=False) == "4\nfour"
+
+
+# --- environments -----------------------------------------------------------------------------------------
+
+
+class Shop:
+    """An environment that says what went wrong."""
+
+    feedback: str | None
+
+    def reset(self, **_: Any) -> None:
+        self.feedback = None
+
+    def buy(self, item: str) -> str:
+        """Buy something.
+
+        Args:
+            item: what.
+        """
+        self.feedback = f"the shop has no {item}{{}}"
+        return "sold out"
+
+    def get_reward(self) -> float:
+        return 0.0
+
+
+class Garden:
+    """Another one, whose feedback is a property, with an observation in front."""
+
+    def reset(self, **_: Any) -> str:
+        return " It rains."
+
+    def dig(self, depth: int) -> str:
+        """Dig a hole.
+
+        Args:
+            depth: how deep.
+        """
+        return f"{depth} deep"
+
+    @property
+    def feedback(self) -> str:
+        return "roots everywhere"
+
+
+def both(environments: list[Any], **_: Any) -> list[Any]:
+    return [(0.0, "think again") if isinstance(e, Garden) else 0.0 for e in environments]
+
+
+ENVIRONMENT_SCRIPTS = [
+    [talking.call("buy", '{"item": "tea"}'), f"no tea{talking.END}"],
+    [talking.call("buy", '{"item": "jam"}'), f"no jam{talking.END}"],
+    [f"nothing{talking.END}"],
+    [f"no{talking.END}"],
+    *[[talking.call("dig", f'{{"depth": {n}}}'), f"deep{talking.END}"] for n in range(4)],
+]
+
+
+def test_what_an_environment_says_is_feedback_for_its_row(tmp_path: Path) -> None:
+    dataset = Dataset.from_dict(
+        {
+            "prompt": [tiny.user("shop?"), tiny.user("dig?")],
+            "environment": ["shop", "garden"],
+            "feedback": ["from the dataset", None],
+        }
+    )
+    trainer = tool_trainer(
+        tmp_path,
+        ENVIRONMENT_SCRIPTS,
+        tools=None,
+        reward_funcs=both,
+        train_dataset=dataset,
+        environment_factory={"shop": Shop, "garden": Garden},
+        changes={"max_steps": 2},
+    )
+    batches, tokens = watch(trainer), trainer.processing_class
+    trainer.train()
+    remarks = [
+        "the shop has no tea{}",
+        "the shop has no jam{}",
+        "from the dataset",
+        "from the dataset",
+        *["think again\n\nroots everywhere"] * 4,
+    ]
+    questions = ["shop?"] * 4 + ["dig? It rains."] * 4
+    tools = [[Shop().buy]] * 4 + [[Garden().dig]] * 4
+    assert len(batches) == 2  # reset forgets what was said before
+    for batch in batches:
+        for row in range(8):
+            reads = batch["teacher_prompt_ids"][row][batch["teacher_prompt_mask"][row].bool()].tolist()
+            reprompt = (
+                f"{questions[row]}\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+                f"{remarks[row]}\n\nCorrectly solve the original question."
+            )
+            assert reads == rendered(tokens, reprompt, tools[row])
+            asked = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+            assert asked == rendered(tokens, questions[row], tools[row])
+
+
+def test_the_tools_of_all_environments_would_be_noticed() -> None:
+    """The wrong twin: one list of tools for every row is another prompt."""
+    tokens = talking.tokenizer()
+    assert rendered(tokens, "q", [Shop().buy]) != rendered(tokens, "q", [Shop().buy, Garden().dig])
+
+
+def test_feedback_is_no_tool() -> None:
+    class Method_:  # noqa: N801
+        def feedback(self) -> str:
+            return "offered to the model"
+
+    with pytest.raises(TypeError, match=r"Method_\.feedback must be a string or None, got method.*property"):
+        environment_feedback([Shop.__new__(Garden), Method_()])
+    assert environment_feedback([Garden(), object()]) == ["roots everywhere", None]
+
+
+def test_an_environment_may_own_the_prompts(tmp_path: Path) -> None:
+    class Quiz(Garden):
+        def reset(self, **_: Any) -> str:
+            return "What now?"
+
+    trainer = tool_trainer(
+        tmp_path,
+        [[f"hm{talking.END}"]] * 8,
+        tools=None,
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        train_dataset=None,
+        environment_factory=Quiz,
+    )
+    batches, tokens = watch(trainer), trainer.processing_class
+    trainer.train()
+    text = tokens.decode(batches[0]["teacher_prompt_ids"][0])
+    assert "What now?\nThe following is feedback" in text
+    assert "roots everywhere" in text
+
+
+def test_a_rollout_function_brings_its_mask_and_its_feedback(tmp_path: Path) -> None:
+    """TRL's `rollout_func`: `env_mask` marks the model's tokens, any other key is a column of the rows."""
+    tokens = talking.tokenizer()
+    said = tokens(f"abcdef{talking.END}")["input_ids"]
+
+    def rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        ids = [rendered(tokens, prompt[-1]["content"], []) for prompt in prompts]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [list(said) for _ in prompts],
+            "logprobs": [[0.0] * len(said) for _ in prompts],
+            "env_mask": [[1, 1, 0, 0, 1, 1, 1] for _ in prompts],
+            "feedback": [f"row {row}" for row, _ in enumerate(prompts)],
+        }
+
+    trainer = tool_trainer(
+        tmp_path,
+        tools=None,
+        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        rollout_func=rollout,
+    )
+    batches = watch(trainer)
+    trainer.train()
+    (batch,) = batches
+    for row in range(8):
+        assert batch["tool_mask"][row].tolist() == [1, 1, 0, 0, 1, 1, 1]
+        assert f"attempt:\n\nrow {row}\n\nCorrectly" in tokens.decode(batch["teacher_prompt_ids"][row])
+    assert trainer._window._counts is not None
+    assert trainer._window._counts.tolist() == [8 * 5.0]
+
+
+# --- planted errors ---------------------------------------------------------------------------------------
+
+
+def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrong twin: the teacher's completion without the tools' answers."""
+    true = trl_trainer.compact
+
+    def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Any:
+        return true(prompt_ids, prompt_mask, torch.where(ids > 100, 0, ids), mask)
+
+    def losses() -> list[float]:
+        trainer = tool_trainer(tmp_path)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    expected = losses()
+    monkeypatch.setattr(trl_trainer, "compact", deaf)
+    assert losses() != pytest.approx(expected, rel=1e-3)
