@@ -53,7 +53,10 @@ RUNS = {
     "the second rank has nothing to learn": Run(succeeds=lambda row: row == 1, feedback=False),
     "nobody has anything to learn": Run(succeeds=lambda row: False, feedback=False),
     "a group on both ranks": Run({"num_generations": 8}, succeeds=lambda row: row == 6),
-    "sequence mean": Run({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"loss_aggregation": "sequence-mean"}),
+    "sequence mean": Run(
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"loss_aggregation": "sequence-mean"},
+    ),
     "trust region": Run(config={"teacher_mode": "trust_region"}),
     "live": Run(config={"teacher_mode": "live"}),
     "checkpointed": Run({"gradient_checkpointing": True}),
@@ -174,7 +177,9 @@ def said(row: int, batch: int, succeeds: bool) -> str:
     """A completion that `tiny.score` calls a success or not."""
     import tiny
 
-    text = "".join(chr(97 + (row * 5 + batch * 3 + i * (row % 4 + 1)) % 26) for i in range(2 + (row + batch) % 4))
+    text = "".join(
+        chr(97 + (row * 5 + batch * 3 + i * (row % 4 + 1)) % 26) for i in range(2 + (row + batch) % 4)
+    )
     return text if tiny.score(text) == float(succeeds) else text + "a"
 
 
@@ -334,7 +339,9 @@ def observe_exchange(folder: Path) -> Observed:
         with torch.no_grad():
             own = plain(**arguments).logits
             for name, parameter in plain.named_parameters():
-                other = {name: torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(errors)))}
+                other = {
+                    name: torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(errors)))
+                }
                 expected = functional_call(plain, other, args=(), kwargs=arguments).logits
                 parts = ranks.held_parts(model, other)
                 model(**arguments)
@@ -415,13 +422,63 @@ def observe_resume(folder: Path, name: str, adapter: str) -> Observed:
 
 def observe_more_ranks(folder: Path) -> Observed:
     """A run that one rank saves between two generation batches, and whoever comes later resumes."""
-    run = Run({"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 0.01})
+    run = Run(
+        {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "optim": "adamw_torch",
+            "learning_rate": 0.01,
+        }
+    )
     place = folder / "one to two"
     with strategy("ddp"):
         if world_size() == 1:
             return observe_training(make_trainer(place, run))
         trainer = make_trainer(place / "again", run, batches=2)
         return observe_training(trainer, resume_from_checkpoint=str(place / "checkpoint-2"))
+
+
+def observe_turns(folder: Path) -> Observed:
+    """Tools that the rows of the first rank alone call; every turn of a sharded model gathers its weights."""
+    import talking
+    import tiny
+    import torch
+    from datasets import Dataset
+    from sdpo_rl import SDPOTrainer, trl_trainer
+
+    chatty = [talking.call("multiply", '{"a": 6, "b": 7}')] * 2 + [f"it is 42{talking.END}"]
+    silent = [f"it is 41{talking.END}"]
+    scripts = [chatty if rank() == 0 and row % 2 else silent for row in range(4)]
+    turns: list[int] = []
+
+    with strategy("fsdp2"):
+        trainer = SDPOTrainer(
+            model=talking.model(),
+            args=tiny.arguments(
+                folder / "turns", per_device_train_batch_size=4, max_steps=1, max_completion_length=400
+            ),
+            sdpo_config=tiny.config(),
+            processing_class=talking.tokenizer(),
+            reward_funcs=[lambda completions, **_: [float("42" in c[-1]["content"]) for c in completions]],
+            tools=[talking.multiply],
+            train_dataset=Dataset.from_dict({"prompt": [tiny.user("6x7?")] * 2}),
+        )
+        say = talking.script(trainer.processing_class, scripts)
+
+        def turn(self: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+            turns.append(len(prompt_ids))
+            with torch.no_grad():
+                self.model(input_ids=torch.tensor(prompt_ids[:1]))
+            return say(prompt_ids)
+
+        sample = trl_trainer._BASE._generate_single_turn
+        trl_trainer._BASE._generate_single_turn = turn
+        try:
+            trainer.train()
+        finally:
+            trl_trainer._BASE._generate_single_turn = sample
+    return {"turns": turns, "loss": trainer.state.log_history[0]["loss"]}
 
 
 def main(folder: Path) -> None:
@@ -438,6 +495,7 @@ def main(folder: Path) -> None:
         for kind in ("ddp", "fsdp2"):
             for adapter in ("", "lora"):
                 seen["resume", kind, adapter] = observe_resume(folder, kind, adapter)
+        seen["turns"] = observe_turns(folder)
         seen["exchange"] = observe_exchange(folder)
         seen["sampling"] = {kind: observe_sampling(folder, kind) for kind in ("ddp", "fsdp2")}
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -51,20 +51,30 @@ def call(name: str, arguments: str) -> str:
 
 def read_out(trainer: Any, scripts: Sequence[Sequence[str]]) -> None:
     """Every row says its turns one after the other, instead of sampling."""
-    encode = trainer.processing_class
+    trainer._generate_single_turn = script(trainer.processing_class, scripts)
+
+
+def script(encode: Any, scripts: Sequence[Sequence[str]]) -> Callable[..., tuple[list[list[int]], None]]:
+    """The turns of all rows, in place of `_generate_single_turn`; a row it does not know falls silent."""
     so_far: list[list[int]] = []
     turns: list[int] = []
 
     def generate(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
         if len(prompt_ids) == len(scripts):
             so_far[:], turns[:] = [[] for _ in scripts], [0] * len(scripts)
-            rows = list(range(len(scripts)))
+            rows: list[int | None] = list(range(len(scripts)))
         else:
-            rows = [next(r for r, past in enumerate(so_far) if past and ids[: len(past)] == past) for ids in prompt_ids]
+            rows = [
+                next((r for r, past in enumerate(so_far) if ids[: len(past)] == past), None)
+                for ids in prompt_ids
+            ]
         said = []
         for row, ids in zip(rows, prompt_ids, strict=True):
+            if row is None:
+                said.append(encode(END)["input_ids"])
+                continue
             said.append(encode(scripts[row][turns[row]])["input_ids"])
             so_far[row], turns[row] = ids + said[-1], turns[row] + 1
         return said, None
 
-    trainer._generate_single_turn = generate
+    return generate

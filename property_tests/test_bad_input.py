@@ -400,6 +400,19 @@ TRAINER = [
         ValueError,
         ("teacher_mode='lora_ema'", "adapters", "has none", "peft_config", "teacher_mode='ema'"),
     ),
+    Case(
+        "a KL term that would be dropped",
+        lambda path: train(path, beta=0.04),
+        ValueError,
+        ("beta=0.04", "KL penalty", "enabled=False"),
+    ),
+    Case(
+        "an entropy bonus that would be dropped",
+        lambda path: train(path, entropy_coef=0.01),
+        ValueError,
+        ("entropy_coef=0.01", "entropy bonus", "enabled=False"),
+    ),
+    Case("no model", lambda path: SDPOTrainer(args=tiny.arguments(path)), TypeError, ("model", "None")),
     Case("nothing trains", nothing_trains, ValueError, ("requires_grad", "nothing to train")),
     Case(
         "an argument that nobody takes",

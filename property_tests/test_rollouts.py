@@ -162,7 +162,9 @@ def expected_reprompt(row: int) -> str | None:
 
 
 def rendered(tokens: Any, question: str, tools: list[Any]) -> list[int]:
-    return tokens.apply_chat_template(tiny.user(question), tools=tools, add_generation_prompt=True)["input_ids"]
+    return tokens.apply_chat_template(tiny.user(question), tools=tools, add_generation_prompt=True)[
+        "input_ids"
+    ]
 
 
 def test_the_teacher_reads_the_same_tokens_and_a_transcript(tmp_path: Path) -> None:
@@ -183,7 +185,9 @@ def test_the_teacher_reads_the_same_tokens_and_a_transcript(tmp_path: Path) -> N
         assert reads == ([] if reprompt is None else rendered(tokens, reprompt, [talking.multiply]))
 
 
-def hand_written_step(model: nn.Module, tokens: Any, *, tools_count: bool, tools_read: bool) -> dict[str, Tensor]:
+def hand_written_step(
+    model: nn.Module, tokens: Any, *, tools_count: bool, tools_read: bool
+) -> dict[str, Tensor]:
     """Gradient of Σ KL(student‖teacher) over the model's own tokens; teacher and student still have one weight."""
     losses = []
     for row in range(1, 8):
