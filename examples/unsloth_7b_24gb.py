@@ -126,7 +126,9 @@ def make_weights(folder: Path, shape: str) -> None:
         tensors = {
             key: torch.ones(wide, dtype=torch.bfloat16)
             if rows is None
-            else torch.empty(rows, dtype=torch.bfloat16, device=device).normal_(0, 0.02, generator=generator).cpu()
+            else torch.empty(rows, dtype=torch.bfloat16, device=device)
+            .normal_(0, 0.02, generator=generator)
+            .cpu()
             for key, rows in shapes.items()
         }
         save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -174,7 +176,6 @@ def load_with_unsloth(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         max_seq_length=max(2048, options.reprompt + options.completion + 64),
         dtype=None,
         load_in_4bit=options.base == "4bit",
-        device_map={"": 0},
     )
     model = FastLanguageModel.get_peft_model(
         model,
@@ -279,21 +280,24 @@ class Memory:
             self._cuda.set_per_process_memory_fraction(min(1.0, limit_gib * GIB / total))
 
     def now(self) -> int:
+        """Bytes allocated at this moment."""
         self.wait()
         return self._cuda.memory_allocated() if self._cuda else 0
 
     def peak(self) -> tuple[int, int]:
-        """Allocated and reserved."""
+        """Bytes allocated and reserved at most."""
         if not self._cuda:
             return 0, 0
         return self._cuda.max_memory_allocated(), self._cuda.max_memory_reserved()
 
     def restart(self) -> None:
+        """Forget the peak."""
         if self._cuda:
             self._cuda.empty_cache()
             self._cuda.reset_peak_memory_stats()
 
     def wait(self) -> None:
+        """Until the device is idle."""
         if self._cuda:
             self._cuda.synchronize()
 
@@ -421,7 +425,9 @@ def teacher_bytes(trainer: Any) -> int:
 def versions() -> dict[str, str | None]:
     import torch
 
-    found: dict[str, str | None] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    found: dict[str, str | None] = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    }
     for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "triton"):
         try:
             found[name] = version(name)
@@ -431,7 +437,9 @@ def versions() -> dict[str, str | None]:
 
 
 def parse(values: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--random-weights", type=Path, metavar="FOLDER", help="make a 7B checkpoint there")
     parser.add_argument("--shape", choices=SHAPES, default="7b", help="of the random weights")
@@ -440,8 +448,11 @@ def parse(values: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", choices=["4bit", "bf16"], default="4bit")
     parser.add_argument("--batch", type=int, choices=[1, 2, 4, 8], default=2, help="rows of a micro-batch")
     parser.add_argument("--completion", type=int, default=256, help="max_completion_length")
-    parser.add_argument("--reprompt", type=int, default=0, help="feedback that fills reprompts to this length")
-    parser.add_argument("--dropout", type=float, default=0.05, help="lora_dropout")
+    parser.add_argument(
+        "--reprompt", type=int, default=0, help="feedback that fills reprompts to this length"
+    )
+    # Unsloth's fused LoRA kernels need 0.
+    parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
     parser.add_argument("--chunk", type=int, default=256, help="loss_chunk_size; 0 chooses from free memory")
     parser.add_argument("--limit-gib", type=float, default=24.0, help="memory of this process; 0: all")
     parser.add_argument("--steps", type=int, default=4)

@@ -146,6 +146,7 @@ def strategy(name: str) -> Iterator[None]:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
     from sdpo_rl import SDPOTrainer
 
     create = SDPOTrainer.create_accelerator_and_postprocess
@@ -262,6 +263,7 @@ def whole_gradient(parameter: Any) -> Any:
 
 def fixed_batch(unwrapped: Any) -> dict[str, Any]:
     import torch
+
     from sdpo_rl import hidden_states
 
     ids = torch.arange(7, 31).view(2, 12)
@@ -276,8 +278,9 @@ def observe_run(folder: Path, run: Run) -> Observed:
 
 def observe_training(trainer: Any, **resume: Any) -> Observed:
     import torch
-    from sdpo_rl import hidden_states
     from transformers import TrainerCallback
+
+    from sdpo_rl import hidden_states
 
     gradients: list[Observed] = []
     prompts: list[list[str]] = []
@@ -322,8 +325,9 @@ def observe_exchange(folder: Path) -> Observed:
     """One parameter after the other replaced, right after a forward that leaves the outer units gathered."""
     import tiny
     import torch
-    from sdpo_rl import hidden_states, ranks
     from torch.func import functional_call
+
+    from sdpo_rl import hidden_states, ranks
 
     seen: Observed = {}
     for tied in (True, False):
@@ -377,10 +381,10 @@ def observe_exchange(folder: Path) -> Observed:
     return seen
 
 
-def observe_sampling(folder: Path, name: str) -> Observed:
+def observe_sampling(folder: Path, name: str, adapter: str = "") -> Observed:
     """Real generation of one group on both ranks, which stop at different lengths."""
     with strategy(name):
-        run = Run({"num_generations": 8, "max_completion_length": 12})
+        run = Run({"num_generations": 8, "max_completion_length": 12}, adapter=adapter)
         trainer = make_trainer(folder, run, max_steps=1)
         del trainer._generate_single_turn
         trainer.generation_config.max_new_tokens = 3 + 6 * rank()
@@ -445,6 +449,7 @@ def observe_turns(folder: Path) -> Observed:
     import tiny
     import torch
     from datasets import Dataset
+
     from sdpo_rl import SDPOTrainer, trl_trainer
 
     chatty = [talking.call("multiply", '{"a": 6, "b": 7}')] * 2 + [f"it is 42{talking.END}"]
@@ -497,7 +502,11 @@ def main(folder: Path) -> None:
                 seen["resume", kind, adapter] = observe_resume(folder, kind, adapter)
         seen["turns"] = observe_turns(folder)
         seen["exchange"] = observe_exchange(folder)
-        seen["sampling"] = {kind: observe_sampling(folder, kind) for kind in ("ddp", "fsdp2")}
+        seen["sampling"] = {
+            "ddp": observe_sampling(folder, "ddp"),
+            "fsdp2": observe_sampling(folder, "fsdp2"),
+            "fsdp2, lora": observe_sampling(folder, "fsdp2", "lora"),
+        }
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -64,10 +64,11 @@ def script(encode: Any, scripts: Sequence[Sequence[str]]) -> Callable[..., tuple
             so_far[:], turns[:] = [[] for _ in scripts], [0] * len(scripts)
             rows: list[int | None] = list(range(len(scripts)))
         else:
-            rows = [
-                next((r for r, past in enumerate(so_far) if ids[: len(past)] == past), None)
-                for ids in prompt_ids
-            ]
+            free = dict(enumerate(so_far))  # rows may have said the same so far
+            rows = []
+            for ids in prompt_ids:
+                rows.append(next((row for row, past in free.items() if ids[: len(past)] == past), None))
+                free.pop(rows[-1], None)
         said = []
         for row, ids in zip(rows, prompt_ids, strict=True):
             if row is None:

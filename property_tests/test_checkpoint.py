@@ -49,6 +49,12 @@ def broad_lora() -> nn.Module:
     return lora(untied, bias="lora_only", modules_to_save=["lm_head", "embed_tokens"])
 
 
+def one_of_two_adapters() -> nn.Module:
+    model = lora(init_lora_weights=False)
+    model.add_adapter("other", LoraConfig(**LORA))
+    return model
+
+
 def prompt_tuned() -> nn.Module:
     torch.manual_seed(0)
     return get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
@@ -160,10 +166,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "LoRA": ({**WHOLE_BATCH, "start": lora, "sdpo": {"teacher_mode": "lora_ema"}}, [2, 4]),
     "LoRA, within a generation batch": ({**HALF_BATCH, "start": lora}, [1, 5]),
     "LoRA, warm start": ({**HALF_BATCH, "start": lambda: lora(init_lora_weights=False)}, [3]),
-    "LoRA, warm start beside a reference": (
-        {**HALF_BATCH, "start": lambda: lora(init_lora_weights=False), "beta": 0.1},
-        [3],
-    ),
+    "LoRA, beside another adapter": ({**HALF_BATCH, "start": one_of_two_adapters}, [3]),
     "LoRA, biases and whole modules": ({**HALF_BATCH, "start": broad_lora}, [3]),
     "DoRA": ({**HALF_BATCH, "start": lambda: lora(use_dora=True)}, [3]),
     "prompt tuning": ({**HALF_BATCH, "start": prompt_tuned}, [3]),
@@ -241,7 +244,7 @@ TWINS: dict[str, tuple[Any, str, Any, str, int, str]] = {
         checkpoint,
         "load_adapter_beside_others",
         forget,
-        "LoRA, warm start beside a reference",
+        "LoRA, beside another adapter",
         3,
         "student",
     ),

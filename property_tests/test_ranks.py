@@ -7,6 +7,7 @@ the paper says is shown in test_trainer_step.py.
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,12 @@ def test_demonstrations_cross_ranks(two: list[Observed], strategy: str) -> None:
 def test_feedback_stays_with_its_row_on_its_rank(two: list[Observed], one: Observed) -> None:
     for name in ("tied", "trust region", "a step over two generation batches", "a group on both ranks"):
         for batch, everything in enumerate(one["ddp", name]["prompts"]):
-            assert sum((rank["ddp", name]["prompts"][batch] for rank in two), []) == everything
+            assert [*chain(*(rank["ddp", name]["prompts"][batch] for rank in two))] == everything
     remark = tiny.remark(driver.said(5, 0, False))  # the second group has no success
     assert f"unsuccessful earlier attempt:\n\n{remark}\n\n" in two[1]["ddp", "tied"]["prompts"][0][1]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2, lora"])
 def test_ranks_draw_different_rollouts_and_wait_for_the_longest(two: list[Observed], strategy: str) -> None:
     """One prompt on both ranks, which may write 3 and 9 tokens."""
     first, second = (rank["sampling"][strategy]["completions"] for rank in two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import tiny
 import torch
 from by_hand import Method, Row, compare
 from datasets import Dataset
+from torch import Tensor, nn
+
 from sdpo_rl import SDPOTrainer, trl_trainer
 from sdpo_rl.feedback import environment_feedback
 from sdpo_rl.prompts import completion_text
-from torch import Tensor, nn
 
 TOLERANCE = 3e-6
 
@@ -177,7 +179,7 @@ def test_the_teacher_reads_the_same_tokens_and_a_transcript(tmp_path: Path) -> N
         parts = expected_parts(row)
         ids = batch["completion_ids"][row][batch["completion_mask"][row].bool()]
         pieces = [tokens(text)["input_ids"] for text, _ in parts]
-        assert ids.tolist() == sum(pieces, [])
+        assert ids.tolist() == [*chain(*pieces)]
         written = [own for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece]
         assert batch["tool_mask"][row][: len(ids)].bool().tolist() == written
         reprompt = expected_reprompt(row)
@@ -193,7 +195,7 @@ def hand_written_step(
     for row in range(1, 8):
         parts = [part for part in expected_parts(row) if part[1] or tools_read]
         pieces = [tokens(text)["input_ids"] for text, _ in parts]
-        completion = sum(pieces, [])
+        completion = [*chain(*pieces)]
         counts = torch.tensor(
             [own or tools_count for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece]
         )

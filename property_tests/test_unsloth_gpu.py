@@ -5,6 +5,7 @@ Each observation is a fresh process, as in test_unsloth_cpu.py.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def quantized_model(**changes: Any) -> Any:
         tiny.model(initializer_range=0.1, **sizes).bfloat16().save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
     model, _ = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=500, dtype=None, load_in_4bit=True, device_map={"": 0}
+        str(folder), max_seq_length=500, dtype=None, load_in_4bit=True
     )
     settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "use_gradient_checkpointing": "unsloth"}
     model = FastLanguageModel.get_peft_model(model, target_modules=driver.PROJECTIONS, **(settings | changes))
@@ -58,7 +59,7 @@ def sdpo_trainer(model: Any, options: dict[str, Any] | None = None, **changes: A
 def fingerprint(model: Any) -> list[int]:
     """Of every quantized weight, byte for byte."""
     return [
-        int(parameter.detach().view(torch.uint8).long().sum())
+        int(torch.sum(parameter.data, dtype=torch.int64))
         for parameter in model.parameters()
         if type(parameter).__name__ == "Params4bit"
     ]
@@ -70,7 +71,7 @@ def observe_recipe() -> dict[str, Any]:
 
     tiny.remark = long_remark
     model = quantized_model()
-    trainer = sdpo_trainer(model, num_iterations=2)
+    trainer = sdpo_trainer(model, num_iterations=2, gradient_checkpointing=True)
     before, start = fingerprint(model), trainable(model)
     average = {name: tensor.float() for name, tensor in start.items()}
     state = trainer._teacher.state
@@ -128,11 +129,10 @@ def run_out_of_memory(trainer: Any) -> list[str]:
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
     filler = []
-    try:
-        while True:
-            filler.append(torch.empty(2**20, dtype=torch.uint8, device="cuda"))
-    except torch.cuda.OutOfMemoryError:
-        pass
+    for size in (2**20, 2**16, 2**12, 2**9):
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            while True:
+                filler.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
     try:
         trainer.compute_loss(trainer.model, batch)
     except torch.cuda.OutOfMemoryError as error:
@@ -224,7 +224,7 @@ def test_a_full_card_is_explained(recipe: dict[str, Any]) -> None:
 
 
 def test_the_report_names_the_parts(recipe: dict[str, Any]) -> None:
-    for part in ("Unsloth’s rewritten GRPOTrainer", "4-bit", "bitsandbytes", "GPU"):
+    for part in ("Unsloth's rewritten GRPOTrainer", "4-bit", "bitsandbytes", "GPU"):
         assert part in recipe["report"]
 
 

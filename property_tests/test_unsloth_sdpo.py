@@ -6,6 +6,7 @@ never seen Unsloth, does each step again: every row alone, no padding, the diver
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,16 @@ def long_remark(text: str) -> str:
 
 # Changes of the GRPOConfig, of the SDPOConfig, of the method by hand.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], hand.Method]] = {
-    "two micro-batches": ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, {}, hand.Method()),
-    "one row at a time": ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, {}, hand.Method()),
+    "two micro-batches": (
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {},
+        hand.Method(),
+    ),
+    "one row at a time": (
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {},
+        hand.Method(),
+    ),
     "whole logits": (
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {"loss_backend": "logits"},
@@ -130,14 +139,25 @@ def observe(fast: bool = False, device: str = "cpu", runs: list[str] | None = No
         "grpo": observe_grpo(),
         "evaluation": observe_evaluation(),
         "report": sdpo_rl.unsloth_report(trainer),
-        "homes": {
-            name: next(cls.__name__ for cls in type(trainer).__mro__ if name in vars(cls)) for name in INHERITED
-        },
-        "ours": sorted(name for name in vars(type(trainer)) if callable(getattr(type(trainer), name))),
+        "prediction_step": next(c.__name__ for c in type(trainer).__mro__ if "prediction_step" in vars(c)),
+        "without_super": overrides_without_super(type(trainer)),
+        "sleeps": sorted(
+            name
+            for name, value in inspect.getmembers(type(trainer).__mro__[2], inspect.isfunction)
+            if "wake_up" in inspect.getsource(inspect.unwrap(value))
+        ),
     }
 
 
-INHERITED = ["prediction_step", "_generate", "_prepare_input", "create_optimizer", "get_train_dataloader"]
+def overrides_without_super(cls: type) -> list[str]:
+    """Methods of a class that replace one below them and never call it."""
+    return sorted(
+        name
+        for name, value in vars(cls).items()
+        if inspect.isfunction(value)
+        and any(hasattr(base, name) for base in cls.__mro__[1:])
+        and f"super().{name}" not in inspect.getsource(value)
+    )
 
 
 def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
@@ -214,7 +234,9 @@ def name_losses(trainer: Any) -> list[str]:
             if node is not None and node not in found:
                 found.add(node)
                 stack += [parent for parent, _ in node.next_functions]
-        names.append(" ".join(sorted({type(node).__name__ for node in found if "Unsloth" in type(node).__name__})))
+        names.append(
+            " ".join(sorted({type(node).__name__ for node in found if "Unsloth" in type(node).__name__}))
+        )
         return loss
 
     trainer.compute_loss = compute_loss
@@ -228,7 +250,9 @@ def observe_evaluation() -> dict[str, Any]:
         max_steps=2, optim="adamw_torch", eval_strategy="steps", eval_steps=1,
     )  # fmt: skip
     trainer.train()
-    return {key: value for entry in trainer.state.log_history for key, value in entry.items() if "eval" in key}
+    return {
+        key: value for entry in trainer.state.log_history for key, value in entry.items() if "eval" in key
+    }
 
 
 # --- the same steps by hand -------------------------------------------------------------------------------
@@ -266,7 +290,8 @@ def differences(file: Path, method: hand.Method) -> hand.Difference:
         due = micro_batches // data["generate_every"]
         for _ in range(due - ticks):
             teacher = {
-                name: (1 - method.rate) * old + method.rate * step.after[name] for name, old in teacher.items()
+                name: (1 - method.rate) * old + method.rate * step.after[name]
+                for name, old in teacher.items()
             }
         ticks = due
     return hand.Difference(gradient_error, loss_error)
@@ -328,10 +353,22 @@ def test_evaluation_is_unsloths_own(seen: dict[str, Any]) -> None:
     assert evaluation["eval_self_distillation/reprompt_sample_fraction"] > 0.0
 
 
-def test_generation_and_its_memory_are_unsloths_own(seen: dict[str, Any]) -> None:
-    assert "SDPOTrainer" not in seen["homes"].values()
-    assert seen["homes"]["_generate"] == "_UnslothGRPOTrainer"
-    assert not [name for name in seen["ours"] if "vllm" in name or "sleep" in name or "wake" in name]
+def test_nothing_of_unsloths_is_cut_off(seen: dict[str, Any]) -> None:
+    """Each method of ours calls the one below it: vLLM's sleep and wake-up, mode switches, evaluation stay."""
+    assert seen["without_super"] == []
+    assert seen["sleeps"], "Unsloth's class no longer puts vLLM to sleep; look where it does"
+    assert seen["prediction_step"] == "_UnslothGRPOTrainer"
+
+
+def test_the_report_names_the_parts(seen: dict[str, Any]) -> None:
+    for part in (
+        "trainer: over Unsloth's rewritten GRPOTrainer",
+        "compute_loss: SDPOTrainer → _UnslothGRPOTrainer",
+        "prediction_step: _UnslothGRPOTrainer",
+        "unsloth 2026",
+        "classes SDPOTrainer → UnslothGRPOTrainer",
+    ):
+        assert part in seen["report"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdpo import kernels
 from sdpo._fused_engine import Operands, Plan, run
 from sdpo._recipe import Recipe, TokenStats
 
@@ -45,12 +46,17 @@ class _Total(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.learning = _learning(inputs)
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        # Else autograd would make zeros as large as the gradients, for outputs that have none.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[2:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if tensor is None else tensor * grad_total for tensor in ctx.saved_tensors]
+    def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if tensor is None or grad_total is None else kernels.scaled(tensor, grad_total)
+            for tensor in ctx.saved_tensors
+        ]
         return _returned(gradients, ctx.learning)
 
 
@@ -73,13 +79,16 @@ class _PerToken(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.recipe, ctx.plan, ctx.learning = inputs[0], inputs[1], _learning(inputs)
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[2], *inputs[2:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_per_token: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_per_token: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         unit, *tensors = ctx.saved_tensors
         operands = Operands(*tensors)
+        if grad_per_token is None:
+            return _returned([None, None, None], ctx.learning)
         if _mixes_rows(ctx.plan):
             out = run(operands, ctx.recipe, ctx.plan, grad_per_token)
             return _returned([out.hidden, out.head, out.bias], ctx.learning)

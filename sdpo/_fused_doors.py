@@ -13,11 +13,12 @@ from sdpo._fused_engine import Backend, Operands, Plan
 from sdpo._projection import gradient_dtype, operand_dtype, working_dtype
 from sdpo._recipe import Recipe, Support, Tail
 
-# Bytes of all chunk buffers together: as much as keeps a GPU's matrix units full, and as little as a CPU needs.
-_GPU_BYTES = int(1.75 * 2**30)
+# Bytes of a chunk's buffers: enough to keep the matrix units busy, 768 tokens of a vocabulary of 150k on a GPU.
+_GPU_BYTES = 1152 * 2**20
 _CPU_BYTES = 96 * 2**20
 _MAX_ROWS = 8192
-_SLOPE_BLOCKS = 6
+# Chunks of slopes that wait for one product with the hidden states, where the head learns.
+_SLOPE_BLOCKS = 4
 
 _Model = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -154,7 +155,7 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
     if chunk_size is None:
         width = working_dtype(dtype).itemsize
         slope = gradient_dtype(device, dtype)
-        per_row = width * (3 if own_reference else 2) + (slope.itemsize * blocks if slope.itemsize < width else 0)
+        per_row = width * (3 if own_reference else 2) + (slope.itemsize if slope.itemsize < width else 0)
         if chosen is _fused_torch.chunk:
             per_row += width * (2 if recipe.k is not None or recipe.support == "sampled" else 8)
         chunk_size = _rows_that_fit(per_row * operands.student_head.shape[0], device)
@@ -221,6 +222,6 @@ def _rows_that_fit(bytes_per_row: int, device: torch.device) -> int:
     if device.type == "cuda":
         # What the caching allocator holds unused is free as well.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = min(_GPU_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 2)
+        budget = min(_GPU_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
     rows = max(1, min(budget // bytes_per_row, _MAX_ROWS))
     return rows - rows % 128 if rows > 128 else rows

@@ -100,7 +100,7 @@ def dtypes_kept(model: nn.Module) -> Iterator[None]:
 def load_adapter_beside_others(folder: str, model: Any) -> None:
     """Load the trained adapter, which the Trainer passes over where other adapters lie in subfolders.
 
-    GRPO with `beta` keeps a frozen copy of a warm-started adapter that way; the student would start again.
+    A model may carry further adapters, a frozen copy of its first one, say; its student would start again.
     """
     if (Path(folder) / _ADAPTER).is_file() and any(Path(folder).glob(f"*/{_ADAPTER}")):
         model.load_adapter(folder, model.active_adapters[0], is_trainable=True)

@@ -8,7 +8,6 @@ it, `full_tensors`, `global_ratio`, `any_rank`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -109,24 +108,6 @@ def scale_gradients(model: nn.Module, factor: Tensor) -> None:
             gradient: Any = parameter.grad
             gradient = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             gradient.mul_(factor.to(gradient.device))
-
-
-@contextmanager
-def synchronized_generation(model: Any) -> Iterator[None]:
-    """`model.generate` that decodes until the last rank has finished.
-
-    Each decoding step of a sharded model gathers weights from all ranks, also from one whose rows are done.
-    Transformers sees to it under FSDP 1 and ZeRO-3 alone.
-    """
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
-        yield
-        return
-    generate = model.generate
-    model.generate = functools.partial(generate, synced_gpus=True)
-    try:
-        yield
-    finally:
-        model.generate = generate
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

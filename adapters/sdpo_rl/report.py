@@ -1,4 +1,4 @@
-"""What a trainer is made of: which parts are TRL's, Unsloth's and this library's, and the versions for a bug report."""
+"""What a trainer is made of: the parts that are TRL's, Unsloth's and this library's, and their versions."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ _METHODS = (
     "log",
     "_save_checkpoint",
 )
+_UNSLOTHS, _TRLS = "Unsloth's rewritten", "TRL's"
 # Why this library has a method of its own; every other method is inherited as it is.
 _REPLACED = {
     "__init__": "checks the arguments, then calls the one below; adds the teacher",
@@ -106,12 +107,12 @@ def _applies(trainer: Any) -> Iterator[str]:
     args, config = trainer.args, getattr(trainer, "sdpo_config", None)
     patched = is_unsloth(type(trainer))
     by_unsloth = hasattr(model, "for_training")
-    yield f"trainer: over {'Unsloth’s rewritten' if patched else 'TRL’s'} GRPOTrainer"
+    yield f"trainer: over {_UNSLOTHS if patched else _TRLS} GRPOTrainer"
     if not patched and "unsloth" in _loaded():
         yield f"  Unsloth is imported but its trainer is not below this one; the order is:\n{IMPORT_ORDER}"
     yield f"model: loaded by {'Unsloth' if by_unsloth else 'transformers'}, base {base_precision(model)}"
     yield f"adapters: {', '.join(getattr(model, 'peft_config', {})) or 'none, the whole model trains'}"
-    yield f"gradient checkpointing: {checkpointing(model)}"
+    yield f"gradient checkpointing: {checkpointing(model, args)}"
     limit = getattr(model, "max_seq_length", None)
     yield f"max_seq_length: {limit if limit else 'not set by a loader'}"
     yield f"mixed precision: {trainer.accelerator.mixed_precision}"
@@ -121,7 +122,7 @@ def _applies(trainer: Any) -> Iterator[str]:
     if config is None:
         return
     if not config.enabled:
-        yield f"loss: {'Unsloth’s chunked GRPO' if patched else 'TRL’s GRPO'} (enabled=False)"
+        yield f"loss: {_UNSLOTHS if patched else _TRLS} GRPO (enabled=False)"
         return
     chunk = config.loss_chunk_size or "chosen from free memory"
     yield f"loss: SDPO, backend {config.loss_backend}, {chunk} tokens projected at a time"
@@ -132,7 +133,9 @@ def _applies(trainer: Any) -> Iterator[str]:
 def _homes(trainer: Any) -> Iterator[str]:
     for name, classes in method_homes(trainer):
         own = classes[0] == "SDPOTrainer" and len(classes) > 1
-        yield f"{name}: {' → '.join(classes)}" + (f"  ({_REPLACED[name]})" if own and name in _REPLACED else "")
+        yield f"{name}: {' → '.join(classes)}" + (
+            f"  ({_REPLACED[name]})" if own and name in _REPLACED else ""
+        )
 
 
 def _versions(trainer: Any) -> Iterator[str]:
@@ -176,11 +179,12 @@ def base_precision(model: Any) -> str:
     return "unknown" if frozen is None else str(frozen.dtype).removeprefix("torch.")
 
 
-def checkpointing(model: Any) -> str:
+def checkpointing(model: Any, args: Any) -> str:
     """`off`, `on`, or `on (unsloth)` where activations are offloaded as well."""
     modules = [m for m in _base(model).modules() if getattr(m, "gradient_checkpointing", False)]
     if not modules:
-        return "off"
+        # The training loop switches it on when it starts.
+        return "on" if args.gradient_checkpointing else "off"
     function = getattr(modules[0], "_gradient_checkpointing_func", None)
     home = getattr(inspect.unwrap(function), "__module__", "") if callable(function) else ""
     return "on (unsloth)" if "unsloth" in (home or "") else "on"

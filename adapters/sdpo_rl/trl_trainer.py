@@ -279,8 +279,9 @@ class SDPOTrainer(_BASE):
             token_limit = math.inf
             if mask.shape[1] > self._context_length:
                 raise ValueError(
-                    f"a batch is {mask.shape[1]} tokens wide and the model reads {self._context_length}; on several "
-                    "ranks its rows cannot run apart: set per_device_train_batch_size=1, or raise max_seq_length"
+                    f"a batch is {mask.shape[1]} tokens wide and the model reads {self._context_length}; on "
+                    "several ranks its rows cannot run apart: set per_device_train_batch_size=1, or raise "
+                    "max_seq_length"
                 )
         return row_groups(mask, length=length, width_limit=self._context_length, token_limit=token_limit)
 
@@ -457,8 +458,7 @@ class SDPOTrainer(_BASE):
         if self._awaited:
             ranks.any_rank(True, self.accelerator.device)
         self._turn = args, kwargs
-        with ranks.synchronized_generation(self._unwrapped):
-            return super()._generate_single_turn(*args, **kwargs)
+        return super()._generate_single_turn(*args, **kwargs)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's loop, to whose end every rank goes along: another rank's turn needs the weights of this one."""

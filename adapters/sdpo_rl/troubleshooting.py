@@ -41,7 +41,7 @@ def advice(trainer: Any) -> str:
     model = trainer.accelerator.unwrap_model(trainer.model)
     unsloth = hasattr(model, "for_training")
     lines = []
-    if checkpointing(model) == "off":
+    if checkpointing(model, args) == "off":
         lines.append(
             "gradient checkpointing is off: "
             + (
@@ -50,10 +50,12 @@ def advice(trainer: Any) -> str:
                 else "GRPOConfig(gradient_checkpointing=True)"
             )
         )
-    elif unsloth and checkpointing(model) != "on (unsloth)":
+    elif unsloth and checkpointing(model, args) != "on (unsloth)":
         lines.append('gradient checkpointing is on; use_gradient_checkpointing="unsloth" also offloads')
     if base_precision(model) not in ("4-bit", "8-bit"):
-        lines.append(f"the base is held in {base_precision(model)}: load_in_4bit=True takes a quarter of bf16")
+        lines.append(
+            f"the base is held in {base_precision(model)}: load_in_4bit=True takes a quarter of bf16"
+        )
     batch = args.per_device_train_batch_size
     lines.append(
         f"per_device_train_batch_size={batch}"
@@ -86,7 +88,7 @@ def warn_if_slow(trainer: Any) -> None:
     reasons = slow_reasons(
         backend=trainer.sdpo_config.loss_backend,
         precision=base_precision(model),
-        checkpointing=checkpointing(model),
+        checkpointing=checkpointing(model, trainer.args),
         unsloth=hasattr(model, "for_training"),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         card_bytes=card,
@@ -107,7 +109,9 @@ def slow_reasons(
     """
     reasons = []
     if backend == "logits":
-        reasons.append("loss_backend='logits' computes and holds whole logits; 'auto' computes them in chunks")
+        reasons.append(
+            "loss_backend='logits' computes and holds whole logits; 'auto' computes them in chunks"
+        )
     if not card_bytes:
         return reasons
     share = weight_bytes / card_bytes

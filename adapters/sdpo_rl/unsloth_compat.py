@@ -28,8 +28,8 @@ def check_construction(model: Any, args: Any, peft_config: Any) -> None:
     """Refuse what Unsloth's trainer ignores silently or fails on much later.
 
     Raises:
-        ValueError: `peft_config`, a model's name, a model that Unsloth did not load, or a `GRPOConfig` that was
-            imported before the patch; each with the fix.
+        ValueError: `peft_config`, a model's name, a model that Unsloth did not load, a `GRPOConfig` that was
+            imported before the patch, or completions as long as `max_seq_length`; each with the fix.
     """
     if peft_config is not None:
         raise ValueError(
@@ -50,6 +50,13 @@ def check_construction(model: Any, args: Any, peft_config: Any) -> None:
         raise ValueError(
             "args is a GRPOConfig from before the patch: it has no unsloth_num_chunks, and Unsloth's loss would "
             f"fail on it. Import in this order, then make the config again:\n{IMPORT_ORDER}"
+        )
+    limit, length = getattr(model, "max_seq_length", None), args.max_completion_length
+    if limit is not None and length is not None and length >= limit:
+        raise ValueError(
+            f"max_completion_length={length} leaves no room for a prompt in the model's max_seq_length={limit}, "
+            "and Unsloth cuts longer sequences off silently; lower the one, or load the model with a larger "
+            "max_seq_length (prompt + completion, and reprompt + completion, must fit)"
         )
 
 

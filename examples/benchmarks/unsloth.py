@@ -45,6 +45,8 @@ TOGETHER: dict[str, list[str]] = {
     "TRL bf16 SDPO": ["--no-unsloth", "--base", "bf16", "--steps", "2"],
     "TRL bf16 GRPO": ["--no-unsloth", "--base", "bf16", "--arm", "grpo", "--steps", "2"],
     "TRL 4-bit GRPO": ["--no-unsloth", "--arm", "grpo", "--steps", "2"],
+    "Unsloth 4-bit SDPO, dropout 0.05": ["--dropout", "0.05", "--steps", "2"],
+    "Unsloth 4-bit SDPO, chunk from free memory": ["--chunk", "0", "--steps", "2"],
 }
 PEER_CASE = {PEER + ", Unsloth 4-bit, 4 rows": ["--batch", "4", "--steps", "2"]}
 LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
@@ -120,9 +122,9 @@ def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """The cases as a Markdown table; steps without the first, which pays for everything that is made once."""
+    """The cases as a Markdown table in GiB, MiB and seconds; the first step pays for what is made once."""
     lines = [
-        "| case | loaded GiB | loading s | loading peak | training peak | reserved | teacher MiB | s/step | generating |",
+        "| case | loaded | loading s | loading peak | peak | reserved | teacher MiB | s/step | generating |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, record in records.items():
@@ -157,11 +159,14 @@ def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", type=Path, default=Path("/tmp/qwen7b"), help="folder of the checkpoint")
     parser.add_argument("--shape", choices=recipe.SHAPES, default="7b")
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/unsloth-cases"), help="logs and caches")
     parser.add_argument("--peer-path", type=Path, help="folder that holds sdpo-rl 0.0.3's sdpo_rl package")
+    parser.add_argument("--only", choices=["timed", "together"], help="the first or the second half")
     parser.add_argument("--cases", nargs="*", help="only cases whose name contains one of these")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
     parser.add_argument("--at-a-time", type=int, default=4, help="cases that run together")
@@ -186,7 +191,11 @@ def main() -> None:
             {name: value for name, value in cases.items() if any(part in name for part in options.cases)}
             for cases in (timed, together)
         )
+    timed = {} if options.only == "together" else timed
+    together = {} if options.only == "timed" else together
     records: dict[str, dict[str, Any]] = {}
+    if options.output and options.output.exists():
+        records = json.loads(options.output.read_text())["cases"]
 
     def keep() -> None:
         if options.output:

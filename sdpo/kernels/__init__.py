@@ -37,3 +37,17 @@ def chunk(
     from sdpo.kernels import _launch
 
     _launch.chunk(student, teacher, rows, recipe, stats, slope)
+
+
+def scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """``values * factor`` for a factor [] of any dtype, in the dtype of ``values``.
+
+    torch multiplies a bf16 tensor by a float32 scalar at a quarter of a GPU's bandwidth, and a bf16 scalar has
+    no digits to spare.
+    """
+    plain = values.dtype == factor.dtype or values.numel() == 0
+    if plain or not values.is_cuda or importlib.util.find_spec("triton") is None:
+        return values * factor
+    from sdpo.kernels import _launch
+
+    return _launch.scaled(values, factor)

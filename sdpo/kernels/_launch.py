@@ -52,6 +52,16 @@ def chunk(
         fill(p, q, rows, recipe, stats, slope)
 
 
+def scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """``values * factor`` at the speed of memory, for a factor [] of another dtype."""
+    out = torch.empty_like(values)
+    with torch.cuda.device_of(values):
+        _stream.scale[(triton.cdiv(values.numel(), BLOCK),)](
+            values, factor, out, values.numel(), BLOCK=BLOCK, num_warps=WARPS
+        )
+    return out
+
+
 class _Support(NamedTuple):
     """One model at the support, and the rest of its vocabulary."""
 
@@ -91,7 +101,9 @@ def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
             p.products, p.bias, slope, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
             BIAS=p.has_bias, SOFTCAP=p.softcap, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        slope.scatter_(1, ids, inside_slopes)
+        _stream.inside_slopes[(count,)](
+            ids, inside_slopes, slope, vocabulary, k, BLOCK_K=_power(k), num_warps=1
+        )
 
 
 def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None) -> None:

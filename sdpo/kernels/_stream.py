@@ -20,12 +20,18 @@ def load_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexp
 
 
 @triton.jit
+def _newest_first():
+    """Row and block of a program; the last columns first, which the product wrote last and the cache still holds."""
+    return tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
+
+
+@triton.jit
 def block_sums(
     products, bias, tops, masses, moments, V, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per block of columns: the largest logit z*, Σ exp(z − z*), and Σ (z − z*)·exp(z − z*)."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, block = _newest_first()
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
     top = tl.max(z, 0)
@@ -43,25 +49,25 @@ def group_sums(
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As ``block_sums``, and the first two per group of GROUP neighbouring columns."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, block = _newest_first()
     groups = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
     columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
     group_top = tl.max(z, 1)
     base = finite_or_zero(group_top)
-    away = z - base[:, None]
-    e = tl.exp(away)
+    e = tl.exp(z - base[:, None])
     group_mass = tl.sum(e, 1)
-    group_moment = tl.sum(tl.where(e > 0.0, away * e, 0.0), 1)
     real = groups < GROUPS
     tl.store(group_tops + row * GROUPS + groups, group_top, mask=real)
     tl.store(group_masses + row * GROUPS + groups, group_mass, mask=real)
     top = tl.max(group_top, 0)
-    lower = base - finite_or_zero(top)
+    scale = tl.where(group_top == -float("inf"), 0.0, tl.exp(base - finite_or_zero(top)))
+    e *= scale[:, None]
+    away = tl.where(e > 0.0, z - finite_or_zero(top), 0.0)
     place = row * tl.num_programs(1) + block
     tl.store(tops + place, top)
-    tl.store(masses + place, tl.sum(times_exp(group_mass, lower), 0))
-    tl.store(moments + place, tl.sum(times_exp(group_moment + lower * group_mass, lower), 0))
+    tl.store(masses + place, tl.sum(group_mass * scale, 0))
+    tl.store(moments + place, tl.sum(away * e))
 
 
 @triton.jit
@@ -69,7 +75,7 @@ def outside_slopes(
     products, bias, slopes, outside, log_outside, V, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is written later."""
+    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is for later."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
@@ -78,3 +84,21 @@ def outside_slopes(
         capped = z / outer
         slope = tl.where(z == -float("inf"), 0.0, slope * (1.0 - capped * capped))
     tl.store(slopes + row * V + columns, slope.to(slopes.dtype.element_ty), mask=columns < V)
+
+
+@triton.jit
+def inside_slopes(ids, values, slopes, V, K, BLOCK_K: tl.constexpr):
+    """Write the slopes [c, K] of the support over what ``outside_slopes`` left there."""
+    row = tl.program_id(0).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_K)
+    real = ranks < K
+    columns = tl.load(ids + row * K + ranks, mask=real, other=0)
+    tl.store(slopes + row * V + columns, tl.load(values + row * K + ranks, mask=real), mask=real)
+
+
+@triton.jit
+def scale(values, factor, out, COUNT, BLOCK: tl.constexpr):
+    """values · factor, computed in float32; the factor is a tensor []."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(values + place, mask=place < COUNT).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + place, product.to(out.dtype.element_ty), mask=place < COUNT)

@@ -1,0 +1,470 @@
+"""What is refused under Unsloth, in the right order and in the wrong one, and what is said about memory and speed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import unsloth_driver as driver
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sdpo_rl import row_groups, trl_trainer, troubleshooting, unsloth_compat, unsloth_report
+from sdpo_rl.hidden_states import CompletionStates, Head
+from sdpo_rl.trl_trainer import _row_tensors
+
+needs_unsloth = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
+
+RIGHT_ORDER = """
+from unsloth import FastLanguageModel, PatchFastRL
+PatchFastRL("GRPO", FastLanguageModel)
+from sdpo_rl import SDPOTrainer, SDPOConfig
+from trl import GRPOConfig
+"""
+WRONG_ORDER = """
+from sdpo_rl import SDPOTrainer, SDPOConfig
+from unsloth import FastLanguageModel, PatchFastRL
+PatchFastRL("GRPO", FastLanguageModel)
+from trl import GRPOConfig
+"""
+# Without a GPU the import needs a variable that PatchFastRL must not see.
+FIRST = """
+import os
+import sys
+os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+{early}
+import unsloth
+del os.environ["UNSLOTH_ALLOW_CPU"]
+"""
+
+
+# --- import order: the guide's own lines, in fresh processes ----------------------------------------------
+
+
+def run_lines(lines: str, cwd: Path) -> str:
+    environment = os.environ | driver.ENVIRONMENT
+    paths = [str(driver.HERE), str(driver.HERE.parent), str(driver.HERE.parent / "adapters")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [driver.python(), "-c", lines]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@needs_unsloth
+def test_the_right_order(tmp_path: Path) -> None:
+    said = run_lines(
+        FIRST.format(early="")
+        + RIGHT_ORDER
+        + 'print("MRO", *(cls.__name__ for cls in SDPOTrainer.__mro__))\n'
+        + 'print("CHUNKS", hasattr(GRPOConfig("out", use_cpu=True, bf16=False), "unsloth_num_chunks"))\n'
+        + REFUSALS,
+        tmp_path,
+    )
+    assert "MRO SDPOTrainer UnslothGRPOTrainer _UnslothGRPOTrainer" in said
+    assert "CHUNKS True" in said
+    for name, words in REFUSED.items():
+        message = said.split(f"BEGIN {name}\n")[1].split("END")[0]
+        for word in words:
+            assert word in message, name
+
+
+# Under the right order: every construction that Unsloth would ignore or fail on much later.
+REFUSALS = """
+import tiny, unsloth_driver, peft, dataclasses
+from trl.trainer.grpo_config import GRPOConfig as Config
+def refused(name, make):
+    print("BEGIN", name)
+    try:
+        make()
+    except ValueError as error:
+        print(error)
+    print("END")
+def build(model, **changes):
+    args = changes.pop("args", None) or tiny.arguments("out", max_completion_length=changes.pop("length", 8))
+    return SDPOTrainer(model=model, args=args, sdpo_config=tiny.config(), processing_class=tiny.tokenizer(),
+                       reward_funcs=tiny.judge, train_dataset=tiny.conversations(), **changes)
+lora = peft.LoraConfig(r=4, target_modules=["q_proj"])
+ready = lambda: unsloth_driver.bind_modes(peft.get_peft_model(tiny.model(), lora))
+short = ready()
+short.max_seq_length = 128
+pristine = next(cls for cls in Config.__mro__ if "unsloth_num_chunks" not in getattr(cls, "__dataclass_fields__", {}))
+refused("peft_config", lambda: build(ready(), peft_config=lora))
+refused("string", lambda: build("Qwen/Qwen2.5-0.5B"))
+refused("plain", lambda: build(peft.get_peft_model(tiny.model(), lora)))
+refused("config", lambda: build(ready(), args=trl_before))
+refused("length", lambda: build(short, length=128))
+""".replace("args=trl_before", 'args=pristine("out", use_cpu=True, bf16=False)')
+REFUSED = {
+    "peft_config": ["ignores peft_config", "FastLanguageModel.get_peft_model"],
+    "string": ["'Qwen/Qwen2.5-0.5B'", "FastLanguageModel.from_pretrained"],
+    "plain": ["for_training", "FastLanguageModel.from_pretrained"],
+    "config": ["unsloth_num_chunks", *unsloth_compat.IMPORT_ORDER.splitlines()],
+    "length": ["max_completion_length=128", "max_seq_length=128"],
+}
+
+
+@needs_unsloth
+def test_the_wrong_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    said = run_lines(
+        # The name must be used before the patch: importing the package alone binds nothing.
+        FIRST.format(early="from sdpo_rl import SDPOTrainer, SDPOConfig")
+        + WRONG_ORDER
+        + "try:\n    SDPOTrainer(model=None, args=None)\nexcept RuntimeError as error:\n    print(error)\n",
+        tmp_path,
+    )
+    for line in unsloth_compat.IMPORT_ORDER.splitlines():
+        assert line in said
+
+
+def test_the_order_in_the_messages_is_the_guides() -> None:
+    stated = [line.strip() for line in unsloth_compat.IMPORT_ORDER.splitlines()]
+    assert stated == RIGHT_ORDER.strip().splitlines()
+
+
+# --- refusals, without Unsloth ----------------------------------------------------------------------------
+
+
+def usable() -> dict[str, Any]:
+    model = SimpleNamespace(for_training=None, max_seq_length=512)
+    return {
+        "model": model,
+        "args": SimpleNamespace(unsloth_num_chunks=-1, max_completion_length=256),
+        "peft_config": None,
+    }
+
+
+def test_what_is_right_is_not_refused() -> None:
+    unsloth_compat.check_construction(**usable())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"peft_config": object()}, ["peft_config", "get_peft_model"]),
+        ({"model": "Qwen/Qwen2.5-7B"}, ["Qwen/Qwen2.5-7B", "from_pretrained"]),
+        ({"model": nn.Linear(1, 1)}, ["Linear", "for_training"]),
+        ({"args": SimpleNamespace(max_completion_length=1)}, ["unsloth_num_chunks", "PatchFastRL"]),
+        (
+            {"args": SimpleNamespace(unsloth_num_chunks=-1, max_completion_length=512)},
+            ["max_completion_length=512", "max_seq_length=512"],
+        ),
+    ],
+    ids=["peft_config", "string", "plain", "config", "length"],
+)
+def test_refusals_name_the_fix(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
+        unsloth_compat.check_construction(**usable() | change)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_variable_is_zero_inside_and_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "UNSLOTH_RETURN_HIDDEN_STATES"
+    for before in (None, "1"):
+        monkeypatch.delenv(name, raising=False)
+        if before is not None:
+            monkeypatch.setenv(name, before)
+        with pytest.raises(KeyError), unsloth_compat.logits_not_hidden_states():
+            assert os.environ[name] == "0"
+            raise KeyError
+        assert os.environ.get(name) == before
+
+
+# --- old log-probabilities --------------------------------------------------------------------------------
+
+
+@given(data=st.data(), rows=st.integers(1, 4), prompt=st.integers(1, 5), completion=st.integers(1, 5))
+def test_old_log_probs_find_their_tokens(
+    data: st.DataObject, rows: int, prompt: int, completion: int
+) -> None:
+    """Rows are packed to the left by pad id, then right-aligned to the widest left padding; the inverse of it."""
+    pad, width = 0, prompt + completion
+    ids, mask, expected = [], [], []
+    for row in range(rows):
+        left = data.draw(st.integers(0, prompt - 1))
+        length = data.draw(st.integers(1, completion))
+        tokens = [100 * (row + 1) + i for i in range(prompt - left + length)]
+        ids.append([pad] * left + tokens + [pad] * (completion - length))
+        mask.append([1] * length + [0] * (completion - length))
+        expected.append([float(token) for token in tokens[prompt - left :]])
+    table = torch.tensor(ids)
+    most = max(row.index(next(t for t in row if t != pad)) for row in ids)
+    packed = torch.zeros(rows, width)
+    for row in range(rows):
+        tokens = [token for token in ids[row] if token != pad]
+        packed[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.float32)
+    inputs = {
+        "prompt_ids": table[:, :prompt],
+        "completion_ids": table[:, prompt:],
+        "completion_mask": torch.tensor(mask),
+        "old_per_token_logps": packed[:, width - completion - most :],
+    }
+    aligned = unsloth_compat.align_old_log_probs(inputs, pad)["old_per_token_logps"]
+    assert aligned.shape == (rows, completion)
+    for row, values in enumerate(expected):
+        assert aligned[row, : len(values)].tolist() == values
+
+
+def test_a_sampled_pad_token_has_no_old_log_prob() -> None:
+    inputs = {
+        "prompt_ids": torch.tensor([[5, 6], [5, 6]]),
+        "completion_ids": torch.tensor([[7, 0, 8], [7, 8, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "old_per_token_logps": torch.ones(2, 3),
+    }
+    aligned = unsloth_compat.align_old_log_probs(inputs, 0)["old_per_token_logps"]
+    assert aligned[0].isnan().all()
+    assert aligned[1, :2].tolist() == [1.0, 1.0]
+
+
+def test_tensors_of_another_device_are_left_out() -> None:
+    inputs = {
+        "ids": torch.arange(4),
+        "max_left_pad": torch.zeros(4, 1, device="meta"),
+        "scalar": torch.tensor(1),
+    }
+    assert list(_row_tensors(inputs, torch.tensor([1, 3]), 4)) == ["ids"]
+
+
+# --- groups of rows ---------------------------------------------------------------------------------------
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Rows of [left pad | prompt | completion | right pad], and the completion's columns."""
+    prompt, completion = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    rows = [
+        (draw(st.integers(1, prompt)), draw(st.integers(1, completion)))
+        for _ in range(draw(st.integers(1, 5)))
+    ]
+    lines = [[0] * (prompt - p) + [1] * (p + c) + [0] * (completion - c) for p, c in rows]
+    return torch.tensor(lines), completion
+
+
+@given(case=masks(), width_limit=st.integers(4, 14), token_limit=st.integers(4, 60))
+def test_groups_hold_every_attended_token_once(
+    case: tuple[Tensor, int], width_limit: int, token_limit: int
+) -> None:
+    mask, length = case
+    groups = row_groups.row_groups(mask, length=length, width_limit=width_limit, token_limit=token_limit)
+    assert [g.rows.start for g in groups] == [0, *(g.rows.stop for g in groups[:-1])]
+    assert groups[-1].rows.stop == len(mask)
+    for group in groups:
+        kept = mask[group.rows, group.columns]
+        assert kept.sum() == mask[group.rows].sum()
+        assert group.columns.stop + group.right == mask.shape[1]
+        if len(kept) > 1:
+            assert kept.shape[1] <= width_limit
+            assert kept.numel() <= token_limit
+
+
+@given(case=masks(), width_limit=st.integers(2, 14), token_limit=st.integers(2, 60), states=st.booleans())
+def test_groups_change_no_number(
+    case: tuple[Tensor, int], width_limit: int, token_limit: int, states: bool
+) -> None:
+    mask, length = case
+    ids = torch.arange(1, mask.numel() + 1).view_as(mask) * mask
+    arguments = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": length + 1, "use_cache": False}
+    head = Head(torch.ones(1, 1), None)
+    widths = []
+
+    def forward(own: dict[str, Any], *, length: int) -> Any:
+        widths.append(own["input_ids"].numel())
+        assert own["logits_to_keep"] == length + 1
+        assert own["use_cache"] is False
+        # The value at a column is its own token and the sum of all that the row attends up to it.
+        seen = torch.stack([own["input_ids"], (own["input_ids"] * own["attention_mask"]).cumsum(1)], -1)
+        hidden = seen.float()[:, -(length + 1) : -1]
+        return CompletionStates(hidden, head) if states else hidden
+
+    groups = row_groups.row_groups(mask, length=length, width_limit=width_limit, token_limit=token_limit)
+    apart = row_groups.run_groups(forward, arguments, groups, length=length)
+    assert len(widths) == len(groups)
+    together = forward(arguments, length=length)
+    if states:
+        apart, together = apart.hidden, together.hidden
+    used = mask[:, -length:].bool()
+    assert torch.equal(apart[used], together[used])
+    # A wrong twin: columns cut off on the left instead of the right.
+    if any(group.right for group in groups):
+        assert not torch.equal(apart.roll(1, 1)[used], together[used])
+
+
+def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every forward held to what its longest row needs: several groups, the same parameters."""
+    after: list[list[Tensor]] = []
+    groups: list[int] = []
+
+    def tight(mask: Tensor, *, length: int, width_limit: float, token_limit: float) -> Any:
+        own = int(mask.sum(1).max())
+        made = row_groups.row_groups(mask, length=length, width_limit=own, token_limit=2 * own)
+        groups.append(len(made))
+        return made
+
+    for limited in (False, True):
+        if limited:
+            monkeypatch.setattr(trl_trainer, "row_groups", tight)
+        trainer = tiny.trainer(tmp_path, train_dataset=mixed(), max_completion_length=24, max_steps=2)
+        trainer.train()
+        after.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert max(groups) > 1
+    assert max(float((a - b).abs().max()) for a, b in zip(*after, strict=True)) < 1e-5
+
+
+def mixed() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict(
+        {"prompt": [tiny.user("say " + "so " * (30 * (i % 2)) + str(i)) for i in range(8)]}
+    )
+
+
+def test_a_prompt_too_long_for_the_model_teaches_nothing(tmp_path: Path) -> None:
+    """Prompt and completion beyond `max_seq_length`: the row is left out and counted, nothing is cut off."""
+    trainer = tiny.trainer(tmp_path, train_dataset=mixed(), max_steps=2, learning_rate=0.0)
+    trainer.model.max_seq_length = 80
+    widths: list[int] = []
+    trainer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: None if kwargs["use_cache"] else widths.append(kwargs["input_ids"].shape[1]),
+        with_kwargs=True,
+    )
+    trainer.train()
+    assert max(widths) <= 80
+    entry = trainer.state.log_history[0]
+    assert entry["self_distillation/dropped_reprompt_fraction"] > 0.0
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny.trainer(tmp_path, max_completion_length=9)
+    original = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise original
+
+    monkeypatch.setattr(trainer, "_distill", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert message.startswith(str(original))
+    assert message.count("What decides") == 1
+    assert caught.value.__cause__ is original
+    for setting in (
+        "gradient checkpointing is off",
+        "per_device_train_batch_size=8",
+        "max_completion_length=9",
+        "max_reprompt_length=10240",
+        "loss_chunk_size=None",
+        "teacher_offload",
+        "float32",
+    ):
+        assert setting in message
+
+
+def test_other_errors_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = tiny.trainer(tmp_path)
+    monkeypatch.setattr(trainer, "_distill", lambda *_: [][0])
+    with pytest.raises(IndexError, match="list index out of range"):
+        trainer.train()
+
+
+def test_advice_follows_the_settings(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(loss_backend="logits", teacher_mode="live"),
+        gradient_checkpointing=True,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+    )
+    advice = troubleshooting.advice(trainer)
+    assert "checkpointing" not in advice
+    assert "per_device_train_batch_size=1 is the least" in advice
+    assert "loss_backend='logits'" in advice
+    assert "loss_chunk_size" not in advice
+    assert "teacher_offload" not in advice
+
+
+# --- speed ------------------------------------------------------------------------------------------------
+
+FAST: dict[str, Any] = {
+    "backend": "auto", "precision": "4-bit", "checkpointing": "on (unsloth)", "unsloth": True,
+    "weight_bytes": 5, "card_bytes": 24,
+}  # fmt: skip
+
+
+def test_a_fast_run_is_left_in_peace() -> None:
+    assert troubleshooting.slow_reasons(**FAST) == []
+    assert (
+        troubleshooting.slow_reasons(**FAST | {"precision": "bfloat16", "card_bytes": 80, "weight_bytes": 14})
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"backend": "logits"}, ["loss_backend='logits'", "auto"]),
+        ({"backend": "torch"}, ["loss_backend='torch'", "kernels"]),
+        ({"precision": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
+        ({"precision": "bfloat16", "weight_bytes": 14, "unsloth": False}, ["58%", "BitsAndBytesConfig"]),
+        ({"card_bytes": 192}, ["gradient checkpointing", "3%"]),
+    ],
+)
+def test_every_reason_says_what_to_do(change: dict[str, Any], words: list[str]) -> None:
+    (reason,) = troubleshooting.slow_reasons(**FAST | change)
+    for word in words:
+        assert word in reason
+
+
+def test_one_warning_at_construction(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "sdpo_rl"):
+        tiny.trainer(tmp_path, sdpo_config=tiny.config(loss_backend="logits"))
+        tiny.trainer(tmp_path, sdpo_config=tiny.config(loss_backend="auto"))
+    assert sum("slower than it needs" in record.message for record in caplog.records) == 1
+
+
+# --- the report, without Unsloth --------------------------------------------------------------------------
+
+
+def test_the_report_works_without_unsloth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig
+
+    trainer = tiny.trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
+    capsys.readouterr()
+    text = unsloth_report(trainer)
+    assert capsys.readouterr().out == text + "\n"
+    for part in (
+        "over TRL's GRPOTrainer",
+        "loaded by transformers, base float32",
+        "adapters: default",
+        "compute_loss: SDPOTrainer → ",
+        "prediction_step: GRPOTrainer",
+        f"torch {torch.__version__}",
+        "GPU none",
+        "python " + sys.version.split()[0],
+    ):
+        assert part in text
+    held = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) * 4 / 2**20
+    assert f"teacher: ema, 4 tensors, {held:.1f} MiB" in text
+
+
+def test_the_report_wants_a_trainer() -> None:
+    with pytest.raises(TypeError, match="built SDPOTrainer, got int"):
+        unsloth_report(3)
+
+
+def test_the_report_of_grpo(tmp_path: Path) -> None:
+    text = unsloth_report(tiny.trainer(tmp_path, sdpo_config=tiny.config(enabled=False)))
+    assert "loss: TRL's GRPO (enabled=False)" in text
