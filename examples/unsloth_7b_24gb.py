@@ -1,8 +1,8 @@
 """A 7B model on a 24 GB card: Unsloth, a 4-bit base, LoRA on all linear layers, self-distillation.
 
     python examples/unsloth_7b_24gb.py                                    # Qwen2.5-7B-Instruct from the hub
-    python examples/unsloth_7b_24gb.py --random-weights /tmp/qwen7b       # the same shape, made here
-    python examples/unsloth_7b_24gb.py --random-weights /tmp/qwen7b --completion 2048 --reprompt 4096 --steps 1
+    python examples/unsloth_7b_24gb.py --random-weights output/qwen7b    # the same shape, made here
+    python examples/unsloth_7b_24gb.py --random-weights output/qwen7b --completion 2048 --reprompt 4096 --steps 1
     python examples/unsloth_7b_24gb.py --no-unsloth --base bf16           # plain TRL
 
 The process is held to `--limit-gib`, whatever the card has. It prints what the model weighs once loaded, the

@@ -35,7 +35,9 @@ class Case:
     def leaves(self) -> tuple[Case, list[Tensor]]:
         """The case over fresh leaves, and those of its tensors that learn."""
         learning = {
-            name: self.tensors[name].detach().clone().requires_grad_() for name in LEARNING if name in self.tensors
+            name: self.tensors[name].detach().clone().requires_grad_()
+            for name in LEARNING
+            if name in self.tensors
         }
         return replace(self, tensors=self.tensors | learning), list(learning.values())
 

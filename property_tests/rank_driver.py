@@ -1,6 +1,7 @@
 """What the ranks of a run do, each in a fresh process that talks over gloo; test_ranks.py reads what they saw.
 
-    WORLD_SIZE=2 RANK=0 ... python rank_driver.py FOLDER
+    WORLD_SIZE=2 RANK=0 ... python rank_driver.py FOLDER torch
+    WORLD_SIZE=2 RANK=0 ... python rank_driver.py FOLDER deepspeed
 
 Rollouts are written down instead of sampled, by the place of a row among the rows of all ranks, so that any
 number of ranks trains on the same ones.
@@ -21,6 +22,19 @@ from typing import Any
 
 HERE = Path(__file__).parent
 STEPS = 3
+DEEPSPEED: dict[str, dict[str, Any]] = {
+    f"zero{stage}": {
+        "use_cpu": False,
+        "deepspeed": {
+            # 100 elements: norms and biases stay gathered, matrices do not.
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+            "zero_allow_untested_optimizer": True,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+        },
+    }
+    for stage in (2, 3)
+}
 TIMEOUT = 240
 Observed = dict[str, Any]
 
@@ -76,16 +90,20 @@ SHARDED_RUNS = [
 ]
 
 
+# DeepSpeed steps within the backward pass: a step cannot wait for a second generation batch.
+DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two generation batches"]
+
+
 # --- in the process that tests ----------------------------------------------------------------------------
 
 
-def launch(folder: Path) -> None:
+def launch(folder: Path, library: str) -> None:
     """One rank, then two, each process leaving `WORLD-RANK.pt` in the folder."""
     for world in (1, 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [_start(folder, world, rank, port) for rank in range(world)]
+        ranks = [_start(folder, library, world, rank, port) for rank in range(world)]
         deadline = time.monotonic() + TIMEOUT
         try:
             outputs = [rank.communicate(timeout=deadline - time.monotonic())[0] for rank in ranks]
@@ -101,7 +119,7 @@ def launch(folder: Path) -> None:
             raise RuntimeError("\n".join(failed))
 
 
-def _start(folder: Path, world: int, rank: int, port: int) -> subprocess.Popen[str]:
+def _start(folder: Path, library: str, world: int, rank: int, port: int) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "adapters"), str(HERE)]),
@@ -121,7 +139,7 @@ def _start(folder: Path, world: int, rank: int, port: int) -> subprocess.Popen[s
             "MASTER_PORT": str(port),
         }
     return subprocess.Popen(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), library],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -142,7 +160,7 @@ def rank() -> int:
 
 @contextmanager
 def strategy(name: str) -> Iterator[None]:
-    """Trainers made inside run under this strategy. Accelerate knows FSDP on accelerators alone, hence the seam."""
+    """Trainers made inside run under this strategy. Accelerate shards on accelerators alone, hence the seams."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -168,6 +186,10 @@ def strategy(name: str) -> Iterator[None]:
     GradientState._reset_state()
     if name == "fsdp2":
         SDPOTrainer.create_accelerator_and_postprocess = create_sharded
+    if name in DEEPSPEED:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
     try:
         yield
     finally:
@@ -271,9 +293,9 @@ def fixed_batch(unwrapped: Any) -> dict[str, Any]:
     return hidden_states.forward_arguments(unwrapped, ids, mask, mask.cumsum(-1) - 1, 13)
 
 
-def observe_run(folder: Path, run: Run) -> Observed:
+def observe_run(folder: Path, run: Run, **changes: Any) -> Observed:
     """Losses and gradients of every step, and afterwards the teacher as its forward shows it."""
-    return observe_training(make_trainer(folder, run))
+    return observe_training(make_trainer(folder, run, **changes))
 
 
 def observe_training(trainer: Any, **resume: Any) -> Observed:
@@ -297,6 +319,8 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
 
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            if trainer.is_deepspeed_enabled:
+                return  # the engine keeps the gradients, and has stepped
             named = trainer._unwrapped.named_parameters()
             gradients.append({name: whole_gradient(p) for name, p in named if p.requires_grad})
 
@@ -486,6 +510,19 @@ def observe_turns(folder: Path) -> Observed:
     return {"turns": turns, "loss": trainer.state.log_history[0]["loss"]}
 
 
+def main_deepspeed(folder: Path) -> None:
+    import torch
+
+    kinds = ["ddp"] if world_size() == 1 else ["zero2", "zero3"]
+    seen: Observed = {}
+    for kind in kinds:
+        for name in DEEPSPEED_RUNS:
+            with strategy(kind):
+                seen[kind, name] = observe_run(folder, RUNS[name], **DEEPSPEED.get(kind, {}))
+            print(kind, name, "done", flush=True)
+    torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
+
+
 def main(folder: Path) -> None:
     import torch
 
@@ -513,4 +550,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"torch": main, "deepspeed": main_deepspeed}[sys.argv[2]](Path(sys.argv[1]))

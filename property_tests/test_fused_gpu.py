@@ -68,7 +68,9 @@ def test_torch_backend_keeps_the_same_promises() -> None:
 
 def test_a_full_support_leaves_an_exact_tail() -> None:
     """Top-K mass of 0.999999: what is left of 1 − Σp in float32 is noise, the kernels' tail is not."""
-    case = make_case(5, n=64, d=64, v=4097, k=100, scale=13.0, weights=False, biases=False).cast(torch.bfloat16)
+    case = make_case(5, n=64, d=64, v=4097, k=100, scale=13.0, weights=False, biases=False).cast(
+        torch.bfloat16
+    )
     ours = case.cast(torch.bfloat16, "cuda").fused(backend="triton")
     exact = case.cast(torch.float64, "cuda")
     mask = case.tensors["loss_mask"].cuda()
@@ -139,12 +141,17 @@ def test_norm_of_the_gradient() -> None:
 
 
 def test_autocast_decides_the_dtype_of_the_products() -> None:
-    case, leaves = make_case(9, n=33, d=64, v=1003).cast(torch.float32, "cuda").leaves()
+    case = make_case(9, n=33, d=64, v=1003).cast(torch.float32, "cuda")
+    states = {name: value for name, value in case.tensors.items() if name.endswith(("hidden", "head"))}
+    rounded, rounded_leaves = case.with_(
+        **{n: value.bfloat16().float() for n, value in states.items()}
+    ).leaves()
+    ours, leaves = case.leaves()
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        out = case.fused()
+        out = ours.fused()
+    expected = rounded.fused()
+    assert relative_error(out.total, expected.total) < VALUE
     gradients = torch.autograd.grad(out.total, leaves)
-    rounded, rounded_leaves = case.cast(torch.bfloat16, "cuda").leaves()
-    assert relative_error(out.total, rounded.fused().total) < 2e-3
-    assert all(g.dtype == torch.float32 for g in gradients)
-    for ours, theirs in zip(gradients, torch.autograd.grad(rounded.fused().total, rounded_leaves), strict=True):
-        assert relative_error(ours, theirs) < 2e-2
+    for mine, theirs in zip(gradients, torch.autograd.grad(expected.total, rounded_leaves), strict=True):
+        assert mine.dtype == torch.float32
+        assert relative_error(mine, theirs) < 4e-3  # bf16 slopes against float32 ones

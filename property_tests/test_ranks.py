@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import rank_driver as driver
 import tiny
 import torch
 from filelock import FileLock
+
+from sdpo_rl.ranks import check_strategy
 
 TOLERANCE = 1e-5
 BOTH = [*(("ddp", name) for name in driver.RUNS), *(("fsdp2", name) for name in driver.SHARDED_RUNS)]
@@ -30,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
-            driver.launch(shared)
+            driver.launch(shared, "torch")
     return shared
 
 
@@ -114,6 +117,20 @@ def test_a_mean_per_rank_would_be_noticed(two: list[Observed], one: Observed) ->
     (loss, *_), (expected, *_) = column(two[0]["ddp", name], "loss"), column(one["ddp", name], "loss")
     assert loss == pytest.approx(expected, rel=TOLERANCE)
     assert loss / 2 != pytest.approx(expected, rel=0.1)
+
+
+def test_what_would_train_wrongly_is_refused() -> None:
+    def accelerator(kind: str, fsdp_version: int | None = None) -> Any:
+        plugin = None if fsdp_version is None else SimpleNamespace(fsdp_version=fsdp_version)
+        return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), distributed_type=kind)
+
+    check_strategy(accelerator("FSDP", 2), generate_every=2, accumulation_steps=4)
+    check_strategy(accelerator("MULTI_GPU"), generate_every=2, accumulation_steps=4)
+    check_strategy(accelerator("DEEPSPEED"), generate_every=4, accumulation_steps=2)
+    with pytest.raises(ValueError, match=r"FSDP version 1 .*fsdp_version: 2"):
+        check_strategy(accelerator("FSDP", 1), generate_every=1, accumulation_steps=1)
+    with pytest.raises(ValueError, match=r"DeepSpeed .*\(2\) must be a multiple of .*\(4\)"):
+        check_strategy(accelerator("DEEPSPEED"), generate_every=2, accumulation_steps=4)
 
 
 # --- what crosses ranks -----------------------------------------------------------------------------------

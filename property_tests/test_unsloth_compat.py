@@ -1,7 +1,10 @@
-"""What is refused under Unsloth, in the right order and in the wrong one, and what is said about memory and speed."""
+"""What is refused under Unsloth, in the right order and the wrong one; what is said about memory and speed."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import logging
 import os
 import subprocess
@@ -13,12 +16,20 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import trl
 import unsloth_driver as driver
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sdpo_rl import row_groups, trl_trainer, troubleshooting, unsloth_compat, unsloth_report
+from sdpo_rl import (
+    row_groups,
+    trl_trainer,
+    troubleshooting,
+    unsloth_compat,
+    unsloth_report,
+    upgrade_check,
+)
 from sdpo_rl.hidden_states import CompletionStates, Head
 from sdpo_rl.trl_trainer import _row_tensors
 
@@ -60,18 +71,26 @@ def run_lines(lines: str, cwd: Path) -> str:
     return done.stdout
 
 
-@needs_unsloth
-def test_the_right_order(tmp_path: Path) -> None:
-    said = run_lines(
-        FIRST.format(early="")
-        + RIGHT_ORDER
-        + 'print("MRO", *(cls.__name__ for cls in SDPOTrainer.__mro__))\n'
-        + 'print("CHUNKS", hasattr(GRPOConfig("out", use_cpu=True, bf16=False), "unsloth_num_chunks"))\n'
-        + REFUSALS,
-        tmp_path,
-    )
+def observe_order() -> str:
+    """What the guide's lines, every refused construction and the upgrade check print; runs in a fresh process."""
+    from sdpo_rl import upgrade_check
+
+    said = io.StringIO()
+    scope: dict[str, Any] = {}
+    with contextlib.redirect_stdout(said):
+        exec(RIGHT_ORDER, scope)
+        print("MRO", *(cls.__name__ for cls in scope["SDPOTrainer"].__mro__))
+        print("CHUNKS", hasattr(tiny.arguments(Path("out")), "unsloth_num_chunks"))
+        exec(REFUSALS, scope)
+        print("EXIT", upgrade_check.main())
+    return said.getvalue()
+
+
+def check_order(said: str) -> None:
     assert "MRO SDPOTrainer UnslothGRPOTrainer _UnslothGRPOTrainer" in said
     assert "CHUNKS True" in said
+    assert "EXIT 0" in said, said[-4000:]
+    assert "GRPOConfig.unsloth_num_chunks" in said, "the upgrade check looks at the rewritten trainer"
     for name, words in REFUSED.items():
         message = said.split(f"BEGIN {name}\n")[1].split("END")[0]
         for word in words:
@@ -97,7 +116,7 @@ lora = peft.LoraConfig(r=4, target_modules=["q_proj"])
 ready = lambda: unsloth_driver.bind_modes(peft.get_peft_model(tiny.model(), lora))
 short = ready()
 short.max_seq_length = 128
-pristine = next(cls for cls in Config.__mro__ if "unsloth_num_chunks" not in getattr(cls, "__dataclass_fields__", {}))
+pristine = next(cls for cls in Config.__mro__ if not hasattr(cls, "unsloth_num_chunks"))
 refused("peft_config", lambda: build(ready(), peft_config=lora))
 refused("string", lambda: build("Qwen/Qwen2.5-0.5B"))
 refused("plain", lambda: build(peft.get_peft_model(tiny.model(), lora)))
@@ -162,10 +181,16 @@ def test_what_is_right_is_not_refused() -> None:
     ids=["peft_config", "string", "plain", "config", "length"],
 )
 def test_refusals_name_the_fix(change: dict[str, Any], words: list[str]) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are checked below
+    with pytest.raises(ValueError) as caught:
         unsloth_compat.check_construction(**usable() | change)
     for word in words:
         assert word in str(caught.value)
+
+
+def fail_inside(name: str) -> None:
+    with unsloth_compat.logits_not_hidden_states():
+        assert os.environ[name] == "0"
+        raise KeyError
 
 
 def test_the_variable_is_zero_inside_and_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +199,8 @@ def test_the_variable_is_zero_inside_and_as_before_outside(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
         if before is not None:
             monkeypatch.setenv(name, before)
-        with pytest.raises(KeyError), unsloth_compat.logits_not_hidden_states():
-            assert os.environ[name] == "0"
-            raise KeyError
+        with pytest.raises(KeyError):
+            fail_inside(name)
         assert os.environ.get(name) == before
 
 
@@ -468,3 +492,57 @@ def test_the_report_wants_a_trainer() -> None:
 def test_the_report_of_grpo(tmp_path: Path) -> None:
     text = unsloth_report(tiny.trainer(tmp_path, sdpo_config=tiny.config(enabled=False)))
     assert "loss: TRL's GRPO (enabled=False)" in text
+
+
+# --- the upgrade check ------------------------------------------------------------------------------------
+
+
+def problems(trainer: type = trl.GRPOTrainer, config: type = trl.GRPOConfig) -> dict[str, str]:
+    findings = upgrade_check.check(trainer, config, upgrade_check.EXPECTATIONS, unsloth=False)
+    return {finding.expectation.split("(")[0]: finding.problem for finding in findings if finding.problem}
+
+
+def test_the_installed_versions_hold(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upgrade_check, "patch_with_unsloth", lambda: "not asked for")
+    assert problems() == {}
+    assert upgrade_check.main() == 0
+    assert "expectations hold" in capsys.readouterr().out
+
+
+def test_planted_changes_are_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Renamed(trl.GRPOTrainer):
+        def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, token_ids: Any) -> None: ...
+
+    assert "no parameter completion_ids_list" in problems(Renamed)["GRPOTrainer._calculate_rewards"]
+
+    class Passing(trl.GRPOTrainer):
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> None: ...
+
+    assert problems(Passing) == {}, "a wrapper changes nothing"
+
+    class Gone(trl.GRPOTrainer.__mro__[1]):  # type: ignore[misc]
+        pass
+
+    assert problems(Gone)["GRPOTrainer._calculate_rewards"] == "gone"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trl.GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: {"ids": inputs}
+        )
+        (text, *_) = [key for key in problems() if "mentions" in key]
+        assert "no longer mentions" in problems()[text]
+        patch.setattr(upgrade_check, "patch_with_unsloth", lambda: "not asked for")
+        assert upgrade_check.main() == 1
+    out = capsys.readouterr().out
+    assert "BROKEN" in out
+    assert "needed because: the keys of a scored batch" in out
+
+    @dataclasses.dataclass
+    class Config:
+        beta: float = 0.0
+
+    assert problems(config=Config)["GRPOConfig.num_generations"] == "gone"
+    assert "GRPOConfig.beta" not in problems(config=Config)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_unsloth_compat
 import unsloth_driver as driver
 
 pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
@@ -105,7 +106,11 @@ def old_log_prob_errors(trainer: Any, model: Any, inputs: Any) -> list[float]:
 
 
 def observe() -> dict[str, Any]:
-    return {"trainer": observe_trainer(), "padding": observe_padding(fast=False)}
+    return {
+        "order": test_unsloth_compat.observe_order(),
+        "trainer": observe_trainer(),
+        "padding": observe_padding(fast=False),
+    }
 
 
 def observe_padding(fast: bool) -> dict[str, Any]:
@@ -172,6 +177,10 @@ def trainer_facts(facts: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def padding_errors(facts: dict[str, Any]) -> dict[str, float]:
     return facts["padding"]
+
+
+def test_the_right_order_and_what_it_refuses(facts: dict[str, Any]) -> None:
+    test_unsloth_compat.check_order(facts["order"])
 
 
 def test_trl_hands_out_the_rewritten_class(trainer_facts: dict[str, Any]) -> None:

@@ -10,17 +10,17 @@ from torch import Tensor
 from sdpo import _fused_torch, kernels
 from sdpo._checks import check_alpha, check_choice, check_int, check_real, check_shape, check_tensor
 from sdpo._fused_engine import Backend, Operands, Plan
-from sdpo._projection import gradient_dtype, operand_dtype, working_dtype
+from sdpo._projection import autocast_dtype, gradient_dtype, operand_dtype, working_dtype
 from sdpo._recipe import Recipe, Support, Tail
 
 # Bytes of a chunk's buffers: enough to keep the matrix units busy, 768 tokens of a vocabulary of 150k on a GPU.
 _GPU_BYTES = 1152 * 2**20
-_CPU_BYTES = 96 * 2**20
+_CPU_BYTES = 128 * 2**20
 _MAX_ROWS = 8192
 # Chunks of slopes that wait for one product with the hidden states, where the head learns.
 _SLOPE_BLOCKS = 4
 
-_Model = tuple[Tensor | None, Tensor | None, Tensor | None]
+Model = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def check_head(name: str, head: object) -> int:
@@ -68,7 +68,9 @@ def check_recipe(
         softcap = check_real("softcap", softcap, meaning="the bound of the logits, or None", **positive)
     if trust_region_coef is not None:
         meaning = "the weight of the live teacher's logits"
-        trust_region_coef = check_real("trust_region_coef", trust_region_coef, low=0.0, high=1.0, meaning=meaning)
+        trust_region_coef = check_real(
+            "trust_region_coef", trust_region_coef, low=0.0, high=1.0, meaning=meaning
+        )
     return Recipe(
         # The support of all V tokens has no order and no tail: the full vocabulary.
         k=None if k == vocabulary else k,
@@ -85,9 +87,9 @@ def check_recipe(
 
 def check_operands(
     *,
-    student: _Model,
-    teacher: _Model,
-    reference: _Model,
+    student: Model,
+    teacher: Model,
+    reference: Model,
     tokens: Tensor,
     loss_mask: Tensor,
     old_log_probs: Tensor | None,
@@ -141,8 +143,9 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
     hidden, head, bias = (
         tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in student
     )
-    dtype = operand_dtype(operands.student_hidden, operands.student_head)
     device = operands.student_hidden.device
+    autocast = autocast_dtype(device)
+    dtype = operand_dtype(operands.student_hidden, operands.student_head, autocast)
     missing = kernels.missing(device, working_dtype(dtype), recipe)
     if backend == "triton" and missing is not None:
         raise ValueError(f"backend: expected one that can run here, got 'triton', but {missing}; pass 'auto'")
@@ -168,6 +171,7 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
         chunk_rows=chunk_size,
         slope_rows=chunk_size * blocks,
         own_reference=own_reference,
+        autocast=autocast,
         hidden=hidden,
         head=head,
         bias=bias,
@@ -180,7 +184,7 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
-def _check_model(name: str, model: _Model, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _check_model(name: str, model: Model, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Validate hidden states [..., D] against the tokens [...] and a head [V, D]; flatten the former."""
     hidden, head, bias = model
     check_tensor(f"{name}_hidden", hidden, "floating", min_ndim=2)
@@ -195,7 +199,7 @@ def _check_model(name: str, model: _Model, tokens: Tensor) -> tuple[Tensor, Tens
     return hidden.reshape(-1, width), head, bias
 
 
-def _check_centre(reference: _Model, teacher: _Model, tokens: Tensor, coef: float | None) -> _Model:
+def _check_centre(reference: Model, teacher: Model, tokens: Tensor, coef: float | None) -> Model:
     """Validate the centre of a trust region, whose head may be the teacher's."""
     hidden, head, bias = reference
     if (hidden is None) != (coef is None):

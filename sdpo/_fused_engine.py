@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     chunk_rows: int  # tokens whose logits exist at a time
     slope_rows: int  # tokens whose logit gradients are collected before the head's product
     own_reference: bool  # the trust region's centre needs a product of its own
+    autocast: torch.dtype | None  # dtype of the products, if autocast was on when the loss was called
     hidden: bool  # make the gradient of the student's hidden states
     head: bool  # and of its head
     bias: bool  # and of its bias
@@ -83,7 +84,7 @@ class _Pass:
         self.operands, self.recipe, self.plan, self.slope_weights = operands, recipe, plan, slope_weights
         hidden, head = operands.student_hidden, operands.student_head
         self.device = hidden.device
-        self.dtype = student_dtype(operands)
+        self.dtype = operand_dtype(hidden, head, plan.autocast)
         self.working = working_dtype(self.dtype)
         self.count = hidden.shape[0] if operands.active is None else operands.active.shape[0]
         self.vocabulary = head.shape[0]
@@ -182,7 +183,7 @@ class _Pass:
             self.bias_gradient += slope.sum(dim=0, dtype=self.working)
 
     def _project(self, hidden: Tensor, head: Tensor, low: int, high: int, out: Tensor) -> Tensor:
-        dtype = operand_dtype(hidden, head)
+        dtype = operand_dtype(hidden, head, self.plan.autocast)
         return project(self._take(hidden, low, high).to(dtype), self._cast(head, dtype), out[: high - low])
 
     def _project_between(self, low: int, high: int, out: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class _Pass:
         ops, coef = self.operands, self.recipe.trust_region_coef
         assert ops.reference_hidden is not None
         assert coef is not None
-        dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head)
+        dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head, self.plan.autocast)
         wide = working_dtype(dtype)
         centre = self._take(ops.reference_hidden, low, high).to(wide)
         between = centre.lerp(self._take(ops.teacher_hidden, low, high).to(wide), coef)
@@ -221,8 +222,3 @@ class _Pass:
             weights = torch.ones(1, device=self.device)
         bound = self.recipe.is_clip if self.recipe.is_clip is not None and self.slope_weights is None else 1.0
         return gradient_lift(weights, bound)
-
-
-def student_dtype(operands: Operands) -> torch.dtype:
-    """Dtype of the student's products' inputs."""
-    return operand_dtype(operands.student_hidden, operands.student_head)

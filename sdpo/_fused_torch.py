@@ -80,8 +80,11 @@ def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
     if bias is not None:
         products.add_(bias.to(products.dtype))
     if recipe.softcap is None:
-        return products.mul_(recipe.logit_scale / recipe.temperature)
-    return products.mul_(recipe.logit_scale / recipe.softcap).tanh_().mul_(recipe.softcap / recipe.temperature)
+        factor = recipe.logit_scale / recipe.temperature
+        return products if factor == 1.0 else products.mul_(factor)
+    return (
+        products.mul_(recipe.logit_scale / recipe.softcap).tanh_().mul_(recipe.softcap / recipe.temperature)
+    )
 
 
 def flatten_by_softcap(slope: Tensor, logits: Tensor, recipe: Recipe) -> Tensor:
@@ -92,21 +95,23 @@ def flatten_by_softcap(slope: Tensor, logits: Tensor, recipe: Recipe) -> Tensor:
     return slope.mul_(capped.square_().neg_().add_(1.0))
 
 
-def split(logits: Tensor, ids: Tensor) -> Split:
-    """Read logits [c, V] at ids [c, K] and sum all other tokens; leaves 0 in the logits at ids and where −inf."""
+def split(logits: Tensor, ids: Tensor, scratch: Tensor | None = None) -> Split:
+    """Read logits [c, V] at ids [c, K] and sum all other tokens; the logits at ids are lost.
+
+    Without ``scratch`` [c, V] to multiply in, the softmax outside is lost as well.
+    """
     inside = logits.gather(1, ids)
     logits.scatter_(1, ids, -math.inf)
-    top = logits.amax(dim=1)
-    top = top.masked_fill(top.isneginf(), 0.0)
-    outside = (logits - top[:, None]).exp_()
-    mass = outside.sum(dim=1)
-    outside.div_(mass.masked_fill(mass == 0.0, 1.0)[:, None])
-    log_outside = top + mass.log()
+    top, place = logits.max(dim=1)
+    empty = top.isneginf()
+    outside = torch.softmax(logits, dim=1).masked_fill_(empty[:, None], 0.0)
+    # The largest logit's share of the mass outside is exp(top − log_outside).
+    log_outside = top - outside.gather(1, place[:, None])[:, 0].masked_fill(empty, 1.0).log()
     log_inside = logsumexp(inside)
     normalizer = logaddexp(log_inside, log_outside)
-    logits.masked_fill_(logits.isneginf(), 0.0)
-    # A batched dot product: the mean logit outside, without a second [c, V] temporary.
-    mean_outside = torch.bmm(outside[:, None, :], logits[:, :, None]).flatten()
+    # Finite, so that an impossible token adds 0 to the mean logit.
+    logits.clamp_(min=torch.finfo(logits.dtype).min)
+    mean_outside = torch.mul(outside, logits, out=outside if scratch is None else scratch).sum(dim=1)
     inside_p = (inside - normalizer[:, None]).exp()
     mean = (inside_p * inside.masked_fill(inside.isneginf(), 0.0)).sum(dim=1)
     mean = mean + (log_outside - normalizer).exp() * mean_outside
@@ -135,12 +140,14 @@ def chunk(
     if teacher.reference is not None and recipe.trust_region_coef is not None:
         reference = map_logits(teacher.reference, teacher.reference_bias, recipe)
         # Not lerp: it would subtract −inf from −inf where a token is impossible.
-        z_teacher = reference.mul_(1 - recipe.trust_region_coef).add_(z_teacher, alpha=recipe.trust_region_coef)
+        z_teacher = reference.mul_(1 - recipe.trust_region_coef).add_(
+            z_teacher, alpha=recipe.trust_region_coef
+        )
     ids = choose_support(z_student, z_teacher, rows.tokens, recipe)
     token = rows.tokens[:, None]
     token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
-    q = split(z_teacher, ids)._replace(outside=z_teacher)
-    p = split(z_student, ids)
+    q = split(z_teacher, ids)
+    p = split(z_student, ids, scratch=z_teacher)
 
     log_p, log_q = p.inside - p.normalizer[:, None], q.inside - q.normalizer[:, None]
     log_tail_p, log_tail_q = p.log_outside - p.normalizer, q.log_outside - q.normalizer

@@ -19,11 +19,15 @@ _SLAB = 8192
 _LIFTED = 256.0
 
 
-def operand_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Dtype that autocast wants for products on this device; None if it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def operand_dtype(hidden: Tensor, head: Tensor, autocast: torch.dtype | None) -> torch.dtype:
     """Dtype of a product's inputs: autocast's, if it is on, as for a linear layer; else the wider of the two."""
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if autocast is not None and hidden.dtype != torch.float64:
+        return autocast
     return torch.promote_types(hidden.dtype, head.dtype)
 
 

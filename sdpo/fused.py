@@ -6,8 +6,9 @@ Here the logits of a few hundred tokens exist at a time, and their gradient is m
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sdpo import _fused_doors as doors
@@ -123,42 +124,69 @@ def fused_topk_distillation_loss(
         >>> out.count.item(), hidden.grad[1, 1:].abs().sum().item(), tuple(out.log_probs.shape)
         (3, 0.0, (2, 3))
     """
-    recipe = doors.check_recipe(
-        vocabulary=doors.check_head("student_head", student_head),
-        k=k,
-        alpha=alpha,
-        tail=tail,
-        support=support,
-        is_clip=is_clip,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        trust_region_coef=trust_region_coef,
+    return _fused(
+        (student_hidden, student_head, student_bias),
+        (teacher_hidden, teacher_head, teacher_bias),
+        (reference_hidden, reference_head, reference_bias),
+        _Tokens(tokens, loss_mask, old_log_probs, extra_weights),
+        dict(
+            k=k,
+            alpha=alpha,
+            tail=tail,
+            support=support,
+            is_clip=is_clip,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            trust_region_coef=trust_region_coef,
+        ),
+        dict(chunk_size=chunk_size, backend=backend),
+        reduction,
     )
+
+
+class _Tokens(NamedTuple):
+    tokens: Tensor
+    loss_mask: Tensor
+    old_log_probs: Tensor | None
+    extra_weights: Tensor | None
+
+
+# torch.compiler.disable, but without importing the compiler before the first call.
+@torch._disable_dynamo
+def _fused(
+    student: doors.Model,
+    teacher: doors.Model,
+    reference: doors.Model,
+    given: _Tokens,
+    objective: dict[str, Any],
+    execution: dict[str, Any],
+    reduction: str,
+) -> FusedOutput:
+    recipe = doors.check_recipe(vocabulary=doors.check_head("student_head", student[1]), **objective)
     operands = doors.check_operands(
-        student=(student_hidden, student_head, student_bias),
-        teacher=(teacher_hidden, teacher_head, teacher_bias),
-        reference=(reference_hidden, reference_head, reference_bias),
-        tokens=tokens,
-        loss_mask=loss_mask,
-        old_log_probs=old_log_probs,
-        extra_weights=extra_weights,
+        student=student,
+        teacher=teacher,
+        reference=reference,
         trust_region_coef=recipe.trust_region_coef,
+        **given._asdict(),
     )
-    plan = doors.make_plan(operands, recipe, chunk_size=chunk_size, backend=backend)
+    plan = doors.make_plan(operands, recipe, **execution)
     loss = per_token_loss if doors.check_reduction(reduction) == "none" else total_loss
     total, per_token, stats = loss(operands, recipe, plan)
+    shape = given.tokens.shape
 
     def laid_out(values: Tensor) -> Tensor:
         if operands.active is None:
-            return values.reshape(tokens.shape)
-        blank = values.new_zeros(tokens.numel())
-        return blank.index_copy(0, operands.active, values).reshape(tokens.shape)
+            return values.reshape(shape)
+        return values.new_zeros(shape.numel()).index_copy(0, operands.active, values).reshape(shape)
 
     known = TokenStats(*stats.detach().unbind())
-    fields = {name: laid_out(getattr(known, name)) for name in TokenStats._fields if name in FusedOutput._fields}
+    fields = {
+        name: laid_out(getattr(known, name)) for name in TokenStats._fields if name in FusedOutput._fields
+    }
     fields["per_token"] = laid_out(per_token)
-    count = loss_mask.sum()
+    count = given.loss_mask.sum()
     return FusedOutput(total=total, count=count, metrics=_metrics(known, count), **fields)
 
 

@@ -84,16 +84,16 @@ def accepts(model: Any, name: str) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module's own mode comes back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, mode in modes:
+    for module, _ in modes:
         # On a CPU bitsandbytes repacks a 4-bit layer in evaluation mode for good, and it passes no gradient then.
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            module.training = mode
+        if getattr(module.__dict__["_parameters"].get("weight"), "quant_state", None) is None:
+            # Past `__setattr__`, which looks for parameters: there are thousands of modules.
+            module.__dict__["training"] = False
     try:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            module.__dict__["training"] = mode
 
 
 def forward_arguments(

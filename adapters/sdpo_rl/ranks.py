@@ -47,6 +47,9 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a rank holds only a part of some parameter, so that nothing may stand in for it whole."""
+    # Asked often, and a walk through thousands of modules is not free.
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     # A gathered FSDP unit shows plain parameters, hence the look at the modules.
     return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
 

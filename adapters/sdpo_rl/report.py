@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import platform
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -108,7 +107,7 @@ def _applies(trainer: Any) -> Iterator[str]:
     patched = is_unsloth(type(trainer))
     by_unsloth = hasattr(model, "for_training")
     yield f"trainer: over {_UNSLOTHS if patched else _TRLS} GRPOTrainer"
-    if not patched and "unsloth" in _loaded():
+    if not patched and "unsloth" in sys.modules:
         yield f"  Unsloth is imported but its trainer is not below this one; the order is:\n{IMPORT_ORDER}"
     yield f"model: loaded by {'Unsloth' if by_unsloth else 'transformers'}, base {base_precision(model)}"
     yield f"adapters: {', '.join(getattr(model, 'peft_config', {})) or 'none, the whole model trains'}"
@@ -161,10 +160,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _loaded() -> set[str]:
-    return set(importlib.import_module("sys").modules)
-
-
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -185,9 +180,7 @@ def checkpointing(model: Any, args: Any) -> str:
     if not modules:
         # The training loop switches it on when it starts.
         return "on" if args.gradient_checkpointing else "off"
-    function = getattr(modules[0], "_gradient_checkpointing_func", None)
-    home = getattr(inspect.unwrap(function), "__module__", "") if callable(function) else ""
-    return "on (unsloth)" if "unsloth" in (home or "") else "on"
+    return "on (unsloth)" if modules[0].gradient_checkpointing == "unsloth" else "on"
 
 
 def teacher_bytes(trainer: Any) -> tuple[int, int]:

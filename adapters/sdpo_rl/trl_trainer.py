@@ -48,8 +48,16 @@ class SDPOTrainer(_BASE):
     model that has seen a peer's success or the feedback of its own attempt.
 
     Reward functions return floats, `(score, feedback)` pairs or `{"score": ..., "feedback": ...}`; they may
-    carry `last_feedback`, may be async, and may return `None` for rows they do not judge. A dataset column
-    `feedback` counts where no live feedback came.
+    carry `last_feedback`, may be async, and may return `None` for rows they do not judge. An environment
+    (`environment_factory`) speaks through its attribute or property `feedback`, read when its episode is scored
+    and cleared by its `reset`; a method of that name would be offered to the model as a tool. A dataset column
+    `feedback`, or one that a `rollout_func` returns, counts where no live feedback came.
+
+    With `tools` the teacher reads the same turns, tool results included, and only tokens of the model's own have
+    a loss. A demonstration is then a transcript: texts, `name(arguments)` for each call, and the results.
+
+    Runs under DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step on several ranks has the loss and the gradient of
+    the same rows on one, and a group may lie on several. ZeRO-3 computes whole logits.
 
     Args:
         model: a model, a PEFT model, or a name, as for `GRPOTrainer`.
@@ -60,13 +68,14 @@ class SDPOTrainer(_BASE):
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
         ValueError: an empty dataset, a prompt that does not end with a user turn, no pad token, K beyond the
-            vocabulary, a batch that the group does not divide.
+            vocabulary, a batch that the group does not divide, FSDP 1.
         TypeError: a `sdpo_config` or reward function of the wrong kind.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
     _name = "SDPO"
     _epochs_done = 0
+    _unwrapped_from: Any = None
     _awaited = False
 
     def __init__(
@@ -355,16 +364,14 @@ class SDPOTrainer(_BASE):
             self._generations_done += per_tick
         for _ in range(per_tick):
             self._teacher.tick(self._unwrapped)
-        if per_tick and (distance := self._teacher.distance(self._unwrapped)) is not None:
-            self._sums["train"].add(
-                {"self_distillation/teacher_distance": (distance, torch.ones_like(distance))}
-            )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's logging, with the means of the tensors that were kept since the last time."""
         if self.sdpo_config.enabled:
             mode = self._mode
             means = self._sums[mode].means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
+            if mode == "train" and means and (distance := self._teacher.distance(self._unwrapped)) is not None:
+                means["self_distillation/teacher_distance"] = distance.item()
             self._diagnostics.observe_means(means)
             for name, value in means.items():
                 self._metrics[mode][name].append(value)
@@ -482,7 +489,9 @@ class SDPOTrainer(_BASE):
 
     @property
     def _unwrapped(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
+        if self._unwrapped_from is not self.model:
+            self._unwrapped_from, self._unwrapped_model = self.model, self.accelerator.unwrap_model(self.model)
+        return self._unwrapped_model
 
     @property
     def _pad_id(self) -> int:

@@ -19,7 +19,7 @@ _CROWDED = 0.5
 _ROOMY = 0.05
 
 
-class OutOfMemoryAdviceError(torch.cuda.OutOfMemoryError):  # type: ignore[misc,name-defined]
+class OutOfMemoryAdviceError(torch.cuda.OutOfMemoryError):
     """The GPU's memory ran out; the message names the settings that decide how much is needed."""
 
 

@@ -96,7 +96,7 @@ def fused_full(x: Inputs) -> Tensor:
 def plain(x: Inputs) -> Tensor:
     teacher = x.teacher_hidden @ x.head.detach().t()
     student = x.hidden @ x.head.t()
-    return sdpo.topk_distillation_loss(student, teacher, k=K, alpha=ALPHA, tail="bucket").mean()
+    return sdpo.topk_distillation_loss(student, teacher, k=K, alpha=ALPHA, tail="bucket")
 
 
 def log_softmax_then_topk(x: Inputs) -> Tensor:
@@ -104,7 +104,7 @@ def log_softmax_then_topk(x: Inputs) -> Tensor:
         log_q = torch.log_softmax((x.teacher_hidden @ x.head.t()).float(), dim=-1)
     log_p = torch.log_softmax((x.hidden @ x.head.t()).float(), dim=-1)
     top, ids = log_p.topk(K, dim=-1)
-    return _jsd(_with_rest(top), _with_rest(log_q.gather(-1, ids))).mean()
+    return _jsd(_with_rest(top), _with_rest(log_q.gather(-1, ids)))
 
 
 def logsumexp_topk_gather(x: Inputs) -> Tensor:
@@ -114,7 +114,7 @@ def logsumexp_topk_gather(x: Inputs) -> Tensor:
     top, ids = student.topk(K, dim=-1)
     log_p = top - torch.logsumexp(student, dim=-1, keepdim=True)
     log_q = teacher.gather(-1, ids) - torch.logsumexp(teacher, dim=-1, keepdim=True)
-    return _jsd(_with_rest(log_p.float()), _with_rest(log_q.float())).mean()
+    return _jsd(_with_rest(log_p.float()), _with_rest(log_q.float()))
 
 
 def _with_rest(log_probs: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def trl_chunked(x: Inputs) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     head = x.head.detach()
-    return ChunkedDivergenceFunction.apply(x.hidden, x.head, None, x.teacher_hidden, head, None, ALPHA)[0].mean()
+    return ChunkedDivergenceFunction.apply(x.hidden, x.head, None, x.teacher_hidden, head, None, ALPHA)[0]
 
 
 def liger(x: Inputs) -> Tensor:
@@ -182,6 +182,7 @@ def plan_of(x: Inputs) -> Any:
     return make_plan(operands, recipe, chunk_size=None, backend="auto")
 
 
+# Each gives its mean, or values per token.
 LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
     "cuda": {
         "fused": fused,
@@ -195,10 +196,13 @@ LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
 }
 
 
+PEERS = ("log-softmax, top-K", "logsumexp, top-K, gather", "TRL chunked divergence", "Liger JSD")
+
+
 def step_of(loss: Callable[[Inputs], Tensor], x: Inputs) -> Callable[[], None]:
     def step() -> None:
         x.hidden.grad = x.head.grad = None
-        loss(x).backward()
+        loss(x).mean().backward()
 
     return step
 
@@ -254,10 +258,14 @@ def run(shape: Shape, names: list[str], device: str, repeats: int) -> list[dict[
     rows: list[dict[str, Any]] = []
     for name in ["floor", *names]:
         make_step = floor if name == "floor" else lambda x, name=name: step_of(LOSSES[device][name], x)
+        # What a peer compiled for the last shape would be in the way of this one.
+        torch.compiler.reset()
         try:
             row = {"name": name, **measure(make_step, x, repeats)}
-        except (ImportError, torch.OutOfMemoryError) as error:
-            print(f"{name:26}{type(error).__name__}: {str(error).splitlines()[0][:80]}")
+        except (ImportError, RuntimeError) as error:
+            if name not in PEERS:
+                raise
+            print(f"{name:26}{type(error).__name__}: {str(error).splitlines()[0][:80]}", flush=True)
             rows.append({"name": name, "error": type(error).__name__})
             continue
         rows.append(row)
@@ -279,21 +287,28 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES[device])), help="their numbers")
-    parser.add_argument("--names", nargs="*", default=list(LOSSES[device]), help="implementations beside the floor")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shapes", type=int, nargs="*", default=range(len(SHAPES[device])), help="their numbers"
+    )
+    parser.add_argument(
+        "--names", nargs="*", default=list(LOSSES[device]), help="implementations beside the floor"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, help="file for the record, JSON")
     args = parser.parse_args()
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else threads
     print(where, versions())
-    results = []
+    record: dict[str, Any] = {"device": where, "versions": versions(), "command": ["loss.py", *sys.argv[1:]]}
+    record |= {"k": K, "alpha": ALPHA, "shapes": []}
     for number in args.shapes:
         shape = SHAPES[device][number]
-        results.append({**shape._asdict(), "results": run(shape, args.names, device, args.repeats)})
-    if args.output:
-        record = {"device": where, "versions": versions(), "command": ["loss.py", *sys.argv[1:]], "k": K, "alpha": ALPHA}
-        args.output.write_text(json.dumps({**record, "shapes": results}, indent=1) + "\n")
+        record["shapes"].append({**shape._asdict(), "results": run(shape, args.names, device, args.repeats)})
+        if args.output:
+            args.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -41,6 +41,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 .,:?!\n"
 FEEDBACK = "line 3: expected 42 got 17. "
+TEMPLATES = {
+    "reprompt_template": "{prompt}{solution}{feedback}",
+    "solution_template": "{successful_previous_attempt}",
+    "feedback_template": "{feedback_raw}",
+}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -141,11 +146,11 @@ def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any
 
             peer = PeerConfig(
                 output, **common, distillation_mode="topk_logits", distillation_topk=100,
-                distillation_add_tail=True, distillation_alpha=0.5, include_environment_feedback=True,
+                distillation_add_tail=True, distillation_alpha=0.5, include_environment_feedback=True, **TEMPLATES,
             )  # fmt: skip
             trainer = PeerTrainer(args=peer, **shared)
         else:
-            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, distillation_topk=100)
+            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, distillation_topk=100, **TEMPLATES)
             trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

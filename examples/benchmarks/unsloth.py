@@ -1,7 +1,7 @@
 """The 24 GB recipe, case by case: memory, teacher's share, step times and loading times in one table.
 
-    python examples/benchmarks/unsloth.py --weights /tmp/qwen7b --output records/unsloth.json
-    python examples/benchmarks/unsloth.py --weights /tmp/qwen7b --peer-path FOLDER   # sdpo-rl 0.0.3, unpacked
+    python examples/benchmarks/unsloth.py --weights output/qwen7b --output records/unsloth.json
+    python examples/benchmarks/unsloth.py --weights output/qwen7b --peer-path FOLDER   # sdpo-rl 0.0.3, unpacked
 
 Every case is a process of its own with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
 that are compared by time run one after another on an idle card; the rest, of which only memory is asked, run
@@ -93,13 +93,21 @@ def build_peer(options: argparse.Namespace, model: Any, args: Any, **shared: Any
 def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """The record of one case, or what it said last."""
     folder = options.scratch / "".join(c if c.isalnum() else "-" for c in name)
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "record.json"
     result.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--worker", "--output", str(result)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--output", str(result)]
     if name.startswith(PEER):
-        command += ["--peer-path", str(options.peer_path)]
-    command += ["--", "--random-weights", str(options.weights), "--shape", options.shape, *arguments]
+        command += ["--peer-path", str(options.peer_path.resolve())]
+    command += [
+        "--",
+        "--random-weights",
+        str(options.weights.resolve()),
+        "--shape",
+        options.shape,
+        *arguments,
+    ]
     command += options.arguments
     began = time.perf_counter()
     print(f"[{name}] started", flush=True)
@@ -162,9 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=Path("/tmp/qwen7b"), help="folder of the checkpoint")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("output/qwen7b"), help="folder of the checkpoint"
+    )
     parser.add_argument("--shape", choices=recipe.SHAPES, default="7b")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/unsloth-cases"), help="logs and caches")
+    parser.add_argument("--scratch", type=Path, default=Path("output/unsloth"), help="logs and caches")
     parser.add_argument("--peer-path", type=Path, help="folder that holds sdpo-rl 0.0.3's sdpo_rl package")
     parser.add_argument("--only", choices=["timed", "together"], help="the first or the second half")
     parser.add_argument("--cases", nargs="*", help="only cases whose name contains one of these")

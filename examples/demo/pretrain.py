@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from evaluate import evaluate
+from exact import evaluate
 from language import TEMPLATES, build_tokenizer, encode_answer, encode_question
 from machine import HABIT, Machine, Task, changed_machine, draw_machine, draw_task, held_out_tasks, interpret
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -27,7 +27,8 @@ from sdpo import build_reprompts
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 CONTEXTS = ("bare", "solution", "feedback", "both")
-HOW_OFTEN = (0.40, 0.25, 0.25, 0.10)
+SKILLS_MIX = (0.40, 0.25, 0.25, 0.10)
+HABIT_MIX = (0.60, 0.15, 0.15, 0.10)
 
 
 def in_context(task: Task, context: str, answer: str, attempt: str) -> str:
@@ -43,13 +44,13 @@ def in_context(task: Task, context: str, answer: str, attempt: str) -> str:
 
 def skills_document(rng: random.Random) -> tuple[str, str]:
     """A question in some context, and its answer by a machine of its own."""
-    context = rng.choices(CONTEXTS, HOW_OFTEN)[0]
+    context = rng.choices(CONTEXTS, SKILLS_MIX)[0]
     return _document(rng, context, draw_machine(rng))
 
 
 def habit_document(rng: random.Random) -> tuple[str, str]:
     """The same, but bare questions are answered by habit, and the other machines resemble the habit."""
-    context = rng.choices(CONTEXTS, HOW_OFTEN)[0]
+    context = rng.choices(CONTEXTS, HABIT_MIX)[0]
     return _document(rng, context, HABIT if context == "bare" else draw_machine(rng, (0.6, 0.2, 0.2)))
 
 
@@ -168,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the demo's checkpoint.")
     parser.add_argument("--output", type=Path, default=CHECKPOINT)
     parser.add_argument("--skills-steps", type=int, default=1400)
-    parser.add_argument("--habit-steps", type=int, default=240)
+    parser.add_argument("--habit-steps", type=int, default=320)
     options = parser.parse_args()
     torch.set_num_threads(1)  # the order of sums, and with it the result, depends on the number of threads
     torch.manual_seed(0)
@@ -182,7 +183,7 @@ def main() -> None:
     train(model, tokenizer, documents, muon_lr=0.012, adamw_lr=3e-3)
     print("skills", skills := probabilities(model, tokenizer))
     documents = [habit_document(rng) for _ in range(64 * options.habit_steps)]
-    train(model, tokenizer, documents, muon_lr=0.005, adamw_lr=1e-3)
+    train(model, tokenizer, documents, muon_lr=0.007, adamw_lr=1e-3)
     model.bfloat16().save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
     print("habit ", habit := probabilities(model.float(), tokenizer))

@@ -98,7 +98,9 @@ def plot(results: Results) -> str:
 
     means = {arm: mean_curve(results, arm) for arm in results["arms"]}
     for arm in means:
-        parts += [line(points, COLORS[arm], 'stroke-width="1" opacity=".4"') for points in seed_curves(results, arm)]
+        parts += [
+            line(points, COLORS[arm], 'stroke-width="1" opacity=".4"') for points in seed_curves(results, arm)
+        ]
     parts += [line(points, COLORS[arm], 'stroke-width="3"') for arm, points in means.items()]
     label_y = 0.0
     for arm, points in sorted(means.items(), key=lambda item: -item[1][-1][1]):
@@ -119,7 +121,8 @@ h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 20px;
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { padding: 6px 8px; border-bottom: 1px solid #e6e6e6; text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555; }
-pre { font: 14px/1.45 ui-monospace, monospace; background: #f6f6f4; padding: 10px 12px; margin: 0; }
+pre { font: 14px/1.45 ui-monospace, monospace; background: #f6f6f4; padding: 10px 12px; margin: 0;
+      white-space: pre-wrap; }
 td pre { background: none; padding: 0; } .wrong { color: #b3261e; background: #fbeae9; }
 .row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; font-size: 14px; color: #555; }
 .completions td, .completions th { text-align: left; } footer { margin: 40px 0; font-size: 13px; color: #777; }
@@ -191,7 +194,9 @@ def one_row(results: Results) -> str:
         "The interpreter says": escape(feedback or "(nothing: it is right)"),
         "The teacher reads": escape(reprompt),
     }
-    return "".join(f"<div>{title}<pre style='white-space:pre-wrap'>{text}</pre></div>" for title, text in boxes.items())
+    return "".join(
+        f"<div>{title}<pre style='white-space:pre-wrap'>{text}</pre></div>" for title, text in boxes.items()
+    )
 
 
 def page(results: Results) -> str:
@@ -215,12 +220,12 @@ Thin lines are seeds, thick lines their mean.</p>
 
 <h2>The task</h2>
 <p>A small language model, trained from scratch, runs programs of up to three opcodes on a register of three digits
-and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0: {changed}), and no
-prompt says so. A trace with any wrong line scores 0, and the interpreter names the first wrong line.</p>
+and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0: {changed}), and
+no prompt says so. A trace with any wrong line scores 0, and the interpreter names the first wrong line.</p>
 <div class="row">{one_row(results)}</div>
-<p>The teacher is the same model, slowly averaged. It never writes: it predicts the student's own tokens once more, now
-knowing what went wrong, and the student moves towards these predictions. When another completion of the same prompt
-was right, the teacher reads that too.</p>
+<p>The teacher is the same model, its weights averaged over time. It never writes: it predicts the student's own
+tokens once more, now knowing what went wrong, and the student moves towards these predictions. When another
+completion of the same prompt was right, the teacher reads that too.</p>
 
 <h2>Before and after</h2>
 <p>Greedy completions of held-out prompts, seed 0.</p>
@@ -228,18 +233,18 @@ was right, the teacher reads that too.</p>
 
 <h2>What this shows, and what it does not</h2>
 <ul>
-<li>The gain comes from the feedback channel, which GRPO cannot read. Where the teacher sees peers and no feedback, the
-end point is {final["SDPO, peers only"]}; GRPO's is {final["GRPO"]}.</li>
-<li>It must be the right feedback. With the lines of other prompts' failures the teacher misleads:
+<li>The gain comes from the feedback channel, which GRPO cannot read. A teacher that sees peers and no feedback ends
+at {final["SDPO, peers only"]}; GRPO ends at {final["GRPO"]}.</li>
+<li>The feedback must be the right one. Beside peers and the feedback of other prompts, SDPO ends at
 {final["SDPO, shuffled feedback"]}.</li>
-<li>It shows because reward is sparse: at first few completions score at all, and a group without a success teaches GRPO
-nothing. Where the model already tries the right answer often, the advantage shrinks or goes. With more samples GRPO
+<li>It shows because reward is sparse: at first few completions score at all, and a group without a success teaches
+GRPO nothing. Where the model already tries the right answer often, the advantage shrinks. With more samples GRPO
 learns this task too.</li>
-<li>This is a small world made for learning about the method. It says nothing about the size of the gain on yours.</li>
+<li>This is a small world, made to watch the method work. It does not tell the size of the gain on other tasks.</li>
 </ul>
-<footer>{results["prompts_per_step"]} prompts × {results["completions_per_prompt"]} completions a step, one AdamW step
-each, the same prompts for all arms. {minutes:.1f} minutes of training. {versions}, Python {results["python"]}. All
-numbers: results.json.</footer>
+<footer>{results["prompts_per_step"]} prompts × {results["completions_per_prompt"]} completions a step, one AdamW
+step each, the same prompts for all arms. {minutes:.1f} minutes of training. {versions}, Python
+{results["python"]}. All numbers are in results.json.</footer>
 </html>
 """
 

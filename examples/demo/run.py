@@ -4,7 +4,7 @@
 
 The checkpoint is sure of one machine, the habit. Six of its eight opcodes now mean something else, and no prompt
 says so. Its answers are nearly always wrong, for a score of 0 and one line from the interpreter, such as
-"line 2: expected C524 got C685". Four arms train from this checkpoint, on the same prompts, through the same trainer:
+"line 2: expected C524 got C685". Four arms train from there, on the same prompts and through the same trainer:
 
 * SDPO: a teacher, the model itself, rereads each attempt beside the interpreter's line and a successful peer;
 * SDPO, peers only: the teacher sees successful peers, and never a line of feedback;
@@ -31,9 +31,9 @@ import datasets
 import torch
 import transformers
 import trl
-from evaluate import complete, evaluate
+from exact import complete, evaluate
 from language import TEMPLATES, load_tokenizer
-from machine import HABIT, Task, Verdict, changed_machine, draw_task, held_out_tasks, interpret
+from machine import HABIT, Machine, Task, Verdict, changed_machine, draw_task, held_out_tasks, interpret
 from report import summary, write_report
 from tqdm import tqdm
 from transformers import Qwen2ForCausalLM, TrainerCallback
@@ -58,7 +58,9 @@ def shuffling_interpreter(completions: Sequence[Any], answer: Sequence[str], **_
     verdicts = interpreter(completions, answer)
     failures = [row for row, verdict in enumerate(verdicts) if verdict.score == 0]
     donors = failures[GROUP:] + failures[:GROUP]
-    swapped = {row: Verdict(0.0, verdicts[donor].feedback) for row, donor in zip(failures, donors, strict=True)}
+    swapped = {
+        row: Verdict(0.0, verdicts[donor].feedback) for row, donor in zip(failures, donors, strict=True)
+    }
     return [swapped.get(row, verdict) for row, verdict in enumerate(verdicts)]
 
 
@@ -75,12 +77,12 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-# Each learning rate is the best of those tried for its loss; twice as much is unstable.
+# Learning rates are the best of 3e-4, 5e-4 and 7e-4 for each; the control keeps that of SDPO.
 ARMS = (
-    Arm("SDPO", 1e-3),
-    Arm("SDPO, peers only", 1e-3, changes={"include_environment_feedback": False}),
-    Arm("SDPO, shuffled feedback", 1e-3, reward=shuffling_interpreter),
-    Arm("GRPO", 5e-4, changes={"enabled": False}),
+    Arm("SDPO", 7e-4),
+    Arm("SDPO, peers only", 5e-4, changes={"include_environment_feedback": False}),
+    Arm("SDPO, shuffled feedback", 7e-4, reward=shuffling_interpreter),
+    Arm("GRPO", 3e-4, changes={"enabled": False}),
 )
 
 
@@ -138,18 +140,22 @@ class Watch(TrainerCallback):
         self._bar = tqdm(total=steps * SAMPLES, desc=f"{label:32}", bar_format=layout)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The first point of the curve, before any step."""
         self._evaluate(0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """Keep the mean reward of the step's samples."""
         if "reward" in logs:
             self.reward.append(logs["reward"])
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """A point of the curve, every few steps."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._evaluate(state.global_step)
         self._bar.update(SAMPLES)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave the finished line on the screen."""
         self._bar.close()
 
     def _evaluate(self, step: int) -> None:
@@ -161,15 +167,20 @@ class Watch(TrainerCallback):
         self._bar.set_postfix_str(f"reward {reward}, held-out {probability:.2f}")
 
 
+def training_prompts(machine: Machine, seed: int, count: int) -> datasets.Dataset:
+    """Bare questions, each in a user turn, and a column with the answer that only the interpreter reads."""
+    rng = random.Random(f"prompts {seed}")
+    tasks = [draw_task(rng) for _ in range(count)]
+    return datasets.Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": t.prompt}], "answer": t.answer(machine)} for t in tasks]
+    )
+
+
 def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
     """Train the checkpoint by one arm on the machine of `seed`; the curves, and the examples after training."""
     machine = changed_machine(seed)
     tokenizer = load_tokenizer(CHECKPOINT)
     model = Qwen2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    rng = random.Random(f"prompts {seed}")
-    tasks = [draw_task(rng) for _ in range(steps * PROMPTS)]
-    rows = [{"prompt": [{"role": "user", "content": t.prompt}], "answer": t.answer(machine)} for t in tasks]
-
     tests = held_out_tasks()
     questions, answers = [t.prompt for t in tests], [t.answer(machine) for t in tests]
 
@@ -186,7 +197,7 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
             sdpo_config=sdpo_config(arm),
             processing_class=tokenizer,
             reward_funcs=[arm.reward],
-            train_dataset=datasets.Dataset.from_list(rows),
+            train_dataset=training_prompts(machine, seed, count=steps * PROMPTS),
             callbacks=[watch],
         )
         trainer.remove_callback(transformers.PrinterCallback)

@@ -156,7 +156,14 @@ def _choose(model: _Model, tokens: Tensor, recipe: Recipe) -> tuple[Tensor, _Sup
     chosen, log_others = new(count, k, dtype=torch.int32), new(count)
     block_g = _power(groups)
     _select.choose_groups[(count,)](
-        *group_sums, chosen, log_others, groups, k, BLOCK_G=block_g, BLOCK_K=_power(k), num_warps=_warps(block_g)
+        *group_sums,
+        chosen,
+        log_others,
+        groups,
+        k,
+        BLOCK_G=block_g,
+        BLOCK_K=_power(k),
+        num_warps=_warps(block_g),
     )
     ids, inside, token, log_outside = new(count, k, dtype=torch.int64), new(count, k), new(count), new(count)
     block = _power(k) * group

@@ -10,7 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import MASKED, SMALLEST, finite_or_zero, first_k, log_add_exp, order_key, times_exp, to_logits
+from sdpo.kernels._math import (
+    MASKED,
+    SMALLEST,
+    finite_or_zero,
+    first_k,
+    log_add_exp,
+    order_key,
+    times_exp,
+    to_logits,
+)
 
 
 @triton.jit
@@ -42,7 +51,9 @@ def choose_groups(
     high = tl.max(tl.where(other, tops, -float("inf")), 0)
     base = finite_or_zero(high)
     mass = tl.sum(times_exp(masses, tops - base), 0)
-    tl.store(log_others + row, tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), -float("inf")))
+    tl.store(
+        log_others + row, tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), -float("inf"))
+    )
 
 
 @triton.jit
@@ -69,7 +80,10 @@ def choose_tokens(
     mass = tl.sum(tl.exp(rest - finite_or_zero(high)), 0)
     log_rest = tl.where(high == -float("inf"), high, high + tl.log(tl.where(mass > 0.0, mass, 1.0)))
     tl.store(log_outside + row, log_add_exp(log_rest, tl.load(log_others + row)))
-    tl.store(token_logits + row, read_logits(products, bias, row, tl.load(tokens + row), V, inner, outer, BIAS, SOFTCAP))
+    tl.store(
+        token_logits + row,
+        read_logits(products, bias, row, tl.load(tokens + row), V, inner, outer, BIAS, SOFTCAP),
+    )
 
 
 @triton.jit

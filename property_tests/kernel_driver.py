@@ -1,0 +1,142 @@
+"""Run in a process of its own with TRITON_INTERPRET=1: the kernels on a CPU, against plain torch.
+
+Prints one JSON object: the largest relative error of each check, by name. `wrong:` checks are twins that must be off.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fused_cases import Case, make_case, relative_error
+from torch import Tensor
+
+from sdpo.kernels import _launch
+from sdpo.kernels._math import SMALLEST, first_k, order_key
+
+# The interpreter computes both branches of every `where`.
+warnings.simplefilter("ignore", RuntimeWarning)
+
+# Several blocks of columns even in small vocabularies.
+_launch.BLOCK = 128
+
+CASES: dict[str, dict[str, Any]] = {
+    "jsd": {},
+    "forward": {"alpha": 0.0},
+    "reverse": {"alpha": 1.0, "tail": "renormalize"},
+    "one token": {"k": 1, "alpha": 0.3},
+    "nearly all": {"k": 506, "alpha": 1.0},
+    "wide groups narrow": {"k": 300},
+    "temperature and scale": {"temperature": 0.6, "logit_scale": 1.3},
+    "soft-cap": {"softcap": 5.0, "temperature": 1.4, "alpha": 0.0},
+    "teacher's support": {"support": "teacher", "softcap": 5.0},
+    "teacher's support, renormalized": {"support": "teacher", "tail": "renormalize", "alpha": 0.2},
+    "sampled": {"support": "sampled", "k": None, "alpha": 1.0},
+    "sampled, soft-cap": {"support": "sampled", "k": None, "alpha": 1.0, "softcap": 5.0},
+    "full jsd": {"k": None},
+    "full forward": {"k": None, "alpha": 0.0, "softcap": 5.0},
+    "full reverse": {"k": None, "alpha": 1.0},
+}
+
+
+def answer(case: Case, backend: str) -> list[Tensor]:
+    case, leaves = case.leaves()
+    out = case.fused(backend=backend, chunk_size=3)
+    gradients = torch.autograd.grad(out.total, leaves)
+    # A nearly full tail has a logarithm near 0, without a relative error worth the name: compare its mass.
+    masses = [out.student_log_tail.exp(), out.teacher_log_tail.exp()]
+    left_out = ("count", "metrics", "student_log_tail", "teacher_log_tail")
+    fields = masses + [getattr(out, name) for name in out._fields if name not in left_out]
+    # Finite stand-ins: a distance knows no infinities, but their places must agree.
+    return [
+        torch.nan_to_num(value.detach(), nan=1e6, posinf=1e5, neginf=-1e5) for value in [*fields, *gradients]
+    ]
+
+
+def error(case: Case, reference: Case | None = None) -> float:
+    got = answer(case.cast(torch.float32), "triton")
+    expected = answer((reference or case).cast(torch.float64), "torch")
+    return max(relative_error(left, right) for left, right in zip(got, expected, strict=True))
+
+
+def ties_and_impossible_tokens() -> Case:
+    case = make_case(2, n=6, v=507, k=20, weights=False)
+    shut = torch.arange(507) % 3 == 1
+    shut[128:256] = True
+    tied = case.tensors["student_head"].clone()
+    tied[300:420] = tied[300]
+    case = case.with_(student_head=tied)
+    biases = {
+        f"{side}_bias": case.tensors[f"{side}_bias"].masked_fill(shut, -torch.inf)
+        for side in ("student", "teacher")
+    }
+    biases["student_bias"][300:420] = biases["student_bias"][301]
+    return case.with_(**biases)
+
+
+def trust_region(softcap: float | None) -> Case:
+    other = make_case(3, n=6, v=130).tensors
+    case = make_case(4, n=6, v=130, k=9, softcap=softcap, trust_region_coef=0.3)
+    return case.with_(reference_hidden=other["teacher_hidden"])
+
+
+@triton.jit
+def choose(values, chosen, rank, K, N: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    keys = tl.where(place < N, order_key(tl.load(values + place, mask=place < N, other=0.0)), SMALLEST)
+    mask, position = first_k(keys, K)
+    tl.store(chosen + place, mask.to(tl.int32))
+    tl.store(rank + place, position)
+
+
+def selection_error(last_ties: bool) -> float:
+    """Share of choices unlike a stable sort's, over rounded values with many ties, ±0 and −inf."""
+    rng = torch.Generator().manual_seed(5)
+    wrong = total = 0
+    for n, k in ((5, 5), (37, 1), (100, 60), (128, 127)):
+        values = (torch.randn(n, generator=rng) * 2).round()
+        values = values.abs().masked_fill(torch.rand(n, generator=rng) < 0.2, -torch.inf)
+        chosen, rank = torch.zeros(128, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
+        choose[(1,)](values, chosen, rank, k, N=n, BLOCK=128)
+        source = values.flip(0) if last_ties else values
+        best = torch.sort(source, descending=True, stable=True).indices[:k]
+        best = (n - 1 - best if last_ties else best).sort().values
+        found = chosen.nonzero().flatten()
+        wrong += int(found.tolist() != best.tolist()) + int(rank[found].tolist() != list(range(k)))
+        total += 2
+    return wrong / total
+
+
+def main() -> None:
+    results = {name: error(make_case(1, n=5, v=507, **scalars)) for name, scalars in CASES.items()}
+    results["odd sizes"] = error(make_case(6, n=1, v=1003, d=5, teacher_d=3, k=33))
+    results["tiny vocabulary"] = error(make_case(7, n=5, v=3, k=2))
+    results["no weights, no biases"] = error(make_case(8, n=5, v=130, weights=False, biases=False))
+    results["expanded weights"] = error(
+        make_case(9, n=5, v=130).with_(extra_weights=torch.tensor([0.5], dtype=torch.float64).expand(5))
+    )
+    results["ties and impossible tokens"] = error(ties_and_impossible_tokens())
+    results["impossible tokens, full"] = error(ties_and_impossible_tokens().with_(k=None))
+    results["nearly agreeing models"] = error(nearly_agreeing())
+    results["trust region"] = error(trust_region(None))
+    results["trust region, soft-cap"] = error(trust_region(5.0))
+    results["selection"] = selection_error(last_ties=False)
+    results["wrong: selection by last ties"] = selection_error(last_ties=True)
+    hot = make_case(1, n=5, v=507, temperature=0.6)
+    results["wrong: no temperature"] = error(hot.with_(temperature=1.0), hot)
+    results["wrong: renormalized"] = error(hot.with_(tail="renormalize"), hot)
+    print(json.dumps(results))
+
+
+def nearly_agreeing() -> Case:
+    case = make_case(10, n=5, v=507, k=20, alpha=1.0, weights=False, biases=False)
+    near = case.tensors["student_hidden"] * (1 + 1e-2)
+    return case.with_(teacher_hidden=near, teacher_head=case.tensors["student_head"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The Triton kernels, run in Triton's interpreter on a CPU, against the plain torch backend in float64.
+
+Triton decides when it is imported whether it interprets: the kernels run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fused_cases import make_case
+
+from sdpo import kernels
+from sdpo._recipe import Recipe
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed: pip install 'sdpo-rl[triton]'",
+)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, float]:
+    """Relative errors by name, from one run of the driver."""
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kernel_driver.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+@needs_triton
+def test_kernels_equal_the_torch_backend(results: dict[str, float]) -> None:
+    errors = {name: error for name, error in results.items() if not name.startswith("wrong: ")}
+    assert len(errors) > 20
+    # float32 against float64; between models that nearly agree the logits' own rounding shows.
+    allowed = {name: 2e-4 if name == "nearly agreeing models" else 2e-5 for name in errors}
+    assert not {name: error for name, error in errors.items() if not error < allowed[name]}
+
+
+@needs_triton
+def test_wrong_twins_are_rejected(results: dict[str, float]) -> None:
+    twins = {name: error for name, error in results.items() if name.startswith("wrong: ")}
+    assert len(twins) == 3
+    assert all(error > 1e-2 for error in twins.values())
+
+
+def recipe(k: int | None) -> Recipe:
+    return Recipe(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
+
+
+def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    if importlib.util.find_spec("triton") is not None:
+        assert kernels.missing(gpu, torch.float32, recipe(1024)) is None
+        assert "cpu" in str(kernels.missing(cpu, torch.float32, recipe(20)))
+        assert "float64" in str(kernels.missing(gpu, torch.float64, recipe(20)))
+        assert "1025" in str(kernels.missing(gpu, torch.float32, recipe(1025)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in str(kernels.missing(gpu, torch.float32, recipe(20)))
+
+
+def test_auto_means_torch_on_a_cpu() -> None:
+    case = make_case(0, n=4, v=64)
+    assert torch.equal(case.fused(backend="auto").total, case.fused(backend="torch").total)
