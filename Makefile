@@ -49,9 +49,11 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) output dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
+# Unsloth comes without what it asks for: its trainer is rewritten and tested on a CPU, its kernels are not.
 # torch first and by its exact version: a bare `torch` may bring gigabytes of CUDA that the demo does not need.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[trl,peft,bnb,triton,viz,dev]"
+	$(BIN)/python -m pip install -q --no-deps $$(grep -E '^unsloth(_zoo)?==' constraints.txt)
 	touch $(READY)

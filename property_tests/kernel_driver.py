@@ -1,6 +1,6 @@
 """Run in a process of its own with TRITON_INTERPRET=1: the kernels on a CPU, against plain torch.
 
-Prints one JSON object: the largest relative error of each check, by name. `wrong:` checks are twins that must be off.
+Prints one JSON object: the largest relative error of each check, by name. `wrong:` checks are twins, and off.
 """
 
 from __future__ import annotations

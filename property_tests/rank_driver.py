@@ -49,6 +49,7 @@ class Run:
     feedback: bool = True
     tied: bool = True
     adapter: str = ""  # "lora", or "head" for LoRA with a trained head
+    alike: bool = True  # all ranks start with the same weights; otherwise the first rank's count
 
 
 RUNS = {
@@ -74,6 +75,7 @@ RUNS = {
     "trust region": Run(config={"teacher_mode": "trust_region"}),
     "live": Run(config={"teacher_mode": "live"}),
     "checkpointed": Run({"gradient_checkpointing": True}),
+    "ranks that start apart": Run(alike=False),
 }
 SHARDED_RUNS = [
     "tied",
@@ -87,6 +89,7 @@ SHARDED_RUNS = [
     "a group on both ranks",
     "trust region",
     "live",
+    "ranks that start apart",
 ]
 
 
@@ -175,7 +178,7 @@ def strategy(name: str) -> Iterator[None]:
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             reshard_after_forward=True,
-            cpu_ram_efficient_loading=False,
+            cpu_ram_efficient_loading=name.endswith("first rank loads"),
             state_dict_type="FULL_STATE_DICT",
         )
         self.accelerator.state.distributed_type = DistributedType.FSDP
@@ -184,7 +187,7 @@ def strategy(name: str) -> Iterator[None]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if name == "fsdp2":
+    if name.startswith("fsdp2"):
         SDPOTrainer.create_accelerator_and_postprocess = create_sharded
     if name in DEEPSPEED:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -269,7 +272,7 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
     trainer = tiny.trainer(
         folder,
         sdpo_config=tiny.config(**run.config),
-        start=tiny.model(tie_word_embeddings=run.tied),
+        start=tiny.model(0 if run.alike else rank(), tie_word_embeddings=run.tied),
         reward_funcs=tiny.judge if run.feedback else tiny.parity,
         peft_config=adapter if run.adapter else None,
         **settings,
@@ -405,6 +408,16 @@ def observe_exchange(folder: Path) -> Observed:
     return seen
 
 
+def observe_evaluation(folder: Path) -> Observed:
+    """Two questions in groups of four, before any training."""
+    import tiny
+
+    run = Run(feedback=False, succeeds=lambda row: row in (1, 6))
+    per_rank = {"num_generations_eval": 4, "per_device_eval_batch_size": 8 // world_size()}
+    trainer = make_trainer(folder, run, eval_dataset=tiny.conversations(2), **per_rank)
+    return trainer.evaluate()
+
+
 def observe_sampling(folder: Path, name: str, adapter: str = "") -> Observed:
     """Real generation of one group on both ranks, which stop at different lengths."""
     with strategy(name):
@@ -529,9 +542,13 @@ def main(folder: Path) -> None:
     sharded = [("fsdp2", name) for name in SHARDED_RUNS] if world_size() > 1 else []
     seen: Observed = {}
     for kind, name in [*(("ddp", name) for name in RUNS), *sharded]:
-        with strategy(kind):
+        # Without the broadcast of the first rank's weights FSDP would mix those of all ranks.
+        with strategy(kind if kind == "ddp" or RUNS[name].alike else "fsdp2, first rank loads"):
             seen[kind, name] = observe_run(folder, RUNS[name])
         print(kind, name, "done", flush=True)
+    for kind in ("ddp", "fsdp2")[: world_size()]:
+        with strategy(kind):
+            seen["evaluation", kind] = observe_evaluation(folder)
     seen["more ranks"] = observe_more_ranks(folder)
     if world_size() > 1:
         for kind in ("ddp", "fsdp2"):

@@ -382,6 +382,13 @@ def test_the_control_changes_whose_feedback_a_failure_reads_and_nothing_else(see
 
 def _results(seed_count: int = 2) -> dict:
     curve = [0.1, 0.4, 0.5, 0.9]
+    task = machine.Task("C", "314")
+    example = {
+        "question": task.prompt,
+        "answer": task.answer(CHANGED),
+        "completion": task.answer(machine.HABIT),
+        "probability": 0.25,
+    }
     runs = [
         {
             "arm": arm.name,
@@ -389,24 +396,18 @@ def _results(seed_count: int = 2) -> dict:
             "seconds": 1.0,
             "samples": [0, 512, 1024, 2048],
             "probability": [value / (1 + seed + place) for value in curve],
+            "examples": [example | {"completion": "<b>&"}],
         }
         for place, arm in enumerate(run.ARMS)
         for seed in range(seed_count)
     ]
-    task = machine.Task("C", "314")
-    example = {
-        "question": task.prompt,
-        "answer": task.answer(CHANGED),
-        "before": task.answer(machine.HABIT),
-        "after": {arm.name: "<b>&" for arm in run.ARMS},
-    }
     return {
         "quick": False,
         "prompts_per_step": 16,
         "completions_per_prompt": 4,
         "arms": {arm.name: {"learning_rate": arm.learning_rate} for arm in run.ARMS},
         "machines": [{"seed": seed, **machine.changed_machine(seed)} for seed in range(seed_count)],
-        "examples": [example],
+        "before": [example],
         "versions": {"torch": "0"},
         "python": "3",
         "runs": runs,

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 
 from sdpo_rl.ranks import check_strategy
+from sdpo_rl.teacher_store import TeacherStore
 
 TOLERANCE = 1e-5
 BOTH = [*(("ddp", name) for name in driver.RUNS), *(("fsdp2", name) for name in driver.SHARDED_RUNS)]
@@ -89,6 +90,20 @@ def test_ranks_agree_to_the_bit_and_get_their_student_back(
     assert second["student came back"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_evaluate_as_one_does(one: Observed, two: list[Observed], strategy: str) -> None:
+    expected = one["evaluation", "ddp"]
+    assert expected["eval_loss"] > 0
+    for rank in two:
+        seen = rank["evaluation", strategy]
+        for name in (
+            "eval_loss",
+            "eval_self_distillation/divergence",
+            "eval_self_distillation/reprompt_sample_fraction",
+        ):
+            assert seen[name] == pytest.approx(expected[name], rel=TOLERANCE)
+
+
 def test_the_runs_differ(one: Observed) -> None:
     """Equality above would mean little among runs that do nothing, or all the same."""
     runs = {name: one["ddp", name] for name in driver.RUNS}
@@ -131,6 +146,27 @@ def test_what_would_train_wrongly_is_refused() -> None:
         check_strategy(accelerator("FSDP", 1), generate_every=1, accumulation_steps=1)
     with pytest.raises(ValueError, match=r"DeepSpeed .*\(2\) must be a multiple of .*\(4\)"):
         check_strategy(accelerator("DEEPSPEED"), generate_every=2, accumulation_steps=4)
+
+
+def test_a_teacher_follows_its_model_to_another_device() -> None:
+    """FSDP and DeepSpeed move the model when training begins; `meta` stands for the other device."""
+    model = tiny.model(tie_word_embeddings=False)
+    store = TeacherStore(model, tiny.config(), seed=0)
+    model.to("meta")
+    store.tick(model)
+    (params,) = store.forwards(model)
+    assert params is not None
+    assert {tensor.device.type for tensor in params.values()} == {"meta"}
+    distance = store.distance(model)
+    assert distance is not None
+    assert distance.device.type == "meta"
+
+
+def test_an_offloaded_teacher_stays_where_it_is() -> None:
+    model = tiny.model(tie_word_embeddings=False)
+    store = TeacherStore(model, tiny.config(teacher_offload="cpu"), seed=0)
+    store._own(model.to("meta"))
+    assert {tensor.device.type for tensor in store.state.params.values()} == {"cpu"}
 
 
 # --- what crosses ranks -----------------------------------------------------------------------------------

@@ -41,8 +41,10 @@ def test_accelerate_reads_every_file(name: str) -> None:
 
 def test_the_script_runs_on_two_ranks(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-        + [str(FOLDER / "train.py"), "--steps", "2", "--rows", "16", "--output", str(tmp_path)],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *(str(FOLDER / "train.py"), "--steps", "2", "--rows", "16", "--output", str(tmp_path)),
+        ],
         env={
             **os.environ,
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}",

@@ -15,7 +15,7 @@ from sdpo._recipe import Recipe, Support, Tail
 
 # Bytes of a chunk's buffers: enough to keep the matrix units busy, 768 tokens of a vocabulary of 150k on a GPU.
 _GPU_BYTES = 1152 * 2**20
-_CPU_BYTES = 128 * 2**20
+_CPU_BYTES = 112 * 2**20
 _MAX_ROWS = 8192
 # Chunks of slopes that wait for one product with the hidden states, where the head learns.
 _SLOPE_BLOCKS = 4
@@ -61,11 +61,10 @@ def check_recipe(
         k = check_int(
             "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
         )
-    positive = {"low": 0.0, "high": math.inf, "open_low": True}
     if is_clip is not None:
-        is_clip = check_real("is_clip", is_clip, meaning="the largest importance weight, or None", **positive)
+        is_clip = _positive("is_clip", is_clip, "the largest importance weight, or None")
     if softcap is not None:
-        softcap = check_real("softcap", softcap, meaning="the bound of the logits, or None", **positive)
+        softcap = _positive("softcap", softcap, "the bound of the logits, or None")
     if trust_region_coef is not None:
         meaning = "the weight of the live teacher's logits"
         trust_region_coef = check_real(
@@ -78,9 +77,9 @@ def check_recipe(
         tail=tail,
         support=support,
         is_clip=is_clip,
-        temperature=check_real("temperature", temperature, meaning="the rollout temperature", **positive),
+        temperature=_positive("temperature", temperature, "the rollout temperature"),
         softcap=softcap,
-        logit_scale=check_real("logit_scale", logit_scale, meaning="the factor of the logits", **positive),
+        logit_scale=_positive("logit_scale", logit_scale, "the factor of the logits"),
         trust_region_coef=trust_region_coef,
     )
 
@@ -160,7 +159,7 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
         slope = gradient_dtype(device, dtype)
         per_row = width * (3 if own_reference else 2) + (slope.itemsize if slope.itemsize < width else 0)
         if chosen is _fused_torch.chunk:
-            per_row += width * (2 if recipe.k is not None or recipe.support == "sampled" else 8)
+            per_row += width * (1 if recipe.k is not None or recipe.support == "sampled" else 8)
         chunk_size = _rows_that_fit(per_row * operands.student_head.shape[0], device)
     else:
         chunk_size = check_int(
@@ -184,6 +183,10 @@ def check_reduction(reduction: str) -> str:
     return reduction
 
 
+def _positive(name: str, value: object, meaning: str) -> float:
+    return check_real(name, value, low=0.0, high=math.inf, open_low=True, meaning=meaning)
+
+
 def _check_model(name: str, model: Model, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Validate hidden states [..., D] against the tokens [...] and a head [V, D]; flatten the former."""
     hidden, head, bias = model
@@ -201,11 +204,12 @@ def _check_model(name: str, model: Model, tokens: Tensor) -> tuple[Tensor, Tenso
 
 def _check_centre(reference: Model, teacher: Model, tokens: Tensor, coef: float | None) -> Model:
     """Validate the centre of a trust region, whose head may be the teacher's."""
-    hidden, head, bias = reference
+    hidden, head, _ = reference
     if (hidden is None) != (coef is None):
+        given = "trust_region_coef" if hidden is None else "reference_hidden"
         raise ValueError(
-            f"reference_hidden: expected together with trust_region_coef, got {'only' if hidden is not None else 'no'} "
-            "hidden states; pass both for a trust-region teacher, neither for any other"
+            f"reference_hidden: expected together with trust_region_coef, got only {given}; "
+            "pass both for a trust-region teacher, neither for any other"
         )
     if hidden is None:
         return reference

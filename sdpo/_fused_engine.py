@@ -8,7 +8,7 @@ if it learns. Nothing is computed twice, and no [N, V] tensor ever exists.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -197,11 +197,15 @@ class _Pass:
         between = centre.lerp(self._take(ops.teacher_hidden, low, high).to(wide), coef)
         return project(between.to(dtype), self._cast(ops.teacher_head, dtype), out[: high - low])
 
+    @overload
+    def _take(self, values: Tensor, low: int, high: int) -> Tensor: ...
+    @overload
+    def _take(self, values: None, low: int, high: int) -> None: ...
     def _take(self, values: Tensor | None, low: int, high: int) -> Tensor | None:
+        """The active tokens low to high; contiguous, since an expanded tensor has no rows to step through."""
         if values is None:
             return None
         active = self.operands.active
-        # The kernels step through memory by rows: an expanded tensor has none.
         return (values[low:high] if active is None else values.index_select(0, active[low:high])).contiguous()
 
     def _cast(self, head: Tensor, dtype: torch.dtype) -> Tensor:

@@ -49,6 +49,7 @@ class TeacherStore:
         self._offload = config.teacher_offload == "cpu"
         self._teacher = _core_teacher(config, seed)
         self.state: sdpo.TeacherState = self._start(params)
+        self._begun = False
 
     @property
     def rule(self) -> str:
@@ -88,7 +89,18 @@ class TeacherStore:
         if self._mode == "live":
             return None
         own = self._own(model)
-        return ranks.global_ratio(sdpo.teacher_distance(self.state, own), own, model)
+        # An offloaded state is compared where it rests.
+        student = {name: own[name].to(held.device) for name, held in self.state.params.items()}
+        return ranks.global_ratio(sdpo.teacher_distance(self.state, student), own, model)
+
+    def begin(self, model: nn.Module) -> None:
+        """Training begins: start as the student that the ranks now share, unless there is something to go on with.
+
+        Until here ranks may have held different weights, or none; DDP, FSDP and DeepSpeed hand out those of the
+        first rank when they take the model over.
+        """
+        if not self._begun:
+            self.restart(model)
 
     # --- at rest, in checkpoints -------------------------------------------------------------------------
 
@@ -119,10 +131,12 @@ class TeacherStore:
             part = ranks.held_parts(model, {name: tensor})[name] if sharded else tensor
             self.state.params[name].copy_(part)
         self.state = self.state._replace(ticks=ticks)
+        self._begun = True
 
     def restart(self, model: nn.Module) -> None:
         """Begin again from the student as it is."""
         self.state = self._start(trainable_parameters(model))
+        self._begun = True
 
     def _start(self, params: Params) -> sdpo.TeacherState:
         if not self._offload:
@@ -139,7 +153,7 @@ class TeacherStore:
         return {name: t.cpu().pin_memory() if pinned else t.cpu() for name, t in params.items()}
 
     def _own(self, model: nn.Module) -> Params:
-        """The model's parameters; the state takes their parts if the model was sharded after this was made."""
+        """The model's parameters; the state follows if the model was sharded or moved after this was made."""
         own = trainable_parameters(model)
         params = self.state.params
         if self._mode != "live" and params.keys() != own.keys():
@@ -150,13 +164,13 @@ class TeacherStore:
                 "requires_grad before building the trainer"
             )
         if any(held.shape != own[name].shape for name, held in params.items()):
-            # Before the first tick the student is the better source: where only rank 0 loads the weights, the
-            # others had none when the state was made.
-            self.state = (
-                self.state._replace(params=self._resting(ranks.held_parts(model, params)))
-                if self.state.ticks
-                else self._start(own)
-            )
+            if not self._begun:
+                self.state = self._start(own)
+                return own
+            params = self._resting(ranks.held_parts(model, params))
+        if not self._offload:
+            params = {name: held.to(own[name].device) for name, held in params.items()}
+        self.state = self.state._replace(params=params)
         return own
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, checks, distillation, hidden_states, progress, ranks, unsloth_compat
 from .alignment import compact, left_pad, position_ids
-from .callbacks import AfterOptimizerStep
+from .callbacks import AfterOptimizerStep, BeforeTraining
 from .config import SDPOConfig
 from .diagnostics import Diagnostics
 from .feedback import FeedbackCollector, environment_feedback
@@ -131,6 +131,7 @@ class SDPOTrainer(_BASE):
         self._fused: bool | None = False if self.sdpo_config.loss_backend == "logits" else None
         self._rollout: Rollout | None = None
         self._generations_done = 0
+        self.add_callback(BeforeTraining(lambda: self._teacher.begin(self._unwrapped)))
         self.add_callback(AfterOptimizerStep(self._after_optimizer_step))
         warn_if_slow(self)
 

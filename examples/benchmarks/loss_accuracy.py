@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import loss as peers
+import loss_peers as peers
 import torch
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The divergence over the full vocabulary: one pass for its value, one for its gradient, over both models' products."""
+"""The divergence over the full vocabulary: a pass for its value and one for its gradient, over both models."""
 
 from __future__ import annotations
 

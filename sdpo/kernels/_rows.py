@@ -1,4 +1,4 @@
-"""What is left of a row once its vocabulary is summed up: the loss, its weight, and the slopes of K + 1 categories."""
+"""What is left of a row once its vocabulary is summed up: loss, weight, and the slopes of K + 1 categories."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def choose_tokens(
     products, bias, tokens, chosen_groups, log_others, ids, inside, token_logits, log_outside, V, K, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Ids and logits of the K largest among the chosen groups, the logsumexp of all others, and the sampled logit."""
+    """Ids and logits of the K largest among the chosen groups, logsumexp of all others, and the sampled logit."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     group = tl.load(chosen_groups + row * K + place // GROUP, mask=place // GROUP < K, other=-1)

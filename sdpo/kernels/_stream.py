@@ -21,7 +21,7 @@ def load_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexp
 
 @triton.jit
 def _newest_first():
-    """Row and block of a program; the last columns first, which the product wrote last and the cache still holds."""
+    """Row and block of a program; the last columns first: the product wrote them last, the cache holds them."""
     return tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
 
 
