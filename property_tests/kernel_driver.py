@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sdpo.kernels import _launch
 from sdpo.kernels._math import SMALLEST, first_k, order_key
+from sdpo.kernels._scale import scaled
 
 # The interpreter computes both branches of every `where`.
 warnings.simplefilter("ignore", RuntimeWarning)
@@ -124,6 +125,8 @@ def main() -> None:
     results["nearly agreeing models"] = error(nearly_agreeing())
     results["trust region"] = error(trust_region(None))
     results["trust region, soft-cap"] = error(trust_region(5.0))
+    halves = torch.randn(3, 5001, generator=torch.Generator().manual_seed(11)).half()
+    results["scale"] = relative_error(scaled(halves, torch.tensor(1 / 3)), (halves.double() / 3).half())
     results["selection"] = selection_error(last_ties=False)
     results["wrong: selection by last ties"] = selection_error(last_ties=True)
     hot = make_case(1, n=5, v=507, temperature=0.6)

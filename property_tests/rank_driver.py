@@ -409,12 +409,13 @@ def observe_exchange(folder: Path) -> Observed:
 
 
 def observe_evaluation(folder: Path) -> Observed:
-    """Two questions in groups of four, before any training."""
+    """Two questions in groups of four, after a step: the Trainer prepares FSDP together with an optimizer."""
     import tiny
 
     run = Run(feedback=False, succeeds=lambda row: row in (1, 6))
     per_rank = {"num_generations_eval": 4, "per_device_eval_batch_size": 8 // world_size()}
-    trainer = make_trainer(folder, run, eval_dataset=tiny.conversations(2), **per_rank)
+    trainer = make_trainer(folder, run, eval_dataset=tiny.conversations(2), max_steps=1, **per_rank)
+    trainer.train()
     return trainer.evaluate()
 
 

@@ -15,7 +15,7 @@ from sdpo._recipe import Recipe, Support, Tail
 
 # Bytes of a chunk's buffers: enough to keep the matrix units busy, 768 tokens of a vocabulary of 150k on a GPU.
 _GPU_BYTES = 1152 * 2**20
-_CPU_BYTES = 112 * 2**20
+_CPU_BYTES = 96 * 2**20
 _MAX_ROWS = 8192
 # Chunks of slopes that wait for one product with the hidden states, where the head learns.
 _SLOPE_BLOCKS = 4

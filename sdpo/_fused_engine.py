@@ -88,7 +88,7 @@ class _Pass:
         self.working = working_dtype(self.dtype)
         self.count = hidden.shape[0] if operands.active is None else operands.active.shape[0]
         self.vocabulary = head.shape[0]
-        self.casts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.casts: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
         self.lift = self._lift()
         self.stats = torch.empty(len(TokenStats._fields), self.count, dtype=self.working, device=self.device)
         self.hidden_gradient: Tensor | None = None
@@ -210,7 +210,7 @@ class _Pass:
 
     def _cast(self, head: Tensor, dtype: torch.dtype) -> Tensor:
         """The head in the products' dtype: converted at most once, also where both models share it."""
-        key = (head.data_ptr(), dtype)
+        key = (head.data_ptr(), head.shape, dtype)
         if key not in self.casts:
             self.casts[key] = head.to(dtype)
         return self.casts[key]

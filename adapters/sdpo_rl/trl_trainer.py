@@ -223,6 +223,10 @@ class SDPOTrainer(_BASE):
             )
         else:
             denominator = self.accelerator.reduce(self._active_count(inputs), reduction="sum").clamp(min=1)
+            if self.accelerator.num_processes > 1:
+                # The Trainer drops what it takes for padding of the last batch, and with it the losses of the last
+                # ranks: so that it matters to nobody, each has the loss of all.
+                return self.accelerator.reduce(total, reduction="sum") / denominator
         # Gradients and logged losses are averaged over ranks, hence the factor.
         return total * self.accelerator.num_processes / denominator
 
@@ -371,7 +375,11 @@ class SDPOTrainer(_BASE):
         if self.sdpo_config.enabled:
             mode = self._mode
             means = self._sums[mode].means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
-            if mode == "train" and means and (distance := self._teacher.distance(self._unwrapped)) is not None:
+            if (
+                mode == "train"
+                and means
+                and (distance := self._teacher.distance(self._unwrapped)) is not None
+            ):
                 means["self_distillation/teacher_distance"] = distance.item()
             self._diagnostics.observe_means(means)
             for name, value in means.items():
@@ -491,7 +499,10 @@ class SDPOTrainer(_BASE):
     @property
     def _unwrapped(self) -> Any:
         if self._unwrapped_from is not self.model:
-            self._unwrapped_from, self._unwrapped_model = self.model, self.accelerator.unwrap_model(self.model)
+            self._unwrapped_from, self._unwrapped_model = (
+                self.model,
+                self.accelerator.unwrap_model(self.model),
+            )
         return self._unwrapped_model
 
     @property

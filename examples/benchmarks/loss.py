@@ -121,9 +121,8 @@ def read_peak(on_gpu: bool) -> int:
 def run(shape: Shape, names: list[str], device: str, repeats: int) -> list[dict[str, Any]]:
     x = make_inputs(shape, device)
     plan = plan_of(x)
-    print(
-        f"\n{shape.tokens} x {shape.hidden} x {shape.vocabulary}, head {'learns' if shape.head_learns else 'frozen'}"
-    )
+    head = "learns" if shape.head_learns else "frozen"
+    print(f"\n{shape.tokens} x {shape.hidden} x {shape.vocabulary}, head {head}")
     print(
         f"chunks of {min(plan.chunk_rows, shape.tokens)}, slopes of {min(plan.slope_rows, shape.tokens)} tokens"
     )

@@ -74,6 +74,11 @@ def changed_machine(seed: int, changes: int = 6) -> Machine:
     return dict(HABIT) | {opcode: rng.choice(MEANINGS[opcode][1:]) for opcode in moved}
 
 
+def what_changed(machine: Machine) -> str:
+    """The opcodes that left the habit, in words: `A rev → inc, C inc → rotr`."""
+    return ", ".join(f"{o} {HABIT[o]} → {machine[o]}" for o in HABIT if machine[o] != HABIT[o])
+
+
 class Task(NamedTuple):
     """One question: run `program` on `register`."""
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from language import TEMPLATES
-from machine import HABIT, interpret
+from machine import interpret, what_changed
 
 from sdpo import build_reprompts
 
@@ -65,7 +65,7 @@ def summary(results: Results) -> str:
 
 # --- The plot --------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 186, 14, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 196, 14, 44
 
 
 def plot(results: Results) -> str:
@@ -203,8 +203,6 @@ def one_row(results: Results) -> str:
 
 def page(results: Results) -> str:
     """The whole report as HTML."""
-    machine = results["machines"][0]
-    changed = ", ".join(f"{o} {HABIT[o]} → {machine[o]}" for o in HABIT if machine[o] != HABIT[o])
     final = {arm: f"{mean_curve(results, arm)[-1][1]:.2f}" for arm in results["arms"]}
     minutes = sum(run["seconds"] for run in results["runs"]) / 60
     quick = "<p><b>A quick run of a few steps: it shows that everything works, and nothing else.</b></p>"
@@ -223,8 +221,8 @@ arm over three seeds; the control with shuffled feedback keeps that of SDPO.</p>
 
 <h2>The task</h2>
 <p>A small language model, trained from scratch, runs programs of up to three opcodes on a register of three digits
-and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0: {changed}), and
-no prompt says so. A trace with any wrong line scores 0, and the interpreter names the first wrong line.</p>
+and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0:
+{what_changed(results["machines"][0])}), and no prompt says so. A trace with any wrong line scores 0, and the interpreter names the first wrong line.</p>
 <div class="row">{one_row(results)}</div>
 <p>The teacher is the same model, its weights averaged over time. It never writes: it predicts the student's own
 tokens once more, now knowing what went wrong, and the student moves towards these predictions. When another

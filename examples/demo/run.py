@@ -18,12 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -33,12 +36,21 @@ import transformers
 import trl
 from exact import complete, evaluate
 from language import TEMPLATES, load_tokenizer
-from machine import HABIT, Machine, Verdict, changed_machine, draw_task, held_out_tasks, interpret
+from machine import (
+    HABIT,
+    Machine,
+    Verdict,
+    changed_machine,
+    draw_task,
+    held_out_tasks,
+    interpret,
+    what_changed,
+)
 from report import summary, write_report
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM, TrainerCallback
 
-from sdpo_rl import SDPOConfig, SDPOTrainer
+import sdpo_rl
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PROMPTS, GROUP = 16, 4  # prompts a step, completions a prompt
@@ -86,7 +98,7 @@ ARMS = (
 )
 
 
-def sdpo_config(arm: Arm) -> SDPOConfig:
+def sdpo_config(arm: Arm) -> sdpo_rl.SDPOConfig:
     """What all arms share, in the words that the checkpoint can read, and the arm's own changes."""
     settings = {
         "alpha": 0.5,
@@ -97,7 +109,7 @@ def sdpo_config(arm: Arm) -> SDPOConfig:
         "solution_template": TEMPLATES.solution,
         "feedback_template": TEMPLATES.feedback,
     }
-    return SDPOConfig(**{**settings, **arm.changes})
+    return sdpo_rl.SDPOConfig(**{**settings, **arm.changes})
 
 
 def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
@@ -136,8 +148,12 @@ class Watch(TrainerCallback):
         self.greedy: list[float] = []
         self.reward: list[float] = []  # of every step
         self._every, self._score = every, score
-        layout = "{desc} {bar:24} {n:5d}/{total} samples{postfix}  {elapsed}"
-        self._bar = tqdm(total=steps * SAMPLES, desc=f"{label:32}", bar_format=layout)
+        self._bar = tqdm(
+            total=steps * SAMPLES,
+            desc=f"{label:23}",
+            bar_format="{desc} {bar} {n:4d}/{total} samples{postfix}  {elapsed}",
+            ncols=min(shutil.get_terminal_size().columns, 100),
+        )
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """The first point of the curve, before any step."""
@@ -163,7 +179,7 @@ class Watch(TrainerCallback):
         self.samples.append(step * SAMPLES)
         self.probability.append(probability)
         self.greedy.append(greedy)
-        reward = f"{self.reward[-1]:.2f}" if self.reward else "   -"
+        reward = f"{fmean(self.reward[-self._every :]):.2f}" if self.reward else "   -"
         self._bar.set_postfix_str(f"reward {reward}, held-out {probability:.2f}")
 
 
@@ -188,10 +204,10 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
         result = evaluate(model, tokenizer, questions, answers)
         return result.probability.mean().item(), result.greedy.float().mean().item()
 
-    watch = Watch(f"{arm.name}, seed {seed}", steps, every, score)
+    watch = Watch(arm.name, steps, every, score)
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:
-        trainer = SDPOTrainer(
+        trainer = sdpo_rl.SDPOTrainer(
             model=model,
             args=grpo_config(arm, seed, steps, folder),
             sdpo_config=sdpo_config(arm),
@@ -243,14 +259,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
     steps, every = (4, 2) if options.quick else (80, 4)
 
+    # bitsandbytes, which trl imports when it can, misses 4-bit kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the model is small: more threads are slower, and they change the order of sums
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
-    runs = [learn(arm, seed, steps, every) for seed in range(options.seeds) for arm in ARMS]
+    runs = []
+    for seed in range(options.seeds):
+        print(f"seed {seed}: {what_changed(changed_machine(seed))}", flush=True)
+        runs += [learn(arm, seed, steps, every) for arm in ARMS]
     untrained = Qwen2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     results = {
         "quick": options.quick,

@@ -48,6 +48,6 @@ def scaled(values: Tensor, factor: Tensor) -> Tensor:
     plain = values.dtype == factor.dtype or values.numel() == 0
     if plain or not values.is_cuda or importlib.util.find_spec("triton") is None:
         return values * factor
-    from sdpo.kernels import _launch
+    from sdpo.kernels import _scale
 
-    return _launch.scaled(values, factor)
+    return _scale.scaled(values, factor)

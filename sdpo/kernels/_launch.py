@@ -52,16 +52,6 @@ def chunk(
         fill(p, q, rows, recipe, stats, slope)
 
 
-def scaled(values: Tensor, factor: Tensor) -> Tensor:
-    """``values * factor`` at the speed of memory, for a factor [] of another dtype."""
-    out = torch.empty_like(values)
-    with torch.cuda.device_of(values):
-        _stream.scale[(triton.cdiv(values.numel(), BLOCK),)](
-            values, factor, out, values.numel(), BLOCK=BLOCK, num_warps=WARPS
-        )
-    return out
-
-
 class _Support(NamedTuple):
     """One model at the support, and the rest of its vocabulary."""
 

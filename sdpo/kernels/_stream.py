@@ -94,11 +94,3 @@ def inside_slopes(ids, values, slopes, V, K, BLOCK_K: tl.constexpr):
     real = ranks < K
     columns = tl.load(ids + row * K + ranks, mask=real, other=0)
     tl.store(slopes + row * V + columns, tl.load(values + row * K + ranks, mask=real), mask=real)
-
-
-@triton.jit
-def scale(values, factor, out, COUNT, BLOCK: tl.constexpr):
-    """values · factor, computed in float32; the factor is a tensor []."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    product = tl.load(values + place, mask=place < COUNT).to(tl.float32) * tl.load(factor).to(tl.float32)
-    tl.store(out + place, product.to(out.dtype.element_ty), mask=place < COUNT)
