@@ -346,33 +346,33 @@ def test_the_checkpoint_is_small() -> None:
 # --- the shuffled control ----------------------------------------------------------------------------------------
 
 
-def _rollout(seed: int) -> tuple[list[list[dict[str, str]]], list[str], list[str]]:
-    """A batch of the demo's shape, some completions right and some by habit; its prompts and answers."""
+def _rollout(seed: int) -> tuple[list[list[dict[str, str]]], list[str]]:
+    """A batch of the demo's shape, some completions right and some by habit, and its answers."""
     rng = random.Random(seed)
     drawn = [task for task in (machine.draw_task(rng) for _ in range(run.PROMPTS)) for _ in range(run.GROUP)]
     texts = [task.answer(rng.choice([machine.HABIT, CHANGED])) for task in drawn]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    return completions, [task.prompt for task in drawn], [task.answer(CHANGED) for task in drawn]
+    return completions, [task.answer(CHANGED) for task in drawn]
 
 
 def _check_control(reward: Callable[..., list[machine.Verdict]], seed: int) -> None:
-    completions, prompts, answers = _rollout(seed)
+    completions, answers = _rollout(seed)
     honest = run.interpreter(completions, answers)
     shuffled = reward(completions, answers)
     assert [verdict.score for verdict in shuffled] == [verdict.score for verdict in honest]
     assert sorted(verdict.feedback for verdict in shuffled) == sorted(verdict.feedback for verdict in honest)
     assert all(verdict.feedback == "" for verdict in shuffled if verdict.score == 1.0)
-    sources: dict[str, set[str]] = {}
-    for prompt, verdict in zip(prompts, honest, strict=True):
-        sources.setdefault(verdict.feedback, set()).add(prompt)
-    for prompt, verdict in zip(prompts, shuffled, strict=True):
+    groups: dict[str, set[int]] = {}  # feedback -> the groups whose failures it names
+    for row, verdict in enumerate(honest):
+        groups.setdefault(verdict.feedback, set()).add(row // run.GROUP)
+    for row, verdict in enumerate(shuffled):
         if verdict.score == 0.0:
-            assert sources[verdict.feedback] != {prompt}
+            assert groups[verdict.feedback] != {row // run.GROUP}
 
 
 @given(seeds)
 def test_the_control_changes_whose_feedback_a_failure_reads_and_nothing_else(seed: int) -> None:
-    assume(sum(verdict.score == 0.0 for verdict in run.interpreter(*_rollout(seed)[::2])) >= 2 * run.GROUP)
+    assume(sum(verdict.score == 0.0 for verdict in run.interpreter(*_rollout(seed))) >= 2 * run.GROUP)
     _check_control(run.shuffling_interpreter, seed)
     _rejects(_check_control, run.interpreter, seed)
 

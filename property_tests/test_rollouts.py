@@ -15,7 +15,7 @@ from by_hand import Method, Row, compare
 from datasets import Dataset
 from torch import Tensor, nn
 
-from sdpo_rl import SDPOTrainer, trl_trainer
+from sdpo_rl import SDPOTrainer, micro_batch
 from sdpo_rl.feedback import environment_feedback
 from sdpo_rl.prompts import completion_text
 
@@ -445,7 +445,7 @@ def test_a_rollout_function_brings_its_mask_and_its_feedback(tmp_path: Path) -> 
 
 def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong twin: the teacher's completion without the tools' answers."""
-    true = trl_trainer.compact
+    true = micro_batch.compact
 
     def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Any:
         return true(prompt_ids, prompt_mask, torch.where(ids > 100, 0, ids), mask)
@@ -456,5 +456,5 @@ def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     expected = losses()
-    monkeypatch.setattr(trl_trainer, "compact", deaf)
+    monkeypatch.setattr(micro_batch, "compact", deaf)
     assert losses() != pytest.approx(expected, rel=1e-3)

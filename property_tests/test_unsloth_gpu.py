@@ -192,7 +192,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_it_trains_over_the_rewritten_trainer(recipe: dict[str, Any]) -> None:
-    assert recipe["mro"][:3] == ["SDPOTrainer", "UnslothGRPOTrainer", "_UnslothGRPOTrainer"]
+    assert recipe["mro"][0] == "SDPOTrainer"
+    assert {"UnslothGRPOTrainer", "_UnslothGRPOTrainer"} <= set(recipe["mro"])
     assert all(loss > 0.0 for loss in recipe["losses"])
     assert recipe["moved"] > 0.0
 

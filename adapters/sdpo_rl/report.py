@@ -57,6 +57,10 @@ _REPLACED = {
 }
 
 
+# The trainer and the parts it is made of.
+_OURS = ("SDPOTrainer", "MicroBatchLoss", "Resuming", "Lockstep")
+
+
 class MethodHome(NamedTuple):
     """Where a method comes from, outermost first: the classes that define it and their modules' short names."""
 
@@ -131,7 +135,7 @@ def _applies(trainer: Any) -> Iterator[str]:
 
 def _homes(trainer: Any) -> Iterator[str]:
     for name, classes in method_homes(trainer):
-        own = classes[0] == "SDPOTrainer" and len(classes) > 1
+        own = classes[0] in _OURS and len(classes) > 1
         yield f"{name}: {' → '.join(classes)}" + (
             f"  ({_REPLACED[name]})" if own and name in _REPLACED else ""
         )

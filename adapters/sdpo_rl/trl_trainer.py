@@ -7,9 +7,7 @@ trainer (`PatchFastRL`) is inherited when it was patched before.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,30 +15,28 @@ import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import checkpoint, checks, distillation, hidden_states, progress, ranks, unsloth_compat
-from .alignment import compact, left_pad, position_ids
+from . import checks, hidden_states, ranks, unsloth_compat
+from .alignment import left_pad
 from .callbacks import AfterOptimizerStep, BeforeTraining
 from .config import SDPOConfig
 from .diagnostics import Diagnostics
 from .feedback import FeedbackCollector, environment_feedback
+from .lockstep import Lockstep
 from .metrics import MetricSums
+from .micro_batch import MicroBatchLoss
 from .normalization import StepWindow
 from .prompts import Renderer, Reprompter
+from .resuming import Resuming
 from .rollout import Rollout, teacher_context
-from .row_groups import RowGroup, row_groups, run_groups
 from .teacher_store import TeacherStore
 from .trl_compat import log_probs_result, plain_log_probs
 from .troubleshooting import memory_advice, warn_if_slow
 
-logger = logging.getLogger("sdpo_rl")
-
 _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
-# Enough to fill a device; the activations of more tokens at a time would only cost memory.
-_TEACHER_TOKENS = 8192
 
 
-class SDPOTrainer(_BASE):
+class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
     """Train a language model on its own, better informed predictions (SDPO, arXiv 2601.20802).
 
     Takes everything `trl.GRPOTrainer` takes, by the same names, and `sdpo_config`. Rollouts, rewards,
@@ -74,9 +70,7 @@ class SDPOTrainer(_BASE):
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
     _name = "SDPO"
-    _epochs_done = 0
     _unwrapped_from: Any = None
-    _awaited = False
 
     def __init__(
         self, model: Any = None, args: Any = None, sdpo_config: SDPOConfig | None = None, **kwargs: Any
@@ -128,7 +122,8 @@ class SDPOTrainer(_BASE):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._diagnostics = Diagnostics(self.sdpo_config)
         self._transform = hidden_states.head_transform(self._unwrapped.config)
-        self._fused: bool | None = False if self.sdpo_config.loss_backend == "logits" else None
+        if self.sdpo_config.loss_backend == "logits":
+            self._fused = False
         self._rollout: Rollout | None = None
         self._generations_done = 0
         self.add_callback(BeforeTraining(lambda: self._teacher.begin(self._unwrapped)))
@@ -230,117 +225,6 @@ class SDPOTrainer(_BASE):
         # Gradients and logged losses are averaged over ranks, hence the factor.
         return total * self.accelerator.num_processes / denominator
 
-    def _distilled_total(self, model: nn.Module, inputs: Any) -> Tensor:
-        loss_mask = self._loss_mask(inputs)
-        active = (loss_mask.any(-1)).nonzero().squeeze(-1)
-        if len(active) == 0:
-            if self.accelerator.num_processes == 1 and not ranks.is_sharded(self._unwrapped):
-                return self._zero_loss()
-            # Another rank may be active, and its collectives need this one: a row as it is, without a loss.
-            active = torch.zeros(1, dtype=torch.long, device=loss_mask.device)
-            own = {f"teacher_{name}": inputs[name] for name in ("prompt_ids", "prompt_mask")}
-            inputs = {**inputs, **own}
-        rows = _row_tensors(inputs, active, len(loss_mask))
-        student = compact(
-            rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"]
-        )
-        teacher = compact(
-            rows["teacher_prompt_ids"],
-            rows["teacher_prompt_mask"],
-            rows["completion_ids"],
-            rows["completion_mask"],
-        )
-        length = student[2]
-        targets = distillation.Targets(
-            tokens=rows["completion_ids"][:, :length],
-            loss_mask=loss_mask[active, :length],
-            old_log_probs=rows["old_per_token_logps"][:, :length] if "old_per_token_logps" in rows else None,
-            weights=self._weights(rows, loss_mask[active], length),
-        )
-        output = self._distill(model, student, teacher, targets)
-        self._sums[self._mode].add(distillation.step_metrics(self.sdpo_config, output, targets))
-        return output.total
-
-    def _distill(self, model: nn.Module, student: Any, teacher: Any, targets: distillation.Targets) -> Any:
-        unwrapped, length = self._unwrapped, student[2]
-        reads, answers = (
-            hidden_states.forward_arguments(unwrapped, ids, mask, position_ids(mask), length + 1)
-            for ids, mask, _ in (teacher, student)
-        )
-        if self._fused is None:
-            self._fused = self._can_fuse(unwrapped, answers)
-        forward: Any = hidden_states.completion_states if self._fused else hidden_states.completion_logits
-        # The teacher runs first: the student's graph is then never touched by other weights. It runs in eval
-        # mode: dropout would be noise in the target.
-        with torch.no_grad(), self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
-            groups = self._row_groups(teacher[1], length, token_limit=_TEACHER_TOKENS)
-            q = [
-                run_groups(partial(forward, model, unwrapped, params=params), reads, groups, length=length)
-                for params in self._teacher.forwards(unwrapped)
-            ]
-        with self.accelerator.autocast():
-            groups = self._row_groups(student[1], length, token_limit=math.inf)
-            p = run_groups(partial(forward, model, unwrapped), answers, groups, length=length)
-            if not self._fused:
-                return distillation.from_logits(self.sdpo_config, p, q, targets, temperature=self.temperature)
-            return distillation.fused(
-                self.sdpo_config, p, q, targets, temperature=self.temperature, transform=self._transform
-            )
-
-    def _row_groups(self, mask: Tensor, length: int, *, token_limit: float) -> list[RowGroup]:
-        if self.accelerator.num_processes > 1 or ranks.is_sharded(self._unwrapped):
-            # Every rank must call the model equally often.
-            token_limit = math.inf
-            if mask.shape[1] > self._context_length:
-                raise ValueError(
-                    f"a batch is {mask.shape[1]} tokens wide and the model reads {self._context_length}; on "
-                    "several ranks its rows cannot run apart: set per_device_train_batch_size=1, or raise "
-                    "max_seq_length"
-                )
-        return row_groups(mask, length=length, width_limit=self._context_length, token_limit=token_limit)
-
-    def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
-        if ranks.is_partitioned(unwrapped):
-            logger.warning(
-                "Under DeepSpeed ZeRO-3 the LM head exists whole only inside its own forward; falling back to "
-                "loss_backend='logits', which holds whole logits in memory."
-            )
-            return False
-        with self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
-            matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
-        if not matches:
-            logger.warning(
-                "The model changes its logits after the LM head in a way its configuration does not declare; "
-                "falling back to loss_backend='logits', which holds whole logits in memory."
-            )
-        return matches
-
-    def _weights(self, rows: dict[str, Tensor], loss_mask: Tensor, length: int) -> Tensor | None:
-        """Rollout weights times, for `sequence-mean`, one over the row's tokens [B, T]; `None`: all ones."""
-        weights = None
-        if self.sdpo_config.rollout_is_clip is not None:
-            weights = distillation.rollout_weights(rows, clip=self.sdpo_config.rollout_is_clip)
-        if weights is not None:
-            weights = weights.expand(loss_mask.shape)[:, :length]
-        if self.sdpo_config.loss_aggregation == "sequence-mean":
-            share = (1.0 / loss_mask.sum(-1, keepdim=True).clamp(min=1)).expand(-1, length)
-            weights = share if weights is None else weights * share
-        return weights
-
-    def _zero_loss(self) -> Tensor:
-        """0 with a gradient of exactly 0, so that backward and gradient scaling stay legal."""
-        anchor = next(p for p in self._unwrapped.parameters() if p.requires_grad)
-        return anchor.view(-1)[:1].sum().float() * 0.0
-
-    def _loss_mask(self, inputs: Any) -> Tensor:
-        """Tokens with a loss [B, T]: completion, not from a tool, of a row with teacher signal."""
-        mask = inputs["completion_mask"].bool() & inputs["row_mask"][:, None]
-        return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
-
-    def _active_count(self, inputs: Any) -> Tensor:
-        mask = self._loss_mask(inputs)
-        return mask.any(-1).sum() if self.sdpo_config.loss_aggregation == "sequence-mean" else mask.sum()
-
     # --- training loop -----------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -386,67 +270,6 @@ class SDPOTrainer(_BASE):
                 self._metrics[mode][name].append(value)
         super().log(logs, *args, **kwargs)
 
-    # --- checkpoints -------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As `GRPOTrainer.train`. `True` resumes from the last checkpoint that is complete.
-
-        Raises:
-            ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
-        """
-        if self.sdpo_config.enabled:
-            self._epochs_done = 0
-            resume_from_checkpoint = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
-            if isinstance(resume_from_checkpoint, str):
-                self._epochs_done = checkpoint.epochs_done(resume_from_checkpoint)
-                if self.sdpo_config.teacher_on_resume == "restore":
-                    checkpoint.check_teacher(resume_from_checkpoint, self._teacher, self._unwrapped)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        # Every pass draws its order from one generator, so the passes before the checkpoint are drawn again.
-        for _ in range(self._epochs_done):
-            next(iter(sampler), None)
-        return sampler
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.sdpo_config.enabled:
-            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
-            if self.args.should_save:
-                checkpoint.begin(folder)
-            self.accelerator.wait_for_everyone()
-            checkpoint.save_teacher(folder, self._teacher, self._unwrapped, writes=self.args.should_save)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.sdpo_config.enabled:
-            progress.save(output_dir, self)
-            # The trainer's state comes next and makes the folder complete, so every rank must be done.
-            self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.sdpo_config.enabled or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with checkpoint.dtypes_kept(self._unwrapped):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            checkpoint.load_adapter_beside_others(resume_from_checkpoint, self._unwrapped)
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_folder)
-        if self.sdpo_config.enabled and checkpoint_folder is not None:
-            if self.sdpo_config.teacher_on_resume == "restart":
-                self._teacher.restart(self._unwrapped)
-            else:
-                checkpoint.load_teacher(checkpoint_folder, self._teacher, self._unwrapped)
-
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        super()._load_rng_state(checkpoint_folder)
-        if self.sdpo_config.enabled and checkpoint_folder is not None:
-            progress.load(checkpoint_folder, self)
-
     # --- GRPO without Triton -----------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
@@ -467,28 +290,6 @@ class SDPOTrainer(_BASE):
             self, model, input_ids, attention_mask, logits_to_keep, batch_size
         )
         return log_probs_result(method, log_probs, entropies)
-
-    # --- generation of a sharded model -------------------------------------------------------------------
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if self._awaited:
-            ranks.any_rank(True, self.accelerator.device)
-        self._turn = args, kwargs
-        return super()._generate_single_turn(*args, **kwargs)
-
-    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loop, to whose end every rank goes along: another rank's turn needs the weights of this one."""
-        if self.use_vllm or self.accelerator.num_processes == 1 or not ranks.is_sharded(self._unwrapped):
-            return super()._tool_call_loop(*args, **kwargs)
-        self._awaited = True
-        try:
-            result = super()._tool_call_loop(*args, **kwargs)
-        finally:
-            self._awaited = False
-        (prompt_ids, *rest), options = self._turn
-        while ranks.any_rank(False, self.accelerator.device):
-            self._generate_single_turn(prompt_ids[:1], *rest, **options)
-        return result
 
     # --- facts about this run ----------------------------------------------------------------------------
 
@@ -548,16 +349,3 @@ class SDPOTrainer(_BASE):
             config.environment_feedback_only_without_solution,
             config.reprompt_truncation,
         )
-
-
-def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
-    """The row-wise tensors among `inputs`, at `rows`."""
-    return {
-        name: value[rows]
-        for name, value in inputs.items()
-        # Unsloth's `max_left_pad` stays on the CPU; it is about columns that are gone after `compact`.
-        if isinstance(value, Tensor)
-        and value.dim() > 0
-        and len(value) == count
-        and value.device == rows.device
-    }

@@ -16,14 +16,13 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from loss_peers import ALPHA, LOSSES, PEERS, SHAPES, Inputs, K, Shape, make_inputs, versions
+from loss_peers import ALPHA, LOSSES, PEERS, SHAPES, Inputs, K, Shape, command, make_inputs, versions
 from torch import Tensor
 
 from sdpo._fused_doors import check_operands, check_recipe, make_plan
@@ -164,7 +163,7 @@ def main() -> int:
     threads = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     where = torch.cuda.get_device_name() if device == "cuda" else threads
     print(where, versions())
-    record: dict[str, Any] = {"device": where, "versions": versions(), "command": ["loss.py", *sys.argv[1:]]}
+    record: dict[str, Any] = {"device": where, "versions": versions(), "command": ["loss.py", *command()]}
     record |= {"k": K, "alpha": ALPHA, "shapes": []}
     for number in args.shapes:
         shape = SHAPES[device][number]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="file for the record, JSON")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    record: dict[str, Any] = {"command": ["loss_accuracy.py", *sys.argv[1:]], "versions": peers.versions()}
+    record: dict[str, Any] = {"command": ["loss_accuracy.py", *peers.command()], "versions": peers.versions()}
     record["device"] = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     implementations: dict[str, Callable[[peers.Inputs], Tensor]] = {
         "log-softmax, top-K": peers.log_softmax_then_topk,

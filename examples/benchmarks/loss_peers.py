@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -156,3 +158,8 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def command() -> list[str]:
+    """The arguments of this run, without the folders of this machine."""
+    return [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]

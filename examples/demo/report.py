@@ -222,7 +222,8 @@ arm over three seeds; the control with shuffled feedback keeps that of SDPO.</p>
 <h2>The task</h2>
 <p>A small language model, trained from scratch, runs programs of up to three opcodes on a register of three digits
 and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0:
-{what_changed(results["machines"][0])}), and no prompt says so. A trace with any wrong line scores 0, and the interpreter names the first wrong line.</p>
+{what_changed(results["machines"][0])}), and no prompt says so. A trace with any wrong line
+scores 0, and the interpreter names the first wrong line.</p>
 <div class="row">{one_row(results)}</div>
 <p>The teacher is the same model, its weights averaged over time. It never writes: it predicts the student's own
 tokens once more, now knowing what went wrong, and the student moves towards these predictions. When another

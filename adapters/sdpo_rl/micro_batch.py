@@ -1,0 +1,153 @@
+"""One micro-batch: which rows run, the teacher's forward, the student's, and the loss between them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import distillation, hidden_states, ranks
+from .alignment import compact, position_ids
+from .row_groups import RowGroup, row_groups, run_groups
+
+logger = logging.getLogger("sdpo_rl")
+
+_Trainer: Any = object
+# Enough to fill a device; the activations of more tokens at a time would only cost memory.
+_TEACHER_TOKENS = 8192
+
+
+class MicroBatchLoss(_Trainer):
+    """The part of the trainer that turns a micro-batch into a sum of divergences."""
+
+    _fused: bool | None = (
+        None  # whether hidden states and head suffice; `None` until the model has been asked
+    )
+
+    def _distilled_total(self, model: nn.Module, inputs: Any) -> Tensor:
+        loss_mask = self._loss_mask(inputs)
+        active = (loss_mask.any(-1)).nonzero().squeeze(-1)
+        if len(active) == 0:
+            if self.accelerator.num_processes == 1 and not ranks.is_sharded(self._unwrapped):
+                return self._zero_loss()
+            # Another rank may be active, and its collectives need this one: a row as it is, without a loss.
+            active = torch.zeros(1, dtype=torch.long, device=loss_mask.device)
+            own = {f"teacher_{name}": inputs[name] for name in ("prompt_ids", "prompt_mask")}
+            inputs = {**inputs, **own}
+        rows = _row_tensors(inputs, active, len(loss_mask))
+        student = compact(
+            rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"]
+        )
+        teacher = compact(
+            rows["teacher_prompt_ids"],
+            rows["teacher_prompt_mask"],
+            rows["completion_ids"],
+            rows["completion_mask"],
+        )
+        length = student[2]
+        targets = distillation.Targets(
+            tokens=rows["completion_ids"][:, :length],
+            loss_mask=loss_mask[active, :length],
+            old_log_probs=rows["old_per_token_logps"][:, :length] if "old_per_token_logps" in rows else None,
+            weights=self._weights(rows, loss_mask[active], length),
+        )
+        output = self._distill(model, student, teacher, targets)
+        self._sums[self._mode].add(distillation.step_metrics(self.sdpo_config, output, targets))
+        return output.total
+
+    def _distill(self, model: nn.Module, student: Any, teacher: Any, targets: distillation.Targets) -> Any:
+        unwrapped, length = self._unwrapped, student[2]
+        reads, answers = (
+            hidden_states.forward_arguments(unwrapped, ids, mask, position_ids(mask), length + 1)
+            for ids, mask, _ in (teacher, student)
+        )
+        if self._fused is None:
+            self._fused = self._can_fuse(unwrapped, answers)
+        forward: Any = hidden_states.completion_states if self._fused else hidden_states.completion_logits
+        # The teacher runs first: the student's graph is then never touched by other weights. It runs in eval
+        # mode: dropout would be noise in the target.
+        with torch.no_grad(), self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
+            groups = self._row_groups(teacher[1], length, token_limit=_TEACHER_TOKENS)
+            q = [
+                run_groups(partial(forward, model, unwrapped, params=params), reads, groups, length=length)
+                for params in self._teacher.forwards(unwrapped)
+            ]
+        with self.accelerator.autocast():
+            groups = self._row_groups(student[1], length, token_limit=math.inf)
+            p = run_groups(partial(forward, model, unwrapped), answers, groups, length=length)
+            if not self._fused:
+                return distillation.from_logits(self.sdpo_config, p, q, targets, temperature=self.temperature)
+            return distillation.fused(
+                self.sdpo_config, p, q, targets, temperature=self.temperature, transform=self._transform
+            )
+
+    def _row_groups(self, mask: Tensor, length: int, *, token_limit: float) -> list[RowGroup]:
+        if self.accelerator.num_processes > 1 or ranks.is_sharded(self._unwrapped):
+            # Every rank must call the model equally often.
+            token_limit = math.inf
+            if mask.shape[1] > self._context_length:
+                raise ValueError(
+                    f"a batch is {mask.shape[1]} tokens wide and the model reads {self._context_length}; on "
+                    "several ranks its rows cannot run apart: set per_device_train_batch_size=1, or raise "
+                    "max_seq_length"
+                )
+        return row_groups(mask, length=length, width_limit=self._context_length, token_limit=token_limit)
+
+    def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
+        if ranks.is_partitioned(unwrapped):
+            logger.warning(
+                "Under DeepSpeed ZeRO-3 the LM head exists whole only inside its own forward; falling back to "
+                "loss_backend='logits', which holds whole logits in memory."
+            )
+            return False
+        with self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
+            matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
+        if not matches:
+            logger.warning(
+                "The model changes its logits after the LM head in a way its configuration does not declare; "
+                "falling back to loss_backend='logits', which holds whole logits in memory."
+            )
+        return matches
+
+    def _weights(self, rows: dict[str, Tensor], loss_mask: Tensor, length: int) -> Tensor | None:
+        """Rollout weights times, for `sequence-mean`, one over the row's tokens [B, T]; `None`: all ones."""
+        weights = None
+        if self.sdpo_config.rollout_is_clip is not None:
+            weights = distillation.rollout_weights(rows, clip=self.sdpo_config.rollout_is_clip)
+        if weights is not None:
+            weights = weights.expand(loss_mask.shape)[:, :length]
+        if self.sdpo_config.loss_aggregation == "sequence-mean":
+            share = (1.0 / loss_mask.sum(-1, keepdim=True).clamp(min=1)).expand(-1, length)
+            weights = share if weights is None else weights * share
+        return weights
+
+    def _zero_loss(self) -> Tensor:
+        """0 with a gradient of exactly 0, so that backward and gradient scaling stay legal."""
+        anchor = next(p for p in self._unwrapped.parameters() if p.requires_grad)
+        return anchor.view(-1)[:1].sum().float() * 0.0
+
+    def _loss_mask(self, inputs: Any) -> Tensor:
+        """Tokens with a loss [B, T]: completion, not from a tool, of a row with teacher signal."""
+        mask = inputs["completion_mask"].bool() & inputs["row_mask"][:, None]
+        return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+    def _active_count(self, inputs: Any) -> Tensor:
+        mask = self._loss_mask(inputs)
+        return mask.any(-1).sum() if self.sdpo_config.loss_aggregation == "sequence-mean" else mask.sum()
+
+
+def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
+    """The row-wise tensors among `inputs`, at `rows`."""
+    return {
+        name: value[rows]
+        for name, value in inputs.items()
+        # Unsloth's `max_left_pad` stays on the CPU; it is about columns that are gone after `compact`.
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and len(value) == count
+        and value.device == rows.device
+    }
