@@ -22,7 +22,7 @@ import sdpo
 
 DEMO = Path(__file__).parent / "demo"
 sys.path.insert(0, str(DEMO))
-from evaluate import evaluate  # noqa: E402 - a folder of scripts, not a package
+from exact import evaluate  # noqa: E402 - a folder of scripts, not a package
 from language import TEMPLATES, encode_question, load_tokenizer  # noqa: E402
 from machine import changed_machine, draw_task, held_out_tasks, interpret  # noqa: E402
 

@@ -95,7 +95,8 @@ sys.path += {libraries!r}
 import sdpo, sdpo_rl
 assert sdpo.__file__.startswith({str(target)!r}) and sdpo_rl.__file__.startswith({str(target)!r})
 state = sdpo.ema(update_rate=0.5).init({{"w": sdpo.topk.torch.zeros(1)}})
-print(sdpo_rl.SDPOConfig.preset("test_time").alpha, state.ticks, next(c.__name__ for c in sdpo_rl.SDPOTrainer.__mro__ if c.__module__.startswith("trl")))
+base = next(c.__name__ for c in sdpo_rl.SDPOTrainer.__mro__ if c.__module__.startswith("trl"))
+print(sdpo_rl.SDPOConfig.preset("test_time").alpha, state.ticks, base)
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     result = subprocess.run(
