@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
 import random
 import shutil
@@ -50,7 +49,7 @@ from report import summary, write_report
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM, TrainerCallback
 
-import sdpo_rl
+from sdpo_rl import SDPOConfig, SDPOTrainer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PROMPTS, GROUP = 16, 4  # prompts a step, completions a prompt
@@ -98,7 +97,7 @@ ARMS = (
 )
 
 
-def sdpo_config(arm: Arm) -> sdpo_rl.SDPOConfig:
+def sdpo_config(arm: Arm) -> SDPOConfig:
     """What all arms share, in the words that the checkpoint can read, and the arm's own changes."""
     settings = {
         "alpha": 0.5,
@@ -109,7 +108,7 @@ def sdpo_config(arm: Arm) -> sdpo_rl.SDPOConfig:
         "solution_template": TEMPLATES.solution,
         "feedback_template": TEMPLATES.feedback,
     }
-    return sdpo_rl.SDPOConfig(**{**settings, **arm.changes})
+    return SDPOConfig(**{**settings, **arm.changes})
 
 
 def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
@@ -207,7 +206,7 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
     watch = Watch(arm.name, steps, every, score)
     begun = time.perf_counter()
     with TemporaryDirectory() as folder:
-        trainer = sdpo_rl.SDPOTrainer(
+        trainer = SDPOTrainer(
             model=model,
             args=grpo_config(arm, seed, steps, folder),
             sdpo_config=sdpo_config(arm),
@@ -263,8 +262,6 @@ def main() -> None:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     steps, every = (4, 2) if options.quick else (80, 4)
 
-    # bitsandbytes, which trl imports when it can, misses 4-bit kernels that nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the model is small: more threads are slower, and they change the order of sums
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
