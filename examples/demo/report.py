@@ -65,7 +65,7 @@ def summary(results: Results) -> str:
 
 # --- The plot --------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 196, 14, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 228, 14, 44
 
 
 def plot(results: Results) -> str:
@@ -180,7 +180,7 @@ def completions(results: Results) -> str:
         )
         for texts in written.values():
             text = marked(texts[index]["completion"], example["answer"])
-            cells += f"<td>{text}<small>p = {texts[index]['probability']:.2f}</small></td>"
+            cells += f"<td>{text}<small>p&nbsp;=&nbsp;{texts[index]['probability']:.2f}</small></td>"
         rows.append(f"<tr>{cells}</tr>")
     return f'<table class="completions"><tr>{head}</tr>{"".join(rows)}</table>'
 
