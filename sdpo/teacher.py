@@ -24,6 +24,9 @@ StateDtype = Literal["float32", "bfloat16"]
 # bfloat16 is the upper half of float32.
 _LOWER_HALF = 0xFFFF
 
+# Numbers averaged at once: 64 MiB of float32.
+_TOGETHER = 2**24
+
 
 class TeacherState(NamedTuple):
     """What a checkpoint must keep of a teacher."""
@@ -55,8 +58,9 @@ def ema(
     (Azuma-Hoeffding; u is the bfloat16 spacing there). Noise instead of bias, but still noise, the more the
     smaller r: hence not the default. float64 parameters keep a float64 state.
 
-    inplace=True lets ``update`` write into the tensors of the state it is given, which is then spent: nothing
-    larger than one parameter is allocated. The default leaves its inputs alone, as ``torch.func`` demands.
+    inplace=True lets ``update`` write into the tensors of the state it is given, which is then spent: no more
+    is allocated than the largest parameter takes, or 64 MiB. The default leaves its inputs alone, as
+    ``torch.func`` demands.
 
     Shapes: any. Gradient: none, in or out.
 
@@ -81,6 +85,8 @@ def ema(
     def update(state: TeacherState, params: Mapping[str, Tensor]) -> TeacherState:
         _check_match(state, params, dtype)
         averaged = {}
+        if inplace:
+            _lerp_inplace({n: old for n, old in state.params.items() if old.dtype != torch.bfloat16}, params, rate)
         for name, old in state.params.items():
             new = params[name].detach()
             if old.dtype == torch.bfloat16:
@@ -88,8 +94,7 @@ def ema(
                 target = old if inplace else torch.empty_like(old)
                 averaged[name] = _round_stochastically(average, target, f"{seed}|{state.ticks}|{name}")
             else:
-                lerp = torch.Tensor.lerp_ if inplace else torch.lerp
-                averaged[name] = lerp(old, new.to(old.dtype), rate)
+                averaged[name] = old if inplace else torch.lerp(old, new.to(old.dtype), rate)
         return TeacherState(averaged, state.ticks + 1)
 
     return Teacher(init=lambda params: _clones(params, dtype), update=update)
@@ -242,6 +247,33 @@ def _clones(params: Mapping[str, Tensor], dtype: StateDtype) -> TeacherState:
         kept = torch.float64 if param.dtype == torch.float64 else getattr(torch, dtype)
         clones[name] = param.detach().to(kept, copy=True)
     return TeacherState(clones, 0)
+
+
+def _lerp_inplace(averages: Mapping[str, Tensor], params: Mapping[str, Tensor], rate: float) -> None:
+    """Every average towards its parameter, many small ones in one go: a GPU has done each before the next is asked."""
+    pairs = [(old, params[name].detach()) for name, old in averages.items()]
+    start = size = 0
+    for i, (old, _) in enumerate(pairs):
+        if size and size + old.numel() > _TOGETHER:
+            _lerp_together(pairs[start:i], rate)
+            start, size = i, 0
+        size += old.numel()
+    if pairs:
+        _lerp_together(pairs[start:], rate)
+
+
+def _lerp_together(pairs: list[tuple[Tensor, Tensor]], rate: float) -> None:
+    if not all(type(tensor) is Tensor for pair in pairs for tensor in pair):
+        # A subclass, such as a sharded tensor, need not know the operations over lists.
+        for old, new in pairs:
+            old.lerp_(new.to(old.dtype), rate)
+        return
+    averages = [old for old, _ in pairs]
+    wide = [new if new.dtype == old.dtype else torch.empty_like(old) for old, new in pairs]
+    cast = [i for i, (old, new) in enumerate(pairs) if new.dtype != old.dtype]
+    if cast:
+        torch._foreach_copy_([wide[i] for i in cast], [pairs[i][1] for i in cast])
+    torch._foreach_lerp_(averages, wide, rate)
 
 
 def _round_stochastically(average: Tensor, target: Tensor, key: str) -> Tensor:

@@ -17,8 +17,9 @@ from .row_groups import RowGroup, row_groups, run_groups
 logger = logging.getLogger("sdpo_rl")
 
 _Trainer: Any = object
-# Enough to fill a device; the activations of more tokens at a time would only cost memory.
-_TEACHER_TOKENS = 8192
+# A teacher's forward of so many tokens fills a device with a model of that width (7B); the activations of more would
+# only cost memory. A narrower model takes more tokens to fill it.
+_TEACHER_TOKENS, _TEACHER_WIDTH = 8192, 3584
 
 
 class MicroBatchLoss(_Trainer):
@@ -71,7 +72,9 @@ class MicroBatchLoss(_Trainer):
         # The teacher runs first: the student's graph is then never touched by other weights. It runs in eval
         # mode: dropout would be noise in the target.
         with torch.no_grad(), self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
-            groups = self._row_groups(teacher[1], length, token_limit=_TEACHER_TOKENS)
+            width = getattr(unwrapped.config.get_text_config(), "hidden_size", _TEACHER_WIDTH)
+            limit = _TEACHER_TOKENS * _TEACHER_WIDTH // width
+            groups = self._row_groups(teacher[1], length, token_limit=limit)
             q = [
                 run_groups(partial(forward, model, unwrapped, params=params), reads, groups, length=length)
                 for params in self._teacher.forwards(unwrapped)

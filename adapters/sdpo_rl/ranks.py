@@ -47,8 +47,7 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a rank holds only a part of some parameter, so that nothing may stand in for it whole."""
-    # Asked often, and a walk through thousands of modules is not free.
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _has_group():
         return False
     # A gathered FSDP unit shows plain parameters, hence the look at the modules.
     return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
@@ -120,11 +119,17 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
+def _has_group() -> bool:
+    """Whether a model can be sharded at all: asked often, where a walk through thousands of modules is not free."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def _at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by name, none of them gathered: the next forward gathers what the ranks then hold."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if _has_group():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
 
 

@@ -64,12 +64,7 @@ class TeacherStore:
         """
         if self._mode == "live":
             return [None]
-        own = self._own(model)
-        params: Params = {
-            # The dtype changes on the device: only there is that fast, and only so is pinned memory of use.
-            name: held.to(own[name].device, non_blocking=True).to(own[name].dtype)
-            for name, held in self.state.params.items()
-        }
+        params = _as(self.state.params, self._own(model))
         return [params, None] if self._mode == "trust_region" else [params]
 
     def tick(self, model: nn.Module) -> None:
@@ -172,6 +167,18 @@ class TeacherStore:
             params = {name: held.to(own[name].device) for name, held in params.items()}
         self.state = self.state._replace(params=params)
         return own
+
+
+def _as(params: Params, own: Params) -> Params:
+    """The tensors on the devices and in the dtypes of the parameters of the same names."""
+    # The dtype changes on the device: only there is that fast, and only so is pinned memory of use.
+    params = {name: held.to(own[name].device, non_blocking=True) for name, held in params.items()}
+    others = [name for name, held in params.items() if held.dtype != own[name].dtype]
+    # At once: adapters are hundreds of tensors, too small to keep a GPU busy one by one.
+    cast = [torch.empty_like(own[name]) for name in others]
+    if others:
+        torch._foreach_copy_(cast, [params[name] for name in others])
+    return params | dict(zip(others, cast, strict=True))
 
 
 def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:
