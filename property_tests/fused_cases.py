@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 import sdpo
+from sdpo._fused_engine import Backend
+from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
 
 LEARNING = ("student_hidden", "student_head", "student_bias")
 
@@ -122,3 +124,24 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     reference = reference.double()
     difference = (ours.to(reference.device).double() - reference).norm()
     return 0.0 if difference == 0.0 else (difference / reference.norm()).item()
+
+
+def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:
+    """How much longer or shorter a row of slopes, seen along itself, is in bf16: with its gain, and without."""
+    rng = torch.Generator().manual_seed(12)
+    rows, vocabulary = 16, 507
+    student, teacher = (torch.randn(rows, vocabulary, generator=rng) * 8 for _ in range(2))
+    tokens = torch.randint(vocabulary, (rows,), generator=rng)
+    recipe = Recipe(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
+
+    def slope(dtype: torch.dtype, gain: Tensor | None) -> Tensor:
+        made = Slope(torch.empty(rows, vocabulary, dtype=dtype), gain)
+        stats = torch.empty(len(TokenStats._fields), rows)
+        sides = Side(student.clone(), None), Side(teacher.clone(), None)
+        chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
+        return made.values.double()
+
+    exact = slope(torch.float32, None)
+    gain = torch.empty(rows)
+    along = (slope(torch.bfloat16, gain) * exact).sum(1) / exact.square().sum(1)
+    return (gain * along - 1).abs().max().item(), (along - 1).abs().max().item()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from fused_cases import Case, make_case, relative_error
+from fused_cases import Case, lost_length, make_case, relative_error
 from torch import Tensor
 
 from sdpo.kernels import _launch
@@ -23,7 +24,7 @@ from sdpo.kernels._scale import scaled
 warnings.simplefilter("ignore", RuntimeWarning)
 
 # Several blocks of columns even in small vocabularies.
-_launch.BLOCK = 128
+_launch.BLOCK, _launch.FULL_BLOCK = 128, 64
 
 CASES: dict[str, dict[str, Any]] = {
     "jsd": {},
@@ -44,7 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def answer(case: Case, backend: str) -> list[Tensor]:
+def answer(case: Case, backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Values, and gradients."""
     case, leaves = case.leaves()
     out = case.fused(backend=backend, chunk_size=3)
     gradients = torch.autograd.grad(out.total, leaves)
@@ -52,16 +54,29 @@ def answer(case: Case, backend: str) -> list[Tensor]:
     masses = [out.student_log_tail.exp(), out.teacher_log_tail.exp()]
     left_out = ("count", "metrics", "student_log_tail", "teacher_log_tail")
     fields = masses + [getattr(out, name) for name in out._fields if name not in left_out]
-    # Finite stand-ins: a distance knows no infinities, but their places must agree.
-    return [
-        torch.nan_to_num(value.detach(), nan=1e6, posinf=1e5, neginf=-1e5) for value in [*fields, *gradients]
-    ]
+
+    def finite(values: Sequence[Tensor]) -> list[Tensor]:
+        """With stand-ins: a distance knows no infinities, but their places must agree."""
+        return [torch.nan_to_num(value.detach(), nan=1e6, posinf=1e5, neginf=-1e5) for value in values]
+
+    return finite(fields), finite(gradients)
+
+
+def errors(
+    case: Case, reference: Case | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[float, float]:
+    """Of values and gradients, against float64 on the same inputs, rounded to ``dtype``."""
+    got = answer(case.cast(dtype), "triton")
+    expected = answer((reference or case).cast(dtype).cast(torch.float64), "torch")
+    values, gradients = (
+        max(relative_error(left, right) for left, right in zip(*pair, strict=True))
+        for pair in zip(got, expected, strict=True)
+    )
+    return values, gradients
 
 
 def error(case: Case, reference: Case | None = None) -> float:
-    got = answer(case.cast(torch.float32), "triton")
-    expected = answer((reference or case).cast(torch.float64), "torch")
-    return max(relative_error(left, right) for left, right in zip(got, expected, strict=True))
+    return max(errors(case, reference))
 
 
 def ties_and_impossible_tokens() -> Case:
@@ -114,6 +129,13 @@ def selection_error(last_ties: bool) -> float:
 
 def main() -> None:
     results = {name: error(make_case(1, n=5, v=507, **scalars)) for name, scalars in CASES.items()}
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in ("jsd", "full reverse", "soft-cap"):
+            values, gradients = errors(make_case(1, n=5, v=507, **CASES[name]), dtype=dtype)
+            results |= {f"{name}, {dtype}": values, f"{dtype} gradient, {name}": gradients}
+    # More groups of columns than tokens to choose, and fewer.
+    results["widest support"] = error(make_case(12, n=3, v=20_011, k=1024))
+    results["widest support, few groups"] = error(make_case(13, n=3, v=1100, k=1024, support="teacher"))
     results["odd sizes"] = error(make_case(6, n=1, v=1003, d=5, teacher_d=3, k=33))
     results["tiny vocabulary"] = error(make_case(7, n=5, v=3, k=2))
     results["no weights, no biases"] = error(make_case(8, n=5, v=130, weights=False, biases=False))
@@ -127,6 +149,8 @@ def main() -> None:
     results["trust region, soft-cap"] = error(trust_region(5.0))
     halves = torch.randn(3, 5001, generator=torch.Generator().manual_seed(11)).half()
     results["scale"] = relative_error(scaled(halves, torch.tensor(1 / 3)), (halves.double() / 3).half())
+    results["gain"] = lost_length(_launch.chunk, 100)[0]
+    results["gain, full"] = lost_length(_launch.chunk, None)[0]
     results["selection"] = selection_error(last_ties=False)
     results["wrong: selection by last ties"] = selection_error(last_ties=True)
     hot = make_case(1, n=5, v=507, temperature=0.6)

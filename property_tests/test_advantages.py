@@ -194,8 +194,9 @@ def test_arguments_are_checked() -> None:
     rewards, groups = torch.zeros(4), torch.zeros(4, dtype=torch.long)
     with pytest.raises(TypeError, match=r"scale_by_std: expected a bool, got 1 \(int\)"):
         group_normalized_advantages(rewards, groups, scale_by_std=1, eps=0.0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"eps: expected a number in \[0, 1\], got -1"):
-        group_normalized_advantages(rewards, groups, scale_by_std=True, eps=-1)
+    for eps in (-1, 2, math.inf):
+        with pytest.raises(ValueError, match=rf"eps: expected a number in \[0, 1\], got {eps}"):
+            group_normalized_advantages(rewards, groups, scale_by_std=True, eps=eps)
     with pytest.raises(ValueError, match=r"group_ids: expected shape \(4,\).*got \(3,\)"):
         group_normalized_advantages(rewards, groups[:3], scale_by_std=True, eps=0.0)
     with pytest.raises(ValueError, match=r"rewards: expected shape \(2,\) \(one dimension\), got \(2, 2\)"):

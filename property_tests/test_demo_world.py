@@ -98,21 +98,45 @@ def test_the_habit_uses_every_primitive_once_and_meanings_are_distinct() -> None
     assert all(len(set(meanings)) == 3 for meanings in machine.MEANINGS.values())
 
 
-@given(seeds)
-def test_a_changed_machine_differs_from_the_habit_in_six_opcodes(seed: int) -> None:
-    changed = machine.changed_machine(seed)
+def _check_change(change: Callable[[int], machine.Machine], seed: int) -> None:
+    changed = change(seed)
     assert sum(changed[o] != machine.HABIT[o] for o in machine.HABIT) == 6
     assert all(changed[o] in machine.MEANINGS[o] for o in machine.MEANINGS)
-    assert changed == machine.changed_machine(seed)
+    assert changed == change(seed)
 
 
-@given(tasks, machines)
-def test_a_trace_applies_one_meaning_per_line(task: machine.Task, meanings: machine.Machine) -> None:
-    first, *rest = task.answer(meanings).split("\n")
+@given(seeds)
+def test_a_changed_machine_differs_from_the_habit_in_six_opcodes(seed: int) -> None:
+    _check_change(machine.changed_machine, seed)
+    _rejects(_check_change, lambda seed: machine.changed_machine(seed, changes=5), seed)
+    _rejects(_check_change, lambda seed: machine.changed_machine(seed) | {"A": "swap", "B": "comp"}, seed)
+
+
+def _check_trace(
+    answer: Callable[[machine.Task, machine.Machine], str], task: machine.Task, meanings: machine.Machine
+) -> None:
+    first, *rest = answer(task, meanings).split("\n")
     assert first == task.register
     assert "".join(line[0] for line in rest) == task.program
     for before, after in pairwise([first, *rest]):
         assert after[1:] == machine.PRIMITIVES[meanings[after[0]]](before[-3:])
+
+
+@given(tasks, machines)
+def test_a_trace_applies_one_meaning_per_line(task: machine.Task, meanings: machine.Machine) -> None:
+    _check_trace(machine.Task.answer, task, meanings)
+
+
+def test_a_trace_that_starts_over_or_keeps_to_the_habit_is_rejected() -> None:
+    def from_the_register(task: machine.Task, meanings: machine.Machine) -> str:
+        lines = [o + machine.PRIMITIVES[meanings[o]](task.register) for o in task.program]
+        return "\n".join([task.register, *lines])
+
+    task = machine.Task("ACB", "314")
+    changed = {o: meanings[1] for o, meanings in machine.MEANINGS.items()}
+    _check_trace(machine.Task.answer, task, changed)
+    _rejects(_check_trace, from_the_register, task, changed)
+    _rejects(_check_trace, lambda task, _: task.answer(machine.HABIT), task, changed)
 
 
 # --- the interpreter ---------------------------------------------------------------------------------------------
@@ -199,14 +223,20 @@ def test_feedback_by_hand() -> None:
 # --- training and held-out prompts -------------------------------------------------------------------------------
 
 
+def _check_asked(prompts: list[str]) -> None:
+    assert not any(machine.held_out(prompt[-3:]) for prompt in prompts)
+
+
 @given(seeds)
 def test_no_held_out_register_is_ever_asked_in_training(seed: int) -> None:
     rng = random.Random(seed)
     asked = [machine.draw_task(rng).prompt for _ in range(20)]
+    everywhere = [f"run A on {rng.choice(machine.REGISTERS)}" for _ in range(200)]
+    _rejects(_check_asked, everywhere)
     asked += [make(rng)[0].split("\n")[0] for make in (pretrain.skills_document, pretrain.habit_document)]
     rows = run.training_prompts(machine.HABIT, seed, count=20)
     asked += [prompt[0]["content"] for prompt in rows["prompt"]]
-    assert not any(machine.held_out(prompt[-3:]) for prompt in asked)
+    _check_asked(asked)
 
 
 def test_the_held_out_set_is_fixed_distinct_and_a_fifth_of_the_registers() -> None:
@@ -244,16 +274,22 @@ def test_no_word_begins_another() -> None:
     assert not any(after.startswith(before) for before, after in pairwise(entries))
 
 
-@given(attempts(), st.sampled_from(pretrain.CONTEXTS))
-def test_every_text_of_the_world_is_in_the_language(attempt: tuple[str, str], context: str) -> None:
-    tokenizer = language.build_tokenizer()
+def _check_language(
+    tokenizer: PreTrainedTokenizerFast, attempt: tuple[str, str], context: str, register: str = "314"
+) -> None:
     completion, answer = attempt
-    asked = pretrain.in_context(machine.Task("ACB", "314"), context, answer, completion)
+    asked = pretrain.in_context(machine.Task("ACB", register), context, answer, completion)
     ids = language.encode_question(tokenizer, asked) + language.encode_answer(tokenizer, answer)
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == f"<user>{asked}<assistant>{answer}<eos>"
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     assert tokenizer.apply_chat_template(turns, return_dict=False) == ids
+
+
+@given(attempts(), st.sampled_from(pretrain.CONTEXTS))
+def test_every_text_of_the_world_is_in_the_language(attempt: tuple[str, str], context: str) -> None:
+    _check_language(language.build_tokenizer(), attempt, context)
+    _rejects(_check_language, language.build_tokenizer(), attempt, context, "π")
 
 
 def test_the_saved_tokenizer_has_the_ids_that_the_checkpoint_learned(

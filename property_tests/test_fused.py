@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import LEARNING, Case, make_case, relative_error
+from fused_cases import LEARNING, Case, lost_length, make_case, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Claim, alphas, name_of, seeds
@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sdpo
+from sdpo import _fused_doors, _fused_torch
+from sdpo._projection import pieces
 
 Answer = dict[str, Tensor]
 
@@ -95,30 +97,10 @@ def gradient_of_the_support_alone(case: Case, factor: float, **options: Any) -> 
     return fused(case.with_(tail="renormalize"), factor, **options)
 
 
-DRAWN = {"case": cases(), "chunk": st.sampled_from([1, 4, 1000])}
-CLAIMS = [
-    Claim(property_equals_the_plain_loss, fused, wrong, DRAWN)
-    for wrong in (
-        without_temperature,
-        softcap_after_temperature,
-        without_last_chunk,
-        gradient_of_the_support_alone,
-    )
-]
-
-
-def test_equals_the_plain_loss() -> None:
-    CLAIMS[0].holds()
-
-
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{name_of(claim)}-{claim.wrong.__name__}")
-def test_wrong_twins_are_rejected(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
-
-
-@given(case=cases())
-def test_statistics_equal_their_definitions(case: Case) -> None:
-    out = case.fused(backend="torch")
+def property_statistics_equal_their_definitions(
+    implementation: Callable[[Case], sdpo.FusedOutput], case: Case
+) -> None:
+    out = implementation(case)
     mask = case.tensors["loss_mask"]
     student, teacher = case.logits("student").log_softmax(-1), case.logits("teacher").log_softmax(-1)
     tokens = case.tensors["tokens"][..., None]
@@ -135,6 +117,102 @@ def test_statistics_equal_their_definitions(case: Case) -> None:
         assert not values[~mask].any()
         assert values.shape == mask.shape
         assert not values.requires_grad
+
+
+def statistics(case: Case) -> sdpo.FusedOutput:
+    return case.fused(backend="torch")
+
+
+def statistics_of_the_next_token(case: Case) -> sdpo.FusedOutput:
+    return statistics(case.with_(tokens=case.tensors["tokens"].roll(-1, 0)))
+
+
+def statistics_without_temperature(case: Case) -> sdpo.FusedOutput:
+    return statistics(case.with_(temperature=1.0))
+
+
+def statistics_of_masked_tokens_too(case: Case) -> sdpo.FusedOutput:
+    return statistics(case.with_(loss_mask=torch.ones_like(case.tensors["loss_mask"])))
+
+
+def property_per_token_form_lets_the_caller_reduce(
+    reduce: Callable[..., Tensor], seed: int, learning: tuple[str, ...]
+) -> None:
+    case = make_case(seed, n=(3, 4), v=123)
+    factors = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def gradients(case: Case, reduced: Callable[[sdpo.FusedOutput], Tensor], **options: str) -> list[Tensor]:
+        leaves = [case.tensors[name].clone().requires_grad_() for name in learning]
+        case = case.with_(**dict(zip(learning, leaves, strict=True)))
+        out = case.fused(backend="torch", chunk_size=5, **options)
+        return list(torch.autograd.grad(reduced(out), leaves))
+
+    weighted = case.with_(extra_weights=case.tensors["extra_weights"] * factors)
+    expected = gradients(weighted, lambda out: out.total)
+    got = gradients(case, lambda out: reduce(out, factors), reduction="none")
+    for left, right in zip(expected, got, strict=True):
+        assert relative_error(right, left) < 1e-12
+
+
+def reduced(out: sdpo.FusedOutput, factors: Tensor) -> Tensor:
+    return (factors * out.per_token * out.weights).sum()
+
+
+def reduced_without_weights(out: sdpo.FusedOutput, factors: Tensor) -> Tensor:
+    return (factors * out.per_token).sum()
+
+
+def reduced_and_totalled(out: sdpo.FusedOutput, factors: Tensor) -> Tensor:
+    return reduced(out, factors) + out.total
+
+
+RIGHT_AND_WRONG: list[tuple[Callable[..., None], Callable[..., Any], dict[str, Any], list[Any]]] = [
+    (
+        property_equals_the_plain_loss,
+        fused,
+        {"case": cases(), "chunk": st.sampled_from([1, 4, 1000])},
+        [without_temperature, softcap_after_temperature, without_last_chunk, gradient_of_the_support_alone],
+    ),
+    (
+        property_statistics_equal_their_definitions,
+        statistics,
+        {"case": cases()},
+        [
+            statistics_of_the_next_token,
+            statistics_without_temperature,
+            statistics_of_masked_tokens_too,
+        ],
+    ),
+    (
+        property_per_token_form_lets_the_caller_reduce,
+        reduced,
+        {"seed": seeds, "learning": st.sampled_from([LEARNING, LEARNING[:1], LEARNING[1:2]])},
+        [reduced_without_weights, reduced_and_totalled],
+    ),
+]
+CLAIMS = [
+    Claim(check, right, wrong, drawn) for check, right, drawn, twins in RIGHT_AND_WRONG for wrong in twins
+]
+
+
+@pytest.mark.parametrize("claim", {claim.check: claim for claim in CLAIMS}.values(), ids=name_of)
+def test_holds(claim: Claim) -> None:
+    claim.holds()
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{name_of(claim)}-{claim.wrong.__name__}")
+def test_wrong_twins_are_rejected(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
+
+
+def test_with_reduction_none_the_total_keeps_a_gradient_of_its_own() -> None:
+    case, leaves = make_case(21, n=9, v=64).leaves()
+    out = case.fused(backend="torch", reduction="none")
+    of_total = torch.autograd.grad(out.total, leaves, retain_graph=True)
+    of_both = torch.autograd.grad(out.total + (out.weights * out.per_token).sum(), leaves)
+    for name, alone, both in zip(LEARNING, of_total, of_both, strict=True):
+        assert relative_error(alone, fused(case)[name]) < 1e-12
+        assert relative_error(both, 2.0 * alone) < 1e-12
 
 
 def one_minus_mass(log_mass: Tensor) -> Tensor:
@@ -161,17 +239,17 @@ def test_the_tail_is_exact_where_the_support_holds_nearly_all(alpha: float, dtyp
     assert error.max() < 1e-5
 
 
-def divide_by_the_mask(case: Case) -> Answer:
+def divide_by_the_mask(case: Case, **options: Any) -> Answer:
     """The twin that projects everything and multiplies by the mask afterwards: 0 · NaN is NaN."""
     mask = case.tensors["loss_mask"]
     whole = case.with_(loss_mask=torch.ones_like(mask))
-    answer = fused(whole)
+    answer = fused(whole, **options)
     hidden = answer["student_hidden"] * mask[:, None]
     return answer | {"student_hidden": hidden, "per_token": answer["per_token"] * mask}
 
 
 @pytest.mark.parametrize("implementation", [fused, divide_by_the_mask])
-def test_masked_tokens_are_never_projected(implementation: Callable[[Case], Answer]) -> None:
+def test_what_masked_tokens_hold_is_never_read(implementation: Callable[[Case], Answer]) -> None:
     case = make_case(5, n=20, v=64)
     mask = case.tensors["loss_mask"]
     poisoned = case.with_(
@@ -200,24 +278,6 @@ def test_nothing_active_gives_zero_and_a_legal_backward(n: int, reduction: str) 
         assert leaf.grad.shape == leaf.shape
         assert not leaf.grad.any()
     assert all(torch.isfinite(value.float()).all() for value in out.metrics.values())
-
-
-@given(seed=seeds, learning=st.sampled_from([LEARNING, LEARNING[:1], LEARNING[1:2]]))
-def test_per_token_form_lets_the_caller_reduce(seed: int, learning: tuple[str, ...]) -> None:
-    case = make_case(seed, n=(3, 4), v=123)
-    factors = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-    def gradients(case: Case, options: dict[str, Any]) -> list[Tensor]:
-        leaves = [case.tensors[name].clone().requires_grad_() for name in learning]
-        case = case.with_(**dict(zip(learning, leaves, strict=True)))
-        out = case.fused(backend="torch", chunk_size=5, **options)
-        loss = (factors * out.per_token * out.weights).sum() if options else out.total
-        return list(torch.autograd.grad(loss, leaves))
-
-    weighted = case.with_(extra_weights=case.tensors["extra_weights"] * factors)
-    expected, got = gradients(weighted, {}), gradients(case, {"reduction": "none"})
-    for left, right in zip(expected, got, strict=True):
-        assert relative_error(right, left) < 1e-12
 
 
 def hidden_lerp(case: Case, coef: float) -> Tensor:
@@ -270,6 +330,20 @@ def test_low_precision_inputs_lose_nothing_but_their_own_rounding(dtype: torch.d
         assert relative_error(plain_low["per_token"], expected["per_token"]) > 1e-4, "bf16 logits would do"
 
 
+@pytest.mark.parametrize("k", [100, None])
+def test_a_row_of_slopes_keeps_its_length_in_bf16(k: int | None) -> None:
+    with_gain, without = lost_length(_fused_torch.chunk, k)
+    assert with_gain < 2e-5
+    assert without > 1e-3
+
+
+@given(st.integers(1, 300_000))
+def test_pieces_cover_a_vocabulary(vocabulary: int) -> None:
+    count, width = pieces(vocabulary)
+    assert width * count <= vocabulary < (width + 8) * count
+    assert width <= 20_000
+
+
 def test_ties_and_impossible_tokens() -> None:
     case = make_case(10, n=12, v=60, k=8, weights=False)
     shut = torch.arange(60) % 3 == 0
@@ -301,19 +375,22 @@ def test_an_infinite_divergence_sends_a_finite_gradient(alpha: float, shut_side:
 
 
 class Watch(TorchDispatchMode):
-    """Counts products of matrices and remembers the largest tensor any operation made."""
+    """The sizes of every product of matrices, and the largest tensor any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products, self.largest = 0, 0
+        self.products: list[tuple[int, int, int]] = []  # [a, b] @ [b, c]
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (
-            torch.ops.aten.mm,
-            torch.ops.aten.addmm,
-            torch.ops.aten.addmm_,
+        aten = torch.ops.aten
+        first = {aten.mm: 0, aten.addmm: 1, aten.addmm_: 1, aten.bmm: 0, aten.baddbmm: 1}.get(
+            func.overloadpacket
         )
+        if first is not None:
+            left, right = args[first : first + 2]
+            self.products.append((left.shape[-2], left.shape[-1], right.shape[-1]))
         made = [result] if isinstance(result, Tensor) else []
         self.largest = max([self.largest, *(tensor.numel() for tensor in made)])
         return result
@@ -329,11 +406,29 @@ def test_no_product_is_made_twice(scalars: dict[str, Any], head_learns: bool, pr
     head = case.tensors["student_head"].requires_grad_(head_learns)
     with Watch() as watch:
         case.fused(backend="torch").total.backward()
-    assert watch.products == products
+    assert len(watch.products) == products
     hidden.grad = head.grad = None
     with Watch() as watch:
         case.plain_total().backward()
     assert watch.largest >= 16 * 507
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 6}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("implementation", [fused, divide_by_the_mask])
+def test_masked_tokens_enter_no_product(
+    implementation: Callable[..., Answer], options: dict[str, Any]
+) -> None:
+    """The tokens of a product are that one of its sizes which is neither V nor D."""
+    case = make_case(5, n=20, v=507, d=31, teacher_d=29)
+    active = int(case.tensors["loss_mask"].sum())
+    with Watch() as watch:
+        implementation(case, **options)
+    tokens = [size for sizes in watch.products for size in sizes if size not in (507, 31, 29)]
+    assert len(tokens) == len(watch.products)
+    # Logits of both models, gradients of hidden states and head; without a sum the pass runs again in backward.
+    passes = 2 if options.get("reduction") == "none" else 1
+    expected = active * (2 * passes + 2)
+    assert (sum(tokens) == expected) == (implementation is fused)
 
 
 def test_no_tensor_of_all_logits_ever_exists() -> None:
@@ -359,6 +454,36 @@ def test_functional_gradient_equals_autograd() -> None:
 
     learning = {name: case.tensors[name] for name in LEARNING}
     assert_same(torch.func.grad(total)(learning), {name: expected[name] for name in LEARNING})
+
+
+@pytest.mark.parametrize("learning", [LEARNING, LEARNING[:1], LEARNING[1:2]])
+def test_functional_gradient_of_the_per_token_form(learning: tuple[str, ...]) -> None:
+    case = make_case(15, n=9, v=64)
+    expected = fused(case)
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        out = case.with_(**tensors).fused(backend="torch", reduction="none")
+        return (out.weights * out.per_token).sum()
+
+    gradients = torch.func.grad(loss)({name: case.tensors[name] for name in learning})
+    assert_same(gradients, {name: expected[name] for name in learning})
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("learning", [LEARNING, LEARNING[:1], LEARNING[1:2]])
+def test_a_teacher_may_come_from_inference_mode(learning: tuple[str, ...], reduction: str) -> None:
+    case = make_case(22, n=9, v=64)
+    expected = fused(case)
+    with torch.inference_mode():
+        states = {name: case.tensors[name].clone() for name in ("teacher_hidden", "old_log_probs")}
+    assert all(tensor.is_inference() for tensor in states.values())
+    leaves = {name: case.tensors[name].clone().requires_grad_() for name in learning}
+    out = case.with_(**states, **leaves).fused(backend="torch", reduction=reduction)
+    loss = out.total if reduction == "sum" else (out.weights * out.per_token).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    assert_same(
+        dict(zip(learning, gradients, strict=True)), {name: expected[name] for name in learning}, 1e-12
+    )
 
 
 def test_a_teacher_that_shares_the_head_sends_no_gradient() -> None:
@@ -401,10 +526,55 @@ def test_in_a_compiled_caller() -> None:
         out = sdpo.fused_topk_distillation_loss(student_hidden=hidden * 2.0, backend="torch", **rest)
         return out.total * 3.0
 
-    compiled = torch.compile(step, backend="eager")
+    compiled = torch.compile(step, backend="aot_eager")
     (expected,) = torch.autograd.grad(step(leaves[0]), leaves[0])
     (got,) = torch.autograd.grad(compiled(leaves[0]), leaves[0])
     assert relative_error(got, expected) < 1e-12
+
+
+GIB = 2**30
+
+
+def fitting(
+    monkeypatch: pytest.MonkeyPatch, bytes_per_row: int, *, free: int, reserved: int = 0, allocated: int = 0
+) -> int:
+    """Rows of a chunk on a GPU of which so much memory is free or held by the allocator."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    return _fused_doors._rows_that_fit(bytes_per_row, torch.device("cuda"))
+
+
+def test_a_chunk_fits_into_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = 8 * 152_064
+    for free in (GIB // 4, GIB, 4 * GIB):
+        rows = fitting(monkeypatch, row, free=free)
+        assert rows * row <= free // 4
+        assert (rows + 128) * row > free // 4
+    # What the allocator holds unused is free as well, what it has given away is not.
+    held = fitting(monkeypatch, row, free=0, reserved=3 * GIB, allocated=2 * GIB)
+    assert held == fitting(monkeypatch, row, free=GIB)
+    assert held > fitting(monkeypatch, row, free=GIB // 2)
+
+
+def test_a_chunk_is_a_multiple_of_128_rows_with_a_floor_and_a_ceiling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for row in (1, 1000, 12_345, 999_999, 8 * 152_064):
+        rows = fitting(monkeypatch, row, free=64 * GIB)
+        assert rows % 128 == 0
+        assert rows * row <= 2 * GIB
+    assert fitting(monkeypatch, 1, free=64 * GIB) == fitting(monkeypatch, 2, free=64 * GIB) == 8192
+    # A vocabulary wider than the budget is still computed, a row at a time; a few rows are not rounded to none.
+    assert fitting(monkeypatch, 2 * GIB, free=GIB) == 1
+    assert fitting(monkeypatch, 2 * GIB, free=0) == 1
+    assert fitting(monkeypatch, GIB // 400, free=GIB) == 100
+
+
+def test_a_cpu_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mem_get_info", "memory_reserved", "memory_allocated"):
+        monkeypatch.delattr(torch.cuda, name)
+    assert _fused_doors._rows_that_fit(2**20, torch.device("cpu")) == 96
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -432,6 +602,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"teacher_head": torch.zeros(65, 17)}, ValueError, "teacher_head"),
     ({"student_head": torch.zeros(64)}, ValueError, "student_head"),
     ({"student_bias": torch.zeros(63)}, ValueError, "student_bias"),
+    ({"tokens": torch.full((9,), 64)}, ValueError, r"tokens: expected ids in \[0, 64\).* got 64; mask"),
+    ({"tokens": torch.full((9,), -100)}, ValueError, "tokens: .* got -100; mask"),
 ]
 
 
@@ -440,3 +612,26 @@ def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], name
     case = make_case(20, n=9, v=64)
     with pytest.raises(error, match=name):
         case.with_(**change).fused()
+
+
+def test_ids_of_masked_tokens_may_be_anything() -> None:
+    case = make_case(20, n=9, v=64)
+    marked = case.tensors["tokens"].masked_fill(~case.tensors["loss_mask"], -100)
+    assert torch.equal(case.with_(tokens=marked).fused().total, case.fused().total)
+
+
+@pytest.mark.parametrize("name", [*make_case().tensors, "reference_hidden", "reference_head"])
+def test_a_tensor_on_another_device_is_named(name: str) -> None:
+    """A meta tensor holds no numbers: torch's product with one is made of whatever the memory held."""
+    case = make_case(23, n=9, v=64, trust_region_coef=0.5)
+    case = case.with_(
+        reference_hidden=case.tensors["teacher_hidden"], reference_head=case.tensors["teacher_head"]
+    )
+    moved = case.with_(**{name: case.tensors[name].to("meta")})
+    # The student's hidden states say where the call is: it is the next tensor that is elsewhere.
+    named, here, there = (
+        ("student_head", "meta", "cpu") if name == "student_hidden" else (name, "cpu", "meta")
+    )
+    message = rf"{named}: expected a tensor on {here} .*got one on {there}; move it with `\.to\('{here}'\)`"
+    with pytest.raises(ValueError, match=message):
+        moved.fused()

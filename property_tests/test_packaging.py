@@ -52,10 +52,13 @@ def test_it_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     expected = {
         str(path.relative_to(home))
         for home, package in ((ROOT, "sdpo"), (ROOT / "adapters", "sdpo_rl"))
-        for path in (home / package).rglob("*.py")
+        for path in (home / package).rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
     }
-    assert {name for name in names if name.endswith(".py")} == expected
-    assert {"sdpo/py.typed"} <= set(names)
+    assert {"sdpo/py.typed", "sdpo_rl/py.typed"} <= expected
+    about = {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
+    (folder,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
+    assert sorted(names) == sorted(expected | {f"{folder}/{name}" for name in about})
 
 
 def test_the_core_alone_needs_torch_and_einops(wheel: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given
@@ -137,13 +138,33 @@ def test_every_policy_has_its_own_choice() -> None:
     assert [select(batch, policy)[4] for policy in DETERMINISTIC] == [(0,), (1,), (3,), (2,)]
 
 
+Choice = Callable[[Batch], list[tuple[int, ...]]]
+
+
+def are_sets_of_own_successes(choose: Choice, batch: Batch) -> bool:
+    pools = naive_selection({**batch, "count": 99}, "first")
+    return all(
+        len(picked) == len(set(picked)) == min(batch["count"], len(pools[row]))
+        and set(picked) <= set(pools[row])
+        and not (batch["exclude_self"] and row in picked)
+        for row, picked in enumerate(choose(batch))
+    )
+
+
 @given(batches(), st.sampled_from(POLICIES))
 def test_selection_is_a_set_of_own_successes(batch: Batch, policy: str) -> None:
-    pools = naive_selection({**batch, "count": 99}, "first")
-    for row, picked in enumerate(select(batch, policy)):
-        assert len(picked) == len(set(picked)) == min(batch["count"], len(pools[row]))
-        assert set(picked) <= set(pools[row])
-        assert not (batch["exclude_self"] and row in picked)
+    assert are_sets_of_own_successes(lambda b: select(b, policy), batch)
+
+
+def test_a_set_of_own_successes_rejects_other_draws() -> None:
+    def with_replacement(batch: Batch) -> list[tuple[int, ...]]:
+        return [picked and (picked[0],) * len(picked) for picked in select(batch, "random")]
+
+    assert are_sets_of_own_successes(lambda b: select(b, "random"), TIES)
+    assert not are_sets_of_own_successes(with_replacement, TIES)
+    for name in ("any group", "self flag inverted", "ineligible rows serve", "always one"):
+        twin = WRONG_BATCHES[name]
+        assert not are_sets_of_own_successes(lambda b, twin=twin: select(twin(b), "random"), WITNESS)
 
 
 def permuted(batch: Batch, order: Sequence[int]) -> Batch:
@@ -151,7 +172,7 @@ def permuted(batch: Batch, order: Sequence[int]) -> Batch:
     return {**batch, **{name: [batch[name][row] for row in order] for name in columns}}
 
 
-def commutes(choose: Callable[[Batch], list[tuple[int, ...]]], batch: Batch, order: Sequence[int]) -> bool:
+def commutes(choose: Choice, batch: Batch, order: Sequence[int]) -> bool:
     here, there = choose(batch), choose(permuted(batch, order))
     return all(tuple(order[j] for j in there[new]) == here[old] for new, old in enumerate(order))
 
@@ -195,8 +216,7 @@ def test_a_draw_by_absolute_row_does_not_commute() -> None:
     assert not commutes(by_absolute_row, batch, order)
 
 
-@given(batches(), st.integers(0, 12))
-def test_adding_a_group_changes_no_other_group(batch: Batch, at: int) -> None:
+def ignores_an_added_group(choose: Choice, batch: Batch, at: int) -> bool:
     at = min(at, len(batch["rewards"]))
     rows = [*range(at), None, *range(at, len(batch["rewards"]))]
     added = {"rewards": 1.5, "group_ids": 99, "eligible": True, "lengths": 1}
@@ -204,9 +224,20 @@ def test_adding_a_group_changes_no_other_group(batch: Batch, at: int) -> None:
         **batch,
         **{name: [new if row is None else batch[name][row] for row in rows] for name, new in added.items()},
     }
+    old, new = choose(batch), choose(larger)
+    return [tuple(rows[j] for j in new[i]) for i, row in enumerate(rows) if row is not None] == old
+
+
+@given(batches(), st.integers(0, 12))
+def test_adding_a_group_changes_no_other_group(batch: Batch, at: int) -> None:
     for policy in POLICIES:
-        old, new = select(batch, policy), select(larger, policy)
-        assert [tuple(rows[j] for j in new[i]) for i, row in enumerate(rows) if row is not None] == old
+        assert ignores_an_added_group(lambda b, policy=policy: select(b, policy), batch, at)
+
+
+def test_a_draw_that_knows_the_size_of_the_batch_notices_an_added_group() -> None:
+    batch = {**TIES, "count": 1}
+    assert ignores_an_added_group(lambda b: select(b, "random"), batch, 2)
+    assert not ignores_an_added_group(lambda b: select(b, "random", seed=len(b["rewards"])), batch, 2)
 
 
 def is_uniform(draws: Counter[Any], outcomes: int) -> bool:
@@ -244,20 +275,26 @@ def test_random_neither_reads_nor_moves_the_global_generators() -> None:
     assert len({tuple(select(WITNESS, "random", seed=seed)) for seed in range(20)}) > 1
 
 
-def test_tensors_are_taken_like_lists_and_compared_in_their_own_dtype() -> None:
-    columns = {
-        "rewards": torch.tensor(WITNESS["rewards"]),
-        "group_ids": torch.tensor(WITNESS["group_ids"]),
-        "eligible": torch.tensor(WITNESS["eligible"]),
-        "lengths": torch.tensor(WITNESS["lengths"]),
-    }
+@pytest.mark.parametrize(
+    ("array", "dtypes"),
+    [
+        (torch.tensor, (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        (np.array, (np.float16, np.float32, np.float64)),
+    ],
+    ids=["torch", "numpy"],
+)
+def test_arrays_are_taken_like_lists_and_compared_in_their_own_dtype(
+    array: Callable[..., Any], dtypes: tuple[Any, ...]
+) -> None:
+    columns = {name: array(WITNESS[name]) for name in ("rewards", "group_ids", "eligible", "lengths")}
     for policy in POLICIES:
         assert select({**WITNESS, **columns}, policy) == select(WITNESS, policy)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        rewards = torch.tensor([0.7, 0.7], dtype=dtype)
-        assert select_demonstrations(
-            rewards, [0, 0], success_threshold=0.7, exclude_self=True, policy="first", seed=0
-        ) == [(1,), (0,)]
+    for dtype in dtypes:
+        rewards = array([0.7, 0.7], dtype=dtype)
+        for threshold in (0.7, np.float64(0.7)):
+            assert select_demonstrations(
+                rewards, [0, 0], success_threshold=threshold, exclude_self=True, policy="first", seed=0
+            ) == [(1,), (0,)]
     # The twin that goes through Python floats loses every 0.7 of a float32 reward.
     assert not any(value >= 0.7 for value in torch.tensor([0.7, 0.7]).tolist())
 
@@ -266,11 +303,16 @@ def test_tensors_are_taken_like_lists_and_compared_in_their_own_dtype() -> None:
     ("changes", "error", "message"),
     [
         ({"group_ids": [0]}, ValueError, "rewards: expected 1 entries"),
-        ({"group_ids": [torch.tensor(0)] * 7}, TypeError, r"group_ids\[0\]: .* got Tensor"),
+        ({"group_ids": [torch.tensor(0)] * 7}, TypeError, r"group_ids\[0\]: .* got torch.Tensor"),
         ({"group_ids": [[0]] * 7}, TypeError, r"group_ids\[0\]: expected Hashable, got list"),
         ({"rewards": torch.zeros(7, 1)}, ValueError, r"rewards: expected shape \[B\], got \(7, 1\)"),
         ({"rewards": [None] * 7}, TypeError, r"rewards\[0\]: expected Real, got NoneType"),
         ({"eligible": [1] * 7}, TypeError, r"eligible\[0\]: expected bool, got int"),
+        ({"eligible": [np.True_] * 7}, TypeError, r"eligible\[0\]: expected bool, got numpy\.bool"),
+        ({"rewards": np.zeros((7, 1))}, ValueError, r"rewards: expected shape \[B\], got \(7, 1\)"),
+        ({"rewards": np.float64(1.0)}, ValueError, r"rewards: expected shape \[B\], got \(\)"),
+        ({"rewards": np.array(["1"] * 7)}, TypeError, r"rewards\[0\]: expected Real, got str"),
+        ({"exclude_self": np.True_}, TypeError, r"exclude_self: expected a bool, got .*\(numpy\.bool"),
         ({"lengths": None, "policy": "shortest"}, ValueError, "lengths: policy 'shortest' needs"),
         ({"lengths": [math.nan] * 7, "policy": "longest"}, ValueError, "lengths: policy 'longest' needs"),
         ({"policy": "worst"}, ValueError, "policy: expected one of .*'random'.* got 'worst'"),

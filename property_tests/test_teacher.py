@@ -361,19 +361,28 @@ def test_purity_rejects(twin: Callable[[float], Teacher]) -> None:
     assert rejects(leaves_its_inputs_alone, twin(0.05), walk(0, 1, torch.float32))
 
 
-@given(SEEDS, st.sampled_from(DTYPES), RATES, st.sampled_from(["float32", "bfloat16"]))
-def test_inplace_gives_the_same_bits_in_the_memory_of_the_state(
-    seed: int, dtype: torch.dtype, rate: float, kept: Any
-) -> None:
-    students = walk(seed, 3, dtype)
-    spent = ema(update_rate=rate, dtype=kept, inplace=True)
+def reuses_the_memory_of_the_state(spent: Teacher, fresh: Teacher, students: list[Params]) -> None:
     state = spent.init(students[0])
     addresses = {name: tensor.data_ptr() for name, tensor in state.params.items()}
     for student in students[1:]:
         state = spent.update(state, student)
     assert {name: tensor.data_ptr() for name, tensor in state.params.items()} == addresses
-    assert equal(state.params, run(ema(update_rate=rate, dtype=kept), students).params)
+    assert equal(state.params, run(fresh, students).params)
     assert addresses["embed"] not in {p["embed"].data_ptr() for p in students}
+
+
+@given(SEEDS, st.sampled_from(DTYPES), RATES, st.sampled_from(["float32", "bfloat16"]))
+def test_inplace_gives_the_same_bits_in_the_memory_of_the_state(
+    seed: int, dtype: torch.dtype, rate: float, kept: Any
+) -> None:
+    fresh, spent = (ema(update_rate=rate, dtype=kept, inplace=inplace) for inplace in (False, True))
+    reuses_the_memory_of_the_state(spent, fresh, walk(seed, 3, dtype))
+
+
+def test_inplace_rejects() -> None:
+    students, fresh = walk(0, 3, torch.float32), ema(update_rate=0.05)
+    for twin in (fresh, overwriting(0.06), aliasing(0.05)):
+        assert rejects(reuses_the_memory_of_the_state, twin, fresh, students)
 
 
 def test_a_refused_update_in_place_changes_nothing() -> None:

@@ -23,11 +23,18 @@ _FIX: dict[Kind, str] = {
 }
 
 
+def type_name(value: object) -> str:
+    """The type's name, with its package unless it is Python's own: numpy.bool is no bool."""
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    return kind.__name__ if package == "builtins" else f"{package}.{kind.__name__}"
+
+
 def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> None:
     """Demand a tensor of the dtype family ``kind`` with at least ``min_ndim`` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{name}: expected a tensor of {kind} dtype, got {type(value).__name__}; wrap it in torch.as_tensor"
+            f"{name}: expected a tensor of {kind} dtype, got {type_name(value)}; wrap it in torch.as_tensor"
         )
     matches = {
         "floating": value.dtype.is_floating_point,
@@ -63,10 +70,23 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], *, like: st
         )
 
 
+def check_device(name: str, value: Tensor, other: Tensor, *, like: str) -> None:
+    """Demand the device of ``other``, which the message explains by ``like``.
+
+    torch refuses most pairs of devices by itself. With a meta tensor some operations compute nothing instead,
+    and their result is whatever the memory held.
+    """
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected a tensor on {other.device} ({like}), got one on {value.device}; "
+            f"move it with `.to({str(other.device)!r})`"
+        )
+
+
 def check_int(name: str, value: object, *, low: int, high: int, meaning: str) -> int:
     """Return ``value`` as an int in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__}); pass {meaning}")
+        raise TypeError(f"{name}: expected an int, got {value!r} ({type_name(value)}); pass {meaning}")
     number = int(value)
     if not low <= number <= high:
         raise ValueError(f"{name}: expected an int in [{low}, {high}], got {number}; pass {meaning}")
@@ -84,7 +104,7 @@ def check_real(
 ) -> float:
     """Return ``value`` as a float in [low, high], or in (low, high] with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}); pass {meaning}")
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type_name(value)}); pass {meaning}")
     number = float(value)
     inside = low < number <= high if open_low else low <= number <= high
     if math.isnan(number) or not inside:
@@ -96,9 +116,7 @@ def check_real(
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Demand one of the strings ``choices``."""
     if not isinstance(value, str):
-        raise TypeError(
-            f"{name}: expected one of {choices}, got {value!r} ({type(value).__name__}); pass a str"
-        )
+        raise TypeError(f"{name}: expected one of {choices}, got {value!r} ({type_name(value)}); pass a str")
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}; pass one of these names")
 
@@ -106,7 +124,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_flag(name: str, value: object, *, meaning: str) -> None:
     """Demand a Python bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {value!r} ({type(value).__name__}); pass {meaning}")
+        raise TypeError(f"{name}: expected a bool, got {value!r} ({type_name(value)}); pass {meaning}")
 
 
 def check_alpha(alpha: object) -> float:

@@ -80,23 +80,28 @@ class _PerToken(torch.autograd.Function):
         ctx.recipe, ctx.plan, ctx.learning = inputs[0], inputs[1], _learning(inputs)
         ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[2], *inputs[2:])
+        operands = Operands(*inputs[2:])
+        if not _mixes_rows(ctx.plan):
+            ctx.save_for_backward(output[2], operands.active)
+            return
+        # Tensors from `torch.inference_mode` cannot be saved; what they hold can.
+        kept = (t.clone() if t is not None and t.is_inference() else t for t in operands)
+        ctx.save_for_backward(*kept)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_per_token: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        unit, *tensors = ctx.saved_tensors
-        operands = Operands(*tensors)
         if grad_per_token is None:
             return _returned([None, None, None], ctx.learning)
         if _mixes_rows(ctx.plan):
-            out = run(operands, ctx.recipe, ctx.plan, grad_per_token)
+            out = run(Operands(*ctx.saved_tensors), ctx.recipe, ctx.plan, grad_per_token)
             return _returned([out.hidden, out.head, out.bias], ctx.learning)
+        unit, active = ctx.saved_tensors
         if unit is None:
             return _returned([None, None, None], ctx.learning)
         factors = grad_per_token
-        if operands.active is not None:
-            factors = factors.new_zeros(unit.shape[0]).index_copy(0, operands.active, factors)
+        if active is not None:
+            factors = factors.new_zeros(unit.shape[0]).index_copy(0, active, factors)
         return _returned([(unit * factors[:, None]), None, None], ctx.learning)
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sdpo import _fused_torch, kernels
-from sdpo._checks import check_alpha, check_choice, check_int, check_real, check_shape, check_tensor
+from sdpo._checks import (
+    check_alpha,
+    check_choice,
+    check_device,
+    check_int,
+    check_real,
+    check_shape,
+    check_tensor,
+)
 from sdpo._fused_engine import Backend, Operands, Plan
 from sdpo._projection import autocast_dtype, gradient_dtype, operand_dtype, working_dtype
 from sdpo._recipe import Recipe, Support, Tail
@@ -21,6 +30,7 @@ _MAX_ROWS = 8192
 _SLOPE_BLOCKS = 4
 
 Model = tuple[Tensor | None, Tensor | None, Tensor | None]
+_PARTS = ("hidden", "head", "bias")
 
 
 def check_head(name: str, head: object) -> int:
@@ -117,7 +127,16 @@ def check_operands(
         teacher_hidden, teacher_head, teacher_bias = _check_model("reference", centre, tokens)
     if trust_region_coef in (0.0, 1.0):
         centre = (None, None, None)
-    active = loss_mask.reshape(-1).nonzero().flatten()
+    _check_one_device(
+        {"student": student, "teacher": teacher, "reference": reference},
+        tokens=tokens,
+        loss_mask=loss_mask,
+        old_log_probs=old_log_probs,
+        extra_weights=extra_weights,
+    )
+    active = rearrange(loss_mask, "... -> (...)").nonzero().flatten()
+    ids = rearrange(tokens, "... -> (...)").long()
+    _check_token_ids(ids, active, student_head.shape[0])
     return Operands(
         student_hidden=student_hidden,
         student_head=student_head,
@@ -125,13 +144,13 @@ def check_operands(
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
         teacher_bias=teacher_bias,
-        reference_hidden=None if centre[0] is None else centre[0].reshape(-1, centre[0].shape[-1]),
+        reference_hidden=None if centre[0] is None else rearrange(centre[0], "... d -> (...) d"),
         reference_head=centre[1],
         reference_bias=centre[2],
-        tokens=tokens.reshape(-1).long(),
+        tokens=ids,
         active=None if active.shape[0] == loss_mask.numel() else active,
-        old_log_probs=None if old_log_probs is None else old_log_probs.reshape(-1),
-        extra_weights=None if extra_weights is None else extra_weights.reshape(-1),
+        old_log_probs=None if old_log_probs is None else rearrange(old_log_probs, "... -> (...)"),
+        extra_weights=None if extra_weights is None else rearrange(extra_weights, "... -> (...)"),
     )
 
 
@@ -199,7 +218,7 @@ def _check_model(name: str, model: Model, tokens: Tensor) -> tuple[Tensor, Tenso
     if bias is not None:
         check_tensor(f"{name}_bias", bias, "floating")
         check_shape(f"{name}_bias", bias, (vocabulary,), like=f"V of {name}_head")
-    return hidden.reshape(-1, width), head, bias
+    return rearrange(hidden, "... d -> (...) d"), head, bias
 
 
 def _check_centre(reference: Model, teacher: Model, tokens: Tensor, coef: float | None) -> Model:
@@ -216,6 +235,28 @@ def _check_centre(reference: Model, teacher: Model, tokens: Tensor, coef: float 
     reference = (hidden, *teacher[1:]) if head is None else reference
     _check_model("reference", reference, tokens)
     return reference
+
+
+def _check_one_device(models: dict[str, Model], **others: Tensor | None) -> None:
+    device_of = models["student"][0]
+    assert device_of is not None
+    parts = {f"{name}_{part}": model[i] for name, model in models.items() for i, part in enumerate(_PARTS)}
+    for name, value in (parts | others).items():
+        if value is not None:
+            check_device(name, value, device_of, like="the device of student_hidden")
+
+
+def _check_token_ids(tokens: Tensor, active: Tensor, vocabulary: int) -> None:
+    """Refuse active ids outside the vocabulary where that costs nothing: a GPU would have to be waited for."""
+    if tokens.device.type != "cpu":
+        return
+    ids = tokens[active]
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if outside.numel() > 0:
+        raise ValueError(
+            f"tokens: expected ids in [0, {vocabulary}), the rows of student_head, where loss_mask is true, "
+            f"got {int(outside[0])}; mask such positions"
+        )
 
 
 def _shares_product(operands: Operands, recipe: Recipe) -> bool:

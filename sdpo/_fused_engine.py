@@ -22,10 +22,10 @@ from sdpo._projection import (
     pull_back,
     working_dtype,
 )
-from sdpo._recipe import Recipe, Rows, Side, TokenStats
+from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
 
-# (student, teacher, rows, recipe, stats, slope): fills stats [len(TokenStats), c] and, unless None, slope [c, V].
-Backend = Callable[[Side, Side, Rows, Recipe, Tensor, Tensor | None], None]
+# (student, teacher, rows, recipe, stats, slope): fills stats [len(TokenStats), c] and, unless None, slope.
+Backend = Callable[[Side, Side, Rows, Recipe, Tensor, Slope | None], None]
 
 
 class Operands(NamedTuple):
@@ -116,11 +116,15 @@ class _Pass:
         block = width if in_place else max(width, min(plan.slope_rows, self.count))
         makes_slope = plan.hidden or plan.head or plan.bias
         slopes = products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
+        gain = None if in_place or not plan.hidden else self.stats.new_empty(width)
         for start in range(0, self.count, block):
             stop = min(start + block, self.count)
             for low in range(start, stop, width):
                 high = min(low + width, stop)
-                slope = slopes[low - start : high - start] if makes_slope else None
+                slope = None
+                if makes_slope:
+                    gains = None if gain is None else gain[: high - low]
+                    slope = Slope(slopes[low - start : high - start], gains)
                 self._chunk(low, high, products, slope)
                 if slope is not None:
                     self._push_hidden(low, high, slope)
@@ -131,7 +135,7 @@ class _Pass:
                     gradient.div_(self.lift)
         return Outcome(self.stats, self.hidden_gradient, self.head_gradient, self.bias_gradient)
 
-    def _chunk(self, low: int, high: int, products: list[Tensor], slope: Tensor | None) -> None:
+    def _chunk(self, low: int, high: int, products: list[Tensor], slope: Slope | None) -> None:
         """Logits, loss and slope of the tokens low to high."""
         ops = self.operands
         student_products = self._project(ops.student_hidden, ops.student_head, low, high, products[0])
@@ -159,16 +163,17 @@ class _Pass:
             slope,
         )
 
-    def _push_hidden(self, low: int, high: int, slope: Tensor) -> None:
+    def _push_hidden(self, low: int, high: int, slope: Slope) -> None:
         """Send the slopes of the tokens low to high on to their hidden states."""
         gradient, active = self.hidden_gradient, self.operands.active
         if gradient is None:
             return
         head = self._cast(self.operands.student_head, self.dtype)
         if active is None and self.lift is None:
-            pull_back(slope, head, gradient[low:high])
+            pull_back(slope.values, head, gradient[low:high], slope.gain)
             return
-        rows = pull_back(slope, head, gradient.new_empty(high - low, gradient.shape[1]))
+        rows = gradient.new_empty(high - low, gradient.shape[1])
+        pull_back(slope.values, head, rows, slope.gain)
         if self.lift is not None:
             rows = rows.div_(self.lift)
         positions = torch.arange(low, high, device=self.device) if active is None else active[low:high]
@@ -209,8 +214,10 @@ class _Pass:
         return (values[low:high] if active is None else values.index_select(0, active[low:high])).contiguous()
 
     def _cast(self, head: Tensor, dtype: torch.dtype) -> Tensor:
-        """The head in the products' dtype: converted at most once, also where both models share it."""
-        key = (head.data_ptr(), head.shape, dtype)
+        """The head in the products' dtype: converted at most once, also where both models share its memory."""
+        if head.dtype == dtype:
+            return head
+        key = (_address(head), head.shape, dtype)
         if key not in self.casts:
             self.casts[key] = head.to(dtype)
         return self.casts[key]
@@ -226,3 +233,11 @@ class _Pass:
             weights = torch.ones(1, device=self.device)
         bound = self.recipe.is_clip if self.recipe.is_clip is not None and self.slope_weights is None else 1.0
         return gradient_lift(weights, bound)
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor lies. Inside a transform of torch.func it lies nowhere, and who it is must do."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return id(tensor)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
-from sdpo._recipe import Recipe, Rows, Side, TokenStats
+from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats, gain_of
 from sdpo.importance import importance_weights
 
 
@@ -129,11 +129,11 @@ def choose_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Rec
 
 
 def chunk(
-    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None
+    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
 ) -> None:
-    """The loss of one chunk: fills ``stats``, and ``slope`` [c, V] with d(weighted loss)/d(student products).
+    """The loss of one chunk: fills ``stats``, and ``slope`` with d(weighted loss)/d(student products).
 
-    The buffers of both sides are consumed; ``slope`` may be the student's.
+    The buffers of both sides are consumed; the slope's values may take the student's.
     """
     z_student = map_logits(student.products, student.bias, recipe)
     z_teacher = map_logits(teacher.products, teacher.bias, recipe)
@@ -162,9 +162,13 @@ def chunk(
         scale = weights if rows.slope_weights is None else rows.slope_weights.to(weights.dtype)
         scale = (scale if rows.lift is None else scale * rows.lift)[:, None]
         scale = scale * (recipe.logit_scale / recipe.temperature)
-        torch.mul(flatten_by_softcap(p.outside, z_student, recipe), outside[:, None] * scale, out=slope)
+        whole = flatten_by_softcap(p.outside, z_student, recipe)
+        torch.mul(whole, outside[:, None] * scale, out=slope.values)
         inside = flatten_by_softcap(inside * scale, p.inside, recipe)
-        slope.scatter_(1, ids, inside.to(slope.dtype))
+        rounded = inside.to(slope.values.dtype)
+        slope.values.scatter_(1, ids, rounded)
+        if slope.gain is not None:
+            slope.gain.copy_(gain_of(inside, rounded))
     known = TokenStats(
         per_token=value,
         weights=weights,

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import math
 
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from sdpo._checks import check_distribution, check_flag, check_real, check_shape, check_tensor
+from sdpo._checks import (
+    check_device,
+    check_distribution,
+    check_flag,
+    check_real,
+    check_shape,
+    check_tensor,
+)
 from sdpo._numerics import common_support, keep, log_softmax, upcast
 
 
@@ -29,7 +37,7 @@ def group_normalized_advantages(
 
     Raises:
         TypeError: rewards are not floating, group_ids not integer, scale_by_std not a bool, eps not a number.
-        ValueError: the shapes differ, rewards are not one-dimensional, or eps is negative or infinite.
+        ValueError: the shapes differ, rewards are not one-dimensional, or eps is outside [0, 1].
 
     Source: GRPO, arXiv 2402.03300, section 4.1; without the division arXiv 2503.20783.
 
@@ -46,11 +54,11 @@ def group_normalized_advantages(
     check_flag("scale_by_std", scale_by_std, meaning="True to divide by the group's standard deviation")
     eps = check_real("eps", eps, low=0.0, high=1.0, meaning="a small stabiliser, for example 1e-4")
     rewards = upcast(rewards).detach()
-    same_group = group_ids.unsqueeze(-1) == group_ids
+    same_group = rearrange(group_ids, "n -> n 1") == group_ids
     size = same_group.sum(dim=-1)
     # Mean of differences rather than difference to the mean: equal rewards then cancel exactly, and no
     # rounding residue is blown up by a tiny std + eps.
-    centered = keep(rewards.unsqueeze(-1) - rewards, same_group).sum(dim=-1) / size
+    centered = keep(rearrange(rewards, "n -> n 1") - rewards, same_group).sum(dim=-1) / size
     if not scale_by_std:
         return centered
     squares = keep(centered.square().expand_as(same_group), same_group).sum(dim=-1)
@@ -104,8 +112,9 @@ def token_advantages(student_logits: Tensor, teacher_logits: Tensor, tokens: Ten
     student, teacher = _both_log_probs(student_logits, teacher_logits)
     check_tensor("tokens", tokens, "integer")
     check_shape("tokens", tokens, student.shape[:-1], like="the leading shape of the logits")
-    ids = tokens.long().unsqueeze(-1)
-    return _log_ratio(student.gather(-1, ids), teacher.gather(-1, ids)).squeeze(-1)
+    check_device("tokens", tokens, student, like="the device of the logits")
+    ids = rearrange(tokens.long(), "... -> ... 1")
+    return rearrange(_log_ratio(student.gather(-1, ids), teacher.gather(-1, ids)), "... 1 -> ...")
 
 
 def sequence_advantages(per_token: Tensor, loss_mask: Tensor) -> Tensor:
@@ -129,8 +138,8 @@ def sequence_advantages(per_token: Tensor, loss_mask: Tensor) -> Tensor:
     check_tensor("per_token", per_token, "floating", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, per_token.shape, like="the shape of per_token")
-    total = keep(upcast(per_token).detach(), loss_mask).sum(dim=-1)
-    return total / loss_mask.sum(dim=-1).clamp(min=1)
+    total = reduce(keep(upcast(per_token).detach(), loss_mask), "... t -> ...", "sum")
+    return total / reduce(loss_mask, "... t -> ...", "sum").clamp(min=1)
 
 
 def blend_advantages(
@@ -163,7 +172,7 @@ def blend_advantages(
     reward, distillation = upcast(reward_advantages).detach(), upcast(distillation_advantages).detach()
     if reward.ndim == distillation.ndim - 1:
         check_shape("reward_advantages", reward, distillation.shape[:-1], like="one per sequence")
-        reward = reward.unsqueeze(-1).expand_as(distillation)
+        reward = repeat(reward, "... -> ... t", t=distillation.shape[-1])
     check_shape("reward_advantages", reward, distillation.shape, like="the shape of distillation_advantages")
     if reward_weight == 0.0:
         return distillation

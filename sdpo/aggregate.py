@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from einops import reduce
 from torch import Tensor
 
 from sdpo._checks import check_shape, check_tensor
@@ -79,8 +80,8 @@ def sequence_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
         MaskedSum(total=tensor(6.), count=tensor(2))
     """
     values = _active(per_token, mask)
-    lengths = mask.sum(dim=-1)
-    means = values.sum(dim=-1) / lengths.clamp(min=1)
+    lengths = reduce(mask, "... t -> ...", "sum")
+    means = reduce(values, "... t -> ...", "sum") / lengths.clamp(min=1)
     return MaskedSum(total=means.sum(), count=(lengths > 0).sum())
 
 

@@ -87,8 +87,9 @@ def fused_topk_distillation_loss(
     teacher's head and bias; then, without soft-cap, both cost one product.
 
     ``extra_weights`` is the place of everything else that multiplies a token: rollout correction, row weights,
-    1/length for a mean over sequences. ``reduction="none"`` moves the gradient from ``total`` to ``per_token``,
-    for those who reduce by themselves; with a learning head or bias that costs a second pass in backward.
+    1/length for a mean over sequences. ``reduction="none"`` gives ``per_token`` a gradient too, for those
+    who reduce by themselves; with a learning head or bias that costs a second pass in backward. ``total`` keeps
+    its own, which is that of Σ weights · per_token: differentiate one of the two, their sum counts twice.
 
     Shapes: student_hidden [..., D], teacher_hidden and reference_hidden [..., D'], heads [V, D] and [V, D'],
     biases [V], tokens, loss_mask (bool), old_log_probs and extra_weights [...]: one leading shape for all, such
@@ -106,7 +107,8 @@ def fused_topk_distillation_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, scalars out of range, or a backend that cannot run here.
+        ValueError: shapes that do not fit, tensors on several devices, scalars out of range, a backend that cannot
+            run here; on a CPU also an active token outside [0, V), which a GPU would have to be waited for.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 

@@ -10,9 +10,18 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
+from einops import rearrange
 from torch import Tensor
 
-from sdpo._checks import check_alpha, check_choice, check_distribution, check_int, check_shape, check_tensor
+from sdpo._checks import (
+    check_alpha,
+    check_choice,
+    check_device,
+    check_distribution,
+    check_int,
+    check_shape,
+    check_tensor,
+)
 from sdpo._numerics import common_support, keep, log_softmax, upcast
 from sdpo.aggregate import MaskedSum, token_sum
 from sdpo.divergence import generalized_jsd
@@ -127,9 +136,10 @@ def sampled_token_distillation_loss(student_logits: Tensor, teacher_logits: Tens
     _check_pair(student_logits, teacher_logits)
     check_tensor("tokens", tokens, "integer")
     check_shape("tokens", tokens, student_logits.shape[:-1], like="the leading shape of the logits")
-    ids = tokens.long().unsqueeze(-1)
-    student = log_softmax(student_logits).gather(-1, ids).squeeze(-1)
-    teacher = log_softmax(teacher_logits.detach()).gather(-1, ids).squeeze(-1)
+    check_device("tokens", tokens, student_logits, like="the device of the logits")
+    ids = rearrange(tokens.long(), "... -> ... 1")
+    student = rearrange(log_softmax(student_logits).gather(-1, ids), "... 1 -> ...")
+    teacher = rearrange(log_softmax(teacher_logits.detach()).gather(-1, ids), "... 1 -> ...")
     student, teacher, infinite = common_support(student, teacher)
     return ((student - teacher).detach() * student).masked_fill(infinite, math.inf)
 
@@ -178,7 +188,7 @@ def self_distillation_loss(
     check_tensor("row_mask", row_mask, "bool")
     check_shape("row_mask", row_mask, per_token.shape[:-1], like="one entry per row of per_token")
 
-    active = loss_mask & row_mask.unsqueeze(-1)
+    active = loss_mask & rearrange(row_mask, "... -> ... 1")
     # Silenced before the weights: inf · 0 would already be NaN.
     divergence = keep(upcast(per_token), active)
     weight = active.to(divergence.dtype)
@@ -200,3 +210,4 @@ def _check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
     check_distribution("student_logits", student_logits)
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
+    check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")

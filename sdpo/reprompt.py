@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from numbers import Real
 from string import Formatter
 from types import NoneType
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, TypeGuard, TypeVar, get_args
 
 from torch import Tensor
 
-from sdpo._checks import check_choice, check_flag, check_int, check_real
+from sdpo._checks import check_choice, check_flag, check_int, check_real, type_name
 
 Item = TypeVar("Item")
 Policy = Literal["first", "random", "shortest", "longest", "best"]
@@ -97,7 +97,8 @@ def select_demonstrations(
     not under "first". No global random state is touched; processes that see the same batch decide alike.
 
     Shapes: rewards [B], NaN = could not be scored, never a success; group_ids [B]; eligible [B], False = may
-    not serve although successful (its text is empty once thinking is stripped, say); lengths [B].
+    not serve although successful (its text is empty once thinking is stripped, say); lengths [B]. Sequences,
+    tensors or numpy arrays.
 
     Raises:
         TypeError: an entry or option of another kind.
@@ -116,17 +117,19 @@ def select_demonstrations(
     scores = _column("rewards", rewards, Real, rows)
     usable = _column("eligible", [True] * rows if eligible is None else eligible, bool, rows)
     sizes = _column("lengths", [0] * rows if lengths is None else lengths, Real, rows)
-    check_real("success_threshold", success_threshold, low=-math.inf, high=math.inf, meaning="a reward")
+    success_threshold = check_real(
+        "success_threshold", success_threshold, low=-math.inf, high=math.inf, meaning="a reward"
+    )
     check_flag("exclude_self", exclude_self, meaning="True to hide a row's own success from it")
     check_choice("policy", policy, get_args(Policy))
     check_int("seed", seed, low=0, high=2**64 - 1, meaning="a new number per batch")
     check_int("count", count, low=1, high=2**31 - 1, meaning="how many demonstrations a row may have")
     if policy in ("shortest", "longest") and (lengths is None or any(math.isnan(size) for size in sizes)):
         raise ValueError(f"lengths: policy {policy!r} needs one number per row, got {lengths}; count tokens")
-    # 0.7 held in float32 lies below the double 0.7; a tensor's comparison rounds the threshold to its dtype.
+    # 0.7 held in float32 lies below the double 0.7; an array's comparison rounds the threshold to its dtype.
     successes = (
         (rewards >= success_threshold).tolist()
-        if isinstance(rewards, Tensor)
+        if _is_array(rewards)
         else [bool(score >= success_threshold) for score in scores]
     )
     members: dict[Hashable, list[int]] = {}
@@ -209,7 +212,7 @@ def build_reprompts(
         ([True, False], [False, False])
     """
     if not isinstance(templates, Templates):
-        raise TypeError(f"templates: expected sdpo.Templates, got {type(templates).__name__}; build one")
+        raise TypeError(f"templates: expected sdpo.Templates, got {type_name(templates)}; build one")
     signals = _signals(demonstrations, feedback, feedback_only_without_solution)
     row_mask = [bool(shown or hint) for shown, hint in signals]
     texts = _column("prompts", prompts, str, len(signals))
@@ -315,20 +318,25 @@ def _signals(
     return signals
 
 
+def _is_array(values: object) -> TypeGuard[Tensor]:
+    """Whether ``values`` is a tensor, or an array of numpy's kind, which the core must not import."""
+    return hasattr(values, "ndim") and hasattr(values, "tolist")
+
+
 def _column(name: str, values: object, kind: type | tuple[type, ...], rows: int | None = None) -> list:
-    """``values`` as a new list of ``rows`` entries of one kind; a tensor [B] becomes Python scalars."""
-    if isinstance(values, str) or not isinstance(values, (Tensor, Sequence)):
-        raise TypeError(f"{name}: expected a sequence, got {type(values).__name__}; wrap it in a list")
-    if isinstance(values, Tensor) and values.ndim != 1:
+    """``values`` as a new list of ``rows`` entries of one kind; an array [B] becomes Python scalars."""
+    if isinstance(values, str) or not (_is_array(values) or isinstance(values, Sequence)):
+        raise TypeError(f"{name}: expected a sequence, got {type_name(values)}; wrap it in a list")
+    if _is_array(values) and values.ndim != 1:
         raise ValueError(f"{name}: expected shape [B], got {tuple(values.shape)}; flatten it")
-    column = values.tolist() if isinstance(values, Tensor) else list(values)
+    column = values.tolist() if _is_array(values) else list(values)
     if rows is not None and len(column) != rows:
         raise ValueError(f"{name}: expected {rows} entries, one per row, got {len(column)}")
     for row, value in enumerate(column):
         # A tensor hashes by identity: as a group id it would silently make every row its own group.
         if isinstance(value, Tensor) or not isinstance(value, kind):
             kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise TypeError(f"{name}[{row}]: expected {kinds}, got {type(value).__name__}; convert the entry")
+            raise TypeError(f"{name}[{row}]: expected {kinds}, got {type_name(value)}; convert the entry")
     return column
 
 

@@ -86,7 +86,8 @@ def ema(
         _check_match(state, params, dtype)
         averaged = {}
         if inplace:
-            _lerp_inplace({n: old for n, old in state.params.items() if old.dtype != torch.bfloat16}, params, rate)
+            wide = {name: old for name, old in state.params.items() if old.dtype != torch.bfloat16}
+            _lerp_inplace(wide, params, rate)
         for name, old in state.params.items():
             new = params[name].detach()
             if old.dtype == torch.bfloat16:
@@ -250,7 +251,7 @@ def _clones(params: Mapping[str, Tensor], dtype: StateDtype) -> TeacherState:
 
 
 def _lerp_inplace(averages: Mapping[str, Tensor], params: Mapping[str, Tensor], rate: float) -> None:
-    """Every average towards its parameter, many small ones in one go: a GPU has done each before the next is asked."""
+    """Every average towards its parameter, many small ones in one go, since each alone keeps no GPU busy."""
     pairs = [(old, params[name].detach()) for name, old in averages.items()]
     start = size = 0
     for i, (old, _) in enumerate(pairs):

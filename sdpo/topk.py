@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo._checks import check_distribution, check_int, check_shape, check_tensor
+from sdpo._checks import check_device, check_distribution, check_int, check_shape, check_tensor
 from sdpo._numerics import log_softmax, logsumexp, upcast
 
 
@@ -92,6 +92,7 @@ def gather_log_probs(logits: Tensor, indices: Tensor) -> GatheredLogProbs:
         "indices.shape[-1]", indices.shape[-1], low=1, high=logits.shape[-1], meaning="1 to V distinct ids"
     )
     check_shape("indices", indices, (*logits.shape[:-1], k), like="the leading shape of logits, then K")
+    check_device("indices", indices, logits, like="the device of the logits")
     return GatheredLogProbs(*_read(logits, indices.long()))
 
 

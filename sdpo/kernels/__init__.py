@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo._recipe import Recipe, Rows, Side
+from sdpo._recipe import Recipe, Rows, Side, Slope
 
 MAX_K = 1024
 
@@ -31,7 +31,7 @@ def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str |
 
 
 def chunk(
-    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None
+    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
 ) -> None:
     """The loss of one chunk, as ``sdpo._fused_torch.chunk``."""
     from sdpo.kernels import _launch

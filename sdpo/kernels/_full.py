@@ -64,12 +64,12 @@ def full_rows(
 
 @triton.jit
 def full_slopes(
-    products_p, products_q, bias_p, bias_q, norm_p, norm_q, common, scale, slopes, V,
+    products_p, products_q, bias_p, bias_q, norm_p, norm_q, common, scale, slopes, wholes, kepts, V,
     inner_p, outer_p, inner_q, outer_q, alpha, rest,
     BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+    MODE: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write (g − G·p) · scale, times what the soft-cap lets through."""
+    """Write (g − G·p) · scale, times what the soft-cap lets through; per block, both sums of the gain."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
@@ -80,4 +80,9 @@ def full_slopes(
     if SOFTCAP_P:
         capped = z_p / outer_p
         slope = tl.where(z_p == -float("inf"), 0.0, slope * (1.0 - capped * capped))
-    tl.store(slopes + row * V + columns, slope.to(slopes.dtype.element_ty), mask=columns < V)
+    rounded = slope.to(slopes.dtype.element_ty)
+    tl.store(slopes + row * V + columns, rounded, mask=columns < V)
+    if GAIN:
+        place = row * tl.num_programs(1) + block
+        tl.store(wholes + place, tl.sum(slope * slope, 0))
+        tl.store(kepts + place, tl.sum(slope * rounded.to(tl.float32), 0))

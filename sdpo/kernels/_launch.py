@@ -10,12 +10,12 @@ import triton
 from torch import Tensor
 
 from sdpo._fused_torch import map_logits
-from sdpo._recipe import Recipe, Rows, Side, TokenStats
+from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
 from sdpo.kernels import _full, _math, _rows, _select, _stream
 
-# Columns per program of the passes over the vocabulary, and their warps.
-BLOCK = 8192
-WARPS = 8
+# Columns per program of the passes over one model's vocabulary and over both models', and their warps.
+BLOCK, WARPS = 4096, 4
+FULL_BLOCK, FULL_WARPS = 8192, 8
 # Columns that compete for the support through one maximum; wider supports take narrower groups.
 GROUP = 32
 NARROW_GROUP, NARROW_FROM = 16, 256
@@ -41,9 +41,9 @@ class _Sums(NamedTuple):
 
 
 def chunk(
-    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None
+    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
 ) -> None:
-    """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``slope`` [c, V]."""
+    """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``slope``."""
     p, q = _model(student, recipe), _model(teacher, recipe)
     if teacher.reference is not None and recipe.trust_region_coef is not None:
         q = _between(teacher, recipe)
@@ -61,7 +61,7 @@ class _Support(NamedTuple):
     log_outside: Tensor  # [c]
 
 
-def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None) -> None:
+def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None) -> None:
     count, vocabulary = p.products.shape
     if recipe.support == "sampled":
         ids = rows.tokens[:, None]
@@ -74,37 +74,39 @@ def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
         student = _take(p, rows.tokens, ids)
 
     k, blocks = ids.shape[1], student.sums.tops.shape[1]
-    inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.dtype)
+    inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
     outside_slope = torch.empty_like(student.token)
     _rows.topk_rows[(count,)](
         student.inside, teacher.inside, student.token, teacher.token,
         *student.sums, student.log_outside, *teacher.sums, teacher.log_outside,
-        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope,
+        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats),
         stats.stride(0), k, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe), *_chain(p, recipe),
         MODE=_mode(recipe), BUCKET=recipe.tail == "bucket",
         STUDENT_OWNS=recipe.support == "student", TEACHER_OWNS=recipe.support == "teacher",
-        **_weight_flags(rows, recipe), SOFTCAP=p.softcap,
+        **_weight_flags(rows, recipe), SOFTCAP=p.softcap, GAIN=_has_gain(slope),
         BLOCK_K=_power(k), BLOCK_B=_power(blocks), num_warps=4,
     )  # fmt: skip
     if slope is not None:
         _stream.outside_slopes[(count, triton.cdiv(vocabulary, BLOCK))](
-            p.products, p.bias, slope, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
+            p.products, p.bias, slope.values, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
             BIAS=p.has_bias, SOFTCAP=p.softcap, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         _stream.inside_slopes[(count,)](
-            ids, inside_slopes, slope, vocabulary, k, BLOCK_K=_power(k), num_warps=1
+            ids, inside_slopes, slope.values, vocabulary, k, BLOCK_K=_power(k), num_warps=1
         )
 
 
-def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Tensor | None) -> None:
+def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None) -> None:
     count, vocabulary = p.products.shape
-    grid = (count, triton.cdiv(vocabulary, BLOCK))
+    grid = (count, triton.cdiv(vocabulary, FULL_BLOCK))
     new = p.products.new_empty
     known = TokenStats(*stats.unbind())
     normalizers, token_logits = new(2, count), new(2, count)
     for i, (model, entropy) in enumerate(((p, known.student_entropy), (q, known.teacher_entropy))):
+        sums = _block_sums(model)
+        blocks = sums.tops.shape[1]
         _full.normalizers[(count,)](
-            *_block_sums(model), normalizers[i], entropy, grid[1], BLOCK_B=_power(grid[1]), num_warps=1
+            *sums, normalizers[i], entropy, blocks, BLOCK_B=_power(blocks), num_warps=1
         )
         _select.read_tokens[(count,)](
             model.products, model.bias, rows.tokens, token_logits[i], vocabulary, model.inner, model.outer,
@@ -115,7 +117,7 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     maps = (vocabulary, p.inner, p.outer, q.inner, q.outer, recipe.alpha, 1 - recipe.alpha)
     flags: dict[str, Any] = {
         "BIAS_P": p.has_bias, "BIAS_Q": q.has_bias, "SOFTCAP_P": p.softcap, "SOFTCAP_Q": q.softcap,
-        "MODE": _mode(recipe), "BLOCK": BLOCK, "num_warps": WARPS,
+        "MODE": _mode(recipe), "BLOCK": FULL_BLOCK, "num_warps": FULL_WARPS,
     }  # fmt: skip
     _full.full_terms[grid](*both, values, commons, *maps, **flags)
     _full.full_rows[(count,)](
@@ -128,7 +130,12 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     known.student_log_tail.fill_(-math.inf)
     known.teacher_log_tail.fill_(-math.inf)
     if slope is not None:
-        _full.full_slopes[grid](*both, common, scale, slope, *maps, **flags)
+        _full.full_slopes[grid](
+            *both, common, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
+        )
+        if slope.gain is not None:
+            whole, kept = values.sum(dim=1), commons.sum(dim=1)
+            slope.gain.copy_(torch.where(kept > 0.0, whole / kept, 1.0))
 
 
 def _choose(model: _Model, tokens: Tensor, recipe: Recipe) -> tuple[Tensor, _Support]:
@@ -226,6 +233,14 @@ def _weight_flags(rows: Rows, recipe: Recipe) -> dict[str, bool]:
         "OWN": rows.slope_weights is not None,
         "LIFT": rows.lift is not None,
     }
+
+
+def _gains(slope: Slope | None, default: Tensor) -> Tensor:
+    return default if slope is None or slope.gain is None else slope.gain
+
+
+def _has_gain(slope: Slope | None) -> bool:
+    return slope is not None and slope.gain is not None
 
 
 def _clip(recipe: Recipe) -> tuple[float, float]:

@@ -85,13 +85,13 @@ def topk_rows(
     tops_p, masses_p, moments_p, log_outside_p,
     tops_q, masses_q, moments_q, log_outside_q,
     old, extra, slope_weights, lift,
-    stats, inside_slopes, outside_slope,
+    stats, inside_slopes, outside_slope, gains,
     width, K, BLOCKS, alpha, rest, clip, log_clip, chain, outer,
     MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+    GAIN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, rows of ``width`` in the order of ``TokenStats``, and slopes: at the support and of the tail."""
+    """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain."""
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
@@ -142,7 +142,12 @@ def topk_rows(
     if SOFTCAP:
         capped = z_p / outer
         slope *= tl.where(real, 1.0 - capped * capped, 0.0)
-    tl.store(inside_slopes + row * K + ranks, slope.to(inside_slopes.dtype.element_ty), mask=real)
+    rounded = slope.to(inside_slopes.dtype.element_ty)
+    tl.store(inside_slopes + row * K + ranks, rounded, mask=real)
+    if GAIN:
+        kept = tl.sum(slope * rounded.to(tl.float32), 0)
+        gain = tl.sum(slope * slope, 0) / tl.where(kept > 0.0, kept, 1.0)
+        tl.store(gains + row, tl.where(kept > 0.0, gain, 1.0))
     tl.store(outside_slope + row, tail_slope * scale)
     tl.store(stats + row, value)
     tl.store(stats + 1 * width + row, weight)
