@@ -175,6 +175,7 @@ def test_config(case: Case) -> None:
 Z = torch.zeros(2, 3, 5)
 MASK = torch.ones(2, 3, dtype=torch.bool)
 ROW = torch.ones(2, dtype=torch.bool)
+IDS = torch.zeros(2, 3, 1, dtype=torch.long)
 
 
 def topk(student: Any = Z, teacher: Any = Z, k: Any = 2, alpha: Any = 0.5, tail: Any = "bucket") -> Any:
@@ -241,6 +242,23 @@ CORE = [
         lambda: sdpo.Templates(feedback="{f}"),
         ValueError,
         ("feedback", "{feedback_raw}", "'f'"),
+    ),
+    Case(
+        "logits of two devices",
+        lambda: topk(teacher=Z.to("meta")),
+        ValueError,
+        ("teacher_logits", "cpu (the device of student_logits)", "meta", ".to('cpu')"),
+    ),
+    *(
+        Case(f"{name} of another device", call, ValueError, (name, "cpu (the device of the logits)", "meta"))
+        for name, call in (
+            ("tokens", lambda: sdpo.sampled_token_distillation_loss(Z, Z, IDS[..., 0].to("meta"))),
+            ("tokens", lambda: sdpo.token_advantages(Z, Z, IDS[..., 0].to("meta"))),
+            ("indices", lambda: sdpo.gather_log_probs(Z, IDS.to("meta"))),
+        )
+    ),
+    Case(
+        "array", lambda: topk(student=Z.numpy()), TypeError, ("student_logits", "numpy.ndarray", "as_tensor")
     ),
     Case("missing template field", lambda: sdpo.Templates(solution="s"), ValueError, ("solution", "missing")),
 ]
@@ -395,6 +413,26 @@ TRAINER = [
         ("reward_funcs[1]", "a function", "float"),
     ),
     Case(
+        "no reward in the place of one",
+        lambda path: train(path, reward_funcs=[tiny.judge, None]),
+        TypeError,
+        ("reward_funcs[1]", "a function", "NoneType"),
+    ),
+    Case(
+        "a feedback column of lists",
+        lambda path: train(path, train_dataset=tiny.conversations(feedback=[["a", "b"]] * 8)),
+        TypeError,
+        ("train_dataset: the column 'feedback'", "strings or None", "list", "join"),
+    ),
+    Case(
+        "a feedback column of lists, row by row",
+        lambda path: train(
+            path, train_dataset=tiny.conversations(feedback=[["a", "b"]] * 8).to_iterable_dataset()
+        ),
+        TypeError,
+        ("the column 'feedback'", "strings or None", "list", "join"),
+    ),
+    Case(
         "lora_ema without adapters",
         lambda path: train(path, sdpo_config=tiny.config(teacher_mode="lora_ema")),
         ValueError,
@@ -411,6 +449,36 @@ TRAINER = [
         lambda path: train(path, entropy_coef=0.01),
         ValueError,
         ("entropy_coef=0.01", "entropy bonus", "enabled=False"),
+    ),
+    Case(
+        "a loss on some tokens alone",
+        lambda path: train(path, top_entropy_quantile=0.2),
+        ValueError,
+        ("top_entropy_quantile=0.2", "highest entropy", "top_entropy_quantile=1.0", "enabled=False"),
+    ),
+    Case(
+        "a second clip",
+        lambda path: train(path, delta=4.0),
+        ValueError,
+        ("delta=4.0", "is_clip", "delta=None", "enabled=False"),
+    ),
+    Case(
+        "a mask of rows",
+        lambda path: train(path, off_policy_mask_threshold=0.5),
+        ValueError,
+        ("off_policy_mask_threshold=0.5", "off-policy rows", "enabled=False"),
+    ),
+    Case(
+        "importance weights of sequences",
+        lambda path: train(path, importance_sampling_level="sequence"),
+        ValueError,
+        ("importance_sampling_level='sequence'", "whole sequences", "importance_sampling_level='token'"),
+    ),
+    Case(
+        "rewards in the place of args",
+        lambda path: SDPOTrainer(silent(), tiny.judge),
+        TypeError,
+        ("args", "GRPOConfig", "function", "reward_funcs=..."),
     ),
     Case("no model", lambda path: SDPOTrainer(args=tiny.arguments(path)), TypeError, ("model", "None")),
     Case("nothing trains", nothing_trains, ValueError, ("requires_grad", "nothing to train")),
@@ -431,6 +499,29 @@ def test_trainer(case: Case, tmp_path: Path) -> None:
 def test_a_good_trainer_does_ask_the_model_to_generate(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="asked to generate"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "bnpo"},
+        {"loss_type": "sapo", "sapo_temperature_neg": 1.1},
+        {"epsilon": 0.1, "epsilon_high": 0.28},
+        {"scale_rewards": "none"},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"mask_truncated_completions": True},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_what_shapes_the_replaced_objective_alone_is_accepted(tmp_path: Path, changes: Any) -> None:
+    """Unsloth sets some of these by itself."""
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path, **changes)
+
+
+def test_terms_and_masks_are_grpo_s_when_disabled(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path, sdpo_config=SDPOConfig(enabled=False), top_entropy_quantile=0.2, delta=4.0)
 
 
 # --- reward functions, once they have spoken --------------------------------------------------------------

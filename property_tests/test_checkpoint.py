@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
+from strategies import Claim
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -395,17 +395,12 @@ def test_a_used_up_generation_batch_is_not_kept(tmp_path: Path) -> None:
     assert kept[1] == set()
 
 
-@given(
-    rows=st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=6),
-    scale=st.sampled_from([0, 7, 15, 31, 63]),
-    dtype=st.sampled_from([torch.int64, torch.int32, torch.float32, torch.bfloat16, torch.bool]),
-)
-def test_packing_a_batch_is_exact_and_integers_get_small(
-    rows: list[int], scale: int, dtype: torch.dtype
+def property_packing_is_exact_and_integers_get_small(
+    pack: Any, rows: list[int], scale: int, dtype: torch.dtype
 ) -> None:
     values = torch.tensor([value >> max(62 - scale, 0) for value in rows]).to(dtype)
     batch = {"ids": values, "scalar": values[0], "view": values.expand(2, -1), "none": None, "width": 3}
-    written, tensors = progress._pack([batch, batch])
+    written, tensors = pack([batch, batch])
     restored = progress._unpack(json.loads(json.dumps(written)), tensors)
     for back in restored:
         assert back.keys() == batch.keys()
@@ -415,6 +410,38 @@ def test_packing_a_batch_is_exact_and_integers_get_small(
         assert tensors["0/ids"].element_size() == 1
     addresses = [t.untyped_storage().data_ptr() for t in tensors.values()]
     assert len(set(addresses)) == len(addresses)
+
+
+def packed_as(kept: Callable[[Tensor], Tensor]) -> Any:
+    def pack(batches: Any) -> Any:
+        written, tensors = progress._pack(batches)
+        return written, {name: kept(tensor) for name, tensor in tensors.items()}
+
+    return pack
+
+
+PACKING = [
+    Claim(
+        property_packing_is_exact_and_integers_get_small,
+        progress._pack,
+        packed_as(wrong),
+        {
+            "rows": st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=6),
+            "scale": st.sampled_from([0, 7, 15, 31, 63]),
+            "dtype": st.sampled_from([torch.int64, torch.int32, torch.float32, torch.bfloat16, torch.bool]),
+        },
+    )
+    for wrong in (Tensor.half, Tensor.long)
+]
+
+
+def test_packing_a_batch_is_exact_and_integers_get_small() -> None:
+    PACKING[0].holds()
+
+
+@pytest.mark.parametrize("claim", PACKING, ids=["rounded", "wide"])
+def test_another_packing_is_rejected(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
 
 
 def test_what_cannot_be_kept_is_said_and_sampled_again(
@@ -435,17 +462,30 @@ def test_what_cannot_be_kept_is_said_and_sampled_again(
 # --- incomplete folders -----------------------------------------------------------------------------------
 
 
-@given(cut=st.integers(0, 400))
-def test_a_trainer_state_cut_anywhere_is_incomplete(
-    tmp_path_factory: pytest.TempPathFactory, cut: int
+def property_a_trainer_state_cut_anywhere_is_incomplete(
+    is_complete: Callable[[Path], bool], cut: int
 ) -> None:
-    folder = tmp_path_factory.mktemp("cut")
-    path = folder / "trainer_state.json"
-    TrainerState().save_to_json(str(path))
-    whole = path.read_text().rstrip()
-    assert checkpoint.is_complete(folder)
-    path.write_text(whole[: min(cut, len(whole) - 1)])
-    assert not checkpoint.is_complete(folder)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "trainer_state.json"
+        TrainerState().save_to_json(str(path))
+        whole = path.read_text().rstrip()
+        assert is_complete(folder)
+        path.write_text(whole[: min(cut, len(whole) - 1)])
+        assert not is_complete(folder)
+
+
+CUT = Claim(
+    property_a_trainer_state_cut_anywhere_is_incomplete,
+    checkpoint.is_complete,
+    lambda folder: (folder / "trainer_state.json").is_file(),
+    {"cut": st.integers(0, 400)},
+)
+
+
+def test_a_trainer_state_cut_anywhere_is_incomplete() -> None:
+    CUT.holds()
+    CUT.rejects_wrong_twin()
 
 
 def test_the_newest_complete_folder_is_chosen(tmp_path: Path) -> None:
@@ -462,6 +502,12 @@ def test_the_newest_complete_folder_is_chosen(tmp_path: Path) -> None:
         ValueError, match=r"checkpoint-11 is incomplete.*The last complete one .*checkpoint-10"
     ):
         checkpoint.resolve(tmp_path / "checkpoint-11", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint-7' is no folder; .*the last complete one.*checkpoint-10"
+    ):
+        checkpoint.resolve(tmp_path / "checkpoint-7", tmp_path)
+    with pytest.raises(ValueError, match=r"/checkpoint-1' is no folder; .*elsewhere holds no"):
+        checkpoint.resolve(str(tmp_path / "checkpoint-1"), tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "checkpoint-9")
     shutil.rmtree(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is complete"):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from hypothesis import given
 from hypothesis import strategies as st
+from strategies import Claim
 from trl import GRPOConfig, TrlParser
 
 from sdpo_rl import SDPOConfig, training_arguments
@@ -122,29 +125,57 @@ def test_every_field_is_explained_with_its_default() -> None:
             assert re.search(rf"Default `?{value}\b|`{value}`\s+\(default", described[name]), name
 
 
-@given(config=configs)
-def test_a_config_is_its_fields(config: SDPOConfig) -> None:
-    assert SDPOConfig(**dataclasses.asdict(config)) == config
+Fields = dict[str, Any]
 
 
-def test_yaml(tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("yaml") / "config.yaml"
-
-    @given(config=configs)
-    def survives(config: SDPOConfig) -> None:
-        path.write_text(yaml.safe_dump(dataclasses.asdict(config)))
-        assert parse(["--config", str(path)]) == config
-
-    survives()
+def property_a_config_is_its_fields(rebuilt: Callable[[Fields], SDPOConfig], config: SDPOConfig) -> None:
+    assert rebuilt(dataclasses.asdict(config)) == config
 
 
-@given(config=configs)
-def test_the_command_line(config: SDPOConfig) -> None:
-    arguments = [
-        f"--{name}={json.dumps(value) if not isinstance(value, str) else value}"
-        for name, value in dataclasses.asdict(config).items()
-    ]
-    assert parse(arguments) == config
+def from_fields(fields: Fields) -> SDPOConfig:
+    return SDPOConfig(**fields)
+
+
+def through_yaml(fields: Fields) -> SDPOConfig:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(yaml.safe_dump(fields))
+        return parse(["--config", str(path)])
+
+
+def through_the_command_line(fields: Fields) -> SDPOConfig:
+    return parse(
+        [
+            f"--{name}={json.dumps(value) if not isinstance(value, str) else value}"
+            for name, value in fields.items()
+        ]
+    )
+
+
+def leaving_out(left_out: Callable[[Any], bool], way: Callable[[Fields], SDPOConfig]) -> Any:
+    """A way that takes some values for no values, and so for the defaults."""
+    return lambda fields: way({name: value for name, value in fields.items() if not left_out(value)})
+
+
+CLAIMS = [
+    Claim(property_a_config_is_its_fields, way, leaving_out(left_out, way), {"config": configs})
+    for way, left_out in (
+        (from_fields, lambda value: not value),
+        (through_yaml, lambda value: value is None),
+        (through_the_command_line, lambda value: value is False),
+    )
+]
+parametrize_claims = pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.right.__name__)
+
+
+@parametrize_claims
+def test_a_config_survives(claim: Claim) -> None:
+    claim.holds()
+
+
+@parametrize_claims
+def test_a_way_that_forgets_is_rejected(claim: Claim) -> None:
+    claim.rejects_wrong_twin()
 
 
 def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:
@@ -155,6 +186,48 @@ def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:
     path.write_text("alhpa: 0.5\n")
     with pytest.raises(ValueError, match="alhpa"):
         parse(["--config", str(path)])
+
+
+def test_numpy_s_numbers_become_python_s() -> None:
+    config = SDPOConfig(
+        distillation_topk=np.int64(5),
+        max_reprompt_length=np.uint16(9),
+        alpha=np.float32(0.25),
+        is_clip=np.float64(1.5),
+        success_reward_threshold=np.int8(2),
+    )
+    plain = SDPOConfig(
+        distillation_topk=5, max_reprompt_length=9, alpha=0.25, is_clip=1.5, success_reward_threshold=2.0
+    )
+    assert config == plain
+    assert [type(value) for value in vars(config).values()] == [type(value) for value in vars(plain).values()]
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(plain)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alpha", True),
+        ("alpha", np.bool_(True)),
+        ("alpha", np.float32("nan")),
+        ("alpha", 0.5j),
+        ("is_clip", "2"),
+        ("distillation_topk", True),
+        ("distillation_topk", 5.0),
+        ("distillation_topk", np.float64(5)),
+        ("distillation_topk", np.array([5])),
+    ],
+)
+def test_other_things_are_no_numbers(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be"):
+        SDPOConfig(**{field: value})
+
+
+def test_no_template_arguments_may_be_none() -> None:
+    assert SDPOConfig(apply_chat_template_kwargs=None) == SDPOConfig()
+    assert parse(["--apply_chat_template_kwargs=null"]) == SDPOConfig()
+    with pytest.raises(TypeError, match=r"apply_chat_template_kwargs must be a dict.*got list"):
+        SDPOConfig(apply_chat_template_kwargs=[])
 
 
 def test_both_configs_share_one_file(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ tables = st.integers(1, 5).flatmap(
 )
 
 
+KINDS = ["pairs", "later", "object", "partial", "method", "partial method"]
+
+
 def reward(column: list[str | None], kind: str) -> Any:
     """A reward function that says the texts of `column`, in one of the ways there are."""
 
@@ -73,6 +76,9 @@ def reward(column: list[str | None], kind: str) -> Any:
             self.last_feedback = list(column)
             return [0.0] * len(completions)
 
+        def judge(self, completions: list[Any], how: str = "strictly", **_: Any) -> list[float]:
+            return self(completions)
+
     def bound(completions: list[Any], said: Any, **_: Any) -> list[Any]:
         return [{"score": 0.0, "feedback": text} for text in said]
 
@@ -80,6 +86,8 @@ def reward(column: list[str | None], kind: str) -> Any:
         "pairs": pairs,
         "later": later,
         "object": Remembers(),
+        "method": Remembers().judge,
+        "partial method": functools.partial(Remembers().judge, how="kindly"),
         "partial": functools.partial(bound, said=column),
     }[kind]
 
@@ -132,7 +140,7 @@ CLAIMS = [
         property_rows_gather_the_texts_of_all_functions_in_order,
         collect,
         last_function_wins,
-        {"table": tables, "kinds": st.permutations(["pairs", "later", "object", "partial"])},
+        {"table": tables, "kinds": st.permutations(KINDS)},
     ),
 ]
 
@@ -188,6 +196,35 @@ def test_a_batch_is_forgotten_once_taken() -> None:
     collector.wrap(reward(["old"], "pairs"))(completions=["!"])
     assert collector.take(1) == ["old"]
     assert collector.take(1) == [None]
+
+
+def test_two_methods_of_one_judge_say_it_once() -> None:
+    class Twofold:
+        def __init__(self) -> None:
+            self.last_feedback: list[str] = []
+
+        def score(self, completions: list[Any], **_: Any) -> list[float]:
+            self.last_feedback = ["off by one"]
+            return [0.0]
+
+        def length(self, completions: list[Any], **_: Any) -> list[float]:
+            return [1.0]
+
+        def style(self, completions: list[Any], **_: Any) -> list[float]:
+            self.last_feedback = ["too long"]
+            return [1.0]
+
+    judge, collector = Twofold(), FeedbackCollector()
+    wrapped = [collector.wrap(method) for method in (judge.score, judge.length, judge.style)]
+    for _ in range(2):
+        for function in wrapped:
+            function(completions=["!"])
+        assert collector.take(1) == ["off by one\n\ntoo long"]
+
+
+def test_a_column_holds_texts() -> None:
+    with pytest.raises(TypeError, match=r"column 'feedback' must hold strings or None, got list in row 1"):
+        FeedbackCollector().take(2, ["fine", ["a", "b"]])
 
 
 def test_stale_last_feedback_does_not_outlive_its_batch() -> None:

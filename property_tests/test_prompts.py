@@ -306,7 +306,14 @@ def test_what_a_completion_says(completion: Any, said: str) -> None:
         ([{"content": "no role"}], TypeError, "prompt 1 .*role"),
         ([{"role": "assistant", "content": "a"}], ValueError, "prompt 1 ends with a 'assistant' turn.*last"),
         ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "must be text.*images"),
-        ([{"role": "user", "content": None}], ValueError, "must be text"),
+        ([{"role": "user", "content": None}], ValueError, "must be text.*got None"),
+        ([{"role": "user"}], ValueError, "must be text.*got None"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            ValueError,
+            r"holds no text.*\[\{'type': 'text'\}\]",
+        ),
+        ([{"role": "user", "content": [{"text": None}]}], ValueError, "holds no text.*'text': None"),
     ],
 )
 def test_prompts_are_checked(prompt: Any, error: type[Exception], message: str) -> None:

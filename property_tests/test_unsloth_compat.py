@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import io
@@ -9,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +22,12 @@ import trl
 import unsloth_driver as driver
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import Claim
 from torch import Tensor, nn
 
 from sdpo_rl import (
     micro_batch,
+    progress,
     row_groups,
     troubleshooting,
     unsloth_compat,
@@ -208,9 +212,8 @@ def test_the_variable_is_zero_inside_and_as_before_outside(monkeypatch: pytest.M
 # --- old log-probabilities --------------------------------------------------------------------------------
 
 
-@given(data=st.data(), rows=st.integers(1, 4), prompt=st.integers(1, 5), completion=st.integers(1, 5))
-def test_old_log_probs_find_their_tokens(
-    data: st.DataObject, rows: int, prompt: int, completion: int
+def property_old_log_probs_find_their_tokens(
+    align: Callable[..., Mapping[str, Any]], data: st.DataObject, rows: int, prompt: int, completion: int
 ) -> None:
     """Rows are packed to the left by pad id, then right-aligned to the widest left padding; the inverse of it."""
     pad, width = 0, prompt + completion
@@ -234,10 +237,29 @@ def test_old_log_probs_find_their_tokens(
         "completion_mask": torch.tensor(mask),
         "old_per_token_logps": packed[:, width - completion - most :],
     }
-    aligned = unsloth_compat.align_old_log_probs(inputs, pad)["old_per_token_logps"]
+    aligned = align(inputs, pad)["old_per_token_logps"]
     assert aligned.shape == (rows, completion)
     for row, values in enumerate(expected):
         assert aligned[row, : len(values)].tolist() == values
+
+
+def last_columns(inputs: Mapping[str, Any], pad: int) -> Mapping[str, Any]:
+    """The twin that takes them for right-aligned, as if every prompt were as long."""
+    length = inputs["completion_ids"].shape[1]
+    return {"old_per_token_logps": inputs["old_per_token_logps"][:, -length:]}
+
+
+OLD_LOG_PROBS = Claim(
+    property_old_log_probs_find_their_tokens,
+    unsloth_compat.align_old_log_probs,
+    last_columns,
+    {"data": st.data()} | {name: st.integers(1, 5) for name in ("rows", "prompt", "completion")},
+)
+
+
+def test_old_log_probs_find_their_tokens() -> None:
+    OLD_LOG_PROBS.holds()
+    OLD_LOG_PROBS.rejects_wrong_twin()
 
 
 def test_a_sampled_pad_token_has_no_old_log_prob() -> None:
@@ -276,12 +298,14 @@ def masks(draw: st.DrawFn) -> tuple[Tensor, int]:
     return torch.tensor(lines), completion
 
 
-@given(case=masks(), width_limit=st.integers(4, 14), token_limit=st.integers(4, 60))
-def test_groups_hold_every_attended_token_once(
-    case: tuple[Tensor, int], width_limit: int, token_limit: int
+def property_groups_hold_every_attended_token_once(
+    group_rows: Callable[..., list[row_groups.RowGroup]],
+    case: tuple[Tensor, int],
+    width_limit: int,
+    token_limit: int,
 ) -> None:
     mask, length = case
-    groups = row_groups.row_groups(mask, length=length, width_limit=width_limit, token_limit=token_limit)
+    groups = group_rows(mask, length=length, width_limit=width_limit, token_limit=token_limit)
     assert [g.rows.start for g in groups] == [0, *(g.rows.stop for g in groups[:-1])]
     assert groups[-1].rows.stop == len(mask)
     for group in groups:
@@ -291,6 +315,35 @@ def test_groups_hold_every_attended_token_once(
         if len(kept) > 1:
             assert kept.shape[1] <= width_limit
             assert kept.numel() <= token_limit
+
+
+def all_rows_at_once(mask: Tensor, **limits: float) -> list[row_groups.RowGroup]:
+    return [row_groups.RowGroup(slice(0, len(mask)), slice(0, mask.shape[1]), 0)]
+
+
+def cut_to_the_width(mask: Tensor, *, width_limit: int, **limits: float) -> list[row_groups.RowGroup]:
+    groups = row_groups.row_groups(mask, width_limit=width_limit, **limits)
+    return [
+        g._replace(columns=slice(max(g.columns.start, g.columns.stop - width_limit), g.columns.stop))
+        for g in groups
+    ]
+
+
+GROUPS = [
+    Claim(
+        property_groups_hold_every_attended_token_once,
+        row_groups.row_groups,
+        wrong,
+        {"case": masks(), "width_limit": st.integers(4, 14), "token_limit": st.integers(4, 60)},
+    )
+    for wrong in (all_rows_at_once, cut_to_the_width)
+]
+
+
+def test_groups_hold_every_attended_token_once() -> None:
+    GROUPS[0].holds()
+    for claim in GROUPS:
+        claim.rejects_wrong_twin()
 
 
 @given(case=masks(), width_limit=st.integers(2, 14), token_limit=st.integers(2, 60), states=st.booleans())
@@ -541,9 +594,92 @@ def test_planted_changes_are_found(
     assert "BROKEN" in out
     assert "needed because: the keys of a scored batch" in out
 
+    class Trainer:
+        use_vllm = False
+
+        def __init__(self, steps: int) -> None:
+            self._step, self.tools = steps, self._env_tools
+            self._metrics: dict[str, float] = {}
+
+    lost = {key for key, problem in problems(Trainer).items() if problem == "gone"}
+    assert {"GRPOTrainer._env_tools", "GRPOTrainer._tr_loss"} <= lost
+    assert not {f"GRPOTrainer.{name}" for name in ("use_vllm", "_step", "tools", "_metrics")} & lost
+
     @dataclasses.dataclass
     class Config:
         beta: float = 0.0
 
     assert problems(config=Config)["GRPOConfig.num_generations"] == "gone"
     assert "GRPOConfig.beta" not in problems(config=Config)
+
+
+# What `transformers.Trainer` documents for its subclasses.
+PUBLIC = {"accelerator", "add_callback", "args", "model", "processing_class", "state"}
+PARTS = {"SDPOTrainer", "MicroBatchLoss", "Resuming", "Lockstep"}
+OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask"}
+
+
+def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:
+    """Attributes of a trainer that no part of ours defines, and keys of a batch, as the sources read them."""
+    defined, read, keys = set(), set(), set()
+    for source in sources.values():
+        module = ast.parse(source)
+        for part in module.body:
+            ours = isinstance(part, ast.ClassDef) and part.name in PARTS
+            if ours:
+                defined |= {node.name for node in part.body if isinstance(node, ast.FunctionDef)}
+                targets = [node.target for node in part.body if isinstance(node, ast.AnnAssign)]
+                targets += [t for node in part.body if isinstance(node, ast.Assign) for t in node.targets]
+                defined |= {target.id for target in targets}
+            for node in ast.walk(part):
+                match node:
+                    case ast.Attribute(ast.Name("self"), name, ast.Store()) if ours:
+                        defined.add(name)
+                    case ast.Attribute(ast.Name("self"), name) if ours:
+                        read.add(name)
+                    case ast.Attribute(ast.Name("trainer"), name):
+                        read.add(name)
+                    case ast.Attribute(ast.Call(ast.Name("super")), name) if ours:
+                        read.add(f"super {name}")
+                    case ast.Call(
+                        ast.Name("getattr" | "hasattr"), [ast.Name("self"), ast.Constant(name), *_]
+                    ) if ours:
+                        read.add(name)
+                    case ast.Call(
+                        ast.Name("getattr" | "hasattr"), [ast.Name("trainer"), ast.Constant(name), *_]
+                    ):
+                        read.add(name)
+                    case ast.Subscript(
+                        ast.Name("inputs" | "rows" | "output"), ast.Constant(str(key))
+                    ) | ast.Call(
+                        ast.Attribute(ast.Name("inputs" | "rows"), "get"), [ast.Constant(str(key)), *_]
+                    ):
+                        keys.add(key)
+    above = {name.removeprefix("super ") for name in read if name.startswith("super ")}
+    below = {name for name in read if not name.startswith("super ")} - defined
+    return {name for name in above | below if not name.startswith("__")}, keys
+
+
+def sources() -> dict[str, str]:
+    folder = Path(upgrade_check.__file__).parent
+    return {
+        path.name: path.read_text() for path in folder.glob("*.py") if path != Path(upgrade_check.__file__)
+    }
+
+
+def test_the_check_knows_all_that_is_inherited() -> None:
+    expected = upgrade_check.EXPECTATIONS
+    named = {e.name for e in expected if isinstance(e, upgrade_check.Method | upgrade_check.Attribute)}
+    words = {word.strip('"') for e in expected if isinstance(e, upgrade_check.Text) for word in e.words}
+    attributes, keys = inherited(sources())
+    assert {"_tool_call_loop", "_batch_environments", "environments", "is_fsdp_enabled"} <= attributes
+    assert {"tool_mask", "importance_sampling_ratio", "old_per_token_logps"} <= keys
+    assert (attributes | set(progress._LOSS)) - PUBLIC - named == set()
+    assert keys - OUR_KEYS - words == set()
+
+
+def test_the_collection_rejects_a_name_that_nobody_listed() -> None:
+    twin = "class Resuming:\n def train(self, inputs):\n  self._ours = super()._a(getattr(self, '_b', self._c))\n"
+    twin += "  return self._ours + self.train.d + inputs['e'] + inputs.get('f')\n"
+    twin += "def load(trainer):\n return trainer._g\n"
+    assert inherited({"twin": twin}) == ({"_a", "_b", "_c", "_g"}, {"e", "f"})

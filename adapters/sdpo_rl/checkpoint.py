@@ -55,11 +55,19 @@ def resolve(choice: Any, output_dir: str | Path) -> Any:
     """`resume_from_checkpoint` as the Trainer should get it: `True` becomes the last complete folder.
 
     Raises:
-        ValueError: the chosen folder, or every one there is, was not finished.
+        ValueError: the chosen folder does not exist, or it, or every one there is, was not finished.
     """
     if isinstance(choice, (str, os.PathLike)):
         chosen = Path(choice)
-        if chosen.is_dir() and not is_complete(chosen):
+        if not chosen.is_dir():
+            other = next(filter(is_complete, _checkpoints(Path(output_dir))), None)
+            known = (
+                f"{output_dir} holds no complete checkpoint"
+                if other is None
+                else f"the last complete one of this run is {other}"
+            )
+            raise ValueError(f"resume_from_checkpoint={str(choice)!r} is no folder; {known}")
+        if not is_complete(chosen):
             other = next(filter(is_complete, _checkpoints(chosen.resolve().parent)), None)
             raise ValueError(
                 f"{chosen} is incomplete: its {_STATE}, which is written last, is missing or cut short, so the "

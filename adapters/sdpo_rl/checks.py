@@ -7,13 +7,24 @@ from itertools import islice
 from typing import Any
 
 from .config import SDPOConfig
+from .feedback import check_column
 from .prompts import check_prompts
 
 _ROWS_CHECKED = 1000
+# What `GRPOConfig` can add to GRPO's loss: the value that leaves it out, and what it would be.
+_NOT_OURS: dict[str, tuple[Any, str]] = {
+    "beta": (0.0, "a KL penalty"),
+    "entropy_coef": (0.0, "an entropy bonus"),
+    "use_adaptive_entropy": (False, "an entropy bonus"),
+    "top_entropy_quantile": (1.0, "a loss on the tokens of highest entropy alone"),
+    "off_policy_mask_threshold": (None, "a mask of off-policy rows"),
+    "importance_sampling_level": ("token", "importance weights of whole sequences"),
+    "delta": (None, "a second bound of the importance weights (here there is one, SDPOConfig.is_clip)"),
+}
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """A map-style dataset is not empty, has a prompt column, and its first prompts can be reprompted."""
+    """A map-style dataset is not empty, has prompts that can be reprompted, and feedback, if any, that is text."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     if isinstance(dataset, dict):
@@ -29,6 +40,8 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise ValueError(f"{name} needs a 'prompt' column, got {columns}")
     try:
         check_prompts(list(islice(dataset["prompt"], _ROWS_CHECKED)))
+        if "feedback" in columns:
+            check_column(islice(dataset["feedback"], _ROWS_CHECKED))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 
@@ -55,14 +68,23 @@ def check_groups(args: Any) -> None:
         )
 
 
+def check_arguments(args: Any) -> None:
+    """`args` is a `GRPOConfig`; GRPOTrainer takes its rewards in this place."""
+    if not hasattr(args, "num_generations"):
+        raise TypeError(
+            f"args must be a GRPOConfig, got {type(args).__name__}; pass everything by name: "
+            "SDPOTrainer(model=..., args=GRPOConfig(...), reward_funcs=...)"
+        )
+
+
 def check_objective(args: Any) -> None:
-    """No option asks for a term that this loss does not have: it would be dropped in silence."""
-    terms = {"beta": "KL penalty", "entropy_coef": "entropy bonus", "use_adaptive_entropy": "entropy bonus"}
-    for name, term in terms.items():
-        if getattr(args, name, 0):
+    """No option asks for a term or a mask that this loss does not have: it would be dropped in silence."""
+    for name, (off, what) in _NOT_OURS.items():
+        value = getattr(args, name, off)
+        if value not in (off, None):
             raise ValueError(
-                f"{name}={getattr(args, name)} asks for a {term}, which the self-distillation loss replaces; "
-                f"leave {name} at its default, or set SDPOConfig(enabled=False)"
+                f"{name}={value!r} asks for {what}, which the self-distillation loss does not have; leave it at "
+                f"{name}={off!r}, or set SDPOConfig(enabled=False)"
             )
 
 
@@ -78,9 +100,11 @@ def check_vocabulary(config: SDPOConfig, model: Any) -> None:
 
 
 def check_reward_functions(reward_funcs: Any) -> None:
-    """Every reward is a callable, a reward model or a model's name."""
+    """Every reward is a callable, a reward model or a model's name; there may be none at all."""
+    if reward_funcs is None:
+        return
     for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
-        if reward is not None and not isinstance(reward, str) and not callable(reward):
+        if not isinstance(reward, str) and not callable(reward):
             raise TypeError(
                 f"reward_funcs[{index}] must be a function, a reward model or a model's name, got "
                 f"{type(reward).__name__}"
@@ -88,7 +112,7 @@ def check_reward_functions(reward_funcs: Any) -> None:
 
 
 def check_rows(rows: Sequence[Any]) -> None:
-    """The rows of a generation batch: text prompts that end with a user turn, and no media."""
+    """The rows of a generation batch: text prompts that end with a user turn, feedback that is text, no media."""
     media = sorted({name for row in rows for name in ("image", "images", "audio", "video") if row.get(name)})
     if media:
         raise ValueError(
@@ -96,3 +120,4 @@ def check_rows(rows: Sequence[Any]) -> None:
             "SDPOConfig(enabled=False)"
         )
     check_prompts([row["prompt"] for row in rows if "prompt" in row])
+    check_column(row.get("feedback") for row in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -61,7 +62,9 @@ class SDPOConfig:
         teacher_tick: when the average moves: once per `generation_batch` (default, reference), or per
             `optimizer_step`.
         teacher_dtype: dtype of the averaged weights: `float32` (default, ours: a bfloat16 average stands
-            still at small rates), or `bfloat16` with seeded stochastic rounding.
+            still at small rates), or `bfloat16` with seeded stochastic rounding. Of a bfloat16 model that
+            trains whole, float32 is two copies in bytes, and a third during the teacher's forward; bfloat16
+            is one. Of adapters, megabytes.
         teacher_offload: `none` (default) or `cpu`: where the averaged weights rest between forwards.
         teacher_on_resume: `restore` (default) demands a teacher in the checkpoint; `restart` begins again
             from the loaded student.
@@ -171,7 +174,7 @@ class SDPOConfig:
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """`apply_chat_template_kwargs` as a mapping; on the command line it is JSON."""
+        """`apply_chat_template_kwargs` as a mapping; on the command line it is JSON, and `None` is none."""
         return _mapping(self.apply_chat_template_kwargs)
 
     def templates(self) -> Templates:
@@ -266,27 +269,33 @@ def _flag(config: SDPOConfig, *names: str) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: object, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+# What the fields keep are Python's own numbers: NumPy's would not go through YAML or JSON.
 
 
 def _fraction(config: SDPOConfig, name: str, meaning: str) -> None:
     value = getattr(config, name)
     if not _is_number(value) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1] {meaning}, got {value!r}")
+    setattr(config, name, float(value))
 
 
 def _number(config: SDPOConfig, name: str, expected: str, low: float = -math.inf) -> None:
     value = getattr(config, name)
     if not _is_number(value) or not math.isfinite(value) or value <= low:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+    setattr(config, name, float(value))
 
 
 def _positive_int(config: SDPOConfig, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_number(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        setattr(config, name, int(value))
 
 
 def _choice(config: SDPOConfig, name: str, choices: tuple[str, ...]) -> None:
@@ -301,6 +310,10 @@ def _mapping(value: Any) -> dict[str, Any]:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"apply_chat_template_kwargs is not valid JSON: {error}") from error
+    if value is None:
+        return {}
     if not isinstance(value, dict):
-        raise TypeError(f"apply_chat_template_kwargs must be a dict, got {type(value).__name__}")
+        raise TypeError(
+            f"apply_chat_template_kwargs must be a dict, JSON or None, got {type(value).__name__}"
+        )
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Score = float | None
@@ -74,6 +74,20 @@ def join_feedback(texts: Sequence[str | None]) -> str | None:
     return "\n\n".join(kept) if kept else None
 
 
+def check_column(column: Iterable[Any]) -> None:
+    """Every entry of the dataset's column `feedback` is a text or `None`.
+
+    Raises:
+        TypeError: an entry of another kind, naming its row.
+    """
+    for row, text in enumerate(column):
+        if text is not None and not isinstance(text, str):
+            raise TypeError(
+                f"the column 'feedback' must hold strings or None, got {type(text).__name__} in row {row}; join "
+                "several texts into one string, or rename the column"
+            )
+
+
 def environment_feedback(environments: Sequence[Any]) -> list[str | None]:
     """What each row's environment says of its episode: its `feedback`, an attribute or property.
 
@@ -96,10 +110,14 @@ class FeedbackCollector:
     `wrap` keeps a function's name (it becomes the metric's name) and whether it is async; reward models are
     passed through. `take` hands out the texts of the last round, those of several functions joined in their
     order, and forgets them.
+
+    `last_feedback` is looked for on the function and on the object whose method it is. What several methods of
+    one object would say with the same list is said once.
     """
 
     def __init__(self) -> None:
         self._texts: dict[int, list[str | None]] = {}
+        self._said: list[Any] = []
         self._wrapped = 0
 
     def wrap(self, reward_func: Any) -> Any:
@@ -112,8 +130,9 @@ class FeedbackCollector:
 
         def split(outputs: Any, completions: Sequence[Any]) -> list[Score]:
             scores, texts = split_rewards(name, outputs, len(completions))
-            last = getattr(inner, "last_feedback", None)
-            if last is not None and not any(texts):
+            last = _last_feedback(inner)
+            if last is not None and not any(texts) and not any(last is said for said in self._said):
+                self._said.append(last)
                 texts = split_rewards(
                     f"{name}.last_feedback", [(None, text) for text in last], len(completions)
                 )[1]
@@ -148,8 +167,10 @@ class FeedbackCollector:
         ]
         live = [join_feedback([texts[row] for texts in sources]) for row in range(rows)]
         self._texts.clear()
+        self._said.clear()
         if column is None:
             return live
+        check_column(column)
         return [
             text if text is not None else join_feedback([static])
             for text, static in zip(live, column, strict=True)
@@ -160,6 +181,11 @@ def _unwrap_partial(function: Callable) -> Callable:
     while isinstance(function, functools.partial):
         function = function.func
     return function
+
+
+def _last_feedback(function: Any) -> Any:
+    owner = getattr(function, "__self__", None)
+    return getattr(function, "last_feedback", getattr(owner, "last_feedback", None))
 
 
 def _named(wrapper: Any, name: str, original: Any) -> Any:

@@ -46,7 +46,7 @@ def check_prompts(prompts: Sequence[Any]) -> None:
 
 def question(prompt: Prompt) -> str:
     """The text that the reprompt replaces: a plain prompt itself, or the last user turn's text."""
-    return prompt if isinstance(prompt, str) else _content_text(prompt[-1]["content"])
+    return prompt if isinstance(prompt, str) else _content_text(prompt[-1].get("content"))
 
 
 def _content_text(content: Any) -> str:
@@ -55,9 +55,16 @@ def _content_text(content: Any) -> str:
     if isinstance(content, list) and all(
         isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
     ):
-        return "".join(part["text"] for part in content)
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        raise ValueError(
+            "a text part of the last user turn holds no text: expected {'type': 'text', 'text': '...'}, got "
+            f"{content!r:.200}"
+        )
     raise ValueError(
-        "the last user turn must be text: a string or text parts; images and other media cannot be reprompted"
+        f"the last user turn must be text: a string or text parts, got {content!r:.200}; images and other media "
+        "cannot be reprompted"
     )
 
 

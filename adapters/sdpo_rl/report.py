@@ -37,6 +37,7 @@ _METHODS = (
     "compute_loss",
     "prediction_step",
     "evaluate",
+    "evaluation_loop",
     "create_optimizer",
     "log",
     "_save_checkpoint",
@@ -52,6 +53,7 @@ _REPLACED = {
     "_calculate_rewards": "calls the one below, then keeps scores and feedback",
     "_get_per_token_logps_and_entropies": "calls the one below, except on a CPU without Unsloth",
     "compute_loss": "the self-distillation loss, chunked; with enabled=False the one below",
+    "evaluation_loop": "calls the one below, then weighs its batches by their tokens",
     "log": "adds the self-distillation metrics, then calls the one below",
     "_save_checkpoint": "calls the one below, then writes the teacher beside it",
 }

@@ -9,11 +9,13 @@ makes that possible without a GPU. Otherwise it is TRL's own.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import importlib.util
 import inspect
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -41,6 +43,14 @@ class Text(NamedTuple):
     where: str = _BOTH
 
 
+class Attribute(NamedTuple):
+    """Something the trainer has: assigned to `self` in one of its classes, or defined in one."""
+
+    name: str
+    reason: str
+    where: str = _BOTH
+
+
 class Field(NamedTuple):
     """A field of `GRPOConfig`."""
 
@@ -57,7 +67,9 @@ class Finding(NamedTuple):
     problem: str
 
 
-EXPECTATIONS: tuple[Method | Text | Field, ...] = (
+Expectation = Method | Text | Attribute | Field
+
+EXPECTATIONS: tuple[Expectation, ...] = (
     Method(
         "_calculate_rewards",
         ("inputs", "prompts", "completions", "completion_ids_list"),
@@ -79,6 +91,9 @@ EXPECTATIONS: tuple[Method | Text | Field, ...] = (
         "computed in plain torch on a CPU",
     ),
     Method("_generate_single_turn", (), "ranks generate together"),
+    Method("_tool_call_loop", (), "every rank goes along to the end of it"),
+    Method("train", ("resume_from_checkpoint",), "the checkpoint is looked at before the run begins"),
+    Method("_get_output_dir", ("trial",), "the teacher is saved in the checkpoint's folder"),
     Method("_get_train_sampler", (), "a resumed run draws the order of the uninterrupted one"),
     Method("_save_checkpoint", ("model", "trial"), "the teacher is saved beside the student"),
     Method("_save_rng_state", ("output_dir",), "the place in the run is saved"),
@@ -86,6 +101,11 @@ EXPECTATIONS: tuple[Method | Text | Field, ...] = (
     Method("_load_from_checkpoint", ("resume_from_checkpoint", "model"), "adapters are restored"),
     Method("_load_optimizer_and_scheduler", ("checkpoint",), "the teacher is restored"),
     Method("prediction_step", ("model", "inputs", "prediction_loss_only"), "evaluation is inherited"),
+    Method(
+        "evaluation_loop",
+        ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+        "the loss of an evaluation is that of all its tokens together",
+    ),
     Method("log", ("logs",), "the self-distillation metrics are added"),
     Method("_log_completion_extra", (), "feedback shows in the completions table"),
     Text(
@@ -97,6 +117,11 @@ EXPECTATIONS: tuple[Method | Text | Field, ...] = (
         "_generate_and_score_completions",
         ('"old_per_token_logps"', '"sampling_per_token_logps"', "self._calculate_rewards("),
         "log-probabilities for the weights, and the call that hands over the rewards",
+    ),
+    Text(
+        "_generate_and_score_completions",
+        ('"tool_mask"', '"importance_sampling_ratio"'),
+        "tokens that are not the model's own, and the weights for the inference engine",
     ),
     Text(
         "_prepare_inputs",
@@ -127,6 +152,37 @@ EXPECTATIONS: tuple[Method | Text | Field, ...] = (
         _UNSLOTH,
     ),
     *(
+        Attribute(name, reason)
+        for reason, names in {
+            "which rows are one group, and how often a generation batch is used": (
+                "num_generations",
+                "num_generations_eval",
+                "num_iterations",
+            ),
+            "where the run stands within a generation batch": ("_buffered_inputs", "_step"),
+            "an optimizer step has so many micro-batches": ("current_gradient_accumulation_steps",),
+            "metrics are logged with the others, and saved": ("_metrics",),
+            "the running loss is saved": ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
+            "scores are weighed as rewards are": ("reward_weights",),
+            "student and teacher share temperature and chat template": (
+                "temperature",
+                "chat_template",
+                "chat_template_kwargs",
+            ),
+            "the reprompt names the tools that the prompt named": (
+                "tools",
+                "environment_factories",
+                "_env_tools",
+                "_batch_environments",
+            ),
+            "environments speak of their episodes": ("environments",),
+            "who generates": ("use_vllm",),
+            "experts are balanced as in GRPO": ("aux_loss_enabled", "router_aux_loss_coef"),
+            "a sharded model is loaded otherwise": ("is_fsdp_enabled",),
+        }.items()
+        for name in names
+    ),
+    *(
         Field(name, "read to count, group or name things")
         for name in (
             "num_generations",
@@ -144,13 +200,13 @@ EXPECTATIONS: tuple[Method | Text | Field, ...] = (
 )
 
 
-def check(
-    trainer: type, config: type, expectations: Sequence[Method | Text | Field], unsloth: bool
-) -> list[Finding]:
+def check(trainer: type, config: type, expectations: Sequence[Expectation], unsloth: bool) -> list[Finding]:
     """Hold a trainer class and its config class against the expectations that concern them."""
+    attributes = _attributes(trainer)
     looks: dict[type, Callable[[Any], str]] = {
         Method: lambda e: _method_problem(trainer, e),
         Text: lambda e: _text_problem(trainer, e),
+        Attribute: lambda e: "" if e.name in attributes else "gone",
         Field: lambda e: "" if e.name in {f.name for f in dataclasses.fields(config)} else "gone",
     }
     findings = []
@@ -161,17 +217,30 @@ def check(
     return findings
 
 
-def _describe(expected: Method | Text | Field) -> str:
+def _describe(expected: Expectation) -> str:
     if isinstance(expected, Method):
         return f"GRPOTrainer.{expected.name}({', '.join(expected.parameters)})"
     if isinstance(expected, Text):
         return f"GRPOTrainer.{expected.method} mentions {', '.join(expected.words)}"
-    return f"GRPOConfig.{expected.name}"
+    return f"{'GRPOTrainer' if isinstance(expected, Attribute) else 'GRPOConfig'}.{expected.name}"
 
 
 def _definitions(trainer: type, name: str) -> list[Any]:
     """Every definition of a method, outermost first, without what decorators put around it."""
     return [inspect.unwrap(vars(cls)[name]) for cls in trainer.__mro__ if name in vars(cls)]
+
+
+def _attributes(trainer: type) -> set[str]:
+    """What the trainer's classes define, and what their methods assign to `self`."""
+    found: set[str] = set()
+    for cls in trainer.__mro__[:-1]:
+        found |= set(vars(cls))
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found |= (
+                    {node.attr} if isinstance(node.value, ast.Name) and node.value.id == "self" else set()
+                )
+    return found
 
 
 def _method_problem(trainer: type, expected: Method) -> str:
