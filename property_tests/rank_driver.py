@@ -49,6 +49,8 @@ class Run:
     feedback: bool = True
     tied: bool = True
     adapter: str = ""  # "lora", or "head" for LoRA with a trained head
+    silent: tuple[int, ...] = ()  # generation batches without a success
+    experts: bool = False
     alike: bool = True  # all ranks start with the same weights; otherwise the first rank's count
 
 
@@ -67,6 +69,12 @@ RUNS = {
     ),
     "the second rank has nothing to learn": Run(succeeds=lambda row: row == 1, feedback=False),
     "nobody has anything to learn": Run(succeeds=lambda row: False, feedback=False),
+    "steps without signal around one with": Run(
+        {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.5},
+        succeeds=lambda row: row == 1,
+        feedback=False,
+        silent=(0, 2),
+    ),
     "a group on both ranks": Run({"num_generations": 8}, succeeds=lambda row: row == 6),
     "sequence mean": Run(
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
@@ -86,15 +94,24 @@ SHARDED_RUNS = [
     "a step over two generation batches",
     "the second rank has nothing to learn",
     "nobody has anything to learn",
+    "steps without signal around one with",
     "a group on both ranks",
     "trust region",
     "live",
     "ranks that start apart",
 ]
+EXPERTS = {
+    "all ranks": Run(experts=True),
+    "one rank": Run(succeeds=lambda row: row == 1, feedback=False, experts=True),
+}
 
 
 # DeepSpeed steps within the backward pass: a step cannot wait for a second generation batch.
-DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two generation batches"]
+DEEPSPEED_RUNS = [
+    name
+    for name in SHARDED_RUNS
+    if name not in ("a step over two generation batches", "steps without signal around one with")
+]
 
 
 # --- in the process that tests ----------------------------------------------------------------------------
@@ -209,14 +226,14 @@ def said(row: int, batch: int, succeeds: bool) -> str:
     return text if tiny.score(text) == float(succeeds) else text + "a"
 
 
-def write_down_rollouts(trainer: Any, succeeds: Callable[[int], bool], batches: int = 0) -> None:
+def write_down_rollouts(trainer: Any, run: Run, batches: int = 0) -> None:
     """Replace sampling; `batches` are behind us."""
     import tiny
 
     def generate(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
         nonlocal batches
         rows = range(rank() * len(prompt_ids), (rank() + 1) * len(prompt_ids))
-        texts = [said(row, batches, succeeds(row)) for row in rows]
+        texts = [said(row, batches, batches not in run.silent and run.succeeds(row)) for row in rows]
         batches += 1
         return [[*map(tiny.VOCABULARY.index, text), tiny.VOCABULARY.index(tiny.EOS)] for text in texts], None
 
@@ -272,12 +289,14 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
     trainer = tiny.trainer(
         folder,
         sdpo_config=tiny.config(**run.config),
-        start=tiny.model(0 if run.alike else rank(), tie_word_embeddings=run.tied),
+        start=(tiny.experts if run.experts else tiny.model)(
+            0 if run.alike else rank(), tie_word_embeddings=run.tied
+        ),
         reward_funcs=tiny.judge if run.feedback else tiny.parity,
         peft_config=adapter if run.adapter else None,
         **settings,
     )
-    write_down_rollouts(trainer, run.succeeds, batches)
+    write_down_rollouts(trainer, run, batches)
     return trainer
 
 
@@ -419,6 +438,16 @@ def observe_evaluation(folder: Path) -> Observed:
     return trainer.evaluate()
 
 
+def observe_experts(folder: Path, run: Run) -> Observed:
+    """A rank's rows are a micro-batch of one rank: experts are balanced over each of them."""
+    if world_size() > 1:
+        return observe_run(folder, run, router_aux_loss_coef=0.5)
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(folder, run, router_aux_loss_coef=0.5, **halves)
+    in_rank_order.micro_batch = 4  # type: ignore[attr-defined]
+    return observe_training(trainer)
+
+
 def observe_sampling(folder: Path, name: str, adapter: str = "") -> Observed:
     """Real generation of one group on both ranks, which stop at different lengths."""
     with strategy(name):
@@ -550,6 +579,10 @@ def main(folder: Path) -> None:
     for kind in ("ddp", "fsdp2")[: world_size()]:
         with strategy(kind):
             seen["evaluation", kind] = observe_evaluation(folder)
+    for kind in ("ddp", "fsdp2")[: world_size()]:
+        for name, run in EXPERTS.items():
+            with strategy(kind):
+                seen["experts", kind, name] = observe_experts(folder, run)
     seen["more ranks"] = observe_more_ranks(folder)
     if world_size() > 1:
         for kind in ("ddp", "fsdp2"):

@@ -135,7 +135,9 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
 def test_norm_of_the_gradient(scalars: dict[str, Any], scale: float) -> None:
     """float32 leaves under autocast: bf16 products, gradients that are not rounded to bf16 at the end."""
     # No importance weights: exp(log p − old) of an unlikely token makes an error of the logit a relative one.
-    rounded = make_case(10, n=512, d=1024, v=24_000, scale=scale, weights=False, **scalars).cast(torch.bfloat16)
+    rounded = make_case(10, n=512, d=1024, v=24_000, scale=scale, weights=False, **scalars).cast(
+        torch.bfloat16
+    )
     exact, exact_leaves = rounded.cast(torch.float64, "cuda").leaves()
     ours, leaves = rounded.cast(torch.float32, "cuda").leaves()
     with torch.autocast("cuda", dtype=torch.bfloat16):

@@ -172,6 +172,116 @@ def test_the_declared_transform_is_recognised_and_a_wrong_one_is_not(name: str) 
     assert not transform_matches(model, arguments(model), transform._replace(softcap=wrong_cap))
 
 
+def recurrent_gemma() -> nn.Module:
+    shape = {k: v for k, v in SHAPE.items() if k not in ("num_hidden_layers", "initializer_range")}
+    config = transformers.RecurrentGemmaConfig(
+        **shape, num_hidden_layers=3, lru_width=16, logits_soft_cap=3.0
+    )
+    torch.manual_seed(0)
+    return transformers.RecurrentGemmaForCausalLM(config).eval()
+
+
+def louder(model: nn.Module, factor: float) -> nn.Module:
+    """The same with larger logits, where rounding takes more."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(factor)
+    return model
+
+
+def matches(model: nn.Module, *, autocast: bool = False) -> bool:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return transform_matches(model, arguments(model, extra=3), head_transform(model.config))
+
+
+def changing(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A model that does something to its logits that its configuration does not say."""
+
+    class Changing(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().forward(*args, **kwargs)
+            outputs.logits = change(outputs.logits)
+            return outputs
+
+    model.__class__ = Changing
+    return model
+
+
+ROUNDING: dict[str, Callable[[], nn.Module]] = {
+    **MODELS,
+    "recurrent gemma, soft-capped": lambda: louder(recurrent_gemma(), 20.0),
+    "granite, divided by three": lambda: build("Granite", logits_scaling=3.0),
+    "cohere, odd scale": lambda: build("Cohere", logit_scale=0.3),
+    "large logits": lambda: louder(build("Qwen2", tie_word_embeddings=False), 300.0),
+    "large logits, soft-capped": lambda: louder(
+        build("Gemma2", head_dim=8, final_logit_softcapping=30.0), 50.0
+    ),
+    "large logits, divided": lambda: louder(build("Granite", logits_scaling=7.0), 300.0),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "autocast", "autocast, as float32"])
+def test_rounding_is_no_undeclared_change(name: str, kind: str) -> None:
+    model = ROUNDING[name]()
+    if kind in ("bfloat16", "float16"):
+        model = model.to(getattr(torch, kind))
+    if kind == "autocast, as float32":
+        # Accelerate returns a prepared model's outputs so.
+        model = changing(model, Tensor.float)
+    assert matches(model, autocast=kind.startswith("autocast"))
+
+
+UNDECLARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a scale": lambda logits: logits * 1.029,
+    "a small scale": lambda logits: logits * 1.001,
+    "a cap": lambda logits: 8.0 * torch.tanh(logits / 8.0),
+    "a bias": lambda logits: logits + torch.linspace(0.0, 0.1, logits.shape[-1]),
+    "a bias on one token": lambda logits: logits + (torch.arange(logits.shape[-1]) == 7) * 0.01,
+    "other earlier positions": lambda logits: (
+        logits * torch.tensor([1.01] * (logits.shape[1] - 1) + [1.0])[:, None]
+    ),
+    "an impossible token": lambda logits: logits.index_fill(-1, torch.tensor([4]), float("-inf")),
+    "no number": lambda logits: logits.index_fill(-1, torch.tensor([4]), float("nan")),
+    "cut-off padding": lambda logits: logits[..., :-3],
+    "one position alone": lambda logits: logits[:, -1:],
+}
+
+
+@pytest.mark.parametrize("change", UNDECLARED)
+def test_an_undeclared_change_is_noticed(change: str) -> None:
+    model = build("Qwen2", tie_word_embeddings=False)
+    assert matches(model)
+    assert not matches(changing(model, UNDECLARED[change]))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast", "autocast, as float32"])
+def test_an_undeclared_scale_is_noticed_in_low_precision(kind: str) -> None:
+    model = build("Qwen2", tie_word_embeddings=False)
+    if kind in ("bfloat16", "float16"):
+        model = model.to(getattr(torch, kind))
+    last = Tensor.float if kind == "autocast, as float32" else torch.clone
+    autocast = kind.startswith("autocast")
+    assert not matches(changing(model, lambda logits: last(logits * 1.029)), autocast=autocast)
+
+
+def test_a_head_s_own_impossible_tokens_are_recognised() -> None:
+    model = phi_with_bias()
+    with torch.no_grad():
+        model.lm_head.bias[[3, 30]] = float("-inf")
+    assert matches(model)
+    finite = changing(model, lambda logits: logits.clamp(min=-1e4))
+    assert not matches(finite)
+
+
+def test_a_head_that_is_passed_by_is_no_match() -> None:
+    model = build("Qwen2", tie_word_embeddings=False)
+    head, model.lm_head.forward = model.lm_head.weight, lambda hidden: hidden @ head.T
+    assert matches(model)
+    bare = changing(model, torch.clone)
+    bare.get_output_embeddings = lambda: nn.Linear(16, VOCABULARY, bias=False)
+    assert not matches(bare)
+
+
 def test_the_head_never_sees_more_than_one_position() -> None:
     model = build("Qwen2")
     seen: list[int] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnostics import Diagnostics
-from sdpo_rl.distillation import Targets, from_logits, rollout_weights, step_metrics
+from sdpo_rl.distillation import Targets, from_logits, fused, rollout_weights, step_metrics
+from sdpo_rl.hidden_states import CompletionStates, Head, HeadTransform
 from sdpo_rl.metrics import MetricSums
 
 # --- sums -------------------------------------------------------------------------------------------------
@@ -141,6 +142,69 @@ def test_no_topk_mass_without_a_topk() -> None:
     config = SDPOConfig(distillation_support="full")
     names = step_metrics(config, from_logits(config, logits, [logits], targets, temperature=1.0), targets)
     assert not any("topk" in name or "tail" in name or "clip" in name for name in names)
+
+
+SIDES: list[Literal["student_topk", "teacher_topk"]] = ["student_topk", "teacher_topk"]
+
+
+@pytest.mark.parametrize("support", SIDES)
+def test_a_small_tail_is_not_lost_in_rounding(support: Any) -> None:
+    """1 − mass would be 0, or of either sign."""
+    student, teacher = torch.tensor([[[40.0, 38.0, 5.0, 4.0]]]), torch.tensor([[[38.0, 40.0, 3.0, 7.0]]])
+    targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
+    config = SDPOConfig(distillation_topk=2, distillation_support=support)
+    head = Head(torch.eye(4), None)
+    transform = HeadTransform(1.0, None)
+    outputs = [
+        from_logits(config, student, [teacher], targets, temperature=1.0),
+        fused(
+            config,
+            CompletionStates(student, head),
+            [CompletionStates(teacher, head)],
+            targets,
+            temperature=1.0,
+            transform=transform,
+        ),
+    ]
+    for output in outputs:
+        report = step_metrics(config, output, targets)
+        for side, logits in (("student", student), ("teacher", teacher)):
+            mass = logits.double().softmax(-1)[..., 2:].sum().item()
+            total, _ = report[f"self_distillation/{side}_tail_mass"]
+            assert 0 < mass < 1e-13
+            assert total.item() == pytest.approx(mass, rel=1e-4)
+
+
+@pytest.mark.parametrize("support", SIDES)
+def test_the_masses_are_those_of_the_support(support: Any) -> None:
+    """Disjoint tops: each side has little of the other's."""
+    student, teacher = (
+        torch.tensor([[[5.0, 4.0, 0.0, 0.0, 1.0]]]),
+        torch.tensor([[[0.0, 0.0, 5.0, 4.0, 1.0]]]),
+    )
+    targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
+    config = SDPOConfig(distillation_topk=2, distillation_support=support)
+    report = step_metrics(config, from_logits(config, student, [teacher], targets, temperature=1.0), targets)
+    top = [0, 1] if support == "student_topk" else [2, 3]
+    for side, logits in (("student", student), ("teacher", teacher)):
+        total, _ = report[f"self_distillation/{side}_topk_mass"]
+        assert total.item() == pytest.approx(logits.softmax(-1)[..., top].sum().item(), rel=1e-5)
+
+
+def test_a_trust_region_of_impossible_tokens_is_a_number() -> None:
+    logits = torch.tensor([[[1.0, 0.0, -math.inf, 2.0, -math.inf]]])
+    other = torch.tensor([[[0.0, 1.0, -math.inf, -math.inf, 2.0]]])
+    targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
+    config = SDPOConfig(distillation_topk=2, teacher_mode="trust_region", trust_region_coef=0.25)
+    student = logits.clone().requires_grad_()
+    output = from_logits(config, student, [logits, other], targets, temperature=2.0)
+    # Of the five tokens two are possible for both, in proportion exp(¾·z + ¼·z′).
+    q = [math.exp(0.75 / 2), math.exp(0.25 / 2)]
+    assert output.teacher_log_probs.item() == pytest.approx(math.log(q[0] / sum(q)), rel=1e-5)
+    output.total.backward()
+    assert output.total.isfinite()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
 
 
 # --- the gap to the inference engine ----------------------------------------------------------------------

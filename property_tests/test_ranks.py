@@ -104,6 +104,23 @@ def test_two_ranks_evaluate_as_one_does(one: Observed, two: list[Observed], stra
             assert seen[name] == pytest.approx(expected[name], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("name", driver.EXPERTS)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_balance_experts_as_two_micro_batches_do(
+    one: Observed, two: list[Observed], strategy: str, name: str
+) -> None:
+    expected = one["experts", "ddp", name]
+    router = column(expected, "aux_loss")
+    assert len(router) == driver.STEPS
+    assert min(router) > 0
+    for rank in two:
+        seen = rank["experts", strategy, name]
+        assert gradient_gap(seen["gradients"], expected["gradients"]) < TOLERANCE
+        for metric in ("loss", "aux_loss", "self_distillation/divergence"):
+            assert column(seen, metric) == pytest.approx(column(expected, metric), rel=TOLERANCE)
+        torch.testing.assert_close(seen["student"], expected["student"], rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_the_runs_differ(one: Observed) -> None:
     """Equality above would mean little among runs that do nothing, or all the same."""
     runs = {name: one["ddp", name] for name in driver.RUNS}
@@ -114,6 +131,8 @@ def test_the_runs_differ(one: Observed) -> None:
             run["gradients"], [{n: torch.zeros_like(g) for n, g in s.items()} for s in run["gradients"]]
         )
         assert (learned > 0) == (name != silent), name
+    between = runs["steps without signal around one with"]
+    assert [loss > 0 for loss in column(between, "loss")] == [False, True, False]
     base = runs["tied"]
     for name in (
         "micro-batches",

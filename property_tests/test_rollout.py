@@ -130,11 +130,13 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
     for first in range(0, total, GROUP):
         solved.append(any(score >= 1.0 for score in batch.scores[first : first + GROUP]))
     metrics = {k.removeprefix("self_distillation/"): v for k, v in context.metrics.items()}
-    assert metrics["success_sample_fraction"] == pytest.approx(sum(has) / total)
+    dropped = context.prompts.dropped
+    shown, used = ([on and not lost for on, lost in zip(c, dropped, strict=True)] for c in (has, used))
+    assert metrics["success_sample_fraction"] == pytest.approx(sum(shown) / total)
     assert metrics["feedback_available_fraction"] == pytest.approx(sum(available) / total)
     assert metrics["feedback_used_fraction"] == pytest.approx(sum(used) / total)
     assert metrics["success_group_fraction"] == pytest.approx(sum(solved) / len(solved))
-    kept = [on and not lost for on, lost in zip(active, context.prompts.dropped, strict=True)]
+    kept = [on and not lost for on, lost in zip(active, dropped, strict=True)]
     assert context.prompts.row_mask == kept
     assert metrics["reprompt_sample_fraction"] == pytest.approx(sum(kept) / total)
     assert metrics["empty_target_batch"] == float(not any(kept))

@@ -336,6 +336,14 @@ def test_an_offloaded_state_rounds_by_name(tmp_path: Path) -> None:
     assert not torch.equal(first, second)
 
 
+def test_an_offloaded_state_travels_to_the_parameters() -> None:
+    model = nn.Linear(2, 2).bfloat16()
+    store = TeacherStore(model, SDPOConfig(teacher_offload="cpu"), seed=0)
+    (params,) = store.forwards(model.to("meta"))
+    assert {(p.dtype, p.device.type) for p in params.values()} == {(torch.bfloat16, "meta")}
+    assert all((p.dtype, p.device.type) == (torch.float32, "cpu") for p in store.state.params.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_parameter(
@@ -360,6 +368,8 @@ def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_paramet
     assert extra(lambda: store.tick(model)) <= 2 * largest
     assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
     assert extra(lambda: store.distance(model)) <= 8 * largest
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert extra(lambda: store.forwards(model)) <= whole + 2 * largest
     before = torch.cuda.memory_allocated()
     params = store.forwards(model)
     assert all(t.device.type == "cuda" and t.dtype == dtype for t in params[0].values())
@@ -382,7 +392,7 @@ class Peak(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._now = 0
+        self.now = 0
         self._owners: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -397,8 +407,8 @@ class Peak(TorchDispatchMode):
 
     def _hold(self, address: int, size: int, tensor: Tensor) -> None:
         if not self._owners.get(address):
-            self._now += size
-            self.bytes = max(self.bytes, self._now)
+            self.now += size
+            self.bytes = max(self.bytes, self.now)
         self._owners[address] = self._owners.get(address, 0) + 1
         weakref.finalize(tensor, self._release, address, size)
 
@@ -406,7 +416,7 @@ class Peak(TorchDispatchMode):
         self._owners[address] -= 1
         if not self._owners[address]:
             del self._owners[address]
-            self._now -= size
+            self.now -= size
 
 
 def _address(tensor: Tensor) -> int:
@@ -474,6 +484,47 @@ def test_the_state_is_one_copy_of_what_trains(name: str, dtype: str, bytes_per_n
     if name.endswith("RA"):
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
         assert held(store.state.params) < everything / 10
+
+
+COSTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
+    # The model, what it is configured with, and the copies of what trains: at rest, and more during a forward.
+    "float32": (tiny.model, {}, 1, 0),
+    "bfloat16": (MODELS["full, bfloat16"], {}, 2, 1),
+    "bfloat16, averaged in bfloat16": (MODELS["full, bfloat16"], {"teacher_dtype": "bfloat16"}, 1, 0),
+    "bfloat16, frozen": (MODELS["full, bfloat16"], {"teacher_mode": "frozen"}, 2, 1),
+    "LoRA": (lora, {}, 1, 0),
+    "LoRA in bfloat16": (lambda: lora().bfloat16(), {}, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_forward_holds_the_copies_that_are_documented_and_no_more(name: str) -> None:
+    make, config, at_rest, during = COSTS[name]
+    model = make()
+    own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    store = TeacherStore(model, SDPOConfig(**config), seed=0)
+    assert held(store.state.params) == at_rest * own
+    alone = peak(lambda: logits(model))
+    with Peak() as counter:
+        for params in store.forwards(model):
+            logits(model, params)
+        del params
+    assert counter.bytes - alone == during * own
+    assert counter.now == 0, "the copy outlives the teacher's forward"
+    if name.startswith("LoRA"):
+        assert (at_rest + during) * own < sum(p.numel() * p.element_size() for p in model.parameters()) / 2
+
+
+def test_the_peak_of_a_forward_rejects_a_detour_through_float32() -> None:
+    model = MODELS["full, bfloat16"]()
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    alone = peak(lambda: logits(model))
+
+    def detour() -> Tensor:
+        moved = {name: p.detach().float() for name, p in model.named_parameters()}
+        return logits(model, {name: weight.bfloat16() for name, weight in moved.items()})
+
+    assert peak(detour) - alone == 3 * own
 
 
 def alive() -> int:

@@ -152,9 +152,24 @@ def test_callbacks_are_called(tmp_path: Path) -> None:
 # --- evaluation -------------------------------------------------------------------------------------------
 
 
-def test_evaluation_is_the_mean_divergence_and_moves_nothing(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.conversations(4), num_generations_eval=2)
+@pytest.mark.parametrize("rows", [8, 4, 2])
+def test_evaluation_is_the_mean_divergence_and_moves_nothing(tmp_path: Path, rows: int) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        eval_dataset=tiny.conversations(4),
+        num_generations_eval=2,
+        per_device_eval_batch_size=rows,
+    )
     recorder = Recorder(trainer)
+    by_batch: list[float] = []
+    compute = trainer.compute_loss
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        by_batch.append(loss.item())
+        return loss
+
+    trainer.compute_loss = watched
     before, teacher = trainable(trainer.model), dict(trainer._teacher.state.params)
     result = trainer.evaluate()
     hand = ByHand(tiny.model(), Method())
@@ -163,6 +178,9 @@ def test_evaluation_is_the_mean_divergence_and_moves_nothing(tmp_path: Path) -> 
     loss, _ = hand.step(recorder.evaluated, stale=False)
     assert result["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert result[f"eval_{PREFIX}divergence"] == pytest.approx(loss, rel=1e-5)
+    # Batches differ in their tokens: the mean of their means is another number.
+    assert len(by_batch) == 8 // rows
+    assert (sum(by_batch) / len(by_batch) == pytest.approx(loss, rel=1e-4)) == (rows == 8)
     assert same(before, trainable(trainer.model))
     assert same(teacher, trainer._teacher.state.params)
     assert trainer._teacher.state.ticks == 0
@@ -173,6 +191,8 @@ def test_evaluation_without_a_signal_is_zero(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, reward_funcs=never, eval_dataset=tiny.conversations(4))
     result = trainer.evaluate()
     assert result["eval_loss"] == 0.0
+    assert "test_loss" not in result
+    assert trainer.predict(tiny.conversations(4)).metrics["test_loss"] == 0.0
     assert result[f"eval_{PREFIX}empty_target_batch"] == 1.0
 
 
@@ -545,6 +565,72 @@ def test_a_step_without_signal_is_a_zero_that_changes_nothing(tmp_path: Path) ->
     assert same(before, trainable(trainer.model))
 
 
+def only_the_first_parameter(patch: pytest.MonkeyPatch) -> None:
+    def zero_loss(self: Any) -> torch.Tensor:
+        return next(self._unwrapped.parameters()).sum() * 0.0
+
+    patch.setattr(SDPOTrainer, "_zero_loss", zero_loss)
+
+
+def adamw_gap(tmp_path: Path, **changes: Any) -> float:
+    """Four steps, the first and third without signal, and the same steps of AdamW from its definition."""
+    rate, decay, betas = 1e-2, 0.5, (0.9, 0.999)
+    calls: list[int] = []
+
+    def every_other_time(completions: list[Any], **_: Any) -> list[Any]:
+        calls.append(len(completions))
+        return [(0.0, "do better" if len(calls) % 2 == 0 else None) for _ in completions]
+
+    trainer = tiny.trainer(
+        tmp_path,
+        reward_funcs=every_other_time,
+        weight_decay=decay,
+        learning_rate=rate,
+        max_steps=4,
+        **changes,
+    )
+    recorder = Recorder(trainer)
+    trainer.train()
+    assert [loss > 0 for loss in logs(trainer, "loss")] == [False, True, False, True]
+    hand = recorder.steps[0].before
+    first, second = ({name: torch.zeros_like(p) for name, p in hand.items()} for _ in betas)
+    for count, step in enumerate(recorder.steps, start=1):
+        for name, parameter in hand.items():
+            gradient = step.gradients[name]
+            first[name] = betas[0] * first[name] + (1 - betas[0]) * gradient
+            second[name] = betas[1] * second[name] + (1 - betas[1]) * gradient**2
+            shrunk = parameter * (1 - rate * decay * ("bias" not in name and "norm" not in name))
+            slope = first[name] / (1 - betas[0] ** count)
+            size = (second[name] / (1 - betas[1] ** count)).sqrt() + 1e-8
+            hand[name] = shrunk - rate * slope / size
+    return max((hand[name] - p).abs().max().item() for name, p in recorder.steps[-1].after.items())
+
+
+@pytest.mark.parametrize("split", [{}, FOUR], ids=["one micro-batch", "four"])
+def test_a_step_without_signal_is_a_step_of_adamw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any]
+) -> None:
+    """Momentum and weight decay go on, for every parameter."""
+    assert adamw_gap(tmp_path / "ours", **split) < 1e-5
+    only_the_first_parameter(monkeypatch)
+    assert adamw_gap(tmp_path / "twin", **split) > 1e-3
+
+
+def test_a_frozen_parameter_gets_no_gradient_from_a_step_without_signal(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        reward_funcs=never,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        weight_decay=0.5,
+        max_grad_norm=1.0,
+        max_steps=2,
+    )
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == ("lora_A" not in name)
+
+
 def test_signal_comes_back_after_an_empty_batch(tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -594,6 +680,9 @@ def test_a_question_that_leaves_no_room_teaches_nothing(tmp_path: Path) -> None:
     trainer.train()
     assert logs(trainer, "loss") == [0.0]
     assert logs(trainer, f"{PREFIX}dropped_reprompt_fraction")[0] > 0.0
+    for name in ("success_sample", "feedback_used", "reprompt_sample"):
+        assert logs(trainer, f"{PREFIX}{name}_fraction") == [0.0]
+    assert logs(trainer, f"{PREFIX}feedback_available_fraction")[0] > 0.0
 
 
 def test_one_class_one_name() -> None:

@@ -257,6 +257,23 @@ def test_an_untied_head(tmp_path: Path) -> None:
     assert difference.gradient < TOLERANCE
 
 
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+@pytest.mark.parametrize("teacher", ["ema", "trust_region"])
+def test_a_vocabulary_with_impossible_tokens(tmp_path: Path, teacher: Any, backend: str) -> None:
+    def masked() -> nn.Module:
+        model = tiny.model(tie_word_embeddings=False)
+        bias = torch.zeros(len(tiny.VOCABULARY))
+        bias[[7, 8, 50]] = float("-inf")
+        model.lm_head.bias = nn.Parameter(bias, requires_grad=False)
+        return model
+
+    config = tiny.config(teacher_mode=teacher, loss_backend=backend)
+    trainer = tiny.trainer(tmp_path, start=masked(), sdpo_config=config, **FOUR)
+    difference = compare(trainer, masked(), Method(teacher=teacher))
+    assert max(difference.gradient, difference.loss) < TOLERANCE
+    assert trainer._fused == (backend == "torch")
+
+
 # --- planted errors ---------------------------------------------------------------------------------------
 # Each is a fault that some implementation had; the comparison that passes above must notice it.
 

@@ -6,6 +6,7 @@ Each observation is a fresh process, as in test_unsloth_cpu.py.
 from __future__ import annotations
 
 import contextlib
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,10 @@ def run_out_of_memory(trainer: Any) -> list[str]:
     try:
         trainer.compute_loss(trainer.model, batch)
     except torch.cuda.OutOfMemoryError as error:
-        return [str(error), type(error.__cause__).__name__]
+        return [str(error), type(error.__cause__).__name__, traceback.format_exc()]
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    return ["enough memory", ""]
+    return ["enough memory", "", ""]
 
 
 def observe_grpo() -> dict[str, float]:
@@ -218,8 +219,8 @@ def test_fused_loss_and_whole_logits_agree(recipe: dict[str, Any]) -> None:
 
 
 def test_a_full_card_is_explained(recipe: dict[str, Any]) -> None:
-    message, cause = recipe["out_of_memory"]
-    assert cause == "OutOfMemoryError"
+    message, cause, trace = recipe["out_of_memory"]
+    assert cause == "OutOfMemoryError", trace
     for word in ("per_device_train_batch_size=2", "max_completion_length=16", "loss_chunk_size"):
         assert word in message
 

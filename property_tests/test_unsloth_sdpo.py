@@ -7,6 +7,7 @@ never seen Unsloth, does each step again: every row alone, no padding, the diver
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ def start_model(*, fast: bool, device: str) -> Any:
     else:
         model = driver.bind_modes(get_peft_model(base, lora()))
     model._unsloth_user_float32 = True
+    if device != "cpu":
+        # Unsloth's way to say: no autocast. Else it trains under bfloat16, which a GPU has.
+        os.environ["UNSLOTH_MIXED_PRECISION"] = "bfloat16"
     driver.randomize_lora(model)
     return model
 

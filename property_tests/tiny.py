@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
@@ -45,6 +52,16 @@ def tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
 
 def model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
     """Random weights, wide enough apart that the context changes the predictions."""
+    return _model(Qwen2Config, Qwen2ForCausalLM, seed, **changes)
+
+
+def experts(seed: int = 0, **changes: Any) -> Qwen3MoeForCausalLM:
+    """The same with four experts a layer, of which every token takes two."""
+    routed = {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    return _model(Qwen3MoeConfig, Qwen3MoeForCausalLM, seed, **routed, **changes)
+
+
+def _model(config_class: Any, model_class: Any, seed: int, **changes: Any) -> Any:
     settings = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 32,
@@ -60,7 +77,7 @@ def model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = Qwen2ForCausalLM(Qwen2Config(**{**settings, **changes}))
+        made = model_class(config_class(**{**settings, **changes}))
     # Every sixth character also ends a completion, so that completions differ in length.
     made.generation_config.eos_token_id = [1, *range(6, len(VOCABULARY), 6)]
     return made

@@ -238,7 +238,7 @@ def randomize_lora(model: Any, *, scale: float = 0.3, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data.normal_(0.0, scale, generator=generator)
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
 
 
 def grpo_config(**changes: Any) -> Any:

@@ -93,7 +93,8 @@ def from_logits(
     p = student_logits.float() / temperature
     q = teacher_logits[0].float() / temperature
     if len(teacher_logits) == 2:
-        q = torch.lerp(q, teacher_logits[1].float() / temperature, config.trust_region_coef)
+        live = teacher_logits[1].float() / temperature
+        q = sdpo.trust_region_logits(q, live, coef=config.trust_region_coef)
     if config.distillation_support == "full":
         per_token = sdpo.full_distillation_loss(p, q, alpha=config.alpha)
     elif config.topk_side is None:
@@ -115,7 +116,8 @@ def from_logits(
         weights = weights * sdpo.importance_weights(log_probs, targets.old_log_probs, clip=config.is_clip)
     mask = targets.loss_mask
     k = min(config.distillation_topk, p.shape[-1])
-    top = sdpo.topk_log_probs(p.detach(), k=k)
+    top = sdpo.topk_log_probs(q if config.topk_side == "teacher" else p.detach(), k=k)
+    inside_p, inside_q = (sdpo.gather_log_probs(x, top.indices) for x in (p.detach(), q))
     return LogitsOutput(
         total=torch.where(mask, per_token * weights, 0.0).sum(),
         per_token=per_token.detach(),
@@ -123,8 +125,10 @@ def from_logits(
         teacher_log_probs=log_q.gather(-1, tokens).squeeze(-1),
         student_entropy=_entropy(log_p),
         teacher_entropy=_entropy(log_q),
-        student_topk_mass=top.log_probs.exp().sum(-1),
-        teacher_topk_mass=sdpo.gather_log_probs(q, top.indices).log_probs.exp().sum(-1),
+        student_topk_mass=inside_p.log_probs.exp().sum(-1),
+        teacher_topk_mass=inside_q.log_probs.exp().sum(-1),
+        student_log_tail=inside_p.log_tail,
+        teacher_log_tail=inside_q.log_tail,
     )
 
 
@@ -139,6 +143,8 @@ class LogitsOutput(NamedTuple):
     teacher_entropy: Tensor
     student_topk_mass: Tensor
     teacher_topk_mass: Tensor
+    student_log_tail: Tensor
+    teacher_log_tail: Tensor
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
@@ -160,8 +166,8 @@ def step_metrics(config: SDPOConfig, output: Any, targets: Targets) -> dict[str,
     if config.topk_side is not None:
         values["student_topk_mass"] = output.student_topk_mass
         values["teacher_topk_mass"] = output.teacher_topk_mass
-        values["student_tail_mass"] = 1.0 - output.student_topk_mass
-        values["teacher_tail_mass"] = 1.0 - output.teacher_topk_mass
+        values["student_tail_mass"] = output.student_log_tail.exp()
+        values["teacher_tail_mass"] = output.teacher_log_tail.exp()
     if targets.old_log_probs is not None and config.is_clip is not None:
         ratio = (output.log_probs - targets.old_log_probs).exp()
         values["is_clip_fraction"] = (ratio > config.is_clip).float()

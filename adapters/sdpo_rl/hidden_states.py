@@ -13,6 +13,10 @@ from torch.func import functional_call
 
 from . import ranks
 
+# The declared transform is compared with the model's logits at so many positions, and up to so much of their size,
+# or to twice their precision where that is more: scaling and capping round a few times.
+_POSITIONS, _TOLERANCE = 8, 1e-4
+
 
 class Head(NamedTuple):
     """An LM head as the loss needs it: logits = softcap(scale · (hidden @ weightᵀ + bias))."""
@@ -49,7 +53,14 @@ def head_transform(config: Any) -> HeadTransform:
     divisor = getattr(text, "logits_scaling", None)
     if scale is None and divisor is not None:
         scale = float(divisor) if text.model_type == "hyperclovax" else 1.0 / float(divisor)
-    softcap = getattr(text, "final_logit_softcapping", None)
+    softcap = next(
+        (
+            value
+            for name in ("final_logit_softcapping", "logits_soft_cap")
+            if (value := getattr(text, name, None)) is not None
+        ),
+        None,
+    )
     return HeadTransform(1.0 if scale is None else scale, None if softcap is None else float(softcap))
 
 
@@ -115,12 +126,14 @@ def completion_states(
     *,
     length: int,
     params: Mapping[str, Tensor] | None = None,
+    router_losses: list[Tensor] | None = None,
 ) -> CompletionStates:
     """Hidden states [B, T, D] that predict the last `length` tokens, with the head's own tensors.
 
     `model` is what runs (it may be wrapped for several ranks), `unwrapped` the model inside it. With `params`
     the forward uses these tensors in place of the parameters of the same names, and `model` is left as it
-    was. The head sees a single position: its whole product is never formed.
+    was. The head sees a single position: its whole product is never formed. `router_losses` takes the loss by
+    which the forward would balance the load of its experts.
     """
     head_module = unwrapped.get_output_embeddings()
     found: list[CompletionStates] = []
@@ -136,7 +149,7 @@ def completion_states(
 
     handle = head_module.register_forward_pre_hook(capture)
     try:
-        _run(model, unwrapped, arguments, params)
+        _run(model, unwrapped, arguments, params, router_losses)
     finally:
         handle.remove()
     if len(found) != 1:
@@ -154,14 +167,23 @@ def completion_logits(
     *,
     length: int,
     params: Mapping[str, Tensor] | None = None,
+    router_losses: list[Tensor] | None = None,
 ) -> Tensor:
     """Whole logits [B, T, V] that predict the last `length` tokens, for heads that cannot be fused."""
-    return _run(model, unwrapped, arguments, params).logits[:, -(length + 1) : -1]
+    return _run(model, unwrapped, arguments, params, router_losses).logits[:, -(length + 1) : -1]
 
 
 def _run(
-    model: Any, unwrapped: Any, arguments: Mapping[str, Any], params: Mapping[str, Tensor] | None
+    model: Any,
+    unwrapped: Any,
+    arguments: Mapping[str, Any],
+    params: Mapping[str, Tensor] | None,
+    router_losses: list[Tensor] | None = None,
 ) -> Any:
+    if router_losses is not None:
+        outputs = model(**arguments, output_router_logits=True)
+        router_losses.append(router_loss(outputs))
+        return outputs
     if params is None:
         return model(**arguments)
     if ranks.is_sharded(unwrapped):
@@ -170,44 +192,77 @@ def _run(
     return functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
 
 
+def router_loss(outputs: Any) -> Tensor:
+    """The load-balancing loss [] of a Mixture-of-Experts model's forward, in float32.
+
+    Raises:
+        ValueError: the model returned none although its router logits were asked for.
+    """
+    loss = getattr(outputs, "aux_loss", None)
+    if loss is None:
+        raise ValueError(
+            "router_aux_loss_coef asks for the model's load-balancing loss, and its forward returns no aux_loss; "
+            "set GRPOConfig(router_aux_loss_coef=0.0)"
+        )
+    # A configuration without experts gives the number 0.
+    return torch.as_tensor(loss, dtype=torch.float32)
+
+
 def _lasting(tensor: Tensor) -> Tensor:
     """A copy of a trainable tensor: its memory is gathered anew, with other contents, for the next forward."""
     return tensor.detach().clone() if tensor.requires_grad else tensor
 
 
 def transform_matches(model: Any, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:
-    """Whether `transform` reproduces the model's own logits at the last position of the first row.
+    """Whether `transform` reproduces the model's own logits at the last positions of the first row.
 
     A model that changes its logits in an undeclared way would otherwise be distilled on other numbers than it
     samples from.
     """
+    attended = arguments["attention_mask"][0].nonzero()
+    columns = slice(int(attended[0]), int(attended[-1]) + 1)
     one_row = {
-        name: value[:1] if isinstance(value, Tensor) else value
-        for name, value in arguments.items()
-        if name != "logits_to_keep"
+        name: value[:1, columns] if isinstance(value, Tensor) else value for name, value in arguments.items()
     }
-    if "logits_to_keep" in arguments:
-        one_row["logits_to_keep"] = 2
-    seen: list[tuple[Tensor, Head]] = []
+    if "logits_to_keep" in one_row:
+        one_row["logits_to_keep"] = _POSITIONS
+    products: list[Tensor] = []
 
-    def peek(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        linear = linear_head(module)
-        seen.append((args[0][:, -1:], Head(linear.weight, linear.bias)))
-        return (args[0][:, -1:], *args[1:])
+    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][:, -_POSITIONS:], *args[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(peek)
+    def multiply(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        linear, dtype = linear_head(module), output.dtype
+        bias = None if linear.bias is None else linear.bias.to(dtype)
+        # As the head rounded, under autocast or not.
+        with torch.autocast(output.device.type, enabled=False):
+            products.append(nn.functional.linear(args[0].to(dtype), linear.weight.to(dtype), bias))
+
+    head = model.get_output_embeddings()
+    # Prepended: before gathered parameters are given back.
+    handles = [head.register_forward_pre_hook(cut), head.register_forward_hook(multiply, prepend=True)]
     try:
         with torch.no_grad():
-            expected = model(**one_row).logits[:, -1].float()
+            expected = model(**one_row).logits[:, -_POSITIONS:]
     finally:
-        handle.remove()
-    hidden, head = seen[0]
-    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
-    logits = nn.functional.linear(
-        hidden[:, -1].to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
-    ).float()
-    logits = logits * transform.logit_scale
+        for handle in handles:
+            handle.remove()
+    if len(products) != 1 or products[0].shape != expected.shape:
+        return False
+    logits = products[0].float() * transform.logit_scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
-    scale = expected.abs().max().clamp(min=1.0)
-    return bool(((logits - expected).abs().max() / scale) < 0.03)
+    precision = max(torch.finfo(products[0].dtype).eps, torch.finfo(expected.dtype).eps)
+    return _equal(logits, expected.float(), tolerance=max(2 * precision, _TOLERANCE))
+
+
+def _equal(logits: Tensor, expected: Tensor, *, tolerance: float) -> bool:
+    """Equal where −∞, and elsewhere up to `tolerance`, relative to each logit and a tenth to the largest.
+
+    Scaling and capping round each logit by its own size. Whatever rounds by the size of the largest is hidden by
+    no more than a tenth, lest a wrong scale pass.
+    """
+    impossible = expected.isneginf()
+    size = expected.masked_fill(impossible, 0.0).abs()
+    close = (logits - expected).abs() <= tolerance * (size + size.max() / 10)
+    return bool(torch.where(impossible, logits.isneginf(), close).all())

@@ -17,8 +17,8 @@ from .row_groups import RowGroup, row_groups, run_groups
 logger = logging.getLogger("sdpo_rl")
 
 _Trainer: Any = object
-# A teacher's forward of so many tokens fills a device with a model of that width (7B); the activations of more would
-# only cost memory. A narrower model takes more tokens to fill it.
+# A teacher's forward of so many tokens fills a device with a model of that width (7B); the activations of more
+# would only cost memory. A narrower model takes more tokens to fill it.
 _TEACHER_TOKENS, _TEACHER_WIDTH = 8192, 3584
 
 
@@ -56,11 +56,28 @@ class MicroBatchLoss(_Trainer):
             old_log_probs=rows["old_per_token_logps"][:, :length] if "old_per_token_logps" in rows else None,
             weights=self._weights(rows, loss_mask[active], length),
         )
-        output = self._distill(model, student, teacher, targets)
-        self._sums[self._mode].add(distillation.step_metrics(self.sdpo_config, output, targets))
-        return output.total
+        router_losses: list[Tensor] | None = [] if self.aux_loss_enabled else None
+        output = self._distill(model, student, teacher, targets, router_losses)
+        metrics = distillation.step_metrics(self.sdpo_config, output, targets)
+        total = output.total
+        if router_losses:
+            # Weighted like the divergence it is added to: a step has one router loss, however its rows are split
+            # and wherever rows without signal lie.
+            count = self._active_count(inputs)
+            router_total = torch.stack(router_losses).mean().to(total.device) * count
+            total = total + self.router_aux_loss_coef * router_total
+            metrics["aux_loss"] = router_total, count
+        self._sums[self._mode].add(metrics)
+        return total
 
-    def _distill(self, model: nn.Module, student: Any, teacher: Any, targets: distillation.Targets) -> Any:
+    def _distill(
+        self,
+        model: nn.Module,
+        student: Any,
+        teacher: Any,
+        targets: distillation.Targets,
+        router_losses: list[Tensor] | None,
+    ) -> Any:
         unwrapped, length = self._unwrapped, student[2]
         reads, answers = (
             hidden_states.forward_arguments(unwrapped, ids, mask, position_ids(mask), length + 1)
@@ -81,7 +98,8 @@ class MicroBatchLoss(_Trainer):
             ]
         with self.accelerator.autocast():
             groups = self._row_groups(student[1], length, token_limit=math.inf)
-            p = run_groups(partial(forward, model, unwrapped), answers, groups, length=length)
+            answer = partial(forward, model, unwrapped, router_losses=router_losses)
+            p = run_groups(answer, answers, groups, length=length)
             if not self._fused:
                 return distillation.from_logits(self.sdpo_config, p, q, targets, temperature=self.temperature)
             return distillation.fused(
@@ -129,9 +147,13 @@ class MicroBatchLoss(_Trainer):
         return weights
 
     def _zero_loss(self) -> Tensor:
-        """0 with a gradient of exactly 0, so that backward and gradient scaling stay legal."""
-        anchor = next(p for p in self._unwrapped.parameters() if p.requires_grad)
-        return anchor.view(-1)[:1].sum().float() * 0.0
+        """0 with a gradient of exactly 0 for everything that trains: what the model would give, without a forward.
+
+        An optimizer passes over a parameter that has no gradient, but moves one whose gradient is 0, by momentum
+        and weight decay. Where several ranks step, such a step goes through the model.
+        """
+        zero: Tensor = _Zero.apply(*(p for p in self._unwrapped.parameters() if p.requires_grad))
+        return zero
 
     def _loss_mask(self, inputs: Any) -> Tensor:
         """Tokens with a loss [B, T]: completion, not from a tool, of a row with teacher signal."""
@@ -141,6 +163,19 @@ class MicroBatchLoss(_Trainer):
     def _active_count(self, inputs: Any) -> Tensor:
         mask = self._loss_mask(inputs)
         return mask.any(-1).sum() if self.sdpo_config.loss_aggregation == "sequence-mean" else mask.sum()
+
+
+class _Zero(torch.autograd.Function):
+    """0 as a function of its arguments; the gradients take memory only where they come to lie."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return torch.zeros((), device=parameters[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple(p.new_zeros(()).expand(p.shape) for p in ctx.parameters)
 
 
 def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:

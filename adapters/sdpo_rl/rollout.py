@@ -79,12 +79,17 @@ def teacher_context(
     ]
     prompts = reprompter(rollout.prompts, [[peers[i].text for i in row] for row in chosen], feedback, limits)
     available = [bool(text and text.strip()) for text in rollout.feedback]
+    # A dropped row has no reprompt that could hold a demonstration or feedback.
+    shown, used = (
+        [flag and kept for flag, kept in zip(flags, prompts.row_mask, strict=True)]
+        for flags in (prompts.has_demonstration, prompts.uses_feedback)
+    )
     flags = gather(
         list(
             zip(
-                prompts.has_demonstration,
+                shown,
                 available,
-                prompts.uses_feedback,
+                used,
                 prompts.row_mask,
                 prompts.truncated,
                 prompts.dropped,

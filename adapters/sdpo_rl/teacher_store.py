@@ -29,6 +29,12 @@ class TeacherStore:
     With `teacher_offload="cpu"` the state rests in CPU memory, pinned where there is a GPU. It then travels
     for the forwards alone; making it and moving it hold one parameter at a time on the device.
 
+    What it costs, in bytes of what trains. The state: one copy where `teacher_dtype` is the dtype of the
+    trainable parameters; a float32 state of bfloat16 parameters two, and `frozen` and `trust_region` always
+    keep float32. A forward whose dtype is not the state's, or whose state is offloaded, holds one copy more,
+    in the model's dtype, which is gone before the student's forward; a sharded model sets its own part aside
+    instead. With adapters that train alone, all of it is megabytes.
+
     Raises:
         ValueError: `lora_ema` on a model without adapters, a model in which nothing trains, or, later, other
             trainable parameters than at the start.
@@ -64,7 +70,10 @@ class TeacherStore:
         """
         if self._mode == "live":
             return [None]
-        params = _as(self.state.params, self._own(model))
+        own = self._own(model)
+        params = self.state.params
+        if not ranks.is_sharded(model):  # a shard's contents are exchanged, and copying into it casts
+            params = _as(params, own)
         return [params, None] if self._mode == "trust_region" else [params]
 
     def tick(self, model: nn.Module) -> None:
@@ -171,14 +180,21 @@ class TeacherStore:
 
 def _as(params: Params, own: Params) -> Params:
     """The tensors on the devices and in the dtypes of the parameters of the same names."""
-    # The dtype changes on the device: only there is that fast, and only so is pinned memory of use.
-    params = {name: held.to(own[name].device, non_blocking=True) for name, held in params.items()}
+    params = {name: _there(held, own[name]) for name, held in params.items()}
     others = [name for name, held in params.items() if held.dtype != own[name].dtype]
     # At once: adapters are hundreds of tensors, too small to keep a GPU busy one by one.
     cast = [torch.empty_like(own[name]) for name in others]
     if others:
         torch._foreach_copy_(cast, [params[name] for name in others])
     return params | dict(zip(others, cast, strict=True))
+
+
+def _there(held: Tensor, own: Tensor) -> Tensor:
+    """`held` on the device of `own`; what must travel is cast one by one, not to be there twice all together."""
+    if held.device == own.device:
+        return held
+    # The dtype changes on the device: only there is that fast, and only so is pinned memory of use.
+    return held.to(own.device, non_blocking=True).to(own.dtype)
 
 
 def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:

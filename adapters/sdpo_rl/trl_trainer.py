@@ -29,7 +29,7 @@ from .prompts import Renderer, Reprompter
 from .resuming import Resuming
 from .rollout import Rollout, teacher_context
 from .teacher_store import TeacherStore
-from .trl_compat import log_probs_result, plain_log_probs
+from .trl_compat import log_probs_arguments, log_probs_result, plain_log_probs
 from .troubleshooting import memory_advice, warn_if_slow
 
 _BASE: Any = trl.GRPOTrainer
@@ -52,6 +52,16 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
     With `tools` the teacher reads the same turns, tool results included, and only tokens of the model's own have
     a loss. A demonstration is then a transcript: texts, `name(arguments)` for each call, and the results.
 
+    What shapes GRPO's own objective has no part in this one: its clipping (`epsilon`, `epsilon_high`; here
+    `SDPOConfig.is_clip`), `loss_type` with the parameters of each type, and the advantages (`scale_rewards`,
+    `multi_objective_aggregation`), which are only logged. The loss is a mean over the tokens or rows with a loss,
+    by `SDPOConfig.loss_aggregation`. Terms and masks that someone switched on are refused instead. The router loss
+    of a Mixture-of-Experts model is added with the coefficient that GRPO uses, `router_aux_loss_coef` or else that
+    of the model, as the mean over micro-batches weighted by their tokens (or rows) with a loss; one without any
+    adds none.
+
+    `eval_loss` is a mean over all tokens (or rows) of the evaluation, in whatever batches they came.
+
     Runs under DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step on several ranks has the loss and the gradient of
     the same rows on one, and a group may lie on several. ZeRO-3 computes whole logits.
 
@@ -64,8 +74,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
         ValueError: an empty dataset, a prompt that does not end with a user turn, no pad token, K beyond the
-            vocabulary, a batch that the group does not divide, FSDP 1.
-        TypeError: a `sdpo_config` or reward function of the wrong kind.
+            vocabulary, a batch that the group does not divide, a term or mask that this loss does not have,
+            FSDP 1.
+        TypeError: `args`, `sdpo_config` or a reward function of the wrong kind.
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
@@ -88,6 +99,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
+        checks.check_arguments(args)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         rewards = kwargs.get("reward_funcs")
@@ -120,6 +132,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
         self._window_loss: Tensor | float = 0.0
         self._counted: Any = None
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
+        self._eval_loss = MetricSums()
         self._diagnostics = Diagnostics(self.sdpo_config)
         self._transform = hidden_states.head_transform(self._unwrapped.config)
         if self.sdpo_config.loss_backend == "logits":
@@ -205,9 +218,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError("SDPOTrainer does not return outputs from compute_loss")
-        if _IS_UNSLOTH:
-            inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
         with memory_advice(self), unsloth_compat.logits_not_hidden_states():
+            if _IS_UNSLOTH:
+                inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
             total = self._distilled_total(model, inputs)
         if self._mode == "train":
             denominator = self._window.denominator(
@@ -217,13 +230,30 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
                 generate_every=self.args.steps_per_generation * self.num_iterations,
             )
         else:
-            denominator = self.accelerator.reduce(self._active_count(inputs), reduction="sum").clamp(min=1)
-            if self.accelerator.num_processes > 1:
-                # The Trainer drops what it takes for padding of the last batch, and with it the losses of the last
-                # ranks: so that it matters to nobody, each has the loss of all.
-                return self.accelerator.reduce(total, reduction="sum") / denominator
+            count = self._active_count(inputs)
+            self._eval_loss.add({"loss": (total, count)})
+            return total / count.clamp(min=1)
         # Gradients and logged losses are averaged over ranks, hence the factor.
         return total * self.accelerator.num_processes / denominator
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's, with the loss of all its tokens together in place of a mean over batches and ranks."""
+        if self.sdpo_config.enabled:
+            self._eval_loss = MetricSums()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if self.sdpo_config.enabled:
+            means = self._eval_loss.means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
+            output.metrics[f"{metric_key_prefix}_loss"] = means.get("loss", 0.0)
+        return output
 
     # --- training loop -----------------------------------------------------------------------------------
 
@@ -285,11 +315,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
         # Unsloth's own version runs on a CPU, and its loss expects its conventions.
         if _IS_UNSLOTH or input_ids.device.type != "cpu":
             return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        batch_size = args[0] if args else kwargs.get("batch_size")
-        log_probs, entropies = plain_log_probs(
-            self, model, input_ids, attention_mask, logits_to_keep, batch_size
-        )
-        return log_probs_result(method, log_probs, entropies)
+        given = (model, input_ids, attention_mask, logits_to_keep)
+        wanted = log_probs_arguments(method, *given, *args, **kwargs)
+        return log_probs_result(method, *plain_log_probs(self, *given, **wanted))
 
     # --- facts about this run ----------------------------------------------------------------------------
 

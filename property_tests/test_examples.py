@@ -1,0 +1,130 @@
+"""Every program under examples/ runs to its end on a CPU, on little work, and prints what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+# These have tests of their own.
+ELSEWHERE = {"accelerate", "demo"}
+HERE = {
+    *("own_loop.py", "tools.py", "unsloth_7b_24gb.py"),
+    *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "recipe", "step")),
+}
+# The benchmark has one shape for CPUs, and that takes half a minute.
+SMALL_LOSS = """
+import loss_peers
+loss_peers.SHAPES["cpu"] = [loss_peers.Shape(64, 32, 4096, head_learns) for head_learns in (False, True)]
+import loss
+raise SystemExit(loss.main())
+"""
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a program prints, run in a process of its own and in an empty folder."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "adapters", EXAMPLES / "benchmarks"))),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def example(folder: Path, name: str, *arguments: str) -> str:
+    return run(folder, str(EXAMPLES / name), *arguments)
+
+
+def test_no_program_is_left_out() -> None:
+    programs = {
+        path.relative_to(EXAMPLES).as_posix()
+        for path in EXAMPLES.rglob("*.py")
+        if '__name__ == "__main__"' in path.read_text()
+    }
+    assert {name for name in programs if name.split("/")[0] not in ELSEWHERE} == HERE
+
+
+def test_the_own_loop_learns(tmp_path: Path) -> None:
+    printed = example(tmp_path, "own_loop.py", "--steps", "10")
+    before, after = map(float, re.findall(r"probability of the right answer (\S+)", printed))
+    assert 0 < before < after <= 1
+
+
+def test_tools_are_called_more_often(tmp_path: Path) -> None:
+    printed = example(tmp_path, "tools.py", "--teach", "100", "--steps", "2", "--output", "out")
+    assert re.search(r"^right answers: \S+ in the first step, \S+ in the last$", printed, re.MULTILINE)
+    calls = re.search(r"^calls per row: (\S+) in the first step, (\S+) in the last$", printed, re.MULTILINE)
+    assert calls is not None
+    assert 0 < float(calls[1]) < float(calls[2])
+
+
+def test_the_recipe_runs_without_unsloth(tmp_path: Path) -> None:
+    printed = example(
+        tmp_path,
+        "unsloth_7b_24gb.py",
+        *("--no-unsloth", "--base", "bf16", "--random-weights", "weights", "--shape", "tiny"),
+        *("--completion", "16", "--steps", "2", "--output", "record.json"),
+    )
+    assert "training peak" in printed
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert len(record["step_seconds"]) == 2
+    assert record["teacher_mib"] > 0
+    assert not record["unsloth"]
+
+
+def test_the_recipe_case_by_case(tmp_path: Path) -> None:
+    printed = example(
+        tmp_path,
+        "benchmarks/recipe.py",
+        *("--weights", "weights", "--shape", "tiny", "--scratch", "scratch", "--cases", "TRL bf16 SDPO"),
+        *("--output", "record.json", "--", "--completion", "16"),
+    )
+    assert "| TRL bf16 SDPO | 0.00 |" in printed
+    (case,) = json.loads((tmp_path / "record.json").read_text())["cases"].values()
+    assert "failed" not in case
+
+
+def test_a_step_of_all_trainers(tmp_path: Path) -> None:
+    printed = example(
+        tmp_path,
+        "benchmarks/step.py",
+        *("--shape", "tiny", "--rows", "2", "--completion", "8", "--steps", "1", "--warmup", "1"),
+        *("--output", "record.json"),
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["results"].keys() == {"grpo", "sdpo", "sdpo-half", "trl-sdpo"}
+    assert all(f"\n{name}" in printed and row["seconds"] > 0 for name, row in record["results"].items())
+    assert "time sdpo/trl-sdpo" in printed
+
+
+def test_the_loss_and_its_floor(tmp_path: Path) -> None:
+    printed = run(tmp_path, "-c", SMALL_LOSS, "--repeats", "1", "--output", "record.json")
+    assert "64 x 32 x 4096, head frozen" in printed
+    for shape in json.loads((tmp_path / "record.json").read_text())["shapes"]:
+        assert [row["name"] for row in shape["results"]] == ["floor", "fused", "plain"]
+        assert all(row["ms"] > 0 for row in shape["results"])
+
+
+def test_the_accuracy_of_the_loss(tmp_path: Path) -> None:
+    printed = example(tmp_path, "benchmarks/loss_accuracy.py", "--output", "record.json")
+    record = json.loads((tmp_path / "record.json").read_text())
+    for name in ("flat", "ordinary", "peaked"):
+        assert f"\n{name}: " in printed
+        errors = record[name]["errors"]
+        assert errors["fused"]["value_max"] < errors["logsumexp, top-K, gather"]["value_max"]
