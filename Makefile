@@ -6,13 +6,14 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEEPSPEED := deepspeed==0.19.8 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0 pydantic==2.14.3
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo checkpoint test test-thorough test-gpu check format wheel bench clean
+.PHONY: demo checkpoint test test-thorough test-gpu test-deepspeed check format wheel bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
@@ -28,6 +29,12 @@ test-thorough: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
+
+# ZeRO-2 and -3 on two CPU ranks; `test` skips them. DeepSpeed is built from source, which imports torch, hence the
+# options; it needs a C++ compiler when it runs. It stays in .venv, and `test` then runs them too.
+test-deepspeed: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps $(DEEPSPEED)
+	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py
 
 check: $(READY)
 	$(BIN)/ruff check .

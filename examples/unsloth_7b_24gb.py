@@ -18,7 +18,6 @@ import argparse
 import json
 import random
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -401,7 +400,6 @@ def run(options: argparse.Namespace, build: Callable[..., Any] = build_trainer) 
         "generation_seconds": generation,
         "logs": [{k: v for k, v in entry.items() if k in LOGGED} for entry in history],
         "versions": versions(),
-        "command": " ".join(sys.argv),
     }
 
 

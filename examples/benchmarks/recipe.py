@@ -35,7 +35,7 @@ LONG = ["--completion", "2048", "--reprompt", "4096"]
 TIMED: dict[str, list[str]] = {
     "Unsloth 4-bit GRPO": ["--arm", "grpo"],
     "Unsloth 4-bit SDPO": [],
-    "TRL 4-bit SDPO": ["--no-unsloth"],
+    "TRL 4-bit SDPO": ["--no-unsloth", "--steps", "2"],
 }
 TOGETHER: dict[str, list[str]] = {
     "Unsloth 4-bit SDPO, 2048 + 4096": [*LONG, "--steps", "1"],
@@ -121,7 +121,7 @@ def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[
             code = f"cut off after {options.timeout:.0f} s"
     seconds = time.perf_counter() - began
     if code == 0 and result.exists():
-        record = json.loads(result.read_text()) | {"process_seconds": seconds}
+        record = json.loads(result.read_text()) | {"arguments": arguments, "process_seconds": seconds}
         print(f"[{name}] {seconds:.0f} s, peak {record['peak_gib']:.2f} GiB", flush=True)
         return record
     last = (folder / "log.txt").read_text(errors="replace")[-3000:]
@@ -130,7 +130,10 @@ def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """The cases as a Markdown table in GiB, MiB and seconds; the first step pays for what is made once."""
+    """The cases as a Markdown table in GiB, MiB and seconds; the first step pays for what is made once.
+
+    Seconds of cases that ran together are disturbed by each other, and left out.
+    """
     lines = [
         "| case | loaded | loading s | loading peak | peak | reserved | teacher MiB | s/step | generating |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -144,6 +147,9 @@ def table(records: dict[str, dict[str, Any]]) -> str:
             f"{record['loading_peak_gib']:.2f} | {record['peak_gib']:.2f} | {record['reserved_gib']:.2f} | "
             f"{record['teacher_mib']:.0f} | {typical(record['step_seconds']):.2f} | "
             f"{typical(record['generation_seconds']):.2f} |"
+            if name in TIMED
+            else f"| {name} | {record['loaded_gib']:.2f} | | {record['loading_peak_gib']:.2f} | "
+            f"{record['peak_gib']:.2f} | {record['reserved_gib']:.2f} | {record['teacher_mib']:.0f} | | |"
         )
     return "\n".join(lines)
 
@@ -210,7 +216,7 @@ def main() -> None:
     def keep() -> None:
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            record = {"cases": records, "ratios": ratios(records), "command": " ".join(sys.argv)}
+            record = {"cases": records, "ratios": ratios(records)}
             options.output.write_text(json.dumps(record, indent=1) + "\n")
 
     for name, arguments in timed.items():
