@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdpo.kernels import _launch
 from sdpo.kernels._math import SMALLEST, first_k, order_key
-from sdpo.kernels._scale import scaled
+from sdpo.kernels._tensors import joined, scaled
 
 # The interpreter computes both branches of every `where`.
 warnings.simplefilter("ignore", RuntimeWarning)
@@ -149,6 +149,9 @@ def main() -> None:
     results["trust region, soft-cap"] = error(trust_region(5.0))
     halves = torch.randn(3, 5001, generator=torch.Generator().manual_seed(11)).half()
     results["scale"] = relative_error(scaled(halves, torch.tensor(1 / 3)), (halves.double() / 3).half())
+    parts, gain = torch.randn(3, 4, 1030), torch.rand(4)
+    ours = joined(parts, gain, torch.empty(4, 1030))
+    results["joined"] = relative_error(ours, gain.double()[:, None] * parts.double().sum(0))
     results["gain"] = lost_length(_launch.chunk, 100)[0]
     results["gain, full"] = lost_length(_launch.chunk, None)[0]
     results["selection"] = selection_error(last_ties=False)

@@ -378,6 +378,12 @@ def test_groups_change_no_number(
         assert not torch.equal(apart.roll(1, 1)[used], together[used])
 
 
+def test_rows_alike_are_shared_out_evenly() -> None:
+    mask = torch.ones(17, 10, dtype=torch.bool)
+    groups = row_groups.row_groups(mask, length=3, width_limit=20, token_limit=80)
+    assert [group.rows.stop - group.rows.start for group in groups] == [6, 6, 5]
+
+
 def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every forward held to what its longest row needs: several groups, the same parameters."""
     after: list[list[Tensor]] = []

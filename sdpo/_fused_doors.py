@@ -269,8 +269,10 @@ def _rows_that_fit(bytes_per_row: int, device: torch.device) -> int:
     """Rows of a chunk: as many as the budget allows, a multiple of 128 where there is room for that."""
     budget = _CPU_BYTES
     if device.type == "cuda":
-        # What the caching allocator holds unused is free as well.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = min(_GPU_BYTES, (torch.cuda.mem_get_info(device)[0] + unused) // 4)
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < 4 * _GPU_BYTES:
+            # What the caching allocator holds unused is free as well; to ask takes as long as a small product.
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = min(_GPU_BYTES, free // 4)
     rows = max(1, min(budget // bytes_per_row, _MAX_ROWS))
     return rows - rows % 128 if rows > 128 else rows

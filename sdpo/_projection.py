@@ -11,12 +11,17 @@ import math
 import torch
 from torch import Tensor
 
+from sdpo import kernels
+
 # Vocabulary rows converted at a time where the device has no product of 16-bit inputs with a float32 result.
 _SLAB = 8192
 
 # Terms that the matrix units add up in one go. Their accumulators cut off what does not fit, always towards zero:
 # the sum shrinks by about 1e-9 of itself a term, up to 2e-4 over a vocabulary of 150k.
-_TERMS = 20_000
+_TERMS = 2**14
+
+# Numbers of a result that fill a GPU. What is smaller cuBLAS splits into pieces by itself.
+_FILLS = 2**21
 
 # Half-precision gradients are lifted by a power of two so that their largest entry sits near this value: far
 # below fp16's largest number (65504), far above its smallest (6e-8).
@@ -80,30 +85,34 @@ def pull_back(slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = No
     layer's backward.
     """
     if slope.dtype == head.dtype and has_mixed_product(head.device, head.dtype):
-        total = _long_product(slope, head)
-    elif slope.dtype == head.dtype == out.dtype and gain is None:
+        return kernels.joined(_parts(slope, head), gain, out)
+    if slope.dtype == head.dtype == out.dtype and gain is None:
         return torch.mm(slope, head, out=out)
-    else:
-        total = slope.new_zeros(slope.shape[0], head.shape[1])
-        for start in range(0, head.shape[0], _SLAB):
-            slab = slice(start, start + _SLAB)
-            total.addmm_(slope[:, slab], head[slab].to(slope.dtype))
+    total = slope.new_zeros(slope.shape[0], head.shape[1])
+    for start in range(0, head.shape[0], _SLAB):
+        slab = slice(start, start + _SLAB)
+        total.addmm_(slope[:, slab], head[slab].to(slope.dtype))
     return out.copy_(total if gain is None else total.mul_(gain[:, None]))
 
 
-def _long_product(slope: Tensor, head: Tensor) -> Tensor:
-    """``slope @ head`` in float32, [c, V] and [V, D] of 16 bits, from products over pieces of the vocabulary."""
+def _parts(slope: Tensor, head: Tensor) -> Tensor:
+    """Summands [n, c, D] of ``slope @ head`` in float32, from 16-bit tensors [c, V] and [V, D]."""
+    size = (slope.shape[0], head.shape[1])
+    if size[0] * size[1] < _FILLS:
+        return torch.mm(slope, head, out_dtype=torch.float32)[None]
     count, width = pieces(head.shape[0])
     whole = count * width
-    parts = torch.bmm(
+    rest = whole < head.shape[0]
+    parts = torch.empty(count + rest, *size, dtype=torch.float32, device=slope.device)
+    torch.bmm(
         slope[:, :whole].unflatten(1, (count, width)).transpose(0, 1),
         head[:whole].unflatten(0, (count, width)),
         out_dtype=torch.float32,
+        out=parts[:count],
     )
-    total = parts.sum(dim=0)
-    if whole < head.shape[0]:
-        total += torch.mm(slope[:, whole:], head[whole:], out_dtype=torch.float32)
-    return total
+    if rest:
+        torch.mm(slope[:, whole:], head[whole:], out_dtype=torch.float32, out=parts[count])
+    return parts
 
 
 def pieces(vocabulary: int) -> tuple[int, int]:

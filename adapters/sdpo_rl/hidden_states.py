@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from . import ranks
 # The declared transform is compared with the model's logits at so many positions, and up to so much of their size,
 # or to twice their precision where that is more: scaling and capping round a few times.
 _POSITIONS, _TOLERANCE = 8, 1e-4
+
+_SHARED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
 class Head(NamedTuple):
@@ -189,7 +192,18 @@ def _run(
     if ranks.is_sharded(unwrapped):
         with ranks.exchanged(unwrapped, params):
             return model(**arguments)
-    return functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments))
+    tied = not _shared_names(unwrapped).isdisjoint(params)
+    return functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments), tie_weights=tied)
+
+
+def _shared_names(model: nn.Module) -> frozenset[str]:
+    """Names of parameters that have several; looked for once, where `functional_call` looks in every forward."""
+    if model not in _SHARED:
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        _SHARED[model] = frozenset(name for every in names.values() if len(every) > 1 for name in every)
+    return _SHARED[model]
 
 
 def router_loss(outputs: Any) -> Tensor:

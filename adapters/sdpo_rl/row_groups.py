@@ -8,6 +8,7 @@ long reprompts is the largest memory of a step, and saves no time beyond what fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ class RowGroup(NamedTuple):
 
 
 def row_groups(mask: Tensor, *, length: int, width_limit: float, token_limit: float) -> list[RowGroup]:
-    """Consecutive rows of `mask` [B, L], each group within both limits as far as a single row allows.
+    """Consecutive rows of `mask` [B, L], in groups of about as many rows, each within both limits.
+
+    A single row may be beyond them.
 
     `length` is the number T of completion columns. A batch within the limits is one group, found without
     reading the device; otherwise two numbers per row are read.
@@ -45,12 +48,16 @@ RowGroup(rows=slice(1, 2, None), columns=slice(2, 4, None), right=0)]
     bounds = torch.stack([attended.argmax(1), width - attended.flip(1).argmax(1)], dim=1).tolist()
     # At least one completion column stays, also in a row without a completion.
     bounds = [(first, max(last, width - length + 1)) for first, last in bounds]
+    # Groups of about as many rows each: a last one of few rows would leave the device idle.
+    tokens = sum(last - first for first, last in bounds)
+    most = math.ceil(count / max(1, math.ceil(tokens / token_limit)))
     groups: list[RowGroup] = []
     start, (first, last) = 0, bounds[0]
     for row in range(1, count + 1):
         if row < count:
             low, high = min(first, bounds[row][0]), max(last, bounds[row][1])
-            if high - low <= width_limit and (row + 1 - start) * (high - low) <= token_limit:
+            rows = row + 1 - start
+            if rows <= most and high - low <= width_limit and rows * (high - low) <= token_limit:
                 first, last = low, high
                 continue
         groups.append(RowGroup(slice(start, row), slice(first, last), width - last))

@@ -45,9 +45,22 @@ def scaled(values: Tensor, factor: Tensor) -> Tensor:
     torch multiplies a bf16 tensor by a float32 scalar at a quarter of a GPU's bandwidth, and a bf16 scalar has
     no digits to spare.
     """
-    plain = values.dtype == factor.dtype or values.numel() == 0
-    if plain or not values.is_cuda or importlib.util.find_spec("triton") is None:
+    if values.dtype == factor.dtype or values.numel() == 0 or not _runs_on(values):
         return values * factor
-    from sdpo.kernels import _scale
+    from sdpo.kernels import _tensors
 
-    return _scale.scaled(values, factor)
+    return _tensors.scaled(values, factor)
+
+
+def joined(parts: Tensor, gain: Tensor | None, out: Tensor) -> Tensor:
+    """``gain[:, None] * parts.sum(0)`` into out [c, D] of any dtype; parts [n, c, D] float32, gain [c]."""
+    if not _runs_on(parts) or not out.is_contiguous():
+        total = parts.sum(dim=0)
+        return out.copy_(total if gain is None else total.mul_(gain[:, None]))
+    from sdpo.kernels import _tensors
+
+    return _tensors.joined(parts, gain, out)
+
+
+def _runs_on(tensor: Tensor) -> bool:
+    return tensor.is_cuda and importlib.util.find_spec("triton") is not None

@@ -7,6 +7,15 @@ import triton.language as tl
 
 from sdpo.kernels._math import MASKED, finite_or_zero, times_exp, to_logits
 
+# So far below the largest logit that nothing is left, yet finite.
+FAR = tl.constexpr(-1e30)
+
+
+@triton.jit
+def at_least(away):
+    """FAR in place of −inf, so that away · exp(away) is 0 there; NaN stays NaN."""
+    return tl.maximum(away, FAR, propagate_nan=tl.PropagateNan.ALL)
+
 
 @triton.jit
 def load_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
@@ -35,12 +44,12 @@ def block_sums(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
     top = tl.max(z, 0)
-    away = z - finite_or_zero(top)
+    away = at_least(z - finite_or_zero(top))
     e = tl.exp(away)
     place = row * tl.num_programs(1) + block
     tl.store(tops + place, top)
     tl.store(masses + place, tl.sum(e, 0))
-    tl.store(moments + place, tl.sum(tl.where(e > 0.0, away * e, 0.0), 0))
+    tl.store(moments + place, tl.sum(away * e, 0))
 
 
 @triton.jit
@@ -55,19 +64,20 @@ def group_sums(
     z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
     group_top = tl.max(z, 1)
     base = finite_or_zero(group_top)
-    e = tl.exp(z - base[:, None])
+    away = at_least(z - base[:, None])
+    e = tl.exp(away)
     group_mass = tl.sum(e, 1)
+    group_moment = tl.sum(away * e, 1)
     real = groups < GROUPS
     tl.store(group_tops + row * GROUPS + groups, group_top, mask=real)
     tl.store(group_masses + row * GROUPS + groups, group_mass, mask=real)
     top = tl.max(group_top, 0)
-    scale = tl.where(group_top == -float("inf"), 0.0, tl.exp(base - finite_or_zero(top)))
-    e *= scale[:, None]
-    away = tl.where(e > 0.0, z - finite_or_zero(top), 0.0)
+    lower = at_least(group_top - finite_or_zero(top))
+    scale = tl.exp(lower)
     place = row * tl.num_programs(1) + block
     tl.store(tops + place, top)
     tl.store(masses + place, tl.sum(group_mass * scale, 0))
-    tl.store(moments + place, tl.sum(away * e))
+    tl.store(moments + place, tl.sum((group_moment + lower * group_mass) * scale, 0))
 
 
 @triton.jit
