@@ -491,7 +491,7 @@ COSTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
     "float32": (tiny.model, {}, 1, 0),
     "bfloat16": (MODELS["full, bfloat16"], {}, 2, 1),
     "bfloat16, averaged in bfloat16": (MODELS["full, bfloat16"], {"teacher_dtype": "bfloat16"}, 1, 0),
-    "bfloat16, frozen": (MODELS["full, bfloat16"], {"teacher_mode": "frozen"}, 2, 1),
+    "bfloat16, frozen": (MODELS["full, bfloat16"], {"teacher_mode": "frozen"}, 1, 0),
     "LoRA": (lora, {}, 1, 0),
     "LoRA in bfloat16": (lambda: lora().bfloat16(), {}, 2, 1),
 }

@@ -31,7 +31,7 @@ _TOGETHER = 2**24
 class TeacherState(NamedTuple):
     """What a checkpoint must keep of a teacher."""
 
-    params: dict[str, Tensor]  # by parameter name, detached; float32 (float64 of float64); empty for ``live``
+    params: dict[str, Tensor]  # by parameter name, detached, in the dtype of the rule; empty for ``live``
     ticks: int  # updates so far; with the seed it fixes the stochastic rounding of a bfloat16 state
 
 
@@ -104,6 +104,8 @@ def ema(
 def frozen() -> Teacher:
     """The student as it was at the start: ``θ' = θ_0``; equals ``ema(update_rate=0)`` without its arithmetic.
 
+    Nothing is averaged, so the state keeps the parameters' own dtypes, bit by bit.
+
     Raises:
         TypeError, ValueError: as ``ema``; an update, too, demands the same parameters.
 
@@ -118,7 +120,7 @@ def frozen() -> Teacher:
         _check_match(state, params)
         return TeacherState(state.params, state.ticks + 1)
 
-    return Teacher(init=lambda params: _clones(params, "float32"), update=update)
+    return Teacher(init=lambda params: _clones(params, None), update=update)
 
 
 def live() -> Teacher:
@@ -241,11 +243,13 @@ def _check_coef(coef: float) -> float:
     return check_real("coef", coef, low=0.0, high=1.0, meaning="the weight of the live student")
 
 
-def _clones(params: Mapping[str, Tensor], dtype: StateDtype) -> TeacherState:
+def _clones(params: Mapping[str, Tensor], dtype: StateDtype | None) -> TeacherState:
+    """Copies in ``dtype``, float64 as it is; in their own dtypes if None."""
     _check_params(params)
     clones = {}
     for name, param in params.items():
-        kept = torch.float64 if param.dtype == torch.float64 else getattr(torch, dtype)
+        own = dtype is None or param.dtype == torch.float64
+        kept = param.dtype if own else getattr(torch, dtype)
         clones[name] = param.detach().to(kept, copy=True)
     return TeacherState(clones, 0)
 

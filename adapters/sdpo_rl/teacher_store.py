@@ -29,11 +29,11 @@ class TeacherStore:
     With `teacher_offload="cpu"` the state rests in CPU memory, pinned where there is a GPU. It then travels
     for the forwards alone; making it and moving it hold one parameter at a time on the device.
 
-    What it costs, in bytes of what trains. The state: one copy where `teacher_dtype` is the dtype of the
-    trainable parameters; a float32 state of bfloat16 parameters two, and `frozen` and `trust_region` always
-    keep float32. A forward whose dtype is not the state's, or whose state is offloaded, holds one copy more,
-    in the model's dtype, which is gone before the student's forward; a sharded model sets its own part aside
-    instead. With adapters that train alone, all of it is megabytes.
+    What it costs, in bytes of what trains. The state: one copy where its dtype is that of the trainable
+    parameters, as it is for `frozen` and `trust_region`; a float32 average of bfloat16 parameters two. A
+    forward whose dtype is not the state's, or whose state is offloaded, holds one copy more, in the model's
+    dtype, which is gone before the student's forward; a sharded model sets its own part aside instead. With
+    adapters that train alone, all of it is megabytes.
 
     Raises:
         ValueError: `lora_ema` on a model without adapters, a model in which nothing trains, or, later, other

@@ -15,7 +15,6 @@ import gc
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -169,7 +168,7 @@ def environment(device: str) -> dict[str, Any]:
         except PackageNotFoundError:
             found[name] = None
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return {"gpu": gpu, "python": platform.python_version(), **found, "command": " ".join(sys.argv)}
+    return {"gpu": gpu, "python": platform.python_version(), **found}
 
 
 def main() -> None:
@@ -203,7 +202,7 @@ def main() -> None:
     if options.output:
         record = {
             "environment": environment(device),
-            "options": {k: str(v) for k, v in vars(options).items()},
+            "options": {k: str(v) for k, v in vars(options).items() if k != "output"},
             "results": results,
             "ratios": ratios,
         }
