@@ -146,6 +146,6 @@ def test_another_figure_would_be_noticed() -> None:
 
 def test_records_name_no_machine() -> None:
     for path in RECORDS.glob("*.json"):
-        assert not any(part in path.read_text() for part in ("/root", "/home", "/tmp", "/work", "/dev/")), (
+        assert not re.search(r"[\"' =]/\w", path.read_text()), path
             path
         )
