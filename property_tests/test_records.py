@@ -147,5 +147,3 @@ def test_another_figure_would_be_noticed() -> None:
 def test_records_name_no_machine() -> None:
     for path in RECORDS.glob("*.json"):
         assert not re.search(r"[\"' =]/\w", path.read_text()), path
-            path
-        )
