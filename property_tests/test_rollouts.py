@@ -81,6 +81,67 @@ def test_the_engine_s_ratio_can_be_ignored(tmp_path: Path) -> None:
     assert compare(trainer, tiny.model(), alter=unread).gradient < TOLERANCE
 
 
+class Engine:
+    """Stands in for TRL's vLLM engine: other weights unless told, and log-probabilities off by a known gap."""
+
+    def __init__(self, model: Any, max_completion_length: int, **settings: Any) -> None:
+        self.trained, self.length, self.settings = model, max_completion_length, settings
+        # A new one: a copy would go on with the forward that was put on this model.
+        self.own = tiny.model()
+        self.calls: list[str] = []
+        self.gaps: list[list[float]] = []
+        self.rng = torch.Generator().manual_seed(3)
+
+    def sync_weights(self) -> None:
+        self.calls.append("sync")
+        self.own.load_state_dict(self.trained.state_dict())
+
+    def generate(self, prompts: list[list[int]], **_: Any) -> tuple[Any, ...]:
+        self.calls.append("generate")
+        self.gaps, completions, log_probs = [], [], []
+        for prompt in prompts:
+            tokens, scores, gaps = self._sample(prompt)
+            completions.append(tokens)
+            log_probs.append([[score - gap] for score, gap in zip(scores, gaps, strict=True)])
+            self.gaps.append(gaps)
+        return prompts, completions, log_probs, None
+
+    @torch.no_grad()
+    def _sample(self, prompt: list[int]) -> tuple[list[int], list[float], list[float]]:
+        tokens: list[int] = []
+        scores = []
+        while len(tokens) < self.length and not (tokens and tokens[-1] % 6 == 0):
+            log_p = self.own(input_ids=torch.tensor([prompt + tokens])).logits[0, -1].log_softmax(-1)
+            tokens.append(int(torch.multinomial(log_p.exp(), 1, generator=self.rng)))
+            scores.append(float(log_p[tokens[-1]]))
+        return tokens, scores, torch.linspace(-1.0, 1.0, len(tokens)).tolist()
+
+
+@pytest.mark.parametrize(
+    "synced", [True, False], ids=["as it is", "twin: the engine keeps the first weights"]
+)
+def test_an_engine_gets_the_weights_and_its_gap_is_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
+) -> None:
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    if not synced:
+        monkeypatch.setattr(Engine, "sync_weights", lambda self: None)
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5), use_vllm=True, vllm_mode="colocate",
+        vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=100.0, max_steps=3,
+    )  # fmt: skip
+    engine = trainer.vllm_generation
+
+    def note(output: dict[str, Any], batch: list[Row]) -> None:
+        for row, gap in zip(batch, engine.gaps, strict=True):
+            row.engine_gap = gap[: len(row.completion)]
+
+    difference = compare(trainer, tiny.model(), Method(engine_clip=1.5), alter=note)
+    assert (max(difference.gradient, difference.loss) < 10 * TOLERANCE) == synced
+    if synced:
+        assert engine.calls == ["sync", "generate"] * 3
+
+
 # --- tools ------------------------------------------------------------------------------------------------
 
 QUESTION, OTHER = "6x7?", "2x3?"
