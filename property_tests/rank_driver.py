@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 HERE = Path(__file__).parent
 STEPS = 3
@@ -26,8 +27,12 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     f"zero{stage}": {
         "use_cpu": False,
         "deepspeed": {
-            # 100 elements: norms and biases stay gathered, matrices do not.
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+            "zero_optimization": {
+                "stage": stage,
+                # 100 elements: norms and biases stay gathered, matrices do not.
+                "stage3_param_persistence_threshold": 100,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
             "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
@@ -300,9 +305,23 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
     return trainer
 
 
+def whole(tensor: Any) -> Any:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
 def whole_gradient(parameter: Any) -> Any:
-    gradient = parameter.detach().mul(0.0) if parameter.grad is None else parameter.grad
-    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+    return whole(parameter.detach().mul(0.0) if parameter.grad is None else parameter.grad)
+
+
+def moments(trainer: Any) -> list[Any]:
+    """What the optimizer remembers; under ZeRO this rank's part of it."""
+    import torch
+
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    slots = [slot for state in optimizer.state.values() for slot in state.values()]
+    return [whole(slot) for slot in slots if isinstance(slot, torch.Tensor)]
 
 
 def fixed_batch(unwrapped: Any) -> dict[str, Any]:
@@ -363,6 +382,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
         "prompts": prompts,
         "student": before,
         "teacher": teacher,
+        "optimizer": moments(trainer),
         "student came back": torch.equal(before, after),
     }
 
@@ -468,20 +488,22 @@ def observe_sampling(folder: Path, name: str, adapter: str = "") -> Observed:
     return {"completions": completions}
 
 
+SAVED_WITHIN_A_BATCH = Run(
+    {
+        "per_device_train_batch_size": 2,
+        "steps_per_generation": 2,
+        "max_steps": 5,
+        "optim": "adamw_torch",
+        "learning_rate": 0.01,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+)
+
+
 def observe_resume(folder: Path, name: str, adapter: str) -> Observed:
     """A run that saves within a generation batch, and the same run resumed from there."""
-    run = Run(
-        {
-            "per_device_train_batch_size": 2,
-            "steps_per_generation": 2,
-            "max_steps": 5,
-            "optim": "adamw_torch",
-            "learning_rate": 0.01,
-            "save_strategy": "steps",
-            "save_steps": 3,
-        },
-        adapter=adapter,
-    )
+    run = replace(SAVED_WITHIN_A_BATCH, adapter=adapter)
     place = folder / f"resume {name} {adapter} {world_size()}"
     with strategy(name):
         whole = observe_training(make_trainer(place, run))
@@ -489,6 +511,50 @@ def observe_resume(folder: Path, name: str, adapter: str) -> Observed:
         trainer = make_trainer(place / "again", run, batches=2)
         resumed = observe_training(trainer, resume_from_checkpoint=str(place / "checkpoint-3"))
     return {"whole": whole, "resumed": resumed}
+
+
+def observe_interrupted(folder: Path, kind: str, adapter: str) -> Observed:
+    """A run, the same cut while DeepSpeed writes the last checkpoint and resumed, and twins that forget."""
+    import deepspeed
+
+    from sdpo_rl import progress
+
+    run = replace(SAVED_WITHIN_A_BATCH, adapter=adapter)
+    place = folder / f"resume {kind} {adapter}"
+    engine: Any = deepspeed.DeepSpeedEngine
+    save, load = engine._save_zero_checkpoint, engine.load_checkpoint
+
+    def cut(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.global_steps == 5:
+            raise InterruptedError
+        save(self, *args, **kwargs)
+
+    def forget_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(self, *args, **{**kwargs, "load_optimizer_states": False})
+
+    with strategy(kind):
+        trainer = make_trainer(place / "whole", run, **DEEPSPEED[kind])
+        seen = {"whole": observe_training(trainer), "folder": str(place)}
+        trainer.save_model(str(place / "whole" / "saved"))
+    with strategy(kind), patch.object(engine, "_save_zero_checkpoint", cut):
+        try:
+            make_trainer(place / "cut", run, **DEEPSPEED[kind]).train()
+        except InterruptedError:
+            seen["left"] = [path.name for path in (place / "cut" / "checkpoint-5").iterdir()]
+    with strategy(kind):
+        trainer = make_trainer(place / "cut", run, batches=2, **DEEPSPEED[kind])
+        seen["resumed"] = observe_training(trainer, resume_from_checkpoint=True)
+    twins: dict[str, tuple[Run, Any]] = {
+        "teacher": (replace(run, config={"teacher_on_resume": "restart"}), nullcontext()),
+        "optimizer": (run, patch.object(engine, "load_checkpoint", forget_optimizer)),
+        "progress": (run, patch.object(progress, "load", lambda *_: None)),
+    }
+    for forgotten, (twin, forgetting) in ({} if adapter else twins).items():
+        with strategy(kind), forgetting:
+            trainer = make_trainer(place / forgotten, twin, batches=2, **DEEPSPEED[kind])
+            saved = str(place / "whole" / "checkpoint-3")
+            seen["without", forgotten] = observe_training(trainer, resume_from_checkpoint=saved)
+    return seen
 
 
 def observe_more_ranks(folder: Path) -> Observed:
@@ -563,6 +629,11 @@ def main_deepspeed(folder: Path) -> None:
             with strategy(kind):
                 seen[kind, name] = observe_run(folder, RUNS[name], **DEEPSPEED.get(kind, {}))
             print(kind, name, "done", flush=True)
+    if world_size() > 1:
+        for kind in kinds:
+            for adapter in ("", "lora"):
+                seen["resume", kind, adapter] = observe_interrupted(folder, kind, adapter)
+                print("resume", kind, adapter, "done", flush=True)
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
 
 

@@ -1,16 +1,20 @@
-"""Two ranks under DeepSpeed do what one rank does without it; skipped where DeepSpeed is not installed.
+"""Two ranks under DeepSpeed do what one rank does without it, also where the run was cut and resumed.
 
-DeepSpeed keeps the gradients to itself: what is compared is the loss of every step and, as steps of plain
-gradient descent add them up, the student and the teacher afterwards.
+Skipped where DeepSpeed is not installed. It keeps the gradients to itself: what is compared is the loss of every
+step and, as steps of plain gradient descent add them up, the student and the teacher afterwards.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import rank_driver as driver
+import tiny
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 pytest.importorskip("deepspeed")
 
@@ -40,3 +44,65 @@ def test_deepspeed_trains_as_one_rank_does(seen: dict[str, Any], stage: str, nam
         ):
             torch.testing.assert_close(shown, wanted, rtol=TOLERANCE, atol=TOLERANCE)
         assert run["student came back"]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """What two runs do not have in common, to the last bit and but for the clock."""
+    logs = [
+        [{name: value for name, value in line.items() if name != "step_time"} for line in run["log"]]
+        for run in (one, other)
+    ]
+    differing = {
+        part
+        for part in ("student", "teacher", "optimizer")
+        if not all(torch.equal(a, b) for a, b in zip(one[part], other[part], strict=True))
+    }
+    return differing | ({"log"} if logs[0] != logs[1] else set())
+
+
+@pytest.mark.parametrize("adapter", ["", "lora"], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", driver.DEEPSPEED)
+def test_a_run_cut_while_deepspeed_saves_resumes_from_the_checkpoint_before(
+    seen: dict[str, Any], stage: str, adapter: str
+) -> None:
+    """The checkpoint before lies within a generation batch, the cut one has half of DeepSpeed's files."""
+    for rank in ("2-0", "2-1"):
+        run = seen[rank]["resume", stage, adapter]
+        assert {"global_step5", "sdpo"} < set(run["left"])
+        assert "trainer_state.json" not in run["left"]
+        assert len(run["whole"]["log"]) == 5
+        assert len(run["whole"]["optimizer"]) > 0
+        assert not torch.equal(run["whole"]["student"][:, :-1], run["whole"]["teacher"][0])
+        assert differences(run["whole"], run["resumed"]) == set()
+
+
+@pytest.mark.parametrize("forgotten", ["teacher", "optimizer", "progress"])
+@pytest.mark.parametrize("stage", driver.DEEPSPEED)
+def test_the_comparison_notices_what_is_forgotten(seen: dict[str, Any], stage: str, forgotten: str) -> None:
+    """Two steps after the twin went wrong, nothing is what it was."""
+    for rank in ("2-0", "2-1"):
+        run = seen[rank]["resume", stage, ""]
+        everything = {"student", "teacher", "optimizer", "log"}
+        assert differences(run["whole"], run["without", forgotten]) == everything
+
+
+@pytest.mark.parametrize("adapter", ["", "lora"], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", driver.DEEPSPEED)
+def test_what_is_saved_is_a_plain_model(seen: dict[str, Any], stage: str, adapter: str) -> None:
+    run = seen["2-0"]["resume", stage, adapter]
+    whole = Path(run["folder"]) / "whole"
+    for folder in (whole / "saved", whole / "checkpoint-5"):
+        if adapter:
+            model: Any = PeftModel.from_pretrained(tiny.model(), folder)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            assert not any(report.values())
+        with torch.no_grad():
+            shown = model.eval()(**driver.fixed_batch(model)).logits
+        torch.testing.assert_close(shown, run["whole"]["student"], rtol=TOLERANCE, atol=TOLERANCE)
+        name = "adapter_model.safetensors" if adapter else "model.safetensors"
+        assert [path.name for path in folder.glob("*.safetensors")] == [name]
+    assert not list((whole / "saved").rglob("*sdpo*"))
