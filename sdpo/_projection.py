@@ -26,6 +26,7 @@ _FILLS = 2**21
 # Half-precision gradients are lifted by a power of two so that their largest entry sits near this value: far
 # below fp16's largest number (65504), far above its smallest (6e-8).
 _LIFTED = 256.0
+_LEAST = 2.0**-64
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -59,18 +60,26 @@ def gradient_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
 def gradient_lift(weights: Tensor, bound: float) -> Tensor:
     """Power of two that lifts fp16 gradients out of the underflow, [] float32.
 
-    ``weights`` [N > 0] multiplied by ``bound`` bounds the loss weights.
+    The largest of ``weights`` [N], times ``bound``, bounds the loss weights; what is not finite is left out.
     """
-    largest = weights.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny) * bound
+    finite = torch.where(weights.isfinite(), weights.abs(), 0.0).float()
+    # No weight at all needs no lift, and one lifted by infinity would be NaN.
+    largest = torch.cat([finite.flatten(), finite.new_full((1,), _LEAST)]).amax() * bound
     return torch.exp2((math.log2(_LIFTED) - largest.log2()).floor())
 
 
 def project(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
-    """``hidden @ head.T``: [c, D] and [V, D] into out [c, V] of the working dtype."""
-    if hidden.dtype == out.dtype:
+    """``hidden @ head.T``: [c, D] and [V, D] into out [c, V] of the working dtype; hidden may have more digits."""
+    if hidden.dtype == head.dtype == out.dtype:
         return torch.mm(hidden, head.t(), out=out)
-    if has_mixed_product(hidden.device, hidden.dtype):
+    if hidden.dtype == head.dtype and has_mixed_product(hidden.device, hidden.dtype):
         return torch.mm(hidden, head.t(), out_dtype=out.dtype, out=out)
+    if has_mixed_product(hidden.device, head.dtype):
+        # More digits than the head has: their upper half and what it leaves, two products into one.
+        upper = hidden.to(head.dtype)
+        project(upper, head, out)
+        lower = (hidden - upper).to(head.dtype)
+        return torch.addmm(out, lower, head.t(), out_dtype=out.dtype, out=out)
     wide = hidden.to(out.dtype)
     for start in range(0, head.shape[0], _SLAB):
         slab = slice(start, start + _SLAB)

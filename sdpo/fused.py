@@ -76,15 +76,17 @@ def fused_topk_distillation_loss(
         weights = importance_weights(log_softmax(student)[tokens], old_log_probs, clip=is_clip) * extra_weights
         total, count = (weights * per_token)[loss_mask].sum(), loss_mask.sum()
 
-    without softcap: no tanh. Products accumulate in float32 whatever the inputs. Tokens outside ``loss_mask`` are
-    never projected. The gradient is made in the forward pass: backward only scales it.
+    without softcap: no tanh. Products accumulate in float32 whatever the inputs; the gradient of a bf16 head, like
+    that of several micro-batches, is rounded to bf16 after each block of a few thousand tokens. Tokens outside
+    ``loss_mask`` are never projected. The gradient is made in the forward pass: backward only scales it.
 
     ``support="student"`` or ``"teacher"`` takes that model's K likeliest tokens, ``k=None`` the full vocabulary,
     and ``support="sampled"`` (with ``k=None, alpha=1``) the surrogate of ``sampled_token_distillation_loss``.
 
     A trust-region teacher q ∝ q_ref^(1−c)·q_live^c comes from two hidden states: ``teacher_hidden`` of the live
     model, ``reference_hidden`` of the centre, c = ``trust_region_coef``. ``reference_head`` None means the
-    teacher's head and bias; then, without soft-cap, both cost one product.
+    teacher's head and bias; then, without soft-cap, both cost one product, or two of 16-bit tensors, in the buffer
+    of one.
 
     ``extra_weights`` is the place of everything else that multiplies a token: rollout correction, row weights,
     1/length for a mean over sequences. ``reduction="none"`` gives ``per_token`` a gradient too, for those
@@ -102,8 +104,8 @@ def fused_topk_distillation_loss(
     works, ``torch.func.vmap`` does not; ``torch.compile`` of a caller breaks its graph here.
 
     Metrics: divergence (unweighted), weight, is_clip_fraction, student_entropy, teacher_entropy,
-    student_topk_mass, teacher_topk_mass, student_tail_mass, teacher_tail_mass, token_agreement
-    (min(p, q) / max(p, q) of the sampled token), all means over the active tokens, and active_tokens.
+    student_topk_mass, teacher_topk_mass, student_tail_mass, teacher_tail_mass, sampled_token_overlap
+    (its min(p, q) / max(p, q)), all means over the active tokens, and active_tokens.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -203,7 +205,7 @@ def _metrics(stats: TokenStats, count: Tensor) -> dict[str, Tensor]:
         "teacher_topk_mass": stats.teacher_topk_mass,
         "student_tail_mass": stats.student_log_tail.exp(),
         "teacher_tail_mass": stats.teacher_log_tail.exp(),
-        "token_agreement": (stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
+        "sampled_token_overlap": (stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
     }
     divisor = count.clamp(min=1)
     return {name: values.sum() / divisor for name, values in means.items()} | {"active_tokens": count}

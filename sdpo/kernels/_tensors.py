@@ -33,13 +33,15 @@ def join(parts, gains, out, COUNT, D, PIECES, GAIN: tl.constexpr, BLOCK: tl.cons
     """gain · (the sum over the pieces of a row), COUNT rows of D numbers a piece."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    place, real = row * D + columns, columns < D
-    total = tl.load(parts + place, mask=real, other=0.0)
-    for piece in range(1, PIECES):
-        total += tl.load(parts + piece * COUNT * D + place, mask=real, other=0.0)
+    first, real = row * D + columns, columns < D
+    total = tl.load(parts + first, mask=real, other=0.0)
+    place = first
+    for _ in range(1, PIECES):
+        place += COUNT * D
+        total += tl.load(parts + place, mask=real, other=0.0)
     if GAIN:
         total *= tl.load(gains + row)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=real)
+    tl.store(out + first, total.to(out.dtype.element_ty), mask=real)
 
 
 def joined(parts: Tensor, gain: Tensor | None, out: Tensor) -> Tensor:
