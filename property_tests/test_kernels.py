@@ -1,10 +1,13 @@
 """The Triton kernels, run in Triton's interpreter on a CPU, against the plain torch backend in float64.
 
+They are also compiled for a GPU, which needs none.
+
 Triton decides when it is imported whether it interprets: the kernels run in a process of their own.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -60,6 +63,32 @@ def test_wrong_twins_are_rejected(results: dict[str, float]) -> None:
     twins = {name: error for name, error in results.items() if name.startswith("wrong: ")}
     assert len(twins) == 3
     assert all(error > 1e-2 for error in twins.values())
+
+
+def kernels_of_the_package() -> set[str]:
+    """Functions of sdpo.kernels that write to memory: what is launched."""
+    found = set()
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "tl.store(" in ast.unparse(node):
+                found.add(node.name)
+    return found
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton brings its compiler for Linux")
+def test_every_kernel_compiles_for_a_gpu() -> None:
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "compile_driver.py")],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert set(json.loads(done.stdout.splitlines()[-1])) == kernels_of_the_package()
 
 
 def recipe(k: int | None) -> Recipe:
