@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import sdpo
+from sdpo import _fused_torch
 from sdpo._fused_engine import Backend
 from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
 
@@ -126,22 +127,48 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return 0.0 if difference == 0.0 else (difference / reference.norm()).item()
 
 
+def slopes_of(
+    chunk: Backend,
+    k: int | None,
+    logits: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """A backend's slopes [c, V] for student's and teacher's logits [c, V], in a dtype, seen in float64."""
+    rows, vocabulary = logits[0].shape
+    made = Slope(torch.empty(rows, vocabulary, dtype=dtype), gain)
+    working = torch.float64 if dtype == torch.float64 else torch.float32
+    stats = torch.empty(len(TokenStats._fields), rows, dtype=working)
+    sides = (Side(side.to(working, copy=True), None) for side in logits)
+    recipe = Recipe(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
+    tokens = torch.arange(rows)
+    chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
+    return made.values.double()
+
+
+def strangers(rows: int, vocabulary: int, scale: float) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(12)
+    student, teacher = (torch.randn(rows, vocabulary, generator=rng) * scale for _ in range(2))
+    return student, teacher
+
+
+def certain_student() -> tuple[Tensor, Tensor]:
+    """Logits of a student that is nearly certain of what its teacher doubts, and the teacher's."""
+    student, teacher = strangers(24, 4000, 1.0)
+    student[:, 0] = 20.0
+    teacher[:, :2] = 20.0
+    return student, teacher
+
+
+def saturated_error(chunk: Backend, k: int | None) -> float:
+    """Of the slopes of a nearly certain student, against float64."""
+    exact = slopes_of(_fused_torch.chunk, k, certain_student(), torch.float64)
+    return relative_error(slopes_of(chunk, k, certain_student(), torch.float32), exact)
+
+
 def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:
     """How much longer or shorter a row of slopes, seen along itself, is in bf16: with its gain, and without."""
-    rng = torch.Generator().manual_seed(12)
-    rows, vocabulary = 16, 507
-    student, teacher = (torch.randn(rows, vocabulary, generator=rng) * 8 for _ in range(2))
-    tokens = torch.randint(vocabulary, (rows,), generator=rng)
-    recipe = Recipe(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
-
-    def slope(dtype: torch.dtype, gain: Tensor | None) -> Tensor:
-        made = Slope(torch.empty(rows, vocabulary, dtype=dtype), gain)
-        stats = torch.empty(len(TokenStats._fields), rows)
-        sides = Side(student.clone(), None), Side(teacher.clone(), None)
-        chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
-        return made.values.double()
-
-    exact = slope(torch.float32, None)
-    gain = torch.empty(rows)
-    along = (slope(torch.bfloat16, gain) * exact).sum(1) / exact.square().sum(1)
+    logits, gain = strangers(16, 507, 8.0), torch.empty(16)
+    exact = slopes_of(chunk, k, logits, torch.float32)
+    along = (slopes_of(chunk, k, logits, torch.bfloat16, gain) * exact).sum(1) / exact.square().sum(1)
     return (gain * along - 1).abs().max().item(), (along - 1).abs().max().item()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fused_cases import Case, lost_length, make_case, relative_error
+from fused_cases import Case, lost_length, make_case, relative_error, saturated_error
 from torch import Tensor
 
 from sdpo.kernels import _launch
@@ -152,6 +152,8 @@ def main() -> None:
     parts, gain = torch.randn(3, 4, 1030), torch.rand(4)
     ours = joined(parts, gain, torch.empty(4, 1030))
     results["joined"] = relative_error(ours, gain.double()[:, None] * parts.double().sum(0))
+    results["saturated"] = saturated_error(_launch.chunk, 100)
+    results["saturated, full"] = saturated_error(_launch.chunk, None)
     results["gain"] = lost_length(_launch.chunk, 100)[0]
     results["gain, full"] = lost_length(_launch.chunk, None)[0]
     results["selection"] = selection_error(last_ties=False)

@@ -53,7 +53,7 @@ def test_kernels_equal_the_torch_backend(results: dict[str, float]) -> None:
     # rounded to the dtype of what it belongs to. The interpreter cuts bf16 off, so that the tail, which the gain
     # is not made of, is always a little short.
     rounded = {f"{dtype} gradient": torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
-    known = {"nearly agreeing models": 2e-4, "gain": 2e-4} | rounded
+    known = {"nearly agreeing models": 2e-4, "saturated": 1e-4, "gain": 2e-4} | rounded
     allowed = {name: known.get(name.split(", ")[0], 2e-5) for name in errors}
     assert not {name: error for name, error in errors.items() if not error < allowed[name]}
 

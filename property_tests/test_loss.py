@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from fused_cases import certain_student, relative_error
 from hypothesis import strategies as st
 from strategies import (
     Claim,
@@ -427,6 +429,37 @@ def test_support_without_teacher_mass_is_infinitely_far() -> None:
     for tail in ("bucket", "renormalize"):
         assert topk_distillation_loss(student, teacher, k=1, alpha=1.0, tail=tail).item() == math.inf  # type: ignore[arg-type]
         assert topk_distillation_loss(student, teacher, k=1, alpha=0.5, tail=tail).isfinite()  # type: ignore[arg-type]
+
+
+CERTAIN = {
+    "top-K": lambda p, q: topk_distillation_loss(p, q, k=100, alpha=0.5, tail="bucket"),
+    "reverse": lambda p, q: topk_distillation_loss(p, q, k=100, alpha=1.0, tail="renormalize"),
+    "full": lambda p, q: full_distillation_loss(p, q, alpha=0.5),
+    "sampled": lambda p, q: sampled_token_distillation_loss(p, q, torch.zeros(len(p), dtype=torch.long)),
+}
+
+
+def gradient_error(loss: Callable[..., Tensor]) -> float:
+    """In float32, of a student that is nearly certain of what its teacher doubts, against float64."""
+    student, teacher = certain_student()
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = student.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(leaf, teacher.to(dtype)).sum(), leaf)[0]
+
+    return relative_error(gradient(torch.float32), gradient(torch.float64))
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(name: str) -> None:
+    assert gradient_error(CERTAIN[name]) < 2e-5
+
+
+def test_without_a_reference_the_digits_are_lost() -> None:
+    def twin(student: Tensor, teacher: Tensor) -> Tensor:
+        return generalized_jsd(student.log_softmax(-1), teacher.log_softmax(-1), alpha=0.5)
+
+    assert gradient_error(twin) > 1e-3
 
 
 @pytest.mark.parametrize(

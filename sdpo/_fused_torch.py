@@ -57,7 +57,16 @@ def divergence(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tens
         delta = (log_q - log_p).masked_fill(no_p & no_q, 0.0).clamp(-80.0, 80.0)
         g = (1 - alpha) * p * _log_over_mixture(delta, alpha)
         terms = g + alpha * q * _log_over_mixture(-delta, 1 - alpha)
-    return terms.sum(dim=1), g - g.sum(dim=1, keepdim=True) * p
+    return terms.sum(dim=1), _balanced(g - g.sum(dim=1, keepdim=True) * p, p)
+
+
+def _balanced(slopes: Tensor, p: Tensor) -> Tensor:
+    """Slopes [c, M], which sum to 0, with the one of a nearly certain category as minus the sum of the others.
+
+    By itself it is g − G·p, a difference of near equals.
+    """
+    large = p > 0.5
+    return torch.where(large, -slopes.masked_fill(large, 0.0).sum(dim=1, keepdim=True), slopes)
 
 
 def _kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor, no_p: Tensor, no_q: Tensor) -> Tensor:

@@ -24,8 +24,16 @@ def upcast(values: Tensor) -> Tensor:
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities [..., V] of logits [..., V] in the working precision; −∞ stays −∞ with gradient 0."""
-    return torch.log_softmax(upcast(logits), dim=-1)
+    """Log-probabilities [..., V] of logits [..., V] in the working precision; −∞ stays −∞ with gradient 0.
+
+    The gradient with respect to a logit is g − p·Σg, for a nearly certain token a difference of near equals. Taken
+    relative to that token's logit, in value and gradient, it is minus the sum of all others instead.
+    """
+    logits = upcast(logits)
+    if logits.requires_grad:
+        top = logits.gather(-1, logits.argmax(dim=-1, keepdim=True))
+        logits = logits - top.masked_fill(top.isneginf(), 0.0)
+    return torch.log_softmax(logits, dim=-1)
 
 
 def logsumexp(values: Tensor) -> Tensor:

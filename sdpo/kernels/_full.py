@@ -21,12 +21,12 @@ def normalizers(tops, masses, moments, normalizer, entropy, BLOCKS, BLOCK_B: tl.
 
 @triton.jit
 def full_terms(
-    products_p, products_q, bias_p, bias_q, norm_p, norm_q, values, commons, V,
+    products_p, products_q, bias_p, bias_q, norm_p, norm_q, values, commons, smalls, masses, V,
     inner_p, outer_p, inner_q, outer_q, alpha, rest,
     BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per block of columns: the divergence's terms and g = ∂/∂log p, summed."""
+    """Per block of columns, sums: the divergence's terms, g = ∂/∂log p, and g and p where p is at most a half."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
@@ -36,20 +36,26 @@ def full_terms(
     place = row * tl.num_programs(1) + block
     tl.store(values + place, tl.sum(terms, 0))
     tl.store(commons + place, tl.sum(g, 0))
+    p = tl.exp(log_p)
+    tl.store(smalls + place, tl.sum(tl.where(p > 0.5, 0.0, g), 0))
+    tl.store(masses + place, tl.sum(tl.where(p > 0.5, 0.0, p), 0))
 
 
 @triton.jit
 def full_rows(
-    values, commons, norm_p, norm_q, token_p, token_q, old, extra, slope_weights, lift,
-    stats, common, scale, width, BLOCKS, clip, log_clip, chain,
+    values, commons, smalls, masses, norm_p, norm_q, token_p, token_q, old, extra, slope_weights, lift,
+    stats, common, small, small_mass, scale, width, BLOCKS, clip, log_clip, chain,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Loss and weights of each row, written to ``stats``; G = Σ g and the gradient's scale, for ``full_slopes``."""
+    """Loss and weights of each row into ``stats``; its sums and the gradient's scale, for ``full_slopes``."""
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, BLOCK_B)
     real = blocks < BLOCKS
     value = tl.sum(tl.load(values + row * BLOCKS + blocks, mask=real, other=0.0), 0)
-    tl.store(common + row, tl.sum(tl.load(commons + row * BLOCKS + blocks, mask=real, other=0.0), 0))
+    place = row * BLOCKS + blocks
+    tl.store(common + row, tl.sum(tl.load(commons + place, mask=real, other=0.0), 0))
+    tl.store(small + row, tl.sum(tl.load(smalls + place, mask=real, other=0.0), 0))
+    tl.store(small_mass + row, tl.sum(tl.load(masses + place, mask=real, other=0.0), 0))
     log_token = tl.load(token_p + row) - tl.load(norm_p + row)
     weight, clipped, slope_weight = loss_weights(
         log_token, old, extra, slope_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
@@ -64,7 +70,8 @@ def full_rows(
 
 @triton.jit
 def full_slopes(
-    products_p, products_q, bias_p, bias_q, norm_p, norm_q, common, scale, slopes, wholes, kepts, V,
+    products_p, products_q, bias_p, bias_q, norm_p, norm_q, common, small, small_mass, scale,
+    slopes, wholes, kepts, V,
     inner_p, outer_p, inner_q, outer_q, alpha, rest,
     BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
     MODE: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,7 +83,11 @@ def full_slopes(
     z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
     log_p, log_q = z_p - tl.load(norm_p + row), z_q - tl.load(norm_q + row)
     _, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
-    slope = (g - tl.load(common + row) * tl.exp(log_p)) * tl.load(scale + row)
+    p = tl.exp(log_p)
+    slope = g - tl.load(common + row) * p
+    # g − G·p of a nearly certain token is a difference of near equals; with the others' mass for 1 − p it is not.
+    certain = g * tl.load(small_mass + row) - tl.load(small + row) * p
+    slope = tl.where(p > 0.5, certain, slope) * tl.load(scale + row)
     if SOFTCAP_P:
         capped = z_p / outer_p
         slope = tl.where(z_p == -float("inf"), 0.0, slope * (1.0 - capped * capped))

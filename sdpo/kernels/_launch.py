@@ -112,16 +112,18 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
             model.products, model.bias, rows.tokens, token_logits[i], vocabulary, model.inner, model.outer,
             BIAS=model.has_bias, SOFTCAP=model.softcap, num_warps=1,
         )  # fmt: skip
-    values, commons, common, scale = new(grid), new(grid), new(count), new(count)
+    block_terms, row_sums = new(4, *grid), new(3, count)
+    values, commons = block_terms[:2]
+    scale = new(count)
     both = (p.products, q.products, p.bias, q.bias, *normalizers)
     maps = (vocabulary, p.inner, p.outer, q.inner, q.outer, recipe.alpha, 1 - recipe.alpha)
     flags: dict[str, Any] = {
         "BIAS_P": p.has_bias, "BIAS_Q": q.has_bias, "SOFTCAP_P": p.softcap, "SOFTCAP_Q": q.softcap,
         "MODE": _mode(recipe), "BLOCK": FULL_BLOCK, "num_warps": FULL_WARPS,
     }  # fmt: skip
-    _full.full_terms[grid](*both, values, commons, *maps, **flags)
+    _full.full_terms[grid](*both, *block_terms, *maps, **flags)
     _full.full_rows[(count,)](
-        values, commons, *normalizers, *token_logits, *_weight_pointers(rows, stats), stats, common, scale,
+        *block_terms, *normalizers, *token_logits, *_weight_pointers(rows, stats), stats, *row_sums, scale,
         stats.stride(0), grid[1], *_clip(recipe), _chain(p, recipe)[0],
         **_weight_flags(rows, recipe), BLOCK_B=_power(grid[1]), num_warps=1,
     )  # fmt: skip
@@ -131,7 +133,7 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     known.teacher_log_tail.fill_(-math.inf)
     if slope is not None:
         _full.full_slopes[grid](
-            *both, common, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
+            *both, *row_sums, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
         )
         if slope.gain is not None:
             whole, kept = values.sum(dim=1), commons.sum(dim=1)

@@ -132,7 +132,13 @@ def topk_rows(
             value += term
             common += g_tail
             tail_slope = tl.where(log_tail_p == -float("inf"), 0.0, g_tail - common * tl.exp(log_tail_p))
-        slope = g - common * tl.exp(log_p)
+        p = tl.exp(log_p)
+        slope = g - common * p
+        # Slopes sum to 0. That of a nearly certain category is a difference of near equals: the others have it.
+        others = tl.sum(tl.where(p > 0.5, 0.0, slope), 0)
+        slope = tl.where(p > 0.5, -(others + tail_slope), slope)
+        if BUCKET:
+            tail_slope = tl.where(tl.exp(log_tail_p) > 0.5, -others, tail_slope)
 
     weight, clipped, scale = loss_weights(
         log_token, old, extra, slope_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
