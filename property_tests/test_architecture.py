@@ -156,6 +156,27 @@ def test_optional_libraries_are_not_imported_at_the_top_of_the_adapter(name: str
     assert top & {"peft", "bitsandbytes", "unsloth", "triton", "matplotlib", "tqdm", "vllm"} == set()
 
 
+def catch_alls(source: str) -> list[int]:
+    """Lines of the handlers that would swallow a mistake with whatever they were meant for."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or re.search(r"\b(Base)?Exception\b", ast.unparse(node.type)))
+    ]
+
+
+@pytest.mark.parametrize("name", {**modules(CORE), **modules(ADAPTER)})
+def test_no_handler_catches_everything(name: str) -> None:
+    assert not catch_alls({**modules(CORE), **modules(ADAPTER)}[name].read_text())
+
+
+@pytest.mark.parametrize("clause", ["", " Exception", " BaseException as e", " (OSError, Exception)"])
+def test_the_check_of_handlers_can_fail(clause: str) -> None:
+    assert catch_alls(f"try:\n    pass\nexcept{clause}:\n    pass") == [3]
+    assert not catch_alls("try:\n    pass\nexcept (OSError, MyException):\n    pass")
+
+
 def test_adapters_is_a_source_root_and_no_package() -> None:
     assert not (ROOT / "adapters" / "__init__.py").exists()
     assert not (ROOT / "property_tests" / "__init__.py").exists()

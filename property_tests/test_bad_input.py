@@ -382,11 +382,32 @@ TRAINER = [
         TypeError,
         ("train_dataset", "prompt 0", "string", "got 1"),
     ),
+    *(
+        Case(
+            f"{name}, before the training",
+            lambda path, name=name: tiny.trainer(
+                path, start=silent(), train_dataset=tiny.conversations(4, **{name: [None, "cat", None, None]})
+            ),
+            ValueError,
+            ("train_dataset", f"rows carry {name};", "text only", "drop the column", "enabled=False"),
+        )
+        for name in ("image", "images", "audio", "video")
+    ),
     Case(
-        "images",
-        lambda path: train(path, train_dataset=tiny.conversations(4, image=["cat.png"] * 4)),
+        "images of an evaluation",
+        lambda path: tiny.trainer(
+            path, start=silent(), eval_dataset=tiny.conversations(4, images=[[], ["cat.png"], [], []])
+        ),
         ValueError,
-        ("image", "text only", "drop the column"),
+        ("eval_dataset", "rows carry images;", "text only"),
+    ),
+    Case(
+        "images, row by row",
+        lambda path: train(
+            path, train_dataset=tiny.conversations(8, image=["cat.png"] * 8).to_iterable_dataset()
+        ),
+        ValueError,
+        ("rows carry image;", "text only", "drop the column"),
     ),
     Case(
         "no pad token",
@@ -486,7 +507,30 @@ TRAINER = [
         "an argument that nobody takes",
         lambda path: SDPOTrainer(model=silent(), args=tiny.arguments(path), sdpo_cfg=SDPOConfig()),
         TypeError,
-        ("sdpo_cfg",),
+        ("SDPOTrainer", "'sdpo_cfg'", "did you mean sdpo_config?"),
+    ),
+    *(
+        Case(
+            f"another trainer's word, {name}",
+            lambda path, name=name: SDPOTrainer(
+                model=silent(), args=tiny.arguments(path), reward_funcs=tiny.judge, **{name: None}
+            ),
+            TypeError,
+            ("SDPOTrainer", repr(name), "did you mean", *meant),
+        )
+        for name, *meant in (
+            ("config", "sdpo_config", "args"),
+            ("tokenizer", "processing_class"),
+            ("training_args", "args"),
+            ("dataset", "train_dataset"),
+            ("reward_functions", "reward_funcs"),
+        )
+    ),
+    Case(
+        "a word that is like no other",
+        lambda path: SDPOTrainer(model=silent(), args=tiny.arguments(path), zzz=1),
+        TypeError,
+        ("SDPOTrainer", "'zzz'", "expected one of", "'processing_class'", "'sdpo_config'", "'train_dataset'"),
     ),
 ]
 
@@ -499,6 +543,28 @@ def test_trainer(case: Case, tmp_path: Path) -> None:
 def test_a_good_trainer_does_ask_the_model_to_generate(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="asked to generate"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"image": [None] * 8}, {"images": [[]] * 8}, {"audio": [None] * 8, "video": [[]] * 8}],
+    ids=lambda columns: ", ".join(columns),
+)
+def test_columns_that_hold_no_media_are_accepted(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path, train_dataset=tiny.conversations(**columns))
+
+
+def test_arrays_are_media_and_empty_ones_are_not(tmp_path: Path) -> None:
+    """Of an array of several numbers the truth cannot be asked."""
+    for shape, refused in (((8, 3), True), ((8, 0), False)):
+        data = tiny.conversations(image=torch.zeros(shape).tolist()).with_format(
+            "numpy", columns=["image"], output_all_columns=True
+        )
+        with pytest.raises(
+            ValueError if refused else AssertionError, match="image" if refused else "generate"
+        ):
+            train(tmp_path, train_dataset=data)
 
 
 @pytest.mark.parametrize(
@@ -553,6 +619,12 @@ REWARDS = [
     ),
     Case(
         "too many", returning(lambda rows: [0.0] * (rows + 1)), ValueError, (NAME, "9 items", "8 completions")
+    ),
+    Case(
+        "scores, and then texts",
+        returning(lambda rows: ([0.0] * rows, ["why"] * rows)),
+        ValueError,
+        (NAME, "pair of lists", "one (score, feedback) pair per row", "list(zip(scores, texts))"),
     ),
     Case("none at all", returning(None), TypeError, (NAME, "NoneType", "one item per row")),
     Case("one number", returning(1.0), TypeError, (NAME, "float", "one item per row")),

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from sdpo_rl.alignment import left_pad, position_ids
@@ -19,6 +19,7 @@ from sdpo_rl.hidden_states import (
     forward_arguments,
     head_transform,
     linear_head,
+    plain_head,
     transform_matches,
 )
 
@@ -68,6 +69,26 @@ def head_trained_in_full() -> nn.Module:
     return model.eval()
 
 
+def layer_twice() -> nn.Module:
+    model = build("Llama")
+    model.model.layers[1] = model.model.layers[0]
+    model.config.use_cache = False  # it has one entry for each layer
+    return model
+
+
+def parameter_twice() -> nn.Module:
+    """Two modules of one layer hold the same parameter, each in a place of its own."""
+    model = build("Llama", num_key_value_heads=2)
+    model.model.layers[1].self_attn.k_proj.weight = model.model.layers[1].self_attn.v_proj.weight
+    return model
+
+
+def tied_tokens() -> nn.Module:
+    """A few trained rows of a tied embedding: the head wraps the same rows."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    return get_peft_model(build("Qwen2", tie_word_embeddings=True), config).eval()
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2, tied": lambda: build("Qwen2", tie_word_embeddings=True),
     "qwen3": lambda: build("Qwen3", head_dim=8),
@@ -88,9 +109,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
             eos_token_id=1,
         )
     ).eval(),
+    "one layer twice": layer_twice,
+    "one parameter twice": parameter_twice,
     "lora": adapted,
     "lora with a trained head": head_trained_in_full,
 }
+# Heads that are more than one linear map.
+WRAPPED: dict[str, Callable[[], nn.Module]] = {"lora with trained tokens, tied": tied_tokens}
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16]]
 LENGTH = 3
 
@@ -146,6 +171,53 @@ def test_other_weights_are_the_other_model_and_leave_this_one_alone(name: str) -
         torch.testing.assert_close(also, alone(other, row), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert (swapped[0] - alone(model, ROWS[0])).abs().max() > 1e-2
+
+
+def every_name(model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    return {n: (p, p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
+
+
+def unmoved(model: nn.Module, before: dict[str, tuple[nn.Parameter, Tensor]]) -> bool:
+    """Under every name the very same parameter, with the very same bits."""
+    now = dict(model.named_parameters(remove_duplicate=False))
+    return now.keys() == before.keys() and all(
+        now[n] is p and torch.equal(p.detach().view(torch.uint8), bits.view(torch.uint8))
+        for n, (p, bits) in before.items()
+    )
+
+
+class BrokenError(Exception):
+    """What a forward stops with in the middle."""
+
+
+def break_down(*_: Any) -> None:
+    raise BrokenError
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["", "breaks down"])
+@pytest.mark.parametrize("name", [*MODELS, *WRAPPED])
+@torch.no_grad()
+def test_a_forward_with_other_weights_gives_the_very_parameters_back(name: str, breaks: bool) -> None:
+    model = {**MODELS, **WRAPPED}[name]()
+    before = every_name(model)
+    params = {n: p.detach() + 1.0 for n, p in model.named_parameters() if p.requires_grad}
+    if breaks:
+        model.get_output_embeddings().register_forward_pre_hook(break_down)
+    for forward in (completion_logits, completion_states) if name in MODELS else (completion_logits,):
+        if breaks:
+            with pytest.raises(BrokenError):
+                forward(model, model, arguments(model), length=LENGTH, params=params)
+        else:
+            forward(model, model, arguments(model), length=LENGTH, params=params)
+        assert unmoved(model, before)
+
+
+def test_the_comparison_rejects_a_parameter_that_came_back_as_a_tensor() -> None:
+    model = layer_twice()
+    before = every_name(model)
+    params = {n: p.detach() + 1.0 for n, p in model.named_parameters()}
+    torch.func.functional_call(model, params, kwargs=arguments(model), tie_weights=True)
+    assert not unmoved(model, before)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -309,15 +381,41 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     ids=["sequence", "no weight", "quantized"],
 )
 def test_a_head_that_is_not_one_linear_map_is_refused_by_name(head: nn.Module, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"LM head is a {kind}.*loss_backend='logits'"):
+    with pytest.raises(ValueError, match=rf"LM head is a \S+\.{kind}, .*loss_backend='logits'"):
         linear_head(head)
 
 
-def test_an_adapted_head_is_refused() -> None:
-    config = LoraConfig(r=2, target_modules=["lm_head"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["lm_head"]),
+        IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+        LoHaConfig(r=2, target_modules=["lm_head"]),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [1]}),
+    ],
+    ids=["lora", "ia3", "loha", "trained tokens"],
+)
+def test_an_adapted_head_is_refused(config: PeftConfig) -> None:
     model = get_peft_model(build("Qwen2", tie_word_embeddings=False), config)
-    with pytest.raises(ValueError, match="target_modules"):
+    assert plain_head(model.get_output_embeddings()) is None
+    with pytest.raises(ValueError, match=r"LM head is a peft\.\S+,.*target_modules.*trainable_token_indices"):
         linear_head(model.get_output_embeddings())
+
+
+class Low(nn.Linear):
+    """An adapter that is a linear layer itself."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.lora_A, self.lora_B = nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.zeros(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
+
+
+def test_an_adapter_that_is_a_linear_layer_is_no_plain_head() -> None:
+    assert plain_head(Low()) is None
+    assert plain_head(nn.Linear(2, 2)) is not None
 
 
 def test_the_tiny_model_itself() -> None:

@@ -1,4 +1,4 @@
-"""Every figure of the README and the guides, from the benchmark record behind it."""
+"""Every figure of the README and the guides, from the record behind it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from sdpo_rl import checks
+
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "examples" / "benchmarks" / "records"
+DEMO = json.loads((ROOT / "examples" / "demo" / "record.json").read_text())
+PICTURE = (ROOT / "docs" / "images" / "demo.svg").read_text()
 README = (ROOT / "README.md").read_text()
 UNSLOTH = (ROOT / "docs" / "unsloth.md").read_text()
 LEVELS = ("flat", "ordinary", "peaked")
@@ -21,15 +27,44 @@ def record(name: str) -> Any:
     return json.loads((RECORDS / f"{name}.json").read_text())
 
 
+def demo_runs(arm: str) -> list[dict[int, float]]:
+    """The held-out probability by samples, one curve per seed."""
+    runs = [run for run in DEMO["runs"] if run["arm"] == arm]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    return [dict(zip(run["samples"], run["probability"], strict=True)) for run in runs]
+
+
+def demo_mean(arm: str) -> dict[int, float]:
+    runs = demo_runs(arm)
+    return {samples: fmean(run[samples] for run in runs) for samples in runs[0]}
+
+
 def loss(shape: int) -> dict[str, dict[str, float]]:
     """Results by name, `over` the time of the products alone."""
-    rows = {row["name"]: row for row in record("loss_h200")["shapes"][shape]["results"] if "ms" in row}
+    rows = {row["name"]: row for row in record("loss-h200")["shapes"][shape]["results"] if "ms" in row}
     return {name: row | {"over": row["ms"] / rows["floor"]["ms"]} for name, row in rows.items()}
 
 
 def exponent(number: float) -> str:
     mantissa, power = f"{number:.0e}".split("e")
     return f"{mantissa}e{int(power)}"
+
+
+def readme_demo() -> Iterator[str]:
+    labels = {
+        "SDPO": "SDPO",
+        "SDPO, peers' solutions only": "SDPO, peers only",
+        "SDPO, shuffled feedback": "SDPO, shuffled feedback",
+        "GRPO": "GRPO",
+    }
+    assert list(labels.values()) == list(DEMO["arms"])
+    chosen = [samples for samples in demo_mean("SDPO") if samples % 1024 == 0]
+    seeds = len(demo_runs("SDPO"))
+    head = f"held-out probability of the right answer, mean of {seeds} seeds"
+    yield f"| {head} | {' | '.join(map(str, chosen))} samples |"
+    for label, arm in labels.items():
+        mean = demo_mean(arm)
+        yield f"| {label} | {' | '.join(f'{mean[samples]:.2f}'.lstrip('0') for samples in chosen)} |"
 
 
 def readme_loss() -> Iterator[str]:
@@ -61,7 +96,7 @@ def readme_step() -> Iterator[str]:
 
 
 def readme_accuracy() -> Iterator[str]:
-    known = record("loss_accuracy_h200")
+    known = record("loss-accuracy-h200")
     ours = [known[level]["errors"]["fused"] for level in LEVELS]
     peers = [
         known[level]["errors"][name]
@@ -127,7 +162,7 @@ def guide() -> Iterator[str]:
 PAGES = [
     *(
         (README, line)
-        for part in (readme_loss, readme_step, readme_accuracy, readme_recipe)
+        for part in (readme_demo, readme_loss, readme_step, readme_accuracy, readme_recipe)
         for line in part()
     ),
     *((UNSLOTH, line) for line in guide()),
@@ -140,10 +175,55 @@ def test_a_figure_is_the_record_s(page: str, line: str) -> None:
 
 
 def test_another_figure_would_be_noticed() -> None:
-    page, line = PAGES[0]
+    page, line = next(readme for readme in PAGES if "fused" in readme[1])
     assert line.replace("1.", "2.") not in page
 
 
+def check_picture(picture: str) -> None:
+    """Every seed's curve and every mean, read off by the ticks; a coordinate has one decimal."""
+    svg = ElementTree.fromstring(picture)
+    places = {(t.get("text-anchor"), t.text): t for t in svg.findall("{*}text")}
+    left, right = (float(places["middle", tick].get("x", "")) for tick in ("0", "5120"))
+    bottom, top = (float(places["end", tick].get("y", "")) - 4 for tick in ("0", "1"))
+    arms = list(DEMO["arms"])
+    curves = [(arm, curve) for arm in arms for curve in demo_runs(arm)] + [
+        (arm, demo_mean(arm)) for arm in arms
+    ]
+    for line, (arm, curve) in zip(svg.findall("{*}polyline"), curves, strict=True):
+        assert line.get("stroke") == places[None, f"{arm} {demo_mean(arm)[5120]:.2f}"].get("fill")
+        points = [tuple(map(float, point.split(","))) for point in line.get("points", "").split()]
+        expected = [
+            (left + samples / 5120 * (right - left), bottom + probability * (top - bottom))
+            for samples, probability in curve.items()
+        ]
+        assert points == [pytest.approx(point, abs=0.06) for point in expected]
+
+
+def test_the_picture_shows_the_record() -> None:
+    check_picture(PICTURE)
+    first = ElementTree.fromstring(PICTURE).findall("{*}polyline")[0].get("points", "")
+    lower = first[:-1] + str((int(first[-1]) + 5) % 10)
+    for other in (PICTURE.replace(first, lower), PICTURE.replace(">SDPO 0.", ">SDPO 1.")):
+        with pytest.raises((AssertionError, KeyError)):
+            check_picture(other)
+
+
+def test_what_the_readme_says_of_the_demo_holds() -> None:
+    seconds = [sum(run["seconds"] for run in DEMO["runs"] if run["seed"] == seed) for seed in range(3)]
+    assert max(seconds) < 120
+    sdpo, peers, grpo = (demo_mean(arm) for arm in ("SDPO", "SDPO, peers only", "GRPO"))
+    assert all(sdpo[samples] > max(peers[samples], grpo[samples]) for samples in sdpo if samples)
+    assert peers[5120] == pytest.approx(grpo[5120], abs=0.01)
+    for right, shuffled in zip(demo_runs("SDPO"), demo_runs("SDPO, shuffled feedback"), strict=True):
+        assert shuffled[1024] - shuffled[0] < (right[1024] - right[0]) / 2
+
+
+def test_the_readme_names_the_options_that_are_refused() -> None:
+    named = re.search(r"is refused \(([^)]*)\)", README)
+    assert named
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(checks._NOT_OURS)
+
+
 def test_records_name_no_machine() -> None:
-    for path in RECORDS.glob("*.json"):
+    for path in (*RECORDS.glob("*.json"), ROOT / "examples" / "demo" / "record.json"):
         assert not re.search(r"[\"' =]/\w", path.read_text()), path

@@ -75,6 +75,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         tiny.model(tie_word_embeddings=False), modules_to_save=["lm_head", "embed_tokens"]
     ),
     "LoRA, tied head": lambda: lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    "LoRA, tokens of a tied embedding": lambda: lora(trainable_token_indices=[80, 81]),
+    "LoRA, tokens of an untied embedding": lambda: lora(
+        tiny.model(tie_word_embeddings=False), trainable_token_indices=[80, 81]
+    ),
     "DoRA": lambda: lora(use_dora=True),
     "prompt tuning": prompt_tuned,
 }
@@ -177,6 +181,35 @@ def test_a_quantized_base_is_shared_and_never_averaged(tmp_path: Path, bits: int
     for name, p in model.named_parameters():
         assert name not in frozen_before or torch.equal(p, frozen_before[name]), name
     check(trainer, students)
+
+
+class BrokenError(Exception):
+    """What a teacher's forward stops with in the middle."""
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_teacher_that_breaks_down_leaves_the_student_its_very_parameters(tmp_path: Path, name: str) -> None:
+    def in_the_teacher_s(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            raise BrokenError
+
+    trainer, _ = run(MODELS[name](), tmp_path)
+    model = trainer._unwrapped
+    head = model.get_output_embeddings()
+    before = {n: (p, p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
+    modes = [module.training for module in model.modules()]
+    inputs = trainer._prepare_inputs([*tiny.conversations()])
+    head.register_forward_pre_hook(in_the_teacher_s)
+    with pytest.raises(BrokenError):
+        trainer.compute_loss(trainer.model, inputs)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    for n, (p, bits) in before.items():
+        assert after[n] is p, n
+        assert torch.equal(p.detach().view(torch.uint8), bits.view(torch.uint8)), n
+    assert modes == [module.training for module in model.modules()]
+    assert torch.is_grad_enabled()
 
 
 def test_the_comparison_rejects_a_teacher_that_leaves_something_out(tmp_path: Path) -> None:

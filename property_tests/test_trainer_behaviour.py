@@ -16,7 +16,7 @@ import torch
 import trl
 from by_hand import ByHand, Method, Recorder, trainable
 from datasets import Dataset
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
@@ -683,6 +683,62 @@ def test_a_question_that_leaves_no_room_teaches_nothing(tmp_path: Path) -> None:
     for name in ("success_sample", "feedback_used", "reprompt_sample"):
         assert logs(trainer, f"{PREFIX}{name}_fraction") == [0.0]
     assert logs(trainer, f"{PREFIX}feedback_available_fraction")[0] > 0.0
+
+
+# --- heads that cannot be fused ---------------------------------------------------------------------------
+
+IN_THE_HEAD: dict[str, tuple[Callable[[], PeftConfig], bool]] = {
+    "trained tokens of a tied embedding": (
+        lambda: LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[80, 81]),
+        True,
+    ),
+    "trained tokens of the head": (
+        lambda: LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [80]}),
+        False,
+    ),
+    "ia3": (lambda: IA3Config(target_modules=["lm_head", "q_proj"], feedforward_modules=[]), False),
+    "loha": (lambda: LoHaConfig(r=2, target_modules=["lm_head", "q_proj"]), False),
+}
+
+
+def with_an_adapted_head(folder: Path, name: str, backend: str, patch: pytest.MonkeyPatch) -> Any:
+    # TRL refuses some of these for its own loss's sake, as its releases and their patched copies do or do not.
+    patch.setattr("trl.trainer.grpo_trainer.BaseTunerLayer", type("None of them", (), {}), raising=False)
+    make, tied = IN_THE_HEAD[name]
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.model(tie_word_embeddings=tied), make())
+    return tiny.trainer(folder, start=model, sdpo_config=tiny.config(loss_backend=backend))
+
+
+@pytest.mark.parametrize("name", IN_THE_HEAD)
+def test_an_adapted_head_is_trained_with_whole_logits(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends = {}
+    for backend in ("auto", "logits"):
+        trainer = with_an_adapted_head(tmp_path, name, backend, monkeypatch)
+        before = trainable(trainer.model)
+        caplog.clear()
+        trainer.train()
+        ends[backend] = trainable(trainer.model)
+        assert not trainer._fused
+        warned = [r for r in caplog.records if "falling back to loss_backend='logits'" in r.getMessage()]
+        assert len(warned) == (backend == "auto")
+        head = [n for n in before if "lm_head" in n or "token" in n]
+        assert head
+        assert any(not torch.equal(before[n], ends[backend][n]) for n in head)
+    assert same(ends["auto"], ends["logits"])
+
+
+@pytest.mark.parametrize("name", IN_THE_HEAD)
+def test_a_backend_that_was_asked_for_refuses_an_adapted_head(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = with_an_adapted_head(tmp_path, name, "torch", monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"LM head is a peft\.\S+, not a plain linear layer.*loss_backend='logits'"
+    ):
+        trainer.train()
 
 
 def test_one_class_one_name() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
@@ -11,6 +13,16 @@ from .feedback import check_column
 from .prompts import check_prompts
 
 _ROWS_CHECKED = 1000
+_MEDIA = ("image", "images", "audio", "video")
+# What other trainers call it, where the nearest name would mislead.
+_KEYWORDS = {
+    "config": "sdpo_config (for an SDPOConfig) or args (for a GRPOConfig)",
+    "dataset": "train_dataset",
+    "grpo_config": "args",
+    "training_args": "args",
+    "tokenizer": "processing_class",
+    "processor": "processing_class",
+}
 # What `GRPOConfig` can add to GRPO's loss: the value that leaves it out, and what it would be.
 _NOT_OURS: dict[str, tuple[Any, str]] = {
     "beta": (0.0, "a KL penalty"),
@@ -24,7 +36,7 @@ _NOT_OURS: dict[str, tuple[Any, str]] = {
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """A map-style dataset is not empty, has prompts that can be reprompted, and feedback, if any, that is text."""
+    """A map-style dataset is not empty, has prompts that can be reprompted, no media, and only text as feedback."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     if isinstance(dataset, dict):
@@ -42,6 +54,11 @@ def check_dataset(dataset: Any, name: str) -> None:
         check_prompts(list(islice(dataset["prompt"], _ROWS_CHECKED)))
         if "feedback" in columns:
             check_column(islice(dataset["feedback"], _ROWS_CHECKED))
+        _refuse_media(
+            media
+            for media in _MEDIA
+            if media in columns and any(map(_holds_media, islice(dataset[media], _ROWS_CHECKED)))
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 
@@ -56,6 +73,28 @@ def check_tokenizer(processing_class: Any) -> None:
             "processing_class has no pad token; set one before building the trainer, for example "
             "`tokenizer.pad_token = tokenizer.eos_token`"
         )
+
+
+def check_keywords(keywords: Iterable[str], trainer: type, own: Iterable[str]) -> None:
+    """Every keyword is one of SDPOTrainer's `own` or one that `trainer`, the class below it, takes."""
+    accepted = set(own)
+    # A constructor that hands on what it does not know is followed by the next one down.
+    for constructor in (vars(cls)["__init__"] for cls in trainer.__mro__ if "__init__" in vars(cls)):
+        parameters = inspect.signature(constructor).parameters.values()
+        accepted |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    for name in keywords:
+        if name not in accepted:
+            nearest = _KEYWORDS.get(name) or next(iter(get_close_matches(name, accepted, n=1)), None)
+            raise TypeError(
+                f"SDPOTrainer takes no keyword {name!r}; "
+                + (
+                    f"did you mean {nearest}?"
+                    if nearest
+                    else f"expected one of {sorted(accepted - {'self'})}"
+                )
+            )
 
 
 def check_groups(args: Any) -> None:
@@ -113,11 +152,19 @@ def check_reward_functions(reward_funcs: Any) -> None:
 
 def check_rows(rows: Sequence[Any]) -> None:
     """The rows of a generation batch: text prompts that end with a user turn, feedback that is text, no media."""
-    media = sorted({name for row in rows for name in ("image", "images", "audio", "video") if row.get(name)})
-    if media:
+    _refuse_media(media for media in _MEDIA if any(_holds_media(row.get(media)) for row in rows))
+    check_prompts([row["prompt"] for row in rows if "prompt" in row])
+    check_column(row.get("feedback") for row in rows)
+
+
+def _refuse_media(names: Iterable[str]) -> None:
+    if media := sorted(names):
         raise ValueError(
             f"rows carry {', '.join(media)}; SDPO reprompts text only: drop the column, or set "
             "SDPOConfig(enabled=False)"
         )
-    check_prompts([row["prompt"] for row in rows if "prompt" in row])
-    check_column(row.get("feedback") for row in rows)
+
+
+def _holds_media(value: Any) -> bool:
+    """Neither nothing nor an empty list; of arrays the truth is not asked."""
+    return value is not None and getattr(value, "__len__", lambda: 1)() > 0

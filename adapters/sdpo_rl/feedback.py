@@ -35,6 +35,11 @@ def split_rewards(name: str, outputs: Any, rows: int) -> tuple[list[Score], list
         raise TypeError(
             f"reward function {name!r} returned a {type(outputs).__name__}; expected one item per row"
         )
+    if _are_columns(items, rows):
+        raise ValueError(
+            f"reward function {name!r} returned a pair of lists of {rows}; expected one (score, feedback) pair per "
+            "row, e.g. list(zip(scores, texts))"
+        )
     if len(items) != rows:
         raise ValueError(
             f"reward function {name!r} returned {len(items)} items for {rows} completions; expected exactly one "
@@ -42,6 +47,14 @@ def split_rewards(name: str, outputs: Any, rows: int) -> tuple[list[Score], list
         )
     pairs = [_split_item(name, row, item) for row, item in enumerate(items)]
     return [score for score, _ in pairs], [text for _, text in pairs]
+
+
+def _are_columns(items: list[Any], rows: int) -> bool:
+    """Whether these are the scores of all rows and then their texts, and cannot be two rows."""
+    lists = [item for item in items if isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) == 1]
+    if [len(column) for column in lists] != [rows, rows] or len(items) != 2:
+        return False
+    return rows != 2 or not (items[0][1] is None or isinstance(items[0][1], str))
 
 
 def _split_item(name: str, row: int, item: Any) -> tuple[Score, str | None]:
@@ -111,13 +124,15 @@ class FeedbackCollector:
     passed through. `take` hands out the texts of the last round, those of several functions joined in their
     order, and forgets them.
 
-    `last_feedback` is looked for on the function and on the object whose method it is. What several methods of
-    one object would say with the same list is said once.
+    `last_feedback` is looked for on the function and on the object whose method it is, and counts in the round
+    in which it is set or its list written to. What several methods of one object would say with the same list is
+    said once.
     """
 
     def __init__(self) -> None:
         self._texts: dict[int, list[str | None]] = {}
         self._said: list[Any] = []
+        self._before: dict[int, _Before] = {}
         self._wrapped = 0
 
     def wrap(self, reward_func: Any) -> Any:
@@ -127,10 +142,19 @@ class FeedbackCollector:
         slot, self._wrapped = self._wrapped, self._wrapped + 1
         inner = _unwrap_partial(reward_func)
         name = getattr(inner, "__name__", type(inner).__name__)
+        owner = getattr(inner, "__self__", None)
+        carriers = [getattr(inner, "__func__", inner), *([] if owner is None else [owner])]
+
+        def begin() -> None:
+            for carrier in carriers:
+                # Once a round: what another method of the object has said in it is not old.
+                if id(carrier) not in self._before:
+                    self._before[id(carrier)] = _Before(carrier)
 
         def split(outputs: Any, completions: Sequence[Any]) -> list[Score]:
             scores, texts = split_rewards(name, outputs, len(completions))
-            last = _last_feedback(inner)
+            news = (self._before[id(carrier)].news() for carrier in carriers)
+            last = next((said for said in news if said is not None), None)
             if last is not None and not any(texts) and not any(last is said for said in self._said):
                 self._said.append(last)
                 texts = split_rewards(
@@ -142,11 +166,13 @@ class FeedbackCollector:
         if inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__):
 
             async def wrapped_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[Score]:
+                begin()
                 return split(await reward_func(*args, completions=completions, **kwargs), completions)
 
             return _named(wrapped_async, name, reward_func)
 
         def wrapped(*args: Any, completions: Sequence[Any], **kwargs: Any) -> list[Score]:
+            begin()
             return split(reward_func(*args, completions=completions, **kwargs), completions)
 
         return _named(wrapped, name, reward_func)
@@ -168,6 +194,9 @@ class FeedbackCollector:
         live = [join_feedback([texts[row] for texts in sources]) for row in range(rows)]
         self._texts.clear()
         self._said.clear()
+        for before in self._before.values():
+            before.end()
+        self._before.clear()
         if column is None:
             return live
         check_column(column)
@@ -183,9 +212,41 @@ def _unwrap_partial(function: Callable) -> Callable:
     return function
 
 
-def _last_feedback(function: Any) -> Any:
-    owner = getattr(function, "__self__", None)
-    return getattr(function, "last_feedback", getattr(owner, "last_feedback", None))
+class _Before:
+    """What an object carried as `last_feedback` when a round began, set aside so that only the round's own counts.
+
+    In its place lies a list without texts, of the same length, for those who write into theirs. What the object
+    does not hold itself (its class does, or a property makes it) stays, and counts once it is another list or
+    holds other texts.
+    """
+
+    def __init__(self, carrier: Any) -> None:
+        self._carrier = carrier
+        self._old = self._blank = _carried(carrier)
+        self._texts = list(self._old) if isinstance(self._old, list) else None
+        if self._old is not None and "last_feedback" in getattr(carrier, "__dict__", ()):
+            self._blank = None if self._texts is None else [None] * len(self._texts)
+            carrier.last_feedback = self._blank
+
+    def news(self) -> Any:
+        """What was said since; `None` for nothing."""
+        now = _carried(self._carrier)
+        if now is not self._blank or (now is not self._old and _speaks(now)):
+            return now
+        return self._old if self._texts is not None and self._old != self._texts else None
+
+    def end(self) -> None:
+        """Give the object its own list back, unless it has another by now."""
+        if self._blank is not self._old and (self.news() is None or self.news() is self._old):
+            self._carrier.last_feedback = self._old
+
+
+def _carried(carrier: Any) -> Any:
+    return getattr(carrier, "last_feedback", None)
+
+
+def _speaks(texts: list[Any] | None) -> bool:
+    return texts is not None and any(text is not None for text in texts)
 
 
 def _named(wrapper: Any, name: str, original: Any) -> Any:

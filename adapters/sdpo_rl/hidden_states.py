@@ -18,7 +18,7 @@ from . import ranks
 # or to twice their precision where that is more: scaling and capping round a few times.
 _POSITIONS, _TOLERANCE = 8, 1e-4
 
-_SHARED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+_FURTHER: WeakKeyDictionary[nn.Module, dict[str, list[str]]] = WeakKeyDictionary()
 
 
 class Head(NamedTuple):
@@ -67,25 +67,42 @@ def head_transform(config: Any) -> HeadTransform:
     return HeadTransform(1.0 if scale is None else scale, None if softcap is None else float(softcap))
 
 
-def linear_head(module: Any) -> Any:
+def plain_head(module: Any) -> nn.Linear | None:
     """The linear layer behind an output-embedding module, through PEFT's `modules_to_save` wrapper.
 
-    Raises:
-        ValueError: a head that is not one linear map (an adapter layer, a quantized layer), with the way out.
+    `None` for a head that is more than one linear map of floating-point tensors.
     """
     saved = getattr(module, "modules_to_save", None)
     if isinstance(saved, nn.ModuleDict):
         adapters = getattr(module, "active_adapters", None) or [getattr(module, "active_adapter", "default")]
         name = adapters[0]
         module = saved[name] if name in saved else module.original_module  # noqa: SIM401 - no get() there
-    weight = getattr(module, "weight", None)
-    if hasattr(module, "lora_A") or not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        return None
+    # Adapters of some libraries are linear layers too, with more to them.
+    return module if {name for name, _ in module.named_parameters()} <= {"weight", "bias"} else None
+
+
+def linear_head(module: Any) -> nn.Linear:
+    """`plain_head`, or an error.
+
+    Raises:
+        ValueError: a head that is not one linear map (an adapter layer, a quantized layer), with the way out.
+    """
+    linear = plain_head(module)
+    if linear is None:
         raise ValueError(
-            f"the LM head is a {type(module).__name__}, not a plain linear layer, so its product with the hidden "
+            f"the LM head is a {kind_of(module)}, not a plain linear layer, so its product with the hidden "
             "states cannot be fused; set SDPOConfig(loss_backend='logits'), or keep 'lm_head' out of the "
-            "adapter's target_modules and out of quantization"
+            "adapter's target_modules (and a tied embedding out of its trainable_token_indices) and out of "
+            "quantization"
         )
-    return module
+    return linear
+
+
+def kind_of(module: Any) -> str:
+    """The class of a module with its home: adapters call their layers Linear, too."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def accepts(model: Any, name: str) -> bool:
@@ -192,18 +209,26 @@ def _run(
     if ranks.is_sharded(unwrapped):
         with ranks.exchanged(unwrapped, params):
             return model(**arguments)
-    tied = not _shared_names(unwrapped).isdisjoint(params)
-    return functional_call(unwrapped, dict(params), args=(), kwargs=dict(arguments), tie_weights=tied)
+    further = _further_names(unwrapped)
+    tied = {also: tensor for name, tensor in params.items() for also in further.get(name, ())}
+    # `tie_weights=True` would also take the two names of a shared module for two places, and leave the second
+    # tensor it finds there, its own, where the parameter was.
+    return functional_call(unwrapped, {**params, **tied}, args=(), kwargs=dict(arguments), tie_weights=False)
 
 
-def _shared_names(model: nn.Module) -> frozenset[str]:
-    """Names of parameters that have several; looked for once, where `functional_call` looks in every forward."""
-    if model not in _SHARED:
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        _SHARED[model] = frozenset(name for every in names.values() if len(every) > 1 for name in every)
-    return _SHARED[model]
+def _further_names(model: nn.Module) -> dict[str, list[str]]:
+    """By a parameter's first name, one for each further place that holds it; a module is one place, under any name.
+
+    Looked for once: `functional_call` would look in every forward.
+    """
+    if model not in _FURTHER:
+        places: dict[int, list[str]] = {}
+        for prefix, module in model.named_modules():
+            own = module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+            for name, parameter in own:
+                places.setdefault(id(parameter), []).append(name)
+        _FURTHER[model] = {first: further for first, *further in places.values() if further}
+    return _FURTHER[model]
 
 
 def router_loss(outputs: Any) -> Tensor:

@@ -125,6 +125,14 @@ class MicroBatchLoss(_Trainer):
                 "loss_backend='logits', which holds whole logits in memory."
             )
             return False
+        head: Any = unwrapped.get_output_embeddings()  # type: ignore[operator]
+        if self.sdpo_config.loss_backend == "auto" and hidden_states.plain_head(head) is None:
+            logger.warning(
+                "The LM head is a %s, not a plain linear layer: an adapter or quantization is in it; falling back "
+                "to loss_backend='logits', which holds whole logits in memory.",
+                hidden_states.kind_of(head),
+            )
+            return False
         with self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
             matches = hidden_states.transform_matches(unwrapped, arguments, self._transform)
         if not matches:

@@ -91,6 +91,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
                 "trl.GRPOTrainer was patched after sdpo_rl.SDPOTrainer was imported, so training would run "
                 f"unpatched. Import in this order:\n{unsloth_compat.IMPORT_ORDER}"
             )
+        checks.check_keywords(kwargs, _BASE, own=("sdpo_config",))
         if sdpo_config is not None and not isinstance(sdpo_config, SDPOConfig):
             raise TypeError(f"sdpo_config must be an SDPOConfig, got {type(sdpo_config).__name__}")
         if model is None:

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/loss.py                                  # every shape of this device
     python examples/benchmarks/loss.py --shapes 0 --names fused plain   # a few of them
-    python examples/benchmarks/loss.py --output record.json
+    python examples/benchmarks/loss.py --output examples/benchmarks/records/loss-h200.json
 
 Floor: the matrix products alone, in the chunks the fused loss uses. Memory: the peak above what was there before,
 and the same less the gradients that come out, which nothing can avoid. On a CPU the fused loss meets the plain one,

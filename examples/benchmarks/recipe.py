@@ -1,7 +1,7 @@
 """The 24 GB recipe, case by case: memory, teacher's share, step times and loading times in one table.
 
-    python examples/benchmarks/recipe.py --weights output/qwen7b --output records/unsloth.json
-    python examples/benchmarks/recipe.py --weights output/qwen7b --peer-path FOLDER   # sdpo-rl 0.0.3, unpacked
+    python examples/benchmarks/recipe.py --output examples/benchmarks/records/recipe-h200.json
+    python examples/benchmarks/recipe.py --peer-path FOLDER   # beside sdpo-rl 0.0.3, unpacked
 
 Every case is a process of its own with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
 that are compared by time run one after another on an idle card; the rest, of which only memory is asked, run
