@@ -383,7 +383,9 @@ def heard(speaker: Callable[[Batches], Any], batches: Batches) -> list[list[str 
 )
 def test_what_was_said_of_one_batch_is_not_said_of_the_next(kind: str, batches: Batches) -> None:
     if kind == "writes to its own list" and ["same", "same"] in batches:
-        pytest.skip("the same texts in the same list, written to behind the object's back, look like old ones")
+        pytest.skip(
+            "the same texts in the same list, written to behind the object's back, look like old ones"
+        )
     assert heard(SPEAKERS[kind], batches) == [said or [None, None] for said in batches]
 
 
