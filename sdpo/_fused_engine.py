@@ -197,11 +197,12 @@ class _Pass:
         assert ops.reference_hidden is not None
         assert coef is not None
         dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head, self.plan.autocast)
-        wide = working_dtype(dtype)
-        centre = self._take(ops.reference_hidden, low, high).to(wide)
+        centre, live = (
+            self._take(hidden, low, high).to(dtype).to(working_dtype(dtype))
+            for hidden in (ops.reference_hidden, ops.teacher_hidden)
+        )
         # Not rounded: what 16 bits would take from the mixture is a few thousandths of the loss.
-        between = centre.lerp(self._take(ops.teacher_hidden, low, high).to(wide), coef)
-        return project(between, self._cast(ops.teacher_head, dtype), out[: high - low])
+        return project(centre.lerp(live, coef), self._cast(ops.teacher_head, dtype), out[: high - low])
 
     @overload
     def _take(self, values: Tensor, low: int, high: int) -> Tensor: ...

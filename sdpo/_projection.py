@@ -90,18 +90,18 @@ def project(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
 def pull_back(slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = None) -> Tensor:
     """``gain · (slope @ head)``: the gradient of the hidden states from that of the logits, into out [c, D].
 
-    slope [c, V], head [V, D], gain [c]. An ``out`` of 16 bits is rounded to once, at the end, as in a linear
-    layer's backward.
+    slope [c, V], head [V, D]; a gain [c] comes with slopes of 16 bits, which come where a mixed product is. An
+    ``out`` of 16 bits is rounded to once, at the end, as in a linear layer's backward.
     """
-    if slope.dtype == head.dtype and has_mixed_product(head.device, head.dtype):
+    if slope.itemsize == 2:
         return kernels.joined(_parts(slope, head), gain, out)
-    if slope.dtype == head.dtype == out.dtype and gain is None:
+    if slope.dtype == head.dtype == out.dtype:
         return torch.mm(slope, head, out=out)
     total = slope.new_zeros(slope.shape[0], head.shape[1])
     for start in range(0, head.shape[0], _SLAB):
         slab = slice(start, start + _SLAB)
         total.addmm_(slope[:, slab], head[slab].to(slope.dtype))
-    return out.copy_(total if gain is None else total.mul_(gain[:, None]))
+    return out.copy_(total)
 
 
 def _parts(slope: Tensor, head: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 Support = Literal["student", "teacher", "sampled"]
@@ -51,16 +50,6 @@ class Slope(NamedTuple):
 
     values: Tensor  # [c, V] working dtype, or the 16-bit dtype of the products
     gain: Tensor | None  # [c] working dtype: what the rounding of ``values`` to 16 bits took from each row
-
-
-def gain_of(exact: Tensor, rounded: Tensor) -> Tensor:
-    """The factor [c] that gives rounded slopes [c, K] the projection of the exact ones on themselves, Σs²/Σs·ŝ.
-
-    The slopes of a peaked row are a few large numbers, and bf16 has 8 bits for each. Times this factor the error
-    that is left is orthogonal to the row and changes its length, and that of its gradient, in second order only.
-    """
-    kept = (exact * rounded.to(exact.dtype)).sum(dim=1)
-    return torch.where(kept > 0.0, exact.square().sum(dim=1) / kept, 1.0)
 
 
 class TokenStats(NamedTuple):

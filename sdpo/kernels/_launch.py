@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sdpo._fused_torch import map_logits
+from sdpo._fused_torch import map_logits, row_gain
 from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
 from sdpo.kernels import _full, _math, _rows, _select, _stream
 
@@ -136,8 +136,7 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
             *both, *row_sums, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
         )
         if slope.gain is not None:
-            whole, kept = values.sum(dim=1), commons.sum(dim=1)
-            slope.gain.copy_(torch.where(kept > 0.0, whole / kept, 1.0))
+            slope.gain.copy_(row_gain(values.sum(dim=1), commons.sum(dim=1)))
 
 
 def _choose(model: _Model, tokens: Tensor, recipe: Recipe) -> tuple[Tensor, _Support]:
