@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import LEARNING, Case, lost_length, make_case, relative_error, saturated_error
-from hypothesis import given
+from fused_cases import LEARNING, Case, make_case, relative_error
 from hypothesis import strategies as st
 from strategies import Claim, alphas, name_of, seeds
 from torch import Tensor
@@ -17,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sdpo
-from sdpo import _fused_doors, _fused_torch, _projection
-from sdpo._projection import pieces
 
 Answer = dict[str, Tensor]
 
@@ -333,30 +330,6 @@ def test_low_precision_inputs_lose_nothing_but_their_own_rounding(dtype: torch.d
         assert relative_error(plain_low["per_token"], expected["per_token"]) > 1e-4, "bf16 logits would do"
 
 
-@pytest.mark.parametrize("k", [100, None])
-def test_a_row_of_slopes_keeps_its_length_in_bf16(k: int | None) -> None:
-    with_gain, without = lost_length(_fused_torch.chunk, k)
-    assert with_gain < 2e-4
-    assert without > 2e-3
-
-
-@pytest.mark.parametrize("k", [100, None])
-def test_the_slope_of_a_nearly_certain_token_keeps_its_digits(
-    monkeypatch: pytest.MonkeyPatch, k: int | None
-) -> None:
-    assert saturated_error(_fused_torch.chunk, k) < 1e-4
-    # A wrong twin: g − G·p, here a difference of near equals.
-    monkeypatch.setattr(_fused_torch, "_balanced", lambda slopes, p: slopes)
-    assert saturated_error(_fused_torch.chunk, k) > 2e-4
-
-
-@given(st.integers(1, 300_000))
-def test_pieces_cover_a_vocabulary(vocabulary: int) -> None:
-    count, width = pieces(vocabulary)
-    assert width * count <= vocabulary < (width + 8) * count
-    assert width <= 20_000
-
-
 def test_ties_and_impossible_tokens() -> None:
     case = make_case(10, n=12, v=60, k=8, weights=False)
     shut = torch.arange(60) % 3 == 0
@@ -508,117 +481,6 @@ def test_a_teacher_that_shares_the_head_sends_no_gradient() -> None:
     assert relative_error(gradient, fused(apart)["student_head"]) < 1e-12
 
 
-# --- 16-bit products with a float32 result, which only a GPU has ------------------------------------------
-
-
-@pytest.fixture
-def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such products on a CPU: what 16 bits do to inputs and slopes, without the GPU's own rounding."""
-    mm = torch.mm
-
-    def product(left: Tensor, right: Tensor, out_dtype: Any = None, out: Any = None) -> Tensor:
-        made = mm(left.to(out_dtype), right.to(out_dtype)) if out_dtype else mm(left, right)
-        return made if out is None else out.copy_(made)
-
-    def products(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
-        return out.copy_(torch.stack([product(a, b, out_dtype) for a, b in zip(left, right, strict=True)]))
-
-    def added(
-        total: Tensor, left: Tensor, right: Tensor, *, beta: float = 1.0, out: Tensor, out_dtype: Any = None
-    ) -> Tensor:
-        before = torch.zeros_like(total) if beta == 0.0 else beta * total
-        return out.copy_(before + product(left, right, out_dtype or torch.float32))
-
-    for name, stand_in in {"mm": product, "bmm": products, "addmm": added}.items():
-        monkeypatch.setattr(torch, name, stand_in)
-    halves = (torch.bfloat16, torch.float16)
-    monkeypatch.setattr(_projection, "has_mixed_product", lambda device, operand: operand in halves)
-
-
-HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-def relative_errors(case: Case, dtype: torch.dtype, **options: Any) -> list[float]:
-    """Of total and gradients in 16 bits, against float64 on the same inputs."""
-    exact, exact_leaves = case.cast(dtype).cast(torch.float64).leaves()
-    ours, leaves = case.cast(dtype).leaves()
-    total, expected = ours.fused(chunk_size=8, **options).total, exact.plain_total()
-    pairs = zip(torch.autograd.grad(total, leaves), torch.autograd.grad(expected, exact_leaves), strict=True)
-    return [relative_error(total, expected), *(relative_error(left, right) for left, right in pairs)]
-
-
-@HALVES
-@pytest.mark.usefixtures("mixed")
-@pytest.mark.parametrize("scalars", [{}, {"k": None}, {"support": "teacher", "tail": "renormalize"}], ids=str)
-@pytest.mark.parametrize("fills", [0, 2**21], ids=["in pieces", "at once"])
-def test_mixed_products_lose_what_their_inputs_lack(
-    monkeypatch: pytest.MonkeyPatch, fills: int, scalars: dict[str, Any], dtype: torch.dtype
-) -> None:
-    monkeypatch.setattr(_projection, "_FILLS", fills)
-    monkeypatch.setattr(_projection, "_TERMS", 100)
-    value, *gradients = relative_errors(make_case(31, n=33, d=17, v=507, **scalars), dtype)
-    assert value < 1e-5
-    assert max(gradients) < 2 * torch.finfo(dtype).eps
-
-
-@pytest.mark.usefixtures("mixed")
-def test_mixed_products_mix_a_trust_region_before_they_round() -> None:
-    case = make_case(32, n=33, d=17, v=507, k=20, trust_region_coef=0.5, weights=False, biases=False)
-    other = make_case(33, n=33, d=17, v=507).tensors["teacher_hidden"]
-    case = case.with_(reference_hidden=other).cast(torch.bfloat16)
-    ours = case.fused(backend="torch").per_token
-    exact = case.cast(torch.float64).fused(backend="torch").per_token
-    mask = case.tensors["loss_mask"]
-    assert relative_error(ours[mask], exact[mask]) < 1e-5
-    # A wrong twin: the states in between, rounded as the head is.
-    between = case.tensors["reference_hidden"].float().lerp(case.tensors["teacher_hidden"].float(), 0.5)
-    twin = case.with_(teacher_hidden=between.bfloat16(), reference_hidden=None, trust_region_coef=None)
-    assert relative_error(twin.fused(backend="torch").per_token[mask], exact[mask]) > 1e-4
-
-
-@HALVES
-@pytest.mark.usefixtures("mixed")
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_weights_of_zero_give_gradients_of_zero(reduction: str, dtype: torch.dtype) -> None:
-    case = make_case(34, n=9, d=17, v=130)
-    case, leaves = (
-        case.with_(extra_weights=torch.zeros(9), old_log_probs=None, is_clip=None).cast(dtype).leaves()
-    )
-    out = case.fused(reduction=reduction)
-    loss = out.total if reduction == "sum" else (out.per_token * 0.0).sum()
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, leaves))
-
-
-@HALVES
-@pytest.mark.usefixtures("mixed")
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_mixed_products_of_nothing(reduction: str, dtype: torch.dtype) -> None:
-    case = make_case(35, n=9, d=17, v=130)
-    case.tensors["loss_mask"].fill_(False)
-    case.tensors["extra_weights"].fill_(torch.nan)
-    case, leaves = case.cast(dtype).leaves()
-    out = case.fused(reduction=reduction)
-    loss = out.total if reduction == "sum" else out.per_token.sum()
-    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, leaves))
-
-
-@pytest.mark.usefixtures("mixed")
-def test_a_broken_weight_of_a_masked_token_is_never_read() -> None:
-    case = make_case(36, n=9, d=17, v=130).cast(torch.float16)
-    case.tensors["extra_weights"][~case.tensors["loss_mask"]] = torch.nan
-    case, leaves = case.leaves()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(case.fused().total, leaves))
-
-
-def test_a_transposed_head_is_another_head() -> None:
-    """Both converted, of one memory and one shape: told apart by their strides."""
-    case = make_case(37, n=9, d=40, v=40, k=5, weights=False, biases=False).cast(torch.float32)
-    head = case.tensors["student_head"].bfloat16()
-    shared = case.with_(student_head=head, teacher_head=head.t())
-    apart = case.with_(student_head=head, teacher_head=head.t().clone())
-    assert torch.equal(shared.fused().per_token, apart.fused().per_token)
-
-
 def test_under_gradient_checkpointing() -> None:
     case, leaves = make_case(17, n=9, v=64).leaves()
     total = checkpoint(
@@ -654,108 +516,3 @@ def test_in_a_compiled_caller() -> None:
     (expected,) = torch.autograd.grad(step(leaves[0]), leaves[0])
     (got,) = torch.autograd.grad(compiled(leaves[0]), leaves[0])
     assert relative_error(got, expected) < 1e-12
-
-
-GIB = 2**30
-
-
-def fitting(
-    monkeypatch: pytest.MonkeyPatch, bytes_per_row: int, *, free: int, reserved: int = 0, allocated: int = 0
-) -> int:
-    """Rows of a chunk on a GPU of which so much memory is free or held by the allocator."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    return _fused_doors._rows_that_fit(bytes_per_row, torch.device("cuda"))
-
-
-def test_a_chunk_fits_into_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = 8 * 152_064
-    for free in (GIB // 4, GIB, 4 * GIB):
-        rows = fitting(monkeypatch, row, free=free)
-        assert rows * row <= free // 4
-        assert (rows + 128) * row > free // 4
-    # What the allocator holds unused is free as well, what it has given away is not.
-    held = fitting(monkeypatch, row, free=0, reserved=3 * GIB, allocated=2 * GIB)
-    assert held == fitting(monkeypatch, row, free=GIB)
-    assert held > fitting(monkeypatch, row, free=GIB // 2)
-
-
-def test_a_chunk_is_a_multiple_of_128_rows_with_a_floor_and_a_ceiling(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for row in (1, 1000, 12_345, 999_999, 8 * 152_064):
-        rows = fitting(monkeypatch, row, free=64 * GIB)
-        assert rows % 128 == 0
-        assert rows * row <= 2 * GIB
-    assert fitting(monkeypatch, 1, free=64 * GIB) == fitting(monkeypatch, 2, free=64 * GIB) == 8192
-    # A vocabulary wider than the budget is still computed, a row at a time; a few rows are not rounded to none.
-    assert fitting(monkeypatch, 2 * GIB, free=GIB) == 1
-    assert fitting(monkeypatch, 2 * GIB, free=0) == 1
-    assert fitting(monkeypatch, GIB // 400, free=GIB) == 100
-
-
-def test_a_cpu_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("mem_get_info", "memory_reserved", "memory_allocated"):
-        monkeypatch.delattr(torch.cuda, name)
-    assert _fused_doors._rows_that_fit(2**20, torch.device("cpu")) == 96
-
-
-BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"k": 0}, ValueError, "k"),
-    ({"k": 65}, ValueError, "k"),
-    ({"k": 2.0}, TypeError, "k"),
-    ({"alpha": 1.5}, ValueError, "alpha"),
-    ({"tail": "none"}, ValueError, "tail"),
-    ({"support": "both"}, ValueError, "support"),
-    ({"support": "sampled"}, ValueError, "support"),
-    ({"temperature": 0.0}, ValueError, "temperature"),
-    ({"is_clip": -1.0}, ValueError, "is_clip"),
-    ({"softcap": 0.0}, ValueError, "softcap"),
-    ({"chunk_size": 0}, ValueError, "chunk_size"),
-    ({"backend": "cuda"}, ValueError, "backend"),
-    ({"backend": "triton"}, ValueError, "backend"),
-    ({"reduction": "mean"}, ValueError, "reduction"),
-    ({"trust_region_coef": 0.5}, ValueError, "reference_hidden"),
-    ({"tokens": torch.zeros(9)}, TypeError, "tokens"),
-    ({"loss_mask": torch.ones(9)}, TypeError, "loss_mask"),
-    ({"loss_mask": torch.ones(8, dtype=torch.bool)}, ValueError, "loss_mask"),
-    ({"old_log_probs": torch.zeros(8)}, ValueError, "old_log_probs"),
-    ({"extra_weights": torch.zeros(9, 1)}, ValueError, "extra_weights"),
-    ({"student_hidden": torch.zeros(9, 16)}, ValueError, "student_hidden"),
-    ({"teacher_head": torch.zeros(65, 17)}, ValueError, "teacher_head"),
-    ({"student_head": torch.zeros(64)}, ValueError, "student_head"),
-    ({"student_bias": torch.zeros(63)}, ValueError, "student_bias"),
-    ({"tokens": torch.full((9,), 64)}, ValueError, r"tokens: expected ids in \[0, 64\).* got 64; mask"),
-    ({"tokens": torch.full((9,), -100)}, ValueError, "tokens: .* got -100; mask"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "name"), BAD, ids=str)
-def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], name: str) -> None:
-    case = make_case(20, n=9, v=64)
-    with pytest.raises(error, match=name):
-        case.with_(**change).fused()
-
-
-def test_ids_of_masked_tokens_may_be_anything() -> None:
-    case = make_case(20, n=9, v=64)
-    marked = case.tensors["tokens"].masked_fill(~case.tensors["loss_mask"], -100)
-    assert torch.equal(case.with_(tokens=marked).fused().total, case.fused().total)
-
-
-@pytest.mark.parametrize("name", [*make_case().tensors, "reference_hidden", "reference_head"])
-def test_a_tensor_on_another_device_is_named(name: str) -> None:
-    """A meta tensor holds no numbers: torch's product with one is made of whatever the memory held."""
-    case = make_case(23, n=9, v=64, trust_region_coef=0.5)
-    case = case.with_(
-        reference_hidden=case.tensors["teacher_hidden"], reference_head=case.tensors["teacher_head"]
-    )
-    moved = case.with_(**{name: case.tensors[name].to("meta")})
-    # The student's hidden states say where the call is: it is the next tensor that is elsewhere.
-    named, here, there = (
-        ("student_head", "meta", "cpu") if name == "student_hidden" else (name, "cpu", "meta")
-    )
-    message = rf"{named}: expected a tensor on {here} .*got one on {there}; move it with `\.to\('{here}'\)`"
-    with pytest.raises(ValueError, match=message):
-        moved.fused()
