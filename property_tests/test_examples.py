@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+from programs import EXAMPLES, run
+
 # These have tests of their own.
 ELSEWHERE = {"accelerate", "demo"}
 HERE = {
@@ -24,27 +21,6 @@ loss_peers.SHAPES["cpu"] = [loss_peers.Shape(64, 32, 4096, head_learns) for head
 import loss
 raise SystemExit(loss.main())
 """
-
-
-def run(folder: Path, *command: str) -> str:
-    """What a program prints, run in a process of its own and in an empty folder."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "adapters", EXAMPLES / "benchmarks"))),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
 
 
 def example(folder: Path, name: str, *arguments: str) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from programs import EXAMPLES, run
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "examples" / "accelerate"
+FOLDER = EXAMPLES / "accelerate"
 KINDS = {
     "ddp": DistributedType.MULTI_GPU,
     "fsdp2": DistributedType.FSDP,
@@ -40,22 +37,9 @@ def test_accelerate_reads_every_file(name: str) -> None:
 
 
 def test_the_script_runs_on_two_ranks(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(str(FOLDER / "train.py"), "--steps", "2", "--rows", "16", "--output", str(tmp_path)),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'adapters'}",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    printed = run(
+        tmp_path,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(FOLDER / "train.py"), "--steps", "2", "--rows", "16", "--output", str(tmp_path)),
     )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert "on 2 ranks: reward" in run.stdout
+    assert "on 2 ranks: reward" in printed

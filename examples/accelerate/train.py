@@ -91,6 +91,8 @@ def main() -> None:
         begun, ended = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
         ranks = trainer.accelerator.num_processes
         print(f"{trainer.accelerator.distributed_type} on {ranks} ranks: reward {begun:.2f} -> {ended:.2f}")
+    # Left open, the connections between the ranks may end the process with an error when it exits.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
