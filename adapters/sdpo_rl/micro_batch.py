@@ -174,7 +174,7 @@ class MicroBatchLoss(_Trainer):
 
 
 class _Zero(torch.autograd.Function):
-    """0 as a function of its arguments; the gradients take memory only where they come to lie."""
+    """0 as a function of its arguments, for parameters that have no gradient yet; to others it adds nothing."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class _Zero(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return tuple(p.new_zeros(()).expand(p.shape) for p in ctx.parameters)
+        return tuple(p.new_zeros(()).expand(p.shape) if p.grad is None else None for p in ctx.parameters)
 
 
 def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
