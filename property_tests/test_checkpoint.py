@@ -5,13 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import random
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,118 +12,28 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from checkpoint_runs import (
+    broad_lora,
+    build,
+    differences,
+    lora,
+    one_of_two_adapters,
+    outcome,
+    prompt_tuned,
+    quantized_lora,
+    resumed,
+    run,
+    same,
+)
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from strategies import Claim
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sdpo_rl import checkpoint, metrics, progress
-
-LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-CLOCKS = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"} | {
-    f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")
-}
-
-
-# --- runs -------------------------------------------------------------------------------------------------
-
-
-def lora(base: nn.Module | None = None, **changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return get_peft_model(base or tiny.model(), LoraConfig(**{**LORA, **changes}))
-
-
-def broad_lora() -> nn.Module:
-    untied = tiny.model(tie_word_embeddings=False)
-    return lora(untied, bias="lora_only", modules_to_save=["lm_head", "embed_tokens"])
-
-
-def one_of_two_adapters() -> nn.Module:
-    model = lora(init_lora_weights=False)
-    model.add_adapter("other", LoraConfig(**LORA))
-    return model
-
-
-def prompt_tuned() -> nn.Module:
-    torch.manual_seed(0)
-    return get_peft_model(tiny.model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-
-
-def quantized_lora() -> nn.Module:
-    """An adapter over a 4-bit base that every run quantizes anew from the same numbers."""
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    with tempfile.TemporaryDirectory() as folder:
-        tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, device_map="cpu")
-    return lora(base)
-
-
-def build(
-    folder: Path, start: Callable[[], nn.Module] = tiny.model, sdpo: dict | None = None, **changes: Any
-) -> Any:
-    """Two micro-batches an optimizer step, four steps an epoch, a line in the log every third."""
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 6,
-        "logging_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 0.5,
-    }
-    config = tiny.config(loss_backend="logits", **(sdpo or {}))
-    return tiny.trainer(folder, start=start(), sdpo_config=config, **{**settings, **changes})
-
-
-def run(folder: Path, resume: Any = None, **case: Any) -> Any:
-    trainer = build(folder, **case)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def outcome(trainer: Any) -> dict[str, Any]:
-    """Everything that a run leaves behind, flat, without what a clock said."""
-    result: dict[str, Any] = {
-        f"student {name}": p.detach().clone() for name, p in trainer._unwrapped.named_parameters()
-    }
-    result |= {f"teacher {name}": t for name, t in trainer._teacher.state.params.items()}
-    result["ticks"] = trainer._teacher.state.ticks
-    for index, slots in trainer.optimizer.state_dict()["state"].items():
-        result |= {f"optimizer {index} {slot}": value for slot, value in slots.items()}
-    result["scheduler"] = trainer.lr_scheduler.state_dict()
-    result["log"] = [
-        {name: value for name, value in line.items() if name not in CLOCKS}
-        for line in trainer.state.log_history
-    ]
-    result["diagnostics"] = trainer._diagnostics.state()
-    result["next random numbers"] = (torch.get_rng_state(), random.getstate())
-    return result
-
-
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not same(one[name], other[name])]
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
-
-
-def resumed(source: Path, folder: Path, step: int, **case: Any) -> Any:
-    """A run that finds nothing but `checkpoint-step` of the run in `source`."""
-    name = f"checkpoint-{step}"
-    shutil.copytree(source / name, folder / name)
-    return run(folder, resume=True, **case)
-
 
 WHOLE_BATCH = {"steps_per_generation": 2}
 HALF_BATCH = {"steps_per_generation": 4}
@@ -457,155 +360,3 @@ def test_what_cannot_be_kept_is_said_and_sampled_again(
         trainer.train()
     assert "'extra' of the generation batch is a list" in caplog.text
     assert resumed(tmp_path, tmp_path / "again", 1, max_steps=2, **HALF_BATCH).state.global_step == 2
-
-
-# --- incomplete folders -----------------------------------------------------------------------------------
-
-
-def property_a_trainer_state_cut_anywhere_is_incomplete(
-    is_complete: Callable[[Path], bool], cut: int
-) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path = folder / "trainer_state.json"
-        TrainerState().save_to_json(str(path))
-        whole = path.read_text().rstrip()
-        assert is_complete(folder)
-        path.write_text(whole[: min(cut, len(whole) - 1)])
-        assert not is_complete(folder)
-
-
-CUT = Claim(
-    property_a_trainer_state_cut_anywhere_is_incomplete,
-    checkpoint.is_complete,
-    lambda folder: (folder / "trainer_state.json").is_file(),
-    {"cut": st.integers(0, 400)},
-)
-
-
-def test_a_trainer_state_cut_anywhere_is_incomplete() -> None:
-    CUT.holds()
-    CUT.rejects_wrong_twin()
-
-
-def test_the_newest_complete_folder_is_chosen(tmp_path: Path) -> None:
-    for number, text in (("9", "{}"), ("10", "{}"), ("11", "{"), ("x", "{}")):
-        folder = tmp_path / f"checkpoint-{number}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(text)
-    (tmp_path / "checkpoint-12").mkdir()
-    assert checkpoint.resolve(True, tmp_path) == str(tmp_path / "checkpoint-10")
-    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-12")
-    for choice in (None, False, str(tmp_path / "checkpoint-9")):
-        assert checkpoint.resolve(choice, tmp_path) == choice
-    with pytest.raises(
-        ValueError, match=r"checkpoint-11 is incomplete.*The last complete one .*checkpoint-10"
-    ):
-        checkpoint.resolve(tmp_path / "checkpoint-11", tmp_path)
-    with pytest.raises(
-        ValueError, match=r"checkpoint-7' is no folder; .*the last complete one.*checkpoint-10"
-    ):
-        checkpoint.resolve(tmp_path / "checkpoint-7", tmp_path)
-    with pytest.raises(ValueError, match=r"/checkpoint-1' is no folder; .*elsewhere holds no"):
-        checkpoint.resolve(str(tmp_path / "checkpoint-1"), tmp_path / "elsewhere")
-    shutil.rmtree(tmp_path / "checkpoint-9")
-    shutil.rmtree(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete"):
-        checkpoint.resolve(True, tmp_path)
-
-
-def die_writing(path: Path) -> None:
-    """As much of a file as a killed process leaves."""
-    Path(path).write_bytes(b"half of")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_in(owner: Any, name: str, at: Callable[..., Path | None]) -> None:
-    """The function dies in place of writing the file that `at` sees in its arguments."""
-    original = getattr(owner, name)
-
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        path = at(*args, **kwargs)
-        return original(*args, **kwargs) if path is None else die_writing(path)
-
-    setattr(owner, name, patched)
-
-
-def arm(trainer: Any, moment: str, step: int) -> None:
-    """Kill the process at one moment of the save of `step`."""
-
-    def when(chosen: bool, path: Any) -> Path | None:
-        return Path(path) if chosen and trainer.state.global_step == step else None
-
-    if moment == "model":
-        kill_in(trainer.model, "save_pretrained", lambda to, **_: when(True, f"{to}/model.safetensors"))
-    elif moment == "optimizer":
-        kill_in(torch, "save", lambda value, to: when("optimizer" in str(to), to))
-    elif moment == "state":
-        kill_in(TrainerState, "save_to_json", lambda state, to: when(True, to))
-    else:
-        kill_in(checkpoint, "save_file", lambda tensors, to, about: when(moment in str(to), to))
-
-
-MOMENTS = ("teacher", "model", "optimizer", "progress", "state")
-KILLED: dict[str, Any] = {"steps_per_generation": 4, "max_steps": 4, "save_total_limit": 1}
-
-
-def be_killed(folder: str) -> None:
-    """In a process of its own: for every moment one child that is killed there, while it saves its third step."""
-    for moment in MOMENTS:
-        child = os.fork()
-        if not child:
-            trainer = build(Path(folder) / moment, **KILLED)
-            arm(trainer, moment, step=3)
-            trainer.train()
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, moment
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("killed")
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join(map(str, (here, here.parent, here.parent / "adapters")))
-    subprocess.run(
-        [sys.executable, "-c", f"import test_checkpoint; test_checkpoint.be_killed({str(folder)!r})"],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return outcome(run(tmp_path_factory.mktemp("unkilled"), **KILLED))
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
-    killed: Path, unkilled: dict[str, Any], moment: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = killed / moment
-    trap = get_last_checkpoint(str(folder))
-    assert trap == str(folder / "checkpoint-3")
-    with pytest.raises(ValueError, match=r"checkpoint-3 is incomplete.*The last complete one .*checkpoint-2"):
-        run(folder, resume=trap, **KILLED)
-    with caplog.at_level(logging.WARNING, "sdpo_rl"):
-        trainer = run(folder, resume=True, **KILLED)
-    assert f"Skipping {trap}" in caplog.text
-    assert differences(unkilled, outcome(trainer)) == []
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
-
-
-def test_a_folder_that_is_written_again_is_incomplete_meanwhile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path, max_steps=2)
-    trainer = build(tmp_path, max_steps=2)
-    monkeypatch.setattr(trainer, "save_model", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert not checkpoint.is_complete(tmp_path / "checkpoint-2")
-    assert checkpoint.resolve(True, tmp_path) == str(tmp_path / "checkpoint-1")

@@ -14,6 +14,7 @@ import rank_driver as driver
 import tiny
 import torch
 from peft import PeftModel
+from rank_observations import fixed_batch
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("deepspeed")
@@ -101,7 +102,7 @@ def test_what_is_saved_is_a_plain_model(seen: dict[str, Any], stage: str, adapte
             model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
             assert not any(report.values())
         with torch.no_grad():
-            shown = model.eval()(**driver.fixed_batch(model)).logits
+            shown = model.eval()(**fixed_batch(model)).logits
         torch.testing.assert_close(shown, run["whole"]["student"], rtol=TOLERANCE, atol=TOLERANCE)
         name = "adapter_model.safetensors" if adapter else "model.safetensors"
         assert [path.name for path in folder.glob("*.safetensors")] == [name]

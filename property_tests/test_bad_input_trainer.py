@@ -1,0 +1,433 @@
+"""Bad input of a trainer: refused as in test_bad_input.py, and before anything is sampled.
+
+Reward functions speak later: what they say wrongly is refused before a weight has moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from bad_input import Case, run
+from datasets import Dataset, IterableDataset
+from trl import GRPOConfig
+
+from sdpo_rl import SDPOConfig, SDPOTrainer
+
+# --- the trainer ------------------------------------------------------------------------------------------
+
+
+def silent(**changes: Any) -> Any:
+    """A model that must not be asked to generate."""
+    model = tiny.model(**changes)
+
+    def generate(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was asked to generate")
+
+    model.generate = generate
+    return model
+
+
+def train(path: Path, **changes: Any) -> None:
+    tiny.trainer(path, **{"start": silent(), **changes}).train()
+
+
+def ends_with(turn: dict[str, Any]) -> Dataset:
+    return Dataset.from_dict({"prompt": [tiny.user("fine"), [*tiny.user("q"), turn]]})
+
+
+def regrouped(path: Path) -> None:
+    arguments = tiny.arguments(path)
+    arguments.num_generations = 3
+    SDPOTrainer(
+        model=silent(),
+        args=arguments,
+        processing_class=tiny.tokenizer(),
+        reward_funcs=tiny.judge,
+        train_dataset=tiny.conversations(),
+    )
+
+
+def nothing_trains(path: Path) -> None:
+    model = silent()
+    model.requires_grad_(False)
+    train(path, start=model)
+
+
+def by_name(path: Path) -> None:
+    tiny.model().save_pretrained(path / "model")
+    train(path, start=str(path / "model"), sdpo_config=SDPOConfig(distillation_topk=103))
+
+
+def streamed(path: Path) -> None:
+    rows = [{"prompt": [{"role": "assistant", "content": "a"}]}] * 8
+    train(path, train_dataset=IterableDataset.from_generator(lambda: iter(rows)))
+
+
+def no_dataset(path: Path) -> None:
+    SDPOTrainer(
+        model=silent(),
+        args=tiny.arguments(path),
+        processing_class=tiny.tokenizer(),
+        reward_funcs=tiny.judge,
+    )
+
+
+TRAINER = [
+    Case(
+        "config of another kind",
+        lambda path: train(path, sdpo_config={"alpha": 1.0}),
+        TypeError,
+        ("sdpo_config", "SDPOConfig", "dict"),
+    ),
+    Case(
+        "k beyond the vocabulary",
+        lambda path: train(path, sdpo_config=SDPOConfig(distillation_topk=103)),
+        ValueError,
+        ("distillation_topk", "103", "102", "lower it"),
+    ),
+    Case(
+        "k beyond the vocabulary of a model by name", by_name, ValueError, ("distillation_topk", "103", "102")
+    ),
+    Case("no dataset", no_dataset, ValueError, ("train_dataset",)),
+    Case(
+        "empty dataset",
+        lambda path: train(path, train_dataset=tiny.conversations(0)),
+        ValueError,
+        ("train_dataset", "empty", "at least one row"),
+    ),
+    Case(
+        "empty evaluation dataset",
+        lambda path: train(path, eval_dataset={"held": tiny.conversations(0)}),
+        ValueError,
+        ("eval_dataset['held']", "empty", "at least one row"),
+    ),
+    Case(
+        "no prompt column",
+        lambda path: train(path, train_dataset=Dataset.from_dict({"question": ["q"]})),
+        ValueError,
+        ("train_dataset", "'prompt'", "['question']"),
+    ),
+    Case(
+        "ends with the assistant",
+        lambda path: train(path, train_dataset=ends_with({"role": "assistant", "content": "a"})),
+        ValueError,
+        ("train_dataset", "prompt 1", "'assistant'", "must end with one"),
+    ),
+    Case(
+        "ends with the system",
+        lambda path: train(path, eval_dataset=ends_with({"role": "system", "content": "a"})),
+        ValueError,
+        ("eval_dataset", "prompt 1", "'system'", "must end with one"),
+    ),
+    Case("streamed rows that end with the assistant", streamed, ValueError, ("prompt 0", "'assistant'")),
+    Case(
+        "prompts that are numbers",
+        lambda path: train(path, train_dataset=Dataset.from_dict({"prompt": [1, 2]})),
+        TypeError,
+        ("train_dataset", "prompt 0", "string", "got 1"),
+    ),
+    *(
+        Case(
+            f"{name}, before the training",
+            lambda path, name=name: tiny.trainer(
+                path, start=silent(), train_dataset=tiny.conversations(4, **{name: [None, "cat", None, None]})
+            ),
+            ValueError,
+            ("train_dataset", f"rows carry {name};", "text only", "drop the column", "enabled=False"),
+        )
+        for name in ("image", "images", "audio", "video")
+    ),
+    Case(
+        "images of an evaluation",
+        lambda path: tiny.trainer(
+            path, start=silent(), eval_dataset=tiny.conversations(4, images=[[], ["cat.png"], [], []])
+        ),
+        ValueError,
+        ("eval_dataset", "rows carry images;", "text only"),
+    ),
+    Case(
+        "images, row by row",
+        lambda path: train(
+            path, train_dataset=tiny.conversations(8, image=["cat.png"] * 8).to_iterable_dataset()
+        ),
+        ValueError,
+        ("rows carry image;", "text only", "drop the column"),
+    ),
+    Case(
+        "no pad token",
+        lambda path: train(path, processing_class=tiny.tokenizer(pad_token=None)),
+        ValueError,
+        ("processing_class", "pad token", "tokenizer.pad_token = tokenizer.eos_token"),
+    ),
+    Case(
+        "a batch that the group does not divide",
+        lambda path: train(path, per_device_train_batch_size=6),
+        ValueError,
+        ("generation_batch_size (6)", "divisible by num_generations", "4"),
+    ),
+    Case(
+        "a group that no longer divides the batch",
+        regrouped,
+        ValueError,
+        ("generation_batch_size (8)", "num_generations (3)", "per_device_train_batch_size"),
+    ),
+    Case(
+        "a reward that cannot be called",
+        lambda path: train(path, reward_funcs=[tiny.judge, 3.0]),
+        TypeError,
+        ("reward_funcs[1]", "a function", "float"),
+    ),
+    Case(
+        "no reward in the place of one",
+        lambda path: train(path, reward_funcs=[tiny.judge, None]),
+        TypeError,
+        ("reward_funcs[1]", "a function", "NoneType"),
+    ),
+    Case(
+        "a feedback column of lists",
+        lambda path: train(path, train_dataset=tiny.conversations(feedback=[["a", "b"]] * 8)),
+        TypeError,
+        ("train_dataset: the column 'feedback'", "strings or None", "list", "join"),
+    ),
+    Case(
+        "a feedback column of lists, row by row",
+        lambda path: train(
+            path, train_dataset=tiny.conversations(feedback=[["a", "b"]] * 8).to_iterable_dataset()
+        ),
+        TypeError,
+        ("the column 'feedback'", "strings or None", "list", "join"),
+    ),
+    Case(
+        "lora_ema without adapters",
+        lambda path: train(path, sdpo_config=tiny.config(teacher_mode="lora_ema")),
+        ValueError,
+        ("teacher_mode='lora_ema'", "adapters", "has none", "peft_config", "teacher_mode='ema'"),
+    ),
+    Case(
+        "a KL term that would be dropped",
+        lambda path: train(path, beta=0.04),
+        ValueError,
+        ("beta=0.04", "KL penalty", "enabled=False"),
+    ),
+    Case(
+        "an entropy bonus that would be dropped",
+        lambda path: train(path, entropy_coef=0.01),
+        ValueError,
+        ("entropy_coef=0.01", "entropy bonus", "enabled=False"),
+    ),
+    Case(
+        "a loss on some tokens alone",
+        lambda path: train(path, top_entropy_quantile=0.2),
+        ValueError,
+        ("top_entropy_quantile=0.2", "highest entropy", "top_entropy_quantile=1.0", "enabled=False"),
+    ),
+    Case(
+        "a second clip",
+        lambda path: train(path, delta=4.0),
+        ValueError,
+        ("delta=4.0", "is_clip", "delta=None", "enabled=False"),
+    ),
+    Case(
+        "a mask of rows",
+        lambda path: train(path, off_policy_mask_threshold=0.5),
+        ValueError,
+        ("off_policy_mask_threshold=0.5", "off-policy rows", "enabled=False"),
+    ),
+    Case(
+        "importance weights of sequences",
+        lambda path: train(path, importance_sampling_level="sequence"),
+        ValueError,
+        ("importance_sampling_level='sequence'", "whole sequences", "importance_sampling_level='token'"),
+    ),
+    Case(
+        "rewards in the place of args",
+        lambda path: SDPOTrainer(silent(), tiny.judge),
+        TypeError,
+        ("args", "GRPOConfig", "function", "reward_funcs=..."),
+    ),
+    Case("no model", lambda path: SDPOTrainer(args=tiny.arguments(path)), TypeError, ("model", "None")),
+    Case("nothing trains", nothing_trains, ValueError, ("requires_grad", "nothing to train")),
+    Case(
+        "an argument that nobody takes",
+        lambda path: SDPOTrainer(model=silent(), args=tiny.arguments(path), sdpo_cfg=SDPOConfig()),
+        TypeError,
+        ("SDPOTrainer", "'sdpo_cfg'", "did you mean sdpo_config?"),
+    ),
+    *(
+        Case(
+            f"another trainer's word, {name}",
+            lambda path, name=name: SDPOTrainer(
+                model=silent(), args=tiny.arguments(path), reward_funcs=tiny.judge, **{name: None}
+            ),
+            TypeError,
+            ("SDPOTrainer", repr(name), "did you mean", *meant),
+        )
+        for name, *meant in (
+            ("config", "sdpo_config", "args"),
+            ("tokenizer", "processing_class"),
+            ("training_args", "args"),
+            ("dataset", "train_dataset"),
+            ("reward_functions", "reward_funcs"),
+        )
+    ),
+    Case(
+        "a word that is like no other",
+        lambda path: SDPOTrainer(model=silent(), args=tiny.arguments(path), zzz=1),
+        TypeError,
+        ("SDPOTrainer", "'zzz'", "expected one of", "'processing_class'", "'sdpo_config'", "'train_dataset'"),
+    ),
+]
+
+
+@run(TRAINER)
+def test_trainer(case: Case, tmp_path: Path) -> None:
+    case.check(tmp_path)
+
+
+def test_a_good_trainer_does_ask_the_model_to_generate(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"image": [None] * 8}, {"images": [[]] * 8}, {"audio": [None] * 8, "video": [[]] * 8}],
+    ids=lambda columns: ", ".join(columns),
+)
+def test_columns_that_hold_no_media_are_accepted(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path, train_dataset=tiny.conversations(**columns))
+
+
+def test_arrays_are_media_and_empty_ones_are_not(tmp_path: Path) -> None:
+    """Of an array of several numbers the truth cannot be asked."""
+    for shape, refused in (((8, 3), True), ((8, 0), False)):
+        data = tiny.conversations(image=torch.zeros(shape).tolist()).with_format(
+            "numpy", columns=["image"], output_all_columns=True
+        )
+        with pytest.raises(
+            ValueError if refused else AssertionError, match="image" if refused else "generate"
+        ):
+            train(tmp_path, train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "bnpo"},
+        {"loss_type": "sapo", "sapo_temperature_neg": 1.1},
+        {"epsilon": 0.1, "epsilon_high": 0.28},
+        {"scale_rewards": "none"},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"mask_truncated_completions": True},
+    ],
+    ids=lambda changes: ", ".join(changes),
+)
+def test_what_shapes_the_replaced_objective_alone_is_accepted(tmp_path: Path, changes: Any) -> None:
+    """Unsloth sets some of these by itself."""
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path, **changes)
+
+
+def test_terms_and_masks_are_grpo_s_when_disabled(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="asked to generate"):
+        train(tmp_path, sdpo_config=SDPOConfig(enabled=False), top_entropy_quantile=0.2, delta=4.0)
+
+
+# --- reward functions, once they have spoken --------------------------------------------------------------
+
+
+def returning(value: Any) -> Callable[[Path], None]:
+    def badly_behaved(completions: list[Any], **_: Any) -> Any:
+        return value(len(completions)) if callable(value) else value
+
+    def make(path: Path) -> None:
+        trainer = tiny.trainer(path, reward_funcs=badly_behaved)
+        before = [p.clone() for p in trainer.model.parameters()]
+        try:
+            trainer.train()
+        finally:
+            assert all(map(torch.equal, before, trainer.model.parameters()))
+
+    return make
+
+
+def says(text: Any) -> Callable[[int], Any]:
+    return lambda rows: [(0.0, text)] * rows
+
+
+NAME = "'badly_behaved'"
+REWARDS = [
+    Case(
+        "too few", returning(lambda rows: [0.0] * (rows - 1)), ValueError, (NAME, "7 items", "8 completions")
+    ),
+    Case(
+        "too many", returning(lambda rows: [0.0] * (rows + 1)), ValueError, (NAME, "9 items", "8 completions")
+    ),
+    Case(
+        "scores, and then texts",
+        returning(lambda rows: ([0.0] * rows, ["why"] * rows)),
+        ValueError,
+        (NAME, "pair of lists", "one (score, feedback) pair per row", "list(zip(scores, texts))"),
+    ),
+    Case("none at all", returning(None), TypeError, (NAME, "NoneType", "one item per row")),
+    Case("one number", returning(1.0), TypeError, (NAME, "float", "one item per row")),
+    Case("a text", returning("12345678"), TypeError, (NAME, "str", "one item per row")),
+    Case("a mapping", returning({"score": 1.0}), TypeError, (NAME, "dict", "one item per row")),
+    Case("texts", returning(lambda rows: ["good"] * rows), TypeError, (NAME, "row 0", "a number", "'good'")),
+    Case("feedback that is no text", returning(says(7)), TypeError, (NAME, "row 0", "string or None", "int")),
+    Case(
+        "triples",
+        returning(lambda rows: [(1.0, "a", 2)] * rows),
+        TypeError,
+        (NAME, "row 0", "(score, feedback)"),
+    ),
+    Case(
+        "pairs the wrong way round",
+        returning(lambda rows: [("good", 1.0)] * rows),
+        TypeError,
+        (NAME, "row 0", "string or None", "float"),
+    ),
+    Case(
+        "other keys",
+        returning(lambda rows: [{"reward": 1.0}] * rows),
+        ValueError,
+        (NAME, "row 0", "'score'", "['reward']"),
+    ),
+    Case(
+        "a key too many",
+        returning(lambda rows: [{"score": 1.0, "feedbak": "x"}] * rows),
+        ValueError,
+        (NAME, "row 0", "'feedback'", "['feedbak', 'score']"),
+    ),
+]
+
+
+@run(REWARDS)
+def test_reward_functions(case: Case, tmp_path: Path) -> None:
+    case.check(tmp_path)
+
+
+def test_last_feedback_of_the_wrong_length(tmp_path: Path) -> None:
+    def judge(completions: list[Any], **_: Any) -> list[float]:
+        judge.last_feedback = ["only one"]  # type: ignore[attr-defined]
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"'judge\.last_feedback' returned 1 items for 8 completions"):
+        tiny.trainer(tmp_path, reward_funcs=judge).train()
+
+
+def test_outputs_are_not_returned(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    with pytest.raises(ValueError, match="does not return outputs"):
+        trainer.compute_loss(trainer.model, {}, return_outputs=True)
+
+
+def test_a_group_of_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 generations"):
+        GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=1)
