@@ -55,7 +55,12 @@ def call(
     )  # fmt: skip
 
     def side() -> Side:
-        return Side(torch.zeros(COUNT, VOCABULARY), torch.zeros(VOCABULARY).bfloat16() if bias else None)
+        return Side(
+            torch.zeros(COUNT, VOCABULARY),
+            torch.zeros(VOCABULARY).bfloat16() if bias else None,
+            torch.zeros(COUNT, 48).bfloat16(),
+            torch.zeros(VOCABULARY, 48).bfloat16(),
+        )
 
     weight = torch.ones(COUNT) if weighted else None
     lift = torch.ones(()) if slope_dtype == torch.float16 else None
@@ -73,6 +78,7 @@ def main() -> None:
     call(torch.bfloat16)
     call(torch.float16, weighted=True, is_clip=2.0, alpha=0.0)
     call(torch.float32, bias=True, softcap=30.0, support="teacher", alpha=1.0, tail="renormalize")
+    call(torch.bfloat16, bias=True, softcap=30.0, support="teacher")
     call(torch.bfloat16, support="sampled", k=None, alpha=1.0)
     call(torch.bfloat16, k=None)
     call(torch.float32, k=None, bias=True, softcap=30.0, alpha=0.0, weighted=True)

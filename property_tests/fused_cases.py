@@ -120,6 +120,12 @@ def make_case(
     return Case(tensors, defaults | scalars)
 
 
+RECIPE: dict[str, Any] = {
+    "alpha": 0.5, "tail": "bucket", "support": "student", "is_clip": None, "temperature": 1.0, "softcap": None,
+    "logit_scale": 1.0, "trust_region_coef": None,
+}  # fmt: skip
+
+
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """‖ours − reference‖ / ‖reference‖, in float64; 0 if both vanish."""
     reference = reference.double()
@@ -133,6 +139,8 @@ def slopes_of(
     logits: tuple[Tensor, Tensor],
     dtype: torch.dtype,
     gain: Tensor | None = None,
+    tokens: Tensor | None = None,
+    **scalars: Any,
 ) -> Tensor:
     """A backend's slopes [c, V] for student's and teacher's logits [c, V], in a dtype, seen in float64."""
     rows, vocabulary = logits[0].shape
@@ -140,8 +148,8 @@ def slopes_of(
     working = torch.float64 if dtype == torch.float64 else torch.float32
     stats = torch.empty(len(TokenStats._fields), rows, dtype=working)
     sides = (Side(side.to(working, copy=True), None) for side in logits)
-    recipe = Recipe(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
-    tokens = torch.arange(rows)
+    recipe = Recipe(k, **RECIPE | scalars)
+    tokens = torch.arange(rows) if tokens is None else tokens
     chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
     return made.values.double()
 
@@ -164,6 +172,55 @@ def saturated_error(chunk: Backend, k: int | None) -> float:
     """Of the slopes of a nearly certain student, against float64."""
     exact = slopes_of(_fused_torch.chunk, k, certain_student(), torch.float64)
     return relative_error(slopes_of(chunk, k, certain_student(), torch.float32), exact)
+
+
+def far_apart() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Logits and sampled tokens: the likeliest, ones 100 nats below it, and with next to nothing outside."""
+    student, teacher = strangers(6, 507, 3.0)
+    tokens = student.argmax(dim=1)
+    student[2:4, 0] -= 100.0
+    tokens[2:4] = 0
+    student[4:, 8:] -= 90.0
+    tokens[4:] = 7
+    return (student, teacher), tokens
+
+
+def bf16_slopes_error(chunk: Backend, **scalars: Any) -> float:
+    """The largest of a row's, against float64, relative to its length if it has any; infinite where NaN."""
+    logits, tokens = far_apart()
+    k, gain = scalars.pop("k", 8), torch.empty(len(tokens))
+    exact = slopes_of(_fused_torch.chunk, k, logits, torch.float64, tokens=tokens, **scalars)
+    ours = slopes_of(chunk, k, logits, torch.bfloat16, gain, tokens, **scalars)
+    error = (gain[:, None] * ours - exact).norm(dim=1) / (exact.norm(dim=1) + 1e-20)
+    return error.nan_to_num(torch.inf).max().item()
+
+
+def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, told: float = 0.0) -> float:
+    """The median of a token's, against float64, on products that are wrong in their sixth digit.
+
+    They lack a share ``lost`` of themselves, of which the backend is ``told``; it may know what they are made of.
+    """
+    rng = torch.Generator().manual_seed(14)
+    hidden = torch.randn(2, 12, 64, generator=rng).bfloat16()
+    hidden[1] = (hidden[0].float() + 0.1 * hidden[1].float()).bfloat16()
+    head = (torch.randn(700, 64, generator=rng) * 1.5).bfloat16()
+    bias = torch.randn(700, generator=rng)
+    exact = hidden.double() @ head.double().t()
+    noise = 0.0 if lost else 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)
+    inexact = ((exact + noise) * (1.0 - lost)).float()
+
+    def values(backend: Backend, products: Tensor, **known: Any) -> Tensor:
+        stats = torch.empty(len(TokenStats._fields), 12, dtype=products.dtype)
+        sides = (
+            Side(products[i], bias, hidden[i] if made_of else None, head if made_of else None, **known)
+            for i in range(2)
+        )
+        rows = Rows(torch.arange(12), None, None, None, None)
+        backend(*sides, rows, Recipe(50, **RECIPE | {"softcap": 90.0}), stats, None)
+        return stats[0].double()
+
+    expected = values(_fused_torch.chunk, exact.clone())
+    return ((values(chunk, inexact, lost=told) - expected) / expected).abs().median().item()
 
 
 def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fused_cases import Case, lost_length, make_case, relative_error, saturated_error
+from fused_cases import (
+    Case,
+    bf16_slopes_error,
+    lost_length,
+    make_case,
+    relative_error,
+    saturated_error,
+    value_error,
+)
 from torch import Tensor
 
-from sdpo.kernels import _launch
+from sdpo.kernels import _launch, _rows
 from sdpo.kernels._math import SMALLEST, first_k, order_key
 from sdpo.kernels._tensors import joined, scaled
 
@@ -24,7 +32,7 @@ from sdpo.kernels._tensors import joined, scaled
 warnings.simplefilter("ignore", RuntimeWarning)
 
 # Several blocks of columns even in small vocabularies.
-_launch.BLOCK, _launch.FULL_BLOCK = 128, 64
+_launch.BLOCK, _launch.FULL_BLOCK = 256, 64
 
 CASES: dict[str, dict[str, Any]] = {
     "jsd": {},
@@ -156,12 +164,38 @@ def main() -> None:
     results["saturated, full"] = saturated_error(_launch.chunk, None)
     results["gain"] = lost_length(_launch.chunk, 100)[0]
     results["gain, full"] = lost_length(_launch.chunk, None)[0]
+    results |= inexact_products() | slopes_in_place()
     results["selection"] = selection_error(last_ties=False)
     results["wrong: selection by last ties"] = selection_error(last_ties=True)
     hot = make_case(1, n=5, v=507, temperature=0.6)
     results["wrong: no temperature"] = error(hot.with_(temperature=1.0), hot)
     results["wrong: renormalized"] = error(hot.with_(tail="renormalize"), hot)
     print(json.dumps(results))
+
+
+def inexact_products() -> dict[str, float]:
+    return {
+        "value, exact products known": value_error(_launch.chunk, made_of=True),
+        "wrong: value, inexact products": value_error(_launch.chunk) * 1e3,
+        "value, a share is lost": value_error(_launch.chunk, lost=1e-3, told=1e-3),
+        "wrong: value, a share is lost": value_error(_launch.chunk, lost=3e-2),
+    }
+
+
+def slopes_in_place() -> dict[str, float]:
+    """bf16 slopes that lie there before their factor is known, or, where that does not do, are made again."""
+    kinds: dict[str, dict[str, Any]] = {
+        "student's": {}, "forward": {"alpha": 0.0}, "soft-cap": {"softcap": 40.0},
+        "teacher's": {"support": "teacher"}, "sampled": {"support": "sampled", "k": None, "alpha": 1.0},
+        "renormalized": {"tail": "renormalize"},
+    }  # fmt: skip
+    found = {f"bf16 slopes, {name}": bf16_slopes_error(_launch.chunk, **kind) for name, kind in kinds.items()}
+    for limit in ("REACH", "DEPTH"):
+        true = getattr(_rows, limit)
+        setattr(_rows, limit, tl.constexpr(1e30))
+        found[f"wrong: {limit} without end"] = min(bf16_slopes_error(_launch.chunk, **kinds["forward"]), 1e3)
+        setattr(_rows, limit, true)
+    return found
 
 
 def nearly_agreeing() -> Case:

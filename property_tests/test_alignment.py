@@ -57,23 +57,27 @@ def batch(rows: list[tuple[list[int], list[int]]], left: int, right: int) -> tup
 
 
 def property_compact_keeps_the_tokens(squeeze: Any, rows: Any, left: int, right: int) -> None:
-    ids, mask, length = squeeze(*batch(rows, left, right))
+    sizes = [(len(prompt), len(completion)) for prompt, completion in rows]
+    ids, mask, kept = squeeze(*batch(rows, left, right), sizes)
     longest = [max(max(len(row[i]) for row in rows), 1) for i in (0, 1)]
-    assert length == longest[1]
+    length = longest[1]
+    assert kept == sizes
     assert ids.shape == mask.shape == (len(rows), sum(longest))
     for row_ids, row_mask, (prompt, completion) in zip(ids, mask, rows, strict=True):
         assert row_ids[row_mask.bool()].tolist() == [*prompt, *completion]
         assert row_ids[-length:][row_mask[-length:].bool()].tolist() == completion
 
 
-def keeps_the_head(prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor) -> Any:
+def keeps_the_head(
+    prompt: Tensor, prompt_mask: Tensor, completion: Tensor, completion_mask: Tensor, sizes: Any
+) -> Any:
     """Cuts the prompt from the wrong side."""
     width = max(int(prompt_mask.sum(-1).max()), 1)
     length = max(int(completion_mask.sum(-1).max()), 1)
     return (
         torch.cat([prompt[:, :width], completion[:, :length]], 1),
         torch.cat([prompt_mask[:, :width], completion_mask[:, :length]], 1),
-        length,
+        sizes,
     )
 
 

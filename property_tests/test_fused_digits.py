@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdpo import _fused_torch, _projection
+from sdpo import _fused_engine, _fused_torch, _projection
 from sdpo._projection import pieces
 
 
@@ -90,6 +90,32 @@ def test_mixed_products_lose_what_their_inputs_lack(
     value, *gradients = relative_errors(make_case(31, n=33, d=17, v=507, **scalars), dtype)
     assert value < 1e-5
     assert max(gradients) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("mixed")
+def test_what_a_product_loses_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(left: Tensor, right: Tensor, out_dtype: Any = None, out: Any = None) -> Tensor:
+        made = whole(left, right, out_dtype, out)
+        return made.mul_(0.999) if out_dtype else made
+
+    whole = torch.mm
+    monkeypatch.setattr(torch, "mm", lossy)
+    _projection._measured_loss.cache_clear()
+    try:
+        assert _projection.lost_share(torch.device("cpu"), torch.bfloat16, 17) == pytest.approx(
+            1e-3, rel=1e-3
+        )
+        # Values alone: the gradient's own product is as short as it was.
+        case = make_case(38, n=33, d=17, v=507)
+        assert relative_errors(case, torch.bfloat16)[0] < 1e-5
+        monkeypatch.setattr(_fused_engine, "lost_share", lambda device, operand, width: 0.0)
+        assert relative_errors(case, torch.bfloat16)[0] > 1e-4, "a wrong twin"
+    finally:
+        _projection._measured_loss.cache_clear()
+
+
+def test_a_cpu_loses_nothing() -> None:
+    assert _projection.lost_share(torch.device("cpu"), torch.bfloat16, 3584) == 0.0
 
 
 @pytest.mark.usefixtures("mixed")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from fused_cases import Case, make_case, relative_error
 
+from sdpo import _fused_engine
 from sdpo._projection import pull_back
 
 pytestmark = pytest.mark.gpu
@@ -128,6 +129,29 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
     # Of 512 tokens enough are active to fill a block of slopes, as large as it gets. What grows is the hidden
     # gradient (bf16) and a few numbers per token, not 50257 of them.
     assert peak(2048) - peak(512) < (2048 - 512) * (64 * 2 * 4 + 400)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0], ids=["flat", "ordinary"])
+def test_every_token_to_the_fifth_digit(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Models that mostly agree: their divergence is a difference of logits of which a share is lost."""
+    from sdpo.kernels import _launch
+
+    plain: dict[str, Any] = {"weights": False, "biases": False}
+    case = make_case(12, n=128, d=3584, v=20_000, scale=scale, k=100, **plain)
+    near = 0.9 * case.tensors["student_hidden"] + 0.44 * case.tensors["teacher_hidden"]
+    case = case.with_(teacher_hidden=near, teacher_head=case.tensors["student_head"]).cast(torch.bfloat16)
+    exact, _ = case.cast(torch.float64, "cuda").plain_per_token()
+    mask, ours = case.tensors["loss_mask"].cuda(), case.cast(torch.bfloat16, "cuda")
+
+    def worst() -> float:
+        found = ours.fused(backend="triton").per_token[mask].double()
+        return ((found - exact[mask]).abs() / exact[mask]).max().item()
+
+    assert worst() < 1e-5
+    # A wrong twin: the products as they are.
+    monkeypatch.setattr(_fused_engine, "lost_share", lambda device, operand, width: 0.0)
+    monkeypatch.setattr(_launch, "_refined", lambda model, ids, support, *, owner: support)
+    assert worst() > 1e-5
 
 
 @pytest.mark.parametrize("scale", [3.0, 13.0], ids=["ordinary", "nearly all mass on the support"])

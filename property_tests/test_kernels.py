@@ -53,7 +53,7 @@ def test_kernels_equal_the_torch_backend(results: dict[str, float]) -> None:
     # rounded to the dtype of what it belongs to. The interpreter cuts bf16 off, so that the tail, which the gain
     # is not made of, is always a little short.
     rounded = {f"{dtype} gradient": torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
-    known = {"nearly agreeing models": 2e-4, "saturated": 1e-4, "gain": 2e-4} | rounded
+    known = {"nearly agreeing models": 2e-4, "saturated": 1e-4, "gain": 2e-4, "bf16 slopes": 2**-7} | rounded
     allowed = {name: known.get(name.split(", ")[0], 2e-5) for name in errors}
     assert not {name: error for name, error in errors.items() if not error < allowed[name]}
 
@@ -61,17 +61,17 @@ def test_kernels_equal_the_torch_backend(results: dict[str, float]) -> None:
 @needs_triton
 def test_wrong_twins_are_rejected(results: dict[str, float]) -> None:
     twins = {name: error for name, error in results.items() if name.startswith("wrong: ")}
-    assert len(twins) == 3
+    assert len(twins) == 7
     assert all(error > 1e-2 for error in twins.values())
 
 
 def kernels_of_the_package() -> set[str]:
-    """Functions of sdpo.kernels that write to memory: what is launched."""
+    """Functions of sdpo.kernels that write to memory and are not for kernels alone: what is launched."""
     found = set()
     for path in Path(kernels.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and "tl.store(" in ast.unparse(node):
-                found.add(node.name)
+                found |= set() if node.name.startswith("_") else {node.name}
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from strategies import Claim, name_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo_rl.normalization import StepWindow
 
@@ -113,3 +114,32 @@ def test_rejects_its_wrong_twin(claim: Claim) -> None:
 def test_counts_come_first() -> None:
     with pytest.raises(RuntimeError, match="set_counts"):
         StepWindow().denominator(step=0, index=0, length=1, generate_every=1)
+
+
+class Travels(TorchDispatchMode):
+    """What must bring numbers to the device, or wait for those that are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in ("index", "lift_fresh", "nonzero", "_local_scalar_dense"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_denominator_waits_for_no_number() -> None:
+    """It is made when the forwards are under way: who waits then, waits for all of them."""
+    window, counts = StepWindow(), torch.tensor([1, 2, 3, 4])
+    window.set_counts(counts)
+    with Travels() as travels:
+        known = window.denominator(step=2, index=0, length=2, generate_every=4)
+        window.denominator(step=3, index=1, length=4, generate_every=4)
+        window.correction()
+    assert travels.seen == []
+    assert known.tolist() == 7.0
+    with Travels() as travels:
+        counts[[2, 3]].sum()
+    assert travels.seen

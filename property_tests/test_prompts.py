@@ -179,6 +179,34 @@ def test_rows_without_signal_are_not_rendered() -> None:
     assert got.row_mask == [False, True, False]
 
 
+class Counting:
+    """A tokenizer that knows how many texts it was given."""
+
+    def __init__(self) -> None:
+        self.texts = 0
+
+    def __call__(self, text: list[str]) -> Any:
+        self.texts += len(text)
+        return TOKENIZER(text=text)
+
+    def apply_chat_template(self, conversation: list[Any], **arguments: Any) -> Any:
+        self.texts += len(conversation)
+        return TOKENIZER.apply_chat_template(conversation=conversation, **arguments)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_what_reads_the_same_is_tokenized_once(chat: bool) -> None:
+    def asked(system: str, text: str) -> Any:
+        return [{"role": "system", "content": system}, *tiny.user(text)] if chat else system + text
+
+    # Made anew, as a dataset makes them; the same question under other instructions is another prompt.
+    prompts = [asked(*pair) for pair in [("s", "a"), ("t", "a"), ("s", "a"), ("s", "b"), ("t", "a")]]
+    counting = Counting()
+    rendered = Renderer(counting)(prompts)
+    assert rendered == [Renderer(TOKENIZER)([prompt])[0] for prompt in prompts]
+    assert counting.texts == len({decode(ids) for ids in rendered}) == 3
+
+
 # --- the chat template ------------------------------------------------------------------------------------
 
 TEMPLATE_FILES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))

@@ -508,8 +508,8 @@ def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch
     """The wrong twin: the teacher's completion without the tools' answers."""
     true = micro_batch.compact
 
-    def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Any:
-        return true(prompt_ids, prompt_mask, torch.where(ids > 100, 0, ids), mask)
+    def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, *rest: Any) -> Any:
+        return true(prompt_ids, prompt_mask, torch.where(ids > 100, 0, ids), *rest)
 
     def losses() -> list[float]:
         trainer = tool_trainer(tmp_path)

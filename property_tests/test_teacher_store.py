@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 import sdpo.teacher
 from sdpo import frozen, teacher_distance
-from sdpo_rl import SDPOConfig, distillation, hidden_states, teacher_store
+from sdpo_rl import SDPOConfig, distillation, hidden_states, places, teacher_store
 from sdpo_rl.teacher_store import TeacherStore
 
 Weights = dict[str, Tensor]
@@ -218,7 +218,7 @@ def test_the_comparison_rejects_a_teacher_that_leaves_something_out(tmp_path: Pa
     factors = {name: weight for name, weight in state.params.items() if "modules_to_save" not in name}
     assert len(factors) < len(state.params)
     trainer._teacher.state = state._replace(params=factors)
-    trainer._teacher._own = lambda model: dict(model.named_parameters())
+    trainer._teacher._own = lambda model, **_: dict(model.named_parameters())
     with pytest.raises(AssertionError):
         check(trainer, students)
 
@@ -281,6 +281,49 @@ def test_other_trainable_parameters_than_at_the_start_are_refused_by_name(mode: 
     for call in (store.forwards, store.tick, store.distance):
         with pytest.raises(ValueError, match=r"lost '0\.bias'"):
             call(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "gained"),
+    [
+        (lambda model: model.append(nn.Linear(2, 2, bias=False)), "1.weight"),
+        (lambda model: setattr(model[0], "bias", nn.Parameter(torch.zeros(2))), "0.bias"),
+        (lambda model: model[0].frozen.requires_grad_(True), "0.frozen"),
+    ],
+    ids=["a module", "a parameter", "a frozen one"],
+)
+def test_what_has_come_to_train_is_refused_at_the_next_tick(
+    change: Callable[[Any], Any], gained: str
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    model[0].frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    store = TeacherStore(model, SDPOConfig(), seed=0)
+    store.forwards(model)
+    store.tick(model)
+    change(model)
+    with pytest.raises(ValueError, match=f"gained '{gained}'"):
+        store.tick(model)
+
+
+def test_a_parameter_that_came_to_be_another_s_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    store = TeacherStore(model, SDPOConfig(), seed=0)
+    store.forwards(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"lost '1\.weight'"):
+        store.forwards(model)
+
+
+def test_a_parameter_that_was_replaced_is_found_in_its_place() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    store = TeacherStore(model, SDPOConfig(), seed=0)
+    start = model[0].weight.detach().clone()
+    store.forwards(model)
+    replaced = model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    (params,) = store.forwards(model)
+    with places.replaced(model, params):
+        assert torch.equal(model[0].weight, start)
+    assert model[0].weight is replaced
 
 
 # --- the modes --------------------------------------------------------------------------------------------
@@ -414,9 +457,9 @@ def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_paramet
 # --- what it costs ----------------------------------------------------------------------------------------
 
 
-def stack() -> nn.Sequential:
-    """Forty parameters of one size, so that one is little and all are much."""
-    return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
+def stack(parameters: int = 40) -> nn.Sequential:
+    """Parameters of one size, so that one is little and all are much."""
+    return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(parameters)))
 
 
 class Peak(TorchDispatchMode):
@@ -492,6 +535,66 @@ def test_the_peak_rejects_copies_of_the_model() -> None:
 
     for twin in (distance_over_a_float_copy, tick_out_of_place):
         assert peak(twin) >= 40 * one
+
+
+class Operations(TorchDispatchMode):
+    """How many operations there were, but for those that only ask for memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is not torch.ops.aten.empty_like.default
+        return function(*args, **(kwargs or {}))
+
+
+def operations(action: Callable[[], Any]) -> int:
+    with Operations() as counter:
+        action()
+    return counter.count
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen", "trust_region"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tick_and_a_forward_take_the_same_few_operations_for_any_number_of_parameters(
+    dtype: torch.dtype, mode: str
+) -> None:
+    def counts(parameters: int) -> list[int]:
+        model = stack(parameters).to(dtype)
+        store = TeacherStore(model, SDPOConfig(teacher_mode=mode), seed=0)
+        return [operations(lambda: store.tick(model)), operations(lambda: store.forwards(model))]
+
+    assert counts(40) == counts(2)
+    assert max(counts(40)) <= 2
+
+
+def test_the_count_rejects_one_parameter_after_the_other() -> None:
+    def one_by_one(parameters: int) -> int:
+        model = stack(parameters).bfloat16()
+        state = TeacherStore(model, SDPOConfig(), seed=0).state
+        with torch.no_grad():
+            return operations(
+                lambda: [state.params[n].lerp_(p.float(), RATE) for n, p in model.named_parameters()]
+            )
+
+    assert one_by_one(40) == 20 * one_by_one(2)
+
+
+def test_a_forward_walks_through_the_modules_no_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model with adapters there are thousands, and a GPU waits."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a walk")
+
+    model = lora().bfloat16()
+    store = TeacherStore(model, SDPOConfig(), seed=0)
+    (params,) = store.forwards(model)
+    expected = logits(model, params)
+    monkeypatch.setattr(nn.Module, "named_modules", refuse)
+    monkeypatch.setattr(places, "all_modules", refuse)
+    (params,) = store.forwards(model)
+    assert torch.equal(logits(model, params), expected)
 
 
 def held(tensors: dict[str, Tensor]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
 
-from sdpo_rl import SDPOConfig, SDPOTrainer
+from sdpo_rl import SDPOConfig, SDPOTrainer, micro_batch
 
 FOUR: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 PREFIX = "self_distillation/"
@@ -520,6 +521,47 @@ def test_the_teacher_reads_without_dropout_and_modes_come_back(tmp_path: Path) -
     assert modes[-1] == (True, True)
     assert (True, False) not in modes
     assert layer.training
+
+
+# --- what waits for the device ----------------------------------------------------------------------------
+
+READS = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the adapter itself reads of tensors from now on; on a GPU it would wait for each."""
+    seen: list[str] = []
+
+    def watched(name: str) -> Callable[..., Any]:
+        true = getattr(torch.Tensor, name)
+
+        def read(*args: Any, **kwargs: Any) -> Any:
+            if Path(sys._getframe(1).f_code.co_filename).parent.name == "sdpo_rl":
+                seen.append(name)
+            return true(*args, **kwargs)
+
+        return read
+
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    return seen
+
+
+@pytest.mark.parametrize("together", [10**6, 100], ids=["one teacher's forward", "several"])
+@pytest.mark.parametrize("active", [8, 3, 0])
+def test_a_micro_batch_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, active: int, together: int
+) -> None:
+    trainer = tiny.trainer(tmp_path, max_steps=1, reward_funcs=lambda completions, **_: [(0.0, "no")] * 8)
+    trainer.train()
+    inputs = trainer._prepare_inputs([*tiny.conversations()])
+    inputs["row_mask"] &= torch.arange(8) < active
+    monkeypatch.setattr(micro_batch, "_TEACHER_TOKENS", together)
+    monkeypatch.setattr(micro_batch, "_TEACHER_WIDTH", 32)
+    seen = reading(monkeypatch)
+    trainer.compute_loss(trainer.model, inputs)
+    trainer._teacher.tick(trainer._unwrapped)
+    assert seen == ["tolist"]
 
 
 # --- rows without signal ----------------------------------------------------------------------------------

@@ -286,26 +286,25 @@ def test_tensors_of_another_device_are_left_out() -> None:
 # --- groups of rows ---------------------------------------------------------------------------------------
 
 
-@st.composite
-def masks(draw: st.DrawFn) -> tuple[Tensor, int]:
+Sizes = list[tuple[int, int]]  # tokens of each row's prompt and completion
+some_sizes = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5)
+
+
+def mask_of(sizes: Sizes) -> tuple[Tensor, int]:
     """Rows of [left pad | prompt | completion | right pad], and the completion's columns."""
-    prompt, completion = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    rows = [
-        (draw(st.integers(1, prompt)), draw(st.integers(1, completion)))
-        for _ in range(draw(st.integers(1, 5)))
-    ]
-    lines = [[0] * (prompt - p) + [1] * (p + c) + [0] * (completion - c) for p, c in rows]
+    prompt, completion = (max(column) for column in zip(*sizes, strict=True))
+    lines = [[0] * (prompt - p) + [1] * (p + c) + [0] * (completion - c) for p, c in sizes]
     return torch.tensor(lines), completion
 
 
 def property_groups_hold_every_attended_token_once(
     group_rows: Callable[..., list[row_groups.RowGroup]],
-    case: tuple[Tensor, int],
+    sizes: Sizes,
     width_limit: int,
     token_limit: int,
 ) -> None:
-    mask, length = case
-    groups = group_rows(mask, length=length, width_limit=width_limit, token_limit=token_limit)
+    mask, _ = mask_of(sizes)
+    groups = group_rows(sizes, width_limit=width_limit, token_limit=token_limit)
     assert [g.rows.start for g in groups] == [0, *(g.rows.stop for g in groups[:-1])]
     assert groups[-1].rows.stop == len(mask)
     for group in groups:
@@ -317,12 +316,12 @@ def property_groups_hold_every_attended_token_once(
             assert kept.numel() <= token_limit
 
 
-def all_rows_at_once(mask: Tensor, **limits: float) -> list[row_groups.RowGroup]:
-    return [row_groups.RowGroup(slice(0, len(mask)), slice(0, mask.shape[1]), 0)]
+def all_rows_at_once(sizes: Sizes, **limits: float) -> list[row_groups.RowGroup]:
+    return [row_groups.RowGroup(slice(0, len(sizes)), slice(0, mask_of(sizes)[0].shape[1]), 0)]
 
 
-def cut_to_the_width(mask: Tensor, *, width_limit: int, **limits: float) -> list[row_groups.RowGroup]:
-    groups = row_groups.row_groups(mask, width_limit=width_limit, **limits)
+def cut_to_the_width(sizes: Sizes, *, width_limit: int, **limits: float) -> list[row_groups.RowGroup]:
+    groups = row_groups.row_groups(sizes, width_limit=width_limit, **limits)
     return [
         g._replace(columns=slice(max(g.columns.start, g.columns.stop - width_limit), g.columns.stop))
         for g in groups
@@ -334,7 +333,7 @@ GROUPS = [
         property_groups_hold_every_attended_token_once,
         row_groups.row_groups,
         wrong,
-        {"case": masks(), "width_limit": st.integers(4, 14), "token_limit": st.integers(4, 60)},
+        {"sizes": some_sizes, "width_limit": st.integers(4, 14), "token_limit": st.integers(4, 60)},
     )
     for wrong in (all_rows_at_once, cut_to_the_width)
 ]
@@ -346,11 +345,9 @@ def test_groups_hold_every_attended_token_once() -> None:
         claim.rejects_wrong_twin()
 
 
-@given(case=masks(), width_limit=st.integers(2, 14), token_limit=st.integers(2, 60), states=st.booleans())
-def test_groups_change_no_number(
-    case: tuple[Tensor, int], width_limit: int, token_limit: int, states: bool
-) -> None:
-    mask, length = case
+@given(sizes=some_sizes, width_limit=st.integers(2, 14), token_limit=st.integers(2, 60), states=st.booleans())
+def test_groups_change_no_number(sizes: Sizes, width_limit: int, token_limit: int, states: bool) -> None:
+    mask, length = mask_of(sizes)
     ids = torch.arange(1, mask.numel() + 1).view_as(mask) * mask
     arguments = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": length + 1, "use_cache": False}
     head = Head(torch.ones(1, 1), None)
@@ -365,7 +362,7 @@ def test_groups_change_no_number(
         hidden = seen.float()[:, -(length + 1) : -1]
         return CompletionStates(hidden, head) if states else hidden
 
-    groups = row_groups.row_groups(mask, length=length, width_limit=width_limit, token_limit=token_limit)
+    groups = row_groups.row_groups(sizes, width_limit=width_limit, token_limit=token_limit)
     apart = row_groups.run_groups(forward, arguments, groups, length=length)
     assert len(widths) == len(groups)
     together = forward(arguments, length=length)
@@ -379,8 +376,7 @@ def test_groups_change_no_number(
 
 
 def test_rows_alike_are_shared_out_evenly() -> None:
-    mask = torch.ones(17, 10, dtype=torch.bool)
-    groups = row_groups.row_groups(mask, length=3, width_limit=20, token_limit=80)
+    groups = row_groups.row_groups([(7, 3)] * 17, width_limit=20, token_limit=80)
     assert [group.rows.stop - group.rows.start for group in groups] == [6, 6, 5]
 
 
@@ -389,9 +385,9 @@ def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.
     after: list[list[Tensor]] = []
     groups: list[int] = []
 
-    def tight(mask: Tensor, *, length: int, width_limit: float, token_limit: float) -> Any:
-        own = int(mask.sum(1).max())
-        made = row_groups.row_groups(mask, length=length, width_limit=own, token_limit=2 * own)
+    def tight(sizes: Sizes, *, width_limit: float, token_limit: float) -> Any:
+        own = max(map(sum, sizes))
+        made = row_groups.row_groups(sizes, width_limit=own, token_limit=2 * own)
         groups.append(len(made))
         return made
 

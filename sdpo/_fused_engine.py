@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sdpo._projection import (
+    accumulate_bias,
     accumulate_head,
     gradient_dtype,
     gradient_lift,
+    lost_share,
     operand_dtype,
     project,
     pull_back,
@@ -116,37 +118,33 @@ class _Pass:
         block = width if in_place else max(width, min(plan.slope_rows, self.count))
         makes_slope = plan.hidden or plan.head or plan.bias
         slopes = products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
-        gain = None if in_place or not plan.hidden else self.stats.new_empty(width)
+        gains = None if in_place or not makes_slope else self.stats.new_empty(block)
         for start in range(0, self.count, block):
             stop = min(start + block, self.count)
             for low in range(start, stop, width):
                 high = min(low + width, stop)
                 slope = None
                 if makes_slope:
-                    gains = None if gain is None else gain[: high - low]
-                    slope = Slope(slopes[low - start : high - start], gains)
+                    slope = self._slope(slopes, gains, low - start, high - start)
                 self._chunk(low, high, products, slope)
                 if slope is not None:
                     self._push_hidden(low, high, slope)
-            self._push_head(start, stop, slopes[: stop - start])
+            self._push_head(start, stop, self._slope(slopes, gains, 0, stop - start))
         if self.lift is not None:
             for gradient in (self.head_gradient, self.bias_gradient):
                 if gradient is not None:
                     gradient.div_(self.lift)
         return Outcome(self.stats, self.hidden_gradient, self.head_gradient, self.bias_gradient)
 
+    @staticmethod
+    def _slope(slopes: Tensor, gains: Tensor | None, low: int, high: int) -> Slope:
+        return Slope(slopes[low:high], None if gains is None else gains[low:high])
+
     def _chunk(self, low: int, high: int, products: list[Tensor], slope: Slope | None) -> None:
         """Logits, loss and slope of the tokens low to high."""
         ops = self.operands
-        student_products = self._project(ops.student_hidden, ops.student_head, low, high, products[0])
-        reference = None
-        if ops.reference_hidden is None:
-            teacher_products = self._project(ops.teacher_hidden, ops.teacher_head, low, high, products[1])
-        elif self.plan.own_reference and ops.reference_head is not None:
-            teacher_products = self._project(ops.teacher_hidden, ops.teacher_head, low, high, products[1])
-            reference = self._project(ops.reference_hidden, ops.reference_head, low, high, products[2])
-        else:
-            teacher_products = self._project_between(low, high, products[1])
+        student = self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, products[0])
+        teacher = self._teacher(low, high, products)
         rows = Rows(
             tokens=self._take(ops.tokens, low, high),
             old_log_probs=self._take(ops.old_log_probs, low, high),
@@ -154,14 +152,7 @@ class _Pass:
             slope_weights=None if self.slope_weights is None else self.slope_weights[low:high].contiguous(),
             lift=self.lift,
         )
-        self.plan.backend(
-            Side(student_products, ops.student_bias),
-            Side(teacher_products, ops.teacher_bias, reference, ops.reference_bias),
-            rows,
-            self.recipe,
-            self.stats[:, low:high],
-            slope,
-        )
+        self.plan.backend(student, teacher, rows, self.recipe, self.stats[:, low:high], slope)
 
     def _push_hidden(self, low: int, high: int, slope: Slope) -> None:
         """Send the slopes of the tokens low to high on to their hidden states."""
@@ -179,30 +170,45 @@ class _Pass:
         positions = torch.arange(low, high, device=self.device) if active is None else active[low:high]
         gradient.index_copy_(0, positions, rows)
 
-    def _push_head(self, start: int, stop: int, slope: Tensor) -> None:
+    def _push_head(self, start: int, stop: int, slope: Slope) -> None:
         """Send the slopes of the tokens start to stop on to head and bias."""
         if self.head_gradient is not None:
             hidden = self._take(self.operands.student_hidden, start, stop).to(self.dtype)
-            accumulate_head(slope, hidden, self.head_gradient, first=start == 0)
+            accumulate_head(slope.values, hidden, self.head_gradient, slope.gain, first=start == 0)
         if self.bias_gradient is not None:
-            self.bias_gradient += slope.sum(dim=0, dtype=self.working)
+            accumulate_bias(slope.values, self.bias_gradient, slope.gain)
 
-    def _project(self, hidden: Tensor, head: Tensor, low: int, high: int, out: Tensor) -> Tensor:
-        dtype = operand_dtype(hidden, head, self.plan.autocast)
-        return project(self._take(hidden, low, high).to(dtype), self._cast(head, dtype), out[: high - low])
-
-    def _project_between(self, low: int, high: int, out: Tensor) -> Tensor:
-        """Products of the states between centre and teacher: through one linear head that is the same thing."""
-        ops, coef = self.operands, self.recipe.trust_region_coef
-        assert ops.reference_hidden is not None
-        assert coef is not None
+    def _teacher(self, low: int, high: int, products: list[Tensor]) -> Side:
+        """The teacher, or what lies between it and the centre of its trust region."""
+        ops = self.operands
+        model = (ops.teacher_hidden, ops.teacher_head, ops.teacher_bias)
+        if ops.reference_hidden is None:
+            return self._side(*model, low, high, products[1])
+        if self.plan.own_reference and ops.reference_head is not None:
+            other = (ops.reference_hidden, ops.reference_head, ops.reference_bias)
+            reference = self._side(*other, low, high, products[2])
+            teacher = self._side(*model, low, high, products[1])
+            return teacher._replace(reference=reference.products, reference_bias=reference.bias)
+        # The logits in between are, through one linear head, those of the states in between.
         dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head, self.plan.autocast)
         centre, live = (
             self._take(hidden, low, high).to(dtype).to(working_dtype(dtype))
             for hidden in (ops.reference_hidden, ops.teacher_hidden)
         )
+        assert self.recipe.trust_region_coef is not None
         # Not rounded: what 16 bits would take from the mixture is a few thousandths of the loss.
-        return project(centre.lerp(live, coef), self._cast(ops.teacher_head, dtype), out[: high - low])
+        states = centre.lerp(live, self.recipe.trust_region_coef)
+        return self._product(states, self._cast(ops.teacher_head, dtype), ops.teacher_bias, products[1])
+
+    def _side(
+        self, hidden: Tensor, head: Tensor, bias: Tensor | None, low: int, high: int, out: Tensor
+    ) -> Side:
+        dtype = operand_dtype(hidden, head, self.plan.autocast)
+        return self._product(self._take(hidden, low, high).to(dtype), self._cast(head, dtype), bias, out)
+
+    def _product(self, states: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> Side:
+        lost = lost_share(self.device, head.dtype, head.shape[1])
+        return Side(project(states, head, out[: states.shape[0]]), bias, states, head, lost)
 
     @overload
     def _take(self, values: Tensor, low: int, high: int) -> Tensor: ...

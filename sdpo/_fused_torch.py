@@ -26,8 +26,12 @@ from sdpo.importance import importance_weights
 
 
 class Split(NamedTuple):
-    """A chunk of distributions, seen as K tokens and the rest."""
+    """A chunk of distributions, seen as K tokens and the rest; logits and their sums relative to the anchor.
 
+    Logits of 50, as they are, have three digits less than the distances between them.
+    """
+
+    anchor: Tensor  # [c, 1] the largest logit at the support
     inside: Tensor  # [c, K] logits at the support
     log_inside: Tensor  # [c] logsumexp over the support
     log_outside: Tensor  # [c] logsumexp over all other tokens; −inf if there are none
@@ -84,8 +88,10 @@ def _log_over_mixture(delta: Tensor, weight: float) -> Tensor:
     return -torch.where(near, small, ((1 - weight) + weight * delta.exp()).log())
 
 
-def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
-    """Turn products [c, V] into logits, in place: bias, scale, soft-cap, temperature."""
+def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe, lost: float) -> Tensor:
+    """Turn products [c, V] into logits, in place: what was lost, bias, scale, soft-cap, temperature."""
+    if lost != 0.0:
+        products.mul_(1.0 / (1.0 - lost))
     if bias is not None:
         products.add_(bias.to(products.dtype))
     if recipe.softcap is None:
@@ -110,12 +116,16 @@ def split(logits: Tensor, ids: Tensor, scratch: Tensor | None = None) -> Split:
     Without ``scratch`` [c, V] to multiply in, the softmax outside is lost as well.
     """
     inside = logits.gather(1, ids)
+    anchor = inside.amax(dim=1, keepdim=True)
+    anchor = anchor.masked_fill(anchor.isneginf(), 0.0)
+    inside = inside - anchor
     logits.scatter_(1, ids, -math.inf)
     top, place = logits.max(dim=1)
     empty = top.isneginf()
     outside = torch.softmax(logits, dim=1).masked_fill_(empty[:, None], 0.0)
     # The largest logit's share of the mass outside is exp(top − log_outside).
-    log_outside = top - outside.gather(1, place[:, None])[:, 0].masked_fill(empty, 1.0).log()
+    share = outside.gather(1, place[:, None])[:, 0].masked_fill(empty, 1.0)
+    log_outside = top - anchor[:, 0] - share.log()
     log_inside = logsumexp(inside)
     normalizer = logaddexp(log_inside, log_outside)
     # Finite, so that an impossible token adds 0 to the mean logit.
@@ -123,8 +133,8 @@ def split(logits: Tensor, ids: Tensor, scratch: Tensor | None = None) -> Split:
     mean_outside = torch.mul(outside, logits, out=outside if scratch is None else scratch).sum(dim=1)
     inside_p = (inside - normalizer[:, None]).exp()
     mean = (inside_p * inside.masked_fill(inside.isneginf(), 0.0)).sum(dim=1)
-    mean = mean + (log_outside - normalizer).exp() * mean_outside
-    return Split(inside, log_inside, log_outside, normalizer, normalizer - mean, outside)
+    mean = mean + (log_outside - normalizer).exp() * (mean_outside - anchor[:, 0])
+    return Split(anchor, inside, log_inside, log_outside, normalizer, normalizer - mean, outside)
 
 
 def row_gain(whole: Tensor, kept: Tensor) -> Tensor:
@@ -153,10 +163,10 @@ def chunk(
 
     The buffers of both sides are consumed; the slope's values may take the student's.
     """
-    z_student = map_logits(student.products, student.bias, recipe)
-    z_teacher = map_logits(teacher.products, teacher.bias, recipe)
+    z_student = map_logits(student.products, student.bias, recipe, student.lost)
+    z_teacher = map_logits(teacher.products, teacher.bias, recipe, teacher.lost)
     if teacher.reference is not None and recipe.trust_region_coef is not None:
-        reference = map_logits(teacher.reference, teacher.reference_bias, recipe)
+        reference = map_logits(teacher.reference, teacher.reference_bias, recipe, teacher.lost)
         # Not lerp: it would subtract −inf from −inf where a token is impossible.
         z_teacher = reference.mul_(1 - recipe.trust_region_coef).add_(
             z_teacher, alpha=recipe.trust_region_coef
@@ -169,7 +179,8 @@ def chunk(
 
     log_p, log_q = p.inside - p.normalizer[:, None], q.inside - q.normalizer[:, None]
     log_tail_p, log_tail_q = p.log_outside - p.normalizer, q.log_outside - q.normalizer
-    log_token, log_token_q = token_student - p.normalizer, token_teacher - q.normalizer
+    log_token = token_student - p.anchor[:, 0] - p.normalizer
+    log_token_q = token_teacher - q.anchor[:, 0] - q.normalizer
     if recipe.support == "sampled":
         value, inside, outside = _sampled(log_token, log_token_q, log_tail_p)
     else:
@@ -182,7 +193,7 @@ def chunk(
         scale = scale * (recipe.logit_scale / recipe.temperature)
         whole = flatten_by_softcap(p.outside, z_student, recipe)
         torch.mul(whole, outside[:, None] * scale, out=slope.values)
-        inside = flatten_by_softcap(inside * scale, p.inside, recipe)
+        inside = flatten_by_softcap(inside * scale, p.inside + p.anchor, recipe)
         rounded = inside.to(slope.values.dtype)
         slope.values.scatter_(1, ids, rounded)
         if slope.gain is not None:

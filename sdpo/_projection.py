@@ -6,6 +6,7 @@ digit. Inputs may be bf16 or fp16, but what comes out of a product here is float
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -22,6 +23,9 @@ _TERMS = 2**14
 
 # Numbers of a result that fill a GPU. What is smaller cuBLAS splits into pieces by itself.
 _FILLS = 2**21
+
+# A product of random numbers that shows how much of itself is cut off: large enough not to be split into pieces.
+_SAMPLE, _SEEN = (4096, 2048), 256
 
 # Half-precision gradients are lifted by a power of two so that their largest entry sits near this value: far
 # below fp16's largest number (65504), far above its smallest (6e-8).
@@ -87,6 +91,27 @@ def project(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def lost_share(device: torch.device, operand: torch.dtype, width: int) -> float:
+    """Share of itself by which a sum of ``width`` products is too small: what the matrix units cut off.
+
+    Measured once per device, dtype and width, on random numbers, where it does not depend on the numbers. On an
+    H200 it is 3.3e-6 at a width of 3584: two models that nearly agree differ by that much less, and their
+    divergence is too small by twice as much.
+    """
+    return _measured_loss(device, operand, width) if has_mixed_product(device, operand) else 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _measured_loss(device: torch.device, operand: torch.dtype, width: int) -> float:
+    generator = torch.Generator(device).manual_seed(0)
+    left, right = (
+        torch.randn(rows, width, generator=generator, device=device, dtype=operand) for rows in _SAMPLE
+    )
+    found = torch.mm(left, right.t(), out_dtype=torch.float32)[:_SEEN, :_SEEN].double()
+    exact = left[:_SEEN].double() @ right[:_SEEN].double().t()
+    return 1.0 - float((found * exact).sum() / exact.square().sum())
+
+
 def pull_back(slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = None) -> Tensor:
     """``gain · (slope @ head)``: the gradient of the hidden states from that of the logits, into out [c, D].
 
@@ -134,9 +159,23 @@ def pieces(vocabulary: int) -> tuple[int, int]:
     return count, width if width < 8 else width // 8 * 8
 
 
-def accumulate_head(slope: Tensor, hidden: Tensor, total: Tensor, *, first: bool) -> None:
-    """Add ``slope.T @ hidden``, [C, V] and [C, D], to the head's gradient total [V, D] in place."""
+def accumulate_head(
+    slope: Tensor, hidden: Tensor, total: Tensor, gain: Tensor | None = None, *, first: bool
+) -> None:
+    """Add ``(gain · slope).T @ hidden``, [C, V] and [C, D], to the head's gradient total [V, D] in place."""
+    if gain is not None:
+        hidden = (hidden * gain[:, None]).to(hidden.dtype)
     if slope.dtype == total.dtype:
         torch.addmm(total, slope.t(), hidden.to(slope.dtype), beta=0.0 if first else 1.0, out=total)
     else:
         torch.addmm(total, slope.t(), hidden, beta=0.0 if first else 1.0, out_dtype=total.dtype, out=total)
+
+
+def accumulate_bias(slope: Tensor, total: Tensor, gain: Tensor | None = None) -> None:
+    """Add the sum of ``gain · slope`` [C, V] over its rows to the bias' gradient total [V] in place."""
+    if gain is None:
+        total += slope.sum(dim=0, dtype=total.dtype)
+        return
+    for start in range(0, total.shape[0], _SLAB):
+        slab = slice(start, start + _SLAB)
+        total[slab] += gain @ slope[:, slab].to(gain.dtype)

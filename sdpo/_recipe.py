@@ -29,8 +29,11 @@ class Recipe:
 class Side(NamedTuple):
     """One model's half of a chunk."""
 
-    products: Tensor  # [c, V] hidden × head, working dtype; a scratch buffer the backend may overwrite
+    products: Tensor  # [c, V] states × head, working dtype; a scratch buffer the backend may overwrite
     bias: Tensor | None  # [V]
+    states: Tensor | None = None  # [c, D] and
+    head: Tensor | None = None  # [V, D]: what the products were made of, where they can be made more exactly
+    lost: float = 0.0  # share of itself by which a product is too small
     reference: Tensor | None = None  # [c, V] products of the trust region's centre, if it needs its own
     reference_bias: Tensor | None = None  # [V]
 
@@ -46,10 +49,10 @@ class Rows(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """Where a backend puts the gradient of a chunk's logits."""
+    """Where a backend puts the gradient of a chunk's logits: ``gain · values``, row by row."""
 
     values: Tensor  # [c, V] working dtype, or the 16-bit dtype of the products
-    gain: Tensor | None  # [c] working dtype: what the rounding of ``values`` to 16 bits took from each row
+    gain: Tensor | None  # [c] working dtype, with ``values`` of 16 bits; None: 1
 
 
 class TokenStats(NamedTuple):

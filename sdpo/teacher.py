@@ -24,6 +24,9 @@ StateDtype = Literal["float32", "bfloat16"]
 # bfloat16 is the upper half of float32.
 _LOWER_HALF = 0xFFFF
 
+# What the operations over lists take together.
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 # Numbers averaged at once: 64 MiB of float32.
 _TOGETHER = 2**24
 
@@ -84,17 +87,16 @@ def ema(
 
     def update(state: TeacherState, params: Mapping[str, Tensor]) -> TeacherState:
         _check_match(state, params, dtype)
-        averaged = {}
+        averaged = dict(state.params)
         if inplace:
-            wide = {name: old for name, old in state.params.items() if old.dtype != torch.bfloat16}
-            _lerp_inplace(wide, params, rate)
+            _lerp_inplace([(old, params[n]) for n, old in averaged.items() if not _is_rounded(old)], rate)
         for name, old in state.params.items():
-            new = params[name].detach()
-            if old.dtype == torch.bfloat16:
+            if _is_rounded(old):
                 target = old if inplace else torch.empty_like(old)
-                averaged[name] = _lerp_rounded(old, new, rate, target, f"{seed}|{state.ticks}|{name}")
-            else:
-                averaged[name] = old if inplace else torch.lerp(old, new.to(old.dtype), rate)
+                key = f"{seed}|{state.ticks}|{name}"
+                averaged[name] = _lerp_rounded(old, params[name].detach(), rate, target, key)
+            elif not inplace:
+                averaged[name] = torch.lerp(old, params[name].detach().to(old.dtype), rate)
         return TeacherState(averaged, state.ticks + 1)
 
     return Teacher(init=lambda params: _clones(params, dtype), update=update)
@@ -253,9 +255,13 @@ def _clones(params: Mapping[str, Tensor], dtype: StateDtype | None) -> TeacherSt
     return TeacherState(clones, 0)
 
 
-def _lerp_inplace(averages: Mapping[str, Tensor], params: Mapping[str, Tensor], rate: float) -> None:
+def _is_rounded(average: Tensor) -> bool:
+    return average.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def _lerp_inplace(pairs: list[tuple[Tensor, Tensor]], rate: float) -> None:
     """Every average towards its parameter, many small ones in one go, since each alone keeps no GPU busy."""
-    pairs = [(old, params[name].detach()) for name, old in averages.items()]
     start = size = 0
     for i, (old, _) in enumerate(pairs):
         if size and size + old.numel() > _TOGETHER:
@@ -267,7 +273,7 @@ def _lerp_inplace(averages: Mapping[str, Tensor], params: Mapping[str, Tensor], 
 
 
 def _lerp_together(pairs: list[tuple[Tensor, Tensor]], rate: float) -> None:
-    if not all(type(tensor) is Tensor for pair in pairs for tensor in pair):
+    if not all(type(tensor) in _PLAIN for pair in pairs for tensor in pair):
         # A subclass, such as a sharded tensor, need not know the operations over lists.
         for old, new in pairs:
             old.lerp_(new.to(old.dtype), rate)

@@ -6,19 +6,16 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from . import ranks
+from .places import all_modules, replaced
 
 # The declared transform is compared with the model's logits at so many positions, and up to so much of their size,
 # or to twice their precision where that is more: scaling and capping round a few times.
 _POSITIONS, _TOLERANCE = 8, 1e-4
-
-_FURTHER: WeakKeyDictionary[nn.Module, dict[str, list[str]]] = WeakKeyDictionary()
 
 
 class Head(NamedTuple):
@@ -114,17 +111,17 @@ def accepts(model: Any, name: str) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module's own mode comes back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
+    # Past `__setattr__`, which looks for parameters: there are thousands of modules.
+    modes = [(module.__dict__, module.training) for module in all_modules(model)]
+    for own, _ in modes:
         # On a CPU bitsandbytes repacks a 4-bit layer in evaluation mode for good, and it passes no gradient then.
-        if getattr(module.__dict__["_parameters"].get("weight"), "quant_state", None) is None:
-            # Past `__setattr__`, which looks for parameters: there are thousands of modules.
-            module.__dict__["training"] = False
+        if getattr(own["_parameters"].get("weight"), "quant_state", None) is None:
+            own["training"] = False
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.__dict__["training"] = mode
+        for own, mode in modes:
+            own["training"] = mode
 
 
 def forward_arguments(
@@ -209,26 +206,8 @@ def _run(
     if ranks.is_sharded(unwrapped):
         with ranks.exchanged(unwrapped, params):
             return model(**arguments)
-    further = _further_names(unwrapped)
-    tied = {also: tensor for name, tensor in params.items() for also in further.get(name, ())}
-    # `tie_weights=True` would also take the two names of a shared module for two places, and leave the second
-    # tensor it finds there, its own, where the parameter was.
-    return functional_call(unwrapped, {**params, **tied}, args=(), kwargs=dict(arguments), tie_weights=False)
-
-
-def _further_names(model: nn.Module) -> dict[str, list[str]]:
-    """By a parameter's first name, one for each further place that holds it; a module is one place, under any name.
-
-    Looked for once: `functional_call` would look in every forward.
-    """
-    if model not in _FURTHER:
-        places: dict[int, list[str]] = {}
-        for prefix, module in model.named_modules():
-            own = module.named_parameters(prefix, recurse=False, remove_duplicate=False)
-            for name, parameter in own:
-                places.setdefault(id(parameter), []).append(name)
-        _FURTHER[model] = {first: further for first, *further in places.values() if further}
-    return _FURTHER[model]
+    with replaced(unwrapped, params):
+        return unwrapped(**arguments)
 
 
 def router_loss(outputs: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distillation, hidden_states, ranks
-from .alignment import compact, position_ids
+from .alignment import Reading, columns, compact, position_ids
 from .row_groups import RowGroup, row_groups, run_groups
 
 logger = logging.getLogger("sdpo_rl")
@@ -31,30 +32,37 @@ class MicroBatchLoss(_Trainer):
 
     def _distilled_total(self, model: nn.Module, inputs: Any) -> Tensor:
         loss_mask = self._loss_mask(inputs)
-        active = (loss_mask.any(-1)).nonzero().squeeze(-1)
-        if len(active) == 0:
+        masks = (loss_mask, *(inputs[f"{part}_mask"] for part in ("prompt", "teacher_prompt", "completion")))
+        # All that a micro-batch reads from the device, in one go: it waits each time.
+        counts = torch.stack([mask.sum(-1) for mask in masks], dim=1).tolist()
+        active = [row for row, (tokens, *_) in enumerate(counts) if tokens]
+        if not active:
             if self.accelerator.num_processes == 1 and not ranks.is_sharded(self._unwrapped):
                 return self._zero_loss()
             # Another rank may be active, and its collectives need this one: a row as it is, without a loss.
-            active = torch.zeros(1, dtype=torch.long, device=loss_mask.device)
+            active = [0]
             own = {f"teacher_{name}": inputs[name] for name in ("prompt_ids", "prompt_mask")}
             inputs = {**inputs, **own}
-        rows = _row_tensors(inputs, active, len(loss_mask))
-        student = compact(
-            rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], rows["completion_mask"]
+            counts = [(0, prompt, prompt, completion) for _, prompt, _, completion in counts]
+        places = torch.tensor(active, device=loss_mask.device)
+        rows, loss_mask = _row_tensors(inputs, places, len(loss_mask)), loss_mask[places]
+        prompts, teacher_prompts, completions = zip(*(counts[row][1:] for row in active), strict=True)
+        student, teacher = (
+            compact(
+                rows[f"{whose}prompt_ids"],
+                rows[f"{whose}prompt_mask"],
+                rows["completion_ids"],
+                rows["completion_mask"],
+                list(zip(sizes, completions, strict=True)),
+            )
+            for whose, sizes in (("", prompts), ("teacher_", teacher_prompts))
         )
-        teacher = compact(
-            rows["teacher_prompt_ids"],
-            rows["teacher_prompt_mask"],
-            rows["completion_ids"],
-            rows["completion_mask"],
-        )
-        length = student[2]
+        _, length = columns(student.sizes)
         targets = distillation.Targets(
             tokens=rows["completion_ids"][:, :length],
-            loss_mask=loss_mask[active, :length],
+            loss_mask=loss_mask[:, :length],
             old_log_probs=rows["old_per_token_logps"][:, :length] if "old_per_token_logps" in rows else None,
-            weights=self._weights(rows, loss_mask[active], length),
+            weights=self._weights(rows, loss_mask, length),
         )
         router_losses: list[Tensor] | None = [] if self.aux_loss_enabled else None
         output = self._distill(model, student, teacher, targets, router_losses)
@@ -73,12 +81,12 @@ class MicroBatchLoss(_Trainer):
     def _distill(
         self,
         model: nn.Module,
-        student: Any,
-        teacher: Any,
+        student: Reading,
+        teacher: Reading,
         targets: distillation.Targets,
         router_losses: list[Tensor] | None,
     ) -> Any:
-        unwrapped, length = self._unwrapped, student[2]
+        unwrapped, (_, length) = self._unwrapped, columns(student.sizes)
         reads, answers = (
             hidden_states.forward_arguments(unwrapped, ids, mask, position_ids(mask), length + 1)
             for ids, mask, _ in (teacher, student)
@@ -91,13 +99,13 @@ class MicroBatchLoss(_Trainer):
         with torch.no_grad(), self.accelerator.autocast(), hidden_states.evaluating(unwrapped):
             width = getattr(unwrapped.config.get_text_config(), "hidden_size", _TEACHER_WIDTH)
             limit = _TEACHER_TOKENS * _TEACHER_WIDTH // width
-            groups = self._row_groups(teacher[1], length, token_limit=limit)
+            groups = self._row_groups(teacher, token_limit=limit)
             q = [
                 run_groups(partial(forward, model, unwrapped, params=params), reads, groups, length=length)
                 for params in self._teacher.forwards(unwrapped)
             ]
         with self.accelerator.autocast():
-            groups = self._row_groups(student[1], length, token_limit=math.inf)
+            groups = self._row_groups(student, token_limit=math.inf)
             answer = partial(forward, model, unwrapped, router_losses=router_losses)
             p = run_groups(answer, answers, groups, length=length)
             if not self._fused:
@@ -106,17 +114,18 @@ class MicroBatchLoss(_Trainer):
                 self.sdpo_config, p, q, targets, temperature=self.temperature, transform=self._transform
             )
 
-    def _row_groups(self, mask: Tensor, length: int, *, token_limit: float) -> list[RowGroup]:
+    def _row_groups(self, reading: Reading, *, token_limit: float) -> list[RowGroup]:
         if self.accelerator.num_processes > 1 or ranks.is_sharded(self._unwrapped):
             # Every rank must call the model equally often.
             token_limit = math.inf
-            if mask.shape[1] > self._context_length:
+            width = reading.ids.shape[1]
+            if width > self._context_length:
                 raise ValueError(
-                    f"a batch is {mask.shape[1]} tokens wide and the model reads {self._context_length}; on "
+                    f"a batch is {width} tokens wide and the model reads {self._context_length}; on "
                     "several ranks its rows cannot run apart: set per_device_train_batch_size=1, or raise "
                     "max_seq_length"
                 )
-        return row_groups(mask, length=length, width_limit=self._context_length, token_limit=token_limit)
+        return row_groups(reading.sizes, width_limit=self._context_length, token_limit=token_limit)
 
     def _can_fuse(self, unwrapped: nn.Module, arguments: dict[str, Any]) -> bool:
         if ranks.is_partitioned(unwrapped):
@@ -186,10 +195,10 @@ class _Zero(torch.autograd.Function):
         return tuple(p.new_zeros(()).expand(p.shape) if p.grad is None else None for p in ctx.parameters)
 
 
-def _row_tensors(inputs: Any, rows: Tensor, count: int) -> dict[str, Tensor]:
+def _row_tensors(inputs: Mapping[str, Any], rows: Tensor, count: int) -> dict[str, Tensor]:
     """The row-wise tensors among `inputs`, at `rows`."""
     return {
-        name: value[rows]
+        name: value if len(rows) == count else value[rows]
         for name, value in inputs.items()
         # Unsloth's `max_left_pad` stays on the CPU; it is about columns that are gone after `compact`.
         if isinstance(value, Tensor)

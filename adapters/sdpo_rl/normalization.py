@@ -42,7 +42,8 @@ class StepWindow:
                 for ahead in range(length)
                 if (step + ahead) // generate_every == generation
             ]
-            total = self._counts[known].sum()
+            # Not indexed by a list, which would travel to the device and hold everything up behind the forwards.
+            total = torch.stack([self._counts[slot] for slot in known]).sum()
             self._exact = len(known) == length
             self._denominator = (total * (length / len(known))).clamp(min=1.0)
             self._seen = torch.zeros_like(total)

@@ -135,13 +135,22 @@ class Renderer:
         """The ids of each prompt, without padding; `rows` are the prompts' places in the batch of `row_tools`."""
         if not prompts:
             return []
-        if isinstance(prompts[0], str):
-            return [list(ids) for ids in self.tokenizer(text=list(prompts))["input_ids"]]
-        if self.row_tools is None:
+        if self.row_tools is not None and not isinstance(prompts[0], str):
+            return [
+                self._chat([prompt], self.row_tools[row])[0]
+                for prompt, row in zip(prompts, rows, strict=True)
+            ]
+        # The rows of a group are often shown the same demonstration: what reads the same is tokenized once.
+        keys = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        ids = dict(zip(distinct, self._tokens([*distinct.values()]), strict=True))
+        return [list(ids[key]) for key in keys]
+
+    def _tokens(self, prompts: Sequence[Prompt]) -> Sequence[Sequence[int]]:
+        if not isinstance(prompts[0], str):
             return self._chat(prompts, self.tools)
-        return [
-            self._chat([prompt], self.row_tools[row])[0] for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        encoded: Sequence[Sequence[int]] = self.tokenizer(text=prompts)["input_ids"]
+        return encoded
 
     def _chat(self, prompts: Sequence[Prompt], tools: Sequence[Any] | None) -> list[list[int]]:
         encoded = self.tokenizer.apply_chat_template(

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .places import all_modules
+
 Parts = dict[str, Tensor]
 
 # What activation checkpointing under FSDP puts into the names of the layers it wraps.
@@ -50,12 +52,12 @@ def is_sharded(model: nn.Module) -> bool:
     if not _has_group():
         return False
     # A gathered FSDP unit shows plain parameters, hence the look at the modules.
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
+    return any(isinstance(module, FSDPModule) for module in all_modules(model)) or is_partitioned(model)
 
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether the parameters are ZeRO-3 partitions, which exist whole only inside their own module's forward."""
-    return any(map(_is_partition, model.parameters()))
+    return any(_is_partition(p) for module in all_modules(model) for p in module._parameters.values())
 
 
 def held_parameters(model: nn.Module) -> Parts:
@@ -67,7 +69,7 @@ def held_parameters(model: nn.Module) -> Parts:
 def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
     """A sharded model with other contents in the parts that this rank holds; the very bits come back after it.
 
-    `torch.func.functional_call` cannot do this: it would mix the plain tensors it is given with sharded ones.
+    `places.replaced` cannot do this: it would mix the plain tensors it is given with sharded ones.
     """
     parameters = _at_rest(model)
     kept = {name: _held(parameters[name]).clone() for name in parts}
@@ -127,7 +129,7 @@ def _has_group() -> bool:
 def _at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters by name, none of them gathered: the next forward gathers what the ranks then hold."""
     if _has_group():
-        for module in model.modules():
+        for module in all_modules(model):
             if isinstance(module, FSDPModule):
                 module.reshard()
     return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
@@ -142,7 +144,7 @@ def _fill(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]) -
             parameter.data.copy_(_whole(parameter, part))
 
 
-def _is_partition(parameter: nn.Parameter) -> bool:
+def _is_partition(parameter: nn.Parameter | None) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .alignment import columns
 from .hidden_states import CompletionStates
 
 
@@ -27,27 +28,22 @@ class RowGroup(NamedTuple):
     right: int  # completion columns cut off on the right
 
 
-def row_groups(mask: Tensor, *, length: int, width_limit: float, token_limit: float) -> list[RowGroup]:
-    """Consecutive rows of `mask` [B, L], in groups of about as many rows, each within both limits.
+def row_groups(sizes: Sequence[tuple[int, int]], *, width_limit: float, token_limit: float) -> list[RowGroup]:
+    """Consecutive rows of a `compact` batch, in groups of about as many rows, each within both limits.
 
-    A single row may be beyond them.
-
-    `length` is the number T of completion columns. A batch within the limits is one group, found without
-    reading the device; otherwise two numbers per row are read.
+    `sizes` are the tokens of each row's prompt and completion. A single row may be beyond the limits.
 
     Example:
-        >>> mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
-        >>> row_groups(mask, length=2, width_limit=3, token_limit=100)
+        >>> row_groups([(2, 1), (0, 2)], width_limit=3, token_limit=100)
         [RowGroup(rows=slice(0, 1, None), columns=slice(0, 3, None), right=1), \
 RowGroup(rows=slice(1, 2, None), columns=slice(2, 4, None), right=0)]
     """
-    count, width = mask.shape
+    count, (prompt, length) = len(sizes), columns(sizes)
+    width = prompt + length
     if width <= width_limit and count * width <= token_limit:
         return [RowGroup(slice(0, count), slice(0, width), 0)]
-    attended = mask.bool().int()
-    bounds = torch.stack([attended.argmax(1), width - attended.flip(1).argmax(1)], dim=1).tolist()
     # At least one completion column stays, also in a row without a completion.
-    bounds = [(first, max(last, width - length + 1)) for first, last in bounds]
+    bounds = [(prompt - before, prompt + max(after, 1)) for before, after in sizes]
     # Groups of about as many rows each: a last one of few rows would leave the device idle.
     tokens = sum(last - first for first, last in bounds)
     most = math.ceil(count / max(1, math.ceil(tokens / token_limit)))

@@ -11,6 +11,7 @@ import sdpo
 
 from . import ranks
 from .config import SDPOConfig
+from .places import Layout, Weights
 
 Params = dict[str, Tensor]
 
@@ -56,6 +57,7 @@ class TeacherStore:
         self._teacher = _core_teacher(config, seed)
         self.state: sdpo.TeacherState = self._start(params)
         self._begun = False
+        self._layout = Layout()
 
     @property
     def rule(self) -> str:
@@ -70,10 +72,10 @@ class TeacherStore:
         """
         if self._mode == "live":
             return [None]
-        own = self._own(model)
+        own = self._own(model, walk=False)  # a tick, which comes once a step, takes one
         params = self.state.params
         if not ranks.is_sharded(model):  # a shard's contents are exchanged, and copying into it casts
-            params = _as(params, own)
+            params = Weights(_as(params, own), self._layout.places)
         return [params, None] if self._mode == "trust_region" else [params]
 
     def tick(self, model: nn.Module) -> None:
@@ -103,6 +105,7 @@ class TeacherStore:
         Until here ranks may have held different weights, or none; DDP, FSDP and DeepSpeed hand out those of the
         first rank when they take the model over.
         """
+        self._layout = Layout()  # to be ready for training a model may have been given other modules
         if not self._begun:
             self.restart(model)
 
@@ -156,9 +159,12 @@ class TeacherStore:
         pinned = torch.cuda.is_available()
         return {name: t.cpu().pin_memory() if pinned else t.cpu() for name, t in params.items()}
 
-    def _own(self, model: nn.Module) -> Params:
+    def _own(self, model: nn.Module, *, walk: bool = True) -> Params:
         """The model's parameters; the state follows if the model was sharded or moved after this was made."""
-        own = trainable_parameters(model)
+        if ranks.is_sharded(model):
+            own, self._layout = trainable_parameters(model), Layout()  # lest whole parameters stay alive
+        else:
+            own = self._layout.trainable(model, walk=walk)
         params = self.state.params
         if self._mode != "live" and params.keys() != own.keys():
             lost = [f"lost {name!r}" for name in params if name not in own]
@@ -172,7 +178,7 @@ class TeacherStore:
                 self.state = self._start(own)
                 return own
             params = self._resting(ranks.held_parts(model, params))
-        if not self._offload:
+        if not self._offload and any(held.device != own[name].device for name, held in params.items()):
             params = {name: held.to(own[name].device) for name, held in params.items()}
         self.state = self.state._replace(params=params)
         return own

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import checks, hidden_states, ranks, unsloth_compat
+from . import checks, hidden_states, lora, ranks, unsloth_compat
 from .alignment import left_pad
 from .callbacks import AfterOptimizerStep, BeforeTraining
 from .config import SDPOConfig
@@ -82,6 +83,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
     _name = "SDPO"
     _unwrapped_from: Any = None
+    _rest_of_step: ExitStack | None = None
 
     def __init__(
         self, model: Any = None, args: Any = None, sdpo_config: SDPOConfig | None = None, **kwargs: Any
@@ -219,6 +221,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if return_outputs:
             raise ValueError("SDPOTrainer does not return outputs from compute_loss")
+        if self._rest_of_step is not None and self._may_compute_adapters:
+            # Not before: generation, which may merge adapters, and rewards belong to the step, too.
+            self._rest_of_step.enter_context(lora.one_product(self._unwrapped))
         with memory_advice(self), unsloth_compat.logits_not_hidden_states():
             if _IS_UNSLOTH:
                 inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
@@ -260,7 +265,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; keeps the place in the optimizer step and, at its end, its true denominator."""
-        with memory_advice(self):
+        with memory_advice(self), ExitStack() as rest:
+            rest.callback(setattr, self, "_rest_of_step", None)
+            self._rest_of_step = rest
             loss = super().training_step(*args, **kwargs)
         if not self.sdpo_config.enabled:
             return loss
@@ -334,6 +341,12 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
                 self.accelerator.unwrap_model(self.model),
             )
         return self._unwrapped_model
+
+    @property
+    def _may_compute_adapters(self) -> bool:
+        """Whether nobody else compiles or rewrites the model, or keeps products of its forward to use again."""
+        keeps = (self.args.gradient_checkpointing_kwargs or {}).get("context_fn") is not None
+        return not (_IS_UNSLOTH or self.args.torch_compile or keeps)
 
     @property
     def _pad_id(self) -> int:

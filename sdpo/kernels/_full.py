@@ -5,23 +5,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import divergence_terms
-from sdpo.kernels._rows import entropy_of_blocks, loss_weights, sum_blocks
+from sdpo.kernels._math import divergence_terms, finite_or_zero
+from sdpo.kernels._rows import entropy_of_blocks, load_blocks, log_total, loss_weights
 from sdpo.kernels._stream import load_logits
 
 
 @triton.jit
-def normalizers(tops, masses, moments, normalizer, entropy, BLOCKS, BLOCK_B: tl.constexpr):
-    """logsumexp and entropy of each row from its blocks."""
+def normalizers(tops, masses, moments, anchors, norms, entropy, BLOCKS, BLOCK_B: tl.constexpr):
+    """Largest logit, logsumexp relative to it, and entropy of each row from its blocks."""
     row = tl.program_id(0).to(tl.int64)
-    top, mass, moment, total = sum_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
-    tl.store(normalizer + row, total)
-    tl.store(entropy + row, entropy_of_blocks(top, mass, moment, total))
+    top, mass, moment = load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
+    anchor = finite_or_zero(tl.max(top, 0))
+    norm = log_total(top - anchor, mass)
+    tl.store(anchors + row, anchor)
+    tl.store(norms + row, norm)
+    tl.store(entropy + row, entropy_of_blocks(top - anchor, mass, moment, norm))
 
 
 @triton.jit
 def full_terms(
-    products_p, products_q, bias_p, bias_q, norm_p, norm_q, values, commons, smalls, masses, V,
+    products_p, products_q, bias_p, bias_q, anchor_p, norm_p, anchor_q, norm_q, values, commons, smalls, masses, V,
     inner_p, outer_p, inner_q, outer_q, alpha, rest,
     BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
     MODE: tl.constexpr, BLOCK: tl.constexpr,
@@ -31,7 +34,8 @@ def full_terms(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
     z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
-    log_p, log_q = z_p - tl.load(norm_p + row), z_q - tl.load(norm_q + row)
+    log_p = z_p - tl.load(anchor_p + row) - tl.load(norm_p + row)
+    log_q = z_q - tl.load(anchor_q + row) - tl.load(norm_q + row)
     terms, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
     place = row * tl.num_programs(1) + block
     tl.store(values + place, tl.sum(terms, 0))
@@ -43,8 +47,8 @@ def full_terms(
 
 @triton.jit
 def full_rows(
-    values, commons, smalls, masses, norm_p, norm_q, token_p, token_q, old, extra, slope_weights, lift,
-    stats, common, small, small_mass, scale, width, BLOCKS, clip, log_clip, chain,
+    values, commons, smalls, masses, anchor_p, norm_p, anchor_q, norm_q, token_p, token_q,
+    old, extra, slope_weights, lift, stats, common, small, small_mass, scale, width, BLOCKS, clip, log_clip, chain,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Loss and weights of each row into ``stats``; its sums and the gradient's scale, for ``full_slopes``."""
@@ -56,7 +60,8 @@ def full_rows(
     tl.store(common + row, tl.sum(tl.load(commons + place, mask=real, other=0.0), 0))
     tl.store(small + row, tl.sum(tl.load(smalls + place, mask=real, other=0.0), 0))
     tl.store(small_mass + row, tl.sum(tl.load(masses + place, mask=real, other=0.0), 0))
-    log_token = tl.load(token_p + row) - tl.load(norm_p + row)
+    log_token = tl.load(token_p + row) - tl.load(anchor_p + row) - tl.load(norm_p + row)
+    log_token_q = tl.load(token_q + row) - tl.load(anchor_q + row) - tl.load(norm_q + row)
     weight, clipped, slope_weight = loss_weights(
         log_token, old, extra, slope_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
     )
@@ -64,13 +69,13 @@ def full_rows(
     tl.store(stats + row, value)
     tl.store(stats + 1 * width + row, weight)
     tl.store(stats + 2 * width + row, log_token)
-    tl.store(stats + 3 * width + row, tl.load(token_q + row) - tl.load(norm_q + row))
+    tl.store(stats + 3 * width + row, log_token_q)
     tl.store(stats + 10 * width + row, clipped)
 
 
 @triton.jit
 def full_slopes(
-    products_p, products_q, bias_p, bias_q, norm_p, norm_q, common, small, small_mass, scale,
+    products_p, products_q, bias_p, bias_q, anchor_p, norm_p, anchor_q, norm_q, common, small, small_mass, scale,
     slopes, wholes, kepts, V,
     inner_p, outer_p, inner_q, outer_q, alpha, rest,
     BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
@@ -81,7 +86,8 @@ def full_slopes(
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
     z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
-    log_p, log_q = z_p - tl.load(norm_p + row), z_q - tl.load(norm_q + row)
+    log_p = z_p - tl.load(anchor_p + row) - tl.load(norm_p + row)
+    log_q = z_q - tl.load(anchor_q + row) - tl.load(norm_q + row)
     _, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
     p = tl.exp(log_p)
     slope = g - tl.load(common + row) * p

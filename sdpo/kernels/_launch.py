@@ -11,14 +11,26 @@ from torch import Tensor
 
 from sdpo._fused_torch import map_logits, row_gain
 from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
-from sdpo.kernels import _full, _math, _rows, _select, _stream
+from sdpo.kernels import _full, _math, _refine, _rows, _select, _stream
 
 # Columns per program of the passes over one model's vocabulary and over both models', and their warps.
 BLOCK, WARPS = 4096, 4
 FULL_BLOCK, FULL_WARPS = 8192, 8
-# Columns that compete for the support through one maximum; wider supports take narrower groups.
-GROUP = 32
+# Programs per row of the pass that hardly a row needs, and of the one over its likeliest tokens.
+SELDOM, REFINERS = 4, 4
+# Columns that compete for the support through one maximum, where wider supports take narrower groups; neighbouring
+# groups that compete together before.
+GROUP, WIDE = 32, 8
 NARROW_GROUP, NARROW_FROM = 16, 256
+
+
+class _Exact(NamedTuple):
+    """What 16-bit products were made of, and how those that lost nothing become logits."""
+
+    states: Tensor  # [c, D]
+    head: Tensor  # [V, D]
+    bias: Tensor  # [V], or any tensor if there is none
+    inner: float
 
 
 class _Model(NamedTuple):
@@ -30,6 +42,7 @@ class _Model(NamedTuple):
     outer: float
     has_bias: bool
     softcap: bool
+    exact: _Exact | None = None
 
 
 class _Sums(NamedTuple):
@@ -63,37 +76,50 @@ class _Support(NamedTuple):
 
 def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None) -> None:
     count, vocabulary = p.products.shape
+    has_tail = recipe.tail == "bucket" or recipe.support == "sampled"
+    # Of the 16-bit formats bf16 alone has the range for slopes that lack a factor of their row.
+    room = slope.values if slope is not None and slope.values.dtype == torch.bfloat16 and has_tail else None
+    shares = room is not None
     if recipe.support == "sampled":
         ids = rows.tokens[:, None]
-        student, teacher = _take(p, rows.tokens, ids), _take(q, rows.tokens, ids)
+        student, teacher = _take(p, rows.tokens, ids, room), _take(q, rows.tokens, ids)
     elif recipe.support == "student":
-        ids, student = _choose(p, rows.tokens, recipe)
+        ids, student = _choose(p, rows.tokens, recipe, room)
         teacher = _take(q, rows.tokens, ids)
     else:
         ids, teacher = _choose(q, rows.tokens, recipe)
-        student = _take(p, rows.tokens, ids)
+        student = _take(p, rows.tokens, ids, room)
+    if recipe.support != "sampled":
+        student = _refined(p, ids, student, owner=recipe.support == "student")
+        teacher = _refined(q, ids, teacher, owner=recipe.support == "teacher")
 
     k, blocks = ids.shape[1], student.sums.tops.shape[1]
     inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
     outside_slope = torch.empty_like(student.token)
+    shared = torch.empty_like(student.token, dtype=torch.int32)
     _rows.topk_rows[(count,)](
         student.inside, teacher.inside, student.token, teacher.token,
         *student.sums, student.log_outside, *teacher.sums, teacher.log_outside,
-        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats),
+        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats), shared,
         stats.stride(0), k, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe), *_chain(p, recipe),
         MODE=_mode(recipe), BUCKET=recipe.tail == "bucket",
         STUDENT_OWNS=recipe.support == "student", TEACHER_OWNS=recipe.support == "teacher",
-        **_weight_flags(rows, recipe), SOFTCAP=p.softcap, GAIN=_has_gain(slope),
+        **_weight_flags(rows, recipe), SOFTCAP=p.softcap, GAIN=_has_gain(slope), SHARES=shares,
         BLOCK_K=_power(k), BLOCK_B=_power(blocks), num_warps=4,
     )  # fmt: skip
-    if slope is not None:
-        _stream.outside_slopes[(count, triton.cdiv(vocabulary, BLOCK))](
-            p.products, p.bias, slope.values, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
-            BIAS=p.has_bias, SOFTCAP=p.softcap, BLOCK=BLOCK, num_warps=WARPS,
+    if slope is None:
+        return
+    if has_tail:
+        _stream.outside_slopes[(count, SELDOM if shares else blocks)](
+            p.products, p.bias, slope.values, outside_slope, student.log_outside, shared, vocabulary, blocks,
+            p.inner, p.outer,
+            BIAS=p.has_bias, SOFTCAP=p.softcap, SHARES=shares, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
-        _stream.inside_slopes[(count,)](
-            ids, inside_slopes, slope.values, vocabulary, k, BLOCK_K=_power(k), num_warps=1
-        )
+    else:
+        slope.values.zero_()
+    _stream.inside_slopes[(count,)](
+        ids, inside_slopes, slope.values, vocabulary, k, BLOCK_K=_power(k), num_warps=1
+    )
 
 
 def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None) -> None:
@@ -101,21 +127,18 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     grid = (count, triton.cdiv(vocabulary, FULL_BLOCK))
     new = p.products.new_empty
     known = TokenStats(*stats.unbind())
-    normalizers, token_logits = new(2, count), new(2, count)
+    anchored, token_logits = new(4, count), []
     for i, (model, entropy) in enumerate(((p, known.student_entropy), (q, known.teacher_entropy))):
         sums = _block_sums(model)
         blocks = sums.tops.shape[1]
         _full.normalizers[(count,)](
-            *sums, normalizers[i], entropy, blocks, BLOCK_B=_power(blocks), num_warps=1
+            *sums, *anchored[2 * i : 2 * i + 2], entropy, blocks, BLOCK_B=_power(blocks), num_warps=1
         )
-        _select.read_tokens[(count,)](
-            model.products, model.bias, rows.tokens, token_logits[i], vocabulary, model.inner, model.outer,
-            BIAS=model.has_bias, SOFTCAP=model.softcap, num_warps=1,
-        )  # fmt: skip
+        token_logits.append(_read(model, rows.tokens))
     block_terms, row_sums = new(4, *grid), new(3, count)
     values, commons = block_terms[:2]
     scale = new(count)
-    both = (p.products, q.products, p.bias, q.bias, *normalizers)
+    both = (p.products, q.products, p.bias, q.bias, *anchored)
     maps = (vocabulary, p.inner, p.outer, q.inner, q.outer, recipe.alpha, 1 - recipe.alpha)
     flags: dict[str, Any] = {
         "BIAS_P": p.has_bias, "BIAS_Q": q.has_bias, "SOFTCAP_P": p.softcap, "SOFTCAP_Q": q.softcap,
@@ -123,7 +146,7 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     }  # fmt: skip
     _full.full_terms[grid](*both, *block_terms, *maps, **flags)
     _full.full_rows[(count,)](
-        *block_terms, *normalizers, *token_logits, *_weight_pointers(rows, stats), stats, *row_sums, scale,
+        *block_terms, *anchored, *token_logits, *_weight_pointers(rows, stats), stats, *row_sums, scale,
         stats.stride(0), grid[1], *_clip(recipe), _chain(p, recipe)[0],
         **_weight_flags(rows, recipe), BLOCK_B=_power(grid[1]), num_warps=1,
     )  # fmt: skip
@@ -139,42 +162,49 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
             slope.gain.copy_(row_gain(values.sum(dim=1), commons.sum(dim=1)))
 
 
-def _choose(model: _Model, tokens: Tensor, recipe: Recipe) -> tuple[Tensor, _Support]:
-    """A model's K likeliest tokens: ids [c, K], and the model there."""
+def _choose(
+    model: _Model, tokens: Tensor, recipe: Recipe, shares: Tensor | None = None
+) -> tuple[Tensor, _Support]:
+    """A model's K likeliest tokens: ids [c, K], and the model there; its ``shares`` [c, V] on the way."""
     assert recipe.k is not None
     count, vocabulary = model.products.shape
     k, group = recipe.k, GROUP if recipe.k < NARROW_FROM else NARROW_GROUP
-    groups, blocks = triton.cdiv(vocabulary, group), triton.cdiv(vocabulary, BLOCK)
+    blocks = triton.cdiv(vocabulary, BLOCK)
+    # Those beyond the vocabulary hold nothing; their number is round, for the memory's sake.
+    groups = blocks * (BLOCK // group)
+    regions = triton.cdiv(groups, WIDE)
     new = model.products.new_empty
     sums, group_sums = _Sums(*new(3, count, blocks)), new(2, count, groups)
+    token = _read(model, tokens)
     _stream.group_sums[(count, blocks)](
-        model.products, model.bias, *sums, *group_sums, vocabulary, groups, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK=BLOCK, GROUP=group, num_warps=WARPS,
+        model.products, model.bias, *sums, *group_sums, token, token if shares is None else shares,
+        vocabulary, groups, model.inner, model.outer,
+        BIAS=model.has_bias, SOFTCAP=model.softcap, SHARES=shares is not None,
+        BLOCK=BLOCK, GROUP=group, num_warps=WARPS,
     )  # fmt: skip
-    chosen, log_others = new(count, k, dtype=torch.int32), new(count)
-    block_g = _power(groups)
+    chosen_regions, chosen_groups = new(2, count, k, dtype=torch.int32)
+    log_others = new(count)
+    _select.choose_regions[(count,)](
+        *group_sums, chosen_regions, log_others, groups, k,
+        WIDE=WIDE, BLOCK_R=_power(regions), BLOCK_K=_power(k), num_warps=_warps(_power(regions) * WIDE),
+    )  # fmt: skip
+    block = _power(k) * WIDE
     _select.choose_groups[(count,)](
-        *group_sums,
-        chosen,
-        log_others,
-        groups,
-        k,
-        BLOCK_G=block_g,
-        BLOCK_K=_power(k),
-        num_warps=_warps(block_g),
-    )
-    ids, inside, token, log_outside = new(count, k, dtype=torch.int64), new(count, k), new(count), new(count)
+        *group_sums, chosen_regions, chosen_groups, log_others, groups, k,
+        WIDE=WIDE, BLOCK_G=block, BLOCK_K=_power(k), num_warps=_warps(block),
+    )  # fmt: skip
+    ids, inside, log_outside = new(count, k, dtype=torch.int64), new(count, k), new(count)
     block = _power(k) * group
     _select.choose_tokens[(count,)](
-        model.products, model.bias, tokens, chosen, log_others, ids, inside, token, log_outside, vocabulary, k,
+        model.products, model.bias, chosen_groups, log_others, ids, inside, log_outside, vocabulary, k,
         model.inner, model.outer,
         BIAS=model.has_bias, SOFTCAP=model.softcap, GROUP=group, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return ids, _Support(inside, token, sums, log_outside)
 
 
-def _take(model: _Model, tokens: Tensor, ids: Tensor) -> _Support:
-    """A model at ids [c, K] that another one chose."""
+def _take(model: _Model, tokens: Tensor, ids: Tensor, shares: Tensor | None = None) -> _Support:
+    """A model at ids [c, K] that another one chose; its ``shares`` [c, V] on the way."""
     (count, k), vocabulary = ids.shape, model.products.shape[1]
     new = model.products.new_empty
     inside, token = new(count, k), new(count)
@@ -182,16 +212,44 @@ def _take(model: _Model, tokens: Tensor, ids: Tensor) -> _Support:
         model.products, model.bias, tokens, ids, inside, token, vocabulary, k, model.inner, model.outer,
         BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK_K=_power(k), num_warps=4,
     )  # fmt: skip
-    return _Support(inside, token, _block_sums(model), new(count))
+    return _Support(inside, token, _block_sums(model, token, shares), new(count))
 
 
-def _block_sums(model: _Model) -> _Sums:
+def _read(model: _Model, tokens: Tensor) -> Tensor:
+    """A model's logits [c] of the sampled tokens."""
+    count, vocabulary = model.products.shape
+    token = model.products.new_empty(count)
+    _select.read_tokens[(count,)](
+        model.products, model.bias, tokens, token, vocabulary, model.inner, model.outer,
+        BIAS=model.has_bias, SOFTCAP=model.softcap, num_warps=1,
+    )  # fmt: skip
+    return token
+
+
+def _refined(model: _Model, ids: Tensor, support: _Support, *, owner: bool) -> _Support:
+    """The support with its likeliest tokens' logits as exact products give them."""
+    if model.exact is None:
+        return support
+    (count, k), blocks = ids.shape, support.sums.tops.shape[1]
+    exact, width = model.exact, model.exact.head.shape[1]
+    refined = support.inside.clone()
+    _refine.refine[(count, REFINERS)](
+        ids, support.inside, refined, *support.sums, support.log_outside, exact.states, exact.head, exact.bias,
+        k, width, blocks, *exact.head.stride(), exact.inner, model.outer,
+        OWNER=owner, BIAS=model.has_bias, SOFTCAP=model.softcap,
+        BLOCK_K=_power(k), BLOCK_B=_power(blocks), BLOCK_D=min(512, _power(width)), num_warps=1,
+    )  # fmt: skip
+    return support._replace(inside=refined)
+
+
+def _block_sums(model: _Model, token: Tensor | None = None, shares: Tensor | None = None) -> _Sums:
     count, vocabulary = model.products.shape
     blocks = triton.cdiv(vocabulary, BLOCK)
     sums = _Sums(*model.products.new_empty(3, count, blocks).unbind())
     _stream.block_sums[(count, blocks)](
-        model.products, model.bias, *sums, vocabulary, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK=BLOCK, num_warps=WARPS,
+        model.products, model.bias, *sums, model.products if token is None else token,
+        model.products if shares is None else shares, vocabulary, model.inner, model.outer,
+        BIAS=model.has_bias, SOFTCAP=model.softcap, SHARES=shares is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return sums
 
@@ -201,15 +259,22 @@ def _model(side: Side, recipe: Recipe) -> _Model:
     inner = recipe.logit_scale / (recipe.temperature if recipe.softcap is None else recipe.softcap)
     outer = 1.0 if recipe.softcap is None else recipe.softcap / recipe.temperature
     bias = side.products if side.bias is None else side.bias.contiguous()
-    return _Model(side.products, bias, inner, outer, side.bias is not None, capped)
+    exact = None
+    if side.states is not None and side.head is not None and side.head.itemsize == 2:
+        exact = _Exact(side.states, side.head, bias, inner)
+    if side.lost != 0.0:
+        # products / (1 − lost) + bias, times inner
+        bias = bias if side.bias is None else bias.float() * (1.0 - side.lost)
+        inner = inner / (1.0 - side.lost)
+    return _Model(side.products, bias, inner, outer, side.bias is not None, capped, exact)
 
 
 def _between(teacher: Side, recipe: Recipe) -> _Model:
     """The trust region's logits as products that need no further map."""
     assert teacher.reference is not None
     assert recipe.trust_region_coef is not None
-    centre = map_logits(teacher.reference, teacher.reference_bias, recipe)
-    live = map_logits(teacher.products, teacher.bias, recipe)
+    centre = map_logits(teacher.reference, teacher.reference_bias, recipe, teacher.lost)
+    live = map_logits(teacher.products, teacher.bias, recipe, teacher.lost)
     logits = centre.mul_(1 - recipe.trust_region_coef).add_(live, alpha=recipe.trust_region_coef)
     return _Model(logits, logits, 1.0, 1.0, has_bias=False, softcap=False)
 

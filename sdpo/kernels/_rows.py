@@ -7,19 +7,30 @@ import triton.language as tl
 
 from sdpo.kernels._math import SAMPLED, divergence_terms, finite_or_zero, log_add_exp, times_exp
 
+# How far above the sampled token's logit the largest may lie, and how far below it log Σ exp of the tokens
+# outside, in a row whose slopes are exp(z − that logit) times a factor: beyond, bf16 or a sum runs out of range.
+REACH, DEPTH = tl.constexpr(40.0), tl.constexpr(60.0)
+# The smallest such factor, as a share of the largest slope of the support, which is divided by it; and at all.
+LEAST_SHARE, LEAST = tl.constexpr(1e-28), tl.constexpr(1e-37)
+
 
 @triton.jit
-def sum_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B: tl.constexpr):
-    """The sums of a row's blocks of columns, as vectors, and the logsumexp over all of them."""
+def load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B: tl.constexpr):
+    """The sums of a row's blocks of columns, as vectors."""
     blocks = tl.arange(0, BLOCK_B)
     real = blocks < BLOCKS
     top = tl.load(tops + row * BLOCKS + blocks, mask=real, other=-float("inf"))
     mass = tl.load(masses + row * BLOCKS + blocks, mask=real, other=0.0)
     moment = tl.load(moments + row * BLOCKS + blocks, mask=real, other=0.0)
+    return top, mass, moment
+
+
+@triton.jit
+def log_total(top, mass):
+    """logsumexp over a row's blocks."""
     base = finite_or_zero(tl.max(top, 0))
     total = tl.sum(times_exp(mass, top - base), 0)
-    log_total = tl.where(total > 0.0, base + tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
-    return top, mass, moment, log_total
+    return tl.where(total > 0.0, base + tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
 
 
 @triton.jit
@@ -31,28 +42,42 @@ def entropy_of_blocks(top, mass, moment, normalizer):
 
 
 @triton.jit
-def close_row(
-    inside, tops, masses, moments, log_outside, row, BLOCKS,
-    OWNER: tl.constexpr, BLOCK_B: tl.constexpr,
+def load_support(
+    inside, tops, masses, moments, log_outside, row, K, BLOCKS,
+    OWNER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """logsumexp inside, outside and over all of a row, and its entropy.
+    """A row as logits inside, logsumexp outside, and sums of blocks, all relative to its anchor, which comes first.
 
+    The anchor is the largest logit inside: logits of 50, as they are, have three digits less than their distances.
     The blocks of the support's owner were summed before the support was known, the other model's without it.
     """
-    top, mass, moment, log_blocks = sum_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
-    base = finite_or_zero(tl.max(inside, 0))
-    inner = tl.sum(tl.exp(inside - base), 0)
-    log_inside = tl.where(inner > 0.0, base + tl.log(tl.where(inner > 0.0, inner, 1.0)), -float("inf"))
-    log_rest = log_blocks
+    ranks = tl.arange(0, BLOCK_K)
+    z = tl.load(inside + row * K + ranks, mask=ranks < K, other=-float("inf"))
+    anchor = finite_or_zero(tl.max(z, 0))
+    top, mass, moment = load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
+    top -= anchor
+    log_rest = log_total(top, mass)
     if OWNER:
-        log_rest = tl.load(log_outside + row)
-    normalizer = log_add_exp(log_inside, log_rest)
+        log_rest = tl.load(log_outside + row) - anchor
+    return anchor, z - anchor, log_rest, top, mass, moment
+
+
+@triton.jit
+def log_sum(logits):
+    """logsumexp of logits of which the largest is 0, or all −inf."""
+    total = tl.sum(tl.exp(logits), 0)
+    return tl.where(total > 0.0, tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
+
+
+@triton.jit
+def entropy_of(inside, top, mass, moment, normalizer, OWNER: tl.constexpr):
+    """Of a whole row, in nats."""
     entropy = entropy_of_blocks(top, mass, moment, normalizer)
     if not OWNER:
         log_p = inside - normalizer
         p = tl.exp(log_p)
         entropy += tl.sum(tl.where(p > 0.0, -p * log_p, 0.0), 0)
-    return log_inside, log_rest, normalizer, entropy
+    return entropy
 
 
 @triton.jit
@@ -85,29 +110,36 @@ def topk_rows(
     tops_p, masses_p, moments_p, log_outside_p,
     tops_q, masses_q, moments_q, log_outside_q,
     old, extra, slope_weights, lift,
-    stats, inside_slopes, outside_slope, gains,
+    stats, inside_slopes, outside_slope, gains, shared,
     width, K, BLOCKS, alpha, rest, clip, log_clip, chain, outer,
     MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, SOFTCAP: tl.constexpr,
-    GAIN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+    GAIN: tl.constexpr, SHARES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain."""
+    """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain.
+
+    With SHARES the slopes outside lie there as exp(z − the sampled token's z): if that will do, ``shared``, their
+    factor goes into the gain, and the slopes at the support are divided by it.
+    """
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
-    z_p = tl.load(inside_p + row * K + ranks, mask=real, other=-float("inf"))
-    z_q = tl.load(inside_q + row * K + ranks, mask=real, other=-float("inf"))
-    mass_p, tail_p, norm_p, entropy_p = close_row(
-        z_p, tops_p, masses_p, moments_p, log_outside_p, row, BLOCKS, STUDENT_OWNS, BLOCK_B
+    anchor_p, z_p, tail_p, top_p, mass_p, moment_p = load_support(
+        inside_p, tops_p, masses_p, moments_p, log_outside_p, row, K, BLOCKS, STUDENT_OWNS, BLOCK_K, BLOCK_B
     )
-    mass_q, tail_q, norm_q, entropy_q = close_row(
-        z_q, tops_q, masses_q, moments_q, log_outside_q, row, BLOCKS, TEACHER_OWNS, BLOCK_B
+    anchor_q, z_q, tail_q, top_q, mass_q, moment_q = load_support(
+        inside_q, tops_q, masses_q, moments_q, log_outside_q, row, K, BLOCKS, TEACHER_OWNS, BLOCK_K, BLOCK_B
     )
+    log_inside_p, log_inside_q = log_sum(z_p), log_sum(z_q)
+    norm_p, norm_q = log_add_exp(log_inside_p, tail_p), log_add_exp(log_inside_q, tail_q)
+    entropy_p = entropy_of(z_p, top_p, mass_p, moment_p, norm_p, STUDENT_OWNS)
+    entropy_q = entropy_of(z_q, top_q, mass_q, moment_q, norm_q, TEACHER_OWNS)
     if STUDENT_OWNS == 0:
-        tl.store(log_outside_p + row, tail_p)
+        tl.store(log_outside_p + row, tail_p + anchor_p)
     log_tail_p, log_tail_q = tail_p - norm_p, tail_q - norm_q
-    log_mass_p, log_mass_q = mass_p - norm_p, mass_q - norm_q
-    log_token, log_token_q = tl.load(token_p + row) - norm_p, tl.load(token_q + row) - norm_q
+    log_mass_p, log_mass_q = log_inside_p - norm_p, log_inside_q - norm_q
+    z_token = tl.load(token_p + row) - anchor_p
+    log_token, log_token_q = z_token - norm_p, tl.load(token_q + row) - anchor_q - norm_q
 
     if MODE == SAMPLED:
         never = log_token == -float("inf")
@@ -146,15 +178,27 @@ def topk_rows(
     scale *= chain
     slope *= scale
     if SOFTCAP:
-        capped = z_p / outer
+        capped = (z_p + anchor_p) / outer
         slope *= tl.where(real, 1.0 - capped * capped, 0.0)
-    rounded = slope.to(inside_slopes.dtype.element_ty)
+    tail_slope *= scale
+    factor = tl.zeros_like(scale) + 1.0
+    if SHARES:
+        depth = z_token - tail_p
+        largest = tl.maximum(tl.max(z_p, 0), tl.max(top_p, 0))
+        near = (z_token > -float("inf")) & (largest - z_token <= REACH)
+        near &= (depth <= DEPTH) | (tail_slope == 0.0)
+        least = tl.maximum(tl.max(tl.abs(slope), 0) * LEAST_SHARE, LEAST)
+        ratio = times_exp(tail_slope, tl.minimum(depth, DEPTH))
+        ratio = tl.where(tl.abs(ratio) < least, least, ratio)
+        factor = tl.where(near, ratio, factor)
+        tl.store(shared + row, near.to(tl.int32))
+    rounded = (slope / factor).to(inside_slopes.dtype.element_ty)
     tl.store(inside_slopes + row * K + ranks, rounded, mask=real)
     if GAIN:
-        kept = tl.sum(slope * rounded.to(tl.float32), 0)
+        kept = tl.sum(slope * (rounded.to(tl.float32) * factor), 0)
         gain = tl.sum(slope * slope, 0) / tl.where(kept > 0.0, kept, 1.0)
-        tl.store(gains + row, tl.where(kept > 0.0, gain, 1.0))
-    tl.store(outside_slope + row, tail_slope * scale)
+        tl.store(gains + row, tl.where(kept > 0.0, gain, 1.0) * factor)
+    tl.store(outside_slope + row, tail_slope)
     tl.store(stats + row, value)
     tl.store(stats + 1 * width + row, weight)
     tl.store(stats + 2 * width + row, log_token)

@@ -1,8 +1,8 @@
 """Exact top-K of each row from the maxima of its groups, and the sum of all it leaves out.
 
-The K groups with the largest maxima hold the K largest logits. Groups that are not among them enter the outside
-sum whole, the others token by token. Ties go to the lower token id, exactly: among equal maxima the earlier groups
-are taken, and each holds at least one of the equal logits.
+The K groups with the largest maxima hold the K largest logits; they are found in the same way, in the K best
+regions of groups. What is not chosen enters the outside sum whole, in the last step token by token. Ties go to the
+lower token id, exactly: among equal maxima the earlier are taken, and each stands for one equal logit at least.
 """
 
 from __future__ import annotations
@@ -33,35 +33,67 @@ def read_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexp
 
 
 @triton.jit
-def choose_groups(
-    group_tops, group_masses, chosen_groups, log_others, GROUPS, K,
-    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
+def _store_choice(chosen_places, places, real, chosen, rank, row, K, BLOCK_K: tl.constexpr):
+    """Write the chosen places in ascending order, −1 where fewer than K were real."""
+    tl.store(chosen_places + row * K + rank, places, mask=chosen)
+    ranks = tl.arange(0, BLOCK_K)
+    found = tl.sum(real.to(tl.int32))
+    tl.store(chosen_places + row * K + ranks, ranks * 0 - 1, mask=(ranks >= found) & (ranks < K))
+
+
+@triton.jit
+def _log_mass(tops, masses):
+    """log Σ masses·exp(tops) over a block; what does not belong has a top of −inf and a mass of 0."""
+    base = finite_or_zero(tl.max(tl.ravel(tops), 0))
+    mass = tl.sum(tl.ravel(times_exp(masses, tops - base)), 0)
+    return tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), -float("inf"))
+
+
+@triton.jit
+def choose_regions(
+    group_tops, group_masses, chosen_regions, log_others, GROUPS, K,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Ids of the K best groups in ascending order (−1: fewer than K exist), and the logsumexp of the others."""
+    """Ids of the K best regions of WIDE groups, ascending (−1: fewer exist), and logsumexp of the others."""
     row = tl.program_id(0).to(tl.int64)
-    groups = tl.arange(0, BLOCK_G)
-    real = groups < GROUPS
+    regions = tl.arange(0, BLOCK_R)
+    groups = regions[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    real = regions * WIDE < GROUPS
+    tops = tl.load(group_tops + row * GROUPS + groups, mask=groups < GROUPS, other=-float("inf"))
+    chosen, rank = first_k(tl.where(real, order_key(tl.max(tops, 1)), SMALLEST), K)
+    _store_choice(chosen_regions, regions, real, chosen, rank, row, K, BLOCK_K)
+    other = (chosen == 0)[:, None] & (groups < GROUPS)
+    tops = tl.load(group_tops + row * GROUPS + groups, mask=other, other=-float("inf"))
+    masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
+    tl.store(log_others + row, _log_mass(tops, masses))
+
+
+@triton.jit
+def choose_groups(
+    group_tops, group_masses, chosen_regions, chosen_groups, log_others, GROUPS, K,
+    WIDE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Ids of the K best groups in the chosen regions, ascending (−1: fewer exist), and logsumexp of all others."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK_G)
+    region = tl.load(chosen_regions + row * K + place // WIDE, mask=place // WIDE < K, other=-1)
+    groups = region * WIDE + place % WIDE
+    real = (region >= 0) & (groups < GROUPS)
     tops = tl.load(group_tops + row * GROUPS + groups, mask=real, other=-float("inf"))
     chosen, rank = first_k(tl.where(real, order_key(tops), SMALLEST), K)
-    tl.store(chosen_groups + row * K + rank, groups, mask=chosen)
-    ranks = tl.arange(0, BLOCK_K)
-    tl.store(chosen_groups + row * K + ranks, ranks * 0 - 1, mask=(ranks >= GROUPS) & (ranks < K))
+    _store_choice(chosen_groups, groups, real, chosen, rank, row, K, BLOCK_K)
     other = real & (chosen == 0)
     masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    high = tl.max(tl.where(other, tops, -float("inf")), 0)
-    base = finite_or_zero(high)
-    mass = tl.sum(times_exp(masses, tops - base), 0)
-    tl.store(
-        log_others + row, tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), -float("inf"))
-    )
+    log_mass = _log_mass(tl.where(other, tops, -float("inf")), masses)
+    tl.store(log_others + row, log_add_exp(log_mass, tl.load(log_others + row)))
 
 
 @triton.jit
 def choose_tokens(
-    products, bias, tokens, chosen_groups, log_others, ids, inside, token_logits, log_outside, V, K, inner, outer,
+    products, bias, chosen_groups, log_others, ids, inside, log_outside, V, K, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Ids and logits of the K largest among the chosen groups, logsumexp of all others, and the sampled logit."""
+    """Ids and logits of the K largest among the chosen groups, and the logsumexp of all others."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     group = tl.load(chosen_groups + row * K + place // GROUP, mask=place // GROUP < K, other=-1)
@@ -80,10 +112,6 @@ def choose_tokens(
     mass = tl.sum(tl.exp(rest - finite_or_zero(high)), 0)
     log_rest = tl.where(high == -float("inf"), high, high + tl.log(tl.where(mass > 0.0, mass, 1.0)))
     tl.store(log_outside + row, log_add_exp(log_rest, tl.load(log_others + row)))
-    tl.store(
-        token_logits + row,
-        read_logits(products, bias, row, tl.load(tokens + row), V, inner, outer, BIAS, SOFTCAP),
-    )
 
 
 @triton.jit

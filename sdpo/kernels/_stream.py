@@ -35,27 +35,45 @@ def _newest_first():
 
 
 @triton.jit
+def _through(slope, z, outer, SOFTCAP: tl.constexpr):
+    """A slope times what the soft-cap lets through at logits z."""
+    if SOFTCAP:
+        capped = z / outer
+        slope = tl.where(z == -float("inf"), 0.0, slope * (1.0 - capped * capped))
+    return slope
+
+
+@triton.jit
 def block_sums(
-    products, bias, tops, masses, moments, V, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    products, bias, tops, masses, moments, token_logits, shares, V, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per block of columns: the largest logit z*, Σ exp(z − z*), and Σ (z − z*)·exp(z − z*)."""
+    """Per block of columns: the largest logit z*, Σ exp(z − z*), and Σ (z − z*)·exp(z − z*).
+
+    With SHARES also exp(z − the sampled token's z) itself, in 16 bits: the slope outside the support but for a
+    factor of its row, which is not yet known.
+    """
     row, block = _newest_first()
     columns = block * BLOCK + tl.arange(0, BLOCK)
     z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
     top = tl.max(z, 0)
-    away = at_least(z - finite_or_zero(top))
+    base = finite_or_zero(top)
+    away = at_least(z - base)
     e = tl.exp(away)
     place = row * tl.num_programs(1) + block
     tl.store(tops + place, top)
     tl.store(masses + place, tl.sum(e, 0))
     tl.store(moments + place, tl.sum(away * e, 0))
+    if SHARES:
+        share = e * tl.exp(base - tl.load(token_logits + row))
+        share = _through(share, z, outer, SOFTCAP).to(shares.dtype.element_ty)
+        tl.store(shares + row * V + columns, share, mask=columns < V)
 
 
 @triton.jit
 def group_sums(
-    products, bias, tops, masses, moments, group_tops, group_masses, V, GROUPS, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    products, bias, tops, masses, moments, group_tops, group_masses, token_logits, shares, V, GROUPS, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """As ``block_sums``, and the first two per group of GROUP neighbouring columns."""
     row, block = _newest_first()
@@ -68,9 +86,8 @@ def group_sums(
     e = tl.exp(away)
     group_mass = tl.sum(e, 1)
     group_moment = tl.sum(away * e, 1)
-    real = groups < GROUPS
-    tl.store(group_tops + row * GROUPS + groups, group_top, mask=real)
-    tl.store(group_masses + row * GROUPS + groups, group_mass, mask=real)
+    tl.store(group_tops + row * GROUPS + groups, group_top)
+    tl.store(group_masses + row * GROUPS + groups, group_mass)
     top = tl.max(group_top, 0)
     lower = at_least(group_top - finite_or_zero(top))
     scale = tl.exp(lower)
@@ -78,22 +95,31 @@ def group_sums(
     tl.store(tops + place, top)
     tl.store(masses + place, tl.sum(group_mass * scale, 0))
     tl.store(moments + place, tl.sum((group_moment + lower * group_mass) * scale, 0))
+    if SHARES:
+        share = e * tl.exp(base - tl.load(token_logits + row))[:, None]
+        share = _through(share, z, outer, SOFTCAP).to(shares.dtype.element_ty)
+        tl.store(shares + row * V + columns, share, mask=columns < V)
 
 
 @triton.jit
 def outside_slopes(
-    products, bias, slopes, outside, log_outside, V, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    products, bias, slopes, outside, log_outside, shared, V, BLOCKS, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is for later."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
-    slope = times_exp(tl.load(outside + row), z - finite_or_zero(tl.load(log_outside + row)))
-    if SOFTCAP:
-        capped = z / outer
-        slope = tl.where(z == -float("inf"), 0.0, slope * (1.0 - capped * capped))
-    tl.store(slopes + row * V + columns, slope.to(slopes.dtype.element_ty), mask=columns < V)
+    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is for later.
+
+    With SHARES only to the rows whose shares will not do.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    last = BLOCKS
+    if SHARES:
+        last = tl.where(tl.load(shared + row) != 0, 0, BLOCKS)
+    for block in range(tl.program_id(1), last, tl.num_programs(1)):
+        columns = block * BLOCK + tl.arange(0, BLOCK)
+        z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
+        slope = times_exp(tl.load(outside + row), z - finite_or_zero(tl.load(log_outside + row)))
+        slope = _through(slope, z, outer, SOFTCAP).to(slopes.dtype.element_ty)
+        tl.store(slopes + row * V + columns, slope, mask=columns < V)
 
 
 @triton.jit
