@@ -91,6 +91,14 @@ class _Pass:
         self.count = hidden.shape[0] if operands.active is None else operands.active.shape[0]
         self.vocabulary = head.shape[0]
         self.casts: dict[tuple[object, ...], Tensor] = {}
+        # The first time this takes memory itself, so it comes before the buffers do.
+        for states, matrix in (
+            (hidden, head),
+            (operands.teacher_hidden, operands.teacher_head),
+            (operands.reference_hidden, operands.reference_head),
+        ):
+            if states is not None and matrix is not None:
+                lost_share(self.device, operand_dtype(states, matrix, plan.autocast), matrix.shape[1])
         self.lift = self._lift()
         self.stats = torch.empty(len(TokenStats._fields), self.count, dtype=self.working, device=self.device)
         self.hidden_gradient: Tensor | None = None

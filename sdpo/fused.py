@@ -76,8 +76,9 @@ def fused_topk_distillation_loss(
         weights = importance_weights(log_softmax(student)[tokens], old_log_probs, clip=is_clip) * extra_weights
         total, count = (weights * per_token)[loss_mask].sum(), loss_mask.sum()
 
-    without softcap: no tanh. Products accumulate in float32 whatever the inputs; the gradient of a bf16 head, like
-    that of several micro-batches, is rounded to bf16 after each block of a few thousand tokens. Tokens outside
+    without softcap: no tanh. Products accumulate in float32 whatever the inputs; what a GPU's matrix units cut off
+    of such a sum on average is measured at the first call, and given back. The gradient of a bf16 head, like that
+    of several micro-batches, is rounded to bf16 after each block of a few thousand tokens. Tokens outside
     ``loss_mask`` are never projected. The gradient is made in the forward pass: backward only scales it.
 
     ``support="student"`` or ``"teacher"`` takes that model's K likeliest tokens, ``k=None`` the full vocabulary,
