@@ -195,10 +195,12 @@ def bf16_slopes_error(chunk: Backend, **scalars: Any) -> float:
     return error.nan_to_num(torch.inf).max().item()
 
 
-def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, told: float = 0.0) -> float:
-    """The median of a token's, against float64, on products that are wrong in their sixth digit.
+def inexact_stats(
+    chunk: Backend, *, made_of: bool, lost: float = 0.0, told: float = 0.0
+) -> tuple[TokenStats, TokenStats]:
+    """On products that are wrong in their sixth digit, and as they should be, in float64; the likeliest sampled.
 
-    They lack a share ``lost`` of themselves, of which the backend is ``told``; it may know what they are made of.
+    The products lack a share ``lost``, of which the backend is ``told``; it may know what they are made of.
     """
     rng = torch.Generator().manual_seed(14)
     hidden = torch.randn(2, 12, 64, generator=rng).bfloat16()
@@ -208,19 +210,31 @@ def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, tol
     exact = hidden.double() @ head.double().t()
     noise = 0.0 if lost else 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)
     inexact = ((exact + noise) * (1.0 - lost)).float()
+    rows = Rows((exact[0] + bias).argmax(1), None, None, None, None)
 
-    def values(backend: Backend, products: Tensor, **known: Any) -> Tensor:
-        stats = torch.empty(len(TokenStats._fields), 12, dtype=products.dtype)
+    def stats(backend: Backend, products: Tensor, **known: Any) -> TokenStats:
+        made = torch.empty(len(TokenStats._fields), 12, dtype=products.dtype)
         sides = (
             Side(products[i], bias, hidden[i] if made_of else None, head if made_of else None, **known)
             for i in range(2)
         )
-        rows = Rows(torch.arange(12), None, None, None, None)
-        backend(*sides, rows, Recipe(50, **RECIPE | {"softcap": 90.0}), stats, None)
-        return stats[0].double()
+        backend(*sides, rows, Recipe(50, **RECIPE | {"softcap": 90.0}), made, None)
+        return TokenStats(*made.double())
 
-    expected = values(_fused_torch.chunk, exact.clone())
-    return ((values(chunk, inexact, lost=told) - expected) / expected).abs().median().item()
+    return stats(chunk, inexact, lost=told), stats(_fused_torch.chunk, exact.clone())
+
+
+def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, told: float = 0.0) -> float:
+    """The median of a token's."""
+    ours, exact = inexact_stats(chunk, made_of=made_of, lost=lost, told=told)
+    return ((ours.per_token - exact.per_token) / exact.per_token).abs().median().item()
+
+
+def log_prob_error(chunk: Backend, *, made_of: bool) -> float:
+    """The largest of a likeliest token's log-probability, in nats; infinite where that is positive."""
+    ours, exact = inexact_stats(chunk, made_of=made_of)
+    found, known = (torch.stack([of.log_probs, of.teacher_log_probs]) for of in (ours, exact))
+    return torch.inf if (found > 1e-7).any() else (found - known).abs().max().item()
 
 
 def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:

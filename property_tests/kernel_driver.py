@@ -16,6 +16,7 @@ import triton.language as tl
 from fused_cases import (
     Case,
     bf16_slopes_error,
+    log_prob_error,
     lost_length,
     make_case,
     relative_error,
@@ -177,6 +178,8 @@ def inexact_products() -> dict[str, float]:
     return {
         "value, exact products known": value_error(_launch.chunk, made_of=True),
         "wrong: value, inexact products": value_error(_launch.chunk) * 1e3,
+        "log-probability, exact products known": log_prob_error(_launch.chunk, made_of=True),
+        "wrong: log-probability, inexact products": log_prob_error(_launch.chunk, made_of=False) * 1e3,
         "value, a share is lost": value_error(_launch.chunk, lost=1e-3, told=1e-3),
         "wrong: value, a share is lost": value_error(_launch.chunk, lost=3e-2),
     }

@@ -89,16 +89,17 @@ def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     else:
         ids, teacher = _choose(q, rows.tokens, recipe)
         student = _take(p, rows.tokens, ids, room)
+    origin = student.token
     if recipe.support != "sampled":
-        student = _refined(p, ids, student, owner=recipe.support == "student")
-        teacher = _refined(q, ids, teacher, owner=recipe.support == "teacher")
+        student = _refined(p, rows.tokens, ids, student, owner=recipe.support == "student")
+        teacher = _refined(q, rows.tokens, ids, teacher, owner=recipe.support == "teacher")
 
     k, blocks = ids.shape[1], student.sums.tops.shape[1]
     inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
     outside_slope = torch.empty_like(student.token)
     shared = torch.empty_like(student.token, dtype=torch.int32)
     _rows.topk_rows[(count,)](
-        student.inside, teacher.inside, student.token, teacher.token,
+        student.inside, teacher.inside, student.token, teacher.token, origin,
         *student.sums, student.log_outside, *teacher.sums, teacher.log_outside,
         *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats), shared,
         stats.stride(0), k, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe), *_chain(p, recipe),
@@ -226,20 +227,20 @@ def _read(model: _Model, tokens: Tensor) -> Tensor:
     return token
 
 
-def _refined(model: _Model, ids: Tensor, support: _Support, *, owner: bool) -> _Support:
-    """The support with its likeliest tokens' logits as exact products give them."""
+def _refined(model: _Model, tokens: Tensor, ids: Tensor, support: _Support, *, owner: bool) -> _Support:
+    """The support with its likeliest tokens' logits, the sampled one's among them, as exact products give them."""
     if model.exact is None:
         return support
     (count, k), blocks = ids.shape, support.sums.tops.shape[1]
     exact, width = model.exact, model.exact.head.shape[1]
-    refined = support.inside.clone()
+    refined, token = support.inside.clone(), support.token.clone()
     _refine.refine[(count, REFINERS)](
-        ids, support.inside, refined, *support.sums, support.log_outside, exact.states, exact.head, exact.bias,
-        k, width, blocks, *exact.head.stride(), exact.inner, model.outer,
+        ids, tokens, support.inside, refined, token, *support.sums, support.log_outside,
+        exact.states, exact.head, exact.bias, k, width, blocks, *exact.head.stride(), exact.inner, model.outer,
         OWNER=owner, BIAS=model.has_bias, SOFTCAP=model.softcap,
         BLOCK_K=_power(k), BLOCK_B=_power(blocks), BLOCK_D=min(512, _power(width)), num_warps=1,
     )  # fmt: skip
-    return support._replace(inside=refined)
+    return support._replace(inside=refined, token=token)
 
 
 def _block_sums(model: _Model, token: Tensor | None = None, shares: Tensor | None = None) -> _Sums:

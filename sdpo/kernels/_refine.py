@@ -18,14 +18,15 @@ TOKENS, PROBABLE = tl.constexpr(16), tl.constexpr(2.0**-11)
 
 @triton.jit
 def refine(
-    ids, inside, refined, tops, masses, moments, log_outside, states, head, bias,
+    ids, tokens, inside, refined, token_logits, tops, masses, moments, log_outside, states, head, bias,
     K, D, BLOCKS, head_row, head_column, inner, outer,
     OWNER: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write to ``refined`` logits of exact products of states [c, D] and head [V, D], for the largest inside.
 
-    The programs of a row share its tokens out by rank; none reads what another writes.
+    To ``token_logits`` as well if the sampled token is among them: no probability may come out above 1. The
+    programs of a row share its tokens out by rank; none reads what another writes.
     """
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
@@ -50,10 +51,9 @@ def refine(
             shift = 0.0
             if BIAS:
                 shift = tl.load(bias + column).to(tl.float32)
-            tl.store(
-                refined + row * K + rank,
-                to_logits(tl.sum(total, 0).to(tl.float32), shift, inner, outer, SOFTCAP),
-            )
+            logit = to_logits(tl.sum(total, 0).to(tl.float32), shift, inner, outer, SOFTCAP)
+            tl.store(refined + row * K + rank, logit)
+            tl.store(token_logits + row, logit, mask=column == tl.load(tokens + row))
         p = tl.where(ranks == rank, 0.0, p)
         best = tl.max(p, 0)
         turn += 1

@@ -106,7 +106,7 @@ def loss_weights(
 
 @triton.jit
 def topk_rows(
-    inside_p, inside_q, token_p, token_q,
+    inside_p, inside_q, token_p, token_q, origin,
     tops_p, masses_p, moments_p, log_outside_p,
     tops_q, masses_q, moments_q, log_outside_q,
     old, extra, slope_weights, lift,
@@ -118,8 +118,8 @@ def topk_rows(
 ):  # fmt: skip
     """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain.
 
-    With SHARES the slopes outside lie there as exp(z − the sampled token's z): if that will do, ``shared``, their
-    factor goes into the gain, and the slopes at the support are divided by it.
+    With SHARES the slopes outside lie there as exp(z − origin), the sampled token's z as it then was: if that will
+    do, ``shared``, their factor goes into the gain, and the slopes at the support are divided by it.
     """
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
@@ -138,8 +138,8 @@ def topk_rows(
         tl.store(log_outside_p + row, tail_p + anchor_p)
     log_tail_p, log_tail_q = tail_p - norm_p, tail_q - norm_q
     log_mass_p, log_mass_q = log_inside_p - norm_p, log_inside_q - norm_q
-    z_token = tl.load(token_p + row) - anchor_p
-    log_token, log_token_q = z_token - norm_p, tl.load(token_q + row) - anchor_q - norm_q
+    log_token = tl.load(token_p + row) - anchor_p - norm_p
+    log_token_q = tl.load(token_q + row) - anchor_q - norm_q
 
     if MODE == SAMPLED:
         never = log_token == -float("inf")
@@ -183,9 +183,10 @@ def topk_rows(
     tail_slope *= scale
     factor = tl.zeros_like(scale) + 1.0
     if SHARES:
-        depth = z_token - tail_p
+        zero = tl.load(origin + row) - anchor_p
+        depth = zero - tail_p
         largest = tl.maximum(tl.max(z_p, 0), tl.max(top_p, 0))
-        near = (z_token > -float("inf")) & (largest - z_token <= REACH)
+        near = (zero > -float("inf")) & (largest - zero <= REACH)
         near &= (depth <= DEPTH) | (tail_slope == 0.0)
         least = tl.maximum(tl.max(tl.abs(slope), 0) * LEAST_SHARE, LEAST)
         ratio = times_exp(tail_slope, tl.minimum(depth, DEPTH))
