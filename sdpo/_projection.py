@@ -24,9 +24,9 @@ _TERMS = 2**14
 # Numbers of a result that fill a GPU. What is smaller cuBLAS splits into pieces by itself.
 _FILLS = 2**21
 
-# A product of random numbers that shows how much of itself is cut off: large enough not to be split into pieces, seen
-# in a corner, and there in the results beyond so many standard deviations: it is the large logits that have the
-# probability, and a small one, whose sum went up and down, has lost less.
+# A product of random numbers that shows how much of itself is cut off: large enough not to be split into pieces,
+# seen in a corner, and there in the results beyond so many standard deviations: it is the large logits that have
+# the probability, and a small one, whose sum went up and down, has lost less.
 _SAMPLE, _SEEN, _LARGE = (4096, 2048), 512, 2.5
 
 # Half-precision gradients are lifted by a power of two so that their largest entry sits near this value: far
