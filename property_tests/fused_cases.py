@@ -14,6 +14,7 @@ from sdpo._fused_engine import Backend
 from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
 
 LEARNING = ("student_hidden", "student_head", "student_bias")
+Answer = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,40 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return 0.0 if difference == 0.0 else (difference / reference.norm()).item()
 
 
+def fused(case: Case, factor: float = 1.0, **options: Any) -> Answer:
+    """Everything that must equal the plain losses: total, per-token values, gradients of ``factor · total``."""
+    case, leaves = case.leaves()
+    out = case.fused(backend="torch", **options)
+    gradients = torch.autograd.grad(out.total * factor, leaves)
+    names = [name for name in LEARNING if name in case.tensors]
+    return {"total": out.total, "per_token": out.per_token} | dict(zip(names, gradients, strict=True))
+
+
+def plain(case: Case, factor: float = 1.0) -> Answer:
+    case, leaves = case.leaves()
+    total = case.plain_total()
+    divergence, _ = case.plain_per_token()
+    names = [name for name in LEARNING if name in case.tensors]
+    gradients = dict(zip(names, torch.autograd.grad(total * factor, leaves), strict=True))
+    per_token = torch.where(case.tensors["loss_mask"], divergence, 0.0)
+    return {"total": total, "per_token": per_token} | gradients
+
+
+def assert_same(got: Answer, expected: Answer, tolerance: float = 1e-9) -> None:
+    """Relative to the norm; what vanishes up to rounding may do so differently."""
+    for name, value in expected.items():
+        assert (got[name].double() - value.double()).norm() <= tolerance * value.norm() + 1e-12, name
+
+
+def divide_by_the_mask(case: Case, **options: Any) -> Answer:
+    """The twin that projects everything and multiplies by the mask afterwards: 0 · NaN is NaN."""
+    mask = case.tensors["loss_mask"]
+    whole = case.with_(loss_mask=torch.ones_like(mask))
+    answer = fused(whole, **options)
+    hidden = answer["student_hidden"] * mask[:, None]
+    return answer | {"student_hidden": hidden, "per_token": answer["per_token"] * mask}
+
+
 def slopes_of(
     chunk: Backend,
     k: int | None,
@@ -243,3 +278,23 @@ def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:
     exact = slopes_of(chunk, k, logits, torch.float32)
     along = (slopes_of(chunk, k, logits, torch.bfloat16, gain) * exact).sum(1) / exact.square().sum(1)
     return (gain * along - 1).abs().max().item(), (along - 1).abs().max().item()
+
+
+def hidden_breaks(chunk: Backend) -> float:
+    """Share of losses in which a single broken logit, the teacher's or the student's, does not show."""
+    hidden = 0
+    for broken in range(2):
+        for k, support in ((20, "student"), (20, "teacher"), (None, "student")):
+            logits = strangers(3, 507, 3.0)
+            logits[broken][1, 300] = torch.nan
+            stats = torch.empty(len(TokenStats._fields), 3)
+            rows = Rows(torch.zeros(3, dtype=torch.long), None, None, None, None)
+            chunk(
+                *(Side(z, None) for z in logits),
+                rows,
+                Recipe(k, **RECIPE | {"support": support}),
+                stats,
+                None,
+            )
+            hidden += stats[0].isnan().tolist() != [False, True, False]
+    return hidden / 6

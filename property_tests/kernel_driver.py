@@ -16,6 +16,7 @@ import triton.language as tl
 from fused_cases import (
     Case,
     bf16_slopes_error,
+    hidden_breaks,
     log_prob_error,
     lost_length,
     make_case,
@@ -166,6 +167,7 @@ def main() -> None:
     results["gain"] = lost_length(_launch.chunk, 100)[0]
     results["gain, full"] = lost_length(_launch.chunk, None)[0]
     results |= inexact_products() | slopes_in_place()
+    results["hidden breaks"] = hidden_breaks(_launch.chunk)
     results["selection"] = selection_error(last_ties=False)
     results["wrong: selection by last ties"] = selection_error(last_ties=True)
     hot = make_case(1, n=5, v=507, temperature=0.6)

@@ -1,4 +1,4 @@
-"""The fused loss on plain torch: the numbers of the plain losses, their gradients, and what it never does."""
+"""The fused loss on plain torch: the numbers of the plain losses, their gradients, and what it may not read."""
 
 from __future__ import annotations
 
@@ -8,41 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import LEARNING, Case, make_case, relative_error
+from fused_cases import (
+    LEARNING,
+    Answer,
+    Case,
+    assert_same,
+    divide_by_the_mask,
+    fused,
+    make_case,
+    plain,
+    relative_error,
+)
 from hypothesis import strategies as st
 from strategies import Claim, alphas, name_of, seeds
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import sdpo
-
-Answer = dict[str, Tensor]
-
-
-def fused(case: Case, factor: float = 1.0, **options: Any) -> Answer:
-    """Everything that must equal the plain losses: total, per-token values, gradients of ``factor · total``."""
-    case, leaves = case.leaves()
-    out = case.fused(backend="torch", **options)
-    gradients = torch.autograd.grad(out.total * factor, leaves)
-    names = [name for name in LEARNING if name in case.tensors]
-    return {"total": out.total, "per_token": out.per_token} | dict(zip(names, gradients, strict=True))
-
-
-def plain(case: Case, factor: float = 1.0) -> Answer:
-    case, leaves = case.leaves()
-    total = case.plain_total()
-    divergence, _ = case.plain_per_token()
-    names = [name for name in LEARNING if name in case.tensors]
-    gradients = dict(zip(names, torch.autograd.grad(total * factor, leaves), strict=True))
-    per_token = torch.where(case.tensors["loss_mask"], divergence, 0.0)
-    return {"total": total, "per_token": per_token} | gradients
-
-
-def assert_same(got: Answer, expected: Answer, tolerance: float = 1e-9) -> None:
-    """Relative to the norm; what vanishes up to rounding may do so differently."""
-    for name, value in expected.items():
-        assert (got[name].double() - value.double()).norm() <= tolerance * value.norm() + 1e-12, name
 
 
 @st.composite
@@ -239,15 +220,6 @@ def test_the_tail_is_exact_where_the_support_holds_nearly_all(alpha: float, dtyp
     assert error.max() < 1e-5
 
 
-def divide_by_the_mask(case: Case, **options: Any) -> Answer:
-    """The twin that projects everything and multiplies by the mask afterwards: 0 · NaN is NaN."""
-    mask = case.tensors["loss_mask"]
-    whole = case.with_(loss_mask=torch.ones_like(mask))
-    answer = fused(whole, **options)
-    hidden = answer["student_hidden"] * mask[:, None]
-    return answer | {"student_hidden": hidden, "per_token": answer["per_token"] * mask}
-
-
 @pytest.mark.parametrize("implementation", [fused, divide_by_the_mask])
 def test_what_masked_tokens_hold_is_never_read(implementation: Callable[[Case], Answer]) -> None:
     case = make_case(5, n=20, v=64)
@@ -360,116 +332,10 @@ def test_an_infinite_divergence_sends_a_finite_gradient(alpha: float, shut_side:
     assert relative_error(answer["student_hidden"], expected["student_hidden"]) < 1e-9
 
 
-class Watch(TorchDispatchMode):
-    """The sizes of every product of matrices, and the largest tensor any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: list[tuple[int, int, int]] = []  # [a, b] @ [b, c]
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        aten = torch.ops.aten
-        first = {aten.mm: 0, aten.addmm: 1, aten.addmm_: 1, aten.bmm: 0, aten.baddbmm: 1}.get(
-            func.overloadpacket
-        )
-        if first is not None:
-            left, right = args[first : first + 2]
-            self.products.append((left.shape[-2], left.shape[-1], right.shape[-1]))
-        made = [result] if isinstance(result, Tensor) else []
-        self.largest = max([self.largest, *(tensor.numel() for tensor in made)])
-        return result
-
-
-@pytest.mark.parametrize(("head_learns", "products"), [(False, 3), (True, 4)])
-@pytest.mark.parametrize(
-    "scalars", [{}, {"k": None}, {"k": None, "support": "sampled", "alpha": 1.0}], ids=str
-)
-def test_no_product_is_made_twice(scalars: dict[str, Any], head_learns: bool, products: int) -> None:
-    case = make_case(12, n=16, v=507, d=5, biases=False, **scalars)
-    hidden = case.tensors["student_hidden"].requires_grad_()
-    head = case.tensors["student_head"].requires_grad_(head_learns)
-    with Watch() as watch:
-        case.fused(backend="torch").total.backward()
-    assert len(watch.products) == products
-    hidden.grad = head.grad = None
-    with Watch() as watch:
-        case.plain_total().backward()
-    assert watch.largest >= 16 * 507
-
-
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 6}, {"reduction": "none"}], ids=str)
-@pytest.mark.parametrize("implementation", [fused, divide_by_the_mask])
-def test_masked_tokens_enter_no_product(
-    implementation: Callable[..., Answer], options: dict[str, Any]
-) -> None:
-    """The tokens of a product are that one of its sizes which is neither V nor D."""
-    case = make_case(5, n=20, v=507, d=31, teacher_d=29)
-    active = int(case.tensors["loss_mask"].sum())
-    with Watch() as watch:
-        implementation(case, **options)
-    tokens = [size for sizes in watch.products for size in sizes if size not in (507, 31, 29)]
-    assert len(tokens) == len(watch.products)
-    # Logits of both models, gradients of hidden states and head; without a sum the pass runs again in backward.
-    passes = 2 if options.get("reduction") == "none" else 1
-    expected = active * (2 * passes + 2)
-    assert (sum(tokens) == expected) == (implementation is fused)
-
-
-def test_no_tensor_of_all_logits_ever_exists() -> None:
-    case, _ = make_case(13, n=64, v=507, d=5).leaves()
-    with Watch() as watch:
-        case.fused(backend="torch", chunk_size=4).total.backward()
-    assert watch.largest <= 8 * 507
-
-
 def test_same_inputs_same_bits() -> None:
     case = make_case(14).cast(torch.float32)
     for name, value in fused(case, chunk_size=5).items():
         assert torch.equal(value, fused(case, chunk_size=5)[name])
-
-
-def test_functional_gradient_equals_autograd() -> None:
-    case = make_case(15, n=9, v=64)
-    expected = fused(case)
-
-    def total(learning: dict[str, Tensor]) -> Tensor:
-        # Teachers that share the parameters must not receive a gradient through them.
-        return case.with_(**learning).fused(backend="torch").total
-
-    learning = {name: case.tensors[name] for name in LEARNING}
-    assert_same(torch.func.grad(total)(learning), {name: expected[name] for name in LEARNING})
-
-
-@pytest.mark.parametrize("learning", [LEARNING, LEARNING[:1], LEARNING[1:2]])
-def test_functional_gradient_of_the_per_token_form(learning: tuple[str, ...]) -> None:
-    case = make_case(15, n=9, v=64)
-    expected = fused(case)
-
-    def loss(tensors: dict[str, Tensor]) -> Tensor:
-        out = case.with_(**tensors).fused(backend="torch", reduction="none")
-        return (out.weights * out.per_token).sum()
-
-    gradients = torch.func.grad(loss)({name: case.tensors[name] for name in learning})
-    assert_same(gradients, {name: expected[name] for name in learning})
-
-
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize("learning", [LEARNING, LEARNING[:1], LEARNING[1:2]])
-def test_a_teacher_may_come_from_inference_mode(learning: tuple[str, ...], reduction: str) -> None:
-    case = make_case(22, n=9, v=64)
-    expected = fused(case)
-    with torch.inference_mode():
-        states = {name: case.tensors[name].clone() for name in ("teacher_hidden", "old_log_probs")}
-    assert all(tensor.is_inference() for tensor in states.values())
-    leaves = {name: case.tensors[name].clone().requires_grad_() for name in learning}
-    out = case.with_(**states, **leaves).fused(backend="torch", reduction=reduction)
-    loss = out.total if reduction == "sum" else (out.weights * out.per_token).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    assert_same(
-        dict(zip(learning, gradients, strict=True)), {name: expected[name] for name in learning}, 1e-12
-    )
 
 
 def test_a_teacher_that_shares_the_head_sends_no_gradient() -> None:
@@ -479,40 +345,3 @@ def test_a_teacher_that_shares_the_head_sends_no_gradient() -> None:
     tied = case.with_(student_head=head, teacher_head=head)
     (gradient,) = torch.autograd.grad(tied.fused(backend="torch").total, head)
     assert relative_error(gradient, fused(apart)["student_head"]) < 1e-12
-
-
-def test_under_gradient_checkpointing() -> None:
-    case, leaves = make_case(17, n=9, v=64).leaves()
-    total = checkpoint(
-        lambda hidden: case.with_(student_hidden=hidden).fused().total, leaves[0], use_reentrant=False
-    )
-    expected = fused(case)
-    for name, gradient in zip(LEARNING, torch.autograd.grad(total, leaves), strict=True):
-        assert relative_error(gradient, expected[name]) < 1e-12
-
-
-def test_autocast_decides_the_dtype_of_the_products() -> None:
-    case = make_case(18, n=9, d=64, v=64).cast(torch.float32)
-    states = {name: value for name, value in case.tensors.items() if name.endswith(("hidden", "head"))}
-    rounded = fused(case.with_(**{name: value.bfloat16().float() for name, value in states.items()}))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        answer = fused(case)
-    assert_same(answer, rounded, 1e-6)
-    assert all(answer[name].dtype == torch.float32 for name in LEARNING)
-    assert relative_error(answer["total"], fused(case)["total"]) > 1e-5, "autocast changed nothing"
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_in_a_compiled_caller() -> None:
-    """The graph breaks around the fused loss; what surrounds it is compiled."""
-    case, leaves = make_case(19, n=9, v=64).leaves()
-    rest = {name: value for name, value in case.tensors.items() if name != "student_hidden"} | case.scalars
-
-    def step(hidden: Tensor) -> Tensor:
-        out = sdpo.fused_topk_distillation_loss(student_hidden=hidden * 2.0, backend="torch", **rest)
-        return out.total * 3.0
-
-    compiled = torch.compile(step, backend="aot_eager")
-    (expected,) = torch.autograd.grad(step(leaves[0]), leaves[0])
-    (got,) = torch.autograd.grad(compiled(leaves[0]), leaves[0])
-    assert relative_error(got, expected) < 1e-12

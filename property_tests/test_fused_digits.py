@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import Case, lost_length, make_case, relative_error, saturated_error
+from fused_cases import Case, hidden_breaks, lost_length, make_case, relative_error, saturated_error
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,6 +30,10 @@ def test_the_slope_of_a_nearly_certain_token_keeps_its_digits(
     # A wrong twin: g − G·p, here a difference of near equals.
     monkeypatch.setattr(_fused_torch, "_balanced", lambda slopes, p: slopes)
     assert saturated_error(_fused_torch.chunk, k) > 2e-4
+
+
+def test_a_broken_logit_shows() -> None:
+    assert hidden_breaks(_fused_torch.chunk) == 0.0
 
 
 @given(st.integers(1, 300_000))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import divergence_terms, finite_or_zero
-from sdpo.kernels._rows import entropy_of_blocks, load_blocks, log_total, loss_weights
+from sdpo.kernels._math import divergence_terms, finite_or_zero, log_mass, through_softcap
+from sdpo.kernels._rows import entropy_of_blocks, load_blocks, loss_weights
 from sdpo.kernels._stream import load_logits
 
 
@@ -16,7 +16,7 @@ def normalizers(tops, masses, moments, anchors, norms, entropy, BLOCKS, BLOCK_B:
     row = tl.program_id(0).to(tl.int64)
     top, mass, moment = load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
     anchor = finite_or_zero(tl.max(top, 0))
-    norm = log_total(top - anchor, mass)
+    norm = log_mass(top - anchor, mass)
     tl.store(anchors + row, anchor)
     tl.store(norms + row, norm)
     tl.store(entropy + row, entropy_of_blocks(top - anchor, mass, moment, norm))
@@ -94,9 +94,7 @@ def full_slopes(
     # g − G·p of a nearly certain token is a difference of near equals; with the others' mass for 1 − p it is not.
     certain = g * tl.load(small_mass + row) - tl.load(small + row) * p
     slope = tl.where(p > 0.5, certain, slope) * tl.load(scale + row)
-    if SOFTCAP_P:
-        capped = z_p / outer_p
-        slope = tl.where(z_p == -float("inf"), 0.0, slope * (1.0 - capped * capped))
+    slope = through_softcap(slope, z_p, outer_p, SOFTCAP_P)
     rounded = slope.to(slopes.dtype.element_ty)
     tl.store(slopes + row * V + columns, rounded, mask=columns < V)
     if GAIN:

@@ -42,11 +42,39 @@ def finite_or_zero(values):
 
 
 @triton.jit
+def log_of(base, total):
+    """base + log(total); −inf if the total is 0, NaN if it is."""
+    return tl.where(total == 0.0, -float("inf"), base + tl.log(tl.where(total == 0.0, 1.0, total)))
+
+
+@triton.jit
+def log_sum_exp(logits):
+    """log Σ exp over a vector; −inf if all are."""
+    base = finite_or_zero(tl.max(logits, 0))
+    return log_of(base, tl.sum(tl.exp(logits - base), 0))
+
+
+@triton.jit
+def log_mass(tops, masses):
+    """log Σ masses·exp(tops) over vectors; what does not belong has a top of −inf and a mass of 0."""
+    base = finite_or_zero(tl.max(tops, 0))
+    return log_of(base, tl.sum(times_exp(masses, tops - base), 0))
+
+
+@triton.jit
 def log_add_exp(left, right):
     """log(exp(left) + exp(right)); −inf if both are."""
-    high = tl.maximum(left, right)
-    total = tl.exp(left - finite_or_zero(high)) + tl.exp(right - finite_or_zero(high))
-    return tl.where(high == -float("inf"), high, high + tl.log(tl.where(total > 0.0, total, 1.0)))
+    base = finite_or_zero(tl.maximum(left, right))
+    return log_of(base, tl.exp(left - base) + tl.exp(right - base))
+
+
+@triton.jit
+def through_softcap(slope, z, outer, SOFTCAP: tl.constexpr):
+    """A slope times what the soft-cap lets through at logits z."""
+    if SOFTCAP:
+        capped = z / outer
+        slope = tl.where(z == -float("inf"), 0.0, slope * (1.0 - capped * capped))
+    return slope
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import log_add_exp, to_logits
-from sdpo.kernels._rows import load_support, log_sum
+from sdpo.kernels._math import log_add_exp, log_sum_exp, to_logits
+from sdpo.kernels._rows import load_support
 
 # Tokens of a row that are made again, at most, and the least probability that is worth it.
 TOKENS, PROBABLE = tl.constexpr(16), tl.constexpr(2.0**-11)
@@ -34,7 +34,7 @@ def refine(
     _, z, log_rest, _, _, _ = load_support(
         inside, tops, masses, moments, log_outside, row, K, BLOCKS, OWNER, BLOCK_K, BLOCK_B
     )
-    p = tl.exp(z - log_add_exp(log_sum(z), log_rest))
+    p = tl.exp(z - log_add_exp(log_sum_exp(z), log_rest))
     best = tl.max(p, 0)
     turn = 0
     while (turn < TOKENS) & (best >= PROBABLE):

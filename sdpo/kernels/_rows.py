@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import SAMPLED, divergence_terms, finite_or_zero, log_add_exp, times_exp
+from sdpo.kernels._math import (
+    SAMPLED,
+    divergence_terms,
+    finite_or_zero,
+    log_add_exp,
+    log_mass,
+    log_sum_exp,
+    through_softcap,
+    times_exp,
+)
 
 # How far above the sampled token's logit the largest may lie, and how far below it log Σ exp of the tokens
 # outside, in a row whose slopes are exp(z − that logit) times a factor: beyond, bf16 or a sum runs out of range.
@@ -23,14 +32,6 @@ def load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B: tl.constexpr):
     mass = tl.load(masses + row * BLOCKS + blocks, mask=real, other=0.0)
     moment = tl.load(moments + row * BLOCKS + blocks, mask=real, other=0.0)
     return top, mass, moment
-
-
-@triton.jit
-def log_total(top, mass):
-    """logsumexp over a row's blocks."""
-    base = finite_or_zero(tl.max(top, 0))
-    total = tl.sum(times_exp(mass, top - base), 0)
-    return tl.where(total > 0.0, base + tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
 
 
 @triton.jit
@@ -56,17 +57,10 @@ def load_support(
     anchor = finite_or_zero(tl.max(z, 0))
     top, mass, moment = load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
     top -= anchor
-    log_rest = log_total(top, mass)
+    log_rest = log_mass(top, mass)
     if OWNER:
         log_rest = tl.load(log_outside + row) - anchor
     return anchor, z - anchor, log_rest, top, mass, moment
-
-
-@triton.jit
-def log_sum(logits):
-    """logsumexp of logits of which the largest is 0, or all −inf."""
-    total = tl.sum(tl.exp(logits), 0)
-    return tl.where(total > 0.0, tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
 
 
 @triton.jit
@@ -130,7 +124,7 @@ def topk_rows(
     anchor_q, z_q, tail_q, top_q, mass_q, moment_q = load_support(
         inside_q, tops_q, masses_q, moments_q, log_outside_q, row, K, BLOCKS, TEACHER_OWNS, BLOCK_K, BLOCK_B
     )
-    log_inside_p, log_inside_q = log_sum(z_p), log_sum(z_q)
+    log_inside_p, log_inside_q = log_sum_exp(z_p), log_sum_exp(z_q)
     norm_p, norm_q = log_add_exp(log_inside_p, tail_p), log_add_exp(log_inside_q, tail_q)
     entropy_p = entropy_of(z_p, top_p, mass_p, moment_p, norm_p, STUDENT_OWNS)
     entropy_q = entropy_of(z_q, top_q, mass_q, moment_q, norm_q, TEACHER_OWNS)
@@ -177,9 +171,7 @@ def topk_rows(
     )
     scale *= chain
     slope *= scale
-    if SOFTCAP:
-        capped = (z_p + anchor_p) / outer
-        slope *= tl.where(real, 1.0 - capped * capped, 0.0)
+    slope = through_softcap(slope, z_p + anchor_p, outer, SOFTCAP)
     tail_slope *= scale
     factor = tl.zeros_like(scale) + 1.0
     if SHARES:

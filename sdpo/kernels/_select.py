@@ -13,11 +13,11 @@ import triton.language as tl
 from sdpo.kernels._math import (
     MASKED,
     SMALLEST,
-    finite_or_zero,
     first_k,
     log_add_exp,
+    log_mass,
+    log_sum_exp,
     order_key,
-    times_exp,
     to_logits,
 )
 
@@ -42,14 +42,6 @@ def _store_choice(chosen_places, places, real, chosen, rank, row, K, BLOCK_K: tl
 
 
 @triton.jit
-def _log_mass(tops, masses):
-    """log Σ masses·exp(tops) over a block; what does not belong has a top of −inf and a mass of 0."""
-    base = finite_or_zero(tl.max(tl.ravel(tops), 0))
-    mass = tl.sum(tl.ravel(times_exp(masses, tops - base)), 0)
-    return tl.where(mass > 0.0, base + tl.log(tl.where(mass > 0.0, mass, 1.0)), -float("inf"))
-
-
-@triton.jit
 def choose_regions(
     group_tops, group_masses, chosen_regions, log_others, GROUPS, K,
     WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -65,7 +57,7 @@ def choose_regions(
     other = (chosen == 0)[:, None] & (groups < GROUPS)
     tops = tl.load(group_tops + row * GROUPS + groups, mask=other, other=-float("inf"))
     masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    tl.store(log_others + row, _log_mass(tops, masses))
+    tl.store(log_others + row, log_mass(tl.ravel(tops), tl.ravel(masses)))
 
 
 @triton.jit
@@ -84,8 +76,8 @@ def choose_groups(
     _store_choice(chosen_groups, groups, real, chosen, rank, row, K, BLOCK_K)
     other = real & (chosen == 0)
     masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    log_mass = _log_mass(tl.where(other, tops, -float("inf")), masses)
-    tl.store(log_others + row, log_add_exp(log_mass, tl.load(log_others + row)))
+    log_rest = log_mass(tl.where(other, tops, -float("inf")), masses)
+    tl.store(log_others + row, log_add_exp(log_rest, tl.load(log_others + row)))
 
 
 @triton.jit
@@ -107,10 +99,7 @@ def choose_tokens(
     chosen, rank = first_k(tl.where(real, order_key(z), SMALLEST), K)
     tl.store(ids + row * K + rank, columns.to(tl.int64), mask=chosen)
     tl.store(inside + row * K + rank, z, mask=chosen)
-    rest = tl.where(real & (chosen == 0), z, -float("inf"))
-    high = tl.max(rest, 0)
-    mass = tl.sum(tl.exp(rest - finite_or_zero(high)), 0)
-    log_rest = tl.where(high == -float("inf"), high, high + tl.log(tl.where(mass > 0.0, mass, 1.0)))
+    log_rest = log_sum_exp(tl.where(real & (chosen == 0), z, -float("inf")))
     tl.store(log_outside + row, log_add_exp(log_rest, tl.load(log_others + row)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import MASKED, finite_or_zero, times_exp, to_logits
+from sdpo.kernels._math import MASKED, finite_or_zero, through_softcap, times_exp, to_logits
 
 # So far below the largest logit that nothing is left, yet finite.
 FAR = tl.constexpr(-1e30)
@@ -35,15 +35,6 @@ def _newest_first():
 
 
 @triton.jit
-def _through(slope, z, outer, SOFTCAP: tl.constexpr):
-    """A slope times what the soft-cap lets through at logits z."""
-    if SOFTCAP:
-        capped = z / outer
-        slope = tl.where(z == -float("inf"), 0.0, slope * (1.0 - capped * capped))
-    return slope
-
-
-@triton.jit
 def block_sums(
     products, bias, tops, masses, moments, token_logits, shares, V, inner, outer,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
@@ -66,7 +57,7 @@ def block_sums(
     tl.store(moments + place, tl.sum(away * e, 0))
     if SHARES:
         share = e * tl.exp(base - tl.load(token_logits + row))
-        share = _through(share, z, outer, SOFTCAP).to(shares.dtype.element_ty)
+        share = through_softcap(share, z, outer, SOFTCAP).to(shares.dtype.element_ty)
         tl.store(shares + row * V + columns, share, mask=columns < V)
 
 
@@ -97,7 +88,7 @@ def group_sums(
     tl.store(moments + place, tl.sum((group_moment + lower * group_mass) * scale, 0))
     if SHARES:
         share = e * tl.exp(base - tl.load(token_logits + row))[:, None]
-        share = _through(share, z, outer, SOFTCAP).to(shares.dtype.element_ty)
+        share = through_softcap(share, z, outer, SOFTCAP).to(shares.dtype.element_ty)
         tl.store(shares + row * V + columns, share, mask=columns < V)
 
 
@@ -118,7 +109,7 @@ def outside_slopes(
         columns = block * BLOCK + tl.arange(0, BLOCK)
         z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
         slope = times_exp(tl.load(outside + row), z - finite_or_zero(tl.load(log_outside + row)))
-        slope = _through(slope, z, outer, SOFTCAP).to(slopes.dtype.element_ty)
+        slope = through_softcap(slope, z, outer, SOFTCAP).to(slopes.dtype.element_ty)
         tl.store(slopes + row * V + columns, slope, mask=columns < V)
 
 
