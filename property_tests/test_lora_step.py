@@ -1,0 +1,224 @@
+"""PEFT's LoRA layers in one product within a trainer's step: its loss and gradient alone, and those of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from by_hand import Recorder
+from lora_cases import Operations, there
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from sdpo_rl import lora, trl_trainer
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS = 2 * len(LINEAR)
+
+
+def adapted() -> PeftModel:
+    config = LoraConfig(
+        r=4, lora_alpha=7, target_modules=LINEAR, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return get_peft_model(tiny.model(), config)
+
+
+def run(output: Path, **changes: Any) -> Any:
+    settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3, "num_iterations": 2}
+    return tiny.trainer(output, start=adapted(), **{**settings, **changes})
+
+
+def trained(trainer: Any) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients of each step."""
+    recorder = Recorder(trainer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [(loss, step.gradients) for loss, step in zip(losses, recorder.steps, strict=True)]
+
+
+@contextmanager
+def left_to_peft() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "one_product", lambda model: nullcontext())
+        yield
+
+
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_a_step_has_the_loss_and_the_gradient_of_peft(tmp_path: Path, kind: str, backend: str) -> None:
+    settings = {**CHECKPOINTING[kind], "sdpo_config": tiny.config(loss_backend=backend)}
+    with left_to_peft():
+        expected = trained(run(tmp_path, **settings))
+    trainer = run(tmp_path, **settings)
+    found = trained(trainer)
+    logged = [entry["self_distillation/teacher_distance"] for entry in trainer.state.log_history[:-1]]
+    assert logged[-1] > 1e-3, "the teacher is the student"
+    for (loss, gradients), (expected_loss, expected_gradients) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-7)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in found[0][1].values()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_a_step_has_fewer_passes(tmp_path: Path, kind: str) -> None:
+    counts = []
+    for own in (False, True):
+        trainer = run(tmp_path, max_steps=1, **CHECKPOINTING[kind])
+        step = trainer.training_step
+
+        def counted(*args: Any, step: Any = step, **kwargs: Any) -> Tensor:
+            with Operations() as operations:
+                loss = step(*args, **kwargs)
+            counts.append(operations.counts)
+            return loss
+
+        trainer.training_step = counted
+        with nullcontext() if own else left_to_peft():
+            trainer.train()
+    peft, own = counts
+    # The model is asked once how it changes its logits; then the teacher, the student, and the student again.
+    forwards = 3 + (kind != "kept")
+    # A checkpoint that knows what it still needs stops before the last scaling and sum of each of the two blocks.
+    stopped = 2 if kind == "checkpointed" else 0
+    assert own["addmm_"] - peft["addmm_"] == forwards * LAYERS
+    assert peft["mul"] - own["mul"] == (forwards + 1) * LAYERS - stopped
+    assert peft["add"] - own["add"] == forwards * LAYERS - stopped
+    assert own["clone"] <= peft["clone"]
+    assert own["copy_"] <= peft["copy_"]
+
+
+def watched(trainer: Any) -> list[tuple[str, int]]:
+    """For each forward what it was for, and how many layers PEFT then asked for another way."""
+    model, seen = trainer.model, []
+    loss, step = trainer.compute_loss, trainer.training_step
+    doing = ["generation"]
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Tensor:
+        doing.append("loss" if trainer.model.training else "evaluation")
+        try:
+            return loss(*args, **kwargs)
+        finally:
+            doing.pop()
+
+    def training_step(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return step(*args, **kwargs)
+        finally:
+            seen.append(("after a step", there(model)))
+
+    trainer.compute_loss, trainer.training_step = compute_loss, training_step
+    model.get_base_model().register_forward_pre_hook(lambda *_: seen.append((doing[-1], there(model))))
+    return seen
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_within_the_loss_and_its_gradient_alone(tmp_path: Path, enabled: bool) -> None:
+    trainer = run(
+        tmp_path,
+        sdpo_config=tiny.config(enabled=enabled),
+        eval_dataset=tiny.conversations(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=4,
+        per_device_eval_batch_size=4,
+    )
+    seen = watched(trainer)
+    trainer.train()
+    during = LAYERS if enabled else 0
+    assert set(seen) == {("generation", 0), ("loss", during), ("evaluation", 0), ("after a step", 0)}
+
+
+def test_the_layers_are_as_they_were_after_a_step_that_failed(tmp_path: Path) -> None:
+    trainer = run(tmp_path)
+    seen = []
+
+    def fail(loss: Tensor, **kwargs: Any) -> None:
+        seen.append(there(trainer.model))
+        raise ZeroDivisionError
+
+    trainer.accelerator.backward = fail
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert seen == [LAYERS]
+    assert there(trainer.model) == 0
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer.compute_loss(trainer.model, inputs)
+    assert there(trainer.model) == 0, "a loss outside of a step"
+
+
+def test_adapters_may_be_merged_while_completions_are_made(tmp_path: Path) -> None:
+    """As they are for an inference engine, and by a reward function that asks the model itself."""
+    expected = trained(run(tmp_path))
+
+    def merging(completions: list[Any], **columns: Any) -> Any:
+        trainer.model.merge_adapter()
+        trainer.model.unmerge_adapter()
+        return tiny.judge(completions, **columns)
+
+    trainer = run(tmp_path, reward_funcs=merging)
+    for (loss, gradients), (expected_loss, expected_gradients) in zip(
+        trained(trainer), expected, strict=True
+    ):
+        assert loss == pytest.approx(expected_loss, rel=1e-4)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
+
+
+def keep_products(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {
+        "use_reentrant": False,
+        "context_fn": partial(create_selective_checkpoint_contexts, keep_products),
+    },
+}
+
+
+def test_products_that_a_checkpoint_keeps_are_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = run(tmp_path, **SELECTIVE)
+    seen = watched(trainer)
+    trainer.train()
+    assert ("loss", 0) in seen
+    monkeypatch.setattr(trl_trainer.SDPOTrainer, "_may_compute_adapters", True)
+    with pytest.raises(RuntimeError, match="mutated"):
+        run(tmp_path, **SELECTIVE).train()
+
+
+@pytest.mark.parametrize("reason", ["torch_compile", "Unsloth"])
+def test_what_others_compile_or_rewrite_stays_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    trainer = run(tmp_path)
+    assert trainer._may_compute_adapters
+    if reason == "Unsloth":
+        monkeypatch.setattr(trl_trainer, "_IS_UNSLOTH", True)
+        assert not trainer._may_compute_adapters
+        return
+    trainer.args.torch_compile = True
+    seen = watched(trainer)
+    trainer.train()
+    assert ("loss", 0) in seen
