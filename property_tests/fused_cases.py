@@ -272,6 +272,34 @@ def log_prob_error(chunk: Backend, *, made_of: bool) -> float:
     return torch.inf if (found > 1e-7).any() else (found - known).abs().max().item()
 
 
+def outside_error(chunk: Backend, *, made_of: bool = True) -> float:
+    """The largest of a token's value where tokens outside the support are what the teacher thinks of besides.
+
+    The products are wrong in their sixth digit, and the backend may know what they are made of.
+    """
+    rng = torch.Generator().manual_seed(15)
+    hidden = torch.randn(2, 600, 64, generator=rng).bfloat16()
+    hidden[1] = (hidden[0].float() + 0.4 * hidden[1].float()).bfloat16()
+    head = (torch.randn(700, 64, generator=rng) * 1.5).bfloat16()
+    exact = hidden.double() @ head.double().t()
+    support = exact[0].topk(2).indices
+    left, outside = (side.softmax(1).scatter(1, support, 0.0).sum(1) for side in exact)
+    seen = ((left < 0.01 * outside) & (outside > 0.01) & (outside < 0.9)).nonzero().flatten()
+    assert len(seen) >= 8
+    hidden, exact = hidden[:, seen], exact[:, seen]
+    inexact = (exact + 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)).float()
+    rows = Rows(torch.zeros(len(seen), dtype=torch.long), None, None, None, None)
+
+    def values(backend: Backend, products: Tensor) -> Tensor:
+        made = torch.empty(len(TokenStats._fields), len(seen), dtype=products.dtype)
+        sides = (Side(products[i], None, *((hidden[i], head) if made_of else ())) for i in range(2))
+        backend(*sides, rows, Recipe(2, **RECIPE), made, None)
+        return made[0].double()
+
+    ours, known = values(chunk, inexact), values(_fused_torch.chunk, exact.clone())
+    return ((ours - known) / known).abs().max().item()
+
+
 def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:
     """How much longer or shorter a row of slopes, seen along itself, is in bf16: with its gain, and without."""
     logits, gain = strangers(16, 507, 8.0), torch.empty(16)

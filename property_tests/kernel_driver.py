@@ -20,6 +20,7 @@ from fused_cases import (
     log_prob_error,
     lost_length,
     make_case,
+    outside_error,
     relative_error,
     saturated_error,
     value_error,
@@ -177,14 +178,21 @@ def main() -> None:
 
 
 def inexact_products() -> dict[str, float]:
-    return {
+    found = {
         "value, exact products known": value_error(_launch.chunk, made_of=True),
         "wrong: value, inexact products": value_error(_launch.chunk) * 1e3,
         "log-probability, exact products known": log_prob_error(_launch.chunk, made_of=True),
         "wrong: log-probability, inexact products": log_prob_error(_launch.chunk, made_of=False) * 1e3,
         "value, a share is lost": value_error(_launch.chunk, lost=1e-3, told=1e-3),
         "wrong: value, a share is lost": value_error(_launch.chunk, lost=3e-2),
+        "value, a likely token outside": outside_error(_launch.chunk),
     }
+    true = _rows.refined
+    # Who chose the support has no likely token outside: nobody is asked for one.
+    _rows.refined = lambda *args: true(*args[:21], True, *args[22:])
+    found["wrong: value, a likely token outside"] = outside_error(_launch.chunk) * 1e3
+    _rows.refined = true
+    return found
 
 
 def slopes_in_place() -> dict[str, float]:

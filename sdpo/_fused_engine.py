@@ -151,8 +151,9 @@ class _Pass:
     def _chunk(self, low: int, high: int, products: list[Tensor], slope: Slope | None) -> None:
         """Logits, loss and slope of the tokens low to high."""
         ops = self.operands
-        student = self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, products[0])
         teacher = self._teacher(low, high, products)
+        # The student's come last, as they are read first: part of them is still in the cache.
+        student = self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, products[0])
         rows = Rows(
             tokens=self._take(ops.tokens, low, high),
             old_log_probs=self._take(ops.old_log_probs, low, high),

@@ -11,17 +11,21 @@ from torch import Tensor
 
 from sdpo._fused_torch import map_logits, row_gain
 from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
-from sdpo.kernels import _full, _math, _refine, _rows, _select, _stream
+from sdpo.kernels import _full, _math, _rows, _select, _stream
 
 # Columns per program of the passes over one model's vocabulary and over both models', and their warps.
 BLOCK, WARPS = 4096, 4
+# Terms of a dot product that the program of a row adds up at a time.
+DOT = 256
 FULL_BLOCK, FULL_WARPS = 8192, 8
-# Programs per row of the pass that hardly a row needs, and of the one over its likeliest tokens.
-SELDOM, REFINERS = 4, 4
+# Programs per row of the pass that hardly a row needs.
+SELDOM = 4
 # Columns that compete for the support through one maximum, where wider supports take narrower groups; neighbouring
 # groups that compete together before.
 GROUP, WIDE = 32, 8
 NARROW_GROUP, NARROW_FROM = 16, 256
+# Parts of a group, the last step before its tokens.
+PARTS = 4
 
 
 class _Exact(NamedTuple):
@@ -89,24 +93,21 @@ def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     else:
         ids, teacher = _choose(q, rows.tokens, recipe)
         student = _take(p, rows.tokens, ids, room)
-    origin = student.token
-    if recipe.support != "sampled":
-        student = _refined(p, rows.tokens, ids, student, owner=recipe.support == "student")
-        teacher = _refined(q, rows.tokens, ids, teacher, owner=recipe.support == "teacher")
-
     k, blocks = ids.shape[1], student.sums.tops.shape[1]
     inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
     outside_slope = torch.empty_like(student.token)
     shared = torch.empty_like(student.token, dtype=torch.int32)
     _rows.topk_rows[(count,)](
-        student.inside, teacher.inside, student.token, teacher.token, origin,
-        *student.sums, student.log_outside, *teacher.sums, teacher.log_outside,
+        ids, rows.tokens, student.inside, teacher.inside, student.token, teacher.token,
+        *student.sums, student.log_outside, *teacher.sums, teacher.log_outside, *_factors(p), *_factors(q),
         *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats), shared,
-        stats.stride(0), k, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe), *_chain(p, recipe),
+        stats.stride(0), k, vocabulary, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe),
+        _chain(recipe),
         MODE=_mode(recipe), BUCKET=recipe.tail == "bucket",
         STUDENT_OWNS=recipe.support == "student", TEACHER_OWNS=recipe.support == "teacher",
+        EXACT_P=_is_exact(p, recipe), EXACT_Q=_is_exact(q, recipe), BIAS_P=p.has_bias, BIAS_Q=q.has_bias,
         **_weight_flags(rows, recipe), SOFTCAP=p.softcap, GAIN=_has_gain(slope), SHARES=shares,
-        BLOCK_K=_power(k), BLOCK_B=_power(blocks), num_warps=4,
+        BLOCK_K=_power(k), BLOCK_B=_power(blocks), BLOCK=BLOCK, BLOCK_D=DOT, num_warps=max(2, _power(k) // 128),
     )  # fmt: skip
     if slope is None:
         return
@@ -148,7 +149,7 @@ def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     _full.full_terms[grid](*both, *block_terms, *maps, **flags)
     _full.full_rows[(count,)](
         *block_terms, *anchored, *token_logits, *_weight_pointers(rows, stats), stats, *row_sums, scale,
-        stats.stride(0), grid[1], *_clip(recipe), _chain(p, recipe)[0],
+        stats.stride(0), grid[1], *_clip(recipe), _chain(recipe),
         **_weight_flags(rows, recipe), BLOCK_B=_power(grid[1]), num_warps=1,
     )  # fmt: skip
     known.student_topk_mass.fill_(1.0)
@@ -195,11 +196,12 @@ def _choose(
         WIDE=WIDE, BLOCK_G=block, BLOCK_K=_power(k), num_warps=_warps(block),
     )  # fmt: skip
     ids, inside, log_outside = new(count, k, dtype=torch.int64), new(count, k), new(count)
-    block = _power(k) * group
+    parts, part = _power(k) * PARTS, group // PARTS
     _select.choose_tokens[(count,)](
-        model.products, model.bias, chosen_groups, log_others, ids, inside, log_outside, vocabulary, k,
-        model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, GROUP=group, BLOCK=block, num_warps=_warps(block),
+        model.products, model.bias, chosen_groups, chosen_regions, log_others, ids, inside, log_outside,
+        vocabulary, k, model.inner, model.outer,
+        BIAS=model.has_bias, SOFTCAP=model.softcap, PARTS=PARTS, PART=part,
+        BLOCK_P=parts, BLOCK_T=_power(k) * part, BLOCK_K=_power(k), num_warps=_warps(parts * part),
     )  # fmt: skip
     return ids, _Support(inside, token, sums, log_outside)
 
@@ -227,20 +229,19 @@ def _read(model: _Model, tokens: Tensor) -> Tensor:
     return token
 
 
-def _refined(model: _Model, tokens: Tensor, ids: Tensor, support: _Support, *, owner: bool) -> _Support:
-    """The support with its likeliest tokens' logits, the sampled one's among them, as exact products give them."""
-    if model.exact is None:
-        return support
-    (count, k), blocks = ids.shape, support.sums.tops.shape[1]
-    exact, width = model.exact, model.exact.head.shape[1]
-    refined, token = support.inside.clone(), support.token.clone()
-    _refine.refine[(count, REFINERS)](
-        ids, tokens, support.inside, refined, token, *support.sums, support.log_outside,
-        exact.states, exact.head, exact.bias, k, width, blocks, *exact.head.stride(), exact.inner, model.outer,
-        OWNER=owner, BIAS=model.has_bias, SOFTCAP=model.softcap,
-        BLOCK_K=_power(k), BLOCK_B=_power(blocks), BLOCK_D=min(512, _power(width)), num_warps=1,
-    )  # fmt: skip
-    return support._replace(inside=refined, token=token)
+def _is_exact(model: _Model, recipe: Recipe) -> bool:
+    """Whether the logits that count most are made again."""
+    return model.exact is not None and recipe.support != "sampled"
+
+
+def _factors(model: _Model) -> tuple[Tensor | int | float, ...]:
+    """What a model's logits were made of, and are again; anything where they are not."""
+    products, bias, inner, outer = model.products, model.bias, model.inner, model.outer
+    exact = model.exact
+    if exact is None:
+        return products, bias, inner, products, products, bias, inner, outer, 0, 0, 0
+    made_of = (exact.states, exact.head, exact.bias, exact.inner, outer)
+    return products, bias, inner, *made_of, exact.head.shape[1], *exact.head.stride()
 
 
 def _block_sums(model: _Model, token: Tensor | None = None, shares: Tensor | None = None) -> _Sums:
@@ -314,9 +315,9 @@ def _clip(recipe: Recipe) -> tuple[float, float]:
     return (1.0, 0.0) if recipe.is_clip is None else (recipe.is_clip, math.log(recipe.is_clip))
 
 
-def _chain(p: _Model, recipe: Recipe) -> tuple[float, float]:
-    """Derivative of the logits with respect to the products where nothing is capped, and the cap."""
-    return recipe.logit_scale / recipe.temperature, p.outer
+def _chain(recipe: Recipe) -> float:
+    """Derivative of the logits with respect to the products where nothing is capped."""
+    return recipe.logit_scale / recipe.temperature
 
 
 def _power(size: int) -> int:

@@ -15,6 +15,7 @@ from sdpo.kernels._math import (
     through_softcap,
     times_exp,
 )
+from sdpo.kernels._refine import refined
 
 # How far above the sampled token's logit the largest may lie, and how far below it log Σ exp of the tokens
 # outside, in a row whose slopes are exp(z − that logit) times a factor: beyond, bf16 or a sum runs out of range.
@@ -44,13 +45,14 @@ def entropy_of_blocks(top, mass, moment, normalizer):
 
 @triton.jit
 def load_support(
-    inside, tops, masses, moments, log_outside, row, K, BLOCKS,
+    inside, token_logits, tops, masses, moments, log_outside, row, K, BLOCKS,
     OWNER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """A row as logits inside, logsumexp outside, and sums of blocks, all relative to its anchor, which comes first.
+    """A row less its anchor, which comes first: logits inside, the sampled token's, logsumexp outside, blocks.
 
     The anchor is the largest logit inside: logits of 50, as they are, have three digits less than their distances.
-    The blocks of the support's owner were summed before the support was known, the other model's without it.
+    The blocks of the support's owner were summed before the support was known, the other model's without it. What
+    the owner left outside is relative to its largest logit, the anchor, as it comes.
     """
     ranks = tl.arange(0, BLOCK_K)
     z = tl.load(inside + row * K + ranks, mask=ranks < K, other=-float("inf"))
@@ -59,8 +61,8 @@ def load_support(
     top -= anchor
     log_rest = log_mass(top, mass)
     if OWNER:
-        log_rest = tl.load(log_outside + row) - anchor
-    return anchor, z - anchor, log_rest, top, mass, moment
+        log_rest = tl.load(log_outside + row)
+    return anchor, z - anchor, tl.load(token_logits + row) - anchor, log_rest, top, mass, moment
 
 
 @triton.jit
@@ -100,40 +102,62 @@ def loss_weights(
 
 @triton.jit
 def topk_rows(
-    inside_p, inside_q, token_p, token_q, origin,
+    ids, tokens, inside_p, inside_q, token_p, token_q,
     tops_p, masses_p, moments_p, log_outside_p,
     tops_q, masses_q, moments_q, log_outside_q,
+    products_p, bias_p, inner_p, states_p, head_p, head_bias_p, head_inner_p, outer_p,
+    D_p, head_row_p, head_column_p,
+    products_q, bias_q, inner_q, states_q, head_q, head_bias_q, head_inner_q, outer_q,
+    D_q, head_row_q, head_column_q,
     old, extra, slope_weights, lift,
     stats, inside_slopes, outside_slope, gains, shared,
-    width, K, BLOCKS, alpha, rest, clip, log_clip, chain, outer,
+    width, K, V, BLOCKS, alpha, rest, clip, log_clip, chain,
     MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
+    EXACT_P: tl.constexpr, EXACT_Q: tl.constexpr, BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, SOFTCAP: tl.constexpr,
-    GAIN: tl.constexpr, SHARES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+    GAIN: tl.constexpr, SHARES: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain.
 
-    With SHARES the slopes outside lie there as exp(z − origin), the sampled token's z as it then was: if that will
-    do, ``shared``, their factor goes into the gain, and the slopes at the support are divided by it.
+    With SHARES the slopes outside lie there as exp(z − z'), z' the sampled token's logit before it was made again:
+    if that will do, ``shared``, their factor goes into the gain, and the slopes at the support are divided by it.
     """
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
-    anchor_p, z_p, tail_p, top_p, mass_p, moment_p = load_support(
-        inside_p, tops_p, masses_p, moments_p, log_outside_p, row, K, BLOCKS, STUDENT_OWNS, BLOCK_K, BLOCK_B
-    )
-    anchor_q, z_q, tail_q, top_q, mass_q, moment_q = load_support(
-        inside_q, tops_q, masses_q, moments_q, log_outside_q, row, K, BLOCKS, TEACHER_OWNS, BLOCK_K, BLOCK_B
-    )
+    anchor_p, z_p, origin, tail_p, top_p, mass_p, moment_p = load_support(
+        inside_p, token_p, tops_p, masses_p, moments_p, log_outside_p, row, K, BLOCKS,
+        STUDENT_OWNS, BLOCK_K, BLOCK_B,
+    )  # fmt: skip
+    anchor_q, z_q, at_token_q, tail_q, top_q, mass_q, moment_q = load_support(
+        inside_q, token_q, tops_q, masses_q, moments_q, log_outside_q, row, K, BLOCKS,
+        TEACHER_OWNS, BLOCK_K, BLOCK_B,
+    )  # fmt: skip
+    at_token_p = origin
+    if EXACT_P:
+        z_p, at_token_p, tail_p = refined(
+            z_p, at_token_p, tail_p, top_p, anchor_p, ids, tokens,
+            products_p, bias_p, inner_p, states_p, head_p, head_bias_p, head_inner_p, outer_p,
+            row, K, V, D_p, head_row_p, head_column_p,
+            STUDENT_OWNS, BIAS_P, SOFTCAP, BLOCK_K, BLOCK_B, BLOCK, BLOCK_D,
+        )  # fmt: skip
+    if EXACT_Q:
+        z_q, at_token_q, tail_q = refined(
+            z_q, at_token_q, tail_q, top_q, anchor_q, ids, tokens,
+            products_q, bias_q, inner_q, states_q, head_q, head_bias_q, head_inner_q, outer_q,
+            row, K, V, D_q, head_row_q, head_column_q,
+            TEACHER_OWNS, BIAS_Q, SOFTCAP, BLOCK_K, BLOCK_B, BLOCK, BLOCK_D,
+        )  # fmt: skip
     log_inside_p, log_inside_q = log_sum_exp(z_p), log_sum_exp(z_q)
     norm_p, norm_q = log_add_exp(log_inside_p, tail_p), log_add_exp(log_inside_q, tail_q)
     entropy_p = entropy_of(z_p, top_p, mass_p, moment_p, norm_p, STUDENT_OWNS)
     entropy_q = entropy_of(z_q, top_q, mass_q, moment_q, norm_q, TEACHER_OWNS)
-    if STUDENT_OWNS == 0:
-        tl.store(log_outside_p + row, tail_p + anchor_p)
+    tl.debug_barrier()  # every thread has read what one overwrites
+    tl.store(log_outside_p + row, tail_p + anchor_p)
     log_tail_p, log_tail_q = tail_p - norm_p, tail_q - norm_q
     log_mass_p, log_mass_q = log_inside_p - norm_p, log_inside_q - norm_q
-    log_token = tl.load(token_p + row) - anchor_p - norm_p
-    log_token_q = tl.load(token_q + row) - anchor_q - norm_q
+    log_token, log_token_q = at_token_p - norm_p, at_token_q - norm_q
 
     if MODE == SAMPLED:
         never = log_token == -float("inf")
@@ -171,14 +195,13 @@ def topk_rows(
     )
     scale *= chain
     slope *= scale
-    slope = through_softcap(slope, z_p + anchor_p, outer, SOFTCAP)
+    slope = through_softcap(slope, z_p + anchor_p, outer_p, SOFTCAP)
     tail_slope *= scale
     factor = tl.zeros_like(scale) + 1.0
     if SHARES:
-        zero = tl.load(origin + row) - anchor_p
-        depth = zero - tail_p
+        depth = origin - tail_p
         largest = tl.maximum(tl.max(z_p, 0), tl.max(top_p, 0))
-        near = (zero > -float("inf")) & (largest - zero <= REACH)
+        near = (origin > -float("inf")) & (largest - origin <= REACH)
         near &= (depth <= DEPTH) | (tail_slope == 0.0)
         least = tl.maximum(tl.max(tl.abs(slope), 0) * LEAST_SHARE, LEAST)
         ratio = times_exp(tail_slope, tl.minimum(depth, DEPTH))

@@ -3,6 +3,8 @@
 The K groups with the largest maxima hold the K largest logits; they are found in the same way, in the K best
 regions of groups. What is not chosen enters the outside sum whole, in the last step token by token. Ties go to the
 lower token id, exactly: among equal maxima the earlier are taken, and each stands for one equal logit at least.
+Sums are relative to the row's largest logit, which every step meets: the logarithm of what is left out has more
+digits than that of what it is left out of.
 """
 
 from __future__ import annotations
@@ -13,23 +15,14 @@ import triton.language as tl
 from sdpo.kernels._math import (
     MASKED,
     SMALLEST,
+    finite_or_zero,
     first_k,
     log_add_exp,
     log_mass,
     log_sum_exp,
     order_key,
-    to_logits,
 )
-
-
-@triton.jit
-def read_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits at columns of the vocabulary."""
-    values = tl.load(products + row * V + columns)
-    shift = 0.0
-    if BIAS:
-        shift = tl.load(bias + columns).to(tl.float32)
-    return to_logits(values, shift, inner, outer, SOFTCAP)
+from sdpo.kernels._stream import logits_at
 
 
 @triton.jit
@@ -52,12 +45,14 @@ def choose_regions(
     groups = regions[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
     real = regions * WIDE < GROUPS
     tops = tl.load(group_tops + row * GROUPS + groups, mask=groups < GROUPS, other=-float("inf"))
-    chosen, rank = first_k(tl.where(real, order_key(tl.max(tops, 1)), SMALLEST), K)
+    region_tops = tl.max(tops, 1)
+    peak = finite_or_zero(tl.max(region_tops, 0))
+    chosen, rank = first_k(tl.where(real, order_key(region_tops), SMALLEST), K)
     _store_choice(chosen_regions, regions, real, chosen, rank, row, K, BLOCK_K)
     other = (chosen == 0)[:, None] & (groups < GROUPS)
     tops = tl.load(group_tops + row * GROUPS + groups, mask=other, other=-float("inf"))
     masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    tl.store(log_others + row, log_mass(tl.ravel(tops), tl.ravel(masses)))
+    tl.store(log_others + row, log_mass(tl.ravel(tops) - peak, tl.ravel(masses)))
 
 
 @triton.jit
@@ -76,31 +71,53 @@ def choose_groups(
     _store_choice(chosen_groups, groups, real, chosen, rank, row, K, BLOCK_K)
     other = real & (chosen == 0)
     masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    log_rest = log_mass(tl.where(other, tops, -float("inf")), masses)
+    log_rest = log_mass(tl.where(other, tops - finite_or_zero(tl.max(tops, 0)), -float("inf")), masses)
     tl.store(log_others + row, log_add_exp(log_rest, tl.load(log_others + row)))
 
 
 @triton.jit
 def choose_tokens(
-    products, bias, chosen_groups, log_others, ids, inside, log_outside, V, K, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    products, bias, chosen_groups, chosen_parts, log_others, ids, inside, log_outside, V, K, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Ids and logits of the K largest among the chosen groups, and the logsumexp of all others."""
+    """Ids and logits of the K largest among the chosen groups, and the logsumexp of all others.
+
+    By way of the K best of the PARTS parts that a group has, PART tokens each: theirs fit the registers.
+    """
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    group = tl.load(chosen_groups + row * K + place // GROUP, mask=place // GROUP < K, other=-1)
-    columns = group * GROUP + place % GROUP
-    real = (group >= 0) & (columns < V)
-    values = tl.load(products + row * V + columns, mask=real, other=0.0)
-    shift = 0.0
-    if BIAS:
-        shift = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
-    z = to_logits(values, shift, inner, outer, SOFTCAP)
+    part = tl.arange(0, BLOCK_P)
+    group = tl.load(chosen_groups + row * K + part // PARTS, mask=part // PARTS < K, other=-1)
+    parts = group * PARTS + part % PARTS
+    real = (group >= 0) & (parts * PART < V)
+    columns = parts[:, None] * PART + tl.arange(0, PART)[None, :]
+    z = logits_at(products, bias, row, columns, real[:, None] & (columns < V), V, inner, outer, BIAS, SOFTCAP)
+    tops = tl.max(z, 1)
+    masses = tl.sum(tl.exp(z - finite_or_zero(tops)[:, None]), 1)
+    chosen, rank = first_k(tl.where(real, order_key(tops), SMALLEST), K)
+    _store_choice(chosen_parts, parts, real, chosen, rank, row, K, BLOCK_K)
+    peak = finite_or_zero(tl.max(tops, 0))
+    log_rest = log_mass(tl.where(chosen, -float("inf"), tops - peak), tl.where(chosen, 0.0, masses))
+    log_rest = log_add_exp(log_rest, tl.load(log_others + row))
+    tl.debug_barrier()  # what is chosen is read by other threads than wrote it
+
+    token = tl.arange(0, BLOCK_T)
+    part = tl.load(chosen_parts + row * K + token // PART, mask=token // PART < K, other=-1)
+    columns = part * PART + token % PART
+    real = (part >= 0) & (columns < V)
+    z = logits_at(products, bias, row, columns, real, V, inner, outer, BIAS, SOFTCAP)
     chosen, rank = first_k(tl.where(real, order_key(z), SMALLEST), K)
     tl.store(ids + row * K + rank, columns.to(tl.int64), mask=chosen)
     tl.store(inside + row * K + rank, z, mask=chosen)
-    log_rest = log_sum_exp(tl.where(real & (chosen == 0), z, -float("inf")))
-    tl.store(log_outside + row, log_add_exp(log_rest, tl.load(log_others + row)))
+    log_inner = log_sum_exp(tl.where(real & (chosen == 0), z - peak, -float("inf")))
+    tl.store(log_outside + row, log_add_exp(log_inner, log_rest))
+
+
+@triton.jit
+def _logit_of(tokens, products, bias, row, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """The sampled token's logit."""
+    token = tl.load(tokens + row)
+    return logits_at(products, bias, row, token, token < V, V, inner, outer, BIAS, SOFTCAP)
 
 
 @triton.jit
@@ -113,8 +130,8 @@ def take_tokens(
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
     columns = tl.load(ids + row * K + ranks, mask=real, other=0)
-    z = read_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
-    token = read_logits(products, bias, row, tl.load(tokens + row), V, inner, outer, BIAS, SOFTCAP)
+    z = logits_at(products, bias, row, columns, real, V, inner, outer, BIAS, SOFTCAP)
+    token = _logit_of(tokens, products, bias, row, V, inner, outer, BIAS, SOFTCAP)
     tl.store(inside + row * K + ranks, z, mask=real)
     tl.store(token_logits + row, token)
     tl.debug_barrier()  # every thread has read before one overwrites
@@ -127,5 +144,5 @@ def read_tokens(
 ):  # fmt: skip
     """The sampled token's logit."""
     row = tl.program_id(0).to(tl.int64)
-    token = tl.load(tokens + row)
-    tl.store(token_logits + row, read_logits(products, bias, row, token, V, inner, outer, BIAS, SOFTCAP))
+    token = _logit_of(tokens, products, bias, row, V, inner, outer, BIAS, SOFTCAP)
+    tl.store(token_logits + row, token)

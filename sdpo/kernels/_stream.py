@@ -18,14 +18,21 @@ def at_least(away):
 
 
 @triton.jit
-def load_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Logits of a block of columns of a row; −inf beyond the vocabulary."""
-    inside = columns < V
-    values = tl.load(products + row * V + columns, mask=inside, other=MASKED)
+def logits_at(
+    products, bias, row, columns, real, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """A row's logits at columns of any shape; −inf at those that are not real."""
+    values = tl.load(products + row * V + columns, mask=real, other=MASKED)
     shift = 0.0
     if BIAS:
-        shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
     return to_logits(values, shift, inner, outer, SOFTCAP)
+
+
+@triton.jit
+def load_logits(products, bias, row, columns, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """A row's logits at a block of columns; −inf beyond the vocabulary."""
+    return logits_at(products, bias, row, columns, columns < V, V, inner, outer, BIAS, SOFTCAP)
 
 
 @triton.jit
