@@ -105,7 +105,7 @@ def refined(
                 limit = tl.sum(tl.where(blocks == block, limits, 0.0), 0)
                 found, column, following = largest_below(
                     limit, products, bias, row, block * BLOCK, V, inner, outer, anchor,
-                    BIAS, SOFTCAP, BLOCK, BLOCK_D,
+                    BIAS, SOFTCAP, BLOCK, BLOCK // 2,
                 )  # fmt: skip
                 columns = tl.where(slots == turn, column.to(tl.int64), columns)
                 was = tl.where(slots == turn, found, was)
