@@ -54,22 +54,25 @@ def test_output_and_gradients_are_those_of_the_formula(
     assert_formula(model, x.requires_grad_(x_has_gradient))
 
 
-def unscaled_for_b(ctx: Any, gradient: Tensor) -> Any:
-    a, weight = ctx.saved_tensors
+def gradients(ctx: Any, gradient: Tensor, *, base: float = 1.0, of_a: float = 1.0, of_b: float = 1.0) -> Any:
+    """Those of `_AddAdapter`, times factors that are not there."""
+    x, a, weight_a, weight_b = ctx.saved_tensors
     flat = gradient.reshape(-1, OUT)
-    return gradient, ctx.scaling * flat @ weight, flat.T @ a, None
+    down = of_a * ctx.scaling * flat @ weight_b
+    to_x, to_a = (down @ weight_a).reshape(x.shape), down.T @ x.reshape(-1, IN)
+    return base * gradient, to_x, to_a, of_b * ctx.scaling * flat.T @ a, None
+
+
+def unscaled_for_b(ctx: Any, gradient: Tensor) -> Any:
+    return gradients(ctx, gradient, of_b=1 / ctx.scaling)
 
 
 def unscaled_for_a(ctx: Any, gradient: Tensor) -> Any:
-    a, weight = ctx.saved_tensors
-    flat = gradient.reshape(-1, OUT)
-    return gradient, flat @ weight, ctx.scaling * flat.T @ a, None
+    return gradients(ctx, gradient, of_a=1 / ctx.scaling)
 
 
 def scaled_for_the_base(ctx: Any, gradient: Tensor) -> Any:
-    a, weight = ctx.saved_tensors
-    flat = gradient.reshape(-1, OUT) * ctx.scaling
-    return gradient * ctx.scaling, flat @ weight, flat.T @ a, None
+    return gradients(ctx, gradient, base=ctx.scaling)
 
 
 @pytest.mark.parametrize("twin", [unscaled_for_b, unscaled_for_a, scaled_for_the_base])
@@ -78,7 +81,9 @@ def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch, twin: Any,
     model = net(nn.Linear(IN, OUT, bias=bias)).double()
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
     assert_formula(model, x)
-    monkeypatch.setattr(lora._AddProduct, "backward", staticmethod(twin))
+    monkeypatch.setattr(lora._AddAdapter, "backward", staticmethod(gradients))
+    assert_formula(model, x)
+    monkeypatch.setattr(lora._AddAdapter, "backward", staticmethod(twin))
     with pytest.raises(AssertionError, match=r"^(x|lora_A.default.weight|lora_B.default.weight): "):
         assert_formula(model, x)
 
@@ -128,6 +133,11 @@ def test_second_derivatives(bias: bool) -> None:
     with one_product(model):
         assert torch.autograd.gradcheck(function, (x, *weights))
         assert torch.autograd.gradgradcheck(function, (x, *weights))
+        layer_of(model).lora_A["default"].requires_grad_(False)
+        (first,) = torch.autograd.grad(model(x).sum(), x)
+        assert torch.isfinite(first).all()
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
 def test_the_output_may_be_changed_in_place() -> None:

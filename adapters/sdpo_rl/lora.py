@@ -65,6 +65,7 @@ def _is_plain(layer: Any, names: list[str]) -> bool:
         and _is_bare(layer.lora_dropout[name], nn.Identity, nn.Dropout)
         and _is_bare(layer.lora_A[name], nn.Linear)
         and _is_bare(layer.lora_B[name], nn.Linear)
+        and layer.lora_A[name].bias is None
         and layer.lora_B[name].bias is None
         for name in names
     )
@@ -91,16 +92,30 @@ class _InPlace:
 
     @staticmethod
     def forward(module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        a = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         # Read now: a teacher's weights may be in place.
-        lora_B, scaling = module.lora_B[active_adapter], module.scaling[active_adapter]
+        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        dtype = _operand(x, lora_A.weight)
+        if type(dropout) is nn.Dropout:
+            x = dropout(x)
         # Of two dtypes PEFT adds in the wider one. A compiler knows no `_base`, and fuses such passes itself.
-        if torch.compiler.is_compiling() or a.dtype != result.dtype or (whole := _whole(result)) is None:
-            return result + lora_B(a) * scaling
-        # Cast here, so that the gradient is cast back.
-        weight = lora_B.weight.to(result.dtype)
-        changed: Tensor = _AddProduct.apply(whole, a.reshape(-1, a.shape[-1]), weight, scaling)
+        if torch.compiler.is_compiling() or dtype != result.dtype or (whole := _whole(result)) is None:
+            unchanged: Tensor = result + lora_B(lora_A(x)) * scaling
+            return unchanged
+        # Cast here, so that the gradients are cast back.
+        factors = (x.to(dtype), lora_A.weight.to(dtype), lora_B.weight.to(dtype))
+        if not torch.is_grad_enabled():
+            _add(whole, *factors, scaling)
+            return result
+        changed: Tensor = _AddAdapter.apply(whole, *factors, scaling)
         return changed if whole is result else changed.view(result.shape)
+
+
+def _operand(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Dtype of the product x·Aᵀ; `None` if it is none."""
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if x.dtype == weight.dtype else None
 
 
 def _whole(result: Tensor) -> Tensor | None:
@@ -113,29 +128,46 @@ def _whole(result: Tensor) -> Tensor | None:
     return whole if same else None
 
 
-class _AddProduct(torch.autograd.Function):
-    """result + scaling · a·Bᵀ, in the memory of `result` [..., out]; a [N, r], B [out, r]."""
+def _add(result: Tensor, x: Tensor, weight_a: Tensor, weight_b: Tensor, scaling: float) -> Tensor:
+    """Change the result [..., out]; x·Aᵀ [N, r]."""
+    a = nn.functional.linear(_rows(x), weight_a)
+    _rows(result).addmm_(a, weight_b.t(), alpha=scaling)
+    return a
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+class _AddAdapter(torch.autograd.Function):
+    """result + scaling · x·Aᵀ·Bᵀ, in the memory of `result` [..., out]; x [..., in], A [r, in], B [out, r]."""
 
     @staticmethod
-    def forward(ctx: Any, result: Tensor, a: Tensor, weight: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, weight_a: Tensor, weight_b: Tensor, scaling: float
+    ) -> Tensor:
+        a = _add(result, x, weight_a, weight_b, scaling)
         ctx.mark_dirty(result)
-        ctx.save_for_backward(a, weight)
-        ctx.scaling = scaling
-        result.view(-1, len(weight)).addmm_(a, weight.T, alpha=scaling)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        # Activations are kept for A's gradient alone.
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, weight_a, weight_b)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        a, weight = ctx.saved_tensors
-        flat = gradient.reshape(-1, len(weight))
-        _, of_a, of_weight, _ = ctx.needs_input_grad
-        return (
-            gradient,
-            _product(flat, weight, ctx.scaling) if of_a else None,
-            _product(flat.T, a, ctx.scaling) if of_weight else None,
-            None,
-        )
+        x, a, weight_a, weight_b = ctx.saved_tensors
+        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            if x is None:
+                raise RuntimeError("a second derivative needs the input, which a frozen lora_A does not keep")
+            a = nn.functional.linear(_rows(x), weight_a)
+        flat, to_x, to_a = _rows(gradient), None, None
+        if needs_x or needs_a:
+            of_a = _product(flat, weight_b, ctx.scaling)
+            to_x = (of_a @ weight_a).view(ctx.shape) if needs_x else None
+            to_a = of_a.t() @ _rows(x) if needs_a else None
+        return gradient, to_x, to_a, _product(flat.t(), a, ctx.scaling) if needs_b else None, None
 
 
 def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
