@@ -77,9 +77,10 @@ def fused_topk_distillation_loss(
         total, count = (weights * per_token)[loss_mask].sum(), loss_mask.sum()
 
     without softcap: no tanh. Products accumulate in float32 whatever the inputs; what a GPU's matrix units cut off
-    of such a sum on average is measured at the first call, and given back. The gradient of a bf16 head, like that
-    of several micro-batches, is rounded to bf16 after each block of a few thousand tokens. Tokens outside
-    ``loss_mask`` are never projected. The gradient is made in the forward pass: backward only scales it.
+    of such a sum on average is measured at the first call, and given back; with the kernels and a top-K support
+    the likeliest tokens' logits are made again, without loss. The gradient of a bf16 head, like that of several
+    micro-batches, is rounded to bf16 after each block of a few thousand tokens. Tokens outside ``loss_mask`` are
+    never projected. The gradient is made in the forward pass: backward only scales it.
 
     ``support="student"`` or ``"teacher"`` takes that model's K likeliest tokens, ``k=None`` the full vocabulary,
     and ``support="sampled"`` (with ``k=None, alpha=1``) the surrogate of ``sampled_token_distillation_loss``.
