@@ -99,15 +99,17 @@ def test_a_step_has_fewer_passes(tmp_path: Path, kind: str) -> None:
     forwards = 3 + (kind != "kept")
     # A checkpoint that knows what it still needs stops before the last scaling and sum of each of the two blocks.
     stopped = 2 if kind == "checkpointed" else 0
-    assert own["addmm_"] - peft["addmm_"] == forwards * LAYERS
+    # Embeddings have no gradient, unless a checkpoint asks for one: three layers have no input to give it.
+    to_inputs = LAYERS - (3 if kind == "kept" else 0)
+    assert own["addmm_"] - peft["addmm_"] == forwards * LAYERS + to_inputs
     assert peft["mul"] - own["mul"] == (forwards + 1) * LAYERS - stopped
-    assert peft["add"] - own["add"] == forwards * LAYERS - stopped
+    assert peft["add"] - own["add"] == forwards * LAYERS - stopped + to_inputs
     assert own["clone"] <= peft["clone"]
     assert own["copy_"] <= peft["copy_"]
 
 
 def watched(trainer: Any) -> list[tuple[str, int]]:
-    """For each forward what it was for, and how many layers PEFT then asked for another way."""
+    """For each forward what it was for, and how many layers were then computed in another way."""
     model, seen = trainer.model, []
     loss, step = trainer.compute_loss, trainer.training_step
     doing = ["generation"]
@@ -183,8 +185,9 @@ def test_adapters_may_be_merged_while_completions_are_made(tmp_path: Path) -> No
 
 
 def keep_products(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = (torch.ops.aten.mm, torch.ops.aten.addmm)
+    keeps = operation.overloadpacket in kept
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 SELECTIVE = {

@@ -1,15 +1,15 @@
-"""PEFT's plain LoRA layers, each with its second product added to the base layer's output in place.
+"""PEFT's plain LoRA layers, each computed at once: the base layer's product and those of its adapters.
 
 PEFT writes the product a·Bᵀ, scales it, and adds it to the output: three passes over tensors as large as that
-output, and one more over its gradient. A product that accumulates into the output needs none of them. PEFT asks
-`layer.lora_variant[adapter]` for another way to compute an adapter, and this one is there only while a loss and
-its gradient are computed: to merge, save or generate with such a layer is PEFT's own affair.
+output, one more over its gradient, and one to add up the two gradients of the input. Products that accumulate into
+what is there need none of them. A layer has this `forward` only while a loss and its gradient are computed: to
+merge, save or generate with it is PEFT's own affair.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,19 +29,19 @@ def one_product(model: nn.Module) -> Iterator[None]:
     bias in B, hooks, a quantized base, a `forward` of someone else's) stays PEFT's, as does a sharded model:
     ZeRO-3 has the weights of B whole only inside B's own forward.
     """
-    places = [] if ranks.is_sharded(model) else [*_places(model)]
+    forwards = [] if ranks.is_sharded(model) else [*_forwards(model)]
     try:
-        for variants, name in places:
-            variants[name] = _InPlace
+        for forward in forwards:
+            forward.layer.forward = forward
         yield
     finally:
-        for variants, name in places:
-            if variants.get(name) is _InPlace:
-                del variants[name]
+        for forward in forwards:
+            if vars(forward.layer).get("forward") is forward:
+                del forward.layer.forward
 
 
-def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where PEFT looks for a variant of each active adapter of each plain layer."""
+def _forwards(model: nn.Module) -> Iterator[_Forward]:
+    """For each plain layer."""
     # Whoever has a layer of PEFT's has imported this.
     peft: Any = sys.modules.get("peft.tuners.lora.layer")
     if peft is None or getattr(peft.Linear.forward, "__globals__", None) is not vars(peft):
@@ -52,8 +52,8 @@ def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     for layer in layers:
         if type(layer) is peft.Linear and "forward" not in vars(layer) and hasattr(layer, "lora_variant"):
             names = [name for name in layer.active_adapters if name in layer.lora_A]
-            if _is_plain(layer, names):
-                yield from ((layer.lora_variant, name) for name in names)
+            if names and _is_plain(layer, names):
+                yield _Forward(layer, names)
 
 
 def _is_plain(layer: Any, names: list[str]) -> bool:
@@ -87,87 +87,122 @@ def _is_bare(module: nn.Module, *classes: type) -> bool:
     )
 
 
-class _InPlace:
-    """A variant as PEFT calls it."""
+class _Forward:
+    """What a layer computes."""
 
-    @staticmethod
-    def forward(module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def __init__(self, layer: Any, names: list[str]) -> None:
+        self.layer, self._names, self._active = layer, names, list(layer.active_adapters)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        is_plain = not (args or kwargs or layer.disable_adapters or layer.merged)
+        # A compiler fuses such passes itself.
+        if not is_plain or layer.active_adapters != self._active or torch.compiler.is_compiling():
+            return self._theirs(x, *args, **kwargs)
         # Read now: a teacher's weights may be in place.
-        lora_A, lora_B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
-        dtype = _operand(x, lora_A.weight)
-        if type(dropout) is nn.Dropout:
-            x = dropout(x)
-        # Of two dtypes PEFT adds in the wider one. A compiler knows no `_base`, and fuses such passes itself.
-        if torch.compiler.is_compiling() or dtype != result.dtype or (whole := _whole(result)) is None:
-            unchanged: Tensor = result + lora_B(lora_A(x)) * scaling
-            return unchanged
+        weight, bias = layer.base_layer.weight, layer.base_layer.bias
+        pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in self._names]
+        dtype = _operand(x, weight, *(part for pair in pairs for part in pair))
+        if dtype is None:
+            return self._theirs(x)
         # Cast here, so that the gradients are cast back.
-        factors = (x.to(dtype), lora_A.weight.to(dtype), lora_B.weight.to(dtype))
-        if not torch.is_grad_enabled():
-            _add(whole, *factors, scaling)
-            return result
-        changed: Tensor = _AddAdapter.apply(whole, *factors, scaling)
-        return changed if whole is result else changed.view(result.shape)
+        factors: list[Tensor | None] = []
+        for name, (weight_a, weight_b) in zip(self._names, pairs, strict=True):
+            dropout = layer.lora_dropout[name]
+            own = dropout(x).to(dtype) if type(dropout) is nn.Dropout and dropout.training else None
+            factors += (own, weight_a.to(dtype), weight_b.to(dtype))
+        scalings = [layer.scaling[name] for name in self._names]
+        operands = (x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *factors)
+        if torch.is_grad_enabled():
+            output: Tensor = _Adapted.apply(scalings, *operands)
+            return output
+        return _adapted(scalings, *operands)[0]
+
+    def _theirs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
+        return output
 
 
-def _operand(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """Dtype of the product x·Aᵀ; `None` if it is none."""
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+def _operand(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+    """Dtype of the products; `None` if they have several, of which PEFT adds in the widest."""
+    found = {x.dtype, *(weight.dtype for weight in weights)}
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in found:
         return torch.get_autocast_dtype(x.device.type)
-    return x.dtype if x.dtype == weight.dtype else None
+    return x.dtype if len(found) == 1 else None
 
 
-def _whole(result: Tensor) -> Tensor | None:
-    """The tensor that a layer made and of which its output is at most another shape; `None` if it is a part.
+def _adapted(
+    scalings: list[float], x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """x·Wᵀ + bias + Σ scaling · x'·Aᵀ·Bᵀ [..., out] and the x'·Aᵀ [N, r]; factors x' (`None`: x), A, B by turns."""
+    output, products = x.new_empty(*x.shape[:-1], len(weight)), []
+    rows, changed = _rows(x), _rows(output)
+    if bias is None:
+        torch.mm(rows, weight.t(), out=changed)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=changed)
+    for scaling, own, weight_a, weight_b in _by_adapter(scalings, factors):
+        products.append(nn.functional.linear(rows if own is None else _rows(own), weight_a))
+        changed.addmm_(products[-1], weight_b.t(), alpha=scaling)
+    return output, products
 
-    With a bias `nn.Linear` returns such a view, and for a change to a view autograd copies the whole gradient.
-    """
-    whole: Any = result._base if result._is_view() else result
-    same = whole.numel() == result.numel() and whole.is_contiguous() and result.is_contiguous()
-    return whole if same else None
 
-
-def _add(result: Tensor, x: Tensor, weight_a: Tensor, weight_b: Tensor, scaling: float) -> Tensor:
-    """Change the result [..., out]; x·Aᵀ [N, r]."""
-    a = nn.functional.linear(_rows(x), weight_a)
-    _rows(result).addmm_(a, weight_b.t(), alpha=scaling)
-    return a
+def _by_adapter(scalings: list[float], factors: Sequence[Any]) -> Iterator[tuple[float, Any, Any, Any]]:
+    return zip(scalings, factors[::3], factors[1::3], factors[2::3], strict=True)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
-class _AddAdapter(torch.autograd.Function):
-    """result + scaling · x·Aᵀ·Bᵀ, in the memory of `result` [..., out]; x [..., in], A [r, in], B [out, r]."""
+class _Adapted(torch.autograd.Function):
+    """``_adapted`` with its gradients: one step of the graph, and one tensor for the gradient of x."""
 
     @staticmethod
-    def forward(
-        ctx: Any, result: Tensor, x: Tensor, weight_a: Tensor, weight_b: Tensor, scaling: float
-    ) -> Tensor:
-        a = _add(result, x, weight_a, weight_b, scaling)
-        ctx.mark_dirty(result)
-        ctx.scaling, ctx.shape = scaling, x.shape
-        # Activations are kept for A's gradient alone.
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, a, weight_a, weight_b)
-        return result
+    def forward(ctx: Any, scalings: list[float], x: Tensor, *operands: Tensor | None) -> Tensor:
+        weight, bias, *factors = operands
+        assert weight is not None
+        output, products = _adapted(scalings, x, weight, bias, *factors)
+        # Activations are kept for the gradients of W and A alone.
+        _, _, needs_weight, _, *needs = ctx.needs_input_grad
+        sources = [x if own is None else own for own in factors[::3]]
+        kept = [source if needs_a else None for source, needs_a in zip(sources, needs[1::3], strict=True)]
+        ctx.save_for_backward(
+            x if needs_weight else None, weight, *kept, *factors[1::3], *factors[2::3], *products
+        )
+        ctx.scalings, ctx.shape = scalings, x.shape
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        x, a, weight_a, weight_b = ctx.saved_tensors
-        _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            if x is None:
-                raise RuntimeError("a second derivative needs the input, which a frozen lora_A does not keep")
-            a = nn.functional.linear(_rows(x), weight_a)
-        flat, to_x, to_a = _rows(gradient), None, None
-        if needs_x or needs_a:
-            of_a = _product(flat, weight_b, ctx.scaling)
-            to_x = (of_a @ weight_a).view(ctx.shape) if needs_x else None
-            to_a = of_a.t() @ _rows(x) if needs_a else None
-        return gradient, to_x, to_a, _product(flat.t(), a, ctx.scaling) if needs_b else None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, weight, *saved = ctx.saved_tensors
+        _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
+        flat, n = _rows(gradients[0]), len(ctx.scalings)
+        to_x = flat @ weight if needs_x else None
+        to_factors: list[Tensor | None] = []
+        for i, scaling in enumerate(ctx.scalings):
+            source, weight_a, weight_b, product = saved[i::n]
+            needs_own, needs_a, needs_b = needs[3 * i : 3 * i + 3]
+            if torch.is_grad_enabled():
+                if source is None:
+                    raise RuntimeError("a second derivative needs the input, and a frozen lora_A keeps none")
+                product = nn.functional.linear(_rows(source), weight_a)
+            to_own = to_a = None
+            if needs_x or needs_own or needs_a:
+                of_product = _product(flat, weight_b, scaling)
+                to_own = (of_product @ weight_a).view(ctx.shape) if needs_own else None
+                to_a = of_product.t() @ _rows(source) if needs_a else None
+                # An input of its own has its own gradient.
+                if to_x is not None and not needs_own:
+                    to_x.addmm_(of_product, weight_a)
+            to_factors += (to_own, to_a, _product(flat.t(), product, scaling) if needs_b else None)
+        return (
+            None,
+            None if to_x is None else to_x.view(ctx.shape),
+            flat.t() @ _rows(x) if needs_weight else None,
+            flat.sum(0) if needs_bias else None,
+            *to_factors,
+        )
 
 
 def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
