@@ -70,7 +70,7 @@ def call(
         slope = Slope(torch.zeros(COUNT, VOCABULARY, dtype=slope_dtype), gain)
     stats = torch.zeros(len(TokenStats._fields), COUNT)
     rows = Rows(torch.zeros(COUNT, dtype=torch.int64), weight, weight, weight, lift)
-    _launch.chunk(side(), side(), rows, recipe, stats, slope)
+    _launch.chunk(side, side, rows, recipe, stats, slope)
 
 
 def main() -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import sdpo
-from sdpo import _fused_torch
+from sdpo import _fused_torch, kernels
 from sdpo._fused_engine import Backend
-from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
+from sdpo._recipe import Make, Recipe, Rows, Side, Slope, TokenStats
 
 LEARNING = ("student_hidden", "student_head", "student_bias")
 Answer = dict[str, Tensor]
@@ -168,6 +169,16 @@ def divide_by_the_mask(case: Case, **options: Any) -> Answer:
     return answer | {"student_hidden": hidden, "per_token": answer["per_token"] * mask}
 
 
+def in_turns(*sides: Side) -> list[Make]:
+    """What makes the student's and the teacher's half, in one buffer: what was made first is then gone."""
+    buffer = torch.empty_like(sides[0].products)
+    return [partial(lambda side: side._replace(products=buffer.copy_(side.products)), side) for side in sides]
+
+
+def side_by_side(*sides: Side) -> list[Make]:
+    return [partial(lambda side: side._replace(products=side.products.clone()), side) for side in sides]
+
+
 def slopes_of(
     chunk: Backend,
     k: int | None,
@@ -182,9 +193,11 @@ def slopes_of(
     made = Slope(torch.empty(rows, vocabulary, dtype=dtype), gain)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     stats = torch.empty(len(TokenStats._fields), rows, dtype=working)
-    sides = (Side(side.to(working, copy=True), None) for side in logits)
     recipe = Recipe(k, **RECIPE | scalars)
     tokens = torch.arange(rows) if tokens is None else tokens
+    may_take_turns = chunk is not _fused_torch.chunk and kernels.take_turns(recipe, dtype)
+    lay_out = in_turns if may_take_turns else side_by_side
+    sides = lay_out(*(Side(side.to(working), None) for side in logits))
     chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
     return made.values.double()
 
@@ -253,7 +266,7 @@ def inexact_stats(
             Side(products[i], bias, hidden[i] if made_of else None, head if made_of else None, **known)
             for i in range(2)
         )
-        backend(*sides, rows, Recipe(50, **RECIPE | {"softcap": 90.0}), made, None)
+        backend(*side_by_side(*sides), rows, Recipe(50, **RECIPE | {"softcap": 90.0}), made, None)
         return TokenStats(*made.double())
 
     return stats(chunk, inexact, lost=told), stats(_fused_torch.chunk, exact.clone())
@@ -293,7 +306,7 @@ def outside_error(chunk: Backend, *, made_of: bool = True) -> float:
     def values(backend: Backend, products: Tensor) -> Tensor:
         made = torch.empty(len(TokenStats._fields), len(seen), dtype=products.dtype)
         sides = (Side(products[i], None, *((hidden[i], head) if made_of else ())) for i in range(2))
-        backend(*sides, rows, Recipe(2, **RECIPE), made, None)
+        backend(*side_by_side(*sides), rows, Recipe(2, **RECIPE), made, None)
         return made[0].double()
 
     ours, known = values(chunk, inexact), values(_fused_torch.chunk, exact.clone())
@@ -318,7 +331,7 @@ def hidden_breaks(chunk: Backend) -> float:
             stats = torch.empty(len(TokenStats._fields), 3)
             rows = Rows(torch.zeros(3, dtype=torch.long), None, None, None, None)
             chunk(
-                *(Side(z, None) for z in logits),
+                *side_by_side(*(Side(z, None) for z in logits)),
                 rows,
                 Recipe(k, **RECIPE | {"support": support}),
                 stats,

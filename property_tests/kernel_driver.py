@@ -27,7 +27,7 @@ from fused_cases import (
 )
 from torch import Tensor
 
-from sdpo.kernels import _launch, _rows
+from sdpo.kernels import _launch, _rows, _stream
 from sdpo.kernels._math import SMALLEST, first_k, order_key
 from sdpo.kernels._tensors import joined, scaled
 
@@ -204,10 +204,10 @@ def slopes_in_place() -> dict[str, float]:
     }  # fmt: skip
     found = {f"bf16 slopes, {name}": bf16_slopes_error(_launch.chunk, **kind) for name, kind in kinds.items()}
     for limit in ("REACH", "DEPTH"):
-        true = getattr(_rows, limit)
-        setattr(_rows, limit, tl.constexpr(1e30))
+        true = getattr(_stream, limit)
+        setattr(_stream, limit, tl.constexpr(1e30))
         found[f"wrong: {limit} without end"] = min(bf16_slopes_error(_launch.chunk, **kinds["forward"]), 1e3)
-        setattr(_rows, limit, true)
+        setattr(_stream, limit, true)
     return found
 
 

@@ -22,12 +22,15 @@ from sdpo._fused_engine import Backend, Operands, Plan
 from sdpo._projection import autocast_dtype, gradient_dtype, operand_dtype, working_dtype
 from sdpo._recipe import Recipe, Support, Tail
 
-# Bytes of a chunk's buffers: enough to keep the matrix units busy, 768 tokens of a vocabulary of 150k on a GPU.
-_GPU_BYTES = 1152 * 2**20
+# Bytes of a chunk's buffers: enough to keep the matrix units busy, 1536 tokens of a vocabulary of 150k on a GPU
+# where both models' logits take turns in one buffer, else 768.
+_GPU_BYTES = 1344 * 2**20
 _CPU_BYTES = 96 * 2**20
-_MAX_ROWS = 8192
-# Chunks of slopes that wait for one product with the hidden states, where the head learns.
-_SLOPE_BLOCKS = 4
+_MAX_ROWS = 7680
+# Tiles of the products are 128, 192 or 256 tokens high: so many tokens leave none of them in part.
+_WHOLE, _PART = 768, 128
+# Chunks of slopes that wait for one product with the hidden states, where the head learns: without and with turns.
+_SLOPE_BLOCKS = 4, 2
 
 Model = tuple[Tensor | None, Tensor | None, Tensor | None]
 _PARTS = ("hidden", "head", "bias")
@@ -170,13 +173,15 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
     chosen: Backend = _fused_torch.chunk
     if backend == "triton" or (backend == "auto" and missing is None and device.type == "cuda"):
         chosen = kernels.chunk
+    slope = gradient_dtype(device, dtype)
+    take_turns = chosen is kernels.chunk and kernels.take_turns(recipe, slope)
     # A head that learns makes its gradient once per block of slopes, and reads and writes all of it each time.
-    blocks = _SLOPE_BLOCKS if head else 1
+    blocks = _SLOPE_BLOCKS[take_turns] if head else 1
     own_reference = operands.reference_hidden is not None and not _shares_product(operands, recipe)
     if chunk_size is None:
         width = working_dtype(dtype).itemsize
-        slope = gradient_dtype(device, dtype)
-        per_row = width * (3 if own_reference else 2) + (slope.itemsize if slope.itemsize < width else 0)
+        buffers = (1 if take_turns else 2) + own_reference
+        per_row = width * buffers + (slope.itemsize if slope.itemsize < width else 0)
         if chosen is _fused_torch.chunk:
             per_row += width * (1 if recipe.k is not None or recipe.support == "sampled" else 8)
         chunk_size = _rows_that_fit(per_row * operands.student_head.shape[0], device)
@@ -188,6 +193,7 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
         backend=chosen,
         chunk_rows=chunk_size,
         slope_rows=chunk_size * blocks,
+        take_turns=take_turns,
         own_reference=own_reference,
         autocast=autocast,
         hidden=hidden,
@@ -266,7 +272,7 @@ def _shares_product(operands: Operands, recipe: Recipe) -> bool:
 
 
 def _rows_that_fit(bytes_per_row: int, device: torch.device) -> int:
-    """Rows of a chunk: as many as the budget allows, a multiple of 128 where there is room for that."""
+    """Rows of a chunk: as many as the budget allows, of whole tiles where there is room for them."""
     budget = _CPU_BYTES
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -275,4 +281,4 @@ def _rows_that_fit(bytes_per_row: int, device: torch.device) -> int:
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = min(_GPU_BYTES, free // 4)
     rows = max(1, min(budget // bytes_per_row, _MAX_ROWS))
-    return rows - rows % 128 if rows > 128 else rows
+    return rows - rows % next((size for size in (_WHOLE, _PART) if rows >= size), 1)

@@ -8,6 +8,7 @@ if it learns. Nothing is computed twice, and no [N, V] tensor ever exists.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, overload
 
 import torch
@@ -24,10 +25,10 @@ from sdpo._projection import (
     pull_back,
     working_dtype,
 )
-from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
+from sdpo._recipe import Make, Recipe, Rows, Side, Slope, TokenStats
 
 # (student, teacher, rows, recipe, stats, slope): fills stats [len(TokenStats), c] and, unless None, slope.
-Backend = Callable[[Side, Side, Rows, Recipe, Tensor, Slope | None], None]
+Backend = Callable[[Make, Make, Rows, Recipe, Tensor, Slope | None], None]
 
 
 class Operands(NamedTuple):
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     backend: Backend
     chunk_rows: int  # tokens whose logits exist at a time
     slope_rows: int  # tokens whose logit gradients are collected before the head's product
+    take_turns: bool  # both models' logits lie in one buffer, one after the other
     own_reference: bool  # the trust region's centre needs a product of its own
     autocast: torch.dtype | None  # dtype of the products, if autocast was on when the loss was called
     hidden: bool  # make the gradient of the student's hidden states
@@ -119,13 +121,14 @@ class _Pass:
 
     def run(self) -> Outcome:
         plan, width = self.plan, max(1, min(self.plan.chunk_rows, self.count))
-        products = [self._buffer(width, self.working) for _ in range(3 if plan.own_reference else 2)]
+        buffers = (1 if plan.take_turns else 2) + plan.own_reference
+        self.products = [self._buffer(width, self.working) for _ in range(buffers)]
         slope_dtype = gradient_dtype(self.device, self.dtype)
         # In the working dtype a slope takes the place of the logits it came from, chunk by chunk.
         in_place = slope_dtype == self.working
         block = width if in_place else max(width, min(plan.slope_rows, self.count))
         makes_slope = plan.hidden or plan.head or plan.bias
-        slopes = products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
+        slopes = self.products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
         gains = None if in_place or not makes_slope else self.stats.new_empty(block)
         for start in range(0, self.count, block):
             stop = min(start + block, self.count)
@@ -134,7 +137,7 @@ class _Pass:
                 slope = None
                 if makes_slope:
                     slope = self._slope(slopes, gains, low - start, high - start)
-                self._chunk(low, high, products, slope)
+                self._chunk(low, high, slope)
                 if slope is not None:
                     self._push_hidden(low, high, slope)
             self._push_head(start, stop, self._slope(slopes, gains, 0, stop - start))
@@ -148,12 +151,9 @@ class _Pass:
     def _slope(slopes: Tensor, gains: Tensor | None, low: int, high: int) -> Slope:
         return Slope(slopes[low:high], None if gains is None else gains[low:high])
 
-    def _chunk(self, low: int, high: int, products: list[Tensor], slope: Slope | None) -> None:
+    def _chunk(self, low: int, high: int, slope: Slope | None) -> None:
         """Logits, loss and slope of the tokens low to high."""
         ops = self.operands
-        teacher = self._teacher(low, high, products)
-        # The student's come last, as they are read first: part of them is still in the cache.
-        student = self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, products[0])
         rows = Rows(
             tokens=self._take(ops.tokens, low, high),
             old_log_probs=self._take(ops.old_log_probs, low, high),
@@ -161,7 +161,9 @@ class _Pass:
             slope_weights=None if self.slope_weights is None else self.slope_weights[low:high].contiguous(),
             lift=self.lift,
         )
-        self.plan.backend(student, teacher, rows, self.recipe, self.stats[:, low:high], slope)
+        stats = self.stats[:, low:high]
+        make_student, make_teacher = (partial(make, low, high) for make in (self._student, self._teacher))
+        self.plan.backend(make_student, make_teacher, rows, self.recipe, stats, slope)
 
     def _push_hidden(self, low: int, high: int, slope: Slope) -> None:
         """Send the slopes of the tokens low to high on to their hidden states."""
@@ -170,10 +172,10 @@ class _Pass:
             return
         head = self._cast(self.operands.student_head, self.dtype)
         if active is None and self.lift is None:
-            pull_back(slope.values, head, gradient[low:high], slope.gain)
+            pull_back(slope.values, head, gradient[low:high], slope.gain, self.products[0])
             return
         rows = gradient.new_empty(high - low, gradient.shape[1])
-        pull_back(slope.values, head, rows, slope.gain)
+        pull_back(slope.values, head, rows, slope.gain, self.products[0])
         if self.lift is not None:
             rows = rows.div_(self.lift)
         positions = torch.arange(low, high, device=self.device) if active is None else active[low:high]
@@ -187,16 +189,21 @@ class _Pass:
         if self.bias_gradient is not None:
             accumulate_bias(slope.values, self.bias_gradient, slope.gain)
 
-    def _teacher(self, low: int, high: int, products: list[Tensor]) -> Side:
+    def _student(self, low: int, high: int) -> Side:
+        ops = self.operands
+        return self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, self.products[0])
+
+    def _teacher(self, low: int, high: int) -> Side:
         """The teacher, or what lies between it and the centre of its trust region."""
         ops = self.operands
         model = (ops.teacher_hidden, ops.teacher_head, ops.teacher_bias)
+        products = self.products[0 if self.plan.take_turns else 1]
         if ops.reference_hidden is None:
-            return self._side(*model, low, high, products[1])
+            return self._side(*model, low, high, products)
         if self.plan.own_reference and ops.reference_head is not None:
             other = (ops.reference_hidden, ops.reference_head, ops.reference_bias)
-            reference = self._side(*other, low, high, products[2])
-            teacher = self._side(*model, low, high, products[1])
+            reference = self._side(*other, low, high, self.products[-1])
+            teacher = self._side(*model, low, high, products)
             return teacher._replace(reference=reference.products, reference_bias=reference.bias)
         # The logits in between are, through one linear head, those of the states in between.
         dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head, self.plan.autocast)
@@ -207,7 +214,7 @@ class _Pass:
         assert self.recipe.trust_region_coef is not None
         # Not rounded: what 16 bits would take from the mixture is a few thousandths of the loss.
         states = centre.lerp(live, self.recipe.trust_region_coef)
-        return self._product(states, self._cast(ops.teacher_head, dtype), ops.teacher_bias, products[1])
+        return self._product(states, self._cast(ops.teacher_head, dtype), ops.teacher_bias, products)
 
     def _side(
         self, hidden: Tensor, head: Tensor, bias: Tensor | None, low: int, high: int, out: Tensor

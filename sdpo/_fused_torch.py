@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
-from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
+from sdpo._recipe import Make, Recipe, Rows, Slope, TokenStats
 from sdpo.importance import importance_weights
 
 
@@ -157,12 +157,13 @@ def choose_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Rec
 
 
 def chunk(
-    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
 ) -> None:
     """The loss of one chunk: fills ``stats``, and ``slope`` with d(weighted loss)/d(student products).
 
     The buffers of both sides are consumed; the slope's values may take the student's.
     """
+    teacher, student = make_teacher(), make_student()
     z_student = map_logits(student.products, student.bias, recipe, student.lost)
     z_teacher = map_logits(teacher.products, teacher.bias, recipe, teacher.lost)
     if teacher.reference is not None and recipe.trust_region_coef is not None:

@@ -115,14 +115,17 @@ def _measured_loss(device: torch.device, operand: torch.dtype, width: int) -> fl
     return 1.0 - float((found * exact)[large].sum() / exact[large].square().sum())
 
 
-def pull_back(slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = None) -> Tensor:
+def pull_back(
+    slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = None, scratch: Tensor | None = None
+) -> Tensor:
     """``gain · (slope @ head)``: the gradient of the hidden states from that of the logits, into out [c, D].
 
     slope [c, V], head [V, D]; a gain [c] comes with slopes of 16 bits, which come where a mixed product is. An
-    ``out`` of 16 bits is rounded to once, at the end, as in a linear layer's backward.
+    ``out`` of 16 bits is rounded to once, at the end, as in a linear layer's backward. Summands lie in ``scratch``,
+    float32, where it is large enough.
     """
     if slope.itemsize == 2:
-        return kernels.joined(_parts(slope, head), gain, out)
+        return kernels.joined(_parts(slope, head, scratch), gain, out)
     if slope.dtype == head.dtype == out.dtype:
         return torch.mm(slope, head, out=out)
     total = slope.new_zeros(slope.shape[0], head.shape[1])
@@ -132,7 +135,7 @@ def pull_back(slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = No
     return out.copy_(total)
 
 
-def _parts(slope: Tensor, head: Tensor) -> Tensor:
+def _parts(slope: Tensor, head: Tensor, scratch: Tensor | None) -> Tensor:
     """Summands [n, c, D] of ``slope @ head`` in float32, from 16-bit tensors [c, V] and [V, D]."""
     size = (slope.shape[0], head.shape[1])
     if size[0] * size[1] < _FILLS:
@@ -140,7 +143,11 @@ def _parts(slope: Tensor, head: Tensor) -> Tensor:
     count, width = pieces(head.shape[0])
     whole = count * width
     rest = whole < head.shape[0]
-    parts = torch.empty(count + rest, *size, dtype=torch.float32, device=slope.device)
+    shape = (count + rest, *size)
+    if scratch is not None and scratch.numel() >= math.prod(shape):
+        parts = scratch.view(-1)[: math.prod(shape)].view(shape)
+    else:
+        parts = torch.empty(shape, dtype=torch.float32, device=slope.device)
     torch.bmm(
         slope[:, :whole].unflatten(1, (count, width)).transpose(0, 1),
         head[:whole].unflatten(0, (count, width)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,10 @@ class Side(NamedTuple):
     lost: float = 0.0  # share of itself by which a product is too small
     reference: Tensor | None = None  # [c, V] products of the trust region's centre, if it needs its own
     reference_bias: Tensor | None = None  # [V]
+
+
+# Makes a model's half. That of the model made before may be gone then, where `kernels.take_turns` says so.
+Make = Callable[[], Side]
 
 
 class Rows(NamedTuple):

@@ -137,13 +137,12 @@ def _adapted(
     """x·Wᵀ + bias + Σ scaling · x'·Aᵀ·Bᵀ [..., out] and the x'·Aᵀ [N, r]; factors x' (`None`: x), A, B by turns."""
     output, products = x.new_empty(*x.shape[:-1], len(weight)), []
     rows, changed = _rows(x), _rows(output)
-    if bias is None:
-        torch.mm(rows, weight.t(), out=changed)
-    else:
-        torch.addmm(bias, rows, weight.t(), out=changed)
+    # The base layer's product comes last: it is bound by arithmetic, and adds to what is there in passing.
+    so_far = bias
     for scaling, own, weight_a, weight_b in _by_adapter(scalings, factors):
         products.append(nn.functional.linear(rows if own is None else _rows(own), weight_a))
-        changed.addmm_(products[-1], weight_b.t(), alpha=scaling)
+        so_far = _sum(so_far, products[-1], weight_b.t(), scaling, out=changed)
+    _sum(so_far, rows, weight.t(), out=changed)
     return output, products
 
 
@@ -178,7 +177,7 @@ class _Adapted(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
         flat, n = _rows(gradients[0]), len(ctx.scalings)
-        to_x = flat @ weight if needs_x else None
+        to_x: Tensor | None = None
         to_factors: list[Tensor | None] = []
         for i, scaling in enumerate(ctx.scalings):
             source, weight_a, weight_b, product = saved[i::n]
@@ -193,9 +192,11 @@ class _Adapted(torch.autograd.Function):
                 to_own = (of_product @ weight_a).view(ctx.shape) if needs_own else None
                 to_a = of_product.t() @ _rows(source) if needs_a else None
                 # An input of its own has its own gradient.
-                if to_x is not None and not needs_own:
-                    to_x.addmm_(of_product, weight_a)
+                if needs_x and not needs_own:
+                    to_x = _sum(to_x, of_product, weight_a)
             to_factors += (to_own, to_a, _product(flat.t(), product, scaling) if needs_b else None)
+        if needs_x:
+            to_x = _sum(to_x, flat, weight)
         return (
             None,
             None if to_x is None else to_x.view(ctx.shape),
@@ -205,6 +206,17 @@ class _Adapted(torch.autograd.Function):
         )
 
 
-def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def _product(left: Tensor, right: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
     """scaling · left·right, rounded once."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling)
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling, out=out)
+
+
+def _sum(
+    total: Tensor | None, left: Tensor, right: Tensor, scaling: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """total + scaling · left·right: in place if the total is a matrix; if it is none or a row, in a new one or out."""
+    if total is None:
+        return _product(left, right, scaling, out)
+    if total.dim() == 1:
+        return torch.addmm(total, left, right, alpha=scaling, out=out)
+    return total.addmm_(left, right, alpha=scaling)

@@ -8,9 +8,11 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo._recipe import Recipe, Rows, Side, Slope
+from sdpo._recipe import Make, Recipe, Rows, Slope
 
 MAX_K = 1024
+# Of the 16-bit formats it alone has the range for slopes that lack a factor of their row.
+SHARED = torch.bfloat16
 
 
 def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str | None:
@@ -30,13 +32,24 @@ def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str |
     return None
 
 
+def take_turns(recipe: Recipe, slope: torch.dtype) -> bool:
+    """Whether the logits of both models may lie in one buffer: those made first are summed up by then.
+
+    The student's are looked at again where it chooses the support and its slopes, of this dtype, cannot be written
+    while they are summed.
+    """
+    if recipe.support == "student":
+        return recipe.k is not None and slope == SHARED
+    return recipe.k is not None or recipe.support == "sampled"
+
+
 def chunk(
-    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
 ) -> None:
     """The loss of one chunk, as ``sdpo._fused_torch.chunk``."""
     from sdpo.kernels import _launch
 
-    _launch.chunk(student, teacher, rows, recipe, stats, slope)
+    _launch.chunk(make_student, make_teacher, rows, recipe, stats, slope)
 
 
 def scaled(values: Tensor, factor: Tensor) -> Tensor:

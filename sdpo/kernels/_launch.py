@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from sdpo._fused_torch import map_logits, row_gain
-from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
-from sdpo.kernels import _full, _math, _rows, _select, _stream
+from sdpo._recipe import Make, Recipe, Rows, Side, Slope, TokenStats
+from sdpo.kernels import SHARED, _full, _math, _rows, _select, _stream
 
 # Columns per program of the passes over one model's vocabulary and over both models', and their warps.
 BLOCK, WARPS = 4096, 4
@@ -58,15 +58,12 @@ class _Sums(NamedTuple):
 
 
 def chunk(
-    student: Side, teacher: Side, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
 ) -> None:
     """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``slope``."""
-    p, q = _model(student, recipe), _model(teacher, recipe)
-    if teacher.reference is not None and recipe.trust_region_coef is not None:
-        q = _between(teacher, recipe)
     fill = _fill_full if recipe.k is None and recipe.support != "sampled" else _fill_topk
-    with torch.cuda.device_of(student.products):
-        fill(p, q, rows, recipe, stats, slope)
+    with torch.cuda.device_of(stats):
+        fill(make_student, make_teacher, rows, recipe, stats, slope)
 
 
 class _Support(NamedTuple):
@@ -76,31 +73,39 @@ class _Support(NamedTuple):
     token: Tensor  # [c] logit of the sampled token
     sums: _Sums
     log_outside: Tensor  # [c]
+    origin: Tensor  # [c] logit that its shares are relative to, if it has any
 
 
-def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None) -> None:
-    count, vocabulary = p.products.shape
+def _fill_topk(
+    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+) -> None:
     has_tail = recipe.tail == "bucket" or recipe.support == "sampled"
-    # Of the 16-bit formats bf16 alone has the range for slopes that lack a factor of their row.
-    room = slope.values if slope is not None and slope.values.dtype == torch.bfloat16 and has_tail else None
+    room = slope.values if slope is not None and slope.values.dtype == SHARED and has_tail else None
     shares = room is not None
-    if recipe.support == "sampled":
-        ids = rows.tokens[:, None]
-        student, teacher = _take(p, rows.tokens, ids, room), _take(q, rows.tokens, ids)
-    elif recipe.support == "student":
+    # Who chooses the support comes first, and is read while the cache still holds a part of it.
+    if recipe.support == "student":
+        p = _model(make_student(), recipe)
         ids, student = _choose(p, rows.tokens, recipe, room)
+        q = _teacher(make_teacher, recipe)
         teacher = _take(q, rows.tokens, ids)
     else:
-        ids, teacher = _choose(q, rows.tokens, recipe)
+        q = _teacher(make_teacher, recipe)
+        if recipe.support == "teacher":
+            ids, teacher = _choose(q, rows.tokens, recipe)
+        else:
+            ids = rows.tokens[:, None]
+            teacher = _take(q, rows.tokens, ids)
+        p = _model(make_student(), recipe)
         student = _take(p, rows.tokens, ids, room)
-    k, blocks = ids.shape[1], student.sums.tops.shape[1]
-    inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
-    outside_slope = torch.empty_like(student.token)
-    shared = torch.empty_like(student.token, dtype=torch.int32)
+    (count, vocabulary), k, blocks = p.products.shape, ids.shape[1], student.sums.tops.shape[1]
+    inside_slopes, outside_slope = room, torch.empty_like(student.token)
+    if inside_slopes is None:
+        inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
     _rows.topk_rows[(count,)](
         ids, rows.tokens, student.inside, teacher.inside, student.token, teacher.token,
-        *student.sums, student.log_outside, *teacher.sums, teacher.log_outside, *_factors(p), *_factors(q),
-        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats), shared,
+        *student.sums, student.log_outside, student.origin, *teacher.sums, teacher.log_outside,
+        *_factors(p), *_factors(q),
+        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats),
         stats.stride(0), k, vocabulary, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe),
         _chain(recipe),
         MODE=_mode(recipe), BUCKET=recipe.tail == "bucket",
@@ -109,13 +114,12 @@ def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
         **_weight_flags(rows, recipe), SOFTCAP=p.softcap, GAIN=_has_gain(slope), SHARES=shares,
         BLOCK_K=_power(k), BLOCK_B=_power(blocks), BLOCK=BLOCK, BLOCK_D=DOT, num_warps=max(2, _power(k) // 128),
     )  # fmt: skip
-    if slope is None:
+    if slope is None or shares:
         return
     if has_tail:
-        _stream.outside_slopes[(count, SELDOM if shares else blocks)](
-            p.products, p.bias, slope.values, outside_slope, student.log_outside, shared, vocabulary, blocks,
-            p.inner, p.outer,
-            BIAS=p.has_bias, SOFTCAP=p.softcap, SHARES=shares, BLOCK=BLOCK, num_warps=WARPS,
+        _stream.outside_slopes[(count, blocks)](
+            p.products, p.bias, slope.values, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
+            BIAS=p.has_bias, SOFTCAP=p.softcap, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     else:
         slope.values.zero_()
@@ -124,7 +128,11 @@ def _fill_topk(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, 
     )
 
 
-def _fill_full(p: _Model, q: _Model, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None) -> None:
+def _fill_full(
+    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+) -> None:
+    # The student's come last, as they are read first: part of them is still in the cache.
+    q, p = _teacher(make_teacher, recipe), _model(make_student(), recipe)
     count, vocabulary = p.products.shape
     grid = (count, triton.cdiv(vocabulary, FULL_BLOCK))
     new = p.products.new_empty
@@ -203,7 +211,8 @@ def _choose(
         BIAS=model.has_bias, SOFTCAP=model.softcap, PARTS=PARTS, PART=part,
         BLOCK_P=parts, BLOCK_T=_power(k) * part, BLOCK_K=_power(k), num_warps=_warps(parts * part),
     )  # fmt: skip
-    return ids, _Support(inside, token, sums, log_outside)
+    origin = token if shares is None else _origins(model, token, sums, shares, log_outside)
+    return ids, _Support(inside, token, sums, log_outside, origin)
 
 
 def _take(model: _Model, tokens: Tensor, ids: Tensor, shares: Tensor | None = None) -> _Support:
@@ -215,7 +224,24 @@ def _take(model: _Model, tokens: Tensor, ids: Tensor, shares: Tensor | None = No
         model.products, model.bias, tokens, ids, inside, token, vocabulary, k, model.inner, model.outer,
         BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK_K=_power(k), num_warps=4,
     )  # fmt: skip
-    return _Support(inside, token, _block_sums(model, token, shares), new(count))
+    sums = _block_sums(model, token, shares)
+    origin = token if shares is None else _origins(model, token, sums, shares)
+    return _Support(inside, token, sums, new(count), origin)
+
+
+def _origins(
+    model: _Model, token: Tensor, sums: _Sums, shares: Tensor, log_outside: Tensor | None = None
+) -> Tensor:
+    """The logits [c] that a model's ``shares`` are relative to; ``log_outside`` [c] if it chose the support."""
+    (count, vocabulary), blocks = model.products.shape, sums.tops.shape[1]
+    origins = torch.empty_like(token)
+    _stream.shares_again[(count, SELDOM)](
+        model.products, model.bias, sums.tops, sums.masses, token if log_outside is None else log_outside, token,
+        shares, origins, vocabulary, blocks, model.inner, model.outer,
+        BIAS=model.has_bias, SOFTCAP=model.softcap, OWNER=log_outside is not None,
+        BLOCK=BLOCK, BLOCK_B=_power(blocks), num_warps=1,
+    )  # fmt: skip
+    return origins
 
 
 def _read(model: _Model, tokens: Tensor) -> Tensor:
@@ -271,10 +297,11 @@ def _model(side: Side, recipe: Recipe) -> _Model:
     return _Model(side.products, bias, inner, outer, side.bias is not None, capped, exact)
 
 
-def _between(teacher: Side, recipe: Recipe) -> _Model:
-    """The trust region's logits as products that need no further map."""
-    assert teacher.reference is not None
-    assert recipe.trust_region_coef is not None
+def _teacher(make: Make, recipe: Recipe) -> _Model:
+    """The teacher's model, or a trust region's logits as products that need no further map."""
+    teacher = make()
+    if teacher.reference is None or recipe.trust_region_coef is None:
+        return _model(teacher, recipe)
     centre = map_logits(teacher.reference, teacher.reference_bias, recipe, teacher.lost)
     live = map_logits(teacher.products, teacher.bias, recipe, teacher.lost)
     logits = centre.mul_(1 - recipe.trust_region_coef).add_(live, alpha=recipe.trust_region_coef)

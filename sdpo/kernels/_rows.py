@@ -17,10 +17,8 @@ from sdpo.kernels._math import (
 )
 from sdpo.kernels._refine import refined
 
-# How far above the sampled token's logit the largest may lie, and how far below it log Σ exp of the tokens
-# outside, in a row whose slopes are exp(z − that logit) times a factor: beyond, bf16 or a sum runs out of range.
-REACH, DEPTH = tl.constexpr(40.0), tl.constexpr(60.0)
-# The smallest such factor, as a share of the largest slope of the support, which is divided by it; and at all.
+# The smallest factor of the slopes that lie outside, as a share of the largest slope of the support, which is
+# divided by it; and at all.
 LEAST_SHARE, LEAST = tl.constexpr(1e-28), tl.constexpr(1e-37)
 
 
@@ -103,14 +101,14 @@ def loss_weights(
 @triton.jit
 def topk_rows(
     ids, tokens, inside_p, inside_q, token_p, token_q,
-    tops_p, masses_p, moments_p, log_outside_p,
+    tops_p, masses_p, moments_p, log_outside_p, origin_p,
     tops_q, masses_q, moments_q, log_outside_q,
     products_p, bias_p, inner_p, states_p, head_p, head_bias_p, head_inner_p, outer_p,
     D_p, head_row_p, head_column_p,
     products_q, bias_q, inner_q, states_q, head_q, head_bias_q, head_inner_q, outer_q,
     D_q, head_row_q, head_column_q,
     old, extra, slope_weights, lift,
-    stats, inside_slopes, outside_slope, gains, shared,
+    stats, inside_slopes, outside_slope, gains,
     width, K, V, BLOCKS, alpha, rest, clip, log_clip, chain,
     MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
     EXACT_P: tl.constexpr, EXACT_Q: tl.constexpr, BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr,
@@ -120,13 +118,13 @@ def topk_rows(
 ):  # fmt: skip
     """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain.
 
-    With SHARES the slopes outside lie there as exp(z − z'), z' the sampled token's logit before it was made again:
-    if that will do, ``shared``, their factor goes into the gain, and the slopes at the support are divided by it.
+    With SHARES the slopes outside lie there as exp(z − origin): their factor goes into the gain, and the slopes at
+    the support, which are put among them, are divided by it.
     """
     row = tl.program_id(0).to(tl.int64)
     ranks = tl.arange(0, BLOCK_K)
     real = ranks < K
-    anchor_p, z_p, origin, tail_p, top_p, mass_p, moment_p = load_support(
+    anchor_p, z_p, at_token_p, tail_p, top_p, mass_p, moment_p = load_support(
         inside_p, token_p, tops_p, masses_p, moments_p, log_outside_p, row, K, BLOCKS,
         STUDENT_OWNS, BLOCK_K, BLOCK_B,
     )  # fmt: skip
@@ -134,7 +132,6 @@ def topk_rows(
         inside_q, token_q, tops_q, masses_q, moments_q, log_outside_q, row, K, BLOCKS,
         TEACHER_OWNS, BLOCK_K, BLOCK_B,
     )  # fmt: skip
-    at_token_p = origin
     if EXACT_P:
         z_p, at_token_p, tail_p = refined(
             z_p, at_token_p, tail_p, top_p, anchor_p, ids, tokens,
@@ -153,8 +150,9 @@ def topk_rows(
     norm_p, norm_q = log_add_exp(log_inside_p, tail_p), log_add_exp(log_inside_q, tail_q)
     entropy_p = entropy_of(z_p, top_p, mass_p, moment_p, norm_p, STUDENT_OWNS)
     entropy_q = entropy_of(z_q, top_q, mass_q, moment_q, norm_q, TEACHER_OWNS)
-    tl.debug_barrier()  # every thread has read what one overwrites
-    tl.store(log_outside_p + row, tail_p + anchor_p)
+    if not SHARES:
+        tl.debug_barrier()  # every thread has read what one overwrites
+        tl.store(log_outside_p + row, tail_p + anchor_p)
     log_tail_p, log_tail_q = tail_p - norm_p, tail_q - norm_q
     log_mass_p, log_mass_q = log_inside_p - norm_p, log_inside_q - norm_q
     log_token, log_token_q = at_token_p - norm_p, at_token_q - norm_q
@@ -199,22 +197,20 @@ def topk_rows(
     tail_slope *= scale
     factor = tl.zeros_like(scale) + 1.0
     if SHARES:
-        depth = origin - tail_p
-        largest = tl.maximum(tl.max(z_p, 0), tl.max(top_p, 0))
-        near = (origin > -float("inf")) & (largest - origin <= REACH)
-        near &= (depth <= DEPTH) | (tail_slope == 0.0)
         least = tl.maximum(tl.max(tl.abs(slope), 0) * LEAST_SHARE, LEAST)
-        ratio = times_exp(tail_slope, tl.minimum(depth, DEPTH))
-        ratio = tl.where(tl.abs(ratio) < least, least, ratio)
-        factor = tl.where(near, ratio, factor)
-        tl.store(shared + row, near.to(tl.int32))
+        factor = times_exp(tail_slope, tl.load(origin_p + row) - anchor_p - tail_p)
+        factor = tl.where(tl.abs(factor) < least, least, factor)
     rounded = (slope / factor).to(inside_slopes.dtype.element_ty)
-    tl.store(inside_slopes + row * K + ranks, rounded, mask=real)
+    place = row * K + ranks
+    if SHARES:
+        place = row * V + tl.load(ids + place, mask=real, other=0)
+    tl.store(inside_slopes + place, rounded, mask=real)
     if GAIN:
         kept = tl.sum(slope * (rounded.to(tl.float32) * factor), 0)
         gain = tl.sum(slope * slope, 0) / tl.where(kept > 0.0, kept, 1.0)
         tl.store(gains + row, tl.where(kept > 0.0, gain, 1.0) * factor)
-    tl.store(outside_slope + row, tail_slope)
+    if not SHARES:
+        tl.store(outside_slope + row, tail_slope)
     tl.store(stats + row, value)
     tl.store(stats + 1 * width + row, weight)
     tl.store(stats + 2 * width + row, log_token)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.kernels._math import MASKED, finite_or_zero, through_softcap, times_exp, to_logits
+from sdpo.kernels._math import MASKED, finite_or_zero, log_mass, through_softcap, times_exp, to_logits
 
+# How far above the sampled token's logit the largest may lie, and how far below it log Σ exp of the tokens
+# outside, in a row whose shares are relative to it: beyond, bf16 or a sum runs out of range.
+REACH, DEPTH = tl.constexpr(40.0), tl.constexpr(60.0)
 # So far below the largest logit that nothing is left, yet finite.
 FAR = tl.constexpr(-1e30)
 
@@ -100,24 +103,47 @@ def group_sums(
 
 
 @triton.jit
-def outside_slopes(
-    products, bias, slopes, outside, log_outside, shared, V, BLOCKS, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SHARES: tl.constexpr, BLOCK: tl.constexpr,
+def shares_again(
+    products, bias, tops, masses, log_outside, token_logits, shares, origins, V, BLOCKS, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, OWNER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is for later.
+    """The logit that a row's shares are relative to; where the sampled token's will not do, they are made again.
 
-    With SHARES only to the rows whose shares will not do.
+    They are then relative to log Σ exp of what they are shares of: all that is outside the support.
     """
     row = tl.program_id(0).to(tl.int64)
-    last = BLOCKS
-    if SHARES:
-        last = tl.where(tl.load(shared + row) != 0, 0, BLOCKS)
-    for block in range(tl.program_id(1), last, tl.num_programs(1)):
+    blocks = tl.arange(0, BLOCK_B)
+    place = row * BLOCKS + blocks
+    top = tl.load(tops + place, mask=blocks < BLOCKS, other=-float("inf"))
+    peak = tl.max(top, 0)
+    if OWNER:
+        tail = tl.load(log_outside + row) + finite_or_zero(peak)
+    else:
+        tail = log_mass(top, tl.load(masses + place, mask=blocks < BLOCKS, other=0.0))
+    origin = tl.load(token_logits + row)
+    near = (origin > -float("inf")) & (peak - origin <= REACH)
+    near &= (origin - tail <= DEPTH) | (tail == -float("inf"))
+    origin = tl.where(near, origin, finite_or_zero(tail))
+    tl.store(origins + row, origin)
+    for block in range(tl.program_id(1), tl.where(near, 0, BLOCKS), tl.num_programs(1)):
         columns = block * BLOCK + tl.arange(0, BLOCK)
         z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
-        slope = times_exp(tl.load(outside + row), z - finite_or_zero(tl.load(log_outside + row)))
-        slope = through_softcap(slope, z, outer, SOFTCAP).to(slopes.dtype.element_ty)
-        tl.store(slopes + row * V + columns, slope, mask=columns < V)
+        share = through_softcap(tl.exp(z - origin), z, outer, SOFTCAP).to(shares.dtype.element_ty)
+        tl.store(shares + row * V + columns, share, mask=columns < V)
+
+
+@triton.jit
+def outside_slopes(
+    products, bias, slopes, outside, log_outside, V, inner, outer,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write outside · exp(z − log_outside), times what the soft-cap lets through; the support is for later."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    z = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP)
+    slope = times_exp(tl.load(outside + row), z - finite_or_zero(tl.load(log_outside + row)))
+    slope = through_softcap(slope, z, outer, SOFTCAP).to(slopes.dtype.element_ty)
+    tl.store(slopes + row * V + columns, slope, mask=columns < V)
 
 
 @triton.jit
