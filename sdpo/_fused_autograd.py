@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -103,6 +104,11 @@ class _PerToken(torch.autograd.Function):
         if active is not None:
             factors = factors.new_zeros(unit.shape[0]).index_copy(0, active, factors)
         return _returned([(unit * factors[:, None]), None, None], ctx.learning)
+
+
+for _function in (_Total, _PerToken):
+    # Autograd asks for it at every call; to make it anew takes as long as a few launches.
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
 
 
 def _mixes_rows(plan: Plan) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from sdpo import _fused_torch, kernels
@@ -108,7 +107,7 @@ def check_operands(
     extra_weights: Tensor | None,
     trust_region_coef: float | None,
 ) -> Operands:
-    """Validate the tensors and flatten their leading dimensions; find the active tokens."""
+    """Validate the tensors and flatten their leading dimensions; every token counts as active."""
     check_tensor("tokens", tokens, "integer", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, tokens.shape, like="the shape of tokens")
@@ -137,9 +136,6 @@ def check_operands(
         old_log_probs=old_log_probs,
         extra_weights=extra_weights,
     )
-    active = rearrange(loss_mask, "... -> (...)").nonzero().flatten()
-    ids = rearrange(tokens, "... -> (...)").long()
-    _check_token_ids(ids, active, student_head.shape[0])
     return Operands(
         student_hidden=student_hidden,
         student_head=student_head,
@@ -147,14 +143,21 @@ def check_operands(
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
         teacher_bias=teacher_bias,
-        reference_hidden=None if centre[0] is None else rearrange(centre[0], "... d -> (...) d"),
+        reference_hidden=None if centre[0] is None else centre[0].flatten(0, -2),
         reference_head=centre[1],
         reference_bias=centre[2],
-        tokens=ids,
-        active=None if active.shape[0] == loss_mask.numel() else active,
-        old_log_probs=None if old_log_probs is None else rearrange(old_log_probs, "... -> (...)"),
-        extra_weights=None if extra_weights is None else rearrange(extra_weights, "... -> (...)"),
+        tokens=tokens.flatten().long(),
+        active=None,
+        old_log_probs=None if old_log_probs is None else old_log_probs.flatten(),
+        extra_weights=None if extra_weights is None else extra_weights.flatten(),
     )
+
+
+def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
+    """The active tokens among all. It waits for the device, whose queue is then empty: nothing may come between."""
+    active = loss_mask.flatten().nonzero().flatten()
+    _check_token_ids(operands.tokens, active, operands.student_head.shape[0])
+    return operands if active.shape[0] == loss_mask.numel() else operands._replace(active=active)
 
 
 def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, backend: str) -> Plan:
@@ -224,7 +227,7 @@ def _check_model(name: str, model: Model, tokens: Tensor) -> tuple[Tensor, Tenso
     if bias is not None:
         check_tensor(f"{name}_bias", bias, "floating")
         check_shape(f"{name}_bias", bias, (vocabulary,), like=f"V of {name}_head")
-    return rearrange(hidden, "... d -> (...) d"), head, bias
+    return hidden.flatten(0, -2), head, bias
 
 
 def _check_centre(reference: Model, teacher: Model, tokens: Tensor, coef: float | None) -> Model:

@@ -54,8 +54,12 @@ def working_dtype(operand: torch.dtype) -> torch.dtype:
 
 def has_mixed_product(device: torch.device, operand: torch.dtype) -> bool:
     """Whether 16-bit inputs can be multiplied into float32 in one product."""
-    known = hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.bmm, "dtype_out")
-    return device.type == "cuda" and operand in (torch.bfloat16, torch.float16) and known
+    return device.type == "cuda" and operand in (torch.bfloat16, torch.float16) and _knows_mixed_products()
+
+
+@functools.cache
+def _knows_mixed_products() -> bool:
+    return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.bmm, "dtype_out")
 
 
 def gradient_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:

@@ -179,25 +179,28 @@ def _fused(
     )
     plan = doors.make_plan(operands, recipe, **execution)
     loss = per_token_loss if doors.check_reduction(reduction) == "none" else total_loss
+    operands = doors.find_active(operands, given.loss_mask)
     total, per_token, stats = loss(operands, recipe, plan)
     shape = given.tokens.shape
 
     def laid_out(values: Tensor) -> Tensor:
-        if operands.active is None:
-            return values.reshape(shape)
-        return values.new_zeros(shape.numel()).index_copy(0, operands.active, values).reshape(shape)
+        """[..., n] at the active tokens of [..., *shape], zeros elsewhere."""
+        if operands.active is not None:
+            zeros = values.new_zeros(*values.shape[:-1], shape.numel())
+            values = zeros.index_copy(-1, operands.active, values)
+        return values.unflatten(-1, shape)
 
-    known = TokenStats(*stats.detach().unbind())
-    fields = {
-        name: laid_out(getattr(known, name)) for name in TokenStats._fields if name in FusedOutput._fields
-    }
+    stats = stats.detach()
+    known = TokenStats(*laid_out(stats).unbind())._asdict()
+    fields = {name: known[name] for name in FusedOutput._fields if name in known}
     fields["per_token"] = laid_out(per_token)
     count = given.loss_mask.sum()
-    return FusedOutput(total=total, count=count, metrics=_metrics(known, count), **fields)
+    metrics = _metrics(TokenStats(*stats.unbind()), count)
+    return FusedOutput(total=total, count=count, metrics=metrics, **fields)
 
 
 def _metrics(stats: TokenStats, count: Tensor) -> dict[str, Tensor]:
-    means = {
+    values = {
         "divergence": stats.per_token,
         "weight": stats.weights,
         "is_clip_fraction": stats.clipped,
@@ -209,5 +212,6 @@ def _metrics(stats: TokenStats, count: Tensor) -> dict[str, Tensor]:
         "teacher_tail_mass": stats.teacher_log_tail.exp(),
         "sampled_token_overlap": (stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
     }
-    divisor = count.clamp(min=1)
-    return {name: values.sum() / divisor for name, values in means.items()} | {"active_tokens": count}
+    # Few operations: each is a launch.
+    means = torch.stack([*values.values()]).sum(dim=1) / count.clamp(min=1)
+    return dict(zip(values, means.unbind(), strict=True)) | {"active_tokens": count}

@@ -124,6 +124,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             own["training"] = mode
 
 
+@contextmanager
+def activations_kept(model: nn.Module) -> Iterator[None]:
+    """The model without gradient checkpointing; it is as it was afterwards, arguments and hooks included.
+
+    Transformers' own way to switch it off and on again goes through all modules several times, and the arguments
+    that it was switched on with are gone.
+    """
+    own = [vars(module) for module in all_modules(model)]
+    checkpointed = [held for held in own if held.get("gradient_checkpointing") is True]
+    for held in checkpointed:
+        held["gradient_checkpointing"] = False
+    try:
+        yield
+    finally:
+        for held in checkpointed:
+            held["gradient_checkpointing"] = True
+
+
 def forward_arguments(
     model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int
 ) -> dict[str, Any]:

@@ -51,40 +51,51 @@ def _forwards(model: nn.Module) -> Iterator[_Forward]:
     layers: list[Any] = all_modules(model)
     for layer in layers:
         if type(layer) is peft.Linear and "forward" not in vars(layer) and hasattr(layer, "lora_variant"):
-            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            parts = layer._modules["lora_A"]._modules
+            names = [name for name in layer.active_adapters if name in parts]
             if names and _is_plain(layer, names):
                 yield _Forward(layer, names)
 
 
 def _is_plain(layer: Any, names: list[str]) -> bool:
-    if layer.disable_adapters or layer.merged or not _is_bare(layer.base_layer, nn.Linear):
+    # Past `__getattr__`, which looks for parameters first: a GPU waits while hundreds of layers are looked at.
+    held = layer._modules
+    if layer.disable_adapters or layer.merged or not _is_bare(held["base_layer"], _LINEAR):
         return False
-    return all(
-        name not in layer.lora_variant
-        and isinstance(layer.scaling[name], int | float)
-        and _is_bare(layer.lora_dropout[name], nn.Identity, nn.Dropout)
-        and _is_bare(layer.lora_A[name], nn.Linear)
-        and _is_bare(layer.lora_B[name], nn.Linear)
-        and layer.lora_A[name].bias is None
-        and layer.lora_B[name].bias is None
-        for name in names
-    )
+    dropouts, parts_a, parts_b = (held[part]._modules for part in ("lora_dropout", "lora_A", "lora_B"))
+    for name in names:
+        part_a, part_b = parts_a[name], parts_b[name]
+        if not (
+            name not in layer.lora_variant
+            and isinstance(layer.scaling[name], int | float)
+            and _is_bare(dropouts[name], _DROPOUT)
+            and _is_bare(part_a, _LINEAR)
+            and _is_bare(part_b, _LINEAR)
+            and part_a._parameters["bias"] is None
+            and part_b._parameters["bias"] is None
+        ):
+            return False
+    return True
 
 
-def _is_bare(module: nn.Module, *classes: type) -> bool:
+_LINEAR, _DROPOUT = (nn.Linear,), (nn.Identity, nn.Dropout)
+
+
+def _is_bare(module: nn.Module, classes: tuple[type, ...]) -> bool:
     """Whether a module is of such a class itself, over plain parameters, and nobody listens to its calls."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return (
-        type(module) in classes
-        and "forward" not in vars(module)
-        and not any(hooks)
-        and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
-    )
+    if (
+        type(module) not in classes
+        or "forward" in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ):
+        return False
+    for parameter in module._parameters.values():
+        if type(parameter) is not nn.Parameter and parameter is not None:
+            return False
+    return True
 
 
 class _Forward:
@@ -214,7 +225,7 @@ def _product(left: Tensor, right: Tensor, scaling: float, out: Tensor | None = N
 def _sum(
     total: Tensor | None, left: Tensor, right: Tensor, scaling: float = 1.0, out: Tensor | None = None
 ) -> Tensor:
-    """total + scaling · left·right: in place if the total is a matrix; if it is none or a row, in a new one or out."""
+    """total + scaling · left·right: in place if the total is a matrix, else (no total, or a row) new, or in out."""
     if total is None:
         return _product(left, right, scaling, out)
     if total.dim() == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -177,7 +177,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
         checks.check_rows(inputs)
-        output = super()._generate_and_score_completions(inputs)
+        # Nothing here has a gradient. GRPOTrainer would switch checkpointing off and on twice, while the GPU waits.
+        with nullcontext() if _IS_UNSLOTH else hidden_states.activations_kept(self._unwrapped):
+            output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
         if rollout is None:
             raise RuntimeError(

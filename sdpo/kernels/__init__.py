@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
-from sdpo._recipe import Make, Recipe, Rows, Slope
+from sdpo._recipe import SHARED, Make, Recipe, Rows, Slope
 
 MAX_K = 1024
-# Of the 16-bit formats it alone has the range for slopes that lack a factor of their row.
-SHARED = torch.bfloat16
 
 
 def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str | None:
@@ -20,7 +19,7 @@ def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str |
 
     On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Triton is imported.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if interpreted else "cuda"):
@@ -76,4 +75,9 @@ def joined(parts: Tensor, gain: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _runs_on(tensor: Tensor) -> bool:
-    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
+    return tensor.is_cuda and _is_installed()
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

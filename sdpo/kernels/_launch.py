@@ -10,8 +10,8 @@ import triton
 from torch import Tensor
 
 from sdpo._fused_torch import map_logits, row_gain
-from sdpo._recipe import Make, Recipe, Rows, Side, Slope, TokenStats
-from sdpo.kernels import SHARED, _full, _math, _rows, _select, _stream
+from sdpo._recipe import SHARED, Make, Recipe, Rows, Side, Slope, TokenStats
+from sdpo.kernels import _full, _math, _rows, _select, _stream
 
 # Columns per program of the passes over one model's vocabulary and over both models', and their warps.
 BLOCK, WARPS = 4096, 4
