@@ -12,8 +12,8 @@ from torch import Tensor
 Support = Literal["student", "teacher", "sampled"]
 Tail = Literal["bucket", "renormalize"]
 
-# Of the 16-bit formats it alone has the range for slopes that lack a factor of their row: they can be written before
-# that is known.
+# Of the 16-bit formats it alone has the range for slopes that lack a factor of their row: they can be written
+# before that is known.
 SHARED = torch.bfloat16
 
 
