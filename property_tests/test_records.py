@@ -78,7 +78,7 @@ def readme_loss() -> Iterator[str]:
     rows = loss(1)
     labels = {
         "**`sdpo.fused_topk_distillation_loss`**": "fused",
-        "logsumexp, top-K, gather": "logsumexp, top-K, gather",
+        "TRL's SDPO, top-K": "TRL SDPO",
         "log-softmax, top-K": "log-softmax, top-K",
         "Liger's JSD (full vocabulary)": "Liger JSD",
         "TRL's chunked divergence (full vocabulary)": "TRL chunked divergence",

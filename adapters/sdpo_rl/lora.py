@@ -99,10 +99,19 @@ def _is_bare(module: nn.Module, classes: tuple[type, ...]) -> bool:
 
 
 class _Forward:
-    """What a layer computes."""
+    """What a layer computes.
+
+    It looks into the modules' own dictionaries: of a small model the GPU is done before the next layer has begun.
+    """
 
     def __init__(self, layer: Any, names: list[str]) -> None:
-        self.layer, self._names, self._active = layer, names, list(layer.active_adapters)
+        self.layer, self._active = layer, list(layer.active_adapters)
+        held = layer._modules
+        self._base = held["base_layer"]._parameters
+        dropouts, parts_a, parts_b = (held[part]._modules for part in ("lora_dropout", "lora_A", "lora_B"))
+        self._adapters = [
+            (name, dropouts[name], parts_a[name]._parameters, parts_b[name]._parameters) for name in names
+        ]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
@@ -111,19 +120,20 @@ class _Forward:
         if not is_plain or layer.active_adapters != self._active or torch.compiler.is_compiling():
             return self._theirs(x, *args, **kwargs)
         # Read now: a teacher's weights may be in place.
-        weight, bias = layer.base_layer.weight, layer.base_layer.bias
-        pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in self._names]
+        weight, bias = self._base["weight"], self._base["bias"]
+        pairs = [(held_a["weight"], held_b["weight"]) for _, _, held_a, held_b in self._adapters]
         dtype = _operand(x, weight, *(part for pair in pairs for part in pair))
         if dtype is None:
             return self._theirs(x)
         # Cast here, so that the gradients are cast back.
         factors: list[Tensor | None] = []
-        for name, (weight_a, weight_b) in zip(self._names, pairs, strict=True):
-            dropout = layer.lora_dropout[name]
+        scalings = []
+        for (name, dropout, *_), (weight_a, weight_b) in zip(self._adapters, pairs, strict=True):
             own = dropout(x).to(dtype) if type(dropout) is nn.Dropout and dropout.training else None
-            factors += (own, weight_a.to(dtype), weight_b.to(dtype))
-        scalings = [layer.scaling[name] for name in self._names]
-        operands = (x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), *factors)
+            factors += (own, _cast(weight_a, dtype), _cast(weight_b, dtype))
+            scalings.append(layer.scaling[name])
+        bias = None if bias is None else _cast(bias, dtype)
+        operands: Any = (_cast(x, dtype), _cast(weight, dtype), bias, *factors)
         if torch.is_grad_enabled():
             output: Tensor = _Adapted.apply(scalings, *operands)
             return output
@@ -132,6 +142,10 @@ class _Forward:
     def _theirs(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = type(self.layer).forward(self.layer, x, *args, **kwargs)
         return output
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _operand(x: Tensor, *weights: Tensor) -> torch.dtype | None:
@@ -219,6 +233,8 @@ class _Adapted(torch.autograd.Function):
 
 def _product(left: Tensor, right: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
     """scaling · left·right, rounded once."""
+    if scaling == 1.0:
+        return torch.mm(left, right, out=out)
     return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scaling, out=out)
 
 

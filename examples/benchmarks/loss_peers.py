@@ -1,7 +1,9 @@
 """What the benchmarks of the loss compare: the fused loss, the plain one, and peers on the same inputs.
 
-Written here from their formulas: log-softmax of everything, then top-K (sdpo-rl 0.0.3); logsumexp, top-K and gather
-(trl.experimental.sdpo). Called where installed: trl.kernels.chunked_divergence and LigerFusedLinearJSDLoss.
+Called where installed: the top-K loss of trl.experimental.sdpo, on logits divided by the temperature as its trainer
+divides them; trl.kernels.chunked_divergence; LigerFusedLinearJSDLoss. Written here from their formulas: log-softmax
+of everything, then top-K (sdpo-rl 0.0.3); logsumexp, top-K and gather, which is TRL's without the division,
+nobody's own: what that way costs at least.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 import sdpo
 
-K, ALPHA = 100, 0.5
+K, ALPHA, TEMPERATURE = 100, 0.5, 1.0
 
 
 class Shape(NamedTuple):
@@ -73,8 +75,8 @@ def make_inputs(shape: Shape, device: str) -> Inputs:
 
 def fused(x: Inputs, k: int | None = K, **options: Any) -> Tensor:
     out = sdpo.fused_topk_distillation_loss(
-        x.hidden, x.head, x.teacher_hidden, x.head, x.tokens, k=k, alpha=ALPHA, tail="bucket", temperature=1.0,
-        loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), **options,
+        x.hidden, x.head, x.teacher_hidden, x.head, x.tokens, k=k, alpha=ALPHA, tail="bucket",
+        temperature=TEMPERATURE, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), **options,
     )  # fmt: skip
     return out.total / x.tokens.numel()
 
@@ -95,6 +97,18 @@ def log_softmax_then_topk(x: Inputs) -> Tensor:
     log_p = torch.log_softmax((x.hidden @ x.head.t()).float(), dim=-1)
     top, ids = log_p.topk(K, dim=-1)
     return _jsd(_with_rest(top), _with_rest(log_q.gather(-1, ids)))
+
+
+def trl_topk(x: Inputs) -> Tensor:
+    from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
+
+    with torch.no_grad():
+        teacher = (x.teacher_hidden @ x.head.t()) / TEMPERATURE
+    student = (x.hidden @ x.head.t()) / TEMPERATURE
+    per_token: Tensor = compute_topk_self_distillation_loss(
+        student, teacher, distillation_topk=K, distillation_alpha=ALPHA, distillation_add_tail=True
+    )
+    return per_token
 
 
 def logsumexp_topk_gather(x: Inputs) -> Tensor:
@@ -140,6 +154,7 @@ LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
         "fused, full vocabulary": fused_full,
         "log-softmax, top-K": log_softmax_then_topk,
         "logsumexp, top-K, gather": logsumexp_topk_gather,
+        "TRL SDPO": trl_topk,
         "TRL chunked divergence": trl_chunked,
         "Liger JSD": liger,
     },
@@ -147,7 +162,7 @@ LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
 }
 
 
-PEERS = ("log-softmax, top-K", "logsumexp, top-K, gather", "TRL chunked divergence", "Liger JSD")
+PEERS = ("log-softmax, top-K", "logsumexp, top-K, gather", "TRL SDPO", "TRL chunked divergence", "Liger JSD")
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """A whole optimizer step, side by side in one run: SDPO here, TRL's experimental SDPO, and plain GRPO.
 
-    python examples/benchmarks/step.py --shape 0.5b --rows 48 --steps 6 \\
+    python examples/benchmarks/step.py --shape 0.5b --rows 56 --steps 6 \\
         --output examples/benchmarks/records/step-0.5b-h200.json
 
 Random weights of a published shape, LoRA on bf16, completions fixed beforehand so that generation does not
