@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -186,17 +187,22 @@ def slopes_of(
     dtype: torch.dtype,
     gain: Tensor | None = None,
     tokens: Tensor | None = None,
+    lay_out: Callable[..., list[Make]] | None = None,
     **scalars: Any,
 ) -> Tensor:
-    """A backend's slopes [c, V] for student's and teacher's logits [c, V], in a dtype, seen in float64."""
+    """A backend's slopes [c, V] for student's and teacher's logits [c, V], in a dtype, seen in float64.
+
+    The logits lie in one buffer where the backend says that they may.
+    """
     rows, vocabulary = logits[0].shape
     made = Slope(torch.empty(rows, vocabulary, dtype=dtype), gain)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     stats = torch.empty(len(TokenStats._fields), rows, dtype=working)
     recipe = Recipe(k, **RECIPE | scalars)
     tokens = torch.arange(rows) if tokens is None else tokens
-    may_take_turns = chunk is not _fused_torch.chunk and kernels.take_turns(recipe, dtype)
-    lay_out = in_turns if may_take_turns else side_by_side
+    if lay_out is None:
+        may_take_turns = chunk is not _fused_torch.chunk and kernels.take_turns(recipe, dtype)
+        lay_out = in_turns if may_take_turns else side_by_side
     sides = lay_out(*(Side(side.to(working), None) for side in logits))
     chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
     return made.values.double()
@@ -214,6 +220,16 @@ def certain_student() -> tuple[Tensor, Tensor]:
     student[:, 0] = 20.0
     teacher[:, :2] = 20.0
     return student, teacher
+
+
+def turns_error(chunk: Backend, dtype: torch.dtype, **scalars: Any) -> float:
+    """Of a chunk's slopes, both models' logits in one buffer, against float64."""
+    logits, gain = strangers(6, 507, 3.0), torch.ones(6)
+    exact = slopes_of(_fused_torch.chunk, 20, logits, torch.float64, **scalars)
+    made = slopes_of(
+        chunk, 20, logits, dtype, None if dtype == torch.float32 else gain, lay_out=in_turns, **scalars
+    )
+    return relative_error(gain[:, None] * made, exact)
 
 
 def saturated_error(chunk: Backend, k: int | None) -> float:

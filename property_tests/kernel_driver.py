@@ -23,6 +23,7 @@ from fused_cases import (
     outside_error,
     relative_error,
     saturated_error,
+    turns_error,
     value_error,
 )
 from torch import Tensor
@@ -168,6 +169,10 @@ def main() -> None:
     results["gain"] = lost_length(_launch.chunk, 100)[0]
     results["gain, full"] = lost_length(_launch.chunk, None)[0]
     results |= inexact_products() | slopes_in_place()
+    results["in turns, teacher's support"] = turns_error(_launch.chunk, torch.float32, support="teacher")
+    results["bf16 slopes, in turns"] = turns_error(_launch.chunk, torch.bfloat16)
+    # The slopes of other formats need the student's logits again.
+    results["wrong: in turns, student's support"] = turns_error(_launch.chunk, torch.float32)
     results["hidden breaks"] = hidden_breaks(_launch.chunk)
     results["selection"] = selection_error(last_ties=False)
     results["wrong: selection by last ties"] = selection_error(last_ties=True)

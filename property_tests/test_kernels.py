@@ -13,7 +13,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +63,7 @@ def test_kernels_equal_the_torch_backend(results: dict[str, float]) -> None:
 @needs_triton
 def test_wrong_twins_are_rejected(results: dict[str, float]) -> None:
     twins = {name: error for name, error in results.items() if name.startswith("wrong: ")}
-    assert len(twins) == 9
+    assert len(twins) == 10
     assert all(error > 1e-2 for error in twins.values())
 
 
@@ -105,6 +107,25 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         assert "1025" in str(kernels.missing(gpu, torch.float32, recipe(1025)))
     monkeypatch.setattr(kernels, "_is_installed", lambda: False)
     assert "not installed" in str(kernels.missing(gpu, torch.float32, recipe(20)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "slope", "expected"),
+    [
+        ({}, torch.bfloat16, True),
+        ({}, torch.float16, False),
+        ({}, torch.float32, False),
+        ({"support": "teacher"}, torch.float32, True),
+        ({"support": "sampled", "k": None}, torch.float16, True),
+        ({"k": None}, torch.bfloat16, False),
+        ({"k": None, "support": "teacher"}, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_whose_logits_may_lie_in_one_buffer(
+    changes: dict[str, Any], slope: torch.dtype, expected: bool
+) -> None:
+    assert kernels.take_turns(replace(recipe(20), **changes), slope) == expected
 
 
 def test_auto_means_torch_on_a_cpu() -> None:
