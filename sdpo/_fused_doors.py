@@ -154,7 +154,10 @@ def check_operands(
 
 
 def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
-    """The active tokens among all. It waits for the device, whose queue is then empty: nothing may come between."""
+    """The active tokens among all.
+
+    This waits for the device, which then has nothing to do until the first product: what can come before it, does.
+    """
     active = loss_mask.flatten().nonzero().flatten()
     _check_token_ids(operands.tokens, active, operands.student_head.shape[0])
     return operands if active.shape[0] == loss_mask.numel() else operands._replace(active=active)
