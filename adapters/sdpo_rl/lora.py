@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,24 +51,39 @@ def _forwards(model: nn.Module) -> Iterator[_Forward]:
     layers: list[Any] = all_modules(model)
     for layer in layers:
         if type(layer) is peft.Linear and "forward" not in vars(layer) and hasattr(layer, "lora_variant"):
-            parts = layer._modules["lora_A"]._modules
-            names = [name for name in layer.active_adapters if name in parts]
+            own = _parts(layer).lora_a
+            names = [name for name in layer.active_adapters if name in own]
             if names and _is_plain(layer, names):
                 yield _Forward(layer, names)
 
 
-def _is_plain(layer: Any, names: list[str]) -> bool:
+class _Parts(NamedTuple):
+    """The modules of a layer, by the adapter's name where every adapter has its own."""
+
+    base: Any
+    dropout: dict[str, Any]
+    lora_a: dict[str, Any]
+    lora_b: dict[str, Any]
+
+
+def _parts(layer: Any) -> _Parts:
     # Past `__getattr__`, which looks for parameters first: a GPU waits while hundreds of layers are looked at.
     held = layer._modules
-    if layer.disable_adapters or layer.merged or not _is_bare(held["base_layer"], _LINEAR):
+    return _Parts(
+        held["base_layer"], held["lora_dropout"]._modules, held["lora_A"]._modules, held["lora_B"]._modules
+    )
+
+
+def _is_plain(layer: Any, names: list[str]) -> bool:
+    parts = _parts(layer)
+    if layer.disable_adapters or layer.merged or not _is_bare(parts.base, _LINEAR):
         return False
-    dropouts, parts_a, parts_b = (held[part]._modules for part in ("lora_dropout", "lora_A", "lora_B"))
     for name in names:
-        part_a, part_b = parts_a[name], parts_b[name]
+        part_a, part_b = parts.lora_a[name], parts.lora_b[name]
         if not (
             name not in layer.lora_variant
             and isinstance(layer.scaling[name], int | float)
-            and _is_bare(dropouts[name], _DROPOUT)
+            and _is_bare(parts.dropout[name], _DROPOUT)
             and _is_bare(part_a, _LINEAR)
             and _is_bare(part_b, _LINEAR)
             and part_a._parameters["bias"] is None
@@ -105,12 +120,11 @@ class _Forward:
     """
 
     def __init__(self, layer: Any, names: list[str]) -> None:
-        self.layer, self._active = layer, list(layer.active_adapters)
-        held = layer._modules
-        self._base = held["base_layer"]._parameters
-        dropouts, parts_a, parts_b = (held[part]._modules for part in ("lora_dropout", "lora_A", "lora_B"))
+        self.layer, self._active, parts = layer, list(layer.active_adapters), _parts(layer)
+        self._base = parts.base._parameters
         self._adapters = [
-            (name, dropouts[name], parts_a[name]._parameters, parts_b[name]._parameters) for name in names
+            (name, parts.dropout[name], parts.lora_a[name]._parameters, parts.lora_b[name]._parameters)
+            for name in names
         ]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
