@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdpo._recipe import Recipe, Rows, Side, Slope, TokenStats
-from sdpo.kernels import _launch, _tensors
+from sdpo.fused._types import Recipe, Rows, Side, Slope, TokenStats
+from sdpo.fused.triton import _elementwise, _launch
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
@@ -83,9 +83,9 @@ def main() -> None:
     call(torch.bfloat16, k=None)
     call(torch.float32, k=None, bias=True, softcap=30.0, alpha=0.0, weighted=True)
     call(None)
-    _tensors.scaled(torch.zeros(9).bfloat16(), torch.ones(()))
-    _tensors.joined(torch.zeros(3, COUNT, 64), torch.ones(COUNT), torch.zeros(COUNT, 64).bfloat16())
-    _tensors.joined(torch.zeros(1, COUNT, 64), None, torch.zeros(COUNT, 64))
+    _elementwise.scaled(torch.zeros(9).bfloat16(), torch.ones(()))
+    _elementwise.joined(torch.zeros(3, COUNT, 64), torch.ones(COUNT), torch.zeros(COUNT, 64).bfloat16())
+    _elementwise.joined(torch.zeros(1, COUNT, 64), None, torch.zeros(COUNT, 64))
     print(json.dumps(Counter(json.loads(key)[0] for key in compiled)))
 
 

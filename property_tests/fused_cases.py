@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import sdpo
-from sdpo import _fused_torch, kernels
-from sdpo._fused_engine import Backend
-from sdpo._recipe import Make, Recipe, Rows, Side, Slope, TokenStats
+from sdpo.fused import _torch
+from sdpo.fused import triton as kernels
+from sdpo.fused._chunks import Backend
+from sdpo.fused._types import Make, Recipe, Rows, Side, Slope, TokenStats
 
 LEARNING = ("student_hidden", "student_head", "student_bias")
 Answer = dict[str, Tensor]
@@ -201,7 +202,7 @@ def slopes_of(
     recipe = Recipe(k, **RECIPE | scalars)
     tokens = torch.arange(rows) if tokens is None else tokens
     if lay_out is None:
-        may_take_turns = chunk is not _fused_torch.chunk and kernels.take_turns(recipe, dtype)
+        may_take_turns = chunk is not _torch.chunk and kernels.take_turns(recipe, dtype)
         lay_out = in_turns if may_take_turns else side_by_side
     sides = lay_out(*(Side(side.to(working), None) for side in logits))
     chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
@@ -225,7 +226,7 @@ def certain_student() -> tuple[Tensor, Tensor]:
 def turns_error(chunk: Backend, dtype: torch.dtype, **scalars: Any) -> float:
     """Of a chunk's slopes, both models' logits in one buffer, against float64."""
     logits, gain = strangers(6, 507, 3.0), torch.ones(6)
-    exact = slopes_of(_fused_torch.chunk, 20, logits, torch.float64, **scalars)
+    exact = slopes_of(_torch.chunk, 20, logits, torch.float64, **scalars)
     made = slopes_of(
         chunk, 20, logits, dtype, None if dtype == torch.float32 else gain, lay_out=in_turns, **scalars
     )
@@ -234,7 +235,7 @@ def turns_error(chunk: Backend, dtype: torch.dtype, **scalars: Any) -> float:
 
 def saturated_error(chunk: Backend, k: int | None) -> float:
     """Of the slopes of a nearly certain student, against float64."""
-    exact = slopes_of(_fused_torch.chunk, k, certain_student(), torch.float64)
+    exact = slopes_of(_torch.chunk, k, certain_student(), torch.float64)
     return relative_error(slopes_of(chunk, k, certain_student(), torch.float32), exact)
 
 
@@ -253,7 +254,7 @@ def bf16_slopes_error(chunk: Backend, **scalars: Any) -> float:
     """The largest of a row's, against float64, relative to its length if it has any; infinite where NaN."""
     logits, tokens = far_apart()
     k, gain = scalars.pop("k", 8), torch.empty(len(tokens))
-    exact = slopes_of(_fused_torch.chunk, k, logits, torch.float64, tokens=tokens, **scalars)
+    exact = slopes_of(_torch.chunk, k, logits, torch.float64, tokens=tokens, **scalars)
     ours = slopes_of(chunk, k, logits, torch.bfloat16, gain, tokens, **scalars)
     error = (gain[:, None] * ours - exact).norm(dim=1) / (exact.norm(dim=1) + 1e-20)
     return error.nan_to_num(torch.inf).max().item()
@@ -285,7 +286,7 @@ def inexact_stats(
         backend(*side_by_side(*sides), rows, Recipe(50, **RECIPE | {"softcap": 90.0}), made, None)
         return TokenStats(*made.double())
 
-    return stats(chunk, inexact, lost=told), stats(_fused_torch.chunk, exact.clone())
+    return stats(chunk, inexact, lost=told), stats(_torch.chunk, exact.clone())
 
 
 def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, told: float = 0.0) -> float:
@@ -325,7 +326,7 @@ def outside_error(chunk: Backend, *, made_of: bool = True) -> float:
         backend(*side_by_side(*sides), rows, Recipe(2, **RECIPE), made, None)
         return made[0].double()
 
-    ours, known = values(chunk, inexact), values(_fused_torch.chunk, exact.clone())
+    ours, known = values(chunk, inexact), values(_torch.chunk, exact.clone())
     return ((ours - known) / known).abs().max().item()
 
 

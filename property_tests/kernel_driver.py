@@ -28,9 +28,9 @@ from fused_cases import (
 )
 from torch import Tensor
 
-from sdpo.kernels import _launch, _rows, _stream
-from sdpo.kernels._math import SMALLEST, first_k, order_key
-from sdpo.kernels._tensors import joined, scaled
+from sdpo.fused.triton import _launch, _reductions, _topk_loss
+from sdpo.fused.triton._elementwise import joined, scaled
+from sdpo.fused.triton._math import SMALLEST, first_k, order_key
 
 # The interpreter computes both branches of every `where`.
 warnings.simplefilter("ignore", RuntimeWarning)
@@ -192,11 +192,11 @@ def inexact_products() -> dict[str, float]:
         "wrong: value, a share is lost": value_error(_launch.chunk, lost=3e-2),
         "value, a likely token outside": outside_error(_launch.chunk),
     }
-    true = _rows.refined
+    true = _topk_loss.refined
     # Who chose the support has no likely token outside: nobody is asked for one.
-    _rows.refined = lambda *args: true(*args[:21], True, *args[22:])
+    _topk_loss.refined = lambda *args: true(*args[:21], True, *args[22:])
     found["wrong: value, a likely token outside"] = outside_error(_launch.chunk) * 1e3
-    _rows.refined = true
+    _topk_loss.refined = true
     return found
 
 
@@ -209,10 +209,10 @@ def slopes_in_place() -> dict[str, float]:
     }  # fmt: skip
     found = {f"bf16 slopes, {name}": bf16_slopes_error(_launch.chunk, **kind) for name, kind in kinds.items()}
     for limit in ("REACH", "DEPTH"):
-        true = getattr(_stream, limit)
-        setattr(_stream, limit, tl.constexpr(1e30))
+        true = getattr(_reductions, limit)
+        setattr(_reductions, limit, tl.constexpr(1e30))
         found[f"wrong: {limit} without end"] = min(bf16_slopes_error(_launch.chunk, **kinds["forward"]), 1e3)
-        setattr(_stream, limit, true)
+        setattr(_reductions, limit, true)
     return found
 
 

@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpo_rl import lora
-from sdpo_rl.lora import one_product
+from sdpo_rl.compat import peft_lora
+from sdpo_rl.compat.peft_lora import one_product
 
 IN, OUT, RANK = 7, 5, 3
 
@@ -117,4 +117,4 @@ def assert_as_peft(model: PeftModel, x: Tensor) -> Counter[str]:
 
 def there(model: nn.Module) -> int:
     """Layers that are now computed in another way."""
-    return sum(isinstance(vars(m).get("forward"), lora._Forward) for m in model.modules())
+    return sum(isinstance(vars(m).get("forward"), peft_lora._Forward) for m in model.modules())

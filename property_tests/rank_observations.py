@@ -54,11 +54,11 @@ def moments(trainer: Any) -> list[Any]:
 def fixed_batch(unwrapped: Any) -> dict[str, Any]:
     import torch
 
-    from sdpo_rl import hidden_states
+    from sdpo_rl.step import forward as step_forward
 
     ids = torch.arange(7, 31).view(2, 12)
     mask = torch.ones_like(ids)
-    return hidden_states.forward_arguments(unwrapped, ids, mask, mask.cumsum(-1) - 1, 13)
+    return step_forward.forward_arguments(unwrapped, ids, mask, mask.cumsum(-1) - 1, 13)
 
 
 def observe_run(folder: Path, run: Run, **changes: Any) -> Observed:
@@ -70,7 +70,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
     import torch
     from transformers import TrainerCallback
 
-    from sdpo_rl import hidden_states
+    from sdpo_rl.step import forward as step_forward
 
     gradients: list[Observed] = []
     prompts: list[list[str]] = []
@@ -96,10 +96,10 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
     trainer.train(**resume)
     unwrapped, model = trainer._unwrapped, trainer.model_wrapped
     arguments = fixed_batch(unwrapped)
-    with torch.no_grad(), hidden_states.evaluating(unwrapped):
+    with torch.no_grad(), step_forward.evaluating(unwrapped):
         before = model(**arguments).logits
         teacher = [
-            hidden_states.completion_logits(model, unwrapped, arguments, length=11, params=params)
+            step_forward.completion_logits(model, unwrapped, arguments, length=11, params=params)
             for params in trainer._teacher.forwards(unwrapped)
         ]
         after = model(**arguments).logits
@@ -120,7 +120,8 @@ def observe_exchange(folder: Path) -> Observed:
     import torch
     from torch.func import functional_call
 
-    from sdpo_rl import hidden_states, ranks
+    from sdpo_rl.step import forward as step_forward
+    from sdpo_rl.teacher import shards
 
     seen: Observed = {}
     for tied in (True, False):
@@ -140,29 +141,29 @@ def observe_exchange(folder: Path) -> Observed:
                     name: torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(errors)))
                 }
                 expected = functional_call(plain, other, args=(), kwargs=arguments).logits
-                parts = ranks.held_parts(model, other)
+                parts = shards.held_parts(model, other)
                 model(**arguments)
-                shown = hidden_states._run(model, model, arguments, parts).logits
+                shown = step_forward._run(model, model, arguments, parts).logits
                 errors[name] = (shown - expected).abs().max().item()
                 unseen[name] = (own - expected).abs().max().item()
                 gaps[name] = (model(**arguments).logits - own).abs().max().item()
                 # The wrong twin: contents exchanged while units are still gathered.
-                held = ranks.held_parameters(model)
+                held = shards.held_parameters(model)
                 kept = held[name].clone()
                 model(**arguments)
                 held[name].copy_(parts[name])
                 stale[name] = (model(**arguments).logits - expected).abs().max().item()
                 held[name].copy_(kept)
-                ranks.held_parameters(model)
-        interrupted = {n: torch.zeros_like(p) for n, p in ranks.held_parameters(model).items()}
+                shards.held_parameters(model)
+        interrupted = {n: torch.zeros_like(p) for n, p in shards.held_parameters(model).items()}
         try:
-            with ranks.exchanged(model, interrupted):
+            with shards.exchanged(model, interrupted):
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             pass
         with torch.no_grad():
             gaps["after an interruption"] = (model(**arguments).logits - own).abs().max().item()
-        whole_again = ranks.full_tensors(model, ranks.held_parameters(model))
+        whole_again = shards.full_tensors(model, shards.held_parameters(model))
         round_trip = all(torch.equal(whole_again[n], p) for n, p in plain.named_parameters())
         seen["tied" if tied else "untied"] = {
             "errors": errors,
@@ -244,7 +245,7 @@ def observe_interrupted(folder: Path, kind: str, adapter: str) -> Observed:
     """A run, the same cut while DeepSpeed writes the last checkpoint and resumed, and twins that forget."""
     import deepspeed
 
-    from sdpo_rl import progress
+    from sdpo_rl.resume import progress
 
     run = replace(SAVED_WITHIN_A_BATCH, adapter=adapter)
     place = folder / f"resume {kind} {adapter}"
@@ -310,7 +311,7 @@ def observe_turns(folder: Path) -> Observed:
     import torch
     from datasets import Dataset
 
-    from sdpo_rl import SDPOTrainer, trl_trainer
+    from sdpo_rl import SDPOTrainer, trainer
 
     chatty = [talking.call("multiply", '{"a": 6, "b": 7}')] * 2 + [f"it is 42{talking.END}"]
     silent = [f"it is 41{talking.END}"]
@@ -337,12 +338,12 @@ def observe_turns(folder: Path) -> Observed:
                 self.model(input_ids=torch.tensor(prompt_ids[:1]))
             return say(prompt_ids)
 
-        sample = trl_trainer._BASE._generate_single_turn
-        trl_trainer._BASE._generate_single_turn = turn
+        sample = trainer._BASE._generate_single_turn
+        trainer._BASE._generate_single_turn = turn
         try:
             trainer.train()
         finally:
-            trl_trainer._BASE._generate_single_turn = sample
+            trainer._BASE._generate_single_turn = sample
     return {"turns": turns, "loss": trainer.state.log_history[0]["loss"]}
 
 

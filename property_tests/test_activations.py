@@ -9,7 +9,7 @@ import pytest
 import tiny
 from torch import nn
 
-from sdpo_rl.hidden_states import activations_kept
+from sdpo_rl.step.forward import activations_kept
 
 REENTRANT = {"use_reentrant": True}
 

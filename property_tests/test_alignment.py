@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import Claim, name_of
 from torch import Tensor
 
-from sdpo_rl.alignment import compact, left_pad, position_ids
+from sdpo_rl.step.batch import compact, left_pad, position_ids
 
 PAD = 0
 CPU = torch.device("cpu")

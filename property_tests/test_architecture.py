@@ -41,7 +41,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_core_needs_torch_alone() -> None:
-    loaded = loaded_by("import sdpo, sdpo.fused, sdpo.kernels")
+    loaded = loaded_by("import sdpo, sdpo.fused, sdpo.fused.triton")
     assert "torch" in loaded
     assert loaded & UNWANTED == set()
     assert "sdpo_rl" not in loaded
@@ -103,7 +103,7 @@ def tops(names: Iterator[str]) -> set[str]:
 @pytest.mark.parametrize("name", modules(CORE))
 def test_core_modules_import_torch_einops_and_the_standard_library(name: str) -> None:
     allowed = {"torch", "einops", "sdpo", "__future__", *sys.stdlib_module_names}
-    if name.startswith("sdpo.kernels."):
+    if name.startswith("sdpo.fused.triton."):
         allowed |= {"triton"}
     assert tops(imports(name, modules(CORE)[name])) - allowed == set()
 

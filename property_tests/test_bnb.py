@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from sdpo_rl.report import base_precision
-from sdpo_rl.teacher_store import TeacherStore
+from sdpo_rl.diagnose.report import base_precision
+from sdpo_rl.teacher.store import TeacherStore
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -33,7 +33,8 @@ from strategies import Claim
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from sdpo_rl import checkpoint, metrics, progress
+from sdpo_rl.resume import checkpoint, progress
+from sdpo_rl.step import metrics
 
 WHOLE_BATCH = {"steps_per_generation": 2}
 HALF_BATCH = {"steps_per_generation": 4}

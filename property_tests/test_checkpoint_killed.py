@@ -21,7 +21,7 @@ from strategies import Claim
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from sdpo_rl import checkpoint
+from sdpo_rl.resume import checkpoint
 
 
 def property_a_trainer_state_cut_anywhere_is_incomplete(

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from strategies import Claim, name_of
 
-from sdpo_rl.feedback import FeedbackCollector, join_feedback, split_rewards
+from sdpo_rl.rollout.feedback import FeedbackCollector, join_feedback, split_rewards
 
 # --- one function's output --------------------------------------------------------------------------------
 

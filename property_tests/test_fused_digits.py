@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdpo import _fused_engine, _fused_torch, _projection
-from sdpo._projection import pieces
+from sdpo.fused import _chunks, _matmul, _torch
+from sdpo.fused._matmul import pieces
 
 
 @pytest.mark.parametrize("k", [100, None])
 def test_a_row_of_slopes_keeps_its_length_in_bf16(k: int | None) -> None:
-    with_gain, without = lost_length(_fused_torch.chunk, k)
+    with_gain, without = lost_length(_torch.chunk, k)
     assert with_gain < 2e-4
     assert without > 2e-3
 
@@ -26,14 +26,14 @@ def test_a_row_of_slopes_keeps_its_length_in_bf16(k: int | None) -> None:
 def test_the_slope_of_a_nearly_certain_token_keeps_its_digits(
     monkeypatch: pytest.MonkeyPatch, k: int | None
 ) -> None:
-    assert saturated_error(_fused_torch.chunk, k) < 1e-4
+    assert saturated_error(_torch.chunk, k) < 1e-4
     # A wrong twin: g − G·p, here a difference of near equals.
-    monkeypatch.setattr(_fused_torch, "_balanced", lambda slopes, p: slopes)
-    assert saturated_error(_fused_torch.chunk, k) > 2e-4
+    monkeypatch.setattr(_torch, "_balanced", lambda slopes, p: slopes)
+    assert saturated_error(_torch.chunk, k) > 2e-4
 
 
 def test_a_broken_logit_shows() -> None:
-    assert hidden_breaks(_fused_torch.chunk) == 0.0
+    assert hidden_breaks(_torch.chunk) == 0.0
 
 
 @given(st.integers(1, 300_000))
@@ -67,7 +67,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stand_in in {"mm": product, "bmm": products, "addmm": added}.items():
         monkeypatch.setattr(torch, name, stand_in)
     halves = (torch.bfloat16, torch.float16)
-    monkeypatch.setattr(_projection, "has_mixed_product", lambda device, operand: operand in halves)
+    monkeypatch.setattr(_matmul, "has_mixed_product", lambda device, operand: operand in halves)
 
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -89,8 +89,8 @@ def relative_errors(case: Case, dtype: torch.dtype, **options: Any) -> list[floa
 def test_mixed_products_lose_what_their_inputs_lack(
     monkeypatch: pytest.MonkeyPatch, fills: int, scalars: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(_projection, "_FILLS", fills)
-    monkeypatch.setattr(_projection, "_TERMS", 100)
+    monkeypatch.setattr(_matmul, "_FILLS", fills)
+    monkeypatch.setattr(_matmul, "_TERMS", 100)
     value, *gradients = relative_errors(make_case(31, n=33, d=17, v=507, **scalars), dtype)
     assert value < 1e-5
     assert max(gradients) < 2 * torch.finfo(dtype).eps
@@ -104,22 +104,20 @@ def test_what_a_product_loses_is_given_back(monkeypatch: pytest.MonkeyPatch) -> 
 
     whole = torch.mm
     monkeypatch.setattr(torch, "mm", lossy)
-    _projection._measured_loss.cache_clear()
+    _matmul._measured_loss.cache_clear()
     try:
-        assert _projection.lost_share(torch.device("cpu"), torch.bfloat16, 17) == pytest.approx(
-            1e-3, rel=1e-3
-        )
+        assert _matmul.lost_share(torch.device("cpu"), torch.bfloat16, 17) == pytest.approx(1e-3, rel=1e-3)
         # Values alone: the gradient's own product is as short as it was.
         case = make_case(38, n=33, d=17, v=507)
         assert relative_errors(case, torch.bfloat16)[0] < 1e-5
-        monkeypatch.setattr(_fused_engine, "lost_share", lambda device, operand, width: 0.0)
+        monkeypatch.setattr(_chunks, "lost_share", lambda device, operand, width: 0.0)
         assert relative_errors(case, torch.bfloat16)[0] > 1e-4, "a wrong twin"
     finally:
-        _projection._measured_loss.cache_clear()
+        _matmul._measured_loss.cache_clear()
 
 
 def test_a_cpu_loses_nothing() -> None:
-    assert _projection.lost_share(torch.device("cpu"), torch.bfloat16, 3584) == 0.0
+    assert _matmul.lost_share(torch.device("cpu"), torch.bfloat16, 3584) == 0.0
 
 
 @pytest.mark.usefixtures("mixed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fused_cases import make_case
 
-from sdpo import _fused_doors
+from sdpo.fused import _plan
 
 GIB = 2**30
 
@@ -20,7 +20,7 @@ def fitting(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    return _fused_doors._rows_that_fit(bytes_per_row, torch.device("cuda"))
+    return _plan._rows_that_fit(bytes_per_row, torch.device("cuda"))
 
 
 def test_a_chunk_fits_into_a_quarter_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_a_chunk_has_whole_tiles_a_floor_and_a_ceiling(
 def test_a_cpu_is_not_asked_for_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mem_get_info", "memory_reserved", "memory_allocated"):
         monkeypatch.delattr(torch.cuda, name)
-    assert _fused_doors._rows_that_fit(2**20, torch.device("cpu")) == 96
+    assert _plan._rows_that_fit(2**20, torch.device("cpu")) == 96
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

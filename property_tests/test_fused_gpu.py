@@ -8,8 +8,8 @@ import pytest
 import torch
 from fused_cases import Case, make_case, relative_error
 
-from sdpo import _fused_engine
-from sdpo._projection import pull_back
+from sdpo.fused import _chunks
+from sdpo.fused._matmul import pull_back
 
 pytestmark = pytest.mark.gpu
 
@@ -134,7 +134,7 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
 @pytest.mark.parametrize("scale", [1.0, 4.0], ids=["flat", "ordinary"])
 def test_every_token_to_the_fifth_digit(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Models that mostly agree: their divergence is a difference of logits of which a share is lost."""
-    from sdpo.kernels import _launch
+    from sdpo.fused.triton import _launch
 
     plain: dict[str, Any] = {"weights": False, "biases": False}
     case = make_case(12, n=128, d=3584, v=20_000, scale=scale, k=100, **plain)
@@ -149,7 +149,7 @@ def test_every_token_to_the_fifth_digit(monkeypatch: pytest.MonkeyPatch, scale: 
 
     assert worst() < 1e-5
     # A wrong twin: the products as they are.
-    monkeypatch.setattr(_fused_engine, "lost_share", lambda device, operand, width: 0.0)
+    monkeypatch.setattr(_chunks, "lost_share", lambda device, operand, width: 0.0)
     monkeypatch.setattr(_launch, "_is_exact", lambda model, recipe: False)
     assert worst() > 1e-5
 

@@ -12,8 +12,8 @@ import transformers
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
-from sdpo_rl.alignment import left_pad, position_ids
-from sdpo_rl.hidden_states import (
+from sdpo_rl.step.batch import left_pad, position_ids
+from sdpo_rl.step.forward import (
     completion_logits,
     completion_states,
     forward_arguments,

@@ -21,8 +21,8 @@ import pytest
 import torch
 from fused_cases import make_case
 
-from sdpo import kernels
-from sdpo._recipe import Recipe
+from sdpo.fused import triton as kernels
+from sdpo.fused._types import Recipe
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def test_wrong_twins_are_rejected(results: dict[str, float]) -> None:
 
 
 def kernels_of_the_package() -> set[str]:
-    """Functions of sdpo.kernels that write to memory and are not for kernels alone: what is launched."""
+    """Functions of sdpo.fused.triton that write to memory and are not for kernels alone: what is launched."""
     found = set()
     for path in Path(kernels.__file__).parent.glob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sdpo_rl.feedback import FeedbackCollector
+from sdpo_rl.rollout.feedback import FeedbackCollector
 
 Batches = list[list[str | None] | None]  # what is said in each batch; nothing where `None`
 

@@ -19,8 +19,8 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from sdpo_rl import lora
-from sdpo_rl.lora import one_product
+from sdpo_rl.compat import peft_lora
+from sdpo_rl.compat.peft_lora import one_product
 
 # --- which layers -----------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ def hooks_everywhere(patch: pytest.MonkeyPatch, model: PeftModel) -> None:
 
 
 def sharded(patch: pytest.MonkeyPatch, model: PeftModel) -> None:
-    patch.setattr(lora.ranks, "is_sharded", lambda _: True)
+    patch.setattr(peft_lora.shards, "is_sharded", lambda _: True)
 
 
 @pytest.mark.parametrize("change", [no_variants, another_forward, hooks_everywhere, sharded])

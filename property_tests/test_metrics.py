@@ -14,10 +14,10 @@ from strategies import Claim, generator, name_of, seeds
 from torch import Tensor
 
 from sdpo_rl import SDPOConfig
-from sdpo_rl.diagnostics import Diagnostics
-from sdpo_rl.distillation import Targets, from_logits, fused, rollout_weights, step_metrics
-from sdpo_rl.hidden_states import CompletionStates, Head, HeadTransform
-from sdpo_rl.metrics import MetricSums
+from sdpo_rl.diagnose.warnings import Diagnostics
+from sdpo_rl.step.forward import CompletionStates, Head, HeadTransform
+from sdpo_rl.step.loss import Targets, from_logits, fused, rollout_weights, step_metrics
+from sdpo_rl.step.metrics import MetricSums
 
 # --- sums -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from strategies import Claim, name_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdpo_rl.normalization import StepWindow
+from sdpo_rl.step.denominator import StepWindow
 
 
 @dataclass(frozen=True)

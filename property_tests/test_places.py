@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sdpo_rl.places import all_modules, places, replaced
+from sdpo_rl.teacher.swap import all_modules, places, replaced
 
 
 class Tied(nn.Module):

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from strategies import Claim, name_of
 
 from sdpo import Templates
-from sdpo_rl.prompts import (
+from sdpo_rl.rollout.prompts import (
     CUT_MARKER,
     Renderer,
     Reprompter,

@@ -18,8 +18,8 @@ import tiny
 import torch
 from filelock import FileLock
 
-from sdpo_rl.ranks import check_strategy
-from sdpo_rl.teacher_store import TeacherStore
+from sdpo_rl.teacher.shards import check_strategy
+from sdpo_rl.teacher.store import TeacherStore
 
 TOLERANCE = 1e-5
 BOTH = [*(("ddp", name) for name in driver.RUNS), *(("fsdp2", name) for name in driver.SHARDED_RUNS)]

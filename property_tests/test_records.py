@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sdpo_rl import checks
+from sdpo_rl import _validate
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "examples" / "benchmarks" / "records"
@@ -228,7 +228,7 @@ def test_what_the_readme_says_of_the_demo_holds() -> None:
 def test_the_readme_names_the_options_that_are_refused() -> None:
     named = re.search(r"is refused \(([^)]*)\)", README)
     assert named
-    assert set(re.findall(r"`(\w+)`", named[1])) == set(checks._NOT_OURS)
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(_validate._NOT_OURS)
 
 
 def test_records_name_no_machine() -> None:

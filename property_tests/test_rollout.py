@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from strategies import Claim, name_of
 
 from sdpo_rl import SDPOConfig
-from sdpo_rl.prompts import Renderer, Reprompter
-from sdpo_rl.rollout import Rollout, TeacherContext, teacher_context
+from sdpo_rl.rollout.demonstrations import Rollout, TeacherContext, teacher_context
+from sdpo_rl.rollout.prompts import Renderer, Reprompter
 
 GROUP = 3
 TOKENIZER = tiny.tokenizer()

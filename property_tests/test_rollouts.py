@@ -15,9 +15,10 @@ from by_hand import Method, Row, compare
 from datasets import Dataset
 from torch import Tensor, nn
 
-from sdpo_rl import SDPOTrainer, micro_batch
-from sdpo_rl.feedback import environment_feedback
-from sdpo_rl.prompts import completion_text
+from sdpo_rl import SDPOTrainer
+from sdpo_rl.rollout.feedback import environment_feedback
+from sdpo_rl.rollout.prompts import completion_text
+from sdpo_rl.step import micro_batch
 
 TOLERANCE = 3e-6
 

@@ -11,7 +11,8 @@ import torch
 from by_hand import ByHand, Method, Recorder, Row, render, trainable
 from torch import Tensor, nn
 
-from sdpo_rl import SDPOTrainer, hidden_states
+from sdpo_rl import SDPOTrainer
+from sdpo_rl.step import forward as step_forward
 
 COEFFICIENT = 0.5
 TOLERANCE = 5e-6
@@ -101,8 +102,8 @@ def test_a_dropped_or_unweighted_router_loss_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wrong twins: no term at all, and one that a micro-batch with few tokens has as much of as any other."""
-    true = hidden_states.router_loss
-    monkeypatch.setattr(hidden_states, "router_loss", lambda outputs: true(outputs).detach())
+    true = step_forward.router_loss
+    monkeypatch.setattr(step_forward, "router_loss", lambda outputs: true(outputs).detach())
     assert step_gap(tmp_path / "dropped", **FOUR) > 1e-3
     monkeypatch.undo()
     counted = SDPOTrainer._distilled_total

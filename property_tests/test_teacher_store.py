@@ -24,8 +24,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 import sdpo.teacher
 from sdpo import frozen, teacher_distance
-from sdpo_rl import SDPOConfig, distillation, hidden_states, places, teacher_store
-from sdpo_rl.teacher_store import TeacherStore
+from sdpo_rl import SDPOConfig
+from sdpo_rl.step import forward as step_forward
+from sdpo_rl.step import loss as step_loss
+from sdpo_rl.teacher import store as teacher_store
+from sdpo_rl.teacher import swap as teacher_swap
+from sdpo_rl.teacher.store import TeacherStore
 
 Weights = dict[str, Tensor]
 RATE = 0.3
@@ -128,7 +132,7 @@ def logits(model: Any, params: Weights | None = None) -> Tensor:
     model.eval()
     arguments = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
     with torch.no_grad():
-        return hidden_states.completion_logits(model, model, arguments, length=4, params=params)
+        return step_forward.completion_logits(model, model, arguments, length=4, params=params)
 
 
 def run(model: nn.Module, folder: Path, **config: Any) -> tuple[Any, Students]:
@@ -321,7 +325,7 @@ def test_a_parameter_that_was_replaced_is_found_in_its_place() -> None:
     store.forwards(model)
     replaced = model[0].weight = nn.Parameter(torch.zeros(2, 2))
     (params,) = store.forwards(model)
-    with places.replaced(model, params):
+    with teacher_swap.replaced(model, params):
         assert torch.equal(model[0].weight, start)
     assert model[0].weight is replaced
 
@@ -364,10 +368,10 @@ def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path,
     p = torch.randn(now.shape, generator=torch.Generator().manual_seed(0))
     options = {"alpha": 1.0, "distillation_support": "full", "trust_region_coef": coef, "is_clip": None}
     tokens = IDS[:, -4:]
-    targets = distillation.Targets(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None)
+    targets = step_loss.Targets(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None)
 
     def value(teachers: list[Tensor]) -> Tensor:
-        return distillation.from_logits(SDPOConfig(**options), p, teachers, targets, temperature=1.0).total
+        return step_loss.from_logits(SDPOConfig(**options), p, teachers, targets, temperature=1.0).total
 
     def by_hand(log_q: Tensor) -> Tensor:
         log_p = p.double().log_softmax(-1)
@@ -592,7 +596,7 @@ def test_a_forward_walks_through_the_modules_no_more_than_once(monkeypatch: pyte
     (params,) = store.forwards(model)
     expected = logits(model, params)
     monkeypatch.setattr(nn.Module, "named_modules", refuse)
-    monkeypatch.setattr(places, "all_modules", refuse)
+    monkeypatch.setattr(teacher_swap, "all_modules", refuse)
     (params,) = store.forwards(model)
     assert torch.equal(logits(model, params), expected)
 

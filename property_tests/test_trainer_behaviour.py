@@ -20,7 +20,8 @@ from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import TrainerCallback
 
-from sdpo_rl import SDPOConfig, SDPOTrainer, micro_batch
+from sdpo_rl import SDPOConfig, SDPOTrainer
+from sdpo_rl.step import micro_batch
 
 FOUR: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 PREFIX = "self_distillation/"

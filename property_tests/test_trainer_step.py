@@ -19,7 +19,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sdpo_rl import alignment, distillation, hidden_states, normalization, prompts, trl_trainer
+from sdpo_rl import trainer
+from sdpo_rl.rollout import prompts
+from sdpo_rl.step import batch as step_batch
+from sdpo_rl.step import denominator
+from sdpo_rl.step import forward as step_forward
+from sdpo_rl.step import loss as step_loss
 
 TOLERANCE = 5e-6
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -284,13 +289,13 @@ def each_micro_batch_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
     def denominator(self: Any, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
-    patch.setattr(normalization.StepWindow, "denominator", denominator)
+    patch.setattr(denominator.StepWindow, "denominator", denominator)
 
 
 def not_divided_by_accumulation(patch: pytest.MonkeyPatch) -> None:
-    true = normalization.StepWindow.denominator
+    true = denominator.StepWindow.denominator
     patch.setattr(
-        normalization.StepWindow,
+        denominator.StepWindow,
         "denominator",
         lambda self, **kwargs: true(self, **kwargs) / kwargs["length"],
     )
@@ -308,73 +313,73 @@ def system_prompt_lost(patch: pytest.MonkeyPatch) -> None:
 
 def teacher_without_temperature(patch: pytest.MonkeyPatch) -> None:
     for name in ("from_logits", "fused"):
-        true = getattr(distillation, name)
+        true = getattr(step_loss, name)
 
         def forgetful(config: Any, p: Any, q: Any, *args: Any, true: Any = true, **kwargs: Any) -> Any:
             warm = kwargs["temperature"]
             q = [x._replace(hidden=x.hidden * warm) if hasattr(x, "hidden") else x * warm for x in q]
             return true(config, p, q, *args, **kwargs)
 
-        patch.setattr(distillation, name, forgetful)
+        patch.setattr(step_loss, name, forgetful)
 
 
 def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
     def left_pad(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        ids, mask = alignment.left_pad(*args, **kwargs)
+        ids, mask = step_batch.left_pad(*args, **kwargs)
         return ids, torch.ones_like(mask)
 
-    patch.setattr(trl_trainer, "left_pad", left_pad)
+    patch.setattr(trainer, "left_pad", left_pad)
 
 
 def teacher_reads_the_neighbour(patch: pytest.MonkeyPatch) -> None:
     def left_pad(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        ids, mask = alignment.left_pad(*args, **kwargs)
+        ids, mask = step_batch.left_pad(*args, **kwargs)
         return ids.roll(1, 0), mask.roll(1, 0)
 
-    patch.setattr(trl_trainer, "left_pad", left_pad)
+    patch.setattr(trainer, "left_pad", left_pad)
 
 
 def teacher_never_moves(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trl_trainer.TeacherStore, "tick", lambda self, model: None)
+    patch.setattr(trainer.TeacherStore, "tick", lambda self, model: None)
 
 
 def teacher_moves_with_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    true = trl_trainer.SDPOTrainer.training_step
+    true = trainer.SDPOTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = true(self, *args, **kwargs)
         self._teacher.tick(self._unwrapped)
         return loss
 
-    patch.setattr(trl_trainer.SDPOTrainer, "training_step", training_step)
+    patch.setattr(trainer.SDPOTrainer, "training_step", training_step)
 
 
 def teacher_is_the_student(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trl_trainer.TeacherStore, "forwards", lambda self, model: [None])
+    patch.setattr(trainer.TeacherStore, "forwards", lambda self, model: [None])
 
 
 def importance_weights_forgotten(patch: pytest.MonkeyPatch) -> None:
     for name in ("from_logits", "fused"):
-        true = getattr(distillation, name)
+        true = getattr(step_loss, name)
 
         def unweighted(config: Any, p: Any, q: Any, targets: Any, true: Any = true, **kwargs: Any) -> Any:
             return true(config, p, q, targets._replace(old_log_probs=None), **kwargs)
 
-        patch.setattr(distillation, name, unweighted)
+        patch.setattr(step_loss, name, unweighted)
 
 
 def one_position_late(patch: pytest.MonkeyPatch) -> None:
-    true = hidden_states.completion_states
+    true = step_forward.completion_states
 
     def late(*args: Any, **kwargs: Any) -> Any:
         states = true(*args, **kwargs)
         return states._replace(hidden=states.hidden.roll(-1, 1))
 
-    patch.setattr(hidden_states, "completion_states", late)
+    patch.setattr(step_forward, "completion_states", late)
 
 
 def first_estimate_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(normalization.StepWindow, "correction", lambda self: None)
+    patch.setattr(denominator.StepWindow, "correction", lambda self: None)
 
 
 ERRORS: list[tuple[Plant, dict[str, Any], Method]] = [

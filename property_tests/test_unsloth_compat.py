@@ -25,17 +25,14 @@ from hypothesis import strategies as st
 from strategies import Claim
 from torch import Tensor, nn
 
-from sdpo_rl import (
-    micro_batch,
-    progress,
-    row_groups,
-    troubleshooting,
-    unsloth_compat,
-    unsloth_report,
-    upgrade_check,
-)
-from sdpo_rl.hidden_states import CompletionStates, Head
-from sdpo_rl.micro_batch import _row_tensors
+from sdpo_rl import unsloth_report
+from sdpo_rl.compat import unsloth as unsloth_compat
+from sdpo_rl.compat import upgrade_check
+from sdpo_rl.diagnose import advice
+from sdpo_rl.resume import progress
+from sdpo_rl.step import micro_batch, row_groups
+from sdpo_rl.step.forward import CompletionStates, Head
+from sdpo_rl.step.micro_batch import _row_tensors
 
 needs_unsloth = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
 
@@ -77,7 +74,7 @@ def run_lines(lines: str, cwd: Path) -> str:
 
 def observe_order() -> str:
     """What the guide's lines, every refused construction and the upgrade check print; runs in a fresh process."""
-    from sdpo_rl import upgrade_check
+    from sdpo_rl.compat import upgrade_check
 
     said = io.StringIO()
     scope: dict[str, Any] = {}
@@ -468,12 +465,12 @@ def test_advice_follows_the_settings(tmp_path: Path) -> None:
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
     )
-    advice = troubleshooting.advice(trainer)
-    assert "checkpointing" not in advice
-    assert "per_device_train_batch_size=1 is the least" in advice
-    assert "loss_backend='logits'" in advice
-    assert "loss_chunk_size" not in advice
-    assert "teacher_offload" not in advice
+    text = advice.advice(trainer)
+    assert "checkpointing" not in text
+    assert "per_device_train_batch_size=1 is the least" in text
+    assert "loss_backend='logits'" in text
+    assert "loss_chunk_size" not in text
+    assert "teacher_offload" not in text
 
 
 # --- speed ------------------------------------------------------------------------------------------------
@@ -485,11 +482,8 @@ FAST: dict[str, Any] = {
 
 
 def test_a_fast_run_is_left_in_peace() -> None:
-    assert troubleshooting.slow_reasons(**FAST) == []
-    assert (
-        troubleshooting.slow_reasons(**FAST | {"precision": "bfloat16", "card_bytes": 80, "weight_bytes": 14})
-        == []
-    )
+    assert advice.slow_reasons(**FAST) == []
+    assert advice.slow_reasons(**FAST | {"precision": "bfloat16", "card_bytes": 80, "weight_bytes": 14}) == []
 
 
 @pytest.mark.parametrize(
@@ -503,7 +497,7 @@ def test_a_fast_run_is_left_in_peace() -> None:
     ],
 )
 def test_every_reason_says_what_to_do(change: dict[str, Any], words: list[str]) -> None:
-    (reason,) = troubleshooting.slow_reasons(**FAST | change)
+    (reason,) = advice.slow_reasons(**FAST | change)
     for word in words:
         assert word in reason
 

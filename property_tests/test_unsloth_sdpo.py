@@ -163,17 +163,18 @@ def overrides_without_super(cls: type) -> list[str]:
 
 
 def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
-    from sdpo_rl import alignment, trl_trainer
+    from sdpo_rl import trainer
+    from sdpo_rl.step import batch as step_batch
 
     def left_pad(*args: Any, **kwargs: Any) -> Any:
-        ids, mask = alignment.left_pad(*args, **kwargs)
+        ids, mask = step_batch.left_pad(*args, **kwargs)
         return ids, torch.ones_like(mask)
 
-    patch.setattr(trl_trainer, "left_pad", left_pad)
+    patch.setattr(trainer, "left_pad", left_pad)
 
 
 def columns_of_the_wrong_side(patch: pytest.MonkeyPatch) -> None:
-    from sdpo_rl import unsloth_compat
+    from sdpo_rl.compat import unsloth as unsloth_compat
 
     def first_columns(inputs: Any, pad_id: int) -> Any:
         old = inputs.get("old_per_token_logps")

@@ -11,15 +11,8 @@ import math
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from sdpo._checks import (
-    check_device,
-    check_distribution,
-    check_flag,
-    check_real,
-    check_shape,
-    check_tensor,
-)
 from sdpo._numerics import common_support, keep, log_softmax, upcast
+from sdpo._validate import check_device, check_distribution, check_flag, check_real, check_shape, check_tensor
 
 
 def group_normalized_advantages(

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from einops import reduce
 from torch import Tensor
 
-from sdpo._checks import check_shape, check_tensor
 from sdpo._numerics import keep, upcast
+from sdpo._validate import check_shape, check_tensor
 
 
 class MaskedSum(NamedTuple):

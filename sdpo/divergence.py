@@ -9,8 +9,8 @@ import math
 
 from torch import Tensor
 
-from sdpo._checks import check_alpha, check_distribution, check_shape
 from sdpo._numerics import common_support, logaddexp, upcast
+from sdpo._validate import check_alpha, check_distribution, check_shape
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

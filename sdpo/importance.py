@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from sdpo._checks import check_real, check_shape, check_tensor
 from sdpo._numerics import upcast
+from sdpo._validate import check_real, check_shape, check_tensor
 
 # exp(±20) is far outside every useful clip; the bound keeps a broken log-probability from overflowing the
 # ratio.

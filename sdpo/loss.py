@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 from einops import rearrange
 from torch import Tensor
 
-from sdpo._checks import (
+from sdpo._numerics import common_support, keep, log_softmax, upcast
+from sdpo._validate import (
     check_alpha,
     check_choice,
     check_device,
@@ -22,7 +23,6 @@ from sdpo._checks import (
     check_shape,
     check_tensor,
 )
-from sdpo._numerics import common_support, keep, log_softmax, upcast
 from sdpo.aggregate import MaskedSum, token_sum
 from sdpo.divergence import generalized_jsd
 from sdpo.topk import add_tail_bucket, gather_log_probs, renormalize

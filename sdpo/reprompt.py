@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, TypeGuard, TypeVar, get_args
 
 from torch import Tensor
 
-from sdpo._checks import check_choice, check_flag, check_int, check_real, type_name
+from sdpo._validate import check_choice, check_flag, check_int, check_real, type_name
 
 Item = TypeVar("Item")
 Policy = Literal["first", "random", "shortest", "longest", "best"]

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo._checks import check_choice, check_flag, check_int, check_real, check_shape, check_tensor
 from sdpo._numerics import upcast
+from sdpo._validate import check_choice, check_flag, check_int, check_real, check_shape, check_tensor
 
 StateDtype = Literal["float32", "bfloat16"]
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo._checks import check_device, check_distribution, check_int, check_shape, check_tensor
 from sdpo._numerics import log_softmax, logsumexp, upcast
+from sdpo._validate import check_device, check_distribution, check_int, check_shape, check_tensor
 
 
 class TopK(NamedTuple):

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SDPOConfig, training_arguments
-    from .report import unsloth_report
-    from .trl_trainer import SDPOTrainer
+    from .diagnose.report import unsloth_report
+    from .trainer import SDPOTrainer
 
 __all__ = ["SDPOConfig", "SDPOTrainer", "training_arguments", "unsloth_report"]
 
 _HOMES = {
     "SDPOConfig": "config",
-    "SDPOTrainer": "trl_trainer",
+    "SDPOTrainer": "trainer",
     "training_arguments": "config",
-    "unsloth_report": "report",
+    "unsloth_report": "diagnose.report",
 }
 
 

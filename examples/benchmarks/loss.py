@@ -25,7 +25,7 @@ import torch
 from loss_peers import ALPHA, LOSSES, PEERS, SHAPES, Inputs, K, Shape, command, make_inputs, versions
 from torch import Tensor
 
-from sdpo._fused_doors import check_operands, check_recipe, make_plan
+from sdpo.fused._plan import check_operands, check_recipe, make_plan
 
 GIB = 2**30
 

@@ -1,0 +1,83 @@
+"""Triton kernels of the fused loss. Importing this package imports no Triton: the kernels load at first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from sdpo.fused._types import SHARED, Make, Recipe, Rows, Slope
+
+MAX_K = 1024
+
+
+def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str | None:
+    """Why the kernels cannot run here; None if they can.
+
+    On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Triton is imported.
+    """
+    if not _is_installed():
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != ("cpu" if interpreted else "cuda"):
+        return f"the tensors are on {device} and TRITON_INTERPRET is {'set' if interpreted else 'not set'}"
+    if working != torch.float32:
+        return f"the kernels compute in float32, not in {working}"
+    if recipe.k is not None and recipe.k > MAX_K:
+        return f"the kernels choose at most {MAX_K} tokens, not {recipe.k}"
+    return None
+
+
+def take_turns(recipe: Recipe, slope: torch.dtype) -> bool:
+    """Whether the logits of both models may lie in one buffer: those made first are summed up by then.
+
+    The student's are looked at again where it chooses the support and its slopes, of this dtype, cannot be written
+    while they are summed.
+    """
+    if recipe.support == "student":
+        return recipe.k is not None and slope == SHARED
+    return recipe.k is not None or recipe.support == "sampled"
+
+
+def chunk(
+    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+) -> None:
+    """The loss of one chunk, as ``sdpo.fused._torch.chunk``."""
+    from sdpo.fused.triton import _launch
+
+    _launch.chunk(make_student, make_teacher, rows, recipe, stats, slope)
+
+
+def scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """``values * factor`` for a factor [] of any dtype, in the dtype of ``values``.
+
+    torch multiplies a bf16 tensor by a float32 scalar at a quarter of a GPU's bandwidth, and a bf16 scalar has
+    no digits to spare.
+    """
+    if values.dtype == factor.dtype or values.numel() == 0 or not _runs_on(values):
+        return values * factor
+    from sdpo.fused.triton import _elementwise
+
+    return _elementwise.scaled(values, factor)
+
+
+def joined(parts: Tensor, gain: Tensor | None, out: Tensor) -> Tensor:
+    """``gain[:, None] * parts.sum(0)`` into out [c, D] of any dtype; parts [n, c, D] float32, gain [c]."""
+    if not _runs_on(parts) or not out.is_contiguous():
+        total = parts.sum(dim=0)
+        return out.copy_(total if gain is None else total.mul_(gain[:, None]))
+    from sdpo.fused.triton import _elementwise
+
+    return _elementwise.joined(parts, gain, out)
+
+
+def _runs_on(tensor: Tensor) -> bool:
+    return tensor.is_cuda and _is_installed()
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
