@@ -181,7 +181,7 @@ def main() -> None:
             disable_tqdm=True,
         ),
         sdpo_config=SDPOConfig(
-            distillation_topk=20,
+            k=20,
             reprompt_template="{prompt}{solution}{feedback}",
             solution_template=f"\n{SOLUTION}\n{{successful_previous_attempt}}",
             feedback_template=f"\n{FEEDBACK}\n{{feedback_raw}}",

@@ -158,7 +158,7 @@ def build_trainer(options: argparse.Namespace, model: Any, args: Any, **shared: 
 
     sdpo_config = SDPOConfig(
         alpha=0.5,
-        distillation_topk=100,
+        k=100,
         teacher_update_rate=0.05,
         loss_chunk_size=options.chunk or None,
     )

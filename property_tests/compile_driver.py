@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdpo.fused._types import Recipe, Rows, Side, Slope, TokenStats
+from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs, TokenStats
 from sdpo.fused.triton import _elementwise, _launch
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -47,15 +47,15 @@ def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: 
 def call(
     slope_dtype: torch.dtype | None, *, bias: bool = False, weighted: bool = False, **scalars: Any
 ) -> None:
-    recipe = Recipe(
+    recipe = Objective(
         **{
             "k": K, "alpha": 0.5, "tail": "bucket", "support": "student", "is_clip": None, "temperature": 1.0,
             "softcap": None, "logit_scale": 1.0, "trust_region_coef": None, **scalars,
         }
     )  # fmt: skip
 
-    def side() -> Side:
-        return Side(
+    def side() -> ModelChunk:
+        return ModelChunk(
             torch.zeros(COUNT, VOCABULARY),
             torch.zeros(VOCABULARY).bfloat16() if bias else None,
             torch.zeros(COUNT, 48).bfloat16(),
@@ -67,9 +67,9 @@ def call(
     slope = None
     if slope_dtype is not None:
         gain = None if slope_dtype == torch.float32 else torch.ones(COUNT)
-        slope = Slope(torch.zeros(COUNT, VOCABULARY, dtype=slope_dtype), gain)
+        slope = GradLogits(torch.zeros(COUNT, VOCABULARY, dtype=slope_dtype), gain)
     stats = torch.zeros(len(TokenStats._fields), COUNT)
-    rows = Rows(torch.zeros(COUNT, dtype=torch.int64), weight, weight, weight, lift)
+    rows = TokenInputs(torch.zeros(COUNT, dtype=torch.int64), weight, weight, weight, lift)
     _launch.chunk(side, side, rows, recipe, stats, slope)
 
 

@@ -14,7 +14,7 @@ import sdpo
 from sdpo.fused import _torch
 from sdpo.fused import triton as kernels
 from sdpo.fused._chunks import Backend
-from sdpo.fused._types import Make, Recipe, Rows, Side, Slope, TokenStats
+from sdpo.fused._types import GradLogits, Make, ModelChunk, Objective, TokenInputs, TokenStats
 
 LEARNING = ("student_hidden", "student_head", "student_bias")
 Answer = dict[str, Tensor]
@@ -171,13 +171,13 @@ def divide_by_the_mask(case: Case, **options: Any) -> Answer:
     return answer | {"student_hidden": hidden, "per_token": answer["per_token"] * mask}
 
 
-def in_turns(*sides: Side) -> list[Make]:
+def in_turns(*sides: ModelChunk) -> list[Make]:
     """What makes the student's and the teacher's half, in one buffer: what was made first is then gone."""
     buffer = torch.empty_like(sides[0].products)
     return [partial(lambda side: side._replace(products=buffer.copy_(side.products)), side) for side in sides]
 
 
-def side_by_side(*sides: Side) -> list[Make]:
+def side_by_side(*sides: ModelChunk) -> list[Make]:
     return [partial(lambda side: side._replace(products=side.products.clone()), side) for side in sides]
 
 
@@ -196,16 +196,16 @@ def slopes_of(
     The logits lie in one buffer where the backend says that they may.
     """
     rows, vocabulary = logits[0].shape
-    made = Slope(torch.empty(rows, vocabulary, dtype=dtype), gain)
+    made = GradLogits(torch.empty(rows, vocabulary, dtype=dtype), gain)
     working = torch.float64 if dtype == torch.float64 else torch.float32
     stats = torch.empty(len(TokenStats._fields), rows, dtype=working)
-    recipe = Recipe(k, **RECIPE | scalars)
+    recipe = Objective(k, **RECIPE | scalars)
     tokens = torch.arange(rows) if tokens is None else tokens
     if lay_out is None:
         may_take_turns = chunk is not _torch.chunk and kernels.take_turns(recipe, dtype)
         lay_out = in_turns if may_take_turns else side_by_side
-    sides = lay_out(*(Side(side.to(working), None) for side in logits))
-    chunk(*sides, Rows(tokens, None, None, None, None), recipe, stats, made)
+    sides = lay_out(*(ModelChunk(side.to(working), None) for side in logits))
+    chunk(*sides, TokenInputs(tokens, None, None, None, None), recipe, stats, made)
     return made.values.double()
 
 
@@ -275,23 +275,23 @@ def inexact_stats(
     exact = hidden.double() @ head.double().t()
     noise = 0.0 if lost else 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)
     inexact = ((exact + noise) * (1.0 - lost)).float()
-    rows = Rows((exact[0] + bias).argmax(1), None, None, None, None)
+    rows = TokenInputs((exact[0] + bias).argmax(1), None, None, None, None)
 
     def stats(backend: Backend, products: Tensor, **known: Any) -> TokenStats:
         made = torch.empty(len(TokenStats._fields), 12, dtype=products.dtype)
         sides = (
-            Side(products[i], bias, hidden[i] if made_of else None, head if made_of else None, **known)
+            ModelChunk(products[i], bias, hidden[i] if made_of else None, head if made_of else None, **known)
             for i in range(2)
         )
-        backend(*side_by_side(*sides), rows, Recipe(50, **RECIPE | {"softcap": 90.0}), made, None)
+        backend(*side_by_side(*sides), rows, Objective(50, **RECIPE | {"softcap": 90.0}), made, None)
         return TokenStats(*made.double())
 
-    return stats(chunk, inexact, lost=told), stats(_torch.chunk, exact.clone())
+    return stats(chunk, inexact, accumulation_bias=told), stats(_torch.chunk, exact.clone())
 
 
 def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, told: float = 0.0) -> float:
     """The median of a token's."""
-    ours, exact = inexact_stats(chunk, made_of=made_of, lost=lost, told=told)
+    ours, exact = inexact_stats(chunk, made_of=made_of, accumulation_bias=lost, told=told)
     return ((ours.per_token - exact.per_token) / exact.per_token).abs().median().item()
 
 
@@ -318,12 +318,12 @@ def outside_error(chunk: Backend, *, made_of: bool = True) -> float:
     assert len(seen) >= 8
     hidden, exact = hidden[:, seen], exact[:, seen]
     inexact = (exact + 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)).float()
-    rows = Rows(torch.zeros(len(seen), dtype=torch.long), None, None, None, None)
+    rows = TokenInputs(torch.zeros(len(seen), dtype=torch.long), None, None, None, None)
 
     def values(backend: Backend, products: Tensor) -> Tensor:
         made = torch.empty(len(TokenStats._fields), len(seen), dtype=products.dtype)
-        sides = (Side(products[i], None, *((hidden[i], head) if made_of else ())) for i in range(2))
-        backend(*side_by_side(*sides), rows, Recipe(2, **RECIPE), made, None)
+        sides = (ModelChunk(products[i], None, *((hidden[i], head) if made_of else ())) for i in range(2))
+        backend(*side_by_side(*sides), rows, Objective(2, **RECIPE), made, None)
         return made[0].double()
 
     ours, known = values(chunk, inexact), values(_torch.chunk, exact.clone())
@@ -346,11 +346,11 @@ def hidden_breaks(chunk: Backend) -> float:
             logits = strangers(3, 507, 3.0)
             logits[broken][1, 300] = torch.nan
             stats = torch.empty(len(TokenStats._fields), 3)
-            rows = Rows(torch.zeros(3, dtype=torch.long), None, None, None, None)
+            rows = TokenInputs(torch.zeros(3, dtype=torch.long), None, None, None, None)
             chunk(
-                *side_by_side(*(Side(z, None) for z in logits)),
+                *side_by_side(*(ModelChunk(z, None) for z in logits)),
                 rows,
-                Recipe(k, **RECIPE | {"support": support}),
+                Objective(k, **RECIPE | {"support": support}),
                 stats,
                 None,
             )

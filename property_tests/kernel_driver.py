@@ -188,8 +188,8 @@ def inexact_products() -> dict[str, float]:
         "wrong: value, inexact products": value_error(_launch.chunk) * 1e3,
         "log-probability, exact products known": log_prob_error(_launch.chunk, made_of=True),
         "wrong: log-probability, inexact products": log_prob_error(_launch.chunk, made_of=False) * 1e3,
-        "value, a share is lost": value_error(_launch.chunk, lost=1e-3, told=1e-3),
-        "wrong: value, a share is lost": value_error(_launch.chunk, lost=3e-2),
+        "value, a share is lost": value_error(_launch.chunk, accumulation_bias=1e-3, told=1e-3),
+        "wrong: value, a share is lost": value_error(_launch.chunk, accumulation_bias=3e-2),
         "value, a likely token outside": outside_error(_launch.chunk),
     }
     true = _topk_loss.refined

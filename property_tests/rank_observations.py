@@ -311,7 +311,8 @@ def observe_turns(folder: Path) -> Observed:
     import torch
     from datasets import Dataset
 
-    from sdpo_rl import SDPOTrainer, trainer
+    from sdpo_rl import SDPOTrainer
+    from sdpo_rl import trainer as trainer_module
 
     chatty = [talking.call("multiply", '{"a": 6, "b": 7}')] * 2 + [f"it is 42{talking.END}"]
     silent = [f"it is 41{talking.END}"]
@@ -338,12 +339,12 @@ def observe_turns(folder: Path) -> Observed:
                 self.model(input_ids=torch.tensor(prompt_ids[:1]))
             return say(prompt_ids)
 
-        sample = trainer._BASE._generate_single_turn
-        trainer._BASE._generate_single_turn = turn
+        sample = trainer_module._BASE._generate_single_turn
+        trainer_module._BASE._generate_single_turn = turn
         try:
             trainer.train()
         finally:
-            trainer._BASE._generate_single_turn = sample
+            trainer_module._BASE._generate_single_turn = sample
     return {"turns": turns, "loss": trainer.state.log_history[0]["loss"]}
 
 

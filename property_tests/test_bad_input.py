@@ -71,19 +71,19 @@ def template(name: str, *fields: str) -> list[Case]:
 CONFIG: dict[str, list[Case]] = {
     "enabled": flag("enabled"),
     "alpha": fraction("alpha", "0: KL(teacher‖student), 1: KL(student‖teacher)"),
-    "distillation_topk": count("distillation_topk"),
-    "distillation_support": [
-        *choice("distillation_support", "student_topk", "teacher_topk", "full", "sampled_token"),
+    "k": count("k"),
+    "support": [
+        *choice("support", "student", "teacher", "full", "sampled"),
         field(
-            "distillation_support",
-            "sampled_token",
+            "support",
+            "sampled",
             ValueError,
             "needs alpha=1.0",
             "got alpha=0.5",
             "set alpha=1.0",
         ),
     ],
-    "distillation_add_tail": flag("distillation_add_tail"),
+    "tail": choice("tail", "bucket", "renormalize"),
     "is_clip": clip("is_clip"),
     "rollout_is_clip": clip("rollout_is_clip"),
     "loss_aggregation": choice("loss_aggregation", "token-mean", "sequence-mean"),

@@ -60,7 +60,7 @@ def nothing_trains(path: Path) -> None:
 
 def by_name(path: Path) -> None:
     tiny.model().save_pretrained(path / "model")
-    train(path, start=str(path / "model"), sdpo_config=SDPOConfig(distillation_topk=103))
+    train(path, start=str(path / "model"), sdpo_config=SDPOConfig(k=103))
 
 
 def streamed(path: Path) -> None:
@@ -86,13 +86,11 @@ TRAINER = [
     ),
     Case(
         "k beyond the vocabulary",
-        lambda path: train(path, sdpo_config=SDPOConfig(distillation_topk=103)),
+        lambda path: train(path, sdpo_config=SDPOConfig(k=103)),
         ValueError,
-        ("distillation_topk", "103", "102", "lower it"),
+        ("k", "103", "102", "lower it"),
     ),
-    Case(
-        "k beyond the vocabulary of a model by name", by_name, ValueError, ("distillation_topk", "103", "102")
-    ),
+    Case("k beyond the vocabulary of a model by name", by_name, ValueError, ("k", "103", "102")),
     Case("no dataset", no_dataset, ValueError, ("train_dataset",)),
     Case(
         "empty dataset",

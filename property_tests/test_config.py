@@ -25,8 +25,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(SDPOConfig)}
 PUBLISHED = {
     "enabled": True,
     "alpha": 0.5,
-    "distillation_topk": 100,
-    "distillation_add_tail": True,
+    "k": 100,
+    "tail": "bucket",
     "is_clip": 2.0,
     "teacher_mode": "ema",
     "teacher_update_rate": 0.05,
@@ -47,12 +47,12 @@ PUBLISHED = {
 PRESETS = {
     "generalization": {
         "alpha": 0.5,
-        "distillation_topk": 100,
+        "k": 100,
         "teacher_update_rate": 0.05,
         "include_environment_feedback": False,
     },
-    "rich_feedback": {"alpha": 1.0, "distillation_topk": 20, "teacher_update_rate": 0.01},
-    "test_time": {"alpha": 1.0, "distillation_topk": 20, "teacher_update_rate": 0.01},
+    "rich_feedback": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01},
+    "test_time": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01},
 }
 
 TRAINING = {
@@ -65,9 +65,9 @@ configs = st.builds(
     SDPOConfig,
     enabled=st.booleans(),
     alpha=st.floats(0, 1),
-    distillation_topk=st.integers(1, 500),
-    distillation_support=st.sampled_from(["student_topk", "teacher_topk", "full"]),
-    distillation_add_tail=st.booleans(),
+    k=st.integers(1, 500),
+    support=st.sampled_from(["student", "teacher", "full"]),
+    tail=st.sampled_from(["bucket", "renormalize"]),
     is_clip=st.none() | st.floats(0.1, 10),
     teacher_mode=st.sampled_from(["ema", "frozen", "trust_region", "live", "lora_ema"]),
     success_reward_threshold=st.floats(-5, 5),
@@ -190,15 +190,13 @@ def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:
 
 def test_numpy_s_numbers_become_python_s() -> None:
     config = SDPOConfig(
-        distillation_topk=np.int64(5),
+        k=np.int64(5),
         max_reprompt_length=np.uint16(9),
         alpha=np.float32(0.25),
         is_clip=np.float64(1.5),
         success_reward_threshold=np.int8(2),
     )
-    plain = SDPOConfig(
-        distillation_topk=5, max_reprompt_length=9, alpha=0.25, is_clip=1.5, success_reward_threshold=2.0
-    )
+    plain = SDPOConfig(k=5, max_reprompt_length=9, alpha=0.25, is_clip=1.5, success_reward_threshold=2.0)
     assert config == plain
     assert [type(value) for value in vars(config).values()] == [type(value) for value in vars(plain).values()]
     assert json.loads(json.dumps(dataclasses.asdict(config))) == dataclasses.asdict(plain)
@@ -212,10 +210,10 @@ def test_numpy_s_numbers_become_python_s() -> None:
         ("alpha", np.float32("nan")),
         ("alpha", 0.5j),
         ("is_clip", "2"),
-        ("distillation_topk", True),
-        ("distillation_topk", 5.0),
-        ("distillation_topk", np.float64(5)),
-        ("distillation_topk", np.array([5])),
+        ("k", True),
+        ("k", 5.0),
+        ("k", np.float64(5)),
+        ("k", np.array([5])),
     ],
 )
 def test_other_things_are_no_numbers(field: str, value: Any) -> None:

@@ -106,18 +106,20 @@ def test_what_a_product_loses_is_given_back(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "mm", lossy)
     _matmul._measured_loss.cache_clear()
     try:
-        assert _matmul.lost_share(torch.device("cpu"), torch.bfloat16, 17) == pytest.approx(1e-3, rel=1e-3)
+        assert _matmul.accumulation_bias(torch.device("cpu"), torch.bfloat16, 17) == pytest.approx(
+            1e-3, rel=1e-3
+        )
         # Values alone: the gradient's own product is as short as it was.
         case = make_case(38, n=33, d=17, v=507)
         assert relative_errors(case, torch.bfloat16)[0] < 1e-5
-        monkeypatch.setattr(_chunks, "lost_share", lambda device, operand, width: 0.0)
+        monkeypatch.setattr(_chunks, "accumulation_bias", lambda device, operand, width: 0.0)
         assert relative_errors(case, torch.bfloat16)[0] > 1e-4, "a wrong twin"
     finally:
         _matmul._measured_loss.cache_clear()
 
 
 def test_a_cpu_loses_nothing() -> None:
-    assert _matmul.lost_share(torch.device("cpu"), torch.bfloat16, 3584) == 0.0
+    assert _matmul.accumulation_bias(torch.device("cpu"), torch.bfloat16, 3584) == 0.0
 
 
 @pytest.mark.usefixtures("mixed")

@@ -9,7 +9,7 @@ import torch
 from fused_cases import Case, make_case, relative_error
 
 from sdpo.fused import _chunks
-from sdpo.fused._matmul import pull_back
+from sdpo.fused._matmul import grad_hidden_from_logits
 
 pytestmark = pytest.mark.gpu
 
@@ -149,7 +149,7 @@ def test_every_token_to_the_fifth_digit(monkeypatch: pytest.MonkeyPatch, scale: 
 
     assert worst() < 1e-5
     # A wrong twin: the products as they are.
-    monkeypatch.setattr(_chunks, "lost_share", lambda device, operand, width: 0.0)
+    monkeypatch.setattr(_chunks, "accumulation_bias", lambda device, operand, width: 0.0)
     monkeypatch.setattr(_launch, "_is_exact", lambda model, recipe: False)
     assert worst() > 1e-5
 
@@ -189,7 +189,7 @@ def test_a_long_sum_hardly_shrinks() -> None:
     slope = torch.rand(768, 152_064, device="cuda").bfloat16()
     head = torch.rand(152_064, 3584, device="cuda").bfloat16()
     ours, exact = (
-        pull_back(slope, head, torch.empty(768, 3584, device="cuda")),
+        grad_hidden_from_logits(slope, head, torch.empty(768, 3584, device="cuda")),
         slope.double() @ head.double(),
     )
     assert abs(((ours.double() * exact).sum() / exact.square().sum()).item() - 1) < 1e-4

@@ -22,7 +22,7 @@ import torch
 from fused_cases import make_case
 
 from sdpo.fused import triton as kernels
-from sdpo.fused._types import Recipe
+from sdpo.fused._types import Objective
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -93,8 +93,8 @@ def test_every_kernel_compiles_for_a_gpu() -> None:
     assert set(json.loads(done.stdout.splitlines()[-1])) == kernels_of_the_package()
 
 
-def recipe(k: int | None) -> Recipe:
-    return Recipe(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
+def recipe(k: int | None) -> Objective:
+    return Objective(k, 0.5, "bucket", "student", None, 1.0, None, 1.0, None)
 
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

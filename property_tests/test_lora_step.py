@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from sdpo_rl import trainer as trainer_module
 from sdpo_rl.compat import peft_lora
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -206,7 +207,7 @@ def test_products_that_a_checkpoint_keeps_are_not_changed(
     seen = watched(trainer)
     trainer.train()
     assert ("loss", 0) in seen
-    monkeypatch.setattr(trainer.SDPOTrainer, "_may_compute_adapters", True)
+    monkeypatch.setattr(trainer_module.SDPOTrainer, "_may_compute_adapters", True)
     with pytest.raises(RuntimeError, match="mutated"):
         run(tmp_path, **SELECTIVE).train()
 
@@ -218,7 +219,7 @@ def test_what_others_compile_or_rewrite_stays_theirs(
     trainer = run(tmp_path)
     assert trainer._may_compute_adapters
     if reason == "Unsloth":
-        monkeypatch.setattr(trainer, "_IS_UNSLOTH", True)
+        monkeypatch.setattr(trainer_module, "_IS_UNSLOTH", True)
         assert not trainer._may_compute_adapters
         return
     trainer.args.torch_compile = True

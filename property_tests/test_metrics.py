@@ -88,7 +88,7 @@ def property_reports_are_means_over_active_tokens(report: Any, seed: int, suppor
     tokens = torch.randint(7, (2, 3), generator=rng)
     mask = torch.rand(2, 3, generator=rng) < 0.7
     mask[0, 0] = True
-    config = SDPOConfig(distillation_topk=3, distillation_support=support, is_clip=1.2)
+    config = SDPOConfig(k=3, support=support, is_clip=1.2)
     old = student.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
     old = old + torch.randn(2, 3, generator=rng) * 0.3
     targets = Targets(tokens, mask, old, None)
@@ -127,7 +127,7 @@ def over_all_tokens(config: Any, output: Any, targets: Targets) -> Any:
     return step_metrics(config, output, targets._replace(loss_mask=torch.ones_like(targets.loss_mask)))
 
 
-REPORT = {"seed": seeds, "support": st.just("student_topk")}
+REPORT = {"seed": seeds, "support": st.just("student")}
 
 
 def test_reports() -> None:
@@ -139,12 +139,12 @@ def test_reports() -> None:
 def test_no_topk_mass_without_a_topk() -> None:
     logits = torch.zeros(1, 1, 4)
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
-    config = SDPOConfig(distillation_support="full")
+    config = SDPOConfig(support="full")
     names = step_metrics(config, from_logits(config, logits, [logits], targets, temperature=1.0), targets)
     assert not any("topk" in name or "tail" in name or "clip" in name for name in names)
 
 
-SIDES: list[Literal["student_topk", "teacher_topk"]] = ["student_topk", "teacher_topk"]
+SIDES: list[Literal["student", "teacher"]] = ["student", "teacher"]
 
 
 @pytest.mark.parametrize("support", SIDES)
@@ -152,7 +152,7 @@ def test_a_small_tail_is_not_lost_in_rounding(support: Any) -> None:
     """1 − mass would be 0, or of either sign."""
     student, teacher = torch.tensor([[[40.0, 38.0, 5.0, 4.0]]]), torch.tensor([[[38.0, 40.0, 3.0, 7.0]]])
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
-    config = SDPOConfig(distillation_topk=2, distillation_support=support)
+    config = SDPOConfig(k=2, support=support)
     head = Head(torch.eye(4), None)
     transform = HeadTransform(1.0, None)
     outputs = [
@@ -183,9 +183,9 @@ def test_the_masses_are_those_of_the_support(support: Any) -> None:
         torch.tensor([[[0.0, 0.0, 5.0, 4.0, 1.0]]]),
     )
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
-    config = SDPOConfig(distillation_topk=2, distillation_support=support)
+    config = SDPOConfig(k=2, support=support)
     report = step_metrics(config, from_logits(config, student, [teacher], targets, temperature=1.0), targets)
-    top = [0, 1] if support == "student_topk" else [2, 3]
+    top = [0, 1] if support == "student" else [2, 3]
     for side, logits in (("student", student), ("teacher", teacher)):
         total, _ = report[f"self_distillation/{side}_topk_mass"]
         assert total.item() == pytest.approx(logits.softmax(-1)[..., top].sum().item(), rel=1e-5)
@@ -195,7 +195,7 @@ def test_a_trust_region_of_impossible_tokens_is_a_number() -> None:
     logits = torch.tensor([[[1.0, 0.0, -math.inf, 2.0, -math.inf]]])
     other = torch.tensor([[[0.0, 1.0, -math.inf, -math.inf, 2.0]]])
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
-    config = SDPOConfig(distillation_topk=2, teacher_mode="trust_region", trust_region_coef=0.25)
+    config = SDPOConfig(k=2, teacher_mode="trust_region", trust_region_coef=0.25)
     student = logits.clone().requires_grad_()
     output = from_logits(config, student, [logits, other], targets, temperature=2.0)
     # Of the five tokens two are possible for both, in proportion exp(¾·z + ¼·z′).

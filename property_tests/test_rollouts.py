@@ -187,7 +187,7 @@ def tool_trainer(folder: Path, scripts: list[list[str]] = SCRIPTS, **options: An
     trainer = SDPOTrainer(
         model=talking.model(),
         args=tiny.arguments(folder, **changes),
-        sdpo_config=tiny.config(distillation_support="full", alpha=1.0),
+        sdpo_config=tiny.config(support="full", alpha=1.0),
         processing_class=talking.tokenizer(),
         **settings,
     )

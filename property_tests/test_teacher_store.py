@@ -366,7 +366,7 @@ def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path,
     assert torch.equal(logits(model, start), first)
 
     p = torch.randn(now.shape, generator=torch.Generator().manual_seed(0))
-    options = {"alpha": 1.0, "distillation_support": "full", "trust_region_coef": coef, "is_clip": None}
+    options = {"alpha": 1.0, "support": "full", "trust_region_coef": coef, "is_clip": None}
     tokens = IDS[:, -4:]
     targets = step_loss.Targets(tokens, torch.ones_like(tokens, dtype=torch.bool), None, None)
 

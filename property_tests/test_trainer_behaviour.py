@@ -84,7 +84,7 @@ def test_disabled_is_grpo_by_hand(tmp_path: Path, loss_type: str, split: dict[st
 def test_disabled_says_nothing_of_its_own_and_needs_no_signal(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path,
-        sdpo_config=SDPOConfig(enabled=False, distillation_topk=10**6),
+        sdpo_config=SDPOConfig(enabled=False, k=10**6),
         num_iterations=2,
         beta=0.0,
         eval_dataset=tiny.conversations(2),

@@ -19,12 +19,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sdpo_rl import trainer
+from sdpo_rl import trainer as trainer_module
 from sdpo_rl.rollout import prompts
 from sdpo_rl.step import batch as step_batch
-from sdpo_rl.step import denominator
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
+from sdpo_rl.step.denominator import StepWindow
 
 TOLERANCE = 5e-6
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -97,12 +97,12 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Method]] = {
     "forward": ({"alpha": 0.0}, Method(alpha=0.0)),
     "between": ({"alpha": 0.25}, Method(alpha=0.25)),
     "reverse": ({"alpha": 1.0}, Method(alpha=1.0)),
-    "one token": ({"distillation_topk": 1}, Method(k=1)),
-    "renormalized": ({"distillation_add_tail": False}, Method(tail=False)),
-    "top of the teacher": ({"distillation_support": "teacher_topk"}, Method(top_of="teacher")),
-    "whole vocabulary": ({"distillation_support": "full"}, Method(k=None)),
-    "whole vocabulary, reverse": ({"distillation_support": "full", "alpha": 1.0}, Method(k=None, alpha=1.0)),
-    "sampled token": ({"distillation_support": "sampled_token", "alpha": 1.0}, Method(sampled=True)),
+    "one token": ({"k": 1}, Method(k=1)),
+    "renormalized": ({"tail": "renormalize"}, Method(tail=False)),
+    "top of the teacher": ({"support": "teacher"}, Method(top_of="teacher")),
+    "whole vocabulary": ({"support": "full"}, Method(k=None)),
+    "whole vocabulary, reverse": ({"support": "full", "alpha": 1.0}, Method(k=None, alpha=1.0)),
+    "sampled token": ({"support": "sampled", "alpha": 1.0}, Method(sampled=True)),
     "sequence mean": ({"loss_aggregation": "sequence-mean"}, Method(sequence_mean=True)),
     "frozen teacher": ({"teacher_mode": "frozen"}, Method(teacher="frozen")),
     "live teacher": ({"teacher_mode": "live"}, Method(teacher="live")),
@@ -289,13 +289,13 @@ def each_micro_batch_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
     def denominator(self: Any, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
-    patch.setattr(denominator.StepWindow, "denominator", denominator)
+    patch.setattr(StepWindow, "denominator", denominator)
 
 
 def not_divided_by_accumulation(patch: pytest.MonkeyPatch) -> None:
-    true = denominator.StepWindow.denominator
+    true = StepWindow.denominator
     patch.setattr(
-        denominator.StepWindow,
+        StepWindow,
         "denominator",
         lambda self, **kwargs: true(self, **kwargs) / kwargs["length"],
     )
@@ -328,7 +328,7 @@ def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
         ids, mask = step_batch.left_pad(*args, **kwargs)
         return ids, torch.ones_like(mask)
 
-    patch.setattr(trainer, "left_pad", left_pad)
+    patch.setattr(trainer_module, "left_pad", left_pad)
 
 
 def teacher_reads_the_neighbour(patch: pytest.MonkeyPatch) -> None:
@@ -336,26 +336,26 @@ def teacher_reads_the_neighbour(patch: pytest.MonkeyPatch) -> None:
         ids, mask = step_batch.left_pad(*args, **kwargs)
         return ids.roll(1, 0), mask.roll(1, 0)
 
-    patch.setattr(trainer, "left_pad", left_pad)
+    patch.setattr(trainer_module, "left_pad", left_pad)
 
 
 def teacher_never_moves(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trainer.TeacherStore, "tick", lambda self, model: None)
+    patch.setattr(trainer_module.TeacherStore, "tick", lambda self, model: None)
 
 
 def teacher_moves_with_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    true = trainer.SDPOTrainer.training_step
+    true = trainer_module.SDPOTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss = true(self, *args, **kwargs)
         self._teacher.tick(self._unwrapped)
         return loss
 
-    patch.setattr(trainer.SDPOTrainer, "training_step", training_step)
+    patch.setattr(trainer_module.SDPOTrainer, "training_step", training_step)
 
 
 def teacher_is_the_student(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trainer.TeacherStore, "forwards", lambda self, model: [None])
+    patch.setattr(trainer_module.TeacherStore, "forwards", lambda self, model: [None])
 
 
 def importance_weights_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -379,7 +379,7 @@ def one_position_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def first_estimate_is_kept(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(denominator.StepWindow, "correction", lambda self: None)
+    patch.setattr(StepWindow, "correction", lambda self: None)
 
 
 ERRORS: list[tuple[Plant, dict[str, Any], Method]] = [

@@ -163,14 +163,14 @@ def overrides_without_super(cls: type) -> list[str]:
 
 
 def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
-    from sdpo_rl import trainer
+    from sdpo_rl import trainer as trainer_module
     from sdpo_rl.step import batch as step_batch
 
     def left_pad(*args: Any, **kwargs: Any) -> Any:
         ids, mask = step_batch.left_pad(*args, **kwargs)
         return ids, torch.ones_like(mask)
 
-    patch.setattr(trainer, "left_pad", left_pad)
+    patch.setattr(trainer_module, "left_pad", left_pad)
 
 
 def columns_of_the_wrong_side(patch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,7 @@ def arguments(output: Path, **changes: Any) -> GRPOConfig:
 def config(**changes: Any) -> SDPOConfig:
     """SDPO with a support smaller than the vocabulary and a policy that a reader can follow."""
     settings: dict[str, Any] = {
-        "distillation_topk": 20,
+        "k": 20,
         "demonstration_policy": "first",
         "teacher_update_rate": 0.3,
         "loss_backend": "torch",

@@ -131,10 +131,9 @@ def check_vocabulary(config: SDPOConfig, model: Any) -> None:
     """K fits into the model's vocabulary."""
     text_config = model.config.get_text_config()
     vocabulary = getattr(text_config, "vocab_size", None)
-    if vocabulary is not None and config.topk_side is not None and config.distillation_topk > vocabulary:
+    if vocabulary is not None and config.uses_topk and config.k > vocabulary:
         raise ValueError(
-            f"distillation_topk ({config.distillation_topk}) exceeds the model's vocabulary ({vocabulary}); "
-            "lower it, or set distillation_support='full'"
+            f"k ({config.k}) exceeds the model's vocabulary ({vocabulary}); lower it, or set support='full'"
         )
 
 

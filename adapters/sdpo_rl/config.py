@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 from sdpo import Templates
 
-Support = Literal["student_topk", "teacher_topk", "full", "sampled_token"]
+Support = Literal["student", "teacher", "full", "sampled"]
+Tail = Literal["bucket", "renormalize"]
 Aggregation = Literal["token-mean", "sequence-mean"]
 TeacherMode = Literal["ema", "frozen", "trust_region", "live", "lora_ema"]
 TeacherTick = Literal["generation_batch", "optimizer_step"]
@@ -43,11 +44,11 @@ class SDPOConfig:
         enabled: `False` is GRPO, untouched. Default `True`.
         alpha: 0 is KL(teacher‖student), 1 is KL(student‖teacher), between them the generalized
             Jensen–Shannon divergence. Default 0.5 (paper §3).
-        distillation_topk: K of the top-K supports. Default 100 (paper §3).
-        distillation_support: `student_topk` (default, paper §3), `teacher_topk`, `full` (whole vocabulary)
-            or `sampled_token` (needs `alpha=1`; paper Prop. 2.1).
-        distillation_add_tail: `True` (default, reference) keeps the mass outside the top-K as one more
-            category; `False` renormalizes over the K.
+        k: K of the top-K supports. Default 100 (paper §3).
+        support: tokens that the divergence is taken over: the top-K of the `student` (default, paper §3) or of
+            the `teacher`, the `full` vocabulary, or the `sampled` token (needs `alpha=1`; paper Prop. 2.1).
+        tail: `bucket` (default, reference) keeps the mass outside the top-K as one more category;
+            `renormalize` renormalizes over the K.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
         rollout_is_clip: the same for π_old/π_rollout, when the inference engine reports its own
@@ -92,7 +93,7 @@ class SDPOConfig:
         diagnostics_patience: generation batches without a single active row before a warning. Default 10.
 
     Example:
-        >>> SDPOConfig(alpha=1.0, distillation_topk=20).teacher_mode
+        >>> SDPOConfig(alpha=1.0, k=20).teacher_mode
         'ema'
         >>> SDPOConfig.preset("rich_feedback").teacher_update_rate
         0.01
@@ -104,9 +105,9 @@ class SDPOConfig:
 
     enabled: bool = _option(True, "Train with SDPO; False is plain GRPO.")
     alpha: float = _option(0.5, "0: KL(teacher||student), 1: KL(student||teacher), between: generalized JSD.")
-    distillation_topk: int = _option(100, "K of the top-K supports.")
-    distillation_support: Support = _option("student_topk", "Which tokens the divergence is taken over.")
-    distillation_add_tail: bool = _option(True, "Keep the mass outside the top-K as one more category.")
+    k: int = _option(100, "K of the top-K supports.")
+    support: Support = _option("student", "Which tokens the divergence is taken over.")
+    tail: Tail = _option("bucket", "What becomes of the mass outside the top-K.")
     is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio student/old.")
     rollout_is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio old/rollout.")
     loss_aggregation: Aggregation = _option("token-mean", "What the loss is a mean of.")
@@ -140,13 +141,13 @@ class SDPOConfig:
     diagnostics_patience: int = _option(10, "Generation batches without an active row before a warning.")
 
     def __post_init__(self) -> None:
-        _flag(self, "enabled", "distillation_add_tail", "dont_reprompt_on_self_success")
+        _flag(self, "enabled", "dont_reprompt_on_self_success")
         _flag(self, "remove_thinking_from_demonstration", "include_environment_feedback")
         _flag(self, "environment_feedback_only_without_solution")
         _fraction(self, "alpha", "(0: KL(teacher‖student), 1: KL(student‖teacher))")
         _fraction(self, "teacher_update_rate", "(the weight of the student; 0 freezes the teacher)")
         _fraction(self, "trust_region_coef", "(the weight of the live student)")
-        _positive_int(self, "distillation_topk", "num_demonstrations", "max_reprompt_length")
+        _positive_int(self, "k", "num_demonstrations", "max_reprompt_length")
         _positive_int(self, "diagnostics_patience")
         if self.loss_chunk_size is not None:
             _positive_int(self, "loss_chunk_size")
@@ -154,7 +155,8 @@ class SDPOConfig:
             if getattr(self, name) is not None:
                 _number(self, name, "a finite number > 0, or None to turn the weights off", low=0.0)
         _number(self, "success_reward_threshold", "a finite number")
-        _choice(self, "distillation_support", get_args(Support))
+        _choice(self, "support", get_args(Support))
+        _choice(self, "tail", get_args(Tail))
         _choice(self, "loss_aggregation", get_args(Aggregation))
         _choice(self, "teacher_mode", get_args(TeacherMode))
         _choice(self, "teacher_tick", get_args(TeacherTick))
@@ -164,9 +166,9 @@ class SDPOConfig:
         _choice(self, "demonstration_policy", get_args(Policy))
         _choice(self, "reprompt_truncation", get_args(Truncation))
         _choice(self, "loss_backend", get_args(Backend))
-        if self.distillation_support == "sampled_token" and self.alpha != 1.0:
+        if self.support == "sampled" and self.alpha != 1.0:
             raise ValueError(
-                "distillation_support='sampled_token' estimates the gradient of KL(student‖teacher) and "
+                "support='sampled' estimates the gradient of KL(student‖teacher) and "
                 f"needs alpha=1.0, got alpha={self.alpha}; set alpha=1.0 or another support"
             )
         self.apply_chat_template_kwargs = self.template_kwargs
@@ -184,18 +186,9 @@ class SDPOConfig:
         )
 
     @property
-    def tail(self) -> Literal["bucket", "renormalize"]:
-        """The core's name of what happens outside the top-K."""
-        return "bucket" if self.distillation_add_tail else "renormalize"
-
-    @property
-    def topk_side(self) -> Literal["student", "teacher"] | None:
-        """Whose top-K is the support; `None` where the support is none of the two."""
-        sides: dict[str, Literal["student", "teacher"]] = {
-            "student_topk": "student",
-            "teacher_topk": "teacher",
-        }
-        return sides.get(self.distillation_support)
+    def uses_topk(self) -> bool:
+        """Whether the support is the top-K of a model, so that `k` and `tail` apply."""
+        return self.support in ("student", "teacher")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SDPOConfig:
@@ -239,13 +232,13 @@ _COMMON: dict[str, Any] = {
     "beta": 0.0,
     "lr_scheduler_type": "constant_with_warmup",
 }
-_RICH = {"alpha": 1.0, "distillation_topk": 20, "teacher_update_rate": 0.01}
+_RICH = {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01}
 _RICH_ARGUMENTS = {**_COMMON, "learning_rate": 1e-6, "warmup_steps": 0}
 _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "generalization": (
         {
             "alpha": 0.5,
-            "distillation_topk": 100,
+            "k": 100,
             "teacher_update_rate": 0.05,
             "include_environment_feedback": False,
         },

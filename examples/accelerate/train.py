@@ -68,7 +68,7 @@ def main() -> None:
         model=Qwen2ForCausalLM.from_pretrained(DEMO / "checkpoint", dtype=torch.float32),
         args=arguments,
         sdpo_config=SDPOConfig(
-            distillation_topk=20,
+            k=20,
             environment_feedback_only_without_solution=False,
             reprompt_template=TEMPLATES.reprompt,
             solution_template=TEMPLATES.solution,

@@ -25,7 +25,7 @@ import torch
 from loss_peers import ALPHA, LOSSES, PEERS, SHAPES, Inputs, K, Shape, command, make_inputs, versions
 from torch import Tensor
 
-from sdpo.fused._plan import check_operands, check_recipe, make_plan
+from sdpo.fused._plan import check_objective, check_operands, make_plan
 
 GIB = 2**30
 
@@ -57,7 +57,7 @@ def floor(x: Inputs) -> Callable[[], None]:
 
 
 def plan_of(x: Inputs) -> Any:
-    recipe = check_recipe(
+    recipe = check_objective(
         vocabulary=x.head.shape[0], k=K, alpha=ALPHA, tail="bucket", support="student", is_clip=None,
         temperature=1.0, softcap=None, logit_scale=1.0, trust_region_coef=None,
     )  # fmt: skip

@@ -106,7 +106,7 @@ def trl_topk(x: Inputs) -> Tensor:
         teacher = (x.teacher_hidden @ x.head.t()) / TEMPERATURE
     student = (x.hidden @ x.head.t()) / TEMPERATURE
     per_token: Tensor = compute_topk_self_distillation_loss(
-        student, teacher, distillation_topk=K, distillation_alpha=ALPHA, distillation_add_tail=True
+        student, teacher, k=K, distillation_alpha=ALPHA, tail="bucket"
     )
     return per_token
 

@@ -81,9 +81,7 @@ def build_peer(options: argparse.Namespace, model: Any, args: Any, **shared: Any
             self.last_feedback = [text for _, text in judged]
             return [score for score, _ in judged]
 
-    sdpo_config = SDPOConfig(
-        alpha=0.5, distillation_topk=100, teacher_update_rate=0.05, teacher_mode="lora_ema"
-    )
+    sdpo_config = SDPOConfig(alpha=0.5, k=100, teacher_update_rate=0.05, teacher_mode="lora_ema")
     return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, reward_funcs=[Reward()], **shared)
 
 

@@ -150,7 +150,7 @@ def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any
             )  # fmt: skip
             trainer = PeerTrainer(args=peer, **shared)
         else:
-            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, distillation_topk=100, **TEMPLATES)
+            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, k=100, **TEMPLATES)
             trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -106,7 +106,7 @@ def sdpo_config(arm: Arm) -> SDPOConfig:
     """What all arms share, in the words that the checkpoint can read, and the arm's own changes."""
     settings = {
         "alpha": 0.5,
-        "distillation_topk": 20,
+        "k": 20,
         "teacher_update_rate": 0.05,
         "environment_feedback_only_without_solution": False,
         "reprompt_template": TEMPLATES.reprompt,

@@ -169,7 +169,7 @@ def _fused(
     execution: dict[str, Any],
     reduction: str,
 ) -> FusedOutput:
-    recipe = doors.check_recipe(vocabulary=doors.check_head("student_head", student[1]), **objective)
+    recipe = doors.check_objective(vocabulary=doors.check_head("student_head", student[1]), **objective)
     operands = doors.check_operands(
         student=student,
         teacher=teacher,

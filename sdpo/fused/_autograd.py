@@ -10,20 +10,20 @@ from torch import Tensor
 
 from sdpo.fused import triton as kernels
 from sdpo.fused._chunks import Operands, Plan, run
-from sdpo.fused._types import Recipe, TokenStats
+from sdpo.fused._types import Objective, TokenStats
 
 _PER_TOKEN = TokenStats._fields.index("per_token")
 _WEIGHTS = TokenStats._fields.index("weights")
 _LEARNING = tuple(map(Operands._fields.index, ("student_hidden", "student_head", "student_bias")))
 
 
-def total_loss(operands: Operands, recipe: Recipe, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def total_loss(operands: Operands, recipe: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Total [] with gradient; per-token losses [n] and statistics [S, n] without."""
     total, stats = _Total.apply(recipe, plan, *operands)[:2]
     return total, stats[_PER_TOKEN], stats
 
 
-def per_token_loss(operands: Operands, recipe: Recipe, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def per_token_loss(operands: Operands, recipe: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Total [] and per-token losses [n] with gradient; statistics [S, n] without."""
     per_token, stats = _PerToken.apply(recipe, plan, *operands)[:2]
     return _weighted_sum(per_token, stats[_WEIGHTS]), per_token, stats
@@ -38,7 +38,7 @@ class _Total(torch.autograd.Function):
     """Σ weights · per_token, whose gradients are outputs of the forward pass."""
 
     @staticmethod
-    def forward(recipe: Recipe, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(recipe: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         out = run(Operands(*tensors), recipe, plan)  # type: ignore[arg-type]
         total = _weighted_sum(out.stats[_PER_TOKEN], out.stats[_WEIGHTS])
         return total, out.stats, out.hidden, out.head, out.bias
@@ -69,7 +69,7 @@ class _PerToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(recipe: Recipe, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(recipe: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = Operands(*tensors)  # type: ignore[arg-type]
         first = plan._replace(hidden=plan.hidden and not _mixes_rows(plan), head=False, bias=False)
         positions = operands.tokens if operands.active is None else operands.active

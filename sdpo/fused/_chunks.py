@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from sdpo.fused._matmul import (
-    accumulate_bias,
-    accumulate_head,
-    gradient_dtype,
-    gradient_lift,
-    lost_share,
+    accumulate_grad_bias,
+    accumulate_grad_weight,
+    accumulation_bias,
+    fp16_loss_scale,
+    grad_hidden_from_logits,
+    grad_logits_dtype,
     operand_dtype,
     project,
-    pull_back,
     working_dtype,
 )
-from sdpo.fused._types import Make, Recipe, Rows, Side, Slope, TokenStats
+from sdpo.fused._types import GradLogits, Make, ModelChunk, Objective, TokenInputs, TokenStats
 
 # (student, teacher, rows, recipe, stats, slope): fills stats [len(TokenStats), c] and, unless None, slope.
-Backend = Callable[[Make, Make, Rows, Recipe, Tensor, Slope | None], None]
+Backend = Callable[[Make, Make, TokenInputs, Objective, Tensor, GradLogits | None], None]
 
 
 class Operands(NamedTuple):
@@ -72,20 +72,22 @@ class Outcome(NamedTuple):
     bias: Tensor | None  # [V]
 
 
-def run(operands: Operands, recipe: Recipe, plan: Plan, slope_weights: Tensor | None = None) -> Outcome:
+def run(operands: Operands, recipe: Objective, plan: Plan, grad_weights: Tensor | None = None) -> Outcome:
     """Go through all active tokens once.
 
-    ``slope_weights`` [n] replace the loss weights in the gradients (not in the statistics).
+    ``grad_weights`` [n] replace the loss weights in the gradients (not in the statistics).
     """
     with torch.no_grad(), torch.autocast(operands.student_hidden.device.type, enabled=False):
-        return _Pass(operands, recipe, plan, slope_weights).run()
+        return _Pass(operands, recipe, plan, grad_weights).run()
 
 
 class _Pass:
     """The buffers of one pass over the tokens."""
 
-    def __init__(self, operands: Operands, recipe: Recipe, plan: Plan, slope_weights: Tensor | None) -> None:
-        self.operands, self.recipe, self.plan, self.slope_weights = operands, recipe, plan, slope_weights
+    def __init__(
+        self, operands: Operands, recipe: Objective, plan: Plan, grad_weights: Tensor | None
+    ) -> None:
+        self.operands, self.recipe, self.plan, self.grad_weights = operands, recipe, plan, grad_weights
         hidden, head = operands.student_hidden, operands.student_head
         self.device = hidden.device
         self.dtype = operand_dtype(hidden, head, plan.autocast)
@@ -100,8 +102,8 @@ class _Pass:
             (operands.reference_hidden, operands.reference_head),
         ):
             if states is not None and matrix is not None:
-                lost_share(self.device, operand_dtype(states, matrix, plan.autocast), matrix.shape[1])
-        self.lift = self._lift()
+                accumulation_bias(self.device, operand_dtype(states, matrix, plan.autocast), matrix.shape[1])
+        self.loss_scale = self._loss_scale()
         self.stats = torch.empty(len(TokenStats._fields), self.count, dtype=self.working, device=self.device)
         self.hidden_gradient: Tensor | None = None
         self.head_gradient: Tensor | None = None
@@ -112,7 +114,7 @@ class _Pass:
             make = torch.empty if operands.active is None else torch.zeros
             self.hidden_gradient = make(hidden.shape, dtype=kept, device=self.device)
         if plan.head:
-            slope_dtype = gradient_dtype(self.device, self.dtype)
+            slope_dtype = grad_logits_dtype(self.device, self.dtype)
             kept = torch.bfloat16 if slope_dtype == head.dtype == torch.bfloat16 else self.working
             make = torch.empty if self.count else torch.zeros
             self.head_gradient = make(head.shape, dtype=kept, device=self.device)
@@ -123,7 +125,7 @@ class _Pass:
         plan, width = self.plan, max(1, min(self.plan.chunk_rows, self.count))
         buffers = (1 if plan.take_turns else 2) + plan.own_reference
         self.products = [self._buffer(width, self.working) for _ in range(buffers)]
-        slope_dtype = gradient_dtype(self.device, self.dtype)
+        slope_dtype = grad_logits_dtype(self.device, self.dtype)
         # In the working dtype a slope takes the place of the logits it came from, chunk by chunk.
         in_place = slope_dtype == self.working
         block = width if in_place else max(width, min(plan.slope_rows, self.count))
@@ -141,59 +143,61 @@ class _Pass:
                 if slope is not None:
                     self._push_hidden(low, high, slope)
             self._push_head(start, stop, self._slope(slopes, gains, 0, stop - start))
-        if self.lift is not None:
+        if self.loss_scale is not None:
             for gradient in (self.head_gradient, self.bias_gradient):
                 if gradient is not None:
-                    gradient.div_(self.lift)
+                    gradient.div_(self.loss_scale)
         return Outcome(self.stats, self.hidden_gradient, self.head_gradient, self.bias_gradient)
 
     @staticmethod
-    def _slope(slopes: Tensor, gains: Tensor | None, low: int, high: int) -> Slope:
-        return Slope(slopes[low:high], None if gains is None else gains[low:high])
+    def _slope(slopes: Tensor, gains: Tensor | None, low: int, high: int) -> GradLogits:
+        return GradLogits(slopes[low:high], None if gains is None else gains[low:high])
 
-    def _chunk(self, low: int, high: int, slope: Slope | None) -> None:
+    def _chunk(self, low: int, high: int, slope: GradLogits | None) -> None:
         """Logits, loss and slope of the tokens low to high."""
         ops = self.operands
-        rows = Rows(
+        rows = TokenInputs(
             tokens=self._take(ops.tokens, low, high),
             old_log_probs=self._take(ops.old_log_probs, low, high),
             extra_weights=self._take(ops.extra_weights, low, high),
-            slope_weights=None if self.slope_weights is None else self.slope_weights[low:high].contiguous(),
-            lift=self.lift,
+            grad_weights=None if self.grad_weights is None else self.grad_weights[low:high].contiguous(),
+            loss_scale=self.loss_scale,
         )
         stats = self.stats[:, low:high]
         make_student, make_teacher = (partial(make, low, high) for make in (self._student, self._teacher))
         self.plan.backend(make_student, make_teacher, rows, self.recipe, stats, slope)
 
-    def _push_hidden(self, low: int, high: int, slope: Slope) -> None:
+    def _push_hidden(self, low: int, high: int, slope: GradLogits) -> None:
         """Send the slopes of the tokens low to high on to their hidden states."""
         gradient, active = self.hidden_gradient, self.operands.active
         if gradient is None:
             return
         head = self._cast(self.operands.student_head, self.dtype)
-        if active is None and self.lift is None:
-            pull_back(slope.values, head, gradient[low:high], slope.gain, self.products[0])
+        if active is None and self.loss_scale is None:
+            grad_hidden_from_logits(slope.values, head, gradient[low:high], slope.row_scale, self.products[0])
             return
         rows = gradient.new_empty(high - low, gradient.shape[1])
-        pull_back(slope.values, head, rows, slope.gain, self.products[0])
-        if self.lift is not None:
-            rows = rows.div_(self.lift)
+        grad_hidden_from_logits(slope.values, head, rows, slope.row_scale, self.products[0])
+        if self.loss_scale is not None:
+            rows = rows.div_(self.loss_scale)
         positions = torch.arange(low, high, device=self.device) if active is None else active[low:high]
         gradient.index_copy_(0, positions, rows)
 
-    def _push_head(self, start: int, stop: int, slope: Slope) -> None:
+    def _push_head(self, start: int, stop: int, slope: GradLogits) -> None:
         """Send the slopes of the tokens start to stop on to head and bias."""
         if self.head_gradient is not None:
             hidden = self._take(self.operands.student_hidden, start, stop).to(self.dtype)
-            accumulate_head(slope.values, hidden, self.head_gradient, slope.gain, first=start == 0)
+            accumulate_grad_weight(
+                slope.values, hidden, self.head_gradient, slope.row_scale, first=start == 0
+            )
         if self.bias_gradient is not None:
-            accumulate_bias(slope.values, self.bias_gradient, slope.gain)
+            accumulate_grad_bias(slope.values, self.bias_gradient, slope.row_scale)
 
-    def _student(self, low: int, high: int) -> Side:
+    def _student(self, low: int, high: int) -> ModelChunk:
         ops = self.operands
         return self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, self.products[0])
 
-    def _teacher(self, low: int, high: int) -> Side:
+    def _teacher(self, low: int, high: int) -> ModelChunk:
         """The teacher, or what lies between it and the centre of its trust region."""
         ops = self.operands
         model = (ops.teacher_hidden, ops.teacher_head, ops.teacher_bias)
@@ -218,13 +222,13 @@ class _Pass:
 
     def _side(
         self, hidden: Tensor, head: Tensor, bias: Tensor | None, low: int, high: int, out: Tensor
-    ) -> Side:
+    ) -> ModelChunk:
         dtype = operand_dtype(hidden, head, self.plan.autocast)
         return self._product(self._take(hidden, low, high).to(dtype), self._cast(head, dtype), bias, out)
 
-    def _product(self, states: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> Side:
-        lost = lost_share(self.device, head.dtype, head.shape[1])
-        return Side(project(states, head, out[: states.shape[0]]), bias, states, head, lost)
+    def _product(self, states: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> ModelChunk:
+        lost = accumulation_bias(self.device, head.dtype, head.shape[1])
+        return ModelChunk(project(states, head, out[: states.shape[0]]), bias, states, head, lost)
 
     @overload
     def _take(self, values: Tensor, low: int, high: int) -> Tensor: ...
@@ -249,16 +253,16 @@ class _Pass:
     def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, self.vocabulary, dtype=dtype, device=self.device)
 
-    def _lift(self) -> Tensor | None:
-        if gradient_dtype(self.device, self.dtype) != torch.float16:
+    def _loss_scale(self) -> Tensor | None:
+        if grad_logits_dtype(self.device, self.dtype) != torch.float16:
             return None
-        weights = self.slope_weights
+        weights = self.grad_weights
         if weights is None:
             weights = self._take(self.operands.extra_weights, 0, self.count)
         if weights is None:
             weights = torch.ones(1, device=self.device)
-        bound = self.recipe.is_clip if self.recipe.is_clip is not None and self.slope_weights is None else 1.0
-        return gradient_lift(weights, bound)
+        bound = self.recipe.is_clip if self.recipe.is_clip is not None and self.grad_weights is None else 1.0
+        return fp16_loss_scale(weights, bound)
 
 
 def _address(tensor: Tensor) -> int:

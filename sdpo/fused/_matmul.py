@@ -62,12 +62,12 @@ def _knows_mixed_products() -> bool:
     return hasattr(torch.ops.aten.mm, "dtype_out") and hasattr(torch.ops.aten.bmm, "dtype_out")
 
 
-def gradient_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
+def grad_logits_dtype(device: torch.device, operand: torch.dtype) -> torch.dtype:
     """Dtype in which the gradient of the logits enters its products."""
     return operand if has_mixed_product(device, operand) else working_dtype(operand)
 
 
-def gradient_lift(weights: Tensor, bound: float) -> Tensor:
+def fp16_loss_scale(weights: Tensor, bound: float) -> Tensor:
     """Power of two that lifts fp16 gradients out of the underflow, [] float32.
 
     The largest of ``weights`` [N], times ``bound``, bounds the loss weights; what is not finite is left out.
@@ -97,7 +97,7 @@ def project(hidden: Tensor, head: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def lost_share(device: torch.device, operand: torch.dtype, width: int) -> float:
+def accumulation_bias(device: torch.device, operand: torch.dtype, width: int) -> float:
     """Share of itself by which a large sum of ``width`` products is too small: what the matrix units cut off.
 
     Measured once per device, dtype and width, on random numbers; it hardly depends on them. On an H200 it is 3e-6
@@ -119,7 +119,7 @@ def _measured_loss(device: torch.device, operand: torch.dtype, width: int) -> fl
     return 1.0 - float((found * exact)[large].sum() / exact[large].square().sum())
 
 
-def pull_back(
+def grad_hidden_from_logits(
     slope: Tensor, head: Tensor, out: Tensor, gain: Tensor | None = None, scratch: Tensor | None = None
 ) -> Tensor:
     """``gain · (slope @ head)``: the gradient of the hidden states from that of the logits, into out [c, D].
@@ -173,7 +173,7 @@ def pieces(vocabulary: int) -> tuple[int, int]:
     return count, width if width < 8 else width // 8 * 8
 
 
-def accumulate_head(
+def accumulate_grad_weight(
     slope: Tensor, hidden: Tensor, total: Tensor, gain: Tensor | None = None, *, first: bool
 ) -> None:
     """Add ``(gain · slope).T @ hidden``, [C, V] and [C, D], to the head's gradient total [V, D] in place."""
@@ -185,7 +185,7 @@ def accumulate_head(
         torch.addmm(total, slope.t(), hidden, beta=0.0 if first else 1.0, out_dtype=total.dtype, out=total)
 
 
-def accumulate_bias(slope: Tensor, total: Tensor, gain: Tensor | None = None) -> None:
+def accumulate_grad_bias(slope: Tensor, total: Tensor, gain: Tensor | None = None) -> None:
     """Add the sum of ``gain · slope`` [C, V] over its rows to the bias' gradient total [V] in place."""
     if gain is None:
         total += slope.sum(dim=0, dtype=total.dtype)

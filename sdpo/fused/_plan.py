@@ -19,8 +19,8 @@ from sdpo._validate import (
 from sdpo.fused import _torch
 from sdpo.fused import triton as kernels
 from sdpo.fused._chunks import Backend, Operands, Plan
-from sdpo.fused._matmul import autocast_dtype, gradient_dtype, operand_dtype, working_dtype
-from sdpo.fused._types import Recipe, Support, Tail
+from sdpo.fused._matmul import autocast_dtype, grad_logits_dtype, operand_dtype, working_dtype
+from sdpo.fused._types import Objective, Support, Tail
 
 # Bytes of a chunk's buffers: enough to keep the matrix units busy, 1536 tokens of a vocabulary of 150k on a GPU
 # where both models' logits take turns in one buffer, else 768.
@@ -48,7 +48,7 @@ def check_head(name: str, head: object) -> int:
     return head.shape[0]
 
 
-def check_recipe(
+def check_objective(
     *,
     vocabulary: int,
     k: int | None,
@@ -60,7 +60,7 @@ def check_recipe(
     softcap: float | None,
     logit_scale: float,
     trust_region_coef: float | None,
-) -> Recipe:
+) -> Objective:
     """Validate the scalars of the objective."""
     alpha = check_alpha(alpha)
     check_choice("tail", tail, ("bucket", "renormalize"))
@@ -83,7 +83,7 @@ def check_recipe(
         trust_region_coef = check_real(
             "trust_region_coef", trust_region_coef, low=0.0, high=1.0, meaning=meaning
         )
-    return Recipe(
+    return Objective(
         # The support of all V tokens has no order and no tail: the full vocabulary.
         k=None if k == vocabulary else k,
         alpha=alpha,
@@ -164,7 +164,7 @@ def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
     return operands if active.shape[0] == loss_mask.numel() else operands._replace(active=active)
 
 
-def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, backend: str) -> Plan:
+def make_plan(operands: Operands, recipe: Objective, *, chunk_size: int | None, backend: str) -> Plan:
     """Choose the backend and the number of tokens whose logits exist at a time."""
     check_choice("backend", backend, ("auto", "torch", "triton"))
     student = (operands.student_hidden, operands.student_head, operands.student_bias)
@@ -180,7 +180,7 @@ def make_plan(operands: Operands, recipe: Recipe, *, chunk_size: int | None, bac
     chosen: Backend = _torch.chunk
     if backend == "triton" or (backend == "auto" and missing is None and device.type == "cuda"):
         chosen = kernels.chunk
-    slope = gradient_dtype(device, dtype)
+    slope = grad_logits_dtype(device, dtype)
     take_turns = chosen is kernels.chunk and kernels.take_turns(recipe, slope)
     # A head that learns makes its gradient once per block of slopes, and reads and writes all of it each time.
     blocks = _SLOPE_BLOCKS[take_turns] if head else 1
@@ -272,7 +272,7 @@ def _check_token_ids(tokens: Tensor, active: Tensor, vocabulary: int) -> None:
         )
 
 
-def _shares_product(operands: Operands, recipe: Recipe) -> bool:
+def _shares_product(operands: Operands, recipe: Objective) -> bool:
     """Whether a trust region's logits are one product: of the states in between, through one linear head."""
     same_head = operands.reference_head is operands.teacher_head
     return same_head and operands.reference_bias is operands.teacher_bias and recipe.softcap is None

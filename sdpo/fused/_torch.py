@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
-from sdpo.fused._types import Make, Recipe, Rows, Slope, TokenStats
+from sdpo.fused._types import GradLogits, Make, Objective, TokenInputs, TokenStats
 from sdpo.importance import importance_weights
 
 
@@ -88,7 +88,7 @@ def _log_over_mixture(delta: Tensor, weight: float) -> Tensor:
     return -torch.where(near, small, ((1 - weight) + weight * delta.exp()).log())
 
 
-def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe, lost: float) -> Tensor:
+def logits_from_products(products: Tensor, bias: Tensor | None, recipe: Objective, lost: float) -> Tensor:
     """Turn products [c, V] into logits, in place: what was lost, bias, scale, soft-cap, temperature."""
     if lost != 0.0:
         products.mul_(1.0 / (1.0 - lost))
@@ -102,7 +102,7 @@ def map_logits(products: Tensor, bias: Tensor | None, recipe: Recipe, lost: floa
     )
 
 
-def flatten_by_softcap(slope: Tensor, logits: Tensor, recipe: Recipe) -> Tensor:
+def softcap_backward_(slope: Tensor, logits: Tensor, recipe: Objective) -> Tensor:
     """Multiply a slope, in place, by 1 − tanh²: what the soft-cap lets through, read off its own result."""
     if recipe.softcap is None:
         return slope
@@ -146,7 +146,7 @@ def row_gain(whole: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept > 0.0, whole / kept, 1.0)
 
 
-def choose_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Recipe) -> Tensor:
+def select_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Objective) -> Tensor:
     """Token ids [c, K] of the support: a model's K likeliest, the sampled token, or (K = V) every token."""
     if recipe.support == "sampled":
         return tokens[:, None]
@@ -157,22 +157,29 @@ def choose_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Rec
 
 
 def chunk(
-    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make,
+    make_teacher: Make,
+    rows: TokenInputs,
+    recipe: Objective,
+    stats: Tensor,
+    slope: GradLogits | None,
 ) -> None:
     """The loss of one chunk: fills ``stats``, and ``slope`` with d(weighted loss)/d(student products).
 
     The buffers of both sides are consumed; the slope's values may take the student's.
     """
     teacher, student = make_teacher(), make_student()
-    z_student = map_logits(student.products, student.bias, recipe, student.lost)
-    z_teacher = map_logits(teacher.products, teacher.bias, recipe, teacher.lost)
+    z_student = logits_from_products(student.products, student.bias, recipe, student.accumulation_bias)
+    z_teacher = logits_from_products(teacher.products, teacher.bias, recipe, teacher.accumulation_bias)
     if teacher.reference is not None and recipe.trust_region_coef is not None:
-        reference = map_logits(teacher.reference, teacher.reference_bias, recipe, teacher.lost)
+        reference = logits_from_products(
+            teacher.reference, teacher.reference_bias, recipe, teacher.accumulation_bias
+        )
         # Not lerp: it would subtract −inf from −inf where a token is impossible.
         z_teacher = reference.mul_(1 - recipe.trust_region_coef).add_(
             z_teacher, alpha=recipe.trust_region_coef
         )
-    ids = choose_support(z_student, z_teacher, rows.tokens, recipe)
+    ids = select_support(z_student, z_teacher, rows.tokens, recipe)
     token = rows.tokens[:, None]
     token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
     q = split(z_teacher, ids)
@@ -189,17 +196,17 @@ def chunk(
 
     weights, clipped = _weights(log_token, rows, recipe)
     if slope is not None:
-        scale = weights if rows.slope_weights is None else rows.slope_weights.to(weights.dtype)
-        scale = (scale if rows.lift is None else scale * rows.lift)[:, None]
+        scale = weights if rows.grad_weights is None else rows.grad_weights.to(weights.dtype)
+        scale = (scale if rows.loss_scale is None else scale * rows.loss_scale)[:, None]
         scale = scale * (recipe.logit_scale / recipe.temperature)
-        whole = flatten_by_softcap(p.outside, z_student, recipe)
+        whole = softcap_backward_(p.outside, z_student, recipe)
         torch.mul(whole, outside[:, None] * scale, out=slope.values)
-        inside = flatten_by_softcap(inside * scale, p.inside + p.anchor, recipe)
+        inside = softcap_backward_(inside * scale, p.inside + p.anchor, recipe)
         rounded = inside.to(slope.values.dtype)
         slope.values.scatter_(1, ids, rounded)
-        if slope.gain is not None:
+        if slope.row_scale is not None:
             kept = (inside * rounded.to(inside.dtype)).sum(dim=1)
-            slope.gain.copy_(row_gain(inside.square().sum(dim=1), kept))
+            slope.row_scale.copy_(row_gain(inside.square().sum(dim=1), kept))
     known = TokenStats(
         per_token=value,
         weights=weights,
@@ -217,7 +224,7 @@ def chunk(
 
 
 def _topk(
-    log_p: Tensor, log_q: Tensor, log_tail_p: Tensor, log_tail_q: Tensor, recipe: Recipe
+    log_p: Tensor, log_q: Tensor, log_tail_p: Tensor, log_tail_q: Tensor, recipe: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Value [c], slopes at the support [c, K] and of the tail [c]."""
     if recipe.tail == "renormalize":
@@ -244,7 +251,7 @@ def _sampled(log_p: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Te
     return value, tail[:, None], -tail
 
 
-def _weights(log_token: Tensor, rows: Rows, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _weights(log_token: Tensor, rows: TokenInputs, recipe: Objective) -> tuple[Tensor, Tensor]:
     """Importance × extra weights [c], and where the importance was cut."""
     weights, clipped = torch.ones_like(log_token), torch.zeros_like(log_token)
     if rows.old_log_probs is not None and recipe.is_clip is not None:

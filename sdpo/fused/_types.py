@@ -14,11 +14,11 @@ Tail = Literal["bucket", "renormalize"]
 
 # Of the 16-bit formats it alone has the range for slopes that lack a factor of their row: they can be written
 # before that is known.
-SHARED = torch.bfloat16
+UNSCALED_GRAD_DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Objective:
     """The Python scalars of the objective: the same for every chunk."""
 
     k: int | None  # None: every token of the vocabulary
@@ -32,37 +32,37 @@ class Recipe:
     trust_region_coef: float | None
 
 
-class Side(NamedTuple):
+class ModelChunk(NamedTuple):
     """One model's half of a chunk."""
 
     products: Tensor  # [c, V] states × head, working dtype; a scratch buffer the backend may overwrite
     bias: Tensor | None  # [V]
     states: Tensor | None = None  # [c, D] and
     head: Tensor | None = None  # [V, D]: what the products were made of, where they can be made more exactly
-    lost: float = 0.0  # share of itself by which a product is too small
+    accumulation_bias: float = 0.0  # share of itself by which a product is too small
     reference: Tensor | None = None  # [c, V] products of the trust region's centre, if it needs its own
     reference_bias: Tensor | None = None  # [V]
 
 
 # Makes a model's half. That of the model made before may be gone then, where `kernels.take_turns` says so.
-Make = Callable[[], Side]
+Make = Callable[[], ModelChunk]
 
 
-class Rows(NamedTuple):
+class TokenInputs(NamedTuple):
     """What is known of a chunk's tokens before its logits are."""
 
     tokens: Tensor  # [c] int64
     old_log_probs: Tensor | None  # [c]
     extra_weights: Tensor | None  # [c]
-    slope_weights: Tensor | None  # [c] weights of the gradient, where they are not the loss weights
-    lift: Tensor | None  # [] factor on the gradient, against underflow in fp16
+    grad_weights: Tensor | None  # [c] weights of the gradient, where they are not the loss weights
+    loss_scale: Tensor | None  # [] factor on the gradient, against underflow in fp16
 
 
-class Slope(NamedTuple):
-    """Where a backend puts the gradient of a chunk's logits: ``gain · values``, row by row."""
+class GradLogits(NamedTuple):
+    """Where a backend puts the gradient of a chunk's logits: ``row_scale · values``, row by row."""
 
     values: Tensor  # [c, V] working dtype, or the 16-bit dtype of the products
-    gain: Tensor | None  # [c] working dtype, with ``values`` of 16 bits; None: 1
+    row_scale: Tensor | None  # [c] working dtype, with ``values`` of 16 bits; None: 1
 
 
 class TokenStats(NamedTuple):

@@ -84,8 +84,8 @@ class Diagnostics:
         if mass is not None and mass < _LOW_MASS:
             self._once(
                 "mass",
-                f"The top {self._config.distillation_topk} tokens hold {mass:.0%} of the student's probability; "
-                "raise distillation_topk, or set distillation_support='full'.",
+                f"The top {self._config.k} tokens hold {mass:.0%} of the student's probability; "
+                "raise k, or set support='full'.",
             )
 
     def _once(self, key: str, message: str) -> None:

@@ -43,11 +43,10 @@ def fused(
         teacher.hidden,
         teacher.head.weight,
         targets.tokens,
-        k=config.distillation_topk if config.topk_side else None,
+        k=config.k if config.uses_topk else None,
         alpha=config.alpha,
         tail=config.tail,
-        support=config.topk_side
-        or ("sampled" if config.distillation_support == "sampled_token" else "student"),
+        support="student" if config.support == "full" else config.support,
         temperature=temperature,
         loss_mask=targets.loss_mask,
         old_log_probs=targets.old_log_probs,
@@ -95,18 +94,18 @@ def from_logits(
     if len(teacher_logits) == 2:
         live = teacher_logits[1].float() / temperature
         q = sdpo.trust_region_logits(q, live, coef=config.trust_region_coef)
-    if config.distillation_support == "full":
+    if config.support == "full":
         per_token = sdpo.full_distillation_loss(p, q, alpha=config.alpha)
-    elif config.topk_side is None:
+    elif config.support == "sampled":
         per_token = sdpo.sampled_token_distillation_loss(p, q, targets.tokens)
     else:
         per_token = sdpo.topk_distillation_loss(
             p,
             q,
-            k=config.distillation_topk,
+            k=config.k,
             alpha=config.alpha,
             tail=config.tail,
-            support=config.topk_side,
+            support=config.support,
         )
     log_p, log_q = p.detach().log_softmax(-1), q.log_softmax(-1)
     tokens = targets.tokens[..., None]
@@ -115,8 +114,8 @@ def from_logits(
     if targets.old_log_probs is not None and config.is_clip is not None:
         weights = weights * sdpo.importance_weights(log_probs, targets.old_log_probs, clip=config.is_clip)
     mask = targets.loss_mask
-    k = min(config.distillation_topk, p.shape[-1])
-    top = sdpo.topk_log_probs(q if config.topk_side == "teacher" else p.detach(), k=k)
+    k = min(config.k, p.shape[-1])
+    top = sdpo.topk_log_probs(q if config.support == "teacher" else p.detach(), k=k)
     inside_p, inside_q = (sdpo.gather_log_probs(x, top.indices) for x in (p.detach(), q))
     return LogitsOutput(
         total=torch.where(mask, per_token * weights, 0.0).sum(),
@@ -163,7 +162,7 @@ def step_metrics(config: SDPOConfig, output: Any, targets: Targets) -> dict[str,
         "sampled_token_log_ratio": gap,
         "sampled_token_agreement": (gap >= 0).float(),
     }
-    if config.topk_side is not None:
+    if config.uses_topk:
         values["student_topk_mass"] = output.student_topk_mass
         values["teacher_topk_mass"] = output.teacher_topk_mass
         values["student_tail_mass"] = output.student_log_tail.exp()

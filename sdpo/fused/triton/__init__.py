@@ -9,12 +9,12 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo.fused._types import SHARED, Make, Recipe, Rows, Slope
+from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, Make, Objective, TokenInputs
 
 MAX_K = 1024
 
 
-def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str | None:
+def missing(device: torch.device, working: torch.dtype, recipe: Objective) -> str | None:
     """Why the kernels cannot run here; None if they can.
 
     On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Triton is imported.
@@ -31,19 +31,24 @@ def missing(device: torch.device, working: torch.dtype, recipe: Recipe) -> str |
     return None
 
 
-def take_turns(recipe: Recipe, slope: torch.dtype) -> bool:
+def take_turns(recipe: Objective, slope: torch.dtype) -> bool:
     """Whether the logits of both models may lie in one buffer: those made first are summed up by then.
 
     The student's are looked at again where it chooses the support and its slopes, of this dtype, cannot be written
     while they are summed.
     """
     if recipe.support == "student":
-        return recipe.k is not None and slope == SHARED
+        return recipe.k is not None and slope == UNSCALED_GRAD_DTYPE
     return recipe.k is not None or recipe.support == "sampled"
 
 
 def chunk(
-    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make,
+    make_teacher: Make,
+    rows: TokenInputs,
+    recipe: Objective,
+    stats: Tensor,
+    slope: GradLogits | None,
 ) -> None:
     """The loss of one chunk, as ``sdpo.fused._torch.chunk``."""
     from sdpo.fused.triton import _launch

@@ -48,7 +48,7 @@ def full_terms(
 @triton.jit
 def full_rows(
     values, commons, smalls, masses, anchor_p, norm_p, anchor_q, norm_q, token_p, token_q,
-    old, extra, slope_weights, lift, stats, common, small, small_mass, scale, width, BLOCKS, clip, log_clip, chain,
+    old, extra, grad_weights, lift, stats, common, small, small_mass, scale, width, BLOCKS, clip, log_clip, chain,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Loss and weights of each row into ``stats``; its sums and the gradient's scale, for ``full_slopes``."""
@@ -63,7 +63,7 @@ def full_rows(
     log_token = tl.load(token_p + row) - tl.load(anchor_p + row) - tl.load(norm_p + row)
     log_token_q = tl.load(token_q + row) - tl.load(anchor_q + row) - tl.load(norm_q + row)
     weight, clipped, slope_weight = loss_weights(
-        log_token, old, extra, slope_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
+        log_token, old, extra, grad_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
     )
     tl.store(scale + row, slope_weight * chain)
     tl.store(stats + row, value)

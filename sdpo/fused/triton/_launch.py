@@ -9,8 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
-from sdpo.fused._torch import map_logits, row_gain
-from sdpo.fused._types import SHARED, Make, Recipe, Rows, Side, Slope, TokenStats
+from sdpo.fused._torch import logits_from_products, row_gain
+from sdpo.fused._types import (
+    UNSCALED_GRAD_DTYPE,
+    GradLogits,
+    Make,
+    ModelChunk,
+    Objective,
+    TokenInputs,
+    TokenStats,
+)
 from sdpo.fused.triton import _full_vocab, _math, _reductions, _topk, _topk_loss
 
 # Columns per program of the passes over one model's vocabulary and over both models', and their warps.
@@ -58,7 +66,12 @@ class _Sums(NamedTuple):
 
 
 def chunk(
-    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make,
+    make_teacher: Make,
+    rows: TokenInputs,
+    recipe: Objective,
+    stats: Tensor,
+    slope: GradLogits | None,
 ) -> None:
     """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``slope``."""
     fill = _fill_full if recipe.k is None and recipe.support != "sampled" else _fill_topk
@@ -77,10 +90,17 @@ class _Support(NamedTuple):
 
 
 def _fill_topk(
-    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make,
+    make_teacher: Make,
+    rows: TokenInputs,
+    recipe: Objective,
+    stats: Tensor,
+    slope: GradLogits | None,
 ) -> None:
     has_tail = recipe.tail == "bucket" or recipe.support == "sampled"
-    room = slope.values if slope is not None and slope.values.dtype == SHARED and has_tail else None
+    room = (
+        slope.values if slope is not None and slope.values.dtype == UNSCALED_GRAD_DTYPE and has_tail else None
+    )
     shares = room is not None
     # Who chooses the support comes first, and is read while the cache still holds a part of it.
     if recipe.support == "student":
@@ -129,7 +149,12 @@ def _fill_topk(
 
 
 def _fill_full(
-    make_student: Make, make_teacher: Make, rows: Rows, recipe: Recipe, stats: Tensor, slope: Slope | None
+    make_student: Make,
+    make_teacher: Make,
+    rows: TokenInputs,
+    recipe: Objective,
+    stats: Tensor,
+    slope: GradLogits | None,
 ) -> None:
     # The student's come last, as they are read first: part of them is still in the cache.
     q, p = _teacher(make_teacher, recipe), _model(make_student(), recipe)
@@ -168,12 +193,12 @@ def _fill_full(
         _full_vocab.full_slopes[grid](
             *both, *row_sums, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
         )
-        if slope.gain is not None:
-            slope.gain.copy_(row_gain(values.sum(dim=1), commons.sum(dim=1)))
+        if slope.row_scale is not None:
+            slope.row_scale.copy_(row_gain(values.sum(dim=1), commons.sum(dim=1)))
 
 
 def _choose(
-    model: _Model, tokens: Tensor, recipe: Recipe, shares: Tensor | None = None
+    model: _Model, tokens: Tensor, recipe: Objective, shares: Tensor | None = None
 ) -> tuple[Tensor, _Support]:
     """A model's K likeliest tokens: ids [c, K], and the model there; its ``shares`` [c, V] on the way."""
     assert recipe.k is not None
@@ -255,7 +280,7 @@ def _read(model: _Model, tokens: Tensor) -> Tensor:
     return token
 
 
-def _is_exact(model: _Model, recipe: Recipe) -> bool:
+def _is_exact(model: _Model, recipe: Objective) -> bool:
     """Whether the logits that count most are made again."""
     return model.exact is not None and recipe.support != "sampled"
 
@@ -282,7 +307,7 @@ def _block_sums(model: _Model, token: Tensor | None = None, shares: Tensor | Non
     return sums
 
 
-def _model(side: Side, recipe: Recipe) -> _Model:
+def _model(side: ModelChunk, recipe: Objective) -> _Model:
     capped = recipe.softcap is not None
     inner = recipe.logit_scale / (recipe.temperature if recipe.softcap is None else recipe.softcap)
     outer = 1.0 if recipe.softcap is None else recipe.softcap / recipe.temperature
@@ -290,59 +315,61 @@ def _model(side: Side, recipe: Recipe) -> _Model:
     exact = None
     if side.states is not None and side.head is not None and side.head.itemsize == 2:
         exact = _Exact(side.states, side.head, bias, inner)
-    if side.lost != 0.0:
+    if side.accumulation_bias != 0.0:
         # products / (1 − lost) + bias, times inner
-        bias = bias if side.bias is None else bias.float() * (1.0 - side.lost)
-        inner = inner / (1.0 - side.lost)
+        bias = bias if side.bias is None else bias.float() * (1.0 - side.accumulation_bias)
+        inner = inner / (1.0 - side.accumulation_bias)
     return _Model(side.products, bias, inner, outer, side.bias is not None, capped, exact)
 
 
-def _teacher(make: Make, recipe: Recipe) -> _Model:
+def _teacher(make: Make, recipe: Objective) -> _Model:
     """The teacher's model, or a trust region's logits as products that need no further map."""
     teacher = make()
     if teacher.reference is None or recipe.trust_region_coef is None:
         return _model(teacher, recipe)
-    centre = map_logits(teacher.reference, teacher.reference_bias, recipe, teacher.lost)
-    live = map_logits(teacher.products, teacher.bias, recipe, teacher.lost)
+    centre = logits_from_products(
+        teacher.reference, teacher.reference_bias, recipe, teacher.accumulation_bias
+    )
+    live = logits_from_products(teacher.products, teacher.bias, recipe, teacher.accumulation_bias)
     logits = centre.mul_(1 - recipe.trust_region_coef).add_(live, alpha=recipe.trust_region_coef)
     return _Model(logits, logits, 1.0, 1.0, has_bias=False, softcap=False)
 
 
-def _mode(recipe: Recipe) -> int:
+def _mode(recipe: Objective) -> int:
     if recipe.support == "sampled":
         return _math.SAMPLED.value
     special = {0.0: _math.FORWARD.value, 1.0: _math.REVERSE.value}
     return special.get(recipe.alpha, _math.MIXTURE.value)
 
 
-def _weight_pointers(rows: Rows, default: Tensor) -> list[Tensor]:
+def _weight_pointers(rows: TokenInputs, default: Tensor) -> list[Tensor]:
     """Pointers of the optional weights; ``default`` stands in for what is absent and never read."""
-    optional = (rows.old_log_probs, rows.extra_weights, rows.slope_weights, rows.lift)
+    optional = (rows.old_log_probs, rows.extra_weights, rows.grad_weights, rows.loss_scale)
     return [default if value is None else value for value in optional]
 
 
-def _weight_flags(rows: Rows, recipe: Recipe) -> dict[str, bool]:
+def _weight_flags(rows: TokenInputs, recipe: Objective) -> dict[str, bool]:
     return {
         "OLD": rows.old_log_probs is not None and recipe.is_clip is not None,
         "EXTRA": rows.extra_weights is not None,
-        "OWN": rows.slope_weights is not None,
-        "LIFT": rows.lift is not None,
+        "OWN": rows.grad_weights is not None,
+        "LIFT": rows.loss_scale is not None,
     }
 
 
-def _gains(slope: Slope | None, default: Tensor) -> Tensor:
-    return default if slope is None or slope.gain is None else slope.gain
+def _gains(slope: GradLogits | None, default: Tensor) -> Tensor:
+    return default if slope is None or slope.row_scale is None else slope.row_scale
 
 
-def _has_gain(slope: Slope | None) -> bool:
-    return slope is not None and slope.gain is not None
+def _has_gain(slope: GradLogits | None) -> bool:
+    return slope is not None and slope.row_scale is not None
 
 
-def _clip(recipe: Recipe) -> tuple[float, float]:
+def _clip(recipe: Objective) -> tuple[float, float]:
     return (1.0, 0.0) if recipe.is_clip is None else (recipe.is_clip, math.log(recipe.is_clip))
 
 
-def _chain(recipe: Recipe) -> float:
+def _chain(recipe: Objective) -> float:
     """Derivative of the logits with respect to the products where nothing is capped."""
     return recipe.logit_scale / recipe.temperature
 

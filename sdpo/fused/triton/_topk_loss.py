@@ -76,7 +76,7 @@ def entropy_of(inside, top, mass, moment, normalizer, OWNER: tl.constexpr):
 
 @triton.jit
 def loss_weights(
-    log_token, old, extra, slope_weights, lift, row, clip, log_clip,
+    log_token, old, extra, grad_weights, lift, row, clip, log_clip,
     OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     """Weight of the loss, whether its importance was cut, and weight of the gradient."""
@@ -92,7 +92,7 @@ def loss_weights(
         weight *= tl.load(extra + row).to(tl.float32)
     slope_weight = weight
     if OWN:
-        slope_weight = tl.load(slope_weights + row).to(tl.float32)
+        slope_weight = tl.load(grad_weights + row).to(tl.float32)
     if LIFT:
         slope_weight *= tl.load(lift)
     return weight, clipped, slope_weight
@@ -107,7 +107,7 @@ def topk_rows(
     D_p, head_row_p, head_column_p,
     products_q, bias_q, inner_q, states_q, head_q, head_bias_q, head_inner_q, outer_q,
     D_q, head_row_q, head_column_q,
-    old, extra, slope_weights, lift,
+    old, extra, grad_weights, lift,
     stats, inside_slopes, outside_slope, gains,
     width, K, V, BLOCKS, alpha, rest, clip, log_clip, chain,
     MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
@@ -189,7 +189,7 @@ def topk_rows(
             tail_slope = tl.where(tl.exp(log_tail_p) > 0.5, -others, tail_slope)
 
     weight, clipped, scale = loss_weights(
-        log_token, old, extra, slope_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
+        log_token, old, extra, grad_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
     )
     scale *= chain
     slope *= scale
