@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdpo_rl.compat import peft_lora
-from sdpo_rl.compat.peft_lora import one_product
+from sdpo_rl.compat.peft_lora import fused_lora_forward
 
 IN, OUT, RANK = 7, 5, 3
 
@@ -88,7 +88,7 @@ def by_formula(model: PeftModel, x: Tensor, gradient: Tensor) -> dict[str, Tenso
 def assert_formula(model: PeftModel, x: Tensor) -> None:
     """In the dtype of the model: float64, where the formula leaves no room."""
     gradient = torch.randn(*x.shape[:-1], OUT, dtype=x.dtype)
-    with one_product(model), Operations() as operations:
+    with fused_lora_forward(model), Operations() as operations:
         found = answer(model, x, gradient)
     # Into the output, and into the gradient of the input.
     assert operations.counts["addmm_"] == len(layer_of(model).active_adapters) * (1 + x.requires_grad)
@@ -110,7 +110,7 @@ def drawn(model: PeftModel, x: Tensor) -> Tensor:
 def assert_as_peft(model: PeftModel, x: Tensor) -> Counter[str]:
     """And how often each operation ran."""
     expected = drawn(model, x)
-    with one_product(model), Operations() as operations:
+    with fused_lora_forward(model), Operations() as operations:
         torch.testing.assert_close(drawn(model, x), expected)
     return operations.counts
 

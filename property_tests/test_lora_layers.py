@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from sdpo_rl.compat import peft_lora
-from sdpo_rl.compat.peft_lora import one_product
+from sdpo_rl.compat.peft_lora import fused_lora_forward
 
 # --- which layers -----------------------------------------------------------------------------------------
 
 
 def count(model: nn.Module) -> int:
-    with one_product(model):
+    with fused_lora_forward(model):
         return there(model)
 
 
@@ -175,7 +175,7 @@ def test_other_layers_are_left_alone(kind: str) -> None:
     held = dict(vars(layer_of(model)))
     x = example_input(model)
     expected = drawn(model, x)
-    with one_product(model):
+    with fused_lora_forward(model):
         assert vars(layer_of(model)) == held
         assert torch.equal(drawn(model, x), expected)
     assert vars(layer_of(model)) == held
@@ -193,7 +193,7 @@ def test_quantized_layers_are_left_alone(tmp_path: Path, bits: int) -> None:
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     # The head is not quantized.
     assert count(model) == 1
-    with one_product(model):
+    with fused_lora_forward(model):
         assert there(model.get_output_embeddings()) == 1
 
 
@@ -225,7 +225,7 @@ def test_models_that_are_left_alone(change: Any, monkeypatch: pytest.MonkeyPatch
 def test_a_model_without_adapters_is_left_alone() -> None:
     model, x = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU()), torch.randn(3, IN)
     expected, held = model(x), [dict(vars(module)) for module in model.modules()]
-    with one_product(model):
+    with fused_lora_forward(model):
         assert [vars(module) for module in model.modules()] == held
         assert torch.equal(model(x), expected)
 
@@ -237,7 +237,7 @@ def test_a_compiled_layer_is_computed_as_peft_does(bias: bool) -> None:
     expected = answer(model, x, gradient)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    with one_product(model):
+    with fused_lora_forward(model):
         found = answer(compiled, x, gradient)
     torch.testing.assert_close(found["x"], expected["x"])
     torch.testing.assert_close(found["output"], expected["output"])
@@ -248,7 +248,7 @@ def test_a_compiled_layer_is_computed_as_peft_does(bias: bool) -> None:
 
 def test_the_layers_are_as_they_were_after_an_error() -> None:
     model = net(adapters=2)
-    with pytest.raises(RuntimeError, match=r"^1 there$"), one_product(model):
+    with pytest.raises(RuntimeError, match=r"^1 there$"), fused_lora_forward(model):
         raise RuntimeError(f"{there(model)} there")
     assert there(model) == 0
     assert "forward" not in vars(layer_of(model))
@@ -256,8 +256,8 @@ def test_the_layers_are_as_they_were_after_an_error() -> None:
 
 def test_one_within_another_ends_with_the_outer_one() -> None:
     model = net()
-    with one_product(model):
-        with one_product(model):
+    with fused_lora_forward(model):
+        with fused_lora_forward(model):
             assert there(model) == 1
         assert there(model) == 1
     assert there(model) == 0
@@ -266,7 +266,7 @@ def test_one_within_another_ends_with_the_outer_one() -> None:
 def test_what_has_changed_meanwhile_stays() -> None:
     model, x = net(adapters=2), torch.randn(3, IN)
     layer = layer_of(model)
-    with one_product(model):
+    with fused_lora_forward(model):
         model.delete_adapter("further1")
         found = model(x)
         layer.forward = other = functools.partial(type(layer).forward, layer)

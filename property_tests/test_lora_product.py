@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from sdpo_rl.compat import peft_lora
-from sdpo_rl.compat.peft_lora import one_product
+from sdpo_rl.compat.peft_lora import fused_lora_forward
 
 # --- the numbers ------------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch, twin: Any,
 def test_without_a_graph(mode: str, bias: bool) -> None:
     model = net(nn.Linear(IN, OUT, bias=bias), 2).double()
     x = torch.randn(2, 3, IN, dtype=torch.float64)
-    with getattr(torch, mode)(), one_product(model):
+    with getattr(torch, mode)(), fused_lora_forward(model):
         output = model(x)
     assert not output.requires_grad
     torch.testing.assert_close(output, by_formula(model, x, output)["output"])
@@ -114,7 +114,7 @@ def test_under_gradient_checkpointing(bias: bool, autocast: bool, reentrant: boo
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(model, x, use_reentrant=reentrant)
 
-    with one_product(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with fused_lora_forward(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = answer(model, x, gradient)
         found = answer(Checkpointed(), x, gradient)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -129,7 +129,7 @@ def test_second_derivatives(bias: bool) -> None:
         return model(x)
 
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
-    with one_product(model):
+    with fused_lora_forward(model):
         assert torch.autograd.gradcheck(function, (x, *weights))
         assert torch.autograd.gradgradcheck(function, (x, *weights))
         layer_of(model).lora_A.requires_grad_(False)
@@ -144,7 +144,7 @@ def test_the_output_may_be_changed_in_place() -> None:
     model = net().double()
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
     expected = answer(nn.Sequential(model, nn.Tanh()), x, torch.ones(2, 3, OUT, dtype=torch.float64))
-    with one_product(model):
+    with fused_lora_forward(model):
         found = answer(lambda x: model(x).tanh_(), x, torch.ones(2, 3, OUT, dtype=torch.float64))
     torch.testing.assert_close(found["x"], expected["x"])
 
@@ -153,7 +153,7 @@ def test_a_batch_may_mix_adapters() -> None:
     model = net(adapters=2).eval()
     x, names = torch.randn(4, 3, IN), ["default", "__base__", "further1", "default"]
     expected = model(x, adapter_names=names)
-    with one_product(model):
+    with fused_lora_forward(model):
         torch.testing.assert_close(model(x, adapter_names=names), expected)
 
 
@@ -176,7 +176,7 @@ def test_other_weights_in_the_place_of_the_parameters_count(bias: bool) -> None:
             parameter.add_(torch.randn_like(parameter) if "lora" in name else 0)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
     params = {name: p.detach() for name, p in teacher.named_parameters() if "lora" in name}
-    with one_product(model), torch.no_grad():
+    with fused_lora_forward(model), torch.no_grad():
         student, output = model(x), functional_call(model, params, (x,))
     torch.testing.assert_close(output, by_formula(teacher, x, output)["output"])
     torch.testing.assert_close(student, by_formula(model, x, output)["output"])
@@ -206,7 +206,7 @@ def test_bfloat16_is_no_further_from_the_formula_than_peft(device: str, bias: bo
     expected = by_formula(model, x, gradient)
     with torch.autocast(device, torch.bfloat16, enabled=adapters.endswith("autocast")):
         peft = errors(answer(model, x, gradient), expected)
-        with one_product(model), Operations() as operations:
+        with fused_lora_forward(model), Operations() as operations:
             own = answer(model, x, gradient)
     assert operations.counts["addmm_"] == 2
     assert own["output"].dtype == torch.bfloat16
@@ -226,7 +226,7 @@ def test_products_wider_than_the_output_are_added_as_peft_adds_them() -> None:
     x = torch.randn(2, 3, IN, dtype=torch.bfloat16, requires_grad=True)
     gradient = torch.randn(2, 3, OUT, dtype=torch.bfloat16)
     expected = answer(model, x, gradient)
-    with one_product(model):
+    with fused_lora_forward(model):
         torch.testing.assert_close(answer(model, x, gradient), expected, rtol=0, atol=0)
 
 
@@ -250,7 +250,7 @@ def test_no_pass_over_the_output_but_the_products(bias: bool, checkpointed: bool
         "new_empty_strided",
         "_to_copy",
     }
-    with one_product(model), Operations() as operations:
+    with fused_lora_forward(model), Operations() as operations:
         run(x).backward(gradient)
     assert not passes & operations.counts.keys()
     # Into the output, and into the gradient of the input.

@@ -49,7 +49,7 @@ def trained(trainer: Any) -> list[tuple[float, dict[str, Tensor]]]:
 @contextmanager
 def left_to_peft() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peft_lora, "one_product", lambda model: nullcontext())
+        patch.setattr(peft_lora, "fused_lora_forward", lambda model: nullcontext())
         yield
 
 

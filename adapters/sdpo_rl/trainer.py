@@ -229,7 +229,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             raise ValueError("SDPOTrainer does not return outputs from compute_loss")
         if self._rest_of_step is not None and self._may_compute_adapters:
             # Not before: generation, which may merge adapters, and rewards belong to the step, too.
-            self._rest_of_step.enter_context(peft_lora.one_product(self._unwrapped))
+            self._rest_of_step.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
         with memory_advice(self), unsloth_compat.logits_not_hidden_states():
             if _IS_UNSLOTH:
                 inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)

@@ -22,7 +22,7 @@ from ..teacher.swap import all_modules
 
 
 @contextmanager
-def one_product(model: nn.Module) -> Iterator[None]:
+def fused_lora_forward(model: nn.Module) -> Iterator[None]:
     """The model with every LoRA layer that is all plain computed in this way; each is as it was afterwards.
 
     The layers are looked for anew each time, adapters may have come and gone. A layer with more to it (DoRA, a
