@@ -117,4 +117,4 @@ def assert_as_peft(model: PeftModel, x: Tensor) -> Counter[str]:
 
 def there(model: nn.Module) -> int:
     """Layers that are now computed in another way."""
-    return sum(isinstance(vars(m).get("forward"), peft_lora._Forward) for m in model.modules())
+    return sum(isinstance(vars(m).get("forward"), peft_lora._FusedForward) for m in model.modules())

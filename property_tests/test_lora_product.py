@@ -80,9 +80,9 @@ def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch, twin: Any,
     model = net(nn.Linear(IN, OUT, bias=bias)).double()
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
     assert_formula(model, x)
-    monkeypatch.setattr(peft_lora._Adapted, "backward", staticmethod(gradients))
+    monkeypatch.setattr(peft_lora._FusedLoRA, "backward", staticmethod(gradients))
     assert_formula(model, x)
-    monkeypatch.setattr(peft_lora._Adapted, "backward", staticmethod(twin))
+    monkeypatch.setattr(peft_lora._FusedLoRA, "backward", staticmethod(twin))
     with pytest.raises(AssertionError, match=r"^(x|lora_A.default.weight|lora_B.default.weight): "):
         assert_formula(model, x)
 
