@@ -1,0 +1,170 @@
+"""A vocabulary that is split over two processes gives the loss and the gradient of the whole one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from sdpo import generalized_jsd
+from sdpo._numerics import log_softmax
+from sdpo.parallel import vocab_parallel_distillation_loss
+from sdpo.topk import add_tail_bucket, gather_log_probs, renormalize
+
+VOCABULARY, SPLIT, K = 11, 6, 4
+CASES = [
+    *(
+        ("full", None, alpha, temperature)
+        for alpha, temperature in itertools.product((0.0, 0.3, 1.0), (1.0, 0.7))
+    ),
+    *itertools.product(("student", "teacher"), ("bucket", "renormalize"), (0.0, 0.3, 1.0), (1.0, 0.7)),
+    ("sampled", None, 1.0, 1.0),
+    ("sampled", None, 1.0, 0.7),
+]
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [3, 7, V] of both models with impossible tokens in either slice, and sampled tokens of both slices."""
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 7, VOCABULARY, generator=rng, dtype=torch.float64) * 3
+    student[0, 0, 4] = teacher[0, 1, 3] = student[0, 2, 3] = teacher[0, 2, 3] = student[1, 0, 9] = -torch.inf
+    tokens = torch.randint(0, VOCABULARY, (3, 7), generator=rng)
+    tokens[0, :3], tokens[1, 0] = 5, 2
+    return student, teacher, tokens
+
+
+def whole(case: tuple[Any, ...], student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """The loss from whole logits, written out."""
+    support, tail, alpha, temperature = case
+    z, w = student / temperature, teacher / temperature
+    if support == "full":
+        return generalized_jsd(log_softmax(z), log_softmax(w), alpha=alpha)
+    if support == "sampled":
+        log_p, log_q = (log_softmax(x).gather(-1, tokens[..., None])[..., 0] for x in (z, w))
+        return (log_p - log_q).detach() * log_p
+    ids = (z if support == "student" else w).topk(K).indices
+    p, q = (gather_log_probs(x, ids) for x in (z, w))
+    if tail == "bucket":
+        return generalized_jsd(add_tail_bucket(*p), add_tail_bucket(*q), alpha=alpha)
+    return generalized_jsd(renormalize(p.log_probs), renormalize(q.log_probs), alpha=alpha)
+
+
+def parallel(
+    case: tuple[Any, ...], student: Tensor, teacher: Tensor, tokens: Tensor, shard: int, **how: Any
+) -> Tensor:
+    support, tail, alpha, temperature = case
+    return vocab_parallel_distillation_loss(
+        student,
+        teacher,
+        tokens if support == "sampled" else None,
+        support=support,
+        k=K if tail else None,
+        tail=tail,
+        alpha=alpha,
+        temperature=temperature,
+        vocabulary=VOCABULARY,
+        shard=shard,
+        num_shards=2,
+        **how,
+    )
+
+
+def all_reduce(tensor: Tensor, op: str) -> Tensor:
+    dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
+    return tensor
+
+
+def worker(rank: int, port: int, output: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    student, teacher, tokens = inputs()
+    columns = slice(0, SPLIT) if rank == 0 else slice(SPLIT, VOCABULARY)
+    found = {}
+    for case in CASES:
+        logits = student[..., columns].clone().requires_grad_()
+        loss = parallel(case, logits, teacher[..., columns], tokens, rank, all_reduce=all_reduce)
+        loss.masked_fill(~loss.isfinite(), 0.0).sum().backward()
+        found[case] = loss.detach(), logits.grad
+    try:
+        # Each process passes its slice as if it were the whole vocabulary.
+        vocab_parallel_distillation_loss(
+            student[..., columns], teacher[..., columns], support="full", alpha=0.5, temperature=1.0,
+            vocabulary=student[..., columns].shape[-1], shard=rank, num_shards=2, all_reduce=all_reduce,
+        )  # fmt: skip
+    except ValueError as error:
+        found["mistake"] = str(error)
+    torch.save(found, Path(output) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    output = tmp_path_factory.mktemp("shards")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, str(output)), nprocs=2)
+    return [torch.load(output / f"{rank}.pt") for rank in range(2)]
+
+
+def reference(case: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    student, teacher, tokens = inputs()
+    student.requires_grad_()
+    loss = whole(case, student, teacher, tokens)
+    loss.masked_fill(~loss.isfinite(), 0.0).sum().backward()
+    assert student.grad is not None
+    return loss.detach(), student.grad
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_slices_are_the_whole(observed: list[dict[Any, Any]], case: tuple[Any, ...]) -> None:
+    loss, gradient = reference(case)
+    for rank in range(2):
+        # An impossible sampled token has no defined value in the formula written out.
+        finite = loss.isfinite()
+        torch.testing.assert_close(observed[rank][case][0][finite], loss[finite], rtol=1e-12, atol=1e-13)
+    joined = torch.cat([observed[rank][case][1] for rank in range(2)], dim=-1)
+    torch.testing.assert_close(joined, gradient, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", [("full", None, 0.3, 1.0), ("student", "bucket", 0.3, 1.0)], ids=str)
+def test_a_loss_per_slice_is_another_number(case: tuple[Any, ...]) -> None:
+    """The counter-example: each slice normalised by itself, and the losses added."""
+    student, teacher, tokens = inputs()
+    slices = [slice(0, SPLIT), slice(SPLIT, VOCABULARY)]
+    apart = sum(whole(case, student[..., s], teacher[..., s], tokens) for s in slices)
+    assert ((apart - reference(case)[0]).abs() > 1e-3).all()
+
+
+def test_slices_that_do_not_add_up_are_refused(observed: list[dict[Any, Any]]) -> None:
+    assert "expected the sum of all slices, 11" in observed[0]["mistake"]
+    assert observed[0]["mistake"] != observed[1]["mistake"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"support": "full", "k": 3}, "k, tail: expected None"),
+        ({"support": "student", "k": 0, "tail": "bucket"}, "k: expected an int in"),
+        ({"support": "sampled", "alpha": 0.5, "tokens": torch.zeros(2).long()}, "alpha: expected 1"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"shard": 1}, "shard"),
+    ],
+)
+def test_bad_input_is_refused(change: dict[str, Any], words: str) -> None:
+    good: dict[str, Any] = {
+        "support": "full", "alpha": 1.0, "temperature": 1.0, "vocabulary": 5, "shard": 0, "num_shards": 1,
+        "all_reduce": lambda tensor, op: tensor,
+    }  # fmt: skip
+    logits = torch.zeros(2, 5)
+    assert vocab_parallel_distillation_loss(logits, logits, **good).tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match=words):
+        vocab_parallel_distillation_loss(logits, logits, **good | change)
