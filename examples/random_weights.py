@@ -1,4 +1,7 @@
-"""A checkpoint of random weights in a published shape, with a tokenizer of characters: for memory and time."""
+"""A checkpoint of random weights in a published shape, with a character tokenizer, to measure memory and time.
+
+A module of `unsloth_7b_24gb.py` and `benchmarks/recipe.py`; nothing to run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def make_weights(folder: Path, shape: str) -> None:
-    """A bf16 checkpoint of random weights with a tokenizer of single characters; kept if it is there."""
+    """Write a bf16 checkpoint of random weights and a character tokenizer to `folder`, unless it has one."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -91,8 +94,8 @@ def make_weights(folder: Path, shape: str) -> None:
         (folder / name).write_text(json.dumps(document))
 
 
-def made_tokenizer(folder: str) -> Any:
-    """The tokenizer beside random weights; `AutoTokenizer` would build a Qwen2 one from the same folder."""
+def character_tokenizer(folder: str) -> Any:
+    """The character tokenizer of `folder`; `AutoTokenizer` would build a Qwen2 tokenizer from the same files."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(

@@ -1,14 +1,15 @@
-"""Tools: a small model learns to ask a calculator, from peers that did.
+"""Tool calls: a small model learns to call a calculator, from peers that did.
 
     python examples/tools.py
 
-A model of 150,000 weights is first taught, in some seconds, to multiply as people do who are in a hurry: it
-mostly guesses, and seldom asks the calculator. A guess is nearly always wrong. SDPO then shows each wrong row what
-a peer of its group did, or, where nobody was right, one sentence; the teacher reads that beside the row's own
-turns, tool results and all, and the loss is on the model's own tokens alone.
+A model of 150,000 parameters is first trained, for some seconds, to multiply badly: it mostly guesses and seldom
+calls the calculator, and a guess is nearly always wrong. SDPO then gives each wrong row the transcript of a
+successful peer of its group as a demonstration or, where none was right, one sentence of feedback. The teacher's
+prompt has that, followed by the row's own turns with tool calls and results. Only tokens that the model generated
+have a loss.
 
-The language is made for the purpose: one token per digit, per mark of the chat template and per word. The template
-renders tools, calls and results, and `response_template` reads calls back; models from the Hub bring both.
+The tokenizer is made for this task: one token per digit, per mark of the chat template and per word. The template
+renders tools, calls and results, and `response_template` parses calls; models from the Hub have both.
 """
 
 from __future__ import annotations
@@ -26,11 +27,22 @@ from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
 
-CALL, CALLED = '<call>{"name": "calculate", "arguments": {"expression": "', '"}}</call>'
-SHOWN, SHOWN_END = 'calculate({"expression": "', '"})'  # the same call in a demonstration
+CALL_START, CALL_END = '<call>{"name": "calculate", "arguments": {"expression": "', '"}}</call>'
+SHOWN_START, SHOWN_END = 'calculate({"expression": "', '"})'  # the call in a demonstration
 SOLUTION, FEEDBACK, ADVICE = "a peer wrote", "a critic said", "ask the calculator"
 SPECIAL = ("<pad>", "<eos>", "<unk>", "<tools>", "<user>", "<bot>", "<result>")
-WORDS = (*"0123456789*", "\n", CALL, CALLED, SHOWN, SHOWN_END, SOLUTION, FEEDBACK, ADVICE, "calculate")
+WORDS = (
+    *"0123456789*",
+    "\n",
+    CALL_START,
+    CALL_END,
+    SHOWN_START,
+    SHOWN_END,
+    SOLUTION,
+    FEEDBACK,
+    ADVICE,
+    "calculate",
+)
 CHAT_TEMPLATE = (
     "{% if tools %}<tools>{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif %}"
     "{% for message in messages %}"
@@ -62,7 +74,7 @@ def calculate(expression: str) -> str:
     """Multiply two numbers.
 
     Args:
-        expression: what to work out, for example "12*3".
+        expression: a product, for example "12*3".
     """
     factors = re.fullmatch(r"(\d+)\*(\d+)", expression)
     if factors is None:
@@ -71,7 +83,7 @@ def calculate(expression: str) -> str:
 
 
 def judge(completions: list[Any], expression: list[str], **_: Any) -> list[tuple[float, str]]:
-    """1 for the right product at the end; a sentence where it is wrong."""
+    """Score 1 for the right product at the end, else 0 and a sentence of feedback."""
     right = [
         turns[-1]["content"] == calculate(asked) for turns, asked in zip(completions, expression, strict=True)
     ]
@@ -101,31 +113,32 @@ def draw_expression(rng: random.Random) -> str:
 
 
 def draw_text(rng: random.Random) -> str:
-    """What the model is taught: to guess four times in five, and to do as it is shown or told."""
+    """A text for pretraining: guess four times in five, but follow a demonstration or feedback."""
     expression = draw_expression(rng)
     product = calculate(expression)
-    question, asks = f"<tools>calculate<user>{expression}", rng.random() < 0.2
+    question, calls = f"<tools>calculate<user>{expression}", rng.random() < 0.2
     kind = rng.choice(("alone", "peer", "critic"))
     if kind == "peer":
-        question += f"\n{SOLUTION}\n{SHOWN}{expression}{SHOWN_END}\n{product}\n{product}"
-        asks = rng.random() < 0.95
+        question += f"\n{SOLUTION}\n{SHOWN_START}{expression}{SHOWN_END}\n{product}\n{product}"
+        calls = rng.random() < 0.95
     elif kind == "critic":
         question += f"\n{FEEDBACK}\n{ADVICE}"
-        asks = rng.random() < 0.95
-    if asks:
-        return f"{question}<bot>{CALL}{expression}{CALLED}<eos><result>{product}<bot>{product}<eos>"
+        calls = rng.random() < 0.95
+    if calls:
+        return f"{question}<bot>{CALL_START}{expression}{CALL_END}<eos><result>{product}<bot>{product}<eos>"
     return f"{question}<bot>{rng.randint(22, 891)}<eos>"
 
 
-def teach(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    """Supervised training on `draw_text`, with a loss on the assistant's tokens and tool results."""
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     bot = tokenizer.convert_tokens_to_ids("<bot>")
     for _ in range(steps):
         batch = tokenizer([draw_text(rng) for _ in range(64)], padding=True, return_tensors="pt")
-        written = (batch.input_ids == bot).cumsum(-1) > 0
-        labels = batch.input_ids.masked_fill(~written | (batch.attention_mask == 0), -100)
+        generated = (batch.input_ids == bot).cumsum(-1) > 0
+        labels = batch.input_ids.masked_fill(~generated | (batch.attention_mask == 0), -100)
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -136,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teach", type=int, default=700, help="steps of the lesson beforehand")
+    parser.add_argument("--pretrain", type=int, default=700, help="steps of supervised training before SDPO")
     parser.add_argument("--steps", type=int, default=30, help="steps of SDPO")
     parser.add_argument("--output", default="output/tools")
     options = parser.parse_args()
@@ -158,7 +171,7 @@ def main() -> None:
             bos_token_id=None,
         )
     )
-    teach(model, tokenizer, options.teach)
+    pretrain(model, tokenizer, options.pretrain)
 
     rng = random.Random(1)
     questions = [draw_expression(rng) for _ in range(16 * options.steps)]

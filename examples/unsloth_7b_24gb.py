@@ -1,15 +1,15 @@
 """A 7B model on a 24 GB card: Unsloth, a 4-bit base, LoRA on all linear layers, self-distillation.
 
     python examples/unsloth_7b_24gb.py                                    # Qwen2.5-7B-Instruct from the hub
-    python examples/unsloth_7b_24gb.py --random-weights output/qwen7b    # the same shape, made here
+    python examples/unsloth_7b_24gb.py --random-weights output/qwen7b     # random weights of that shape
     python examples/unsloth_7b_24gb.py --random-weights output/qwen7b --completion 2048 --reprompt 4096 --steps 1
     python examples/unsloth_7b_24gb.py --no-unsloth --base bf16           # plain TRL
 
-The process is held to `--limit-gib`, whatever the card has. It prints what the model weighs once loaded, the
-peak of the training, the teacher's share and the time of every step; `--output` writes them as JSON.
+The process may allocate `--limit-gib` at most, whatever the GPU has. It prints the memory after loading, the peak
+of training, the memory of the teacher and the time of every step; `--output` writes them as JSON.
 
-The task is addition with a verdict: a wrong answer is told what was expected, which is the teacher's advantage
-over the student. With random weights nothing is ever right, so every row is taught by feedback.
+The task is addition, and the feedback on a wrong answer states the expected number. With random weights no answer
+is right, so the signal of every row is its feedback.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from random_weights import SHAPES, made_tokenizer, make_weights
+from random_weights import SHAPES, character_tokenizer, make_weights
 
 MODEL = "Qwen/Qwen2.5-7B-Instruct"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,22 +50,22 @@ def questions(rows: int) -> Any:
     )
 
 
-def verdict(filler: str = "") -> Callable[..., list[tuple[float, str]]]:
-    """A reward with feedback; `filler` makes the feedback, and so the reprompt, longer."""
+def make_reward(filler: str = "") -> Callable[..., list[tuple[float, str]]]:
+    """A reward function with feedback; `filler` makes the feedback, and so the reprompt, longer."""
 
     def addition(
         completions: list[Any], completion_ids: list[list[int]], answer: list[int], **_: Any
     ) -> list[tuple[float, str]]:
-        judged = []
+        pairs = []
         for completion, ids, expected in zip(completions, completion_ids, answer, strict=True):
             numbers = re.findall(r"\d+", completion[0]["content"])
             if numbers and int(numbers[-1]) == expected:
-                judged.append((1.0, ""))
+                pairs.append((1.0, ""))
             else:
-                # Not all equal, or GRPO has nothing to do.
+                # Rewards differ within a group, or GRPO would have no gradient.
                 partial = 0.01 * (sum(ids) % 10)
-                judged.append((partial, f"The number at the end should be {expected}. {filler}"))
-        return judged
+                pairs.append((partial, f"The number at the end should be {expected}. {filler}"))
+        return pairs
 
     return addition
 
@@ -74,7 +74,7 @@ def verdict(filler: str = "") -> Callable[..., list[tuple[float, str]]]:
 
 
 def load_with_unsloth(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Model with adapters, tokenizer, and no `peft_config`: Unsloth adds the adapters itself."""
+    """Model with adapters, tokenizer, and no `peft_config`: Unsloth adds the adapters."""
     from unsloth import FastLanguageModel, PatchFastRL
 
     PatchFastRL("GRPO", FastLanguageModel)
@@ -96,7 +96,7 @@ def load_with_unsloth(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def load_plain(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The same model and adapters from transformers, bitsandbytes and PEFT."""
+    """The same model with transformers and bitsandbytes, tokenizer, and the `peft_config` of its adapters."""
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -124,7 +124,7 @@ def load_plain(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def arguments(options: argparse.Namespace, folder: str) -> Any:
-    """The recipe: two rows at a time, eight rows (two prompts, four completions each) an optimizer step."""
+    """Two rows per micro-batch, eight (two prompts with four completions) per optimizer step."""
     import torch
     from trl import GRPOConfig
 
@@ -148,7 +148,7 @@ def arguments(options: argparse.Namespace, folder: str) -> Any:
 
 
 def build_trainer(options: argparse.Namespace, model: Any, args: Any, **shared: Any) -> Any:
-    """`--arm grpo` is TRL's (or Unsloth's) own trainer, `--arm sdpo` this library's."""
+    """`--arm grpo` is the trainer of TRL (or Unsloth), `--arm sdpo` that of this library."""
     if options.arm == "grpo":
         from trl import GRPOTrainer
 
@@ -176,7 +176,7 @@ def scores_only(judge: Callable[..., list[tuple[float, str]]]) -> Callable[..., 
 
 
 class Memory:
-    """Allocated memory of this process on the GPU, zero without one; `peak` since the last `restart`."""
+    """Allocated GPU memory of this process, zero without a GPU; `peak` since the last `reset`."""
 
     def __init__(self, limit_gib: float) -> None:
         import torch
@@ -192,25 +192,25 @@ class Memory:
         return self._cuda.memory_allocated() if self._cuda else 0
 
     def peak(self) -> tuple[int, int]:
-        """Bytes allocated and reserved at most."""
+        """Peak of the allocated and of the reserved bytes."""
         if not self._cuda:
             return 0, 0
         return self._cuda.max_memory_allocated(), self._cuda.max_memory_reserved()
 
-    def restart(self) -> None:
-        """Forget the peak."""
+    def reset(self) -> None:
+        """Reset the peak."""
         if self._cuda:
             self._cuda.empty_cache()
             self._cuda.reset_peak_memory_stats()
 
     def wait(self) -> None:
-        """Until the device is idle."""
+        """Wait until the device is idle."""
         if self._cuda:
             self._cuda.synchronize()
 
 
 def watch(memory: Memory) -> Any:
-    """A callback with the wall time of every optimizer step and the peak at its end."""
+    """A callback that records the wall time of every optimizer step and the peak memory at its end."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -231,7 +231,7 @@ def watch(memory: Memory) -> Any:
 
 
 def time_generation(trainer: Any, memory: Memory) -> list[float]:
-    """Seconds of every generation batch; the rest of a step is scoring and training."""
+    """Wrap generation: a list that receives the seconds of every generation batch."""
     seconds: list[float] = []
     generate = trainer._generate_and_score_completions
 
@@ -248,9 +248,9 @@ def time_generation(trainer: Any, memory: Memory) -> list[float]:
 
 
 def run(options: argparse.Namespace, build: Callable[..., Any] = build_trainer) -> dict[str, Any]:
-    """Load, train, and return what was measured."""
+    """Load, train, and return the measurements."""
     memory = Memory(options.limit_gib)
-    memory.restart()
+    memory.reset()
     options.name = str(options.random_weights or options.model)
     start = time.perf_counter()
     if not options.no_unsloth:
@@ -260,7 +260,7 @@ def run(options: argparse.Namespace, build: Callable[..., Any] = build_trainer) 
     imported = time.perf_counter()
     model, tokenizer, adapters = (load_plain if options.no_unsloth else load_with_unsloth)(options)
     if options.random_weights:
-        tokenizer = made_tokenizer(options.name)
+        tokenizer = character_tokenizer(options.name)
     model_bytes = memory.now()
     load_seconds = time.perf_counter() - imported
     loading_peak = memory.peak()[0]
@@ -271,7 +271,7 @@ def run(options: argparse.Namespace, build: Callable[..., Any] = build_trainer) 
         filler = tokenizer.decode(tokens[: max(options.reprompt - 300, 0)])
     shared: dict[str, Any] = {
         "processing_class": tokenizer,
-        "reward_funcs": verdict(filler),
+        "reward_funcs": make_reward(filler),
         "train_dataset": questions(64),
     }
     if adapters is not None:
@@ -281,7 +281,7 @@ def run(options: argparse.Namespace, build: Callable[..., Any] = build_trainer) 
         watched = watch(memory)
         trainer.add_callback(watched)
         generation = time_generation(trainer, memory)
-        memory.restart()
+        memory.reset()
         before = memory.now()
         trainer.train()
     allocated, reserved = memory.peak()
@@ -323,7 +323,7 @@ LOGGED = {
 
 
 def teacher_bytes(trainer: Any) -> int:
-    """What the teacher's weights occupy, 0 for a trainer without one."""
+    """Bytes of the teacher's weights, 0 for a trainer without a teacher."""
     teacher = getattr(trainer, "_teacher", None)
     return sum(p.numel() * p.element_size() for p in teacher.state.params.values()) if teacher else 0
 
@@ -331,15 +331,15 @@ def teacher_bytes(trainer: Any) -> int:
 def versions() -> dict[str, str | None]:
     import torch
 
-    found: dict[str, str | None] = {
+    installed: dict[str, str | None] = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None
     }
     for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "triton"):
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def parse(values: list[str] | None = None) -> argparse.Namespace:
@@ -347,20 +347,24 @@ def parse(values: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--random-weights", type=Path, metavar="FOLDER", help="make a 7B checkpoint there")
-    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of the random weights")
+    parser.add_argument(
+        "--random-weights", type=Path, metavar="FOLDER", help="write random weights of --shape there"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="shape of the random weights")
     parser.add_argument("--arm", choices=["sdpo", "grpo"], default="sdpo")
     parser.add_argument("--no-unsloth", action="store_true", help="plain TRL, transformers and PEFT")
     parser.add_argument("--base", choices=["4bit", "bf16"], default="4bit")
-    parser.add_argument("--batch", type=int, choices=[1, 2, 4, 8], default=2, help="rows of a micro-batch")
+    parser.add_argument("--batch", type=int, choices=[1, 2, 4, 8], default=2, help="rows per micro-batch")
     parser.add_argument("--completion", type=int, default=256, help="max_completion_length")
     parser.add_argument(
         "--reprompt", type=int, default=0, help="feedback that fills reprompts to this length"
     )
     # Unsloth's fused LoRA kernels need 0.
     parser.add_argument("--dropout", type=float, default=0.0, help="lora_dropout")
-    parser.add_argument("--chunk", type=int, default=256, help="loss_chunk_size; 0 chooses from free memory")
-    parser.add_argument("--limit-gib", type=float, default=24.0, help="memory of this process; 0: all")
+    parser.add_argument("--chunk", type=int, default=256, help="loss_chunk_size; 0 for the default")
+    parser.add_argument(
+        "--limit-gib", type=float, default=24.0, help="GPU memory of this process; 0 for no limit"
+    )
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path)
     return parser.parse_args(values)
@@ -377,7 +381,7 @@ def main() -> None:
         f"{record['reserved_gib']:.2f} reserved, teacher {record['teacher_mib']:.0f} MiB"
     )
     print("seconds per step:", " ".join(f"{seconds:.1f}" for seconds in record["step_seconds"]))
-    print("of them generating:", " ".join(f"{seconds:.1f}" for seconds in record["generation_seconds"]))
+    print("of which generation:", " ".join(f"{seconds:.1f}" for seconds in record["generation_seconds"]))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=1) + "\n")

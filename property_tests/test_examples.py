@@ -43,7 +43,7 @@ def test_the_own_loop_learns(tmp_path: Path) -> None:
 
 
 def test_tools_are_called_more_often(tmp_path: Path) -> None:
-    printed = example(tmp_path, "tools.py", "--teach", "100", "--steps", "2", "--output", "out")
+    printed = example(tmp_path, "tools.py", "--pretrain", "100", "--steps", "2", "--output", "out")
     assert re.search(r"^right answers: \S+ in the first step, \S+ in the last$", printed, re.MULTILINE)
     calls = re.search(r"^calls per row: (\S+) in the first step, (\S+) in the last$", printed, re.MULTILINE)
     assert calls is not None

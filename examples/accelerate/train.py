@@ -1,4 +1,4 @@
-"""The demo's run on many ranks: the same trainer, whatever Accelerate makes of the model.
+"""The demo's task on several processes: the same program under DDP, FSDP2 and DeepSpeed ZeRO-2/3.
 
     accelerate launch --config_file examples/accelerate/ddp.yaml   examples/accelerate/train.py
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py
@@ -6,8 +6,8 @@
     accelerate launch --config_file examples/accelerate/zero3.yaml examples/accelerate/train.py
     torchrun --nproc-per-node 2 examples/accelerate/train.py       # without a GPU: DDP over gloo
 
-Each file asks for two GPUs; `--num_processes` changes that. The rows of a step are shared among the ranks,
-a group of four may lie on two of them, and `--rows` counts the rows of all: the run is the same on any number.
+Each file asks for two GPUs; `--num_processes` changes that. The rows of a step are split among the processes, even
+within a group of four. `--rows` counts those of all processes, so the run is the same on any number of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=64, help="rows of an optimizer step, over all ranks")
+    parser.add_argument("--rows", type=int, default=64, help="rows of an optimizer step, over all processes")
     parser.add_argument("--output", default="output/accelerate")
     options = parser.parse_args()
 
@@ -88,10 +88,10 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         tenth = max(len(rewards) // 10, 1)
-        begun, ended = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
+        first, last = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
         ranks = trainer.accelerator.num_processes
-        print(f"{trainer.accelerator.distributed_type} on {ranks} ranks: reward {begun:.2f} -> {ended:.2f}")
-    # Left open, the connections between the ranks may end the process with an error when it exits.
+        print(f"{trainer.accelerator.distributed_type} on {ranks} ranks: reward {first:.2f} -> {last:.2f}")
+    # Without this, open connections between the processes may raise an error at exit.
     trainer.accelerator.end_training()
 
 

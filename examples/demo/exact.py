@@ -1,4 +1,7 @@
-"""Exact evaluation: the probability that the model gives the right answer, without drawing a single sample."""
+"""Exact evaluation of the demo: the probability that the model gives the right answer, without sampling.
+
+A module of `run.py` and `pretrain.py`; nothing to run.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def evaluate(
     asked = [encode_question(tokenizer, question) for question in questions]
     rows = [ids + encode_answer(tokenizer, answer) for ids, answer in zip(asked, answers, strict=True)]
     width = max(map(len, rows))
-    # Padding stands on the right, where a causal model never looks.
+    # Padding is on the right, where causal attention never reaches.
     tokens = torch.tensor([ids + [tokenizer.pad_token_id] * (width - len(ids)) for ids in rows])
     start = torch.tensor([len(ids) for ids in asked])[:, None]
     end = torch.tensor([len(ids) for ids in rows])[:, None]

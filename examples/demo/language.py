@@ -1,8 +1,9 @@
-"""A word-level tokenizer of 34 entries for the machine's language, lossless in both directions.
+"""The demo's tokenizer: 34 entries for the language of the machine, lossless in both directions.
 
-Words carry their own spaces (`"run "`, `" on "`), which keeps texts short. No entry is a prefix of another, so
-a text splits in one way only: `decode(encode(text)) == text` for every text of the language, and
-`encode(decode(ids)) == ids` for every sequence of words, also for the nonsense that a policy samples.
+Words include their spaces (`"run "`, `" on "`), which keeps texts short. No entry is a prefix of another, so a
+text has one tokenization: `decode(encode(text)) == text` for every text of the language, and
+`encode(decode(ids)) == ids` for every sequence of words, even the nonsense that a policy samples. A module of
+`run.py` and `pretrain.py`; nothing to run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-# The words around a second attempt. The checkpoint has learned to read exactly these.
+# The templates of a reprompt. The checkpoint was trained on exactly these.
 TEMPLATES = Templates(
     reprompt="{prompt}{solution}{feedback}\nsolve again",
     solution="\nsolution\n{successful_previous_attempt}",
@@ -50,7 +51,7 @@ TEMPLATES = Templates(
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the two tables above and nothing else."""
+    """The tokenizer, from the two tables above alone."""
     entries = {entry: index for index, entry in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(models.WordLevel(entries, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(WORDS)), behavior="isolated")
@@ -73,11 +74,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def encode_question(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
-    """A user turn and the token that opens the assistant's."""
+    """Token ids of a user turn, and of the token that opens the assistant's turn."""
     messages = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def encode_answer(tokenizer: PreTrainedTokenizerFast, answer: str) -> list[int]:
-    """What the assistant writes: the answer and <eos>."""
+    """Token ids of the assistant's answer and <eos>."""
     return [*tokenizer(answer).input_ids, tokenizer.eos_token_id]

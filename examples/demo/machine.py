@@ -1,4 +1,4 @@
-"""The machine: three digits, eight opcodes, and a prompt that never says what they do.
+"""The demo's task: a machine with three digits and eight opcodes, and prompts that never say what they do.
 
 A *register* holds three decimal digits. A *program* is one to three opcodes. Every opcode has three possible
 meanings, and a *machine* fixes one of them for each: there are 3 ** 8 = 6561 machines. The question is
@@ -16,7 +16,7 @@ A wrong answer gets a score of 0 and one sentence from the interpreter about the
 
     line 3: expected C524 got C685
 
-which is exactly what a scalar reward throws away.
+which is the information that a scalar reward leaves out. A module of `run.py` and `pretrain.py`; nothing to run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PRIMITIVES: dict[str, Callable[[str], str]] = {
     "half": _each_digit(lambda d: d + 5),
 }
 
-# What each opcode may mean. The first column is the habit; it uses every primitive once.
+# The three meanings of each opcode. The first column is the habit; it uses every primitive once.
 MEANINGS: dict[str, tuple[str, str, str]] = {
     "A": ("rev", "rotl", "inc"),
     "B": ("rotl", "swap", "dec"),
@@ -63,19 +63,19 @@ HABIT: Machine = {opcode: meanings[0] for opcode, meanings in MEANINGS.items()}
 
 
 def draw_machine(rng: random.Random, weights: tuple[float, float, float] = (1, 1, 1)) -> Machine:
-    """A machine whose opcodes take their first, second and third meaning with these weights."""
+    """A random machine: each opcode has its first, second or third meaning with these weights."""
     return {opcode: rng.choices(meanings, weights)[0] for opcode, meanings in MEANINGS.items()}
 
 
 def changed_machine(seed: int, changes: int = 6) -> Machine:
-    """The habit with `changes` opcodes, drawn from `seed`, moved to one of their other two meanings."""
+    """The habit, except that `changes` opcodes (random by `seed`) have one of their other two meanings."""
     rng = random.Random(f"machine {seed}")
-    moved = rng.sample(sorted(MEANINGS), changes)
-    return dict(HABIT) | {opcode: rng.choice(MEANINGS[opcode][1:]) for opcode in moved}
+    changed = rng.sample(sorted(MEANINGS), changes)
+    return dict(HABIT) | {opcode: rng.choice(MEANINGS[opcode][1:]) for opcode in changed}
 
 
 def what_changed(machine: Machine) -> str:
-    """The opcodes that left the habit, in words: `A rev → inc, C inc → rotr`."""
+    """The opcodes that differ from the habit, as text: `A rev → inc, C inc → rotr`."""
     return ", ".join(f"{o} {HABIT[o]} → {machine[o]}" for o in HABIT if machine[o] != HABIT[o])
 
 
@@ -87,7 +87,7 @@ class Task(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The question, in which nothing tells the machine."""
+        """The question. It does not say which machine runs it."""
         return f"run {self.program} on {self.register}"
 
     def answer(self, machine: Machine) -> str:
@@ -107,11 +107,11 @@ class Verdict(NamedTuple):
 
 
 def interpret(completion: str, answer: str) -> Verdict:
-    """Score 1.0 and no feedback if the completion is the answer, else 0.0 and its first wrong line."""
+    """Score 1.0 and no feedback if the completion is the answer, else 0.0 and a text on the first wrong line."""
     if completion == answer:
         return Verdict(1.0, "")
     expected, got = answer.split("\n"), [_legible(line) for line in completion.split("\n") if completion]
-    # Past its last line either side says "end", so that two different texts always differ somewhere.
+    # The shorter text is padded with "end", so that two different texts differ in some line.
     lines = enumerate(zip_longest(expected, got, fillvalue="end"), start=1)
     line, (want, have) = next((line, pair) for line, pair in lines if pair[0] != pair[1])
     return Verdict(0.0, f"line {line}: expected {want} got {have}")
@@ -122,7 +122,7 @@ def _legible(line: str) -> str:
 
 
 def held_out(register: str) -> bool:
-    """Whether prompts on this register are kept for evaluation: about one register in five, by its MD5."""
+    """Whether prompts on this register are for evaluation only: about one in five, by the register's MD5."""
     return hashlib.md5(register.encode()).digest()[0] % 5 == 0
 
 
@@ -138,7 +138,7 @@ def draw_task(rng: random.Random, registers: list[str] = TRAIN_REGISTERS) -> Tas
 
 
 def held_out_tasks(count: int = 200) -> list[Task]:
-    """The fixed, distinct questions that every curve is measured on."""
+    """The fixed, distinct questions on which every curve is evaluated."""
     rng = random.Random("held out")
     tasks: dict[Task, None] = {}
     while len(tasks) < count:

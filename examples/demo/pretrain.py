@@ -1,10 +1,13 @@
-"""Make the demo's checkpoint from nothing: `python examples/demo/pretrain.py`, about six minutes on one core.
+"""Train the demo's checkpoint from scratch; about six minutes on one core.
 
-Phase 1, *skills*: every document has its own machine, drawn uniformly. A bare prompt can then only be guessed,
-but a solution or a line of feedback beside it tells part of the machine, and the model learns to read both.
+    python examples/demo/pretrain.py --output examples/demo/checkpoint
 
-Phase 2, *habit*: bare prompts follow one machine, the habit. The model ends up sure of itself on bare prompts and
-still able to read a correction: where reinforcement learning finds it on the day the machine changes.
+Phase 1, *skills*: every document has its own machine, drawn uniformly. Answers to bare prompts can only be
+guessed, but a solution or a line of feedback in the prompt reveals part of the machine, and the model learns to
+use both.
+
+Phase 2, *habit*: bare prompts follow one machine, the habit. The model becomes confident on bare prompts and can
+still use a correction. The demo starts there, and changes the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ HABIT_MIX = (0.60, 0.15, 0.15, 0.10)
 
 
 def in_context(task: Task, context: str, answer: str, attempt: str) -> str:
-    """The question alone, or beside the solution, beside the feedback on an attempt, or beside both."""
+    """The question alone, or with the solution, the feedback on an attempt, or both."""
     return build_reprompts(
         [task.prompt],
         [[answer] if context in ("solution", "both") else []],
@@ -43,13 +46,13 @@ def in_context(task: Task, context: str, answer: str, attempt: str) -> str:
 
 
 def skills_document(rng: random.Random) -> tuple[str, str]:
-    """A question in some context, and its answer by a machine of its own."""
+    """A question in a random context, and its answer by a random machine."""
     context = rng.choices(CONTEXTS, SKILLS_MIX)[0]
     return _document(rng, context, draw_machine(rng))
 
 
 def habit_document(rng: random.Random) -> tuple[str, str]:
-    """The same, but bare questions are answered by habit, and the other machines resemble the habit."""
+    """The same, but bare questions are answered by the habit, and the other machines resemble it."""
     context = rng.choices(CONTEXTS, HABIT_MIX)[0]
     return _document(rng, context, HABIT if context == "bare" else draw_machine(rng, (0.6, 0.2, 0.2)))
 
@@ -57,14 +60,14 @@ def habit_document(rng: random.Random) -> tuple[str, str]:
 def _document(rng: random.Random, context: str, machine: Machine) -> tuple[str, str]:
     task = draw_task(rng)
     attempt = task.answer(draw_machine(rng))
-    if rng.random() < 0.1:  # now and then an attempt stops early, or goes on for too long
+    if rng.random() < 0.1:  # some attempts stop early or continue too long
         attempt = rng.choice([attempt[: rng.randrange(len(attempt))], attempt + attempt[3:8]])
     answer = task.answer(machine)
     return in_context(task, context, answer, attempt), answer
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """A Qwen2 of 0.6 million random parameters."""
+    """A Qwen2 model with 0.6 million random parameters."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -85,7 +88,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 def cross_entropy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, documents: list[tuple[str, str]]
 ) -> tuple[torch.Tensor, float]:
-    """Sum of the token losses and its weight; a token of the answer weighs 1, one of the question 0.5."""
+    """Weighted sum of the token losses and sum of the weights: 1 in the answer, 0.5 in the question."""
     asked = [encode_question(tokenizer, question) for question, _ in documents]
     answers = [encode_answer(tokenizer, answer) for _, answer in documents]
     width = max(len(ids) + len(answer) for ids, answer in zip(asked, answers, strict=True))
@@ -109,7 +112,7 @@ def train(
     muon_lr: float,
     adamw_lr: float,
 ) -> None:
-    """One pass: Muon on the weight matrices, AdamW on the rest; 50 steps of warm-up, then a cosine to zero."""
+    """One epoch: Muon on the weight matrices, AdamW on the rest; 50 warm-up steps, then cosine decay to zero."""
     named = list(model.named_parameters())
     is_matrix = {name: p.ndim == 2 and "embed" not in name for name, p in named}
     optimizers = [
@@ -128,11 +131,11 @@ def train(
         )
         for optimizer in optimizers
     ]
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for step in range(steps):
         rows = sorted(documents[step * batch : (step + 1) * batch], key=lambda row: len(row[0]) + len(row[1]))
         loss, weight = 0.0, 0.0
-        for half in (rows[: batch // 2], rows[batch // 2 :]):  # short ones apart from long ones: less padding
+        for half in (rows[: batch // 2], rows[batch // 2 :]):  # short and long ones separately: less padding
             part, part_weight = cross_entropy(model, tokenizer, half)
             part.backward()
             loss, weight = loss + part.item(), weight + part_weight
@@ -144,14 +147,14 @@ def train(
             schedule.step()
         model.zero_grad()
         if (step + 1) % 100 == 0:
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             print(f"step {step + 1:5d} of {steps}   loss {loss / weight:.3f}   {seconds:4.0f} s", flush=True)
 
 
 def probabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Mean probability of the right answer by context, on held-out questions that the habit now gets wrong.
+    """Mean probability of the right answer by context, on held-out questions that the habit answers wrongly.
 
-    Question i runs on the i-th changed machine, and its feedback is on the attempt that the habit makes.
+    Question i runs on the i-th changed machine, and its feedback is on the habit's answer.
     """
     cases = [
         (task, task.answer(HABIT), task.answer(changed_machine(i))) for i, task in enumerate(held_out_tasks())
@@ -171,7 +174,7 @@ def main() -> None:
     parser.add_argument("--skills-steps", type=int, default=1400)
     parser.add_argument("--habit-steps", type=int, default=320)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the order of sums, and with it the result, depends on the number of threads
+    torch.set_num_threads(1)  # the order of summation, and so the result, depends on the number of threads
     torch.manual_seed(0)
     rng = random.Random(0)
     logging.disable_progress_bar()

@@ -1,6 +1,8 @@
-"""One page from the numbers of a run: `python examples/demo/report.py output/demo/results.json`.
+"""The demo's report: one self-contained HTML page from the numbers of a run, and its plot as `curves.svg`.
 
-The page needs nothing else: no script, no font, no image file. Its plot is also written as `curves.svg`.
+    python examples/demo/report.py output/demo/results.json
+
+`run.py` writes it at its end; this command writes it again from the numbers.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def columns(results: Results) -> list[int]:
 
 
 def summary(results: Results) -> str:
-    """Five lines: a head, and the mean curve of every arm."""
+    """Five lines: a header, and the mean curve of every arm."""
     chosen = columns(results)
     lines = [f"{'P(right answer), held out':26}" + "".join(f"{samples:>7}" for samples in chosen)]
     for arm in results["arms"]:
@@ -69,7 +71,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 228, 14, 44
 
 
 def plot(results: Results) -> str:
-    """Held-out probability against samples as SVG: a thin line per seed, a thick one for their mean."""
+    """Held-out probability over samples as SVG: a thin line per seed, a thick line for their mean."""
     last = columns(results)[-1]
 
     def x(samples: float) -> float:
@@ -105,7 +107,7 @@ def plot(results: Results) -> str:
     label_y = 0.0
     for arm, points in sorted(means.items(), key=lambda item: -item[1][-1][1]):
         end = points[-1][1]
-        label_y = max(y(end) + 4, label_y + 17)  # a label never covers the one above it
+        label_y = max(y(end) + 4, label_y + 17)  # labels do not overlap
         style = f'fill="{COLORS[arm]}" font-weight="600"'
         parts.append(f'<text x="{x(last) + 8:.1f}" y="{label_y:.1f}" {style}>{arm} {end:.2f}</text>')
     return "\n".join([*parts, "</svg>"])
@@ -130,7 +132,7 @@ td pre { background: none; padding: 0; } small { color: #777; } .wrong { color: 
 
 
 def lead(results: Results) -> str:
-    """The result in two sentences, from the numbers."""
+    """The result in two sentences."""
     sdpo, grpo = mean_curve(results, "SDPO"), mean_curve(results, "GRPO")
     seeds = len(results["machines"])
     of = f", mean of {seeds} seeds" if seeds > 1 else ""
@@ -159,7 +161,7 @@ def numbers(results: Results) -> str:
 
 
 def marked(completion: str, answer: str) -> str:
-    """A completion, its lines that differ from the answer's marked."""
+    """A completion as HTML, with the lines that differ from the answer highlighted."""
     right = dict(enumerate(answer.split("\n")))
     lines = [
         escape(text) if right.get(index) == text else f'<span class="wrong">{escape(text)}</span>'
@@ -169,7 +171,7 @@ def marked(completion: str, answer: str) -> str:
 
 
 def completions(results: Results) -> str:
-    """Greedy completions of held-out prompts, before and after, with the probability of the right answer."""
+    """Greedy completions of held-out prompts before and after training, with their probability of being right."""
     written = {"before": results["before"]}
     written |= {run["arm"]: run["examples"] for run in results["runs"] if run["seed"] == 0}
     head = "".join(f"<th>{title}</th>" for title in ["prompt", "right answer", *written])
@@ -186,17 +188,17 @@ def completions(results: Results) -> str:
 
 
 def one_row(results: Results) -> str:
-    """What happens to one failed completion, as the trainer builds it."""
+    """One failed completion, its feedback and the reprompt, as the trainer builds them."""
     example = results["before"][-1]
     feedback = interpret(example["completion"], example["answer"]).feedback
     reprompt = build_reprompts(
         [example["question"]], [[]], [feedback], templates=TEMPLATES, feedback_only_without_solution=False
     ).texts[0]
     boxes = {
-        "The student reads": f"<pre>{escape(example['question'])}</pre>",
-        "and writes": marked(example["completion"], example["answer"]),
-        "The interpreter says": f"<pre>{escape(feedback)}</pre>",
-        "The teacher reads": f"<pre>{escape(reprompt)}</pre>",
+        "Student's prompt": f"<pre>{escape(example['question'])}</pre>",
+        "Its completion": marked(example["completion"], example["answer"]),
+        "Feedback": f"<pre>{escape(feedback)}</pre>",
+        "Teacher's prompt": f"<pre>{escape(reprompt)}</pre>",
     }
     return "".join(f"<div>{title}{box}</div>" for title, box in boxes.items())
 
@@ -205,44 +207,44 @@ def page(results: Results) -> str:
     """The whole report as HTML."""
     final = {arm: f"{mean_curve(results, arm)[-1][1]:.2f}" for arm in results["arms"]}
     minutes = sum(run["seconds"] for run in results["runs"]) / 60
-    quick = "<p><b>A quick run of a few steps: it shows that everything works, and nothing else.</b></p>"
+    quick = "<p><b>A quick run of a few steps: it only checks that everything works.</b></p>"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>The machine changed</title><style>{STYLE}</style>
-<h1>The machine changed</h1>
+<title>SDPO on a shifted task</title><style>{STYLE}</style>
+<h1>SDPO on a shifted task</h1>
 <p class="lead">{lead(results)}</p>
 {quick if results["quick"] else ""}
 {plot(results)}
-<p>Probability of the right answer on 200 held-out prompts, computed exactly; it is the accuracy at temperature 1.
-Thin lines are seeds, thick lines their mean. Each learning rate is the best of 0.0003, 0.0005 and 0.0007 for its
-arm over three seeds; the control with shuffled feedback keeps that of SDPO.</p>
+<p>Probability of the right answer on 200 held-out prompts, computed exactly; it is the expected accuracy at
+temperature 1. Thin lines are seeds, thick lines their mean. Each learning rate is the best of 0.0003, 0.0005 and
+0.0007 for its arm over three seeds; the control with shuffled feedback has that of SDPO.</p>
 {numbers(results)}
 
 <h2>The task</h2>
 <p>A small language model, trained from scratch, runs programs of up to three opcodes on a register of three digits
-and writes the trace. It is sure of what each opcode means. Then six of the eight change (seed 0:
+and writes the trace. It was trained on one meaning of each opcode. Then six of the eight change (seed 0:
 {what_changed(results["machines"][0])}), and no prompt says so. A trace with any wrong line
-scores 0, and the interpreter names the first wrong line.</p>
+scores 0, and the interpreter reports the first wrong line.</p>
 <div class="row">{one_row(results)}</div>
-<p>The teacher is the same model, its weights averaged over time. It never writes: it predicts the student's own
-tokens once more, now knowing what went wrong, and the student moves towards these predictions. When another
-completion of the same prompt was right, the teacher reads that too.</p>
+<p>The teacher is the same model with weights averaged over time. It never generates: it predicts the tokens of the
+student's completion with the feedback in its prompt, and the student is trained towards these predictions. When
+another completion of the same prompt was right, the teacher's prompt contains that too.</p>
 
-<h2>Before and after</h2>
+<h2>Before and after training</h2>
 <p>Greedy completions of three held-out prompts, seed 0; p is the probability of the right answer.</p>
 {completions(results)}
 
 <h2>What this shows, and what it does not</h2>
 <ul>
-<li>The gain comes from the feedback channel, which GRPO cannot read. A teacher that sees peers and no feedback ends
+<li>The gain comes from the feedback, which GRPO cannot use. With completions of peers and no feedback SDPO ends
 at {final["SDPO, peers only"]}; GRPO ends at {final["GRPO"]}.</li>
-<li>The feedback must be the right one. Beside peers and the feedback of other prompts, SDPO ends at
+<li>The feedback must belong to the completion. With peers and the feedback of other prompts, SDPO ends at
 {final["SDPO, shuffled feedback"]}.</li>
-<li>It shows because reward is sparse: at first few completions score at all, and a group without a success teaches
-GRPO nothing. Where the model already tries the right answer often, the advantage shrinks. With more samples GRPO
-learns most of this task too.</li>
-<li>This is a small world, made to watch the method work. It does not tell the size of the gain on other tasks.</li>
+<li>The gain is large because rewards are sparse: at first few completions are right, and a group without a success
+gives GRPO no gradient. Where the model often samples the right answer, the advantage is smaller. With more samples
+GRPO learns most of this task too.</li>
+<li>This is a small task that shows how the method works. It does not predict the gain on other tasks.</li>
 </ul>
 <footer>{results["prompts_per_step"]} prompts × {results["completions_per_prompt"]} completions a step, one AdamW
 step each, the same prompts for all arms. {minutes:.1f} minutes of training. {versions}, Python

@@ -1,14 +1,14 @@
-"""The machine changed: a language model learns from what an interpreter says, not only from its score.
+"""SDPO against GRPO on a shifted task: a language model learns from an interpreter's feedback, not only its score.
 
-    python examples/demo/run.py --seeds 1 --output output/demo
+    python examples/demo/run.py --seeds 1 --output output/demo     # or: make demo
 
-The checkpoint is sure of one machine, the habit. Six of its eight opcodes now mean something else, and no prompt
-says so. Its answers are nearly always wrong, for a score of 0 and one line from the interpreter, such as
-"line 2: expected C524 got C685". Four arms train from there, on the same prompts and through the same trainer:
+The checkpoint was trained on one machine, the habit. Now six of its eight opcodes mean something else, and no
+prompt says so. Nearly all of its answers are wrong: the score is 0, and the interpreter returns one line, such as
+"line 2: expected C524 got C685". Four arms train the checkpoint on the same prompts with the same trainer:
 
-* SDPO: a teacher, the model itself, rereads each attempt beside the interpreter's line and a successful peer;
-* SDPO, peers only: the teacher sees successful peers, and never a line of feedback;
-* SDPO, shuffled feedback: each failure is shown the line of a failure on another prompt;
+* SDPO: the teacher's prompt has the interpreter's line and a successful completion of a peer;
+* SDPO, peers only: the teacher's prompt has successful completions of peers, and no feedback;
+* SDPO, shuffled feedback: each failure gets the line of a failure on another prompt;
 * GRPO: scores alone (`enabled=False`).
 
 The curves are exact, without sampling noise: the probability of the right answer on 200 held-out prompts.
@@ -31,7 +31,7 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# bitsandbytes, which peft imports where it is installed, misses 4-bit kernels that nothing here uses.
+# bitsandbytes, which peft imports if it is installed, warns about 4-bit kernels that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import datasets
@@ -61,7 +61,7 @@ PROMPTS, GROUP = 16, 4  # prompts a step, completions a prompt
 SAMPLES = PROMPTS * GROUP
 
 
-# --- The environment: a score and a sentence for every completion ---------------------------------------------
+# --- The environment: a score and a feedback text for every completion -----------------------------------------
 
 
 def interpreter(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[Verdict]:
@@ -70,7 +70,7 @@ def interpreter(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> 
 
 
 def shuffling_interpreter(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[Verdict]:
-    """The control: the same scores, but a failure gets the feedback of the failure one group further on."""
+    """The control: the same scores, but a failure gets the feedback of a failure one group later."""
     verdicts = interpreter(completions, answer)
     failures = [row for row, verdict in enumerate(verdicts) if verdict.score == 0]
     donors = failures[GROUP:] + failures[:GROUP]
@@ -85,7 +85,7 @@ def shuffling_interpreter(completions: Sequence[Any], answer: Sequence[str], **_
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to learn: its reward function, its learning rate and what it changes in `sdpo_config`."""
+    """One method: its learning rate, its reward function and its changes to `sdpo_config`."""
 
     name: str
     learning_rate: float
@@ -93,7 +93,7 @@ class Arm:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-# Learning rates: the best of 3e-4, 5e-4 and 7e-4 for each over three seeds; the control keeps that of SDPO.
+# Learning rates: the best of 3e-4, 5e-4 and 7e-4 for each over three seeds; the control has that of SDPO.
 ARMS = (
     Arm("SDPO", 7e-4),
     Arm("SDPO, peers only", 3e-4, changes={"include_environment_feedback": False}),
@@ -103,7 +103,7 @@ ARMS = (
 
 
 def sdpo_config(arm: Arm) -> SDPOConfig:
-    """What all arms share, in the words that the checkpoint can read, and the arm's own changes."""
+    """The settings of all arms, with the templates that the checkpoint was trained on, and the arm's changes."""
     settings = {
         "alpha": 0.5,
         "k": 20,
@@ -117,7 +117,7 @@ def sdpo_config(arm: Arm) -> SDPOConfig:
 
 
 def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
-    """One batch of fresh samples and one AdamW step on it, `steps` times; everything else as TRL has it."""
+    """One batch of new samples and one AdamW step on it, `steps` times; other options have TRL's defaults."""
     return trl.GRPOConfig(
         output_dir=folder,
         max_steps=steps,
@@ -144,7 +144,7 @@ def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
 
 
 class Watch(TrainerCallback):
-    """Evaluates exactly while the model trains, and keeps one line of progress."""
+    """Evaluates the model while it trains, and shows one line of progress."""
 
     def __init__(self, label: str, steps: int, every: int, score: Callable[[], tuple[float, float]]) -> None:
         self.samples: list[int] = []
@@ -164,18 +164,18 @@ class Watch(TrainerCallback):
         self._evaluate(0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        """Keep the mean reward of the step's samples."""
+        """Record the mean reward of the step's samples."""
         if "reward" in logs:
             self.reward.append(logs["reward"])
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """A point of the curve, every few steps."""
+        """Every few steps, a point of the curve."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._evaluate(state.global_step)
         self._bar.update(SAMPLES)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Leave the finished line on the screen."""
+        """Close the progress line."""
         self._bar.close()
 
     def _evaluate(self, step: int) -> None:
@@ -188,7 +188,7 @@ class Watch(TrainerCallback):
 
 
 def training_prompts(machine: Machine, seed: int, count: int) -> datasets.Dataset:
-    """Bare questions, each in a user turn, and a column with the answer that only the interpreter reads."""
+    """Bare questions, each a user turn, and a column with the answer, for the interpreter only."""
     rng = random.Random(f"prompts {seed}")
     tasks = [draw_task(rng) for _ in range(count)]
     return datasets.Dataset.from_list(
@@ -197,7 +197,7 @@ def training_prompts(machine: Machine, seed: int, count: int) -> datasets.Datase
 
 
 def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
-    """Train the checkpoint by one arm on the machine of `seed`; the curves, and the examples after training."""
+    """Train the checkpoint with one arm on the machine of `seed`; returns curves and examples."""
     machine = changed_machine(seed)
     tokenizer = load_tokenizer(CHECKPOINT)
     model = Qwen2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
@@ -209,7 +209,7 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
         return result.probability.mean().item(), result.greedy.float().mean().item()
 
     watch = Watch(arm.name, steps, every, score)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with TemporaryDirectory() as folder:
         trainer = SDPOTrainer(
             model=model,
@@ -225,7 +225,7 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
     return {
         "arm": arm.name,
         "seed": seed,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(time.perf_counter() - start, 1),
         "samples": watch.samples,
         "probability": watch.probability,
         "greedy": watch.greedy,
@@ -237,7 +237,7 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
 def examples(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, machine: Machine
 ) -> list[dict[str, Any]]:
-    """What the model writes on three held-out questions, one of each length, whose opcodes have all changed."""
+    """Greedy completions of three held-out questions, one of each length, whose opcodes have all changed."""
     changed = {opcode for opcode in machine if machine[opcode] != HABIT[opcode]}
     by_length = {len(t.program): t for t in reversed(held_out_tasks()) if set(t.program) <= changed}
     tasks = [by_length[length] for length in sorted(by_length)]
@@ -258,16 +258,16 @@ def examples(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="SDPO against GRPO on a machine that has changed.")
+    parser = argparse.ArgumentParser(description="SDPO against GRPO on a machine whose opcodes have changed.")
     parser.add_argument("--seeds", type=int, default=1, help="repeat everything over this many seeds")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to check that it runs")
     options = parser.parse_args()
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     steps, every = (4, 2) if options.quick else (80, 4)
 
-    torch.set_num_threads(1)  # the model is small: more threads are slower, and they change the order of sums
+    torch.set_num_threads(1)  # the model is small: more threads are slower and change the order of summation
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
