@@ -1,9 +1,10 @@
-"""SDPO in your own loop: the core alone, plain torch, no trainer.
+"""SDPO in your own training loop: the core with plain torch, without a trainer.
 
     python examples/own_loop.py --steps 40
 
-The same little world as the demo: a machine whose opcodes changed their meaning, and an interpreter that says
-which line was wrong first. Reads top to bottom; every line that is SDPO comes from `import sdpo`.
+The task of the demo: a machine whose opcodes have changed their meaning, and an interpreter that reports the first
+wrong line. It prints the held-out probability of the right answer every ten steps. Read it from top to bottom;
+everything specific to SDPO comes from `import sdpo`.
 """
 
 from __future__ import annotations
@@ -74,17 +75,17 @@ def main() -> None:
         if step % 10 == 0:
             tasks = held_out_tasks()
             answers = [task.answer(machine) for task in tasks]
-            found = evaluate(model, tokenizer, [task.prompt for task in tasks], answers)
-            print(f"step {step:3d}  held-out probability of the right answer {found.probability.mean():.3f}")
+            result = evaluate(model, tokenizer, [task.prompt for task in tasks], answers)
+            print(f"step {step:3d}  held-out probability of the right answer {result.probability.mean():.3f}")
 
-        # 1. Roll out a group of completions per prompt, and let the world judge each of them.
+        # 1. Sample a group of completions per prompt, and score them.
         tasks = [task for task in (draw_task(rng) for _ in range(PROMPTS)) for _ in range(GROUP)]
         questions = [task.prompt for task in tasks]
         completions = sample(questions)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         verdicts = [interpret(text, task.answer(machine)) for text, task in zip(texts, tasks, strict=True)]
 
-        # 2. A successful peer and the interpreter's remark make the teacher's prompt.
+        # 2. The teacher's prompt: the question, a successful peer's completion, and the feedback.
         chosen = sdpo.select_demonstrations(
             [verdict.score for verdict in verdicts],
             [row // GROUP for row in range(len(tasks))],
@@ -101,7 +102,7 @@ def main() -> None:
             feedback_only_without_solution=False,
         )
 
-        # 3. The same model, having read it, teaches the model that has not.
+        # 3. Distil the teacher, which has that prompt, into the model on the bare prompt.
         with torch.no_grad():
             teacher_logits = logits(state.params, reprompts.texts, completions)
         student_logits = logits(None, questions, completions)
@@ -116,7 +117,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-        # 4. The teacher follows.
+        # 4. Update the teacher.
         state = teacher.update(state, dict(model.named_parameters()))
 
 
