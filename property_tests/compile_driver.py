@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import triton
+from fused_cases import make_objective
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs, TokenStats
+from sdpo.fused._types import GradLogits, ModelChunk, TokenInputs, TokenStats
 from sdpo.fused.triton import _elementwise, _launch
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -47,12 +48,7 @@ def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: 
 def call(
     slope_dtype: torch.dtype | None, *, bias: bool = False, weighted: bool = False, **scalars: Any
 ) -> None:
-    recipe = Objective(
-        **{
-            "k": K, "alpha": 0.5, "tail": "bucket", "support": "student", "is_clip": None, "temperature": 1.0,
-            "softcap": None, "logit_scale": 1.0, "trust_region_coef": None, **scalars,
-        }
-    )  # fmt: skip
+    objective = make_objective(**scalars)
 
     def side() -> ModelChunk:
         return ModelChunk(
@@ -70,19 +66,19 @@ def call(
         slope = GradLogits(torch.zeros(COUNT, VOCABULARY, dtype=slope_dtype), gain)
     stats = torch.zeros(len(TokenStats._fields), COUNT)
     rows = TokenInputs(torch.zeros(COUNT, dtype=torch.int64), weight, weight, weight, lift)
-    _launch.chunk(side, side, rows, recipe, stats, slope)
+    _launch.chunk_loss(side(), side(), rows, objective, stats, slope)
 
 
 def main() -> None:
     triton.JITFunction.run = compile_instead
-    call(torch.bfloat16)
-    call(torch.float16, weighted=True, is_clip=2.0, alpha=0.0)
-    call(torch.float32, bias=True, softcap=30.0, support="teacher", alpha=1.0, tail="renormalize")
-    call(torch.bfloat16, bias=True, softcap=30.0, support="teacher")
-    call(torch.bfloat16, support="sampled", k=None, alpha=1.0)
-    call(torch.bfloat16, k=None)
-    call(torch.float32, k=None, bias=True, softcap=30.0, alpha=0.0, weighted=True)
-    call(None)
+    call(torch.bfloat16, k=K)
+    call(torch.float16, k=K, weighted=True, is_clip=2.0, alpha=0.0)
+    call(torch.float32, k=K, bias=True, softcap=30.0, support="teacher", alpha=1.0, tail="renormalize")
+    call(torch.bfloat16, k=K, bias=True, softcap=30.0, support="teacher")
+    call(torch.bfloat16, support="sampled", alpha=1.0)
+    call(torch.bfloat16, support="full")
+    call(torch.float32, support="full", bias=True, softcap=30.0, alpha=0.0, weighted=True)
+    call(None, k=K)
     _elementwise.scaled(torch.zeros(9).bfloat16(), torch.ones(()))
     _elementwise.joined(torch.zeros(3, COUNT, 64), torch.ones(COUNT), torch.zeros(COUNT, 64).bfloat16())
     _elementwise.joined(torch.zeros(1, COUNT, 64), None, torch.zeros(COUNT, 64))

@@ -1,10 +1,8 @@
-"""One call of the fused loss, and the same call written with the plain losses: shared by the fused tests."""
+"""One call of the fused loss and the same call written with the plain loss: shared by the tests of the fused loss."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,26 +10,28 @@ from torch import Tensor
 
 import sdpo
 from sdpo.fused import _torch
-from sdpo.fused import triton as kernels
-from sdpo.fused._chunks import Backend
-from sdpo.fused._types import GradLogits, Make, ModelChunk, Objective, TokenInputs, TokenStats
+from sdpo.fused._types import ChunkLoss, GradLogits, ModelChunk, Objective, TokenInputs, TokenStats
 
-LEARNING = ("student_hidden", "student_head", "student_bias")
-Answer = dict[str, Tensor]
+TRAINABLE = ("student_hidden", "student_weight", "student_bias")
+HEAD_PARTS = ("hidden", "weight", "bias")
+Result = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of ``fused_topk_distillation_loss``, by name: tensors and scalars."""
+    """Arguments of ``fused_distillation_loss``: tensors by name, those of an LMHead as ``student_hidden`` etc."""
 
     tensors: dict[str, Tensor]
     scalars: dict[str, Any] = field(default_factory=dict)
 
     def with_(self, **changes: Any) -> Case:
+        """The case with other arguments; a support that has no k and tail removes them."""
         tensors = {name: value for name, value in changes.items() if isinstance(value, Tensor)}
         scalars = {name: value for name, value in changes.items() if name not in tensors}
-        kept = {name: value for name, value in self.tensors.items() if name not in scalars}
-        return replace(self, tensors=kept | tensors, scalars=self.scalars | scalars)
+        if scalars.get("support") in ("full", "sampled"):
+            scalars = {"k": None, "tail": None} | scalars
+        others = {name: value for name, value in self.tensors.items() if name not in scalars}
+        return replace(self, tensors=others | tensors, scalars=self.scalars | scalars)
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> Case:
         def moved(value: Tensor) -> Tensor:
@@ -40,44 +40,56 @@ class Case:
         return replace(self, tensors={name: moved(value) for name, value in self.tensors.items()})
 
     def leaves(self) -> tuple[Case, list[Tensor]]:
-        """The case over fresh leaves, and those of its tensors that learn."""
-        learning = {
+        """The case over fresh leaves, and its trainable tensors."""
+        trainable = {
             name: self.tensors[name].detach().clone().requires_grad_()
-            for name in LEARNING
+            for name in TRAINABLE
             if name in self.tensors
         }
-        return replace(self, tensors=self.tensors | learning), list(learning.values())
+        return replace(self, tensors=self.tensors | trainable), list(trainable.values())
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``fused_distillation_loss``, by name. A centre without a weight of its own has the teacher's head."""
+        tensors = dict(self.tensors)
+        if "reference_hidden" in tensors and "reference_weight" not in tensors:
+            shared = {f"reference_{part}": tensors.get(f"teacher_{part}") for part in HEAD_PARTS[1:]}
+            tensors |= {name: value for name, value in shared.items() if value is not None}
+        heads = {}
+        for model in ("student", "teacher", "reference"):
+            if f"{model}_hidden" in tensors:
+                parts = (tensors.pop(f"{model}_{part}", None) for part in HEAD_PARTS)
+                heads[model] = sdpo.LMHead(*parts)  # type: ignore[arg-type]
+        return heads | tensors | self.scalars
 
     def fused(self, **options: Any) -> sdpo.FusedOutput:
-        return sdpo.fused_topk_distillation_loss(**self.tensors, **(self.scalars | options))
+        return sdpo.fused_distillation_loss(**(self.arguments() | options))
 
     def logits(self, model: str) -> Tensor:
+        """A model's logits before they are divided by the temperature."""
         t, s = self.tensors, self.scalars
-        products = t[f"{model}_hidden"] @ t[f"{model}_head"].mT
+        products = t[f"{model}_hidden"] @ t[f"{model}_weight"].mT
         if f"{model}_bias" in t:
             products = products + t[f"{model}_bias"]
         products = products * s.get("logit_scale", 1.0)
         cap = s.get("softcap")
-        return (products if cap is None else cap * torch.tanh(products / cap)) / s["temperature"]
+        return products if cap is None else cap * torch.tanh(products / cap)
+
+    def log_probs(self, model: str) -> Tensor:
+        return torch.log_softmax(self.logits(model) / self.scalars["temperature"], -1)
 
     def plain_per_token(self) -> tuple[Tensor, Tensor]:
         """Divergence and weight of every token, masked or not."""
         t, s = self.tensors, self.scalars
         student, teacher = self.logits("student"), self.logits("teacher")
-        support = s.get("support", "student")
-        if support == "sampled":
-            divergence = sdpo.sampled_token_distillation_loss(student, teacher, t["tokens"])
-        elif s["k"] is None:
-            divergence = sdpo.full_distillation_loss(student, teacher, alpha=s["alpha"])
-        else:
-            divergence = sdpo.topk_distillation_loss(
-                student, teacher, k=s["k"], alpha=s["alpha"], tail=s["tail"], support=support
-            )
+        names = ("support", "k", "tail", "alpha", "temperature")
+        divergence = sdpo.distillation_loss(
+            student, teacher, t["tokens"], **{name: s[name] for name in names}
+        )
         weights = torch.ones_like(divergence).detach()
-        if "old_log_probs" in t and s.get("is_clip") is not None:
-            log_probs = student.log_softmax(-1).gather(-1, t["tokens"][..., None])[..., 0]
+        if "old_log_probs" in t:
+            log_probs = self.log_probs("student").gather(-1, t["tokens"][..., None])[..., 0]
             weights = sdpo.importance_weights(log_probs, t["old_log_probs"], clip=s["is_clip"])
-        return divergence, weights * t.get("extra_weights", torch.ones_like(weights))
+        return divergence, weights * t.get("weights", torch.ones_like(weights))
 
     def plain_total(self) -> Tensor:
         divergence, weights = self.plain_per_token()
@@ -107,9 +119,9 @@ def make_case(
 
     tensors = {
         "student_hidden": normal(*shape, d),
-        "student_head": normal(v, d) * (scale / d**0.5),
+        "student_weight": normal(v, d) * (scale / d**0.5),
         "teacher_hidden": normal(*shape, teacher_d),
-        "teacher_head": normal(v, teacher_d) * (scale / teacher_d**0.5),
+        "teacher_weight": normal(v, teacher_d) * (scale / teacher_d**0.5),
         "tokens": torch.randint(v, shape, generator=rng),
         "loss_mask": torch.rand(*shape, generator=rng) < 0.7,
     }
@@ -118,16 +130,22 @@ def make_case(
     if weights:
         old = normal(*shape) - 8.0
         tensors["old_log_probs"] = old.masked_fill(torch.rand(*shape, generator=rng) < 0.2, float("nan"))
-        tensors["extra_weights"] = torch.rand(*shape, generator=rng, dtype=torch.float64)
+        tensors["weights"] = torch.rand(*shape, generator=rng, dtype=torch.float64)
         scalars.setdefault("is_clip", 2.0)
-    defaults = {"k": 20, "alpha": 0.5, "tail": "bucket", "temperature": 1.0}
-    return Case(tensors, defaults | scalars)
+    defaults = {"support": "student", "k": 20, "tail": "bucket", "alpha": 0.5, "temperature": 1.0}
+    if scalars.get("support") == "sampled":
+        defaults["alpha"] = 1.0
+    return Case(tensors, defaults).with_(**scalars)
 
 
-RECIPE: dict[str, Any] = {
-    "alpha": 0.5, "tail": "bucket", "support": "student", "is_clip": None, "temperature": 1.0, "softcap": None,
-    "logit_scale": 1.0, "trust_region_coef": None,
-}  # fmt: skip
+def make_objective(**changes: Any) -> Objective:
+    scalars: dict[str, Any] = {
+        "support": "student", "k": 20, "tail": "bucket", "alpha": 0.5, "is_clip": None, "temperature": 1.0,
+        "softcap": None, "logit_scale": 1.0, "trust_region_coef": None,
+    }  # fmt: skip
+    if changes.get("support") in ("full", "sampled"):
+        scalars |= {"k": None, "tail": None}
+    return Objective(**(scalars | changes))
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:
@@ -137,111 +155,99 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return 0.0 if difference == 0.0 else (difference / reference.norm()).item()
 
 
-def fused(case: Case, factor: float = 1.0, **options: Any) -> Answer:
-    """Everything that must equal the plain losses: total, per-token values, gradients of ``factor · total``."""
+def fused(case: Case, factor: float = 1.0, **options: Any) -> Result:
+    """Everything that must equal the plain loss: total, per-token values, gradients of ``factor · total``."""
     case, leaves = case.leaves()
     out = case.fused(backend="torch", **options)
     gradients = torch.autograd.grad(out.total * factor, leaves)
-    names = [name for name in LEARNING if name in case.tensors]
+    names = [name for name in TRAINABLE if name in case.tensors]
     return {"total": out.total, "per_token": out.per_token} | dict(zip(names, gradients, strict=True))
 
 
-def plain(case: Case, factor: float = 1.0) -> Answer:
+def plain(case: Case, factor: float = 1.0) -> Result:
     case, leaves = case.leaves()
     total = case.plain_total()
     divergence, _ = case.plain_per_token()
-    names = [name for name in LEARNING if name in case.tensors]
+    names = [name for name in TRAINABLE if name in case.tensors]
     gradients = dict(zip(names, torch.autograd.grad(total * factor, leaves), strict=True))
     per_token = torch.where(case.tensors["loss_mask"], divergence, 0.0)
     return {"total": total, "per_token": per_token} | gradients
 
 
-def assert_same(got: Answer, expected: Answer, tolerance: float = 1e-9) -> None:
-    """Relative to the norm; what vanishes up to rounding may do so differently."""
+def assert_same(actual: Result, expected: Result, tolerance: float = 1e-9) -> None:
+    """Relative to the norm; values that vanish up to rounding may do so differently."""
     for name, value in expected.items():
-        assert (got[name].double() - value.double()).norm() <= tolerance * value.norm() + 1e-12, name
+        assert (actual[name].double() - value.double()).norm() <= tolerance * value.norm() + 1e-12, name
 
 
-def divide_by_the_mask(case: Case, **options: Any) -> Answer:
-    """The twin that projects everything and multiplies by the mask afterwards: 0 · NaN is NaN."""
+def multiply_by_the_mask(case: Case, **options: Any) -> Result:
+    """A counter-example: projects every token and multiplies by the mask afterwards, where 0 · NaN is NaN."""
     mask = case.tensors["loss_mask"]
     whole = case.with_(loss_mask=torch.ones_like(mask))
-    answer = fused(whole, **options)
-    hidden = answer["student_hidden"] * mask[:, None]
-    return answer | {"student_hidden": hidden, "per_token": answer["per_token"] * mask}
+    result = fused(whole, **options)
+    hidden = result["student_hidden"] * mask[:, None]
+    return result | {"student_hidden": hidden, "per_token": result["per_token"] * mask}
 
 
-def in_turns(*sides: ModelChunk) -> list[Make]:
-    """What makes the student's and the teacher's half, in one buffer: what was made first is then gone."""
-    buffer = torch.empty_like(sides[0].products)
-    return [partial(lambda side: side._replace(products=buffer.copy_(side.products)), side) for side in sides]
+# --- one chunk: a backend is called with logits or products ----------------------------------------------------
 
 
-def side_by_side(*sides: ModelChunk) -> list[Make]:
-    return [partial(lambda side: side._replace(products=side.products.clone()), side) for side in sides]
+def token_inputs(tokens: Tensor) -> TokenInputs:
+    return TokenInputs(tokens, None, None, None, None)
 
 
-def slopes_of(
-    chunk: Backend,
-    k: int | None,
+def chunk_stats(
+    chunk_loss: ChunkLoss, student: ModelChunk, teacher: ModelChunk, tokens: Tensor, objective: Objective
+) -> TokenStats:
+    """A backend's statistics without a gradient, in float64. The products are copied, since a backend uses them up."""
+    stats = torch.empty(len(TokenStats._fields), len(tokens), dtype=student.products.dtype)
+    models = (model._replace(products=model.products.clone()) for model in (student, teacher))
+    chunk_loss(*models, token_inputs(tokens), objective, stats, None)
+    return TokenStats(*stats.double())
+
+
+def chunk_grad(
+    chunk_loss: ChunkLoss,
     logits: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-    gain: Tensor | None = None,
+    row_scale: Tensor | None = None,
     tokens: Tensor | None = None,
-    lay_out: Callable[..., list[Make]] | None = None,
-    **scalars: Any,
+    **objective: Any,
 ) -> Tensor:
-    """A backend's slopes [c, V] for student's and teacher's logits [c, V], in a dtype, seen in float64.
-
-    The logits lie in one buffer where the backend says that they may.
-    """
-    rows, vocabulary = logits[0].shape
-    made = GradLogits(torch.empty(rows, vocabulary, dtype=dtype), gain)
+    """A backend's gradient [C, V] for student's and teacher's logits [C, V], written in ``dtype``, as float64."""
+    count, vocabulary = logits[0].shape
+    grad_logits = GradLogits(torch.empty(count, vocabulary, dtype=dtype), row_scale)
     working = torch.float64 if dtype == torch.float64 else torch.float32
-    stats = torch.empty(len(TokenStats._fields), rows, dtype=working)
-    recipe = Objective(k, **RECIPE | scalars)
-    tokens = torch.arange(rows) if tokens is None else tokens
-    if lay_out is None:
-        may_take_turns = chunk is not _torch.chunk and kernels.take_turns(recipe, dtype)
-        lay_out = in_turns if may_take_turns else side_by_side
-    sides = lay_out(*(ModelChunk(side.to(working), None) for side in logits))
-    chunk(*sides, TokenInputs(tokens, None, None, None, None), recipe, stats, made)
-    return made.values.double()
+    stats = torch.empty(len(TokenStats._fields), count, dtype=working)
+    tokens = torch.arange(count) if tokens is None else tokens
+    models = (ModelChunk(products.to(working, copy=True), None) for products in logits)
+    chunk_loss(*models, token_inputs(tokens), make_objective(**objective), stats, grad_logits)
+    return grad_logits.values.double()
 
 
-def strangers(rows: int, vocabulary: int, scale: float) -> tuple[Tensor, Tensor]:
+def independent_logits(count: int, vocabulary: int, scale: float) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(12)
-    student, teacher = (torch.randn(rows, vocabulary, generator=rng) * scale for _ in range(2))
+    student, teacher = (torch.randn(count, vocabulary, generator=rng) * scale for _ in range(2))
     return student, teacher
 
 
-def certain_student() -> tuple[Tensor, Tensor]:
-    """Logits of a student that is nearly certain of what its teacher doubts, and the teacher's."""
-    student, teacher = strangers(24, 4000, 1.0)
+def certain_student_logits() -> tuple[Tensor, Tensor]:
+    """Logits of a student that is nearly certain of a token its teacher gives one half, and the teacher's."""
+    student, teacher = independent_logits(24, 4000, 1.0)
     student[:, 0] = 20.0
     teacher[:, :2] = 20.0
     return student, teacher
 
 
-def turns_error(chunk: Backend, dtype: torch.dtype, **scalars: Any) -> float:
-    """Of a chunk's slopes, both models' logits in one buffer, against float64."""
-    logits, gain = strangers(6, 507, 3.0), torch.ones(6)
-    exact = slopes_of(_torch.chunk, 20, logits, torch.float64, **scalars)
-    made = slopes_of(
-        chunk, 20, logits, dtype, None if dtype == torch.float32 else gain, lay_out=in_turns, **scalars
-    )
-    return relative_error(gain[:, None] * made, exact)
+def certain_student_error(chunk_loss: ChunkLoss, **objective: Any) -> float:
+    """Error of the gradient of a nearly certain student, against float64."""
+    exact = chunk_grad(_torch.chunk_loss, certain_student_logits(), torch.float64, **objective)
+    return relative_error(chunk_grad(chunk_loss, certain_student_logits(), torch.float32, **objective), exact)
 
 
-def saturated_error(chunk: Backend, k: int | None) -> float:
-    """Of the slopes of a nearly certain student, against float64."""
-    exact = slopes_of(_torch.chunk, k, certain_student(), torch.float64)
-    return relative_error(slopes_of(chunk, k, certain_student(), torch.float32), exact)
-
-
-def far_apart() -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Logits and sampled tokens: the likeliest, ones 100 nats below it, and with next to nothing outside."""
-    student, teacher = strangers(6, 507, 3.0)
+def logits_far_from_sampled() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Logits and sampled tokens: the likeliest, ones 100 nats below it, and with almost nothing outside the support."""
+    student, teacher = independent_logits(6, 507, 3.0)
     tokens = student.argmax(dim=1)
     student[2:4, 0] -= 100.0
     tokens[2:4] = 0
@@ -250,109 +256,108 @@ def far_apart() -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (student, teacher), tokens
 
 
-def bf16_slopes_error(chunk: Backend, **scalars: Any) -> float:
-    """The largest of a row's, against float64, relative to its length if it has any; infinite where NaN."""
-    logits, tokens = far_apart()
-    k, gain = scalars.pop("k", 8), torch.empty(len(tokens))
-    exact = slopes_of(_torch.chunk, k, logits, torch.float64, tokens=tokens, **scalars)
-    ours = slopes_of(chunk, k, logits, torch.bfloat16, gain, tokens, **scalars)
-    error = (gain[:, None] * ours - exact).norm(dim=1) / (exact.norm(dim=1) + 1e-20)
+def bf16_grad_error(chunk_loss: ChunkLoss, **objective: Any) -> float:
+    """The largest error of a token's bf16 gradient, against float64, relative to its length; infinite where NaN."""
+    logits, tokens = logits_far_from_sampled()
+    if objective.get("support") != "sampled":
+        objective = {"k": 8} | objective
+    row_scale = torch.empty(len(tokens))
+    exact = chunk_grad(_torch.chunk_loss, logits, torch.float64, tokens=tokens, **objective)
+    ours = chunk_grad(chunk_loss, logits, torch.bfloat16, row_scale, tokens, **objective)
+    error = (row_scale[:, None] * ours - exact).norm(dim=1) / (exact.norm(dim=1) + 1e-20)
     return error.nan_to_num(torch.inf).max().item()
 
 
-def inexact_stats(
-    chunk: Backend, *, made_of: bool, lost: float = 0.0, told: float = 0.0
-) -> tuple[TokenStats, TokenStats]:
-    """On products that are wrong in their sixth digit, and as they should be, in float64; the likeliest sampled.
+def bf16_length_errors(chunk_loss: ChunkLoss, **objective: Any) -> tuple[float, float]:
+    """Errors of the length of a token's bf16 gradient, projected on the exact one: with its row scale, and without."""
+    logits, row_scale = independent_logits(16, 507, 8.0), torch.empty(16)
+    exact = chunk_grad(chunk_loss, logits, torch.float32, **objective)
+    ours = chunk_grad(chunk_loss, logits, torch.bfloat16, row_scale, **objective)
+    projection = (ours * exact).sum(1) / exact.square().sum(1)
+    return (row_scale * projection - 1).abs().max().item(), (projection - 1).abs().max().item()
 
-    The products lack a share ``lost``, of which the backend is ``told``; it may know what they are made of.
+
+def stats_of_inexact_products(
+    chunk_loss: ChunkLoss, *, with_factors: bool, bias: float, known_bias: float
+) -> tuple[TokenStats, TokenStats]:
+    """A backend's statistics on products with an error in the sixth digit, and float64's on exact ones.
+
+    The sampled tokens are the likeliest. With an accumulation ``bias`` the error is that; the backend is given
+    ``known_bias`` as its value, and, ``with_factors``, what the products are made of.
     """
     rng = torch.Generator().manual_seed(14)
     hidden = torch.randn(2, 12, 64, generator=rng).bfloat16()
     hidden[1] = (hidden[0].float() + 0.1 * hidden[1].float()).bfloat16()
-    head = (torch.randn(700, 64, generator=rng) * 1.5).bfloat16()
-    bias = torch.randn(700, generator=rng)
-    exact = hidden.double() @ head.double().t()
-    noise = 0.0 if lost else 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)
-    inexact = ((exact + noise) * (1.0 - lost)).float()
-    rows = TokenInputs((exact[0] + bias).argmax(1), None, None, None, None)
+    weight = (torch.randn(700, 64, generator=rng) * 1.5).bfloat16()
+    head_bias = torch.randn(700, generator=rng)
+    exact = hidden.double() @ weight.double().t()
+    noise = 0.0 if bias else 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)
+    inexact = ((exact + noise) * (1.0 - bias)).float()
+    tokens, objective = (exact[0] + head_bias).argmax(1), make_objective(k=50, softcap=90.0)
 
-    def stats(backend: Backend, products: Tensor, **known: Any) -> TokenStats:
-        made = torch.empty(len(TokenStats._fields), 12, dtype=products.dtype)
-        sides = (
-            ModelChunk(products[i], bias, hidden[i] if made_of else None, head if made_of else None, **known)
-            for i in range(2)
+    def stats(backend: ChunkLoss, products: Tensor, accumulation_bias: float) -> TokenStats:
+        factors = [(hidden[i], weight) if with_factors else (None, None) for i in range(2)]
+        student, teacher = (
+            ModelChunk(products[i], head_bias, *factors[i], accumulation_bias) for i in range(2)
         )
-        backend(*side_by_side(*sides), rows, Objective(50, **RECIPE | {"softcap": 90.0}), made, None)
-        return TokenStats(*made.double())
+        return chunk_stats(backend, student, teacher, tokens, objective)
 
-    return stats(chunk, inexact, accumulation_bias=told), stats(_torch.chunk, exact.clone())
+    return stats(chunk_loss, inexact, known_bias), stats(_torch.chunk_loss, exact, 0.0)
 
 
-def value_error(chunk: Backend, *, made_of: bool = False, lost: float = 0.0, told: float = 0.0) -> float:
-    """The median of a token's."""
-    ours, exact = inexact_stats(chunk, made_of=made_of, accumulation_bias=lost, told=told)
+def per_token_error(
+    chunk_loss: ChunkLoss, *, with_factors: bool = False, bias: float = 0.0, known_bias: float = 0.0
+) -> float:
+    """The median error of a token's loss on inexact products."""
+    ours, exact = stats_of_inexact_products(
+        chunk_loss, with_factors=with_factors, bias=bias, known_bias=known_bias
+    )
     return ((ours.per_token - exact.per_token) / exact.per_token).abs().median().item()
 
 
-def log_prob_error(chunk: Backend, *, made_of: bool) -> float:
-    """The largest of a likeliest token's log-probability, in nats; infinite where that is positive."""
-    ours, exact = inexact_stats(chunk, made_of=made_of)
-    found, known = (torch.stack([of.log_probs, of.teacher_log_probs]) for of in (ours, exact))
-    return torch.inf if (found > 1e-7).any() else (found - known).abs().max().item()
+def log_prob_error(chunk_loss: ChunkLoss, *, with_factors: bool) -> float:
+    """The largest error of a likeliest token's log-probability, in nats; infinite where that is positive."""
+    ours, exact = stats_of_inexact_products(chunk_loss, with_factors=with_factors, bias=0.0, known_bias=0.0)
+    actual, expected = (torch.stack([of.log_probs, of.teacher_log_probs]) for of in (ours, exact))
+    return torch.inf if (actual > 1e-7).any() else (actual - expected).abs().max().item()
 
 
-def outside_error(chunk: Backend, *, made_of: bool = True) -> float:
-    """The largest of a token's value where tokens outside the support are what the teacher thinks of besides.
+def likely_outside_error(chunk_loss: ChunkLoss) -> float:
+    """The largest error of a token's loss where the teacher has likely tokens outside the student's support.
 
-    The products are wrong in their sixth digit, and the backend may know what they are made of.
+    The products have an error in the sixth digit; the backend is given their factors.
     """
     rng = torch.Generator().manual_seed(15)
     hidden = torch.randn(2, 600, 64, generator=rng).bfloat16()
     hidden[1] = (hidden[0].float() + 0.4 * hidden[1].float()).bfloat16()
-    head = (torch.randn(700, 64, generator=rng) * 1.5).bfloat16()
-    exact = hidden.double() @ head.double().t()
+    weight = (torch.randn(700, 64, generator=rng) * 1.5).bfloat16()
+    exact = hidden.double() @ weight.double().t()
     support = exact[0].topk(2).indices
-    left, outside = (side.softmax(1).scatter(1, support, 0.0).sum(1) for side in exact)
-    seen = ((left < 0.01 * outside) & (outside > 0.01) & (outside < 0.9)).nonzero().flatten()
-    assert len(seen) >= 8
-    hidden, exact = hidden[:, seen], exact[:, seen]
+    student_outside, teacher_outside = (z.softmax(1).scatter(1, support, 0.0).sum(1) for z in exact)
+    suitable = (student_outside < 0.01 * teacher_outside) & (teacher_outside > 0.01) & (teacher_outside < 0.9)
+    suitable = suitable.nonzero().flatten()
+    assert len(suitable) >= 8
+    hidden, exact = hidden[:, suitable], exact[:, suitable]
     inexact = (exact + 3e-6 * exact.std() * torch.randn(exact.shape, generator=rng)).float()
-    rows = TokenInputs(torch.zeros(len(seen), dtype=torch.long), None, None, None, None)
+    tokens, objective = torch.zeros(len(suitable), dtype=torch.long), make_objective(k=2)
 
-    def values(backend: Backend, products: Tensor) -> Tensor:
-        made = torch.empty(len(TokenStats._fields), len(seen), dtype=products.dtype)
-        sides = (ModelChunk(products[i], None, *((hidden[i], head) if made_of else ())) for i in range(2))
-        backend(*side_by_side(*sides), rows, Objective(2, **RECIPE), made, None)
-        return made[0].double()
+    def per_token(backend: ChunkLoss, products: Tensor) -> Tensor:
+        student, teacher = (ModelChunk(products[i], None, hidden[i], weight) for i in range(2))
+        return chunk_stats(backend, student, teacher, tokens, objective).per_token
 
-    ours, known = values(chunk, inexact), values(_torch.chunk, exact.clone())
-    return ((ours - known) / known).abs().max().item()
+    ours, expected = per_token(chunk_loss, inexact), per_token(_torch.chunk_loss, exact)
+    return ((ours - expected) / expected).abs().max().item()
 
 
-def lost_length(chunk: Backend, k: int | None) -> tuple[float, float]:
-    """How much longer or shorter a row of slopes, seen along itself, is in bf16: with its gain, and without."""
-    logits, gain = strangers(16, 507, 8.0), torch.empty(16)
-    exact = slopes_of(chunk, k, logits, torch.float32)
-    along = (slopes_of(chunk, k, logits, torch.bfloat16, gain) * exact).sum(1) / exact.square().sum(1)
-    return (gain * along - 1).abs().max().item(), (along - 1).abs().max().item()
-
-
-def hidden_breaks(chunk: Backend) -> float:
-    """Share of losses in which a single broken logit, the teacher's or the student's, does not show."""
+def hidden_nan_share(chunk_loss: ChunkLoss) -> float:
+    """Share of losses in which a single NaN logit, the teacher's or the student's, does not show."""
     hidden = 0
-    for broken in range(2):
-        for k, support in ((20, "student"), (20, "teacher"), (None, "student")):
-            logits = strangers(3, 507, 3.0)
-            logits[broken][1, 300] = torch.nan
-            stats = torch.empty(len(TokenStats._fields), 3)
-            rows = TokenInputs(torch.zeros(3, dtype=torch.long), None, None, None, None)
-            chunk(
-                *side_by_side(*(ModelChunk(z, None) for z in logits)),
-                rows,
-                Objective(k, **RECIPE | {"support": support}),
-                stats,
-                None,
-            )
-            hidden += stats[0].isnan().tolist() != [False, True, False]
+    for model in range(2):
+        for support in ("student", "teacher", "full"):
+            logits = independent_logits(3, 507, 3.0)
+            logits[model][1, 300] = torch.nan
+            student, teacher = (ModelChunk(z, None) for z in logits)
+            tokens = torch.zeros(3, dtype=torch.long)
+            stats = chunk_stats(chunk_loss, student, teacher, tokens, make_objective(support=support))
+            hidden += stats.per_token.isnan().tolist() != [False, True, False]
     return hidden / 6

@@ -15,16 +15,15 @@ import triton
 import triton.language as tl
 from fused_cases import (
     Case,
-    bf16_slopes_error,
-    hidden_breaks,
+    bf16_grad_error,
+    bf16_length_errors,
+    certain_student_error,
+    hidden_nan_share,
+    likely_outside_error,
     log_prob_error,
-    lost_length,
     make_case,
-    outside_error,
+    per_token_error,
     relative_error,
-    saturated_error,
-    turns_error,
-    value_error,
 )
 from torch import Tensor
 
@@ -49,11 +48,11 @@ CASES: dict[str, dict[str, Any]] = {
     "soft-cap": {"softcap": 5.0, "temperature": 1.4, "alpha": 0.0},
     "teacher's support": {"support": "teacher", "softcap": 5.0},
     "teacher's support, renormalized": {"support": "teacher", "tail": "renormalize", "alpha": 0.2},
-    "sampled": {"support": "sampled", "k": None, "alpha": 1.0},
-    "sampled, soft-cap": {"support": "sampled", "k": None, "alpha": 1.0, "softcap": 5.0},
-    "full jsd": {"k": None},
-    "full forward": {"k": None, "alpha": 0.0, "softcap": 5.0},
-    "full reverse": {"k": None, "alpha": 1.0},
+    "sampled": {"support": "sampled"},
+    "sampled, soft-cap": {"support": "sampled", "softcap": 5.0},
+    "full jsd": {"support": "full"},
+    "full forward": {"support": "full", "alpha": 0.0, "softcap": 5.0},
+    "full reverse": {"support": "full", "alpha": 1.0},
 }
 
 
@@ -95,9 +94,9 @@ def ties_and_impossible_tokens() -> Case:
     case = make_case(2, n=6, v=507, k=20, weights=False)
     shut = torch.arange(507) % 3 == 1
     shut[128:256] = True
-    tied = case.tensors["student_head"].clone()
+    tied = case.tensors["student_weight"].clone()
     tied[300:420] = tied[300]
-    case = case.with_(student_head=tied)
+    case = case.with_(student_weight=tied)
     biases = {
         f"{side}_bias": case.tensors[f"{side}_bias"].masked_fill(shut, -torch.inf)
         for side in ("student", "teacher")
@@ -152,10 +151,10 @@ def main() -> None:
     results["tiny vocabulary"] = error(make_case(7, n=5, v=3, k=2))
     results["no weights, no biases"] = error(make_case(8, n=5, v=130, weights=False, biases=False))
     results["expanded weights"] = error(
-        make_case(9, n=5, v=130).with_(extra_weights=torch.tensor([0.5], dtype=torch.float64).expand(5))
+        make_case(9, n=5, v=130).with_(weights=torch.tensor([0.5], dtype=torch.float64).expand(5))
     )
     results["ties and impossible tokens"] = error(ties_and_impossible_tokens())
-    results["impossible tokens, full"] = error(ties_and_impossible_tokens().with_(k=None))
+    results["impossible tokens, full"] = error(ties_and_impossible_tokens().with_(support="full"))
     results["nearly agreeing models"] = error(nearly_agreeing())
     results["trust region"] = error(trust_region(None))
     results["trust region, soft-cap"] = error(trust_region(5.0))
@@ -164,16 +163,12 @@ def main() -> None:
     parts, gain = torch.randn(3, 4, 1030), torch.rand(4)
     ours = joined(parts, gain, torch.empty(4, 1030))
     results["joined"] = relative_error(ours, gain.double()[:, None] * parts.double().sum(0))
-    results["saturated"] = saturated_error(_launch.chunk, 100)
-    results["saturated, full"] = saturated_error(_launch.chunk, None)
-    results["gain"] = lost_length(_launch.chunk, 100)[0]
-    results["gain, full"] = lost_length(_launch.chunk, None)[0]
+    results["saturated"] = certain_student_error(_launch.chunk_loss, k=100)
+    results["saturated, full"] = certain_student_error(_launch.chunk_loss, support="full")
+    results["gain"] = bf16_length_errors(_launch.chunk_loss, k=100)[0]
+    results["gain, full"] = bf16_length_errors(_launch.chunk_loss, support="full")[0]
     results |= inexact_products() | slopes_in_place()
-    results["in turns, teacher's support"] = turns_error(_launch.chunk, torch.float32, support="teacher")
-    results["bf16 slopes, in turns"] = turns_error(_launch.chunk, torch.bfloat16)
-    # The slopes of other formats need the student's logits again.
-    results["wrong: in turns, student's support"] = turns_error(_launch.chunk, torch.float32)
-    results["hidden breaks"] = hidden_breaks(_launch.chunk)
+    results["hidden breaks"] = hidden_nan_share(_launch.chunk_loss)
     results["selection"] = selection_error(last_ties=False)
     results["wrong: selection by last ties"] = selection_error(last_ties=True)
     hot = make_case(1, n=5, v=507, temperature=0.6)
@@ -183,19 +178,20 @@ def main() -> None:
 
 
 def inexact_products() -> dict[str, float]:
+    chunk_loss = _launch.chunk_loss
     found = {
-        "value, exact products known": value_error(_launch.chunk, made_of=True),
-        "wrong: value, inexact products": value_error(_launch.chunk) * 1e3,
-        "log-probability, exact products known": log_prob_error(_launch.chunk, made_of=True),
-        "wrong: log-probability, inexact products": log_prob_error(_launch.chunk, made_of=False) * 1e3,
-        "value, a share is lost": value_error(_launch.chunk, accumulation_bias=1e-3, told=1e-3),
-        "wrong: value, a share is lost": value_error(_launch.chunk, accumulation_bias=3e-2),
-        "value, a likely token outside": outside_error(_launch.chunk),
+        "value, exact products known": per_token_error(chunk_loss, with_factors=True),
+        "wrong: value, inexact products": per_token_error(chunk_loss) * 1e3,
+        "log-probability, exact products known": log_prob_error(chunk_loss, with_factors=True),
+        "wrong: log-probability, inexact products": log_prob_error(chunk_loss, with_factors=False) * 1e3,
+        "value, a share is lost": per_token_error(chunk_loss, bias=1e-3, known_bias=1e-3),
+        "wrong: value, a share is lost": per_token_error(chunk_loss, bias=3e-2),
+        "value, a likely token outside": likely_outside_error(chunk_loss),
     }
     true = _topk_loss.refined
     # Who chose the support has no likely token outside: nobody is asked for one.
     _topk_loss.refined = lambda *args: true(*args[:21], True, *args[22:])
-    found["wrong: value, a likely token outside"] = outside_error(_launch.chunk) * 1e3
+    found["wrong: value, a likely token outside"] = likely_outside_error(_launch.chunk_loss) * 1e3
     _topk_loss.refined = true
     return found
 
@@ -204,14 +200,18 @@ def slopes_in_place() -> dict[str, float]:
     """bf16 slopes that lie there before their factor is known, or, where that does not do, are made again."""
     kinds: dict[str, dict[str, Any]] = {
         "student's": {}, "forward": {"alpha": 0.0}, "soft-cap": {"softcap": 40.0},
-        "teacher's": {"support": "teacher"}, "sampled": {"support": "sampled", "k": None, "alpha": 1.0},
+        "teacher's": {"support": "teacher"}, "sampled": {"support": "sampled"},
         "renormalized": {"tail": "renormalize"},
     }  # fmt: skip
-    found = {f"bf16 slopes, {name}": bf16_slopes_error(_launch.chunk, **kind) for name, kind in kinds.items()}
+    found = {
+        f"bf16 slopes, {name}": bf16_grad_error(_launch.chunk_loss, **kind) for name, kind in kinds.items()
+    }
     for limit in ("REACH", "DEPTH"):
         true = getattr(_reductions, limit)
         setattr(_reductions, limit, tl.constexpr(1e30))
-        found[f"wrong: {limit} without end"] = min(bf16_slopes_error(_launch.chunk, **kinds["forward"]), 1e3)
+        found[f"wrong: {limit} without end"] = min(
+            bf16_grad_error(_launch.chunk_loss, **kinds["forward"]), 1e3
+        )
         setattr(_reductions, limit, true)
     return found
 
@@ -219,7 +219,7 @@ def slopes_in_place() -> dict[str, float]:
 def nearly_agreeing() -> Case:
     case = make_case(10, n=5, v=507, k=20, alpha=1.0, weights=False, biases=False)
     near = case.tensors["student_hidden"] * (1 + 1e-2)
-    return case.with_(teacher_hidden=near, teacher_head=case.tensors["student_head"])
+    return case.with_(teacher_hidden=near, teacher_weight=case.tensors["student_weight"])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from sdpo.advantages import (
 )
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
-from sdpo.fused import FusedOutput, fused_topk_distillation_loss
+from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss
 from sdpo.importance import importance_weights
 from sdpo.loss import (
     LossOutput,
@@ -62,6 +62,7 @@ from sdpo.topk import GatheredLogProbs, TopK, add_tail_bucket, gather_log_probs,
 __all__ = [
     "FusedOutput",
     "GatheredLogProbs",
+    "LMHead",
     "LossOutput",
     "MaskedSum",
     "Reprompts",
@@ -77,7 +78,7 @@ __all__ = [
     "ema",
     "frozen",
     "full_distillation_loss",
-    "fused_topk_distillation_loss",
+    "fused_distillation_loss",
     "gather_log_probs",
     "generalized_jsd",
     "group_normalized_advantages",

@@ -1,202 +1,239 @@
-"""The fused loss: from hidden states and LM heads to the numbers of the plain losses, a chunk of tokens at a time.
+"""The fused loss: from hidden states and LM heads to the numbers of the plain loss, one chunk of tokens at a time.
 
-Logits of a whole batch are the largest tensor of a training step, and a divergence written over them keeps several.
-Here the logits of a few hundred tokens exist at a time, and their gradient is made before they go.
+The logits of a whole batch are the largest tensor of a training step, and a divergence computed from them allocates
+several more. Here the logits of a few hundred tokens exist at a time, and their gradient is computed with them.
+
+    _validate, _plan    arguments; backend and chunk size
+    _autograd           the autograd functions
+    _chunks, _matmul    the loop over chunks; its matrix products
+    _torch, triton/     the loss of one chunk and the gradient of its logits, in plain torch and in kernels
+    _types              what these modules exchange
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sdpo.fused import _plan as doors
+from sdpo._validate import check_choice
 from sdpo.fused._autograd import per_token_loss, total_loss
-from sdpo.fused._types import Support, Tail, TokenStats
+from sdpo.fused._plan import make_plan
+from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail, TokenStats
+from sdpo.fused._validate import check_head, check_objective, check_operands, find_active
 
 
 class FusedOutput(NamedTuple):
-    """Sum, count and all that the pass knows of every token. Add totals and counts over micro-batches, then divide.
+    """The loss of one micro-batch and statistics of its tokens. Add totals and counts over micro-batches, then divide.
 
-    Per-token fields have the shape of ``tokens``, in float32 (float64 for float64 inputs), and hold 0 where the
-    mask is false.
+    Per-token fields have the shape [...] of ``tokens`` and hold 0 where the loss mask is false; they are float32
+    (float64 for float64 inputs), in nats unless said otherwise.
+
+    Args:
+        total: [] Σ weights · per_token over the active tokens.
+        count: [] int64, number of active tokens.
+        per_token: divergence of a token, unweighted.
+        weights: importance weight × the caller's weight, without unit.
+        log_probs: student's log-probability of the sampled token.
+        teacher_log_probs: teacher's log-probability of the sampled token.
+        student_entropy: entropy of the student over the full vocabulary.
+        teacher_entropy: entropy of the teacher over the full vocabulary.
+        student_topk_mass: student's probability on the support.
+        teacher_topk_mass: teacher's probability on the support.
+        student_log_tail: student's log-probability outside the support; −inf if nothing is outside.
+        teacher_log_tail: teacher's log-probability outside the support; −inf if nothing is outside.
+        metrics: detached scalars: means over the active tokens, and ``active_tokens``.
+
+    Gradient: ``total`` carries it, ``per_token`` only with ``reduction="none"``; all other fields carry none.
+
+    Source: SDPO, arXiv 2601.20802, section 2.
     """
 
-    total: Tensor  # [] Σ weights · per_token over the active tokens, carries the gradient
-    count: Tensor  # type: ignore[assignment]  # [] int64, number of active tokens
-    per_token: Tensor  # divergence in nats, unweighted; carries the gradient only with reduction="none"
-    weights: Tensor  # importance weight × extra weight
-    log_probs: Tensor  # student's log-probability of the sampled token
-    teacher_log_probs: Tensor  # teacher's log-probability of the sampled token
-    student_entropy: Tensor  # nats, over the full vocabulary
+    total: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count on purpose
+    per_token: Tensor
+    weights: Tensor
+    log_probs: Tensor
+    teacher_log_probs: Tensor
+    student_entropy: Tensor
     teacher_entropy: Tensor
-    student_topk_mass: Tensor  # probability on the support
+    student_topk_mass: Tensor
     teacher_topk_mass: Tensor
-    student_log_tail: Tensor  # log-probability outside the support; −inf if nothing is outside
+    student_log_tail: Tensor
     teacher_log_tail: Tensor
-    metrics: dict[str, Tensor]  # detached scalars: means over the active tokens
+    metrics: dict[str, Tensor]
+
+    def mean(self) -> Tensor:
+        """``total / count``; exactly 0, with gradients of exactly 0, if no token is active.
+
+        For one micro-batch in one process. Over several, divide the sum of all totals by the sum of all counts.
+
+        Returns:
+            [] nats. Gradient: that of ``total``.
+        """
+        return self.total / self.count.clamp(min=1)
 
 
-def fused_topk_distillation_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
+def fused_distillation_loss(
+    student: LMHead,
+    teacher: LMHead,
     tokens: Tensor,
     *,
-    k: int | None,
+    support: Support,
+    k: int | None = None,
+    tail: Tail | None = None,
     alpha: float,
-    tail: Tail,
     temperature: float,
     loss_mask: Tensor,
     old_log_probs: Tensor | None = None,
     is_clip: float | None = None,
-    extra_weights: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    weights: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    chunk_size: int | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
-    support: Support = "student",
-    reference_hidden: Tensor | None = None,
-    reference_head: Tensor | None = None,
-    reference_bias: Tensor | None = None,
+    reference: LMHead | None = None,
     trust_region_coef: float | None = None,
     reduction: Literal["sum", "none"] = "sum",
+    chunk_size: int | None = None,
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> FusedOutput:
     """Self-distillation loss from hidden states and LM heads, in the memory of one chunk of logits.
 
     The same numbers as::
 
-        logits(h, W, b) = softcap · tanh(logit_scale · (h @ W.T + b) / softcap) / temperature
-        student, teacher = logits(student_hidden, ...), logits(teacher_hidden, ...).detach()
-        per_token = topk_distillation_loss(student, teacher, k=k, alpha=alpha, tail=tail, support=support)
-        weights = importance_weights(log_softmax(student)[tokens], old_log_probs, clip=is_clip) * extra_weights
+        logits(h, W, b) = softcap * tanh(logit_scale * (h @ W.T + b) / softcap)    # without softcap: no tanh
+        p, q = logits(*student), logits(*teacher).detach()
+        per_token = distillation_loss(p, q, tokens, support=support, k=k, tail=tail, alpha=alpha,
+                                      temperature=temperature)
+        log_probs = log_softmax(p / temperature)[tokens]
+        weights = importance_weights(log_probs, old_log_probs, clip=is_clip) * weights
         total, count = (weights * per_token)[loss_mask].sum(), loss_mask.sum()
 
-    without softcap: no tanh. Products accumulate in float32 whatever the inputs; what a GPU's matrix units cut off
-    of such a sum on average is measured at the first call, and given back; with the kernels and a top-K support
-    the likeliest tokens' logits are made again, without loss. The gradient of a bf16 head, like that of several
-    micro-batches, is rounded to bf16 after each block of a few thousand tokens. Tokens outside ``loss_mask`` are
-    never projected. The gradient is made in the forward pass: backward only scales it.
+    Products accumulate in float32 whatever the inputs. On a GPU the accumulation bias of its tensor cores is measured
+    at the first call and corrected; the kernels recompute the logits of the likeliest tokens exactly, where the
+    support is one model's top K. The gradient of a bf16 head, like that of several micro-batches, is rounded to bf16
+    after each block of a few thousand tokens. Tokens outside ``loss_mask`` are never projected.
 
-    ``support="student"`` or ``"teacher"`` takes that model's K likeliest tokens, ``k=None`` the full vocabulary,
-    and ``support="sampled"`` (with ``k=None, alpha=1``) the surrogate of ``sampled_token_distillation_loss``.
+    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is given as ``teacher``, the live model, ``reference``, its
+    centre, and c = ``trust_region_coef``. If ``reference.weight is teacher.weight`` and ``reference.bias is
+    teacher.bias``, and there is no soft-cap, both share one product (two if the weight has 16 bits).
 
-    A trust-region teacher q ∝ q_ref^(1−c)·q_live^c comes from two hidden states: ``teacher_hidden`` of the live
-    model, ``reference_hidden`` of the centre, c = ``trust_region_coef``. ``reference_head`` None means the
-    teacher's head and bias; then, without soft-cap, both cost one product, or two of 16-bit tensors, in the buffer
-    of one.
+    The same inputs give the same bits on one device. Under ``torch.autocast`` the products run in autocast's dtype.
+    ``torch.compile`` of a caller breaks its graph here.
 
-    ``extra_weights`` is the place of everything else that multiplies a token: rollout correction, row weights,
-    1/length for a mean over sequences. ``reduction="none"`` gives ``per_token`` a gradient too, for those
-    who reduce by themselves; with a learning head or bias that costs a second pass in backward. ``total`` keeps
-    its own, which is that of Σ weights · per_token: differentiate one of the two, their sum counts twice.
+    Args:
+        student: LMHead of hidden [..., D], weight [V, D] and bias [V] or None, floating.
+        teacher: LMHead of hidden [..., D'], weight [V, D'] and bias [V] or None, floating; D' may differ from D.
+        tokens: [...] int64 or int32, the sampled tokens. Where ``loss_mask`` is false any id will do.
+        support: the tokens that are compared: the K likeliest of the "student" or of the "teacher", the "full"
+            vocabulary, or the "sampled" token, whose surrogate estimates the reverse divergence (alpha 1).
+        k: number of tokens in [1, V] with support "student" or "teacher", else None.
+        tail: what becomes of the probability outside the support: "bucket" makes it one more category, "renormalize"
+            conditions on the support. None with support "full" and "sampled".
+        alpha: in [0, 1]: 0 for KL(teacher‖student), 1 for KL(student‖teacher), between them the generalized JSD.
+        temperature: > 0, divides the logits of both models: the sampling temperature of the rollout.
+        loss_mask: [...] bool, true for the tokens that the loss is about.
+        old_log_probs: [...] floating, nats: the student's log-probabilities at rollout, for importance weights
+            truncated at ``is_clip``. NaN gives weight 1. None, together with ``is_clip``: no importance weights.
+        is_clip: > 0, the largest importance weight; None: see ``old_log_probs``.
+        weights: [...] floating, further factors of each token: rollout correction, row weights, 1/length for a mean
+            over sequences. None: 1.
+        softcap: > 0, bound of the logits, as in Gemma 2; None: no bound.
+        logit_scale: > 0, factor of the logits before the soft-cap.
+        reference: LMHead of the trust region's centre, shapes as ``teacher``; None for any other teacher.
+        trust_region_coef: c in [0, 1], weight of the live model; None if and only if ``reference`` is.
+        reduction: "sum"; or "none", which gives ``per_token`` a gradient too, for callers that reduce it themselves:
+            with a trainable head that costs a second traversal in backward. ``total`` keeps its own gradient:
+            differentiate one of the two, their sum counts twice.
+        chunk_size: tokens whose logits exist at a time; None chooses by the shapes and the device's total memory.
+        backend: "torch" runs anywhere, "triton" is the kernels, "auto" the kernels on a GPU where they apply.
 
-    Shapes: student_hidden [..., D], teacher_hidden and reference_hidden [..., D'], heads [V, D] and [V, D'],
-    biases [V], tokens, loss_mask (bool), old_log_probs and extra_weights [...]: one leading shape for all, such
-    as [N] or [B, T]. Unit: nats, float32 (float64 for float64 inputs). Gradient: from ``total`` to
-    student_hidden, student_head and student_bias; once, not twice. NaN in old_log_probs: weight 1.
-
-    ``chunk_size`` tokens have logits at a time; None chooses from the free memory. ``backend="auto"`` takes the
-    Triton kernels on a GPU, where they apply, else torch. The same inputs give the same bits on one device, given
-    the same ``chunk_size``. Under ``torch.autocast`` the products run in autocast's dtype. ``torch.func.grad``
-    works, ``torch.func.vmap`` does not; ``torch.compile`` of a caller breaks its graph here.
-
-    Metrics: divergence (unweighted), weight, is_clip_fraction, student_entropy, teacher_entropy,
-    student_topk_mass, teacher_topk_mass, student_tail_mass, teacher_tail_mass, sampled_token_overlap
-    (its min(p, q) / max(p, q)), all means over the active tokens, and active_tokens.
+    Returns:
+        FusedOutput: total, count, per-token statistics and metrics: ``divergence`` (unweighted), ``weight``,
+        ``is_clip_fraction``, ``student_entropy``, ``teacher_entropy``, ``student_topk_mass``, ``teacher_topk_mass``,
+        ``student_tail_mass``, ``teacher_tail_mass`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled
+        token), means over the active tokens, and ``active_tokens``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, tensors on several devices, scalars out of range, a backend that cannot
-            run here; on a CPU also an active token outside [0, V), which a GPU would have to be waited for.
+        ValueError: shapes that do not fit, tensors on several devices, scalars out of range, arguments that exclude or
+            need each other, a backend that cannot run here; on a CPU also an active token outside [0, V).
+        NotImplementedError: inside ``torch.func.vmap``, and for forward-mode or second derivatives.
+
+    Gradient: from ``total`` to student.hidden, student.weight and student.bias, in reverse mode (``torch.func.grad``
+    included), once. It is computed in the forward pass; backward scales it.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
     Example:
         >>> import torch
-        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
-        <torch._C.Generator object at ...>
-        >>> hidden = torch.randn(2, 3, 4, requires_grad=True)
-        >>> head, teacher_hidden = torch.randn(11, 4), torch.randn(2, 3, 4)
-        >>> out = fused_topk_distillation_loss(
-        ...     hidden, head, teacher_hidden, head, torch.zeros(2, 3, dtype=torch.long), k=5, alpha=0.5,
-        ...     tail="bucket", temperature=1.0, loss_mask=torch.tensor([[True, True, False], [True, False, False]]),
+        >>> rng = torch.Generator().manual_seed(0)
+        >>> hidden = torch.randn(2, 3, 4, generator=rng).requires_grad_()
+        >>> weight, teacher_hidden = torch.randn(11, 4, generator=rng), torch.randn(2, 3, 4, generator=rng)
+        >>> out = fused_distillation_loss(
+        ...     LMHead(hidden, weight), LMHead(teacher_hidden, weight), torch.zeros(2, 3, dtype=torch.long),
+        ...     support="student", k=5, tail="bucket", alpha=0.5, temperature=1.0,
+        ...     loss_mask=torch.tensor([[True, True, False], [True, False, False]]),
         ... )
-        >>> (out.total / out.count).backward()
+        >>> out.mean().backward()
         >>> out.count.item(), hidden.grad[1, 1:].abs().sum().item(), tuple(out.log_probs.shape)
         (3, 0.0, (2, 3))
     """
-    return _fused(
-        (student_hidden, student_head, student_bias),
-        (teacher_hidden, teacher_head, teacher_bias),
-        (reference_hidden, reference_head, reference_bias),
-        _Tokens(tokens, loss_mask, old_log_probs, extra_weights),
-        {
-            "k": k,
-            "alpha": alpha,
-            "tail": tail,
-            "support": support,
-            "is_clip": is_clip,
-            "temperature": temperature,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "trust_region_coef": trust_region_coef,
-        },
-        {"chunk_size": chunk_size, "backend": backend},
-        reduction,
+    objective = check_objective(
+        vocabulary=check_head("student", student).weight.shape[0],
+        support=support,
+        k=k,
+        tail=tail,
+        alpha=alpha,
+        is_clip=is_clip,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        trust_region_coef=trust_region_coef,
     )
-
-
-class _Tokens(NamedTuple):
-    tokens: Tensor
-    loss_mask: Tensor
-    old_log_probs: Tensor | None
-    extra_weights: Tensor | None
+    check_choice("reduction", reduction, ("sum", "none"))
+    operands = check_operands(
+        student=student,
+        teacher=teacher,
+        reference=reference,
+        tokens=tokens,
+        loss_mask=loss_mask,
+        old_log_probs=old_log_probs,
+        weights=weights,
+        objective=objective,
+    )
+    return _evaluate(operands, objective, loss_mask, reduction, chunk_size, backend)
 
 
 # torch.compiler.disable, but without importing the compiler before the first call.
 @torch._disable_dynamo
-def _fused(
-    student: doors.Model,
-    teacher: doors.Model,
-    reference: doors.Model,
-    given: _Tokens,
-    objective: dict[str, Any],
-    execution: dict[str, Any],
+def _evaluate(
+    operands: Operands,
+    objective: Objective,
+    loss_mask: Tensor,
     reduction: str,
+    chunk_size: int | None,
+    backend: str,
 ) -> FusedOutput:
-    recipe = doors.check_objective(vocabulary=doors.check_head("student_head", student[1]), **objective)
-    operands = doors.check_operands(
-        student=student,
-        teacher=teacher,
-        reference=reference,
-        trust_region_coef=recipe.trust_region_coef,
-        **given._asdict(),
-    )
-    plan = doors.make_plan(operands, recipe, **execution)
-    loss = per_token_loss if doors.check_reduction(reduction) == "none" else total_loss
-    operands = doors.find_active(operands, given.loss_mask)
-    total, per_token, stats = loss(operands, recipe, plan)
-    shape = given.tokens.shape
+    plan = make_plan(operands, objective, chunk_size=chunk_size, backend=backend)
+    operands = find_active(operands, loss_mask)
+    loss = per_token_loss if reduction == "none" else total_loss
+    total, per_token, stats = loss(operands, objective, plan)
 
-    def laid_out(values: Tensor) -> Tensor:
-        """[..., n] at the active tokens of [..., *shape], zeros elsewhere."""
+    def scatter(values: Tensor) -> Tensor:
+        """Values [..., n] of the active tokens, in the shape of the mask; zeros elsewhere."""
         if operands.active is not None:
-            zeros = values.new_zeros(*values.shape[:-1], shape.numel())
+            zeros = values.new_zeros(*values.shape[:-1], loss_mask.numel())
             values = zeros.index_copy(-1, operands.active, values)
-        return values.unflatten(-1, shape)
+        return values.unflatten(-1, loss_mask.shape)
 
     stats = stats.detach()
-    known = TokenStats(*laid_out(stats).unbind())._asdict()
-    fields = {name: known[name] for name in FusedOutput._fields if name in known}
-    fields["per_token"] = laid_out(per_token)
-    count = given.loss_mask.sum()
-    metrics = _metrics(TokenStats(*stats.unbind()), count)
-    return FusedOutput(total=total, count=count, metrics=metrics, **fields)
+    fields = TokenStats(*scatter(stats).unbind())._asdict() | {"per_token": scatter(per_token)}
+    del fields["clipped"]
+    count = loss_mask.sum()
+    return FusedOutput(
+        total=total, count=count, metrics=_metrics(TokenStats(*stats.unbind()), count), **fields
+    )
 
 
 def _metrics(stats: TokenStats, count: Tensor) -> dict[str, Tensor]:

@@ -1,128 +1,179 @@
-"""How the fused loss joins autograd: its gradient exists before anybody asks for it."""
+"""The fused loss as an autograd function: its gradients are computed in the forward pass."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from sdpo.fused import triton as kernels
-from sdpo.fused._chunks import Operands, Plan, run
-from sdpo.fused._types import Objective, TokenStats
+from sdpo.fused._chunks import loss_and_grads
+from sdpo.fused._types import Objective, Operands, Plan, TokenStats
+from sdpo.fused._validate import unsupported
 
 _PER_TOKEN = TokenStats._fields.index("per_token")
 _WEIGHTS = TokenStats._fields.index("weights")
-_LEARNING = tuple(map(Operands._fields.index, ("student_hidden", "student_head", "student_bias")))
 
 
-def total_loss(operands: Operands, recipe: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Total [] with gradient; per-token losses [n] and statistics [S, n] without."""
-    total, stats = _Total.apply(recipe, plan, *operands)[:2]
+def total_loss(operands: Operands, objective: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Total [] with gradient; per-token losses [n] and statistics [len(TokenStats), n] without."""
+    total, stats = _TotalLoss.apply(objective, plan, *operands.flatten())[:2]
     return total, stats[_PER_TOKEN], stats
 
 
-def per_token_loss(operands: Operands, recipe: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Total [] and per-token losses [n] with gradient; statistics [S, n] without."""
-    per_token, stats = _PerToken.apply(recipe, plan, *operands)[:2]
+def per_token_loss(operands: Operands, objective: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Total [] and per-token losses [n] with gradient; statistics [len(TokenStats), n] without."""
+    per_token, stats = _PerTokenLoss.apply(objective, plan, *operands.flatten())[:2]
     return _weighted_sum(per_token, stats[_WEIGHTS]), per_token, stats
 
 
 def _weighted_sum(per_token: Tensor, weights: Tensor) -> Tensor:
-    """Σ weights · per_token, in which a weight of 0 silences even an infinite loss."""
+    """Σ weights · per_token, in which a weight of 0 removes even an infinite loss."""
     return (weights * per_token.masked_fill(weights == 0.0, 0.0)).sum()
 
 
-class _Total(torch.autograd.Function):
+class _FirstDerivative(torch.autograd.Function):
+    """An autograd function that has a first derivative in reverse mode, and nothing else."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise unsupported("torch.func.vmap")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise unsupported("forward-mode differentiation")
+
+
+class _TotalLoss(_FirstDerivative):
     """Σ weights · per_token, whose gradients are outputs of the forward pass."""
 
     @staticmethod
-    def forward(recipe: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        out = run(Operands(*tensors), recipe, plan)  # type: ignore[arg-type]
-        total = _weighted_sum(out.stats[_PER_TOKEN], out.stats[_WEIGHTS])
-        return total, out.stats, out.hidden, out.head, out.bias
+    def forward(objective: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        stats, *grads = loss_and_grads(Operands.unflatten(tensors), objective, plan)
+        return _weighted_sum(stats[_PER_TOKEN], stats[_WEIGHTS]), stats, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.learning = _learning(inputs)
-        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
-        # Else autograd would make zeros as large as the gradients, for outputs that have none.
+        total, stats, *grads = output
+        ctx.input_dtypes = _dtypes(inputs)
+        ctx.mark_non_differentiable(*(tensor for tensor in (stats, *grads) if tensor is not None))
+        # Else autograd would allocate zeros for the gradients of these outputs.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[2:])
+        ctx.save_for_backward(total, *grads)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        gradients = [
-            None if tensor is None or grad_total is None else kernels.scaled(tensor, grad_total)
-            for tensor in ctx.saved_tensors
-        ]
-        return _returned(gradients, ctx.learning)
+        total, *grads = ctx.saved_tensors
+        if grad_total is None:
+            return _input_grads([None, None, None], ctx.input_dtypes)
+        with torch.no_grad():
+            grads = [None if grad is None else kernels.scaled(grad, grad_total) for grad in grads]
+            grads = _input_grads(grads, ctx.input_dtypes)
+        return _refuse_second_derivatives(grads, total, grad_total)
 
 
-class _PerToken(torch.autograd.Function):
-    """The per-token losses; what multiplies each of them is known in backward only.
+class _PerTokenLoss(_FirstDerivative):
+    """The per-token losses. What multiplies each of them is known in backward only.
 
-    Rows of the hidden gradient wait for their factors. The gradient of a head mixes rows, so a head that learns
-    makes the pass run again, with the factors in it.
+    Then the hidden gradient of each token is multiplied by its factor. The gradient of a head sums over the tokens,
+    so with a trainable head all chunks are computed a second time, with the factors as weights.
     """
 
     @staticmethod
-    def forward(recipe: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        operands = Operands(*tensors)  # type: ignore[arg-type]
-        first = plan._replace(hidden=plan.hidden and not _mixes_rows(plan), head=False, bias=False)
-        positions = operands.tokens if operands.active is None else operands.active
-        out = run(operands, recipe, first, torch.ones_like(positions, dtype=torch.float32))
-        return out.stats[_PER_TOKEN].clone(), out.stats, out.hidden
+    def forward(objective: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = Operands.unflatten(tensors)
+        plan = plan._replace(
+            grad_hidden=plan.grad_hidden and not _trains_head(plan), grad_weight=False, grad_bias=False
+        )
+        tokens = operands.tokens if operands.active is None else operands.active
+        ones = torch.ones_like(tokens, dtype=torch.float32)
+        out = loss_and_grads(operands, objective, plan, grad_weights=ones)
+        return out.stats[_PER_TOKEN].clone(), out.stats, out.grad_hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.recipe, ctx.plan, ctx.learning = inputs[0], inputs[1], _learning(inputs)
-        ctx.mark_non_differentiable(*(tensor for tensor in output[1:] if tensor is not None))
+        ctx.objective, ctx.plan, *tensors = inputs
+        per_token, stats, grad_hidden = output
+        ctx.input_dtypes = _dtypes(inputs)
+        ctx.mark_non_differentiable(*(tensor for tensor in (stats, grad_hidden) if tensor is not None))
         ctx.set_materialize_grads(False)
-        operands = Operands(*inputs[2:])
-        if not _mixes_rows(ctx.plan):
-            ctx.save_for_backward(output[2], operands.active)
+        if not _trains_head(ctx.plan):
+            ctx.save_for_backward(per_token, grad_hidden, Operands.unflatten(tensors).active)
             return
-        # Tensors from `torch.inference_mode` cannot be saved; what they hold can.
-        kept = (t.clone() if t is not None and t.is_inference() else t for t in operands)
-        ctx.save_for_backward(*kept)
+        # Tensors created in torch.inference_mode cannot be saved, their copies can.
+        saved = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
+        ctx.save_for_backward(per_token, *saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_per_token: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        per_token, *saved = ctx.saved_tensors
         if grad_per_token is None:
-            return _returned([None, None, None], ctx.learning)
-        if _mixes_rows(ctx.plan):
-            out = run(Operands(*ctx.saved_tensors), ctx.recipe, ctx.plan, grad_per_token)
-            return _returned([out.hidden, out.head, out.bias], ctx.learning)
-        unit, active = ctx.saved_tensors
-        if unit is None:
-            return _returned([None, None, None], ctx.learning)
-        factors = grad_per_token
-        if active is not None:
-            factors = factors.new_zeros(unit.shape[0]).index_copy(0, active, factors)
-        return _returned([(unit * factors[:, None]), None, None], ctx.learning)
+            return _input_grads([None, None, None], ctx.input_dtypes)
+        with torch.no_grad():
+            if _trains_head(ctx.plan):
+                out = loss_and_grads(Operands.unflatten(saved), ctx.objective, ctx.plan, grad_per_token)
+                grads = [out.grad_hidden, out.grad_weight, out.grad_bias]
+            else:
+                grads = [_scaled_rows(*saved, grad_per_token), None, None]
+            grads = _input_grads(grads, ctx.input_dtypes)
+        return _refuse_second_derivatives(grads, per_token, grad_per_token)
 
 
-for _function in (_Total, _PerToken):
-    # Autograd asks for it at every call; to make it anew takes as long as a few launches.
+for _function in (_TotalLoss, _PerTokenLoss):
+    # Autograd reads it in every call; to compute it takes as long as a few kernel launches.
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
 
 
-def _mixes_rows(plan: Plan) -> bool:
-    return plan.head or plan.bias
+class _SecondDerivative(torch.autograd.Function):
+    """Gradients as they are; to differentiate them is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result: Tensor, grad_result: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise unsupported("a second derivative")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise unsupported("a second derivative")
 
 
-def _learning(inputs: tuple[Any, ...]) -> list[torch.dtype | None]:
-    """Dtypes of the three tensors that can learn; inputs are (recipe, plan, *operands)."""
-    return [None if inputs[2 + i] is None else inputs[2 + i].dtype for i in _LEARNING]
+def _refuse_second_derivatives(
+    grads: tuple[Tensor | None, ...], result: Tensor, grad_result: Tensor
+) -> tuple[Tensor | None, ...]:
+    """With ``create_graph=True``, make the gradients depend on what they depend on; else return them."""
+    return _SecondDerivative.apply(result, grad_result, *grads) if torch.is_grad_enabled() else grads
 
 
-def _returned(gradients: list[Tensor | None], dtypes: list[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-    """One gradient per argument of ``forward``, each in the dtype of its tensor."""
-    by_operand: list[Tensor | None] = [None] * len(Operands._fields)
-    for index, gradient, dtype in zip(_LEARNING, gradients, dtypes, strict=True):
-        by_operand[index] = None if gradient is None else gradient.to(dtype)
-    return (None, None, *by_operand)
+def _trains_head(plan: Plan) -> bool:
+    return plan.grad_weight or plan.grad_bias
+
+
+def _scaled_rows(grad_hidden: Tensor | None, active: Tensor | None, factors: Tensor) -> Tensor | None:
+    """Hidden gradients [N, D] times the factors [n] of the active tokens."""
+    if grad_hidden is None:
+        return None
+    if active is not None:
+        factors = factors.new_zeros(grad_hidden.shape[0]).index_copy(0, active, factors)
+    return grad_hidden * factors[:, None]
+
+
+def _dtypes(inputs: tuple[Any, ...]) -> list[torch.dtype | None]:
+    """Dtypes of a function's inputs; None for what is no tensor."""
+    return [value.dtype if isinstance(value, Tensor) else None for value in inputs]
+
+
+def _input_grads(student: list[Tensor | None], dtypes: list[torch.dtype | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of a function's inputs, each in the dtype of its input, from those of the student's tensors."""
+    grads = [None, None, *student, *[None] * (len(dtypes) - 5)]
+    return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))

@@ -1,14 +1,13 @@
-"""The loop over chunks of tokens: products, loss, gradient of the logits, and its products with head and hidden.
+"""The loop over chunks of tokens: products, loss, gradient of the logits, and its products with hidden and weight.
 
-The loss weights are known before the gradient is, so the gradient is made right here, in the forward pass: one
-product for the student, one for the teacher, one for the gradient of the hidden states, one for that of the head
-if it learns. Nothing is computed twice, and no [N, V] tensor ever exists.
+The loss weights are known before the gradient is needed, so the gradient is computed in the forward pass: one
+product for the student, one for the teacher, one for the gradient of the hidden states, one for that of the head's
+weight if it is trainable. Nothing is computed twice, and no [N, V] tensor ever exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple, overload
 
 import torch
@@ -25,248 +24,232 @@ from sdpo.fused._matmul import (
     project,
     working_dtype,
 )
-from sdpo.fused._types import GradLogits, Make, ModelChunk, Objective, TokenInputs, TokenStats
-
-# (student, teacher, rows, recipe, stats, slope): fills stats [len(TokenStats), c] and, unless None, slope.
-Backend = Callable[[Make, Make, TokenInputs, Objective, Tensor, GradLogits | None], None]
-
-
-class Operands(NamedTuple):
-    """The tensors of the fused loss, tokens flattened to one dimension N."""
-
-    student_hidden: Tensor  # [N, D]
-    student_head: Tensor  # [V, D]
-    student_bias: Tensor | None  # [V]
-    teacher_hidden: Tensor  # [N, D'], D' the teacher's own
-    teacher_head: Tensor  # [V, D']
-    teacher_bias: Tensor | None  # [V]
-    reference_hidden: Tensor | None  # [N, D'] hidden states of the trust region's centre
-    reference_head: Tensor | None  # [V, D']
-    reference_bias: Tensor | None  # [V]
-    tokens: Tensor  # [N] int64
-    active: Tensor | None  # [n] int64, positions with loss; None if all N have it
-    old_log_probs: Tensor | None  # [N]
-    extra_weights: Tensor | None  # [N]
+from sdpo.fused._types import (
+    GradLogits,
+    LMHead,
+    ModelChunk,
+    Objective,
+    Operands,
+    Plan,
+    TokenInputs,
+    TokenStats,
+)
 
 
-class Plan(NamedTuple):
-    """How the work is cut, and what it must produce."""
+class LossAndGrads(NamedTuple):
+    """Statistics of the active tokens and the gradients of Σ weights · per_token; None where not asked for."""
 
-    backend: Backend
-    chunk_rows: int  # tokens whose logits exist at a time
-    slope_rows: int  # tokens whose logit gradients are collected before the head's product
-    take_turns: bool  # both models' logits lie in one buffer, one after the other
-    own_reference: bool  # the trust region's centre needs a product of its own
-    autocast: torch.dtype | None  # dtype of the products, if autocast was on when the loss was called
-    hidden: bool  # make the gradient of the student's hidden states
-    head: bool  # and of its head
-    bias: bool  # and of its bias
+    stats: Tensor  # [len(TokenStats), n]
+    grad_hidden: Tensor | None  # [N, D], zero at inactive positions
+    grad_weight: Tensor | None  # [V, D]
+    grad_bias: Tensor | None  # [V]
 
 
-class Outcome(NamedTuple):
-    """Loss statistics [len(TokenStats), n] and the gradients of Σ weights · per_token."""
-
-    stats: Tensor
-    hidden: Tensor | None  # [N, D], zero at inactive positions
-    head: Tensor | None  # [V, D]
-    bias: Tensor | None  # [V]
-
-
-def run(operands: Operands, recipe: Objective, plan: Plan, grad_weights: Tensor | None = None) -> Outcome:
+def loss_and_grads(
+    operands: Operands, objective: Objective, plan: Plan, grad_weights: Tensor | None = None
+) -> LossAndGrads:
     """Go through all active tokens once.
 
     ``grad_weights`` [n] replace the loss weights in the gradients (not in the statistics).
     """
-    with torch.no_grad(), torch.autocast(operands.student_hidden.device.type, enabled=False):
-        return _Pass(operands, recipe, plan, grad_weights).run()
+    with torch.no_grad(), torch.autocast(operands.student.hidden.device.type, enabled=False):
+        return _ChunkLoop(operands, objective, plan, grad_weights).run()
 
 
-class _Pass:
-    """The buffers of one pass over the tokens."""
+class _ChunkLoop:
+    """The buffers of one traversal of the tokens, and its steps in the order in which they run."""
 
     def __init__(
-        self, operands: Operands, recipe: Objective, plan: Plan, grad_weights: Tensor | None
+        self, operands: Operands, objective: Objective, plan: Plan, grad_weights: Tensor | None
     ) -> None:
-        self.operands, self.recipe, self.plan, self.grad_weights = operands, recipe, plan, grad_weights
-        hidden, head = operands.student_hidden, operands.student_head
-        self.device = hidden.device
-        self.dtype = operand_dtype(hidden, head, plan.autocast)
+        self.operands, self.objective, self.plan, self.grad_weights = operands, objective, plan, grad_weights
+        hidden, weight, _ = operands.student
+        self.device, self.vocabulary = hidden.device, weight.shape[0]
+        self.dtype = operand_dtype(hidden, weight, plan.autocast_dtype)
         self.working = working_dtype(self.dtype)
+        self.grad_dtype = grad_logits_dtype(self.device, self.dtype)
         self.count = hidden.shape[0] if operands.active is None else operands.active.shape[0]
-        self.vocabulary = head.shape[0]
-        self.casts: dict[tuple[object, ...], Tensor] = {}
-        # The first time this takes memory itself, so it comes before the buffers do.
-        for states, matrix in (
-            (hidden, head),
-            (operands.teacher_hidden, operands.teacher_head),
-            (operands.reference_hidden, operands.reference_head),
-        ):
-            if states is not None and matrix is not None:
-                accumulation_bias(self.device, operand_dtype(states, matrix, plan.autocast), matrix.shape[1])
-        self.loss_scale = self._loss_scale()
+        self.cast_weights: dict[tuple[object, ...], Tensor] = {}
+        # The first measurement allocates memory of its own, so it comes before the buffers.
+        for head in (operands.student, operands.teacher, operands.reference):
+            if head is not None:
+                self.accumulation_bias(head)
+        self.loss_scale = self.compute_loss_scale()
         self.stats = torch.empty(len(TokenStats._fields), self.count, dtype=self.working, device=self.device)
-        self.hidden_gradient: Tensor | None = None
-        self.head_gradient: Tensor | None = None
-        self.bias_gradient: Tensor | None = None
-        if plan.hidden:
-            # fp16 gradients may underflow before a gradient scaler has seen them: they wait in float32.
-            kept = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-            make = torch.empty if operands.active is None else torch.zeros
-            self.hidden_gradient = make(hidden.shape, dtype=kept, device=self.device)
-        if plan.head:
-            slope_dtype = grad_logits_dtype(self.device, self.dtype)
-            kept = torch.bfloat16 if slope_dtype == head.dtype == torch.bfloat16 else self.working
-            make = torch.empty if self.count else torch.zeros
-            self.head_gradient = make(head.shape, dtype=kept, device=self.device)
-        if plan.bias:
-            self.bias_gradient = torch.zeros(self.vocabulary, dtype=self.working, device=self.device)
+        self.grad_hidden: Tensor | None = None
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+        if plan.grad_hidden:
+            # fp16 gradients may underflow before a gradient scaler has seen them: they are kept in float32.
+            dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+            allocate = torch.empty if operands.active is None else torch.zeros
+            self.grad_hidden = allocate(hidden.shape, dtype=dtype, device=self.device)
+        if plan.grad_weight:
+            all_bf16 = self.grad_dtype == weight.dtype == torch.bfloat16
+            dtype = torch.bfloat16 if all_bf16 else self.working
+            allocate = torch.empty if self.count else torch.zeros
+            self.grad_weight = allocate(weight.shape, dtype=dtype, device=self.device)
+        if plan.grad_bias:
+            self.grad_bias = torch.zeros(self.vocabulary, dtype=self.working, device=self.device)
 
-    def run(self) -> Outcome:
-        plan, width = self.plan, max(1, min(self.plan.chunk_rows, self.count))
-        buffers = (1 if plan.take_turns else 2) + plan.own_reference
-        self.products = [self._buffer(width, self.working) for _ in range(buffers)]
-        slope_dtype = grad_logits_dtype(self.device, self.dtype)
-        # In the working dtype a slope takes the place of the logits it came from, chunk by chunk.
-        in_place = slope_dtype == self.working
-        block = width if in_place else max(width, min(plan.slope_rows, self.count))
-        makes_slope = plan.hidden or plan.head or plan.bias
-        slopes = self.products[0] if in_place or not makes_slope else self._buffer(block, slope_dtype)
-        gains = None if in_place or not makes_slope else self.stats.new_empty(block)
-        for start in range(0, self.count, block):
-            stop = min(start + block, self.count)
-            for low in range(start, stop, width):
-                high = min(low + width, stop)
-                slope = None
-                if makes_slope:
-                    slope = self._slope(slopes, gains, low - start, high - start)
-                self._chunk(low, high, slope)
-                if slope is not None:
-                    self._push_hidden(low, high, slope)
-            self._push_head(start, stop, self._slope(slopes, gains, 0, stop - start))
+        self.chunk_size = max(1, min(plan.chunk_size, self.count))
+        self.student_products, self.teacher_products = (self.products_buffer() for _ in range(2))
+        self.reference_products = self.products_buffer() if plan.separate_reference else None
+        self.block_size = self.chunk_size
+        self.grad_values, self.row_scale = self.student_products, None
+        if self.grad_dtype != self.working:
+            self.block_size = max(self.chunk_size, min(plan.grad_block_size, self.count))
+            if self.needs_grad:
+                shape = (self.block_size, self.vocabulary)
+                self.grad_values = torch.empty(shape, dtype=self.grad_dtype, device=self.device)
+                self.row_scale = self.stats.new_empty(self.block_size)
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.plan.grad_hidden or self.plan.grad_weight or self.plan.grad_bias
+
+    def run(self) -> LossAndGrads:
+        for block in _slices(0, self.count, self.block_size):
+            for chunk in _slices(block.start, block.stop, self.chunk_size):
+                student, teacher = self.project_student(chunk), self.project_teacher(chunk)
+                grad_logits = self.grad_logits(chunk, block) if self.needs_grad else None
+                self.plan.chunk_loss(
+                    student,
+                    teacher,
+                    self.token_inputs(chunk),
+                    self.objective,
+                    self.stats[:, chunk],
+                    grad_logits,
+                )
+                if grad_logits is not None:
+                    self.write_grad_hidden(chunk, grad_logits)
+            self.accumulate_grad_head(block, self.grad_logits(block, block))
         if self.loss_scale is not None:
-            for gradient in (self.head_gradient, self.bias_gradient):
+            for gradient in (self.grad_hidden, self.grad_weight, self.grad_bias):
                 if gradient is not None:
                     gradient.div_(self.loss_scale)
-        return Outcome(self.stats, self.hidden_gradient, self.head_gradient, self.bias_gradient)
+        return LossAndGrads(self.stats, self.grad_hidden, self.grad_weight, self.grad_bias)
 
-    @staticmethod
-    def _slope(slopes: Tensor, gains: Tensor | None, low: int, high: int) -> GradLogits:
-        return GradLogits(slopes[low:high], None if gains is None else gains[low:high])
+    def project_student(self, chunk: slice) -> ModelChunk:
+        return self.project(self.operands.student, chunk, self.student_products)
 
-    def _chunk(self, low: int, high: int, slope: GradLogits | None) -> None:
-        """Logits, loss and slope of the tokens low to high."""
+    def project_teacher(self, chunk: slice) -> ModelChunk:
+        """The teacher's products; of a trust region, those of its centre as well, or of both mixed."""
+        teacher, reference = self.operands.teacher, self.operands.reference
+        if reference is None:
+            return self.project(teacher, chunk, self.teacher_products)
+        if self.reference_products is not None:
+            centre = self.project(reference, chunk, self.reference_products)
+            live = self.project(teacher, chunk, self.teacher_products)
+            return live._replace(reference=centre.products, reference_bias=centre.bias)
+        # Through one linear head, the mixture of the logits is the logits of the mixed hidden states. The mixture is
+        # not rounded: in 16 bits that would change the loss by a few thousandths.
+        dtype = operand_dtype(teacher.hidden, teacher.weight, self.plan.autocast_dtype)
+        centre_hidden, live_hidden = (
+            self.active_tokens(hidden, chunk).to(dtype).to(working_dtype(dtype))
+            for hidden in (reference.hidden, teacher.hidden)
+        )
+        assert self.objective.trust_region_coef is not None
+        mixed = centre_hidden.lerp(live_hidden, self.objective.trust_region_coef)
+        return self.project_hidden(mixed, teacher, dtype, self.teacher_products)
+
+    def project(self, head: LMHead, chunk: slice, out: Tensor) -> ModelChunk:
+        dtype = operand_dtype(head.hidden, head.weight, self.plan.autocast_dtype)
+        return self.project_hidden(self.active_tokens(head.hidden, chunk).to(dtype), head, dtype, out)
+
+    def project_hidden(self, hidden: Tensor, head: LMHead, dtype: torch.dtype, out: Tensor) -> ModelChunk:
+        weight = self.cast_weight(head.weight, dtype)
+        products = project(hidden, weight, out[: hidden.shape[0]])
+        return ModelChunk(products, head.bias, hidden, weight, self.accumulation_bias(head))
+
+    def token_inputs(self, chunk: slice) -> TokenInputs:
         ops = self.operands
-        rows = TokenInputs(
-            tokens=self._take(ops.tokens, low, high),
-            old_log_probs=self._take(ops.old_log_probs, low, high),
-            extra_weights=self._take(ops.extra_weights, low, high),
-            grad_weights=None if self.grad_weights is None else self.grad_weights[low:high].contiguous(),
+        return TokenInputs(
+            tokens=self.active_tokens(ops.tokens, chunk),
+            old_log_probs=self.active_tokens(ops.old_log_probs, chunk),
+            weights=self.active_tokens(ops.weights, chunk),
+            grad_weights=None if self.grad_weights is None else self.grad_weights[chunk].contiguous(),
             loss_scale=self.loss_scale,
         )
-        stats = self.stats[:, low:high]
-        make_student, make_teacher = (partial(make, low, high) for make in (self._student, self._teacher))
-        self.plan.backend(make_student, make_teacher, rows, self.recipe, stats, slope)
 
-    def _push_hidden(self, low: int, high: int, slope: GradLogits) -> None:
-        """Send the slopes of the tokens low to high on to their hidden states."""
-        gradient, active = self.hidden_gradient, self.operands.active
-        if gradient is None:
+    def grad_logits(self, tokens: slice, block: slice) -> GradLogits:
+        """Where the gradient of ``tokens``, some of a block, is written."""
+        part = slice(tokens.start - block.start, tokens.stop - block.start)
+        return GradLogits(self.grad_values[part], None if self.row_scale is None else self.row_scale[part])
+
+    def write_grad_hidden(self, chunk: slice, grad_logits: GradLogits) -> None:
+        total, active = self.grad_hidden, self.operands.active
+        if total is None:
             return
-        head = self._cast(self.operands.student_head, self.dtype)
-        if active is None and self.loss_scale is None:
-            grad_hidden_from_logits(slope.values, head, gradient[low:high], slope.row_scale, self.products[0])
-            return
-        rows = gradient.new_empty(high - low, gradient.shape[1])
-        grad_hidden_from_logits(slope.values, head, rows, slope.row_scale, self.products[0])
-        if self.loss_scale is not None:
-            rows = rows.div_(self.loss_scale)
-        positions = torch.arange(low, high, device=self.device) if active is None else active[low:high]
-        gradient.index_copy_(0, positions, rows)
-
-    def _push_head(self, start: int, stop: int, slope: GradLogits) -> None:
-        """Send the slopes of the tokens start to stop on to head and bias."""
-        if self.head_gradient is not None:
-            hidden = self._take(self.operands.student_hidden, start, stop).to(self.dtype)
-            accumulate_grad_weight(
-                slope.values, hidden, self.head_gradient, slope.row_scale, first=start == 0
-            )
-        if self.bias_gradient is not None:
-            accumulate_grad_bias(slope.values, self.bias_gradient, slope.row_scale)
-
-    def _student(self, low: int, high: int) -> ModelChunk:
-        ops = self.operands
-        return self._side(ops.student_hidden, ops.student_head, ops.student_bias, low, high, self.products[0])
-
-    def _teacher(self, low: int, high: int) -> ModelChunk:
-        """The teacher, or what lies between it and the centre of its trust region."""
-        ops = self.operands
-        model = (ops.teacher_hidden, ops.teacher_head, ops.teacher_bias)
-        products = self.products[0 if self.plan.take_turns else 1]
-        if ops.reference_hidden is None:
-            return self._side(*model, low, high, products)
-        if self.plan.own_reference and ops.reference_head is not None:
-            other = (ops.reference_hidden, ops.reference_head, ops.reference_bias)
-            reference = self._side(*other, low, high, self.products[-1])
-            teacher = self._side(*model, low, high, products)
-            return teacher._replace(reference=reference.products, reference_bias=reference.bias)
-        # The logits in between are, through one linear head, those of the states in between.
-        dtype = operand_dtype(ops.teacher_hidden, ops.teacher_head, self.plan.autocast)
-        centre, live = (
-            self._take(hidden, low, high).to(dtype).to(working_dtype(dtype))
-            for hidden in (ops.reference_hidden, ops.teacher_hidden)
+        weight = self.cast_weight(self.operands.student.weight, self.dtype)
+        out = total[chunk] if active is None else total.new_empty(chunk.stop - chunk.start, total.shape[1])
+        # The teacher's products have been used.
+        grad_hidden_from_logits(
+            grad_logits.values, weight, out, grad_logits.row_scale, scratch=self.teacher_products
         )
-        assert self.recipe.trust_region_coef is not None
-        # Not rounded: what 16 bits would take from the mixture is a few thousandths of the loss.
-        states = centre.lerp(live, self.recipe.trust_region_coef)
-        return self._product(states, self._cast(ops.teacher_head, dtype), ops.teacher_bias, products)
+        if active is not None:
+            total.index_copy_(0, active[chunk], out)
 
-    def _side(
-        self, hidden: Tensor, head: Tensor, bias: Tensor | None, low: int, high: int, out: Tensor
-    ) -> ModelChunk:
-        dtype = operand_dtype(hidden, head, self.plan.autocast)
-        return self._product(self._take(hidden, low, high).to(dtype), self._cast(head, dtype), bias, out)
-
-    def _product(self, states: Tensor, head: Tensor, bias: Tensor | None, out: Tensor) -> ModelChunk:
-        lost = accumulation_bias(self.device, head.dtype, head.shape[1])
-        return ModelChunk(project(states, head, out[: states.shape[0]]), bias, states, head, lost)
+    def accumulate_grad_head(self, block: slice, grad_logits: GradLogits) -> None:
+        if self.grad_weight is not None:
+            hidden = self.active_tokens(self.operands.student.hidden, block).to(self.dtype)
+            accumulate_grad_weight(
+                grad_logits.values,
+                hidden,
+                self.grad_weight,
+                grad_logits.row_scale,
+                overwrite=block.start == 0,
+            )
+        if self.grad_bias is not None:
+            accumulate_grad_bias(grad_logits.values, self.grad_bias, grad_logits.row_scale)
 
     @overload
-    def _take(self, values: Tensor, low: int, high: int) -> Tensor: ...
+    def active_tokens(self, values: Tensor, chunk: slice) -> Tensor: ...
     @overload
-    def _take(self, values: None, low: int, high: int) -> None: ...
-    def _take(self, values: Tensor | None, low: int, high: int) -> Tensor | None:
-        """The active tokens low to high; contiguous, since an expanded tensor has no rows to step through."""
+    def active_tokens(self, values: None, chunk: slice) -> None: ...
+    def active_tokens(self, values: Tensor | None, chunk: slice) -> Tensor | None:
+        """Values [N, ...] of the active tokens of a chunk; contiguous, as kernels assume of expanded tensors too."""
         if values is None:
             return None
         active = self.operands.active
-        return (values[low:high] if active is None else values.index_select(0, active[low:high])).contiguous()
+        return (values[chunk] if active is None else values.index_select(0, active[chunk])).contiguous()
 
-    def _cast(self, head: Tensor, dtype: torch.dtype) -> Tensor:
-        """The head in the products' dtype: converted at most once, also where both models share its memory."""
-        if head.dtype == dtype:
-            return head
-        key = (_address(head), head.shape, head.stride(), head.dtype, dtype)
-        if key not in self.casts:
-            self.casts[key] = head.to(dtype)
-        return self.casts[key]
+    def accumulation_bias(self, head: LMHead) -> float:
+        dtype = operand_dtype(head.hidden, head.weight, self.plan.autocast_dtype)
+        return accumulation_bias(self.device, dtype, head.weight.shape[1])
 
-    def _buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, self.vocabulary, dtype=dtype, device=self.device)
+    def cast_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A head's weight in the dtype of the products: converted at most once, also where models share its memory."""
+        if weight.dtype == dtype:
+            return weight
+        key = (_address(weight), weight.shape, weight.stride(), weight.dtype, dtype)
+        if key not in self.cast_weights:
+            self.cast_weights[key] = weight.to(dtype)
+        return self.cast_weights[key]
 
-    def _loss_scale(self) -> Tensor | None:
-        if grad_logits_dtype(self.device, self.dtype) != torch.float16:
+    def compute_loss_scale(self) -> Tensor | None:
+        """The scale of fp16 gradients; None where they have the range of float32."""
+        if self.grad_dtype != torch.float16:
             return None
-        weights = self.grad_weights
+        weights, bound = self.grad_weights, 1.0
         if weights is None:
-            weights = self._take(self.operands.extra_weights, 0, self.count)
+            weights = self.active_tokens(self.operands.weights, slice(0, self.count))
+            bound = 1.0 if self.objective.is_clip is None else self.objective.is_clip
         if weights is None:
             weights = torch.ones(1, device=self.device)
-        bound = self.recipe.is_clip if self.recipe.is_clip is not None and self.grad_weights is None else 1.0
         return fp16_loss_scale(weights, bound)
+
+    def products_buffer(self) -> Tensor:
+        return torch.empty(self.chunk_size, self.vocabulary, dtype=self.working, device=self.device)
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for low in range(start, stop, size):
+        yield slice(low, min(low + size, stop))
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor lies. Inside a transform of torch.func it lies nowhere, and who it is must do."""
+    """Address of a tensor's memory; its identity inside a transform of torch.func, where it has no address."""
     try:
         return tensor.data_ptr()
     except RuntimeError:

@@ -1,15 +1,14 @@
-"""One chunk of the fused loss in plain torch: any device, any dtype, and the oracle of the kernels.
+"""One chunk of the fused loss in plain torch: any device, any dtype, and the reference for the kernels.
 
-The gradient of a divergence L over K tokens and a bucket for the rest, with respect to the logits z. Write
-x_j = log p_j for the categories (K tokens, then the tail), g_j = ∂L/∂x_j with the x_j taken as independent, and
-G = Σ_j g_j. All x_j share the normaliser log Σ exp z, whose derivative is p_v; the tail's x also holds
-log Σ_{v outside} exp z_v, whose derivative is the softmax over the outside tokens alone. So, with the categories'
-slopes s_j = g_j − G·p_j,
+The gradient of a divergence L w.r.t. the logits z. The categories are the K tokens of the support and, with a
+bucket, the tail. Let x_j be the log-probability of category j, g_j = ∂L/∂x_j with the x_j taken as independent, and
+G = Σ_j g_j. All x_j share the normalizer log Σ exp z, whose derivative w.r.t. z_v is p_v; the tail's x also contains
+log Σ_{v outside} exp z_v, whose derivative is the softmax over the tokens outside. With grad_j = g_j − G·p_j,
 
-    ∂L/∂z_v = s_v                              inside the support
-    ∂L/∂z_v = s_tail · softmax_outside(z)_v    outside: the tail's slope, shared out by probability
+    ∂L/∂z_v = grad_v                               v inside the support
+    ∂L/∂z_v = grad_tail · softmax_outside(z)_v     v outside
 
-Nothing is divided by a nearly empty tail, and nothing is subtracted from 1 to find it.
+Nothing is divided by a nearly empty tail, and the tail is never computed as 1 − Σp.
 """
 
 from __future__ import annotations
@@ -21,31 +20,162 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
-from sdpo.fused._types import GradLogits, Make, Objective, TokenInputs, TokenStats
+from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs, TokenStats
 from sdpo.importance import importance_weights
 
 
-class Split(NamedTuple):
-    """A chunk of distributions, seen as K tokens and the rest; logits and their sums relative to the anchor.
+def chunk_loss(
+    student: ModelChunk,
+    teacher: ModelChunk,
+    tokens: TokenInputs,
+    objective: Objective,
+    stats: Tensor,
+    grad_logits: GradLogits | None,
+) -> None:
+    """Fill ``stats`` [len(TokenStats), C] and, unless None, the gradient of Σ weights · per_token w.r.t. the products.
 
-    Logits of 50, as they are, have three digits less than the distances between them.
+    Overwrites the products of both models; ``grad_logits.values`` may be the student's.
+    """
+    z_student = logits_from_products(student.products, student.bias, student.accumulation_bias, objective)
+    z_teacher = teacher_logits(teacher, objective)
+    support = select_support(z_student, z_teacher, tokens.tokens, objective)
+    token = tokens.tokens[:, None]
+    token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
+    q = split_at_support(z_teacher, support)
+    p = split_at_support(z_student, support, scratch=z_teacher)
+
+    log_p, log_q = p.inside - p.normalizer[:, None], q.inside - q.normalizer[:, None]
+    log_tail_p, log_tail_q = p.log_outside - p.normalizer, q.log_outside - q.normalizer
+    log_token_p = token_student - p.anchor[:, 0] - p.normalizer
+    log_token_q = token_teacher - q.anchor[:, 0] - q.normalizer
+    if objective.support == "sampled":
+        per_token, grad_inside, grad_tail = _sampled_token(log_token_p, log_token_q, log_tail_p)
+    else:
+        per_token, grad_inside, grad_tail = _divergence_on_support(
+            log_p, log_q, log_tail_p, log_tail_q, objective
+        )
+    weights, clipped = _loss_weights(log_token_p, tokens, objective)
+    if grad_logits is not None:
+        scale = weights if tokens.grad_weights is None else tokens.grad_weights.to(weights.dtype)
+        scale = scale if tokens.loss_scale is None else scale * tokens.loss_scale
+        # d logits / d products, but for the soft-cap.
+        scale = (scale * (objective.logit_scale / objective.temperature))[:, None]
+        softmax_outside = softcap_backward_(p.outside, z_student, objective)
+        grad_inside = softcap_backward_(grad_inside * scale, p.inside + p.anchor, objective)
+        _write_grad_logits(grad_logits, support, grad_inside, grad_tail[:, None] * scale, softmax_outside)
+    torch.stack(
+        TokenStats(
+            per_token=per_token,
+            weights=weights,
+            log_probs=log_token_p,
+            teacher_log_probs=log_token_q,
+            student_entropy=p.entropy,
+            teacher_entropy=q.entropy,
+            student_topk_mass=(p.log_inside - p.normalizer).exp(),
+            teacher_topk_mass=(q.log_inside - q.normalizer).exp(),
+            student_log_tail=log_tail_p,
+            teacher_log_tail=log_tail_q,
+            clipped=clipped,
+        ),
+        out=stats,
+    )
+
+
+def logits_from_products(
+    products: Tensor, bias: Tensor | None, accumulation_bias: float, objective: Objective
+) -> Tensor:
+    """Turn products [C, V] into logits in place: accumulation bias, head bias, scale, soft-cap, temperature."""
+    if accumulation_bias != 0.0:
+        products.mul_(1.0 / (1.0 - accumulation_bias))
+    if bias is not None:
+        products.add_(bias.to(products.dtype))
+    if objective.softcap is None:
+        factor = objective.logit_scale / objective.temperature
+        return products if factor == 1.0 else products.mul_(factor)
+    capped = products.mul_(objective.logit_scale / objective.softcap).tanh_()
+    return capped.mul_(objective.softcap / objective.temperature)
+
+
+def teacher_logits(teacher: ModelChunk, objective: Objective) -> Tensor:
+    """The teacher's logits [C, V]: of a trust region, the mixture of its centre's and the live model's."""
+    logits = logits_from_products(teacher.products, teacher.bias, teacher.accumulation_bias, objective)
+    coef = objective.trust_region_coef
+    if teacher.reference is None or coef is None:
+        return logits
+    reference = logits_from_products(
+        teacher.reference, teacher.reference_bias, teacher.accumulation_bias, objective
+    )
+    # Not lerp: it subtracts −inf from −inf where a token is impossible.
+    return reference.mul_(1 - coef).add_(logits, alpha=coef)
+
+
+def softcap_backward_(grad: Tensor, logits: Tensor, objective: Objective) -> Tensor:
+    """Multiply a gradient w.r.t. soft-capped logits, in place, by 1 − tanh², from the logits themselves."""
+    if objective.softcap is None:
+        return grad
+    capped = logits * (objective.temperature / objective.softcap)
+    return grad.mul_(capped.square_().neg_().add_(1.0))
+
+
+def select_support(student: Tensor, teacher: Tensor, tokens: Tensor, objective: Objective) -> Tensor:
+    """Token ids [C, K] of the support: one model's K likeliest, the sampled token, or every token (K = V)."""
+    if objective.support == "sampled":
+        return tokens[:, None]
+    owner = teacher if objective.support == "teacher" else student
+    if objective.k is None:
+        return torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
+    return owner.topk(objective.k, dim=1, sorted=False).indices
+
+
+class SupportSplit(NamedTuple):
+    """Logits [C, V] divided into the K tokens of the support and the rest.
+
+    All but the anchor are relative to the anchor: float32 resolves logits near 50 with three digits less than the
+    differences between them.
     """
 
-    anchor: Tensor  # [c, 1] the largest logit at the support
-    inside: Tensor  # [c, K] logits at the support
-    log_inside: Tensor  # [c] logsumexp over the support
-    log_outside: Tensor  # [c] logsumexp over all other tokens; −inf if there are none
-    normalizer: Tensor  # [c] logsumexp over the vocabulary
-    entropy: Tensor  # [c] nats
-    outside: Tensor  # [c, V] softmax over the tokens outside, exactly 0 inside
+    anchor: Tensor  # [C, 1] the largest logit of the support
+    inside: Tensor  # [C, K] logits of the support
+    log_inside: Tensor  # [C] logsumexp over the support
+    log_outside: Tensor  # [C] logsumexp over all other tokens; −inf if there are none
+    normalizer: Tensor  # [C] logsumexp over the vocabulary
+    entropy: Tensor  # [C] nats
+    outside: Tensor  # [C, V] softmax over the tokens outside, exactly 0 inside
 
 
-def divergence(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """JSD_α of normalised log-probabilities [c, M], p the student: value [c] and slopes s = g − G·p [c, M].
+def split_at_support(logits: Tensor, support: Tensor, scratch: Tensor | None = None) -> SupportSplit:
+    """Divide logits [C, V] at token ids [C, K]; overwrites the logits of the support.
+
+    Without ``scratch`` [C, V] for a product, ``outside`` is overwritten as well.
+    """
+    inside = logits.gather(1, support)
+    anchor = inside.amax(dim=1, keepdim=True)
+    anchor = anchor.masked_fill(anchor.isneginf(), 0.0)
+    inside = inside - anchor
+    logits.scatter_(1, support, -math.inf)
+    top, top_id = logits.max(dim=1)
+    empty = top.isneginf()
+    outside = torch.softmax(logits, dim=1).masked_fill_(empty[:, None], 0.0)
+    # The softmax of the largest logit outside is exp(top − logsumexp over the tokens outside).
+    top_share = outside.gather(1, top_id[:, None])[:, 0].masked_fill(empty, 1.0)
+    log_outside = top - anchor[:, 0] - top_share.log()
+    log_inside = logsumexp(inside)
+    normalizer = logaddexp(log_inside, log_outside)
+    # Finite, so that an impossible token adds 0 to the mean logit.
+    logits.clamp_(min=torch.finfo(logits.dtype).min)
+    mean_outside = torch.mul(outside, logits, out=outside if scratch is None else scratch).sum(dim=1)
+    inside_p = (inside - normalizer[:, None]).exp()
+    mean = (inside_p * inside.masked_fill(inside.isneginf(), 0.0)).sum(dim=1)
+    mean = mean + (log_outside - normalizer).exp() * (mean_outside - anchor[:, 0])
+    return SupportSplit(anchor, inside, log_inside, log_outside, normalizer, normalizer - mean, outside)
+
+
+def divergence_and_grad(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """JSD_α of normalized log-probabilities [C, M], p the student's: value [C] and gradient g − G·p [C, M].
 
     The Kullback–Leibler divergences are summed as Σ p·log(p/q) − p + q: every term is ≥ 0, and an error of the
-    normalisers, common to a row, drops out in first order. In the JSD those corrections cancel token by token.
-    Where a divergence is infinite its token sends no gradient, as in the plain loss.
+    normalizers, common to a token's categories, cancels in first order. In the JSD the corrections −p + q cancel
+    term by term. Where a divergence is infinite its category sends no gradient, as in the plain loss.
     """
     p, q = log_p.exp(), log_q.exp()
     no_p, no_q = log_p.isneginf(), log_q.isneginf()
@@ -55,22 +185,22 @@ def divergence(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tens
     elif alpha == 1.0:
         log_ratio = (log_p - log_q).masked_fill(no_p | no_q, 0.0)
         terms = _kl_terms(p, q, log_ratio, no_p, no_q)
-        # Adding c·p to g changes no slope. g is p·(log_ratio + 1), and 0 where infinite: shifted by −p.
+        # g is p·(log_ratio + 1), and 0 where infinite. Here less p, which changes no gradient g − G·p.
         g = p * log_ratio.masked_fill(no_q & ~no_p, -1.0)
     else:
         delta = (log_q - log_p).masked_fill(no_p & no_q, 0.0).clamp(-80.0, 80.0)
         g = (1 - alpha) * p * _log_over_mixture(delta, alpha)
         terms = g + alpha * q * _log_over_mixture(-delta, 1 - alpha)
-    return terms.sum(dim=1), _balanced(g - g.sum(dim=1, keepdim=True) * p, p)
+    return terms.sum(dim=1), _without_cancellation(g - g.sum(dim=1, keepdim=True) * p, p)
 
 
-def _balanced(slopes: Tensor, p: Tensor) -> Tensor:
-    """Slopes [c, M], which sum to 0, with the one of a nearly certain category as minus the sum of the others.
+def _without_cancellation(grad: Tensor, p: Tensor) -> Tensor:
+    """A gradient [C, M] that sums to 0, with that of a category of p > 1/2 as minus the sum of all others.
 
-    By itself it is g − G·p, a difference of near equals.
+    Computed as g − G·p it would be a difference of near equals where p is close to 1.
     """
     large = p > 0.5
-    return torch.where(large, -slopes.masked_fill(large, 0.0).sum(dim=1, keepdim=True), slopes)
+    return torch.where(large, -grad.masked_fill(large, 0.0).sum(dim=1, keepdim=True), grad)
 
 
 def _kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor, no_p: Tensor, no_q: Tensor) -> Tensor:
@@ -82,182 +212,72 @@ def _kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor, no_p: Tensor, no_q: Tenso
 
 
 def _log_over_mixture(delta: Tensor, weight: float) -> Tensor:
-    """log(p / ((1−w)·p + w·q)) from delta = log q − log p in [−80, 80], beyond which nothing of it is left."""
+    """log(p / ((1−w)·p + w·q)) from delta = log q − log p in [−80, 80], outside which float32 sees no difference."""
     near = delta.abs() < 1.0
     small = (weight * delta.masked_fill(~near, 0.0).expm1()).log1p()
     return -torch.where(near, small, ((1 - weight) + weight * delta.exp()).log())
 
 
-def logits_from_products(products: Tensor, bias: Tensor | None, recipe: Objective, lost: float) -> Tensor:
-    """Turn products [c, V] into logits, in place: what was lost, bias, scale, soft-cap, temperature."""
-    if lost != 0.0:
-        products.mul_(1.0 / (1.0 - lost))
-    if bias is not None:
-        products.add_(bias.to(products.dtype))
-    if recipe.softcap is None:
-        factor = recipe.logit_scale / recipe.temperature
-        return products if factor == 1.0 else products.mul_(factor)
-    return (
-        products.mul_(recipe.logit_scale / recipe.softcap).tanh_().mul_(recipe.softcap / recipe.temperature)
-    )
-
-
-def softcap_backward_(slope: Tensor, logits: Tensor, recipe: Objective) -> Tensor:
-    """Multiply a slope, in place, by 1 − tanh²: what the soft-cap lets through, read off its own result."""
-    if recipe.softcap is None:
-        return slope
-    capped = logits * (recipe.temperature / recipe.softcap)
-    return slope.mul_(capped.square_().neg_().add_(1.0))
-
-
-def split(logits: Tensor, ids: Tensor, scratch: Tensor | None = None) -> Split:
-    """Read logits [c, V] at ids [c, K] and sum all other tokens; the logits at ids are lost.
-
-    Without ``scratch`` [c, V] to multiply in, the softmax outside is lost as well.
-    """
-    inside = logits.gather(1, ids)
-    anchor = inside.amax(dim=1, keepdim=True)
-    anchor = anchor.masked_fill(anchor.isneginf(), 0.0)
-    inside = inside - anchor
-    logits.scatter_(1, ids, -math.inf)
-    top, place = logits.max(dim=1)
-    empty = top.isneginf()
-    outside = torch.softmax(logits, dim=1).masked_fill_(empty[:, None], 0.0)
-    # The largest logit's share of the mass outside is exp(top − log_outside).
-    share = outside.gather(1, place[:, None])[:, 0].masked_fill(empty, 1.0)
-    log_outside = top - anchor[:, 0] - share.log()
-    log_inside = logsumexp(inside)
-    normalizer = logaddexp(log_inside, log_outside)
-    # Finite, so that an impossible token adds 0 to the mean logit.
-    logits.clamp_(min=torch.finfo(logits.dtype).min)
-    mean_outside = torch.mul(outside, logits, out=outside if scratch is None else scratch).sum(dim=1)
-    inside_p = (inside - normalizer[:, None]).exp()
-    mean = (inside_p * inside.masked_fill(inside.isneginf(), 0.0)).sum(dim=1)
-    mean = mean + (log_outside - normalizer).exp() * (mean_outside - anchor[:, 0])
-    return Split(anchor, inside, log_inside, log_outside, normalizer, normalizer - mean, outside)
-
-
-def row_gain(whole: Tensor, kept: Tensor) -> Tensor:
-    """The factor [c] on rounded slopes ŝ, from whole = Σs² and kept = Σs·ŝ, that makes their projection on s be s.
-
-    The slopes of a peaked row are a few large numbers, and bf16 has 8 bits for each. Times this factor the error
-    that is left is orthogonal to the row and changes its length, and that of its gradient, in second order only.
-    """
-    return torch.where(kept > 0.0, whole / kept, 1.0)
-
-
-def select_support(student: Tensor, teacher: Tensor, tokens: Tensor, recipe: Objective) -> Tensor:
-    """Token ids [c, K] of the support: a model's K likeliest, the sampled token, or (K = V) every token."""
-    if recipe.support == "sampled":
-        return tokens[:, None]
-    owner = student if recipe.support == "student" else teacher
-    if recipe.k is None or recipe.k == owner.shape[1]:
-        return torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
-    return owner.topk(recipe.k, dim=1, sorted=False).indices
-
-
-def chunk(
-    make_student: Make,
-    make_teacher: Make,
-    rows: TokenInputs,
-    recipe: Objective,
-    stats: Tensor,
-    slope: GradLogits | None,
-) -> None:
-    """The loss of one chunk: fills ``stats``, and ``slope`` with d(weighted loss)/d(student products).
-
-    The buffers of both sides are consumed; the slope's values may take the student's.
-    """
-    teacher, student = make_teacher(), make_student()
-    z_student = logits_from_products(student.products, student.bias, recipe, student.accumulation_bias)
-    z_teacher = logits_from_products(teacher.products, teacher.bias, recipe, teacher.accumulation_bias)
-    if teacher.reference is not None and recipe.trust_region_coef is not None:
-        reference = logits_from_products(
-            teacher.reference, teacher.reference_bias, recipe, teacher.accumulation_bias
-        )
-        # Not lerp: it would subtract −inf from −inf where a token is impossible.
-        z_teacher = reference.mul_(1 - recipe.trust_region_coef).add_(
-            z_teacher, alpha=recipe.trust_region_coef
-        )
-    ids = select_support(z_student, z_teacher, rows.tokens, recipe)
-    token = rows.tokens[:, None]
-    token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
-    q = split(z_teacher, ids)
-    p = split(z_student, ids, scratch=z_teacher)
-
-    log_p, log_q = p.inside - p.normalizer[:, None], q.inside - q.normalizer[:, None]
-    log_tail_p, log_tail_q = p.log_outside - p.normalizer, q.log_outside - q.normalizer
-    log_token = token_student - p.anchor[:, 0] - p.normalizer
-    log_token_q = token_teacher - q.anchor[:, 0] - q.normalizer
-    if recipe.support == "sampled":
-        value, inside, outside = _sampled(log_token, log_token_q, log_tail_p)
-    else:
-        value, inside, outside = _topk(log_p, log_q, log_tail_p, log_tail_q, recipe)
-
-    weights, clipped = _weights(log_token, rows, recipe)
-    if slope is not None:
-        scale = weights if rows.grad_weights is None else rows.grad_weights.to(weights.dtype)
-        scale = (scale if rows.loss_scale is None else scale * rows.loss_scale)[:, None]
-        scale = scale * (recipe.logit_scale / recipe.temperature)
-        whole = softcap_backward_(p.outside, z_student, recipe)
-        torch.mul(whole, outside[:, None] * scale, out=slope.values)
-        inside = softcap_backward_(inside * scale, p.inside + p.anchor, recipe)
-        rounded = inside.to(slope.values.dtype)
-        slope.values.scatter_(1, ids, rounded)
-        if slope.row_scale is not None:
-            kept = (inside * rounded.to(inside.dtype)).sum(dim=1)
-            slope.row_scale.copy_(row_gain(inside.square().sum(dim=1), kept))
-    known = TokenStats(
-        per_token=value,
-        weights=weights,
-        log_probs=log_token,
-        teacher_log_probs=log_token_q,
-        student_entropy=p.entropy,
-        teacher_entropy=q.entropy,
-        student_topk_mass=(p.log_inside - p.normalizer).exp(),
-        teacher_topk_mass=(q.log_inside - q.normalizer).exp(),
-        student_log_tail=log_tail_p,
-        teacher_log_tail=log_tail_q,
-        clipped=clipped,
-    )
-    torch.stack(known, out=stats)
-
-
-def _topk(
-    log_p: Tensor, log_q: Tensor, log_tail_p: Tensor, log_tail_q: Tensor, recipe: Objective
+def _divergence_on_support(
+    log_p: Tensor, log_q: Tensor, log_tail_p: Tensor, log_tail_q: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value [c], slopes at the support [c, K] and of the tail [c]."""
-    if recipe.tail == "renormalize":
-        value, inside = divergence(_renormalize(log_p), _renormalize(log_q), recipe.alpha)
-        return value, inside, torch.zeros_like(value)
-    log_p = torch.cat([log_p, log_tail_p[:, None]], dim=1)
-    log_q = torch.cat([log_q, log_tail_q[:, None]], dim=1)
-    value, slopes = divergence(log_p, log_q, recipe.alpha)
-    return value, slopes[:, :-1], slopes[:, -1]
+    """Divergence [C], its gradient on the support [C, K] and of the tail [C]."""
+    if objective.tail == "bucket":
+        log_p = torch.cat([log_p, log_tail_p[:, None]], dim=1)
+        log_q = torch.cat([log_q, log_tail_q[:, None]], dim=1)
+        per_token, grad = divergence_and_grad(log_p, log_q, objective.alpha)
+        return per_token, grad[:, :-1], grad[:, -1]
+    if objective.tail == "renormalize":
+        log_p, log_q = _renormalize(log_p), _renormalize(log_q)
+    per_token, grad = divergence_and_grad(log_p, log_q, objective.alpha)
+    return per_token, grad, torch.zeros_like(per_token)
 
 
 def _renormalize(log_probs: Tensor) -> Tensor:
-    mass = logsumexp(log_probs)[:, None]
-    return log_probs - mass.masked_fill(mass.isneginf(), 0.0)
+    log_mass = logsumexp(log_probs)[:, None]
+    return log_probs - log_mass.masked_fill(log_mass.isneginf(), 0.0)
 
 
-def _sampled(log_p: Tensor, log_q: Tensor, log_tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The surrogate A·log p with A = log p − log q held fixed: g = A at the token, 0 elsewhere."""
-    never = log_p.isneginf()
-    infinite = log_q.isneginf() & ~never
-    advantage = (log_p - log_q).masked_fill(never | infinite, 0.0)
-    value = (advantage * log_p.masked_fill(never, 0.0)).masked_fill(infinite, math.inf)
-    tail = advantage * log_tail.exp()
-    return value, tail[:, None], -tail
+def _sampled_token(log_p: Tensor, log_q: Tensor, log_tail_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The surrogate A·log p with A = log p − log q detached: g = A at the sampled token, 0 elsewhere."""
+    impossible = log_p.isneginf()
+    infinite = log_q.isneginf() & ~impossible
+    advantage = (log_p - log_q).masked_fill(impossible | infinite, 0.0)
+    per_token = (advantage * log_p.masked_fill(impossible, 0.0)).masked_fill(infinite, math.inf)
+    grad = advantage * log_tail_p.exp()
+    return per_token, grad[:, None], -grad
 
 
-def _weights(log_token: Tensor, rows: TokenInputs, recipe: Objective) -> tuple[Tensor, Tensor]:
-    """Importance × extra weights [c], and where the importance was cut."""
-    weights, clipped = torch.ones_like(log_token), torch.zeros_like(log_token)
-    if rows.old_log_probs is not None and recipe.is_clip is not None:
-        old = rows.old_log_probs.to(log_token.dtype)
-        weights = importance_weights(log_token, old, clip=recipe.is_clip)
-        clipped = (log_token - old > math.log(recipe.is_clip)).to(log_token.dtype)
-    if rows.extra_weights is not None:
-        weights = weights * rows.extra_weights.to(weights.dtype)
+def _loss_weights(log_probs: Tensor, tokens: TokenInputs, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Importance weight × the caller's weight [C], and 1 where the importance weight was truncated."""
+    weights, clipped = torch.ones_like(log_probs), torch.zeros_like(log_probs)
+    if tokens.old_log_probs is not None and objective.is_clip is not None:
+        old = tokens.old_log_probs.to(log_probs.dtype)
+        weights = importance_weights(log_probs, old, clip=objective.is_clip)
+        clipped = (log_probs - old > math.log(objective.is_clip)).to(log_probs.dtype)
+    if tokens.weights is not None:
+        weights = weights * tokens.weights.to(weights.dtype)
     return weights, clipped
+
+
+def _write_grad_logits(
+    grad_logits: GradLogits, support: Tensor, inside: Tensor, tail: Tensor, softmax_outside: Tensor
+) -> None:
+    """Write a gradient from its values inside [C, K] and its tail [C, 1] times the softmax outside [C, V]."""
+    values = grad_logits.values
+    torch.mul(softmax_outside, tail, out=values)
+    rounded = inside.to(values.dtype)
+    values.scatter_(1, support, rounded)
+    if grad_logits.row_scale is not None:
+        projection = (inside * rounded.to(inside.dtype)).sum(dim=1)
+        grad_logits.row_scale.copy_(row_scale(inside.square().sum(dim=1), projection))
+
+
+def row_scale(norm_squared: Tensor, projection: Tensor) -> Tensor:
+    """The factor [C] on a rounded gradient ĝ, from Σg² and Σg·ĝ, with which its projection on g is g itself.
+
+    The gradient of a peaked distribution is a few large numbers, each with the 8 bits of bf16. With this factor the
+    remaining error is orthogonal to g, so it changes the length of g, and of what is computed from it, in second
+    order only.
+    """
+    return torch.where(projection > 0.0, norm_squared / projection, 1.0)

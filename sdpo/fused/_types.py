@@ -1,75 +1,103 @@
-"""What a backend of the fused loss is told, and what it answers, for one chunk of tokens."""
+"""The data structures of the fused loss: its inputs, how the work is divided, and what a backend receives and fills.
+
+Shapes: N tokens (flattened), n of them active, C tokens of a chunk, V vocabulary, D hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Support = Literal["student", "teacher", "sampled"]
+Support = Literal["student", "teacher", "full", "sampled"]
 Tail = Literal["bucket", "renormalize"]
 
-# Of the 16-bit formats it alone has the range for slopes that lack a factor of their row: they can be written
-# before that is known.
+# The gradient of the logits may be written before the scale of its row is known only in this 16-bit format: it has
+# the range of float32.
 UNSCALED_GRAD_DTYPE = torch.bfloat16
+
+
+class LMHead(NamedTuple):
+    """Hidden states and the LM head that turns them into logits: ``hidden @ weight.T + bias``.
+
+    Args:
+        hidden: [..., D] floating, the input of the LM head.
+        weight: [V, D] floating, the weight of the output embedding.
+        bias: [V] floating; None for a head without bias.
+
+    Source: SDPO, arXiv 2601.20802, section 2.
+
+    Example:
+        >>> import torch
+        >>> head = LMHead(torch.ones(2, 3), torch.eye(4, 3))
+        >>> tuple((head.hidden @ head.weight.T).shape), head.bias
+        ((2, 4), None)
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The Python scalars of the objective: the same for every chunk."""
+    """The Python scalars of the objective, the same for every chunk."""
 
-    k: int | None  # None: every token of the vocabulary
-    alpha: float
-    tail: Tail
     support: Support
+    k: int | None  # an int in [1, V) with support "student" or "teacher", else None
+    tail: Tail | None  # likewise
+    alpha: float
     is_clip: float | None
     temperature: float
     softcap: float | None
     logit_scale: float
     trust_region_coef: float | None
 
+    @property
+    def uses_topk(self) -> bool:
+        """Whether the support is the K likeliest tokens of one model."""
+        return self.k is not None
+
 
 class ModelChunk(NamedTuple):
-    """One model's half of a chunk."""
+    """One model's share of a chunk."""
 
-    products: Tensor  # [c, V] states × head, working dtype; a scratch buffer the backend may overwrite
+    products: Tensor  # [C, V] hidden @ weight.T, working dtype; scratch that the backend may overwrite
     bias: Tensor | None  # [V]
-    states: Tensor | None = None  # [c, D] and
-    head: Tensor | None = None  # [V, D]: what the products were made of, where they can be made more exactly
-    accumulation_bias: float = 0.0  # share of itself by which a product is too small
-    reference: Tensor | None = None  # [c, V] products of the trust region's centre, if it needs its own
+    hidden: Tensor | None = (
+        None  # [C, D] the factors of the products, where a backend may recompute some of them
+    )
+    weight: Tensor | None = None  # [V, D]
+    accumulation_bias: float = 0.0  # relative error of the products: by how much of itself each is too small
+    reference: Tensor | None = None  # [C, V] products of the trust region's centre, if they are not mixed in
     reference_bias: Tensor | None = None  # [V]
 
 
-# Makes a model's half. That of the model made before may be gone then, where `kernels.take_turns` says so.
-Make = Callable[[], ModelChunk]
-
-
 class TokenInputs(NamedTuple):
-    """What is known of a chunk's tokens before its logits are."""
+    """The tokens of a chunk, and the weights that are known before its logits are."""
 
-    tokens: Tensor  # [c] int64
-    old_log_probs: Tensor | None  # [c]
-    extra_weights: Tensor | None  # [c]
-    grad_weights: Tensor | None  # [c] weights of the gradient, where they are not the loss weights
-    loss_scale: Tensor | None  # [] factor on the gradient, against underflow in fp16
+    tokens: Tensor  # [C] int64
+    old_log_probs: Tensor | None  # [C]
+    weights: Tensor | None  # [C] the caller's weights
+    grad_weights: Tensor | None  # [C] weights of the gradient; None: the weights of the loss
+    loss_scale: Tensor | None  # [] factor on the gradient of the logits, against underflow in fp16
 
 
 class GradLogits(NamedTuple):
-    """Where a backend puts the gradient of a chunk's logits: ``row_scale · values``, row by row."""
+    """Where a backend writes the gradient w.r.t. a chunk's logits: ``row_scale[:, None] * values``."""
 
-    values: Tensor  # [c, V] working dtype, or the 16-bit dtype of the products
-    row_scale: Tensor | None  # [c] working dtype, with ``values`` of 16 bits; None: 1
+    values: Tensor  # [C, V] working dtype, or the 16-bit dtype of the inputs of the products
+    row_scale: Tensor | None  # [C] working dtype, with 16-bit values; None: 1
 
 
 class TokenStats(NamedTuple):
-    """What is known of a chunk's tokens afterwards, [c] each in the working dtype, none with a gradient."""
+    """Statistics of a chunk's tokens, [C] each in the working dtype, without gradient."""
 
     per_token: Tensor  # divergence, unweighted
-    weights: Tensor  # importance × extra weights
+    weights: Tensor  # importance weight × the caller's weight
     log_probs: Tensor  # student's log-probability of the sampled token
     teacher_log_probs: Tensor  # teacher's log-probability of the sampled token
     student_entropy: Tensor  # over the full vocabulary
@@ -78,4 +106,44 @@ class TokenStats(NamedTuple):
     teacher_topk_mass: Tensor
     student_log_tail: Tensor  # log-probability outside the support; −inf if nothing is outside
     teacher_log_tail: Tensor
-    clipped: Tensor  # 1 where the importance weight was cut at is_clip
+    clipped: Tensor  # 1 where the importance weight was truncated at is_clip
+
+
+class Operands(NamedTuple):
+    """The tensors of the fused loss, their leading dimensions flattened to N."""
+
+    student: LMHead  # hidden [N, D]
+    teacher: LMHead  # hidden [N, D'] with the teacher's own hidden size D'
+    reference: LMHead | None  # the trust region's centre, hidden [N, D']
+    tokens: Tensor  # [N] int64
+    active: Tensor | None  # [n] int64, positions where the loss mask is true; None: all N
+    old_log_probs: Tensor | None  # [N]
+    weights: Tensor | None  # [N]
+
+    def flatten(self) -> tuple[Tensor | None, ...]:
+        """All tensors, the student's hidden, weight and bias first."""
+        reference = (None, None, None) if self.reference is None else self.reference
+        return (*self.student, *self.teacher, *reference, *self[3:])
+
+    @classmethod
+    def unflatten(cls, tensors: Sequence[Any]) -> Operands:
+        """The inverse of ``flatten``."""
+        student, teacher, reference = (LMHead(*tensors[i : i + 3]) for i in (0, 3, 6))
+        return cls(student, teacher, None if tensors[6] is None else reference, *tensors[9:])
+
+
+# Fills stats [len(TokenStats), C] and, unless None, the gradient w.r.t. the logits.
+ChunkLoss = Callable[[ModelChunk, ModelChunk, TokenInputs, Objective, Tensor, GradLogits | None], None]
+
+
+class Plan(NamedTuple):
+    """How the work is divided, and which gradients it produces."""
+
+    chunk_loss: ChunkLoss
+    chunk_size: int  # tokens whose logits exist at a time
+    grad_block_size: int  # tokens whose logit gradients are collected for one product with the hidden states
+    separate_reference: bool  # the trust region's centre needs products of its own
+    autocast_dtype: torch.dtype | None  # dtype of the products under torch.autocast
+    grad_hidden: bool  # compute the gradient of the student's hidden states
+    grad_weight: bool  # of its LM head's weight
+    grad_bias: bool  # of its LM head's bias

@@ -33,36 +33,32 @@ def fused(
     transform: HeadTransform,
 ) -> sdpo.FusedOutput:
     """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region."""
-    teacher = teachers[-1]
     reference = teachers[0] if len(teachers) == 2 else None
-    # A head that all forwards share is named once, which saves a product.
-    own_head = reference is not None and reference.head.weight is not teacher.head.weight
-    return sdpo.fused_topk_distillation_loss(
-        student.hidden,
-        student.head.weight,
-        teacher.hidden,
-        teacher.head.weight,
+    old_log_probs = targets.old_log_probs if config.is_clip is not None else None
+    return sdpo.fused_distillation_loss(
+        _lm_head(student),
+        _lm_head(teachers[-1]),
         targets.tokens,
+        support=config.support,
         k=config.k if config.uses_topk else None,
+        tail=config.tail if config.uses_topk else None,
         alpha=config.alpha,
-        tail=config.tail,
-        support="student" if config.support == "full" else config.support,
         temperature=temperature,
         loss_mask=targets.loss_mask,
-        old_log_probs=targets.old_log_probs,
-        is_clip=config.is_clip if targets.old_log_probs is not None else None,
-        extra_weights=targets.weights,
-        student_bias=student.head.bias,
-        teacher_bias=teacher.head.bias,
-        reference_hidden=reference.hidden if reference else None,
-        reference_head=reference.head.weight if reference and own_head else None,
-        reference_bias=reference.head.bias if reference and own_head else None,
-        trust_region_coef=config.trust_region_coef if reference else None,
+        old_log_probs=old_log_probs,
+        is_clip=config.is_clip if old_log_probs is not None else None,
+        weights=targets.weights,
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,
+        reference=None if reference is None else _lm_head(reference),
+        trust_region_coef=None if reference is None else config.trust_region_coef,
         chunk_size=config.loss_chunk_size,
         backend="auto" if config.loss_backend == "logits" else config.loss_backend,
     )
+
+
+def _lm_head(states: CompletionStates) -> sdpo.LMHead:
+    return sdpo.LMHead(states.hidden, states.head.weight, states.head.bias)
 
 
 def rollout_weights(rows: Mapping[str, Tensor], *, clip: float) -> Tensor | None:

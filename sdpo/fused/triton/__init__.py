@@ -9,12 +9,12 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, Make, Objective, TokenInputs
+from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs
 
 MAX_K = 1024
 
 
-def missing(device: torch.device, working: torch.dtype, recipe: Objective) -> str | None:
+def missing(device: torch.device, working: torch.dtype, objective: Objective) -> str | None:
     """Why the kernels cannot run here; None if they can.
 
     On a CPU they run in Triton's interpreter, if TRITON_INTERPRET=1 is set before Triton is imported.
@@ -26,34 +26,23 @@ def missing(device: torch.device, working: torch.dtype, recipe: Objective) -> st
         return f"the tensors are on {device} and TRITON_INTERPRET is {'set' if interpreted else 'not set'}"
     if working != torch.float32:
         return f"the kernels compute in float32, not in {working}"
-    if recipe.k is not None and recipe.k > MAX_K:
-        return f"the kernels choose at most {MAX_K} tokens, not {recipe.k}"
+    if objective.k is not None and objective.k > MAX_K:
+        return f"the kernels choose at most {MAX_K} tokens, not {objective.k}"
     return None
 
 
-def take_turns(recipe: Objective, slope: torch.dtype) -> bool:
-    """Whether the logits of both models may lie in one buffer: those made first are summed up by then.
-
-    The student's are looked at again where it chooses the support and its slopes, of this dtype, cannot be written
-    while they are summed.
-    """
-    if recipe.support == "student":
-        return recipe.k is not None and slope == UNSCALED_GRAD_DTYPE
-    return recipe.k is not None or recipe.support == "sampled"
-
-
-def chunk(
-    make_student: Make,
-    make_teacher: Make,
-    rows: TokenInputs,
-    recipe: Objective,
+def chunk_loss(
+    student: ModelChunk,
+    teacher: ModelChunk,
+    tokens: TokenInputs,
+    objective: Objective,
     stats: Tensor,
-    slope: GradLogits | None,
+    grad_logits: GradLogits | None,
 ) -> None:
-    """The loss of one chunk, as ``sdpo.fused._torch.chunk``."""
+    """The loss of one chunk, as ``sdpo.fused._torch.chunk_loss``."""
     from sdpo.fused.triton import _launch
 
-    _launch.chunk(make_student, make_teacher, rows, recipe, stats, slope)
+    _launch.chunk_loss(student, teacher, tokens, objective, stats, grad_logits)
 
 
 def scaled(values: Tensor, factor: Tensor) -> Tensor:

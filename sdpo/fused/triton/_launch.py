@@ -1,4 +1,4 @@
-"""One chunk of the fused loss through the kernels: what ``sdpo.fused._torch.chunk`` says, in fewer passes."""
+"""One chunk of the fused loss through the kernels: what ``sdpo.fused._torch.chunk_loss`` says, in fewer passes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from sdpo.fused._torch import logits_from_products, row_gain
+from sdpo.fused._torch import row_scale, teacher_logits
 from sdpo.fused._types import (
     UNSCALED_GRAD_DTYPE,
     GradLogits,
-    Make,
     ModelChunk,
     Objective,
     TokenInputs,
@@ -65,18 +64,18 @@ class _Sums(NamedTuple):
     moments: Tensor
 
 
-def chunk(
-    make_student: Make,
-    make_teacher: Make,
-    rows: TokenInputs,
-    recipe: Objective,
+def chunk_loss(
+    student: ModelChunk,
+    teacher: ModelChunk,
+    tokens: TokenInputs,
+    objective: Objective,
     stats: Tensor,
-    slope: GradLogits | None,
+    grad_logits: GradLogits | None,
 ) -> None:
-    """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``slope``."""
-    fill = _fill_full if recipe.k is None and recipe.support != "sampled" else _fill_topk
+    """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``grad_logits``."""
+    fill = _fill_full if objective.support == "full" else _fill_topk
     with torch.cuda.device_of(stats):
-        fill(make_student, make_teacher, rows, recipe, stats, slope)
+        fill(student, teacher, tokens, objective, stats, grad_logits)
 
 
 class _Support(NamedTuple):
@@ -90,8 +89,8 @@ class _Support(NamedTuple):
 
 
 def _fill_topk(
-    make_student: Make,
-    make_teacher: Make,
+    student_chunk: ModelChunk,
+    teacher_chunk: ModelChunk,
     rows: TokenInputs,
     recipe: Objective,
     stats: Tensor,
@@ -102,20 +101,16 @@ def _fill_topk(
         slope.values if slope is not None and slope.values.dtype == UNSCALED_GRAD_DTYPE and has_tail else None
     )
     shares = room is not None
-    # Who chooses the support comes first, and is read while the cache still holds a part of it.
+    p, q = _model(student_chunk, recipe), _teacher(teacher_chunk, recipe)
     if recipe.support == "student":
-        p = _model(make_student(), recipe)
         ids, student = _choose(p, rows.tokens, recipe, room)
-        q = _teacher(make_teacher, recipe)
         teacher = _take(q, rows.tokens, ids)
     else:
-        q = _teacher(make_teacher, recipe)
         if recipe.support == "teacher":
             ids, teacher = _choose(q, rows.tokens, recipe)
         else:
             ids = rows.tokens[:, None]
             teacher = _take(q, rows.tokens, ids)
-        p = _model(make_student(), recipe)
         student = _take(p, rows.tokens, ids, room)
     (count, vocabulary), k, blocks = p.products.shape, ids.shape[1], student.sums.tops.shape[1]
     inside_slopes, outside_slope = room, torch.empty_like(student.token)
@@ -149,15 +144,14 @@ def _fill_topk(
 
 
 def _fill_full(
-    make_student: Make,
-    make_teacher: Make,
+    student_chunk: ModelChunk,
+    teacher_chunk: ModelChunk,
     rows: TokenInputs,
     recipe: Objective,
     stats: Tensor,
     slope: GradLogits | None,
 ) -> None:
-    # The student's come last, as they are read first: part of them is still in the cache.
-    q, p = _teacher(make_teacher, recipe), _model(make_student(), recipe)
+    p, q = _model(student_chunk, recipe), _teacher(teacher_chunk, recipe)
     count, vocabulary = p.products.shape
     grid = (count, triton.cdiv(vocabulary, FULL_BLOCK))
     new = p.products.new_empty
@@ -194,7 +188,7 @@ def _fill_full(
             *both, *row_sums, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
         )
         if slope.row_scale is not None:
-            slope.row_scale.copy_(row_gain(values.sum(dim=1), commons.sum(dim=1)))
+            slope.row_scale.copy_(row_scale(values.sum(dim=1), commons.sum(dim=1)))
 
 
 def _choose(
@@ -313,8 +307,8 @@ def _model(side: ModelChunk, recipe: Objective) -> _Model:
     outer = 1.0 if recipe.softcap is None else recipe.softcap / recipe.temperature
     bias = side.products if side.bias is None else side.bias.contiguous()
     exact = None
-    if side.states is not None and side.head is not None and side.head.itemsize == 2:
-        exact = _Exact(side.states, side.head, bias, inner)
+    if side.hidden is not None and side.weight is not None and side.weight.itemsize == 2:
+        exact = _Exact(side.hidden, side.weight, bias, inner)
     if side.accumulation_bias != 0.0:
         # products / (1 − lost) + bias, times inner
         bias = bias if side.bias is None else bias.float() * (1.0 - side.accumulation_bias)
@@ -322,16 +316,11 @@ def _model(side: ModelChunk, recipe: Objective) -> _Model:
     return _Model(side.products, bias, inner, outer, side.bias is not None, capped, exact)
 
 
-def _teacher(make: Make, recipe: Objective) -> _Model:
+def _teacher(teacher: ModelChunk, recipe: Objective) -> _Model:
     """The teacher's model, or a trust region's logits as products that need no further map."""
-    teacher = make()
     if teacher.reference is None or recipe.trust_region_coef is None:
         return _model(teacher, recipe)
-    centre = logits_from_products(
-        teacher.reference, teacher.reference_bias, recipe, teacher.accumulation_bias
-    )
-    live = logits_from_products(teacher.products, teacher.bias, recipe, teacher.accumulation_bias)
-    logits = centre.mul_(1 - recipe.trust_region_coef).add_(live, alpha=recipe.trust_region_coef)
+    logits = teacher_logits(teacher, recipe)
     return _Model(logits, logits, 1.0, 1.0, has_bias=False, softcap=False)
 
 
@@ -344,14 +333,14 @@ def _mode(recipe: Objective) -> int:
 
 def _weight_pointers(rows: TokenInputs, default: Tensor) -> list[Tensor]:
     """Pointers of the optional weights; ``default`` stands in for what is absent and never read."""
-    optional = (rows.old_log_probs, rows.extra_weights, rows.grad_weights, rows.loss_scale)
+    optional = (rows.old_log_probs, rows.weights, rows.grad_weights, rows.loss_scale)
     return [default if value is None else value for value in optional]
 
 
 def _weight_flags(rows: TokenInputs, recipe: Objective) -> dict[str, bool]:
     return {
         "OLD": rows.old_log_probs is not None and recipe.is_clip is not None,
-        "EXTRA": rows.extra_weights is not None,
+        "EXTRA": rows.weights is not None,
         "OWN": rows.grad_weights is not None,
         "LIFT": rows.loss_scale is not None,
     }

@@ -1,0 +1,221 @@
+"""Validation of the fused loss's arguments, on entry."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdpo._validate import (
+    check_alpha,
+    check_choice,
+    check_device,
+    check_int,
+    check_real,
+    check_shape,
+    check_tensor,
+    type_name,
+)
+from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail
+
+
+def check_head(name: str, head: object) -> LMHead:
+    """Demand an LMHead of a weight [V, D] and, unless None, a bias [V]."""
+    if not isinstance(head, LMHead):
+        raise TypeError(
+            f"{name}: expected an LMHead, got {type_name(head)}; pass sdpo.LMHead(hidden, weight, bias)"
+        )
+    check_tensor(f"{name}.hidden", head.hidden, "floating", min_ndim=2)
+    check_tensor(f"{name}.weight", head.weight, "floating", min_ndim=2)
+    if head.weight.ndim != 2 or 0 in head.weight.shape:
+        raise ValueError(
+            f"{name}.weight: expected a shape [V, D] with V, D > 0, got {tuple(head.weight.shape)}; "
+            "pass the weight of the output embedding"
+        )
+    if head.bias is not None:
+        check_tensor(f"{name}.bias", head.bias, "floating")
+        check_shape(f"{name}.bias", head.bias, head.weight.shape[:1], like=f"V of {name}.weight")
+    return head
+
+
+def check_objective(
+    *,
+    vocabulary: int,
+    support: Support,
+    k: int | None,
+    tail: Tail | None,
+    alpha: float,
+    is_clip: float | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    trust_region_coef: float | None,
+) -> Objective:
+    """Validate the scalars of the objective."""
+    alpha = check_alpha(alpha)
+    check_choice("support", support, ("student", "teacher", "full", "sampled"))
+    if support in ("student", "teacher"):
+        for name, value, example in (("k", k, "k=100"), ("tail", tail, "tail='bucket'")):
+            if value is None:
+                raise ValueError(
+                    f"{name}: expected a value with support={support!r}, got None; pass {example}, or support='full'"
+                )
+        meaning = f"at most the vocabulary size, min(k, {vocabulary})"
+        k = check_int("k", k, low=1, high=vocabulary, meaning=meaning)
+        check_choice("tail", tail, ("bucket", "renormalize"))
+        if k == vocabulary:
+            # The support of all V tokens has no order and no tail.
+            support, k, tail = "full", None, None
+    else:
+        for name, value in (("k", k), ("tail", tail)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected None with support={support!r}, got {value!r}; "
+                    "leave it out, or pass support='student' or 'teacher'"
+                )
+    if support == "sampled" and alpha != 1.0:
+        raise ValueError(
+            f"alpha: expected 1 with support='sampled', got {alpha!r}; "
+            "only the reverse divergence has an estimate from the sampled token alone"
+        )
+    if is_clip is not None:
+        is_clip = _check_positive("is_clip", is_clip, "the largest importance weight, or None")
+    if softcap is not None:
+        softcap = _check_positive("softcap", softcap, "the bound of the logits, or None")
+    if trust_region_coef is not None:
+        meaning = "the weight of the live teacher's logits"
+        trust_region_coef = check_real(
+            "trust_region_coef", trust_region_coef, low=0.0, high=1.0, meaning=meaning
+        )
+    return Objective(
+        support=support,
+        k=k,
+        tail=tail,
+        alpha=alpha,
+        is_clip=is_clip,
+        temperature=_check_positive("temperature", temperature, "the rollout temperature"),
+        softcap=softcap,
+        logit_scale=_check_positive("logit_scale", logit_scale, "the factor of the logits"),
+        trust_region_coef=trust_region_coef,
+    )
+
+
+def check_operands(
+    *,
+    student: LMHead,
+    teacher: LMHead,
+    reference: LMHead | None,
+    tokens: Tensor,
+    loss_mask: Tensor,
+    old_log_probs: Tensor | None,
+    weights: Tensor | None,
+    objective: Objective,
+) -> Operands:
+    """Validate the tensors and flatten their leading dimensions; every token counts as active."""
+    check_tensor("tokens", tokens, "integer", min_ndim=1)
+    check_tensor("loss_mask", loss_mask, "bool")
+    check_shape("loss_mask", loss_mask, tokens.shape, like="the shape of tokens")
+    for name, value in (("old_log_probs", old_log_probs), ("weights", weights)):
+        if value is not None:
+            check_tensor(name, value, "floating")
+            check_shape(name, value, tokens.shape, like="the shape of tokens")
+    _check_together("old_log_probs", old_log_probs, "is_clip", objective.is_clip, "importance weights")
+    coef = objective.trust_region_coef
+    _check_together("reference", reference, "trust_region_coef", coef, "a trust-region teacher")
+    heads = {"student": student, "teacher": check_head("teacher", teacher)}
+    if reference is not None:
+        heads["reference"] = check_head("reference", reference)
+    for name, head in heads.items():
+        width = head.weight.shape[1]
+        check_shape(
+            f"{name}.hidden", head.hidden, (*tokens.shape, width), like=f"tokens, then D of {name}.weight"
+        )
+        expected = (student.weight.shape[0], width)
+        check_shape(f"{name}.weight", head.weight, expected, like="the student's vocabulary")
+    _check_device_and_transforms(
+        heads, tokens=tokens, loss_mask=loss_mask, old_log_probs=old_log_probs, weights=weights
+    )
+    if reference is not None and coef in (0.0, 1.0):
+        # At either end of the trust region one of the two models is the teacher.
+        teacher, reference = (reference if coef == 0.0 else teacher), None
+    return Operands(
+        student=_flatten_tokens(student),
+        teacher=_flatten_tokens(teacher),
+        reference=None if reference is None else _flatten_tokens(reference),
+        tokens=tokens.flatten().long(),
+        active=None,
+        old_log_probs=None if old_log_probs is None else old_log_probs.flatten(),
+        weights=None if weights is None else weights.flatten(),
+    )
+
+
+def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
+    """The operands with the positions of the active tokens.
+
+    This waits for the device, which has nothing to do until the first product: what can come before it, does.
+    """
+    active = loss_mask.flatten().nonzero().flatten()
+    _check_token_ids(operands.tokens, active, operands.student.weight.shape[0])
+    return operands if active.shape[0] == loss_mask.numel() else operands._replace(active=active)
+
+
+def unsupported(transform: str) -> NotImplementedError:
+    """The error for a transform that a gradient computed in the forward pass does not allow."""
+    return NotImplementedError(
+        f"fused_distillation_loss: expected first derivatives in reverse mode, got {transform}, which it does not "
+        "support; use sdpo.distillation_loss on whole logits"
+    )
+
+
+def _check_positive(name: str, value: object, meaning: str) -> float:
+    return check_real(name, value, low=0.0, high=math.inf, open_low=True, meaning=meaning)
+
+
+def _check_together(name: str, value: object, other_name: str, other: object, purpose: str) -> None:
+    """Demand both of two arguments or neither."""
+    if (value is None) != (other is None):
+        present, missing = (other_name, name) if value is None else (name, other_name)
+        raise ValueError(
+            f"{missing}: expected together with {present}, got None; pass both for {purpose}, else neither"
+        )
+
+
+def _check_device_and_transforms(heads: dict[str, LMHead], **others: Tensor | None) -> None:
+    """Demand one device for all tensors, and none that is batched by torch.func.vmap."""
+    parts = {
+        f"{name}.{part}": value for name, head in heads.items() for part, value in head._asdict().items()
+    }
+    for name, value in (parts | others).items():
+        if value is not None:
+            check_device(name, value, heads["student"].hidden, like="the device of student.hidden")
+            if _is_batched(value):
+                raise unsupported(f"{name} inside torch.func.vmap")
+
+
+def _is_batched(tensor: Any) -> bool:
+    """Whether a transform of torch.func.vmap, at any level, hides a dimension of the tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def _check_token_ids(tokens: Tensor, active: Tensor, vocabulary: int) -> None:
+    """Refuse active ids outside the vocabulary where the check is free: for a GPU it would have to wait."""
+    if tokens.device.type != "cpu":
+        return
+    ids = tokens[active]
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if outside.numel() > 0:
+        raise ValueError(
+            f"tokens: expected ids in [0, {vocabulary}), the rows of student.weight, where loss_mask is true, "
+            f"got {int(outside[0])}; mask such positions"
+        )
+
+
+def _flatten_tokens(head: LMHead) -> LMHead:
+    return head._replace(hidden=head.hidden.flatten(0, -2))
