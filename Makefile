@@ -1,4 +1,4 @@
-# Two commands: `make demo` does the main job, `make test` proves the library. Both set up .venv first.
+# `make demo` trains the demo, `make test` runs the tests. Every target sets up .venv first.
 
 PYTHON ?= python3
 SEEDS ?= 1
@@ -30,8 +30,8 @@ test-thorough: $(READY)
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu
 
-# ZeRO-2 and -3 on two CPU ranks; `test` skips them. DeepSpeed is built from source, which imports torch, hence the
-# options; it needs a C++ compiler when it runs. It stays in .venv, and `test` then runs them too.
+# ZeRO-2 and -3 on two CPU processes; `test` skips them without DeepSpeed. Its build imports torch, hence the options,
+# and it needs a C++ compiler when it runs. It stays installed in .venv, and `test` then runs these tests too.
 test-deepspeed: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps $(DEEPSPEED)
 	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py
@@ -56,8 +56,8 @@ bench: $(READY)
 clean:
 	rm -rf $(VENV) output dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
-# Unsloth comes without what it asks for: its trainer is rewritten and tested on a CPU, its kernels are not.
-# torch first and by its exact version: a bare `torch` may bring gigabytes of CUDA that the demo does not need.
+# Unsloth is installed without its dependencies: the tests use its rewritten trainer on a CPU, not its kernels.
+# torch is installed first, at its exact version: an unpinned `torch` may download gigabytes of CUDA libraries.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"

@@ -1,4 +1,4 @@
-"""Tasks, machines and attempts of the embedded demo, and a changed machine: shared by the demo's tests."""
+"""Strategies for tasks, machines and attempts, and a changed machine, for the tests of the demo."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ machines = st.fixed_dictionaries({o: st.sampled_from(m) for o, m in machine.MEAN
 
 @st.composite
 def attempts(draw: st.DrawFn) -> tuple[str, str]:
-    """An answer, and another machine's trace, a damaged trace, or nonsense in the same language."""
+    """An attempt (the answer, another machine's trace, a damaged one, or nonsense), and the answer."""
     task = draw(tasks)
     answer, other = task.answer(draw(machines)), task.answer(draw(machines))
     at = draw(st.integers(0, len(other)))
@@ -33,6 +33,7 @@ def attempts(draw: st.DrawFn) -> tuple[str, str]:
     ), answer
 
 
-def rejects(check: Callable[..., None], *twin: object) -> None:
+def rejects(check: Callable[..., None], *counter_example: object) -> None:
+    """The check fails on a counter-example."""
     with pytest.raises(AssertionError):
-        check(*twin)
+        check(*counter_example)

@@ -1,4 +1,4 @@
-"""Runs a program of the repository in a process of its own."""
+"""Runs a program of the repository in a subprocess."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(folder: Path, *command: str) -> str:
-    """What Python prints for these arguments, on a CPU and in a folder of its own."""
+    """The output of `python *command` on a CPU, with `folder` as working directory."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,

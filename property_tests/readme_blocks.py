@@ -1,8 +1,8 @@
-"""The Python blocks of README.md and docs/ run, in order, one namespace per page, in an empty directory.
+"""README.md and docs/: the Python blocks run, in order, one namespace per page; links and named files exist.
 
     pytest property_tests/readme_blocks.py
 
-A fence that says ```python no-run is only compiled.
+Blocks run in an empty directory. A fence that says ```python no-run is only compiled.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+FILE = re.compile(
+    r"`((?:sdpo|adapters|property_tests|examples|rollout|step|teacher|resume|compat|diagnose)/[\w./]*)`"
+)
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "DEBT.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
@@ -24,10 +29,24 @@ def blocks(page: Path) -> list[tuple[int, str, str]]:
     return [(text.count("\n", 0, m.start(2)) + 1, m[1].strip(), m[2]) for m in FENCE.finditer(text)]
 
 
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if blocks(page)]
+def anchors(text: str) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def broken_links(page: Path, text: str) -> list[str]:
+    """Links of a page to missing files or headings, and files it names in backticks that do not exist."""
+    broken = []
+    for path, anchor in LINK.findall(text):
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(f"{path}#{anchor}")
+    roots = (ROOT, ROOT / "adapters" / "sdpo_rl")
+    return broken + [name for name in FILE.findall(text) if not any((root / name).exists() for root in roots)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
@@ -38,3 +57,14 @@ def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
         if options != "no-run":
             exec(compiled, module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page: Path) -> None:
+    assert broken_links(page, page.read_text()) == []
+
+
+def test_a_broken_link_is_found() -> None:
+    exist = "[c](docs/method.md#a-training-step) `sdpo/topk.py`"
+    text = f"[a](docs/none.md) [b](docs/method.md#none) {exist} `step/none.py`"
+    assert broken_links(ROOT / "README.md", text) == ["docs/none.md#", "docs/method.md#none", "step/none.py"]

@@ -1,4 +1,4 @@
-"""The embedded demo's model: its language, its exact evaluation and its checkpoint."""
+"""The demo's model: its tokenizer, its exact evaluation and its checkpoint."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_the_round_trip_is_lossless_in_both_directions(pieces: list[str]) -> Non
 
 
 def test_a_tokenizer_without_its_decoder_is_rejected() -> None:
-    twin = language.build_tokenizer()
-    twin.backend_tokenizer.decoder = None
-    rejects(_check_round_trip, twin, ["3", "1", "4"])
+    broken = language.build_tokenizer()
+    broken.backend_tokenizer.decoder = None
+    rejects(_check_round_trip, broken, ["3", "1", "4"])
 
 
 def test_no_word_begins_another() -> None:
@@ -74,12 +74,12 @@ def _check_language(
 
 
 @given(attempts(), st.sampled_from(pretrain.CONTEXTS))
-def test_every_text_of_the_world_is_in_the_language(attempt: tuple[str, str], context: str) -> None:
+def test_the_tokenizer_covers_every_text_of_the_task(attempt: tuple[str, str], context: str) -> None:
     _check_language(language.build_tokenizer(), attempt, context)
     rejects(_check_language, language.build_tokenizer(), attempt, context, "π")
 
 
-def test_the_saved_tokenizer_has_the_ids_that_the_checkpoint_learned(
+def test_the_saved_tokenizer_has_the_ids_of_the_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     text = "run ACB on 314\nfeedback\nline 2: expected A413 got junk\nsolve again"
@@ -95,7 +95,7 @@ def test_the_saved_tokenizer_has_the_ids_that_the_checkpoint_learned(
 def _brute_force(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, answer: str
 ) -> tuple[float, bool]:
-    """One question, one token at a time, no batch, no padding, in double precision."""
+    """One question, one token at a time, without batch and padding, in double precision."""
     ids = tokenizer(f"<user>{question}<assistant>").input_ids
     probability, greedy = 1.0, True
     for token in tokenizer(f"{answer}<eos>").input_ids:
@@ -149,7 +149,7 @@ def test_the_checkpoint_reaches_its_stated_probabilities(
     assert measured["both"] > 0.93
 
 
-def test_the_checkpoint_is_sure_of_the_habit(
+def test_the_checkpoint_follows_the_habit(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     chosen = machine.held_out_tasks()

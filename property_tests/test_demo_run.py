@@ -1,4 +1,4 @@
-"""The embedded demo's program: its plot, its page, and a quick run of every arm."""
+"""The demo's program: its plot, its report, and a quick run of every arm."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _results(seed_count: int = 2) -> dict:
             "seed": seed,
             "seconds": 1.0,
             "samples": [0, 512, 1024, 2048],
-            "probability": [value / (1 + seed + place) for value in curve],
+            "probability": [value / (1 + seed + index) for value in curve],
             "examples": [example | {"completion": "<b>&"}],
         }
-        for place, arm in enumerate(run.ARMS)
+        for index, arm in enumerate(run.ARMS)
         for seed in range(seed_count)
     ]
     return {
@@ -98,7 +98,7 @@ def test_the_quick_run_writes_its_report_and_learns_in_every_arm(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_seed_gives_the_same_numbers_again(tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_numbers(tmp_path: Path) -> None:
     first, second = (_quick_run(tmp_path / name) for name in ("first", "second"))
     for a, b in zip(first["runs"], second["runs"], strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}

@@ -1,4 +1,4 @@
-"""Every program under examples/ runs to its end on a CPU, on little work, and prints what it promises."""
+"""Every program under examples/ runs on a CPU, on a small problem, and prints its results."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from programs import EXAMPLES, run
 
-# These have tests of their own.
+# Tested in test_demo_*.py and test_ranks_launch.py.
 ELSEWHERE = {"accelerate", "demo"}
 HERE = {
     *("own_loop.py", "tools.py", "unsloth_7b_24gb.py"),
     *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "recipe", "step")),
 }
-# The benchmark has one shape for CPUs, and that takes half a minute.
+# The benchmark has one shape for CPUs, which takes half a minute.
 SMALL_LOSS = """
 import loss_peers
 loss_peers.SHAPES["cpu"] = [loss_peers.Shape(64, 32, 4096, head_learns) for head_learns in (False, True)]
@@ -27,7 +27,7 @@ def example(folder: Path, name: str, *arguments: str) -> str:
     return run(folder, str(EXAMPLES / name), *arguments)
 
 
-def test_no_program_is_left_out() -> None:
+def test_every_program_is_tested() -> None:
     programs = {
         path.relative_to(EXAMPLES).as_posix()
         for path in EXAMPLES.rglob("*.py")
@@ -36,7 +36,7 @@ def test_no_program_is_left_out() -> None:
     assert {name for name in programs if name.split("/")[0] not in ELSEWHERE} == HERE
 
 
-def test_the_own_loop_learns(tmp_path: Path) -> None:
+def test_own_loop_learns(tmp_path: Path) -> None:
     printed = example(tmp_path, "own_loop.py", "--steps", "10")
     before, after = map(float, re.findall(r"probability of the right answer (\S+)", printed))
     assert 0 < before < after <= 1

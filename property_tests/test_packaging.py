@@ -1,4 +1,4 @@
-"""The wheel: builds from the tree, holds the two packages and nothing else, and works from anywhere."""
+"""The wheel: builds from the source tree, contains the two packages only, and works from any directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXTRAS = {"trl", "peft", "bnb", "unsloth", "triton", "viz", "dev", "all"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built with the hatchling at hand, or else with one that `build` fetches."""
+    """The wheel, built with the installed hatchling or else with one that `build` downloads."""
     target = tmp_path_factory.mktemp("wheel")
     isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []
     result = subprocess.run(
@@ -46,13 +46,13 @@ def metadata(wheel: Path) -> tuple[list[str], dict[str, list[str]]]:
     }
 
 
-def test_it_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
+def test_it_contains_the_two_packages_only(wheel: Path) -> None:
     names, _ = metadata(wheel)
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sdpo", "sdpo_rl"}
     expected = {
-        str(path.relative_to(home))
-        for home, package in ((ROOT, "sdpo"), (ROOT / "adapters", "sdpo_rl"))
-        for path in (home / package).rglob("*")
+        str(path.relative_to(source))
+        for source, package in ((ROOT, "sdpo"), (ROOT / "adapters", "sdpo_rl"))
+        for path in (source / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed"
     }
     assert {"sdpo/py.typed", "sdpo_rl/py.typed"} <= expected
@@ -89,7 +89,7 @@ def test_it_works_from_another_directory(wheel: Path, tmp_path: Path) -> None:
         capture_output=True,
         cwd=elsewhere,
     )
-    # Without `site`, so that an editable install cannot answer in the wheel's place.
+    # Without `site`, so that an editable install is not imported instead of the wheel.
     libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     script = f"""
 import sys

@@ -1,4 +1,4 @@
-"""Every figure of the README and the guides, from the record behind it."""
+"""Every figure of the README and docs/ equals the record it comes from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def demo_mean(arm: str) -> dict[int, float]:
 
 
 def loss(shape: int) -> dict[str, dict[str, float]]:
-    """Results by name, `over` the time of the products alone."""
+    """Results by name; `over` is the time over that of the matrix products alone."""
     rows = {row["name"]: row for row in record("loss-h200")["shapes"][shape]["results"] if "ms" in row}
     return {name: row | {"over": row["ms"] / rows["floor"]["ms"]} for name, row in rows.items()}
 
@@ -230,13 +230,13 @@ def test_a_figure_equals_its_record(page: str, line: str) -> None:
     assert " ".join(line.split()) in " ".join(page.split())
 
 
-def test_another_figure_would_be_noticed() -> None:
+def test_a_wrong_figure_is_noticed() -> None:
     page, line = next(readme for readme in PAGES if "fused" in readme[1])
     assert line.replace("1.", "2.") not in page
 
 
 def check_picture(picture: str) -> None:
-    """Every seed's curve and every mean, read off by the ticks; a coordinate has one decimal."""
+    """Every curve and every mean, in the scale of the ticks; coordinates have one decimal."""
     svg = ElementTree.fromstring(picture)
     labels = {(t.get("text-anchor"), t.text): t for t in svg.findall("{*}text")}
     left, right = (float(labels["middle", tick].get("x", "")) for tick in ("0", "5120"))
@@ -264,7 +264,7 @@ def test_the_picture_shows_the_record() -> None:
             check_picture(other)
 
 
-def test_what_the_readme_says_of_the_demo_holds() -> None:
+def test_statements_of_the_readme_on_the_demo_hold() -> None:
     seconds = [sum(run["seconds"] for run in DEMO["runs"] if run["seed"] == seed) for seed in range(3)]
     assert max(seconds) < 120
     sdpo, peers, grpo = (demo_mean(arm) for arm in ("SDPO", "SDPO, peers only", "GRPO"))
@@ -280,6 +280,6 @@ def test_the_readme_names_the_options_that_are_refused() -> None:
     assert set(re.findall(r"`(\w+)`", named[1])) == set(_validate._NOT_OURS)
 
 
-def test_records_name_no_machine() -> None:
+def test_records_contain_no_paths() -> None:
     for path in (*RECORDS.glob("*.json"), ROOT / "examples" / "demo" / "record.json"):
         assert not re.search(r"[\"' =]/\w", path.read_text()), path

@@ -1,4 +1,4 @@
-"""The embedded demo's world: its machine, its interpreter, its prompts and its shuffled control."""
+"""The demo's task: its machine, its interpreter, its prompts and the control with shuffled feedback."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_trace_applies_one_meaning_per_line(task: machine.Task, meanings: mach
     _check_trace(machine.Task.answer, task, meanings)
 
 
-def test_a_trace_that_starts_over_or_keeps_to_the_habit_is_rejected() -> None:
+def test_a_trace_that_starts_over_or_follows_the_habit_is_rejected() -> None:
     def from_the_register(task: machine.Task, meanings: machine.Machine) -> str:
         lines = [o + machine.PRIMITIVES[meanings[o]](task.register) for o in task.program]
         return "\n".join([task.register, *lines])
@@ -165,7 +165,7 @@ def test_naming_the_last_wrong_line_or_counting_from_zero_is_rejected(
     rejects(_check_verdict, from_zero, attempt, answer)
 
 
-def test_feedback_by_hand() -> None:
+def test_feedback_of_chosen_completions() -> None:
     answer = machine.Task("ACB", "314").answer(machine.HABIT)
     assert answer == "314\nA413\nC524\nB245"
     for completion, feedback in {
@@ -182,20 +182,20 @@ def test_feedback_by_hand() -> None:
 # --- training and held-out prompts -------------------------------------------------------------------------------
 
 
-def _check_asked(prompts: list[str]) -> None:
+def _check_prompts(prompts: list[str]) -> None:
     assert not any(machine.held_out(prompt[-3:]) for prompt in prompts)
 
 
 @given(seeds)
-def test_no_held_out_register_is_ever_asked_in_training(seed: int) -> None:
+def test_no_held_out_register_is_in_a_training_prompt(seed: int) -> None:
     rng = random.Random(seed)
     asked = [machine.draw_task(rng).prompt for _ in range(20)]
     everywhere = [f"run A on {rng.choice(machine.REGISTERS)}" for _ in range(200)]
-    rejects(_check_asked, everywhere)
+    rejects(_check_prompts, everywhere)
     asked += [make(rng)[0].split("\n")[0] for make in (pretrain.skills_document, pretrain.habit_document)]
     rows = run.training_prompts(machine.HABIT, seed, count=20)
     asked += [prompt[0]["content"] for prompt in rows["prompt"]]
-    _check_asked(asked)
+    _check_prompts(asked)
 
 
 def test_the_held_out_set_is_fixed_distinct_and_a_fifth_of_the_registers() -> None:
@@ -235,7 +235,7 @@ def _check_control(reward: Callable[..., list[machine.Verdict]], seed: int) -> N
 
 
 @given(seeds)
-def test_the_control_changes_whose_feedback_a_failure_reads_and_nothing_else(seed: int) -> None:
+def test_the_control_only_exchanges_feedback_between_failures(seed: int) -> None:
     assume(sum(verdict.score == 0.0 for verdict in run.interpreter(*_rollout(seed))) >= 2 * run.GROUP)
     _check_control(run.shuffling_interpreter, seed)
     rejects(_check_control, run.interpreter, seed)
