@@ -141,29 +141,29 @@ def observe_exchange(folder: Path) -> Observed:
                     name: torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(errors)))
                 }
                 expected = functional_call(plain, other, args=(), kwargs=arguments).logits
-                parts = shards.held_parts(model, other)
+                parts = shards.shard_tensors(model, other)
                 model(**arguments)
                 shown = step_forward._run(model, model, arguments, parts).logits
                 errors[name] = (shown - expected).abs().max().item()
                 unseen[name] = (own - expected).abs().max().item()
                 gaps[name] = (model(**arguments).logits - own).abs().max().item()
                 # The wrong twin: contents exchanged while units are still gathered.
-                held = shards.held_parameters(model)
+                held = shards.local_shards(model)
                 kept = held[name].clone()
                 model(**arguments)
                 held[name].copy_(parts[name])
                 stale[name] = (model(**arguments).logits - expected).abs().max().item()
                 held[name].copy_(kept)
-                shards.held_parameters(model)
-        interrupted = {n: torch.zeros_like(p) for n, p in shards.held_parameters(model).items()}
+                shards.local_shards(model)
+        interrupted = {n: torch.zeros_like(p) for n, p in shards.local_shards(model).items()}
         try:
-            with shards.exchanged(model, interrupted):
+            with shards.swap_shards(model, interrupted):
                 raise KeyboardInterrupt
         except KeyboardInterrupt:
             pass
         with torch.no_grad():
             gaps["after an interruption"] = (model(**arguments).logits - own).abs().max().item()
-        whole_again = shards.full_tensors(model, shards.held_parameters(model))
+        whole_again = shards.full_tensors(model, shards.local_shards(model))
         round_trip = all(torch.equal(whole_again[n], p) for n, p in plain.named_parameters())
         seen["tied" if tied else "untied"] = {
             "errors": errors,

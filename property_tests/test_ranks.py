@@ -171,9 +171,10 @@ def test_a_teacher_follows_its_model_to_another_device() -> None:
     """FSDP and DeepSpeed move the model when training begins; `meta` stands for the other device."""
     model = tiny.model(tie_word_embeddings=False)
     store = TeacherStore(model, tiny.config(), seed=0)
+    store.on_train_begin(model)
     model.to("meta")
     store.tick(model)
-    (params,) = store.forwards(model)
+    (params,) = store.forwards(model, training=True)
     assert params is not None
     assert {tensor.device.type for tensor in params.values()} == {"meta"}
     distance = store.distance(model)
@@ -184,7 +185,8 @@ def test_a_teacher_follows_its_model_to_another_device() -> None:
 def test_an_offloaded_teacher_stays_where_it_is() -> None:
     model = tiny.model(tie_word_embeddings=False)
     store = TeacherStore(model, tiny.config(teacher_offload="cpu"), seed=0)
-    store._own(model.to("meta"))
+    store.on_train_begin(model)
+    store.forwards(model.to("meta"), training=True)
     assert {tensor.device.type for tensor in store.state.params.values()} == {"cpu"}
 
 

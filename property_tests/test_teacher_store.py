@@ -10,6 +10,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -27,8 +29,7 @@ from sdpo import frozen, teacher_distance
 from sdpo_rl import SDPOConfig
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
-from sdpo_rl.teacher import store as teacher_store
-from sdpo_rl.teacher import swap as teacher_swap
+from sdpo_rl.teacher import shards
 from sdpo_rl.teacher.store import TeacherStore
 
 Weights = dict[str, Tensor]
@@ -115,7 +116,7 @@ def average(students: list[Weights]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def written(model: nn.Module, weights: Weights) -> Iterator[None]:
+def overwritten(model: nn.Module, weights: Weights) -> Iterator[None]:
     """The model with other contents in its parameters."""
     own = dict(model.named_parameters())
     kept = {name: own[name].detach().clone() for name in weights}
@@ -133,6 +134,13 @@ def logits(model: Any, params: Weights | None = None) -> Tensor:
     arguments = {"input_ids": IDS, "attention_mask": MASK, "use_cache": False}
     with torch.no_grad():
         return step_forward.completion_logits(model, model, arguments, length=4, params=params)
+
+
+def started(model: nn.Module, **config: Any) -> TeacherStore:
+    """A teacher at the begin of training."""
+    store = TeacherStore(model, SDPOConfig(**config), seed=0)
+    store.on_train_begin(model)
+    return store
 
 
 def run(model: nn.Module, folder: Path, **config: Any) -> tuple[Any, Students]:
@@ -155,9 +163,9 @@ def check(trainer: Any, students: Students, *, tolerance: float = 1e-6) -> None:
     assert store.state.params.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(store.state.params[name].double(), weight, rtol=tolerance, atol=tolerance)
-    (params,) = store.forwards(model)
+    (params,) = store.forwards(model, training=True)
     seen = logits(model, params)
-    with written(model, params):
+    with overwritten(model, params):
         assert torch.equal(seen, logits(model))
     for name in params:
         rest = {other: weight for other, weight in params.items() if other != name}
@@ -222,7 +230,7 @@ def test_the_comparison_rejects_a_teacher_that_leaves_something_out(tmp_path: Pa
     factors = {name: weight for name, weight in state.params.items() if "modules_to_save" not in name}
     assert len(factors) < len(state.params)
     trainer._teacher.state = state._replace(params=factors)
-    trainer._teacher._own = lambda model, **_: dict(model.named_parameters())
+    trainer._teacher._student = lambda model: dict(model.named_parameters())
     with pytest.raises(AssertionError):
         check(trainer, students)
 
@@ -237,7 +245,121 @@ def test_the_comparison_rejects_another_rate(tmp_path: Path, rate: float) -> Non
         check(trainer, students)
 
 
+def test_a_tied_weight_is_replaced_everywhere() -> None:
+    model = tiny.model()
+    name = "model.embed_tokens.weight"
+    weights = {name: torch.randn_like(model.get_parameter(name))}
+    replaced = logits(model, weights)
+    with overwritten(model, weights):
+        assert torch.equal(replaced, logits(model))
+    # A counter-example: the embedding alone.
+    with torch.no_grad():
+        arguments = {"input_ids": IDS, "attention_mask": MASK}
+        untied = functional_call(model, weights, kwargs=arguments, tie_weights=False).logits[:, -5:-1]
+    assert not torch.allclose(replaced, untied)
+
+
 # --- how it starts ----------------------------------------------------------------------------------------
+
+
+def edit(model: nn.Module) -> None:
+    """Change every trainable parameter, always alike."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def evaluated(
+    folder: Path, mode: str, *, before: bool = False, after: bool = False, stale: bool = False
+) -> float:
+    """The loss of `evaluate()` without training, of weights edited before or after construction."""
+    model = warm_started()
+    if before:
+        edit(model)
+    trainer = tiny.trainer(folder, start=model, sdpo_config=tiny.config(teacher_mode=mode), **EVALUATION)
+    if stale:
+        trainer._teacher.on_train_begin(trainer._unwrapped)
+    if after:
+        edit(model)
+    loss: float = trainer.evaluate()["eval_loss"]
+    return loss
+
+
+EVALUATION = {
+    "eval_dataset": tiny.conversations(4),
+    "num_generations_eval": 4,
+    "per_device_eval_batch_size": 4,
+}
+
+
+@pytest.mark.parametrize("mode", ["ema", "frozen", "trust_region", "live"])
+def test_an_evaluation_before_training_has_the_present_weights_as_the_teacher(
+    tmp_path: Path, mode: str
+) -> None:
+    expected = evaluated(tmp_path, mode, before=True)
+    assert evaluated(tmp_path, mode, after=True) == pytest.approx(expected, rel=1e-6)
+    if mode != "live":
+        stale = evaluated(tmp_path, mode, after=True, stale=True)
+        assert stale != pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("first", ["evaluate", "train"])
+def test_training_starts_from_the_weights_at_its_begin(tmp_path: Path, first: str) -> None:
+    config = tiny.config(teacher_mode="frozen")
+    trainer = tiny.trainer(tmp_path, start=warm_started(), sdpo_config=config, **EVALUATION)
+    if first == "evaluate":
+        trainer.evaluate()
+    edit(trainer._unwrapped)
+    begin = trained(trainer._unwrapped)
+    trainer.train()
+    assert begin.keys() == trainer._teacher.state.params.keys()
+    assert all(torch.equal(tensor, begin[name]) for name, tensor in trainer._teacher.state.params.items())
+    assert not all(torch.equal(tensor, begin[name]) for name, tensor in trained(trainer._unwrapped).items())
+
+
+def test_a_training_loss_outside_of_train_starts_the_teacher(tmp_path: Path) -> None:
+    """A loop of one's own: later losses do not take the student as it is then."""
+    trainer = tiny.trainer(tmp_path, start=warm_started(), sdpo_config=tiny.config(teacher_mode="frozen"))
+    edit(trainer._unwrapped)
+    begin = trained(trainer._unwrapped)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs([*tiny.conversations()])
+    trainer.compute_loss(trainer.model, inputs)
+    edit(trainer._unwrapped)
+    (params,) = trainer._teacher.forwards(trainer._unwrapped, training=True)
+    assert all(torch.equal(tensor, begin[name]) for name, tensor in params.items())
+
+
+def test_a_second_training_continues_with_the_same_teacher_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = tiny.trainer(
+        tmp_path, start=lora(), sdpo_config=tiny.config(teacher_update_rate=RATE), **settings
+    )
+    students = Students(trainer._unwrapped)
+    trainer.add_callback(students)
+
+    def logged() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records if "called again" in record.getMessage()]
+        caplog.clear()
+        return lines
+
+    trainer.train()
+    assert logged() == []
+    trainer.train()
+    (line,) = logged()
+    assert "after 2 updates" in line
+    assert trainer._teacher.state.ticks == 4
+    for name, weight in average(students.seen).items():
+        torch.testing.assert_close(trainer._teacher.state.params[name].double(), weight, rtol=1e-6, atol=1e-6)
+    # A resumed training continues as well, as it was asked to.
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert logged() == []
+    assert trainer._teacher.state.ticks == 4
 
 
 @pytest.mark.parametrize("mode", ["ema", "frozen", "trust_region"])
@@ -249,7 +371,7 @@ def test_it_starts_as_the_student_it_was_given(tmp_path: Path, name: str, mode: 
             p.add_(torch.randn_like(p), alpha=0.01)
     before = logits(model)
     trainer = tiny.trainer(tmp_path, start=model, sdpo_config=tiny.config(teacher_mode=mode))
-    params = trainer._teacher.forwards(trainer._unwrapped)[0]
+    params = trainer._teacher.forwards(trainer._unwrapped, training=True)[0]
     assert torch.equal(logits(trainer._unwrapped, params), before)
 
 
@@ -280,9 +402,9 @@ def test_nothing_trainable_is_refused() -> None:
 @pytest.mark.parametrize("mode", ["ema", "frozen"])
 def test_other_trainable_parameters_than_at_the_start_are_refused_by_name(mode: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    store = TeacherStore(model, SDPOConfig(teacher_mode=mode), seed=0)
+    store = started(model, teacher_mode=mode)
     model[0].bias.requires_grad_(False)
-    for call in (store.forwards, store.tick, store.distance):
+    for call in (partial(store.forwards, training=True), store.tick, store.distance):
         with pytest.raises(ValueError, match=r"lost '0\.bias'"):
             call(model)
 
@@ -301,8 +423,8 @@ def test_what_has_come_to_train_is_refused_at_the_next_tick(
 ) -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     model[0].frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    store = TeacherStore(model, SDPOConfig(), seed=0)
-    store.forwards(model)
+    store = started(model)
+    store.forwards(model, training=True)
     store.tick(model)
     change(model)
     with pytest.raises(ValueError, match=f"gained '{gained}'"):
@@ -311,23 +433,11 @@ def test_what_has_come_to_train_is_refused_at_the_next_tick(
 
 def test_a_parameter_that_came_to_be_another_s_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    store = TeacherStore(model, SDPOConfig(), seed=0)
-    store.forwards(model)
+    store = started(model)
+    store.forwards(model, training=True)
     model[1].weight = model[0].weight
     with pytest.raises(ValueError, match=r"lost '1\.weight'"):
-        store.forwards(model)
-
-
-def test_a_parameter_that_was_replaced_is_found_in_its_place() -> None:
-    model = nn.Sequential(nn.Linear(2, 2))
-    store = TeacherStore(model, SDPOConfig(), seed=0)
-    start = model[0].weight.detach().clone()
-    store.forwards(model)
-    replaced = model[0].weight = nn.Parameter(torch.zeros(2, 2))
-    (params,) = store.forwards(model)
-    with teacher_swap.replaced(model, params):
-        assert torch.equal(model[0].weight, start)
-    assert model[0].weight is replaced
+        store.forwards(model, training=True)
 
 
 # --- the modes --------------------------------------------------------------------------------------------
@@ -338,7 +448,7 @@ def test_frozen_keeps_the_start_and_live_keeps_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(w, students.seen[0][name]) for name, w in trainer._teacher.state.params.items())
     trainer, students = run(lora(), tmp_path, teacher_mode="live")
     assert trainer._teacher.state.params == {}
-    assert trainer._teacher.forwards(trainer._unwrapped) == [None]
+    assert trainer._teacher.forwards(trainer._unwrapped, training=True) == [None]
     assert trainer._teacher.distance(trainer._unwrapped) is None
 
 
@@ -357,10 +467,10 @@ def geometric(first: Tensor, student: Tensor, coef: float) -> Tensor:
 def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path, coef: float) -> None:
     trainer, students = run(tiny.model(), tmp_path, teacher_mode="trust_region", trust_region_coef=coef)
     model = trainer._unwrapped
-    start, own = trainer._teacher.forwards(model)
+    start, own = trainer._teacher.forwards(model, training=True)
     assert own is None
     assert all(torch.equal(w, students.seen[0][name]) for name, w in start.items())
-    with written(model, students.seen[0]):
+    with overwritten(model, students.seen[0]):
         first = logits(model)
     now = logits(model)
     assert torch.equal(logits(model, start), first)
@@ -407,7 +517,7 @@ def test_an_offloaded_state_rounds_by_name(tmp_path: Path) -> None:
     """A twin that gave every parameter the same noise would pass on one parameter, but not here."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     model[1].load_state_dict(model[0].state_dict())
-    store = TeacherStore(model, SDPOConfig(teacher_dtype="bfloat16", teacher_offload="cpu"), seed=0)
+    store = started(model, teacher_dtype="bfloat16", teacher_offload="cpu")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.01)
@@ -418,8 +528,8 @@ def test_an_offloaded_state_rounds_by_name(tmp_path: Path) -> None:
 
 def test_an_offloaded_state_travels_to_the_parameters() -> None:
     model = nn.Linear(2, 2).bfloat16()
-    store = TeacherStore(model, SDPOConfig(teacher_offload="cpu"), seed=0)
-    (params,) = store.forwards(model.to("meta"))
+    store = started(model, teacher_offload="cpu")
+    (params,) = store.forwards(model.to("meta"), training=True)
     assert {(p.dtype, p.device.type) for p in params.values()} == {(torch.bfloat16, "meta")}
     assert all((p.dtype, p.device.type) == (torch.float32, "cpu") for p in store.state.params.values())
 
@@ -444,18 +554,19 @@ def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_paramet
     offload = SDPOConfig(teacher_offload="cpu")
     assert extra(lambda: made.append(TeacherStore(model, offload, seed=0))) <= 2 * largest
     store = made[0]
+    assert extra(lambda: store.on_train_begin(model)) <= 2 * largest
     assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
     assert extra(lambda: store.tick(model)) <= 2 * largest
     assert all(t.device.type == "cpu" and t.is_pinned() for t in store.state.params.values())
     assert extra(lambda: store.distance(model)) <= 8 * largest
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert extra(lambda: store.forwards(model)) <= whole + 2 * largest
+    assert extra(lambda: store.forwards(model, training=True)) <= whole + 2 * largest
     before = torch.cuda.memory_allocated()
-    params = store.forwards(model)
+    params = store.forwards(model, training=True)
     assert all(t.device.type == "cuda" and t.dtype == dtype for t in params[0].values())
     del params
     assert torch.cuda.memory_allocated() == before
-    assert extra(lambda: made.append(TeacherStore(model, SDPOConfig(), seed=0))) > 20 * largest
+    assert extra(lambda: made.append(started(model))) > 20 * largest
 
 
 # --- what it costs ----------------------------------------------------------------------------------------
@@ -518,16 +629,16 @@ def test_a_tick_and_a_distance_hold_a_few_parameters_at_a_time(
     monkeypatch.setattr(sdpo.teacher, "_TOGETHER", 2 * 64 * 64)
     model = stack().to(dtype)
     one = 64 * 64 * 4
-    store = TeacherStore(model, SDPOConfig(teacher_offload=offload), seed=0)
+    store = started(model, teacher_offload=offload)
     assert peak(lambda: store.tick(model)) <= 2 * one
     assert peak(lambda: store.distance(model)) <= 4 * one
-    rounded = TeacherStore(model, SDPOConfig(teacher_dtype="bfloat16", teacher_offload=offload), seed=0)
+    rounded = started(model, teacher_dtype="bfloat16", teacher_offload=offload)
     assert peak(lambda: rounded.tick(model)) <= 6 * one
 
 
 def test_the_peak_rejects_copies_of_the_model() -> None:
     model, one = stack().bfloat16(), 64 * 64 * 4
-    state = TeacherStore(model, SDPOConfig(), seed=0).state
+    state = started(model).state
     params = dict(model.named_parameters())
 
     def distance_over_a_float_copy() -> Tensor:
@@ -566,8 +677,11 @@ def test_a_tick_and_a_forward_take_the_same_few_operations_for_any_number_of_par
 ) -> None:
     def counts(parameters: int) -> list[int]:
         model = stack(parameters).to(dtype)
-        store = TeacherStore(model, SDPOConfig(teacher_mode=mode), seed=0)
-        return [operations(lambda: store.tick(model)), operations(lambda: store.forwards(model))]
+        store = started(model, teacher_mode=mode)
+        return [
+            operations(lambda: store.tick(model)),
+            operations(lambda: store.forwards(model, training=True)),
+        ]
 
     assert counts(40) == counts(2)
     assert max(counts(40)) <= 2
@@ -576,29 +690,13 @@ def test_a_tick_and_a_forward_take_the_same_few_operations_for_any_number_of_par
 def test_the_count_rejects_one_parameter_after_the_other() -> None:
     def one_by_one(parameters: int) -> int:
         model = stack(parameters).bfloat16()
-        state = TeacherStore(model, SDPOConfig(), seed=0).state
+        state = started(model).state
         with torch.no_grad():
             return operations(
                 lambda: [state.params[n].lerp_(p.float(), RATE) for n, p in model.named_parameters()]
             )
 
     assert one_by_one(40) == 20 * one_by_one(2)
-
-
-def test_a_forward_walks_through_the_modules_no_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model with adapters there are thousands, and a GPU waits."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("a walk")
-
-    model = lora().bfloat16()
-    store = TeacherStore(model, SDPOConfig(), seed=0)
-    (params,) = store.forwards(model)
-    expected = logits(model, params)
-    monkeypatch.setattr(nn.Module, "named_modules", refuse)
-    monkeypatch.setattr(teacher_swap, "all_modules", refuse)
-    (params,) = store.forwards(model)
-    assert torch.equal(logits(model, params), expected)
 
 
 def held(tensors: dict[str, Tensor]) -> int:
@@ -618,7 +716,7 @@ def held(tensors: dict[str, Tensor]) -> int:
 )
 def test_the_state_is_one_copy_of_what_trains(name: str, dtype: str, bytes_per_number: int) -> None:
     model = MODELS[name]()
-    store = TeacherStore(model, SDPOConfig(teacher_dtype=dtype), seed=0)
+    store = started(model, teacher_dtype=dtype)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert held(store.state.params) == numbers * bytes_per_number
     if name.endswith("RA"):
@@ -642,11 +740,11 @@ def test_a_forward_holds_the_copies_that_are_documented_and_no_more(name: str) -
     make, config, at_rest, during = COSTS[name]
     model = make()
     own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    store = TeacherStore(model, SDPOConfig(**config), seed=0)
+    store = started(model, **config)
     assert held(store.state.params) == at_rest * own
     alone = peak(lambda: logits(model))
     with Peak() as counter:
-        for params in store.forwards(model):
+        for params in store.forwards(model, training=True):
             logits(model, params)
         del params
     assert counter.bytes - alone == during * own
@@ -708,6 +806,9 @@ def test_the_distance_meets_a_state_that_rests_elsewhere() -> None:
     assert teacher_distance(state, {"w": torch.ones(3, device="meta")}).device.type == "meta"
 
 
-def test_the_trainable_parameters_are_the_ones_with_a_gradient() -> None:
+def test_on_one_process_the_local_shards_are_the_trainable_parameters() -> None:
     model = lora()
-    assert teacher_store.trainable_parameters(model).keys() == trained(model).keys()
+    parameters = dict(model.named_parameters())
+    local = shards.local_shards(model)
+    assert local.keys() == trained(model).keys()
+    assert all(tensor.data_ptr() == parameters[name].data_ptr() for name, tensor in local.items())

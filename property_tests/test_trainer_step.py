@@ -355,7 +355,7 @@ def teacher_moves_with_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def teacher_is_the_student(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trainer_module.TeacherStore, "forwards", lambda self, model: [None])
+    patch.setattr(trainer_module.TeacherStore, "forwards", lambda *_, **__: [None])
 
 
 def importance_weights_forgotten(patch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             self._fused = False
         self._rollout: Rollout | None = None
         self._generations_done = 0
-        self.add_callback(BeforeTraining(lambda: self._teacher.begin(self._unwrapped)))
+        self.add_callback(BeforeTraining(lambda: self._teacher.on_train_begin(self._unwrapped)))
         self.add_callback(AfterOptimizerStep(self._after_optimizer_step))
         warn_if_slow(self)
 

@@ -144,7 +144,7 @@ def _instead(folder: Path | None) -> str:
 
 def save_teacher(folder: str, store: TeacherStore, model: nn.Module, *, writes: bool) -> None:
     """Write the whole teacher from the rank that `writes`; every rank takes part."""
-    tensors = store.whole(model, keep=writes)
+    tensors = store.full_state(model, keep=writes)
     if writes:
         about = {"rule": store.rule, "ticks": store.state.ticks}
         write(Path(folder) / FOLDER / TEACHER, tensors, {"format": "pt", "sdpo_teacher": json.dumps(about)})
@@ -192,7 +192,7 @@ def load_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
     check_teacher(folder, store, model)
     with safe_open(Path(folder) / FOLDER / TEACHER, "pt") as file:
         tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
-        store.restore(model, tensors, ticks=_about(file)["ticks"])
+        store.load(model, tensors, ticks=_about(file)["ticks"])
 
 
 def _about(file: Any) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def _run(
     if params is None:
         return model(**arguments)
     if shards.is_sharded(unwrapped):
-        with shards.exchanged(unwrapped, params):
+        with shards.swap_shards(unwrapped, params):
             return model(**arguments)
     with replaced(unwrapped, params):
         return unwrapped(**arguments)

@@ -98,13 +98,14 @@ class MicroBatchLoss(_Trainer):
         forward: Any = step_forward.completion_states if self._fused else step_forward.completion_logits
         # The teacher runs first: the student's graph is then never touched by other weights. It runs in eval
         # mode: dropout would be noise in the target.
+        training = self._mode == "train"  # read before `evaluating` changes it
         with torch.no_grad(), self.accelerator.autocast(), step_forward.evaluating(unwrapped):
             width = getattr(unwrapped.config.get_text_config(), "hidden_size", _TEACHER_WIDTH)
             limit = _TEACHER_TOKENS * _TEACHER_WIDTH // width
             groups = self._row_groups(teacher, token_limit=limit)
             q = [
                 run_groups(partial(forward, model, unwrapped, params=params), reads, groups, length=length)
-                for params in self._teacher.forwards(unwrapped)
+                for params in self._teacher.forwards(unwrapped, training=training)
             ]
         with self.accelerator.autocast():
             groups = self._row_groups(student, token_limit=math.inf)

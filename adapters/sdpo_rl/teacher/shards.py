@@ -1,9 +1,9 @@
-"""One model on many ranks: which part of it a rank holds, and how other weights take its place.
+"""Parameters of a model that several ranks train together: local shards, full tensors, and swapping the shards.
 
-Under DDP and ZeRO-2 every rank holds whole parameters. FSDP2 (`fully_shard`) keeps a shard of each as a
-`DTensor`, ZeRO-3 a flat partition of it. A teacher is kept in the same parts, so that it costs a rank its share
-and no more. Whatever talks to other ranks must be called by all of them: `exchanged` and the forward inside
-it, `full_tensors`, `global_ratio`, `any_rank`.
+A local shard is what this rank stores of a parameter. Under DDP and ZeRO-2 that is the whole parameter, under FSDP2
+(`fully_shard`) the local tensor of a `DTensor`, under ZeRO-3 a flat partition. The teacher is stored in the same
+shards, so that each rank holds its part only. These are collective, every rank must call them: the forward inside
+`swap_shards`, `full_tensors`, `global_ratio`, `any_rank`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .swap import all_modules
+Tensors = dict[str, Tensor]  # by parameter name
 
-Parts = dict[str, Tensor]
-
-# What activation checkpointing under FSDP puts into the names of the layers it wraps.
+# Activation checkpointing under FSDP adds this to the names of the layers it wraps.
 _WRAPPER = "_checkpoint_wrapped_module."
 
 
 def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps: int) -> None:
-    """Refuse the ways to spread a model or a step under which the loss or the teacher would be wrong.
+    """Refuse the distributed strategies under which the loss or the teacher would be wrong.
 
     Raises:
-        ValueError: FSDP 1, whose parameters have no names of their own while they rest; or, under DeepSpeed, an
-            optimizer step that spans several generation batches.
+        ValueError: FSDP 1, whose sharded parameters have no names of their own; or, under DeepSpeed, an optimizer
+            step that spans several generation batches.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
-            "FSDP version 1 flattens parameters, so a teacher cannot take their place by name; set "
+            "FSDP version 1 flattens parameters, so the teacher's weights cannot replace them by name; set "
             "fsdp_version: 2 in the Accelerate config, or GRPOConfig(fsdp_config={'version': 2})"
         )
     if accelerator.distributed_type == "DEEPSPEED" and generate_every % accumulation_steps:
@@ -48,58 +46,58 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a rank holds only a part of some parameter, so that nothing may stand in for it whole."""
-    if not _has_group():
+    """Whether some parameter is stored in parts, so that `torch.func.functional_call` cannot replace it."""
+    if not _has_process_group():
         return False
-    # A gathered FSDP unit shows plain parameters, hence the look at the modules.
-    return any(isinstance(module, FSDPModule) for module in all_modules(model)) or is_partitioned(model)
+    # An unsharded FSDP unit shows plain parameters, so the modules tell, not the parameters.
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether the parameters are ZeRO-3 partitions, which exist whole only inside their own module's forward."""
-    return any(_is_partition(p) for module in all_modules(model) for p in module._parameters.values())
+    """Whether the parameters are ZeRO-3 partitions, which are gathered only for their own module's forward."""
+    return any(_is_partition(parameter) for parameter in model.parameters())
 
 
-def held_parameters(model: nn.Module) -> Parts:
-    """What this rank holds of every trainable parameter, by name, in the parameter's own memory."""
-    return {name: _held(parameter) for name, parameter in _at_rest(model).items() if parameter.requires_grad}
+def local_shards(model: nn.Module) -> Tensors:
+    """This rank's shard of every trainable parameter, by name, in its memory; unsharded parameters as they are."""
+    trainable = {name: p for name, p in _resharded_parameters(model).items() if p.requires_grad}
+    return {name: _local_shard(p) for name, p in trainable.items()} if is_sharded(model) else {**trainable}
 
 
 @contextmanager
-def exchanged(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
-    """A sharded model with other contents in the parts that this rank holds; the very bits come back after it.
+def swap_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> Iterator[None]:
+    """A sharded model with other values in its local shards; its own are copied back, bit for bit, afterwards.
 
-    `places.replaced` cannot do this: it would mix the plain tensors it is given with sharded ones.
+    `torch.func.functional_call` would mix plain tensors with sharded ones, which torch refuses.
     """
-    parameters = _at_rest(model)
-    kept = {name: _held(parameters[name]).clone() for name in parts}
+    parameters = _resharded_parameters(model)
+    originals = {name: _local_shard(parameters[name]).clone() for name in shards}
     try:
-        _fill(parameters, parts)
+        _write(parameters, shards)
         yield
     finally:
-        # The forward left units gathered, and these would go on to show the exchanged contents.
-        _fill(_at_rest(model), kept)
+        # The forward left units unsharded, with the swapped values.
+        _write(_resharded_parameters(model), originals)
 
 
-def held_parts(model: nn.Module, full: Mapping[str, Tensor]) -> Parts:
-    """This rank's parts of whole tensors, laid out as the model's parameters of the same names are."""
-    parameters = _at_rest(model)
-    return {name: _part(parameters[name], tensor) for name, tensor in full.items()}
+def shard_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
+    """This rank's shards of full tensors, cut like the model's parameters of the same names."""
+    parameters = _resharded_parameters(model)
+    return {name: _cut_shard(parameters[name], tensor) for name, tensor in tensors.items()}
 
 
-def full_tensors(model: nn.Module, parts: Mapping[str, Tensor]) -> Parts:
-    """Whole tensors from the parts of all ranks; every rank gets all of them."""
-    parameters = _at_rest(model)
-    return {name: _whole(parameters[name], part) for name, part in parts.items()}
+def full_tensors(model: nn.Module, shards: Mapping[str, Tensor]) -> Tensors:
+    """Full tensors from the shards of all ranks, on every rank."""
+    parameters = _resharded_parameters(model)
+    return {name: _gather(parameters[name], shard) for name, shard in shards.items()}
 
 
-def global_ratio(ratio: Tensor, parts: Mapping[str, Tensor], model: nn.Module) -> Tensor:
-    """‖a‖/‖b‖ over all ranks from ‖a‖/‖b‖ over this rank's parts of both, `parts` being those of b."""
+def global_ratio(ratio: Tensor, shards: Mapping[str, Tensor], model: nn.Module) -> Tensor:
+    """‖a‖/‖b‖ [] over all ranks, from ‖a‖/‖b‖ [] over this rank's shards; `shards` are those of b."""
     if not is_sharded(model):
         return ratio
-    norm = torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(p.float()) for p in parts.values()])
-    )
+    norms = [torch.linalg.vector_norm(shard.float()) for shard in shards.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     squares = torch.stack([ratio * norm, norm]).square()
     dist.all_reduce(squares)
     return (squares[0] / squares[1].clamp(min=torch.finfo(squares.dtype).tiny)).sqrt()
@@ -121,59 +119,62 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(flags)
 
 
-def _has_group() -> bool:
-    """Whether a model can be sharded at all: asked often, where a walk through thousands of modules is not free."""
+def _has_process_group() -> bool:
+    """Whether there are several ranks at all: spares a single process the traversal of the modules."""
     return dist.is_available() and dist.is_initialized()
 
 
-def _at_rest(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, none of them gathered: the next forward gathers what the ranks then hold."""
-    if _has_group():
-        for module in all_modules(model):
+def _resharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name, none unsharded, so that the next forward gathers the shards as they are then."""
+    if _has_process_group():
+        for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
     return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
 
 
-def _fill(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Tensor]) -> None:
-    for name, part in parts.items():
+def _write(parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Tensor]) -> None:
+    """Copy values into the local shards of the parameters."""
+    for name, shard in shards.items():
         parameter = parameters[name]
-        _held(parameter).copy_(part)
+        _local_shard(parameter).copy_(shard)
         if _is_partition(parameter) and parameter.numel():
             # ZeRO-3 keeps small parameters gathered beside their partitions.
-            parameter.data.copy_(_whole(parameter, part))
+            parameter.data.copy_(_gather(parameter, shard))
 
 
-def _is_partition(parameter: nn.Parameter | None) -> bool:
+def _is_partition(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def _held(parameter: Any) -> Tensor:
+def _local_shard(parameter: Any) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local().detach()
     if not _is_partition(parameter):
         return parameter.detach()
-    # All partitions are equally long; behind the parameter's end lies padding.
+    # All partitions are equally long, so the last ones end with padding.
     start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
     return parameter.ds_tensor.detach()[: max(parameter.ds_numel - start, 0)]
 
 
-def _part(parameter: Any, full: Tensor) -> Tensor:
+def _cut_shard(parameter: Any, tensor: Tensor) -> Tensor:
+    """This rank's shard of a full tensor."""
     if isinstance(parameter, DTensor):
-        # No source rank: every rank has the whole tensor and cuts out its own part.
+        # No source rank: every rank has the full tensor and cuts its own shard.
         return distribute_tensor(
-            full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()
     if not _is_partition(parameter):
-        return full
+        return tensor
     start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
-    return full.flatten()[start : start + parameter.ds_tensor.numel()]
+    return tensor.flatten()[start : start + parameter.ds_tensor.numel()]
 
 
-def _whole(parameter: Any, part: Tensor) -> Tensor:
+def _gather(parameter: Any, shard: Tensor) -> Tensor:
+    """The full tensor from the shards of all ranks."""
     if isinstance(parameter, DTensor):
         return DTensor.from_local(
-            part.to(parameter.device),
+            shard.to(parameter.device),
             parameter.device_mesh,
             parameter.placements,
             run_check=False,
@@ -181,10 +182,10 @@ def _whole(parameter: Any, part: Tensor) -> Tensor:
             stride=parameter.stride(),
         ).full_tensor()
     if not _is_partition(parameter):
-        return part
+        return shard
     group = parameter.ds_process_group
-    padded = part.new_zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
-    padded[: part.numel()] = part
+    padded = shard.new_zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
+    padded[: shard.numel()] = shard
     gathered = padded.new_empty(padded.numel() * dist.get_world_size(group))
     dist.all_gather_into_tensor(gathered, padded, group=group)
     return gathered[: parameter.ds_numel].view(parameter.ds_shape)

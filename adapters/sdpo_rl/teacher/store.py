@@ -1,7 +1,8 @@
-"""The teacher: a state over the student's trainable parameters, never a second model."""
+"""The teacher of a model: a state over its trainable parameters, never a second model."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -11,196 +12,206 @@ import sdpo
 
 from ..config import SDPOConfig
 from . import shards
-from .swap import Layout, Weights
+from .shards import Tensors
 
-Params = dict[str, Tensor]
-
-
-def trainable_parameters(model: nn.Module) -> Params:
-    """The parameters that training moves, by name; a frozen, possibly quantized, base is shared instead.
-
-    Of a sharded model, the parts that this rank holds.
-    """
-    return shards.held_parameters(model)
+logger = logging.getLogger("sdpo_rl")
 
 
 class TeacherStore:
-    """Holds the core's teacher state for a model and hands out the weights of the teacher's forwards.
+    """Holds the core's teacher state of one model and gives the weights of the teacher forwards.
 
-    With `teacher_offload="cpu"` the state rests in CPU memory, pinned where there is a GPU. It then travels
-    for the forwards alone; making it and moving it hold one parameter at a time on the device.
+    The state covers the trainable parameters only; a frozen, possibly quantized, base is shared with the student.
+    Of a sharded model it covers this rank's shards.
 
-    What it costs, in bytes of what trains. The state: one copy where its dtype is that of the trainable
-    parameters, as it is for `frozen` and `trust_region`; a float32 average of bfloat16 parameters two. A
-    forward whose dtype is not the state's, or whose state is offloaded, holds one copy more, in the model's
-    dtype, which is gone before the student's forward; a sharded model sets its own part aside instead. With
-    adapters that train alone, all of it is megabytes.
+    The teacher starts from the student's weights when it is first used for training, not when it is constructed:
+    until then weights may be edited, and an evaluation takes the student itself as its teacher. A later `train()`
+    continues with the same teacher; so does one that resumes from a checkpoint, with the checkpoint's.
+
+    With `teacher_offload="cpu"` the state is stored in CPU memory, pinned if there is a GPU, and copied to the
+    device for the forwards only. Starting and updating it hold one parameter at a time on the device.
+
+    Memory, in copies of the trainable parameters: the state takes one in their own dtype (`frozen`, `trust_region`,
+    or an average of the same dtype), two as a float32 average of bfloat16 parameters. A teacher forward takes one
+    more copy, in the model's dtype, if the state has another dtype or is offloaded; it is freed before the student
+    forward. A sharded model copies its own shards aside instead. With LoRA all of this is megabytes.
+
+    Attributes:
+        state: the core's `TeacherState`.
+
+    Args:
+        model: the unwrapped model.
+        config: the run's configuration; its `teacher_*` fields and `trust_region_coef` are used.
+        seed: of the stochastic rounding of a bfloat16 average.
 
     Raises:
-        ValueError: `lora_ema` on a model without adapters, a model in which nothing trains, or, later, other
-            trainable parameters than at the start.
+        TypeError: a trainable parameter is not a floating tensor.
+        ValueError: `lora_ema` on a model without adapters; no trainable parameter; later, trainable parameters
+            that changed during training.
     """
 
     def __init__(self, model: nn.Module, config: SDPOConfig, *, seed: int) -> None:
         if config.teacher_mode == "lora_ema" and not getattr(model, "peft_config", None):
             raise ValueError(
-                "teacher_mode='lora_ema' averages adapters, and the model has none; pass peft_config, or use "
-                "teacher_mode='ema', which averages whatever trains"
+                "teacher_mode='lora_ema': expected a model with adapters, got none; pass peft_config, or set "
+                "teacher_mode='ema', which averages all trainable parameters"
             )
-        params = trainable_parameters(model)
+        params = shards.local_shards(model)
         if not params:
             raise ValueError(
-                "no parameter of the model has requires_grad; there is nothing to train or to average"
+                "model: expected trainable parameters, got none with requires_grad; unfreeze some, or pass a "
+                "peft_config"
             )
         self._mode = config.teacher_mode
         self._offload = config.teacher_offload == "cpu"
         self._teacher = _core_teacher(config, seed)
+        self._started = False  # the state is more than the weights at construction
+        self._trained = False  # a train() has used the state since it was started or loaded
         self.state: sdpo.TeacherState = self._start(params)
-        self._begun = False
-        self._layout = Layout()
 
     @property
     def rule(self) -> str:
-        """How the weights move; `lora_ema` is `ema` with a condition, not a rule of its own."""
+        """The update rule; `lora_ema` is `ema` on a model with adapters, not a rule of its own."""
         return "ema" if self._mode == "lora_ema" else self._mode
 
-    def forwards(self, model: nn.Module) -> list[Params | None]:
-        """The weights of each teacher forward: named tensors in place of the student's, or `None` for its own.
+    def forwards(self, model: nn.Module, *, training: bool) -> list[Tensors | None]:
+        """The weights of each teacher forward: tensors by name that replace the student's, or `None` for its own.
 
-        One forward for every mode but `trust_region`, whose logits lie between the first model's and the
-        student's: the first model comes first.
+        One forward, but two for `trust_region`, whose logits lie between the start's and the student's: the start
+        comes first. `training=False` is an evaluation, which does not start a teacher.
         """
-        if self._mode == "live":
-            return [None]
-        own = self._own(model, walk=False)  # a tick, which comes once a step, takes one
+        count = 2 if self._mode == "trust_region" else 1
+        if self._mode == "live" or not (training or self._started):
+            return [None] * count
+        student = self._student(model)
         params = self.state.params
-        if not shards.is_sharded(model):  # a shard's contents are exchanged, and copying into it casts
-            params = Weights(_as(params, own), self._layout.places)
-        return [params, None] if self._mode == "trust_region" else [params]
+        if not shards.is_sharded(model):  # `swap_shards` casts when it copies
+            params = _cast_like(params, student)
+        return [params, None][:count]
 
     def tick(self, model: nn.Module) -> None:
         """Move the teacher towards the student, once."""
-        own = self._own(model)
+        student = self._student(model)
         if not self._offload:
-            self.state = self._teacher.update(self.state, own)
+            self.state = self._teacher.update(self.state, student)
             return
-        moved: Params = {}
-        for name, held in self.state.params.items():
-            single = sdpo.TeacherState({name: held}, self.state.ticks)
-            moved |= self._teacher.update(single, {name: own[name].to(held.device)}).params
-        self.state = sdpo.TeacherState(moved, self.state.ticks + 1)
+        updated: Tensors = {}
+        for name, tensor in self.state.params.items():
+            single = sdpo.TeacherState({name: tensor}, self.state.ticks)
+            updated |= self._teacher.update(single, {name: student[name].to(tensor.device)}).params
+        self.state = sdpo.TeacherState(updated, self.state.ticks + 1)
 
     def distance(self, model: nn.Module) -> Tensor | None:
-        """‖θ' − θ‖/‖θ‖ [] over the trainable parameters; `None` for a live teacher."""
+        """‖θ' − θ‖/‖θ‖ [] over the trainable parameters of all ranks; `None` for `live`."""
         if self._mode == "live":
             return None
-        own = self._own(model)
-        # An offloaded state is compared where it rests.
-        student = {name: own[name].to(held.device) for name, held in self.state.params.items()}
-        return shards.global_ratio(sdpo.teacher_distance(self.state, student), own, model)
+        student = self._student(model)
+        # An offloaded state is compared on the CPU.
+        compared = {name: student[name].to(tensor.device) for name, tensor in self.state.params.items()}
+        return shards.global_ratio(sdpo.teacher_distance(self.state, compared), student, model)
 
-    def begin(self, model: nn.Module) -> None:
-        """Training begins: start as the student that the ranks now share, unless there is something to go on with.
+    def on_train_begin(self, model: nn.Module) -> None:
+        """Start from the student's weights, or continue with the teacher of a checkpoint or an earlier `train()`.
 
-        Until here ranks may have held different weights, or none; DDP, FSDP and DeepSpeed hand out those of the
-        first rank when they take the model over.
+        Call it after the model was prepared: only then do all ranks hold the weights of the first.
         """
-        self._layout = Layout()  # to be ready for training a model may have been given other modules
-        if not self._begun:
+        if not self._started:
             self.restart(model)
+        elif self._trained and self._mode != "live":
+            logger.warning(
+                "train() was called again and continues with the earlier teacher, after %d updates; build a new "
+                "trainer for a teacher that starts from the present weights.",
+                self.state.ticks,
+            )
+        self._trained = True
 
-    # --- at rest, in checkpoints -------------------------------------------------------------------------
+    def restart(self, model: nn.Module) -> None:
+        """Start again from the student's present weights."""
+        self.state = sdpo.TeacherState({}, 0)  # frees its memory first
+        self.state = self._start(shards.local_shards(model))
+        self._started, self._trained = True, False
+
+    # --- checkpoints -------------------------------------------------------------------------------------
 
     def layout(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...] | None, torch.dtype]]:
-        """Shape and dtype of every tensor of the whole state; no shape where a rank holds only a part of it."""
-        whole = not shards.is_sharded(model)
+        """Shape and dtype of every tensor of the full state; the shape is `None` for a sharded model."""
+        sharded = shards.is_sharded(model)
         return {
-            name: (tuple(held.shape) if whole else None, held.dtype)
-            for name, held in self.state.params.items()
+            name: (None if sharded else tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self.state.params.items()
         }
 
-    def whole(self, model: nn.Module, *, keep: bool) -> Params:
-        """The whole state in CPU memory, on the ranks that `keep` it; every rank takes part."""
-        self._own(model)
-        kept: Params = {}
+    def full_state(self, model: nn.Module, *, keep: bool) -> Tensors:
+        """The full tensors in CPU memory on the ranks with `keep`, {} on the others; every rank must call it."""
+        self._student(model)
+        kept: Tensors = {}
         sharded = shards.is_sharded(model)
-        for name, part in self.state.params.items():
-            tensor = shards.full_tensors(model, {name: part})[name] if sharded else part
+        for name, shard in self.state.params.items():
+            tensor = shards.full_tensors(model, {name: shard})[name] if sharded else shard
             if keep:
                 kept[name] = tensor.detach().cpu().contiguous()
         return kept
 
-    def restore(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, ticks: int) -> None:
-        """Take up a state that `whole` gave, one tensor at a time, into the memory of the present one."""
-        self._own(model)
+    def load(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, ticks: int) -> None:
+        """Load what `full_state` returned, one tensor at a time."""
+        self.restart(model)
         sharded = shards.is_sharded(model)
         for name, tensor in tensors:
-            part = shards.held_parts(model, {name: tensor})[name] if sharded else tensor
-            self.state.params[name].copy_(part)
+            shard = shards.shard_tensors(model, {name: tensor})[name] if sharded else tensor
+            self.state.params[name].copy_(shard)
         self.state = self.state._replace(ticks=ticks)
-        self._begun = True
 
-    def restart(self, model: nn.Module) -> None:
-        """Begin again from the student as it is."""
-        self.state = self._start(trainable_parameters(model))
-        self._begun = True
+    # --- the state and its student -----------------------------------------------------------------------
 
-    def _start(self, params: Params) -> sdpo.TeacherState:
+    def _start(self, params: Tensors) -> sdpo.TeacherState:
+        """A state equal to the parameters, where it is stored."""
         if not self._offload:
             return self._teacher.init(params)
-        held: Params = {}
+        pin = torch.cuda.is_available()
+        stored: Tensors = {}
         for name, param in params.items():
-            held |= self._resting(self._teacher.init({name: param}).params)
-        return sdpo.TeacherState(held, 0)
+            for key, tensor in self._teacher.init({name: param}).params.items():
+                stored[key] = tensor.cpu().pin_memory() if pin else tensor.cpu()
+        return sdpo.TeacherState(stored, 0)
 
-    def _resting(self, params: Params) -> Params:
-        if not self._offload:
-            return params
-        pinned = torch.cuda.is_available()
-        return {name: t.cpu().pin_memory() if pinned else t.cpu() for name, t in params.items()}
-
-    def _own(self, model: nn.Module, *, walk: bool = True) -> Params:
-        """The model's parameters; the state follows if the model was sharded or moved after this was made."""
-        if shards.is_sharded(model):
-            own, self._layout = trainable_parameters(model), Layout()  # lest whole parameters stay alive
-        else:
-            own = self._layout.trainable(model, walk=walk)
+    def _student(self, model: nn.Module) -> Tensors:
+        """The model's trainable parameters, of which the state has the names and, unless offloaded, the devices."""
+        if not self._started:
+            self.restart(model)
+        student = shards.local_shards(model)
         params = self.state.params
-        if self._mode != "live" and params.keys() != own.keys():
-            lost = [f"lost {name!r}" for name in params if name not in own]
-            found = [f"gained {name!r}" for name in own if name not in params]
+        if self._mode == "live":
+            return student
+        if params.keys() != student.keys():
+            lost = [f"lost {name!r}" for name in params if name not in student]
+            gained = [f"gained {name!r}" for name in student if name not in params]
             raise ValueError(
-                f"the model's trainable parameters changed under the teacher: {', '.join(lost + found)}; set "
-                "requires_grad before building the trainer"
+                f"model: expected the trainable parameters that training began with, got others: "
+                f"{', '.join(lost + gained)}; set requires_grad before train()"
             )
-        if any(held.shape != own[name].shape for name, held in params.items()):
-            if not self._begun:
-                self.state = self._start(own)
-                return own
-            params = self._resting(shards.held_parts(model, params))
-        if not self._offload and any(held.device != own[name].device for name, held in params.items()):
-            params = {name: held.to(own[name].device) for name, held in params.items()}
-        self.state = self.state._replace(params=params)
-        return own
+        if not self._offload:
+            # A model may move to another device between two calls of train().
+            params = {name: tensor.to(student[name].device) for name, tensor in params.items()}
+            self.state = self.state._replace(params=params)
+        return student
 
 
-def _as(params: Params, own: Params) -> Params:
-    """The tensors on the devices and in the dtypes of the parameters of the same names."""
-    params = {name: _there(held, own[name]) for name, held in params.items()}
-    others = [name for name, held in params.items() if held.dtype != own[name].dtype]
-    # At once: adapters are hundreds of tensors, too small to keep a GPU busy one by one.
-    cast = [torch.empty_like(own[name]) for name in others]
+def _cast_like(params: Tensors, student: Tensors) -> Tensors:
+    """The tensors on the devices and in the dtypes of the student's parameters."""
+    params = {name: _move_like(tensor, student[name]) for name, tensor in params.items()}
+    others = [name for name, tensor in params.items() if tensor.dtype != student[name].dtype]
+    # In one operation: adapters are hundreds of tensors, each too small to keep a GPU busy.
+    cast = [torch.empty_like(student[name]) for name in others]
     if others:
         torch._foreach_copy_(cast, [params[name] for name in others])
     return params | dict(zip(others, cast, strict=True))
 
 
-def _there(held: Tensor, own: Tensor) -> Tensor:
-    """`held` on the device of `own`; what must travel is cast one by one, not to be there twice all together."""
-    if held.device == own.device:
-        return held
-    # The dtype changes on the device: only there is that fast, and only so is pinned memory of use.
-    return held.to(own.device, non_blocking=True).to(own.dtype)
+def _move_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor on the parameter's device; a moved one is cast at once, so that it is never there twice."""
+    if tensor.device == parameter.device:
+        return tensor
+    # Moved before it is cast: only a plain copy from pinned memory is asynchronous.
+    return tensor.to(parameter.device, non_blocking=True).to(parameter.dtype)
 
 
 def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:
