@@ -81,12 +81,14 @@ def test_a_step_of_all_trainers(tmp_path: Path) -> None:
         tmp_path,
         "benchmarks/step.py",
         *("--shape", "tiny", "--rows", "2", "--completion", "8", "--steps", "1", "--warmup", "1"),
-        *("--output", "record.json"),
+        *("--repeat", "2", "--output", "record.json"),
     )
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["results"].keys() == {"grpo", "sdpo", "sdpo-half", "trl-sdpo"}
+    assert record["results"].keys() == {"grpo", "sdpo", "sdpo-plain", "sdpo-half", "trl-sdpo"}
     assert all(f"\n{name}" in printed and row["seconds"] > 0 for name, row in record["results"].items())
+    assert all(len(row["steps"]) == 2 for row in record["results"].values())
     assert "time sdpo/trl-sdpo" in printed
+    assert record["ratios"].keys() >= {"time sdpo/grpo", "time sdpo-plain/grpo", "time sdpo-plain/trl-sdpo"}
 
 
 def test_the_loss_and_its_floor(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""The 24 GB recipe, case by case: memory, teacher's share, step times and loading times in one table.
+"""The 24 GB recipe in several configurations: memory, size of the teacher, step and loading times in one table.
 
     python examples/benchmarks/recipe.py --output examples/benchmarks/records/recipe-h200.json
-    python examples/benchmarks/recipe.py --peer-path FOLDER   # beside sdpo-rl 0.0.3, unpacked
+    python examples/benchmarks/recipe.py --peer-path FOLDER   # compare with an unpacked sdpo-rl 0.0.3
 
-Every case is a process of its own with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
-that are compared by time run one after another on an idle card; the rest, of which only memory is asked, run
-together. A case that fails or is cut off leaves its last lines in the record and the others go on.
+Every case runs in its own process with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
+whose times are compared run one at a time on an idle GPU; the others, which only measure memory, run together. A
+case that fails or exceeds the limit leaves the end of its log in the record, and the others continue.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import unsloth_7b_24gb as recipe  # noqa: E402 - from the folder above
 PEER = "sdpo-rl 0.0.3"
 LONG = ["--completion", "2048", "--reprompt", "4096"]
 
-# Name, arguments of the recipe. Timed: one at a time.
+# Name of a case: its arguments of unsloth_7b_24gb.py. The timed cases run one at a time.
 TIMED: dict[str, list[str]] = {
     "Unsloth 4-bit GRPO": ["--arm", "grpo"],
     "Unsloth 4-bit SDPO": [],
@@ -55,7 +55,7 @@ LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
 # --- one case, in its own process -------------------------------------------------------------------------
 
 
-def work(options: argparse.Namespace) -> None:
+def run_case(options: argparse.Namespace) -> None:
     """Run one case and write its record."""
     arguments = recipe.parse(options.arguments)
     build: Callable[..., Any] = recipe.build_trainer
@@ -74,7 +74,7 @@ def build_peer(options: argparse.Namespace, model: Any, args: Any, **shared: Any
 
     class Reward:
         __name__ = "addition"
-        last_feedback: list[str] = []  # noqa: RUF012 - its interface
+        last_feedback: list[str] = []  # noqa: RUF012 - the other library reads this attribute
 
         def __call__(self, **columns: Any) -> list[float]:
             judged = judge(**columns)
@@ -88,8 +88,8 @@ def build_peer(options: argparse.Namespace, model: Any, args: Any, **shared: Any
 # --- all cases --------------------------------------------------------------------------------------------
 
 
-def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """The record of one case, or what it said last."""
+def launch(name: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run one case in its own process and return its record, or the end of its log if it failed."""
     folder = options.scratch / "".join(c if c.isalnum() else "-" for c in name)
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            code = f"cut off after {options.timeout:.0f} s"
+            code = f"timed out after {options.timeout:.0f} s"
     seconds = time.perf_counter() - began
     if code == 0 and result.exists():
         record = json.loads(result.read_text()) | {"arguments": arguments, "process_seconds": seconds}
@@ -128,9 +128,9 @@ def start(name: str, arguments: list[str], options: argparse.Namespace) -> dict[
 
 
 def table(records: dict[str, dict[str, Any]]) -> str:
-    """The cases as a Markdown table in GiB, MiB and seconds; the first step pays for what is made once.
+    """The cases as a Markdown table in GiB, MiB and seconds.
 
-    Seconds of cases that ran together are disturbed by each other, and left out.
+    Times of cases that ran together are left out, because these slow each other down.
     """
     lines = [
         "| case | loaded | loading s | loading peak | peak | reserved | teacher MiB | s/step | generating |",
@@ -153,21 +153,22 @@ def table(records: dict[str, dict[str, Any]]) -> str:
 
 
 def typical(seconds: list[float]) -> float:
+    """The median without the first step, which includes one-time set-up."""
     return statistics.median(seconds[1:] or seconds or [float("nan")])
 
 
 def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Step time of SDPO over Unsloth's GRPO, and of loading without Unsloth over loading with it."""
-    found: dict[str, float] = {}
+    """SDPO over Unsloth's GRPO: step time and peak; plain TRL over Unsloth: loading time."""
+    result: dict[str, float] = {}
     done = {name: record for name, record in records.items() if "failed" not in record}
     sdpo, grpo = done.get("Unsloth 4-bit SDPO"), done.get("Unsloth 4-bit GRPO")
     if sdpo and grpo:
-        found["step time SDPO / GRPO"] = typical(sdpo["step_seconds"]) / typical(grpo["step_seconds"])
-        found["peak SDPO - GRPO, GiB"] = sdpo["peak_gib"] - grpo["peak_gib"]
+        result["step time SDPO / GRPO"] = typical(sdpo["step_seconds"]) / typical(grpo["step_seconds"])
+        result["peak SDPO - GRPO, GiB"] = sdpo["peak_gib"] - grpo["peak_gib"]
     fast, plain = (done.get(name) for name in LOADING)
     if fast and plain:
-        found["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]
-    return found
+        result["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]
+    return result
 
 
 def main() -> None:
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="after `--`: further arguments of every case")
     options = parser.parse_args()
     if options.worker:
-        work(options)
+        run_case(options)
         return
 
     for name, value in {"UNSLOTH_COMPILE_DISABLE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}.items():
@@ -211,20 +212,22 @@ def main() -> None:
     if options.output and options.output.exists():
         records = json.loads(options.output.read_text())["cases"]
 
-    def keep() -> None:
+    def save() -> None:
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             record = {"cases": records, "ratios": ratios(records)}
             options.output.write_text(json.dumps(record, indent=1) + "\n")
 
     for name, arguments in timed.items():
-        records[name] = start(name, arguments, options)
-        keep()
+        records[name] = launch(name, arguments, options)
+        save()
     with ThreadPoolExecutor(options.at_a_time) as pool:
-        running = {name: pool.submit(start, name, arguments, options) for name, arguments in together.items()}
+        running = {
+            name: pool.submit(launch, name, arguments, options) for name, arguments in together.items()
+        }
         for name, future in running.items():
             records[name] = future.result()
-            keep()
+            save()
     print(table(records))
     for name, ratio in ratios(records).items():
         print(f"{name}: {ratio:.2f}")

@@ -1,12 +1,21 @@
-"""A whole optimizer step, side by side in one run: SDPO here, TRL's experimental SDPO, and plain GRPO.
+"""A whole optimizer step in one run: this library's SDPO, TRL's experimental SDPO, and GRPO.
 
-    python examples/benchmarks/step.py --shape 0.5b --rows 56 --steps 6 \\
+    python examples/benchmarks/step.py --shape 0.5b --rows 56 --steps 6 --repeat 3 \\
         --output examples/benchmarks/records/step-0.5b-h200.json
 
-Random weights of a published shape, LoRA on bf16, completions fixed beforehand so that generation does not
-drown the difference. Every row has a short feedback text, so the teacher's forward is about as long as the
-student's; `half` gives every second row no signal. Reported: median time of an optimizer step and the peak of
-allocated memory above the weights, with the ratios.
+Random weights of a published shape, LoRA on bf16, and given completions, because generation would hide the
+difference. Every row has a short feedback text, so a teacher prompt is about as long as the student's. Arms:
+
+* `sdpo`: the defaults. Its ratios to `grpo` and `trl-sdpo` contain a faster LoRA forward, and a faster way to
+  disable gradient checkpointing for the rollout, which these two lack.
+* `sdpo-plain`: without both, so its ratios compare the trainers on the same layers.
+* `sdpo-half`: as `sdpo`, where every second row has no teacher signal.
+* `grpo`: TRL's GRPO, through `SDPOConfig(enabled=False)`.
+* `trl-sdpo`: TRL's experimental SDPO with the same top-K loss.
+
+Reported: the median time of an optimizer step, the peak of allocated memory above the weights, and ratios of both.
+Times of one arm differ by about 2 % between two builds of the same model; `--repeat` measures all arms in turn
+several times and takes the median over all steps.
 """
 
 from __future__ import annotations
@@ -46,6 +55,8 @@ TEMPLATES = {
     "solution_template": "{successful_previous_attempt}",
     "feedback_template": "{feedback_raw}",
 }
+ARMS = ("grpo", "sdpo", "sdpo-plain", "sdpo-half", "trl-sdpo")
+PLAIN = {"fused_lora_forward": False, "fast_checkpointing_toggle": False}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -70,7 +81,7 @@ def make_model(shape: dict[str, Any], device: str) -> Any:
 
 
 def fix_completions(model: Any, length: int) -> None:
-    """`generate` hands back the same random completions for every trainer."""
+    """Make `generate` return the same random completions for every trainer."""
 
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -82,7 +93,7 @@ def fix_completions(model: Any, length: int) -> None:
 
 
 class Clock(TrainerCallback):
-    """Wall time of every optimizer step, the device idle at both ends."""
+    """Wall time of every optimizer step, with the device idle at its start and end."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -103,7 +114,7 @@ def synchronize() -> None:
 
 
 def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Train a few steps with one trainer; the first are not counted."""
+    """Train a few steps with one trainer: time of each step after the warm-up, peak memory above the weights."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -150,14 +161,39 @@ def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any
             )  # fmt: skip
             trainer = PeerTrainer(args=peer, **shared)
         else:
-            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, k=100, **TEMPLATES)
+            switches = PLAIN if arm == "sdpo-plain" else {}
+            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, k=100, **switches, **TEMPLATES)
             trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     peak = torch.cuda.max_memory_allocated() - weights if device == "cuda" else 0
     steps = clock.steps[options.warmup :]
-    return {"seconds": statistics.median(steps), "peak_bytes": peak, "weight_bytes": weights, "steps": steps}
+    return {"peak_bytes": peak, "weight_bytes": weights, "steps": steps}
+
+
+def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All runs of one arm: the median over all their steps, the highest peak."""
+    steps = [seconds for run in runs for seconds in run["steps"]]
+    return {
+        "seconds": statistics.median(steps),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "weight_bytes": runs[0]["weight_bytes"],
+        "steps": steps,
+    }
+
+
+def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Time and memory of `sdpo` over every other arm, and of `sdpo-plain` over the other libraries' arms."""
+    ratios = {}
+    for ours, others in {"sdpo": ARMS, "sdpo-plain": ("grpo", "trl-sdpo")}.items():
+        for other in others:
+            if other == ours or not {ours, other} <= results.keys():
+                continue
+            for name, key in {"time": "seconds", "memory": "peak_bytes"}.items():
+                if results[other][key]:  # no memory is measured on a CPU
+                    ratios[f"{name} {ours}/{other}"] = results[ours][key] / results[other][key]
+    return ratios
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -182,22 +218,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--arms", nargs="+", default=["grpo", "sdpo", "sdpo-half", "trl-sdpo"])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--repeat", type=int, default=1, help="how often to measure all arms in turn")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {arm: measure(arm, options, device) for arm in options.arms}
+    runs = [{arm: measure(arm, options, device) for arm in options.arms} for _ in range(options.repeat)]
+    results = {arm: combine([run[arm] for run in runs]) for arm in options.arms}
     print(f"{'trainer':12}{'s/step':>10}{'peak GiB':>10}")
     for arm, row in results.items():
         print(f"{arm:12}{row['seconds']:10.3f}{row['peak_bytes'] / 2**30:10.2f}")
-    ours = results.get("sdpo")
-    ratios = {}
-    if ours:
-        for arm, row in results.items():
-            if arm != "sdpo":
-                ratios[f"time sdpo/{arm}"] = ours["seconds"] / row["seconds"]
-                if row["peak_bytes"]:
-                    ratios[f"memory sdpo/{arm}"] = ours["peak_bytes"] / row["peak_bytes"]
+    ratios = compare(results)
     for name, ratio in ratios.items():
         print(f"{name:28}{ratio:8.3f}")
     if options.output:
