@@ -101,6 +101,9 @@ def readme_step() -> Iterator[str]:
             f"| {label}, {rows} | {ratios['time sdpo/trl-sdpo']:.2f} | {ratios['memory sdpo/trl-sdpo']:.2f} | "
             f"{ratios['time sdpo/grpo']:.2f} | {1 / ratios['time sdpo/sdpo-half']:.2f} of the time |"
         )
+        if "time sdpo-plain/grpo" in ratios:  # not in the first records
+            peer, grpo = (ratios[f"time sdpo-plain/{name}"] for name in ("trl-sdpo", "grpo"))
+            yield f"{peer:.2f} of TRL's SDPO and {grpo:.2f} of GRPO ({label})"
 
 
 def readme_accuracy() -> Iterator[str]:
