@@ -1,0 +1,216 @@
+"""A teacher from elsewhere: the ids and log-probabilities of its top K tokens, as an inference server returns them.
+
+The teacher's logits are not there. The mass outside the K tokens is what the K leave of 1, and log-probabilities
+that were rounded on their way may leave less than nothing. The student is read at the teacher's ids.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdpo._numerics import logsumexp, upcast
+from sdpo._validate import (
+    check_alpha,
+    check_choice,
+    check_device,
+    check_distribution,
+    check_int,
+    check_real,
+    check_shape,
+    check_tensor,
+)
+from sdpo.divergence import generalized_jsd
+from sdpo.topk import GatheredLogProbs, add_tail_bucket, gather_log_probs, renormalize
+
+# How far the K probabilities may sum above 1. Rounding to bfloat16 adds up to about the entropy times 0.002.
+MASS_TOLERANCE = 0.01
+# What 1 − Σp of float32 log-probabilities cannot tell from 0.
+SMALLEST_TAIL = 1e-6
+
+
+def check_teacher_topk(ids: Tensor, log_probs: Tensor, vocabulary: int) -> None:
+    """Refuse top-K tokens that cannot be a distribution over the vocabulary.
+
+    Shapes and dtypes are always checked. Values are read on a CPU only, outside of ``torch.func`` transforms and
+    ``torch.compile``: reading them elsewhere would wait for the device. Check data where it arrives.
+
+    Args:
+        ids: [..., K] int64, distinct along K, in [0, vocabulary).
+        log_probs: [..., K] log-probabilities of these tokens in nats, normalised over the full vocabulary: at most
+            0, with probabilities that sum to at most 1.01. −inf is allowed, NaN is not.
+        vocabulary: V of the student.
+
+    Raises:
+        TypeError: ids are not integer, log_probs not floating, or vocabulary not an int.
+        ValueError: the shapes or devices differ, K is not in [1, vocabulary], ids repeat or lie outside the
+            vocabulary, or log_probs are NaN, positive, or of too much mass.
+
+    Gradient: none.
+
+    Example:
+        >>> import torch
+        >>> check_teacher_topk(torch.tensor([3, 1]), torch.tensor([0.6, 0.3]).log(), vocabulary=5)
+        >>> check_teacher_topk(torch.tensor([3, 5]), torch.tensor([0.6, 0.3]).log(), vocabulary=5)
+        Traceback (most recent call last):
+        ...
+        ValueError: ids: expected ids in [0, 5), got 5; use the student's tokenizer on the server
+    """
+    vocabulary = check_int(
+        "vocabulary", vocabulary, low=1, high=2**31 - 1, meaning="the student's vocabulary size"
+    )
+    check_tensor("ids", ids, "integer", min_ndim=1)
+    check_distribution("log_probs", log_probs)
+    check_shape("log_probs", log_probs, ids.shape, like="the shape of ids")
+    check_device("log_probs", log_probs, ids, like="the device of ids")
+    check_int("ids.shape[-1]", ids.shape[-1], low=1, high=vocabulary, meaning="1 to V distinct ids")
+    if not (_readable(ids) and _readable(log_probs)) or ids.numel() == 0:
+        return
+    for extreme in (int(ids.min()), int(ids.max())):
+        if not 0 <= extreme < vocabulary:
+            raise ValueError(
+                f"ids: expected ids in [0, {vocabulary}), got {extreme}; use the student's tokenizer on the server"
+            )
+    ascending = ids.sort(dim=-1).values
+    repeated = ascending[..., 1:] == ascending[..., :-1]
+    if repeated.any():
+        raise ValueError(
+            f"ids: expected distinct ids at each position, got {int(ascending[..., 1:][repeated][0])} twice; "
+            "drop the sampled token where the server adds it to its top K"
+        )
+    if log_probs.isnan().any() or (log_probs > 0).any():
+        worst = math.nan if log_probs.isnan().any() else float(log_probs.max())
+        raise ValueError(
+            f"log_probs: expected log-probabilities, at most 0, got {worst:g}; pass logs of probabilities"
+        )
+    _check_mass(logsumexp(upcast(log_probs)))
+
+
+def safe_tail(log_probs: Tensor) -> GatheredLogProbs:
+    """Log-probabilities of K tokens and the log-mass of all others, from the K alone.
+
+    ::
+
+        log_tail = log(1 - exp(log_probs).sum(-1))
+
+    Where rounding made the sum exceed 1, the K are divided by it and the tail is empty: −inf. A sum above 1.01 is
+    more than rounding, and refused where values can be read (see ``check_teacher_topk``). With logits at hand use
+    ``topk_log_probs`` or ``gather_log_probs``: they sum the tail from its own tokens, without a difference.
+
+    Args:
+        log_probs: [..., K] in nats, normalised over the full vocabulary.
+
+    Returns:
+        ``GatheredLogProbs(log_probs, log_tail)``: [..., K] and [...], float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: log_probs are not a floating tensor.
+        ValueError: there is no token, or the probabilities sum to more than 1.01.
+
+    Gradient: to log_probs, through both results; a teacher is detached by the loss.
+
+    Example:
+        >>> import torch
+        >>> [round(x.exp().sum().item(), 4) for x in safe_tail(torch.tensor([0.5, 0.3]).log())]
+        [0.8, 0.2]
+        >>> [round(x.exp().sum().item(), 4) for x in safe_tail(torch.tensor([0.9, 0.105]).log())]
+        [1.0, 0.0]
+    """
+    check_distribution("log_probs", log_probs)
+    log_probs = upcast(log_probs)
+    log_mass = logsumexp(log_probs)
+    if _readable(log_mass):
+        _check_mass(log_mass)
+    full = log_mass >= 0.0
+    # log(1 − exp(x)) of the masses below 1; the others are replaced before the logarithm sees them.
+    log_tail = torch.log(-torch.expm1(log_mass.masked_fill(full, -1.0))).masked_fill(full, -math.inf)
+    return GatheredLogProbs(log_probs - log_mass.clamp(min=0.0).unsqueeze(-1), log_tail)
+
+
+def given_topk_distillation_loss(
+    student_logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    *,
+    tail: Literal["bucket", "renormalize"],
+    alpha: float,
+    temperature: float,
+) -> Tensor:
+    """Divergence between a student and a teacher of whom only the top K tokens are given.
+
+    ::
+
+        student = gather_log_probs(student_logits / temperature, teacher_ids)
+        teacher = safe_tail(teacher_log_probs)
+        bucket         generalized_jsd(add_tail_bucket(*student), add_tail_bucket(*teacher), alpha)
+        renormalize    generalized_jsd(renormalize(student.log_probs), renormalize(teacher.log_probs), alpha)
+
+    From a teacher's own top K it is ``distillation_loss(..., support="teacher")``. In the bucket the teacher's tail
+    counts as at least 1e-6, and as empty where the student's is: what K rounded numbers leave of 1 does not say
+    whether the teacher excludes all other tokens, and must make neither direction infinite.
+
+    Args:
+        student_logits: [..., V] before the temperature; −inf allowed.
+        teacher_ids: [..., K] int64, distinct along K.
+        teacher_log_probs: [..., K] in nats, normalised over the full vocabulary, already at the temperature of the
+            rollout: what the server left out cannot be tempered afterwards.
+        tail: "bucket" to compare the mass of all other tokens, too, or "renormalize" to condition on the K tokens.
+        alpha: in [0, 1], as in ``generalized_jsd``.
+        temperature: positive; the student's logits are divided by it.
+
+    Returns:
+        [...] nats per position, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: a tensor of a wrong dtype, tail not a str, alpha or temperature not a number.
+        ValueError: shapes or devices that do not match, an unknown tail, alpha or temperature out of range, or what
+            ``check_teacher_topk`` refuses.
+
+    Gradient: to student_logits only; with a bucket also to the tokens outside the K.
+
+    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation), with the teacher's support.
+
+    Example:
+        >>> import torch
+        >>> student = torch.tensor([2.0, 1.0, 0.0])
+        >>> ids, log_probs = torch.tensor([1, 2]), torch.tensor([0.7, 0.2]).log()
+        >>> for tail in ("bucket", "renormalize"):
+        ...     loss = given_topk_distillation_loss(student, ids, log_probs, tail=tail, alpha=0.5, temperature=1.0)
+        ...     print(round(loss.item(), 4))
+        0.1848
+        0.0015
+    """
+    check_choice("tail", tail, ("bucket", "renormalize"))
+    alpha = check_alpha(alpha)
+    temperature = check_real(
+        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="that of the rollout"
+    )
+    check_distribution("student_logits", student_logits)
+    check_teacher_topk(teacher_ids, teacher_log_probs, student_logits.shape[-1])
+    student = gather_log_probs(upcast(student_logits) / temperature, teacher_ids)
+    teacher = safe_tail(teacher_log_probs.detach())
+    if tail == "renormalize":
+        return generalized_jsd(renormalize(student.log_probs), renormalize(teacher.log_probs), alpha=alpha)
+    # What rounding left of 1 must make no divergence infinite, in either direction.
+    log_tail = teacher.log_tail.clamp(min=math.log(SMALLEST_TAIL))
+    log_tail = log_tail.masked_fill(student.log_tail.isneginf(), -math.inf)
+    log_q = renormalize(add_tail_bucket(teacher.log_probs, log_tail))
+    return generalized_jsd(add_tail_bucket(*student), log_q, alpha=alpha)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values can be looked at without waiting for a device or breaking a transform or a compilation."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not traced
+
+
+def _check_mass(log_mass: Tensor) -> None:
+    """Refuse probabilities whose sums [...], given as logs, exceed 1 by more than rounding."""
+    if log_mass.numel() and float(log_mass.max()) > math.log1p(MASS_TOLERANCE):
+        raise ValueError(
+            f"log_probs: expected probabilities that sum to at most {1 + MASS_TOLERANCE:g}, got a sum of "
+            f"{math.exp(float(log_mass.max())):g}; normalise over the full vocabulary on the server"
+        )
