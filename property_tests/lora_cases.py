@@ -1,4 +1,4 @@
-"""One adapted layer, its numbers by the formula, and what ran and was there: shared by the tests of LoRA."""
+"""A model of one LoRA layer, its expected output and gradients, and counters: shared by the LoRA tests."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from sdpo_rl.compat.peft_lora import fused_lora_forward
 IN, OUT, RANK = 7, 5, 3
 
 
-def net(base: nn.Module | None = None, adapters: int = 1, **changes: Any) -> PeftModel:
-    """One adapted layer, of an `nn.Sequential`, whose adapters are not zero."""
+def lora_model(base: nn.Module | None = None, adapters: int = 1, **changes: Any) -> PeftModel:
+    """An `nn.Sequential` of one LoRA layer whose factors are not zero."""
     torch.manual_seed(0)
     base = base or nn.Linear(IN, OUT)
     for parameter in base.parameters():
         nn.init.normal_(parameter, std=0.3)
     settings = {"r": RANK, "lora_alpha": 5, "target_modules": ["0"], "init_lora_weights": False}
-    made = get_peft_model(nn.Sequential(base), LoraConfig(**{**settings, **changes}))
+    model = get_peft_model(nn.Sequential(base), LoraConfig(**{**settings, **changes}))
     for i in range(1, adapters):
-        made.add_adapter(f"further{i}", LoraConfig(**{**settings, **changes, "lora_alpha": 5 - 2 * i}))
-    made.base_model.set_adapter(["default", *(f"further{i}" for i in range(1, adapters))])
-    return made
+        model.add_adapter(f"further{i}", LoraConfig(**{**settings, **changes, "lora_alpha": 5 - 2 * i}))
+    model.base_model.set_adapter(["default", *(f"further{i}" for i in range(1, adapters))])
+    return model
 
 
 def layer_of(model: PeftModel) -> Any:
@@ -37,7 +37,7 @@ def layer_of(model: PeftModel) -> Any:
 
 
 class Operations(TorchDispatchMode):
-    """How often each operation ran."""
+    """Counts every operation that runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,73 +48,73 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def answer(model: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-    """Output and gradients, of the input and of every parameter that has one."""
+def output_and_gradients(model: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+    """Output, and gradients of the input and of every parameter that has one."""
     x = x.detach().requires_grad_(x.requires_grad)
     parameters = dict(model.named_parameters()) if isinstance(model, nn.Module) else {}
     for parameter in parameters.values():
         parameter.grad = None
     output = model(x)
-    found = {"output": output.detach()}
+    result = {"output": output.detach()}
     if output.requires_grad:
         output.backward(gradient)
     for name, tensor in [("x", x), *parameters.items()]:
         if tensor.grad is not None:
-            found[name.replace("base_model.model.0.", "")] = tensor.grad
-    return found
+            result[name.replace("base_model.model.0.", "")] = tensor.grad
+    return result
 
 
-def by_formula(model: PeftModel, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
+def reference(model: PeftModel, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
     """y = W x + b + Σ s·B(A x) and its gradients, in float64, with s from the configuration."""
     layer = layer_of(model)
     W, x, g = (t.detach().double() for t in (layer.base_layer.weight, x, gradient))
-    rows, flat = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    output, of_x = rows @ W.T, flat @ W
-    found = {"base_layer.weight": flat.T @ rows}
+    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    output, grad_x = flat_x @ W.T, flat_g @ W
+    result = {"base_layer.weight": flat_g.T @ flat_x}
     if layer.base_layer.bias is not None:
         output = output + layer.base_layer.bias.detach().double()
-        found["base_layer.bias"] = flat.sum(0)
+        result["base_layer.bias"] = flat_g.sum(0)
     for name in layer.active_adapters:
         config = model.peft_config[name]
         s = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
         A, B = (part[name].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
-        output = output + s * (rows @ A.T) @ B.T
-        of_x = of_x + s * (flat @ B) @ A
-        found[f"lora_A.{name}.weight"] = s * (flat @ B).T @ rows
-        found[f"lora_B.{name}.weight"] = s * flat.T @ (rows @ A.T)
-    return {"output": output.reshape(gradient.shape), "x": of_x.reshape(x.shape), **found}
+        output = output + s * (flat_x @ A.T) @ B.T
+        grad_x = grad_x + s * (flat_g @ B) @ A
+        result[f"lora_A.{name}.weight"] = s * (flat_g @ B).T @ flat_x
+        result[f"lora_B.{name}.weight"] = s * flat_g.T @ (flat_x @ A.T)
+    return {"output": output.reshape(gradient.shape), "x": grad_x.reshape(x.shape), **result}
 
 
-def assert_formula(model: PeftModel, x: Tensor) -> None:
-    """In the dtype of the model: float64, where the formula leaves no room."""
+def assert_equals_formula(model: PeftModel, x: Tensor) -> None:
+    """The fused forward equals the formula, in float64."""
     gradient = torch.randn(*x.shape[:-1], OUT, dtype=x.dtype)
     with fused_lora_forward(model), Operations() as operations:
-        found = answer(model, x, gradient)
-    # Into the output, and into the gradient of the input.
+        result = output_and_gradients(model, x, gradient)
+    # Products that accumulate: into the output, and into the gradient of the input.
     assert operations.counts["addmm_"] == len(layer_of(model).active_adapters) * (1 + x.requires_grad)
-    expected = by_formula(model, x, gradient)
-    trains = {name for name, p in layer_of(model).named_parameters() if p.requires_grad}
-    assert found.keys() == {"output"} | trains | ({"x"} if x.requires_grad else set())
-    for name, value in found.items():
+    expected = reference(model, x, gradient)
+    trainable = {name for name, p in layer_of(model).named_parameters() if p.requires_grad}
+    assert result.keys() == {"output"} | trainable | ({"x"} if x.requires_grad else set())
+    for name, value in result.items():
         torch.testing.assert_close(
             value, expected[name], rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-def drawn(model: PeftModel, x: Tensor) -> Tensor:
-    """The output, of the same random numbers each time."""
+def seeded_output(model: PeftModel, x: Tensor) -> Tensor:
+    """The output with the same dropout mask each time."""
     torch.manual_seed(1)
     return model(x)
 
 
-def assert_as_peft(model: PeftModel, x: Tensor) -> Counter[str]:
-    """And how often each operation ran."""
-    expected = drawn(model, x)
+def assert_equals_peft(model: PeftModel, x: Tensor) -> Counter[str]:
+    """The fused forward equals PEFT's; returns how often each operation ran."""
+    expected = seeded_output(model, x)
     with fused_lora_forward(model), Operations() as operations:
-        torch.testing.assert_close(drawn(model, x), expected)
+        torch.testing.assert_close(seeded_output(model, x), expected)
     return operations.counts
 
 
-def there(model: nn.Module) -> int:
-    """Layers that are now computed in another way."""
+def count_fused(model: nn.Module) -> int:
+    """The number of layers with the fused forward now."""
     return sum(isinstance(vars(m).get("forward"), peft_lora._FusedForward) for m in model.modules())

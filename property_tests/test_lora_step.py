@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers in one product within a trainer's step: its loss and gradient alone, and those of PEFT."""
+"""The fused LoRA forward in a training step: where it is used, and that loss and gradients equal PEFT's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from by_hand import Recorder
-from lora_cases import Operations, there
+from lora_cases import Operations, count_fused
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -24,7 +24,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LAYERS = 2 * len(LINEAR)
 
 
-def adapted() -> PeftModel:
+def lora_model() -> PeftModel:
     config = LoraConfig(
         r=4, lora_alpha=7, target_modules=LINEAR, init_lora_weights=False, task_type="CAUSAL_LM"
     )
@@ -35,7 +35,7 @@ def adapted() -> PeftModel:
 
 def run(output: Path, **changes: Any) -> Any:
     settings = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3, "num_iterations": 2}
-    return tiny.trainer(output, start=adapted(), **{**settings, **changes})
+    return tiny.trainer(output, start=lora_model(), **{**settings, **changes})
 
 
 def trained(trainer: Any) -> list[tuple[float, dict[str, Tensor]]]:
@@ -47,16 +47,16 @@ def trained(trainer: Any) -> list[tuple[float, dict[str, Tensor]]]:
 
 
 @contextmanager
-def left_to_peft() -> Iterator[None]:
+def forward_of_peft() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peft_lora, "fused_lora_forward", lambda model: nullcontext())
         yield
 
 
 CHECKPOINTING: dict[str, dict[str, Any]] = {
-    "kept": {},
-    "checkpointed": {"gradient_checkpointing": True},
-    "checkpointed, reentrant": {
+    "no checkpointing": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing, reentrant": {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
@@ -65,24 +65,24 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("backend", ["torch", "logits"])
 @pytest.mark.parametrize("kind", CHECKPOINTING)
-def test_a_step_has_the_loss_and_the_gradient_of_peft(tmp_path: Path, kind: str, backend: str) -> None:
+def test_a_step_has_the_loss_and_the_gradients_of_peft(tmp_path: Path, kind: str, backend: str) -> None:
     settings = {**CHECKPOINTING[kind], "sdpo_config": tiny.config(loss_backend=backend)}
-    with left_to_peft():
+    with forward_of_peft():
         expected = trained(run(tmp_path, **settings))
     trainer = run(tmp_path, **settings)
-    found = trained(trainer)
+    result = trained(trainer)
     logged = [entry["self_distillation/teacher_distance"] for entry in trainer.state.log_history[:-1]]
-    assert logged[-1] > 1e-3, "the teacher is the student"
-    for (loss, gradients), (expected_loss, expected_gradients) in zip(found, expected, strict=True):
+    assert logged[-1] > 1e-3, "the teacher equals the student"
+    for (loss, gradients), (expected_loss, expected_gradients) in zip(result, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-7)
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-5, atol=1e-5)
-    assert max(gradient.abs().max() for gradient in found[0][1].values()) > 1e-3
+    assert max(gradient.abs().max() for gradient in result[0][1].values()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTING)
-def test_a_step_has_fewer_passes(tmp_path: Path, kind: str) -> None:
+def test_a_step_has_fewer_operations(tmp_path: Path, kind: str) -> None:
     counts = []
-    for own in (False, True):
+    for fused in (False, True):
         trainer = run(tmp_path, max_steps=1, **CHECKPOINTING[kind])
         step = trainer.training_step
 
@@ -93,48 +93,50 @@ def test_a_step_has_fewer_passes(tmp_path: Path, kind: str) -> None:
             return loss
 
         trainer.training_step = counted
-        with nullcontext() if own else left_to_peft():
+        with nullcontext() if fused else forward_of_peft():
             trainer.train()
-    peft, own = counts
-    # The model is asked once how it changes its logits; then the teacher, the student, and the student again.
-    forwards = 3 + (kind != "kept")
-    # A checkpoint that knows what it still needs stops before the last scaling and sum of each of the two blocks.
-    stopped = 2 if kind == "checkpointed" else 0
-    # Embeddings have no gradient, unless a checkpoint asks for one: three layers have no input to give it.
-    to_inputs = LAYERS - (3 if kind == "kept" else 0)
-    assert own["addmm_"] - peft["addmm_"] == forwards * LAYERS + to_inputs
-    assert peft["mul"] - own["mul"] == (forwards + 1) * LAYERS - stopped
-    assert peft["add"] - own["add"] == forwards * LAYERS - stopped + to_inputs
-    assert own["clone"] <= peft["clone"]
-    assert own["copy_"] <= peft["copy_"]
+    peft, fused = counts
+    # One forward checks how the model transforms its logits; then the teacher, the student, its recomputation.
+    forwards = 3 + (kind != "no checkpointing")
+    # Non-reentrant recomputation stops before the last scaling and sum of each of the two blocks.
+    stopped = 2 if kind == "checkpointing" else 0
+    # Without checkpointing the embeddings need no gradient, and three layers compute none for their input.
+    to_inputs = LAYERS - (3 if kind == "no checkpointing" else 0)
+    assert fused["addmm_"] - peft["addmm_"] == forwards * LAYERS + to_inputs
+    assert peft["mul"] - fused["mul"] == (forwards + 1) * LAYERS - stopped
+    assert peft["add"] - fused["add"] == forwards * LAYERS - stopped + to_inputs
+    assert fused["clone"] <= peft["clone"]
+    assert fused["copy_"] <= peft["copy_"]
 
 
 def watched(trainer: Any) -> list[tuple[str, int]]:
-    """For each forward what it was for, and how many layers were then computed in another way."""
+    """For each forward its purpose and the number of layers with the fused forward."""
     model, seen = trainer.model, []
     loss, step = trainer.compute_loss, trainer.training_step
-    doing = ["generation"]
+    purpose = ["generation"]
 
     def compute_loss(*args: Any, **kwargs: Any) -> Tensor:
-        doing.append("loss" if trainer.model.training else "evaluation")
+        purpose.append("loss" if trainer.model.training else "evaluation")
         try:
             return loss(*args, **kwargs)
         finally:
-            doing.pop()
+            purpose.pop()
 
     def training_step(*args: Any, **kwargs: Any) -> Tensor:
         try:
             return step(*args, **kwargs)
         finally:
-            seen.append(("after a step", there(model)))
+            seen.append(("after a step", count_fused(model)))
 
     trainer.compute_loss, trainer.training_step = compute_loss, training_step
-    model.get_base_model().register_forward_pre_hook(lambda *_: seen.append((doing[-1], there(model))))
+    model.get_base_model().register_forward_pre_hook(
+        lambda *_: seen.append((purpose[-1], count_fused(model)))
+    )
     return seen
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_within_the_loss_and_its_gradient_alone(tmp_path: Path, enabled: bool) -> None:
+def test_only_the_loss_and_its_gradient_use_it(tmp_path: Path, enabled: bool) -> None:
     trainer = run(
         tmp_path,
         sdpo_config=tiny.config(enabled=enabled),
@@ -150,26 +152,26 @@ def test_within_the_loss_and_its_gradient_alone(tmp_path: Path, enabled: bool) -
     assert set(seen) == {("generation", 0), ("loss", during), ("evaluation", 0), ("after a step", 0)}
 
 
-def test_the_layers_are_as_they_were_after_a_step_that_failed(tmp_path: Path) -> None:
+def test_the_forward_of_peft_is_back_after_a_failed_step(tmp_path: Path) -> None:
     trainer = run(tmp_path)
     seen = []
 
     def fail(loss: Tensor, **kwargs: Any) -> None:
-        seen.append(there(trainer.model))
+        seen.append(count_fused(trainer.model))
         raise ZeroDivisionError
 
     trainer.accelerator.backward = fail
     with pytest.raises(ZeroDivisionError):
         trainer.train()
     assert seen == [LAYERS]
-    assert there(trainer.model) == 0
+    assert count_fused(trainer.model) == 0
     inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.compute_loss(trainer.model, inputs)
-    assert there(trainer.model) == 0, "a loss outside of a step"
+    assert count_fused(trainer.model) == 0, "a loss outside of a step"
 
 
-def test_adapters_may_be_merged_while_completions_are_made(tmp_path: Path) -> None:
-    """As they are for an inference engine, and by a reward function that asks the model itself."""
+def test_adapters_may_be_merged_during_the_rollout(tmp_path: Path) -> None:
+    """An inference engine merges them, and so may a reward function."""
     expected = trained(run(tmp_path))
 
     def merging(completions: list[Any], **columns: Any) -> Any:
@@ -185,24 +187,21 @@ def test_adapters_may_be_merged_while_completions_are_made(tmp_path: Path) -> No
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
-def keep_products(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = (torch.ops.aten.mm, torch.ops.aten.addmm)
-    keeps = operation.overloadpacket in kept
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+def save_products(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_product = operation.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 SELECTIVE = {
     "gradient_checkpointing": True,
     "gradient_checkpointing_kwargs": {
         "use_reentrant": False,
-        "context_fn": partial(create_selective_checkpoint_contexts, keep_products),
+        "context_fn": partial(create_selective_checkpoint_contexts, save_products),
     },
 }
 
 
-def test_products_that_a_checkpoint_keeps_are_not_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_off_where_a_checkpoint_saves_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = run(tmp_path, **SELECTIVE)
     seen = watched(trainer)
     trainer.train()
@@ -213,7 +212,7 @@ def test_products_that_a_checkpoint_keeps_are_not_changed(
 
 
 @pytest.mark.parametrize("reason", ["torch_compile", "Unsloth"])
-def test_what_others_compile_or_rewrite_stays_theirs(
+def test_it_is_off_where_others_compile_or_rewrite_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     trainer = run(tmp_path)
