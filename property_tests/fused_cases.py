@@ -1,4 +1,4 @@
-"""One call of the fused loss and the same call written with the plain loss: shared by the tests of the fused loss."""
+"""One call of the fused loss, and the same call written with the plain loss: shared by the fused tests."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Case:
     scalars: dict[str, Any] = field(default_factory=dict)
 
     def with_(self, **changes: Any) -> Case:
-        """The case with other arguments; a support that has no k and tail removes them."""
+        """The case with other arguments; None removes a tensor, a support without k and tail removes those."""
+        others = {name: value for name, value in self.tensors.items() if name not in changes}
         tensors = {name: value for name, value in changes.items() if isinstance(value, Tensor)}
-        scalars = {name: value for name, value in changes.items() if name not in tensors}
+        scalars = {name: value for name, value in changes.items() if name not in self.tensors | tensors}
         if scalars.get("support") in ("full", "sampled"):
             scalars = {"k": None, "tail": None} | scalars
-        others = {name: value for name, value in self.tensors.items() if name not in scalars}
         return replace(self, tensors=others | tensors, scalars=self.scalars | scalars)
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> Case:
@@ -199,7 +199,7 @@ def token_inputs(tokens: Tensor) -> TokenInputs:
 def chunk_stats(
     chunk_loss: ChunkLoss, student: ModelChunk, teacher: ModelChunk, tokens: Tensor, objective: Objective
 ) -> TokenStats:
-    """A backend's statistics without a gradient, in float64. The products are copied, since a backend uses them up."""
+    """A backend's statistics without a gradient, in float64. It overwrites the products, so it gets copies."""
     stats = torch.empty(len(TokenStats._fields), len(tokens), dtype=student.products.dtype)
     models = (model._replace(products=model.products.clone()) for model in (student, teacher))
     chunk_loss(*models, token_inputs(tokens), objective, stats, None)
@@ -246,7 +246,7 @@ def certain_student_error(chunk_loss: ChunkLoss, **objective: Any) -> float:
 
 
 def logits_far_from_sampled() -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Logits and sampled tokens: the likeliest, ones 100 nats below it, and with almost nothing outside the support."""
+    """Logits and sampled tokens: the likeliest; ones 100 nats below it; with almost nothing outside the support."""
     student, teacher = independent_logits(6, 507, 3.0)
     tokens = student.argmax(dim=1)
     student[2:4, 0] -= 100.0
@@ -269,7 +269,7 @@ def bf16_grad_error(chunk_loss: ChunkLoss, **objective: Any) -> float:
 
 
 def bf16_length_errors(chunk_loss: ChunkLoss, **objective: Any) -> tuple[float, float]:
-    """Errors of the length of a token's bf16 gradient, projected on the exact one: with its row scale, and without."""
+    """Errors of a token's bf16 gradient in length, projected on the exact one: with row scale, and without."""
     logits, row_scale = independent_logits(16, 507, 8.0), torch.empty(16)
     exact = chunk_grad(chunk_loss, logits, torch.float32, **objective)
     ours = chunk_grad(chunk_loss, logits, torch.bfloat16, row_scale, **objective)

@@ -1,4 +1,4 @@
-"""The fused loss on plain torch: the numbers of the plain losses, their gradients, and what it may not read."""
+"""The fused loss on plain torch: values and gradients of the plain loss, and which tokens it never reads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from fused_cases import (
-    LEARNING,
-    Answer,
+    TRAINABLE,
     Case,
+    Result,
     assert_same,
-    divide_by_the_mask,
     fused,
     make_case,
+    multiply_by_the_mask,
     plain,
     relative_error,
 )
@@ -30,7 +30,10 @@ import sdpo
 def cases(draw: st.DrawFn) -> Case:
     v = draw(st.sampled_from([7, 64, 123, 507]))
     support = draw(st.sampled_from(["student", "student", "teacher", "full", "sampled"]))
-    k = None if support in ("full", "sampled") else draw(st.sampled_from([1, 3, v - 1, v]))
+    topk: dict[str, Any] = {}
+    if support in ("student", "teacher"):
+        k, tail = draw(st.sampled_from([1, 3, v - 1, v])), draw(st.sampled_from(["bucket", "renormalize"]))
+        topk = {"k": k, "tail": tail}
     return make_case(
         draw(seeds),
         n=draw(st.sampled_from([1, 5, 33, (2, 3)])),
@@ -40,39 +43,39 @@ def cases(draw: st.DrawFn) -> Case:
         scale=draw(st.sampled_from([0.5, 3.0, 20.0])),
         weights=draw(st.booleans()),
         biases=draw(st.booleans()),
-        k=k,
-        support="student" if support == "full" else support,
+        support=support,
+        **topk,
         alpha=1.0 if support == "sampled" else draw(alphas),
-        tail=draw(st.sampled_from(["bucket", "renormalize"])),
         temperature=draw(st.sampled_from([1.0, 0.6, 1.7])),
         softcap=draw(st.sampled_from([None, 10.0])),
         logit_scale=draw(st.sampled_from([1.0, 0.4])),
     )
 
 
-def property_equals_the_plain_loss(implementation: Callable[..., Answer], case: Case, chunk: int) -> None:
+def property_equals_the_plain_loss(implementation: Callable[..., Result], case: Case, chunk: int) -> None:
     assert_same(implementation(case, 1.7, chunk_size=chunk), plain(case, 1.7))
 
 
-def without_temperature(case: Case, factor: float, **options: Any) -> Answer:
-    answer = fused(case, factor, **options)
-    return answer | {"student_hidden": answer["student_hidden"] * case.scalars["temperature"]}
+def without_temperature(case: Case, factor: float, **options: Any) -> Result:
+    result = fused(case, factor, **options)
+    return result | {"student_hidden": result["student_hidden"] * case.scalars["temperature"]}
 
 
-def softcap_after_temperature(case: Case, factor: float, **options: Any) -> Answer:
+def softcap_after_temperature(case: Case, factor: float, **options: Any) -> Result:
     t, cap = case.scalars["temperature"], case.scalars["softcap"]
     return fused(case.with_(softcap=None if cap is None else cap * t), factor, **options)
 
 
-def without_last_chunk(case: Case, factor: float, chunk_size: int) -> Answer:
+def without_last_chunk(case: Case, factor: float, chunk_size: int) -> Result:
     active = case.tensors["loss_mask"].flatten().nonzero().flatten()
     mask = case.tensors["loss_mask"].clone()
     mask.view(-1)[active[len(active) // chunk_size * chunk_size :]] = False
     return fused(case.with_(loss_mask=mask), factor, chunk_size=chunk_size)
 
 
-def gradient_of_the_support_alone(case: Case, factor: float, **options: Any) -> Answer:
-    return fused(case.with_(tail="renormalize"), factor, **options)
+def without_the_tail(case: Case, factor: float, **options: Any) -> Result:
+    tail = None if case.scalars["tail"] is None else "renormalize"
+    return fused(case.with_(tail=tail), factor, **options)
 
 
 def property_statistics_equal_their_definitions(
@@ -80,7 +83,7 @@ def property_statistics_equal_their_definitions(
 ) -> None:
     out = implementation(case)
     mask = case.tensors["loss_mask"]
-    student, teacher = case.logits("student").log_softmax(-1), case.logits("teacher").log_softmax(-1)
+    student, teacher = case.log_probs("student"), case.log_probs("teacher")
     tokens = case.tensors["tokens"][..., None]
     torch.testing.assert_close(out.log_probs[mask], student.gather(-1, tokens)[..., 0][mask])
     torch.testing.assert_close(out.teacher_log_probs[mask], teacher.gather(-1, tokens)[..., 0][mask])
@@ -117,21 +120,21 @@ def statistics_of_masked_tokens_too(case: Case) -> sdpo.FusedOutput:
 
 
 def property_per_token_form_lets_the_caller_reduce(
-    reduce: Callable[..., Tensor], seed: int, learning: tuple[str, ...]
+    reduce: Callable[..., Tensor], seed: int, trainable: tuple[str, ...]
 ) -> None:
     case = make_case(seed, n=(3, 4), v=123)
     factors = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     def gradients(case: Case, reduced: Callable[[sdpo.FusedOutput], Tensor], **options: str) -> list[Tensor]:
-        leaves = [case.tensors[name].clone().requires_grad_() for name in learning]
-        case = case.with_(**dict(zip(learning, leaves, strict=True)))
+        leaves = [case.tensors[name].clone().requires_grad_() for name in trainable]
+        case = case.with_(**dict(zip(trainable, leaves, strict=True)))
         out = case.fused(backend="torch", chunk_size=5, **options)
         return list(torch.autograd.grad(reduced(out), leaves))
 
-    weighted = case.with_(extra_weights=case.tensors["extra_weights"] * factors)
+    weighted = case.with_(weights=case.tensors["weights"] * factors)
     expected = gradients(weighted, lambda out: out.total)
-    got = gradients(case, lambda out: reduce(out, factors), reduction="none")
-    for left, right in zip(expected, got, strict=True):
+    actual = gradients(case, lambda out: reduce(out, factors), reduction="none")
+    for left, right in zip(expected, actual, strict=True):
         assert relative_error(right, left) < 1e-12
 
 
@@ -152,7 +155,7 @@ RIGHT_AND_WRONG: list[tuple[Callable[..., None], Callable[..., Any], dict[str, A
         property_equals_the_plain_loss,
         fused,
         {"case": cases(), "chunk": st.sampled_from([1, 4, 1000])},
-        [without_temperature, softcap_after_temperature, without_last_chunk, gradient_of_the_support_alone],
+        [without_temperature, softcap_after_temperature, without_last_chunk, without_the_tail],
     ),
     (
         property_statistics_equal_their_definitions,
@@ -167,12 +170,14 @@ RIGHT_AND_WRONG: list[tuple[Callable[..., None], Callable[..., Any], dict[str, A
     (
         property_per_token_form_lets_the_caller_reduce,
         reduced,
-        {"seed": seeds, "learning": st.sampled_from([LEARNING, LEARNING[:1], LEARNING[1:2]])},
+        {"seed": seeds, "trainable": st.sampled_from([TRAINABLE, TRAINABLE[:1], TRAINABLE[1:2]])},
         [reduced_without_weights, reduced_and_totalled],
     ),
 ]
 CLAIMS = [
-    Claim(check, right, wrong, drawn) for check, right, drawn, twins in RIGHT_AND_WRONG for wrong in twins
+    Claim(check, right, wrong, drawn)
+    for check, right, drawn, counter_examples in RIGHT_AND_WRONG
+    for wrong in counter_examples
 ]
 
 
@@ -182,7 +187,7 @@ def test_holds(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{name_of(claim)}-{claim.wrong.__name__}")
-def test_wrong_twins_are_rejected(claim: Claim) -> None:
+def test_counter_examples_are_rejected(claim: Claim) -> None:
     claim.rejects_wrong_twin()
 
 
@@ -191,7 +196,7 @@ def test_with_reduction_none_the_total_keeps_a_gradient_of_its_own() -> None:
     out = case.fused(backend="torch", reduction="none")
     of_total = torch.autograd.grad(out.total, leaves, retain_graph=True)
     of_both = torch.autograd.grad(out.total + (out.weights * out.per_token).sum(), leaves)
-    for name, alone, both in zip(LEARNING, of_total, of_both, strict=True):
+    for name, alone, both in zip(TRAINABLE, of_total, of_both, strict=True):
         assert relative_error(alone, fused(case)[name]) < 1e-12
         assert relative_error(both, 2.0 * alone) < 1e-12
 
@@ -220,20 +225,20 @@ def test_the_tail_is_exact_where_the_support_holds_nearly_all(alpha: float, dtyp
     assert error.max() < 1e-5
 
 
-@pytest.mark.parametrize("implementation", [fused, divide_by_the_mask])
-def test_what_masked_tokens_hold_is_never_read(implementation: Callable[[Case], Answer]) -> None:
+@pytest.mark.parametrize("implementation", [fused, multiply_by_the_mask])
+def test_masked_tokens_are_never_read(implementation: Callable[[Case], Result]) -> None:
     case = make_case(5, n=20, v=64)
     mask = case.tensors["loss_mask"]
     poisoned = case.with_(
         student_hidden=case.tensors["student_hidden"].masked_fill(~mask[:, None], math.nan),
         teacher_hidden=case.tensors["teacher_hidden"].masked_fill(~mask[:, None], math.inf),
-        extra_weights=case.tensors["extra_weights"].masked_fill(~mask, math.nan),
+        weights=case.tensors["weights"].masked_fill(~mask, math.nan),
     )
-    answer = implementation(poisoned)
-    same = all(relative_error(answer[name], value) < 1e-12 for name, value in fused(case).items())
+    result = implementation(poisoned)
+    same = all(relative_error(result[name], value) < 1e-12 for name, value in fused(case).items())
     assert same == (implementation is fused)
     if implementation is fused:
-        assert not answer["student_hidden"][~mask].any()
+        assert not result["student_hidden"][~mask].any()
 
 
 @pytest.mark.parametrize("n", [0, 7])
@@ -242,8 +247,8 @@ def test_nothing_active_gives_zero_and_a_legal_backward(n: int, reduction: str) 
     case, leaves = make_case(6, n=n, v=64).leaves()
     case = case.with_(loss_mask=torch.zeros(n, dtype=torch.bool))
     out = case.fused(reduction=reduction)
-    out.total.backward()
-    assert out.total == 0.0
+    out.mean().backward()
+    assert out.total == out.mean() == 0.0
     assert out.count == 0
     for leaf in leaves:
         assert leaf.grad is not None
@@ -252,8 +257,24 @@ def test_nothing_active_gives_zero_and_a_legal_backward(n: int, reduction: str) 
     assert all(torch.isfinite(value.float()).all() for value in out.metrics.values())
 
 
-def hidden_lerp(case: Case, coef: float) -> Tensor:
-    """The twin that always mixes hidden states, right only through a head without soft-cap."""
+CENTRE = ("centre_hidden", "centre_weight", "centre_bias")
+
+
+@pytest.mark.parametrize("support", ["student", "full"])
+def test_the_mean_is_the_total_over_the_count(support: str) -> None:
+    case, leaves = make_case(6, n=9, v=64, support=support).leaves()
+    out = case.fused(backend="torch")
+    assert out.mean() == out.total / out.count
+    for left, right in zip(
+        torch.autograd.grad(out.mean(), leaves, retain_graph=True),
+        torch.autograd.grad(out.total, leaves),
+        strict=True,
+    ):
+        assert relative_error(left * out.count, right) < 1e-12
+
+
+def mixed_hidden_states(case: Case, coef: float) -> Tensor:
+    """A counter-example: always mixes the hidden states, which is right only through a head without soft-cap."""
     reference, live = case.tensors["reference_hidden"], case.tensors["teacher_hidden"]
     tensors = {name: value for name, value in case.tensors.items() if not name.startswith("reference")}
     mixed = Case(tensors, case.scalars | {"trust_region_coef": None})
@@ -262,74 +283,72 @@ def hidden_lerp(case: Case, coef: float) -> Tensor:
 
 @pytest.mark.parametrize("coef", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("own_head", [False, True])
-def test_trust_region_mixes_logits(coef: float, softcap: float | None, own_head: bool) -> None:
+@pytest.mark.parametrize("head", ["shared", "equal", "other"])
+def test_trust_region_mixes_logits(coef: float, softcap: float | None, head: str) -> None:
     case = make_case(7, n=9, v=64, k=5, softcap=softcap)
     other = make_case(8, n=9, v=64).tensors
-    reference = Case(
-        {
-            "teacher_hidden": other["teacher_hidden"],
-            "teacher_head": other["teacher_head"] if own_head else case.tensors["teacher_head"],
-            "teacher_bias": other["teacher_bias"] if own_head else case.tensors["teacher_bias"],
-        },
-        case.scalars,
+    reference = {"reference_hidden": other["teacher_hidden"]}
+    if head != "shared":
+        source = other if head == "other" else case.tensors
+        reference |= {f"reference_{part}": source[f"teacher_{part}"].clone() for part in ("weight", "bias")}
+    mixed_case = case.with_(**reference, trust_region_coef=coef)
+    heads = mixed_case.arguments()
+    centre = Case(dict(zip(CENTRE, heads["reference"], strict=True)), case.scalars)
+    mixed = (1 - coef) * centre.logits("centre") + coef * case.logits("teacher")
+    expected = sdpo.distillation_loss(
+        case.logits("student"), mixed, support="student", k=5, tail="bucket", alpha=0.5, temperature=1.0
     )
-    mixed = (1 - coef) * reference.logits("teacher") + coef * case.logits("teacher")
-    divergence = sdpo.topk_distillation_loss(case.logits("student"), mixed, k=5, alpha=0.5, tail="bucket")
-    with_reference = case.with_(reference_hidden=reference.tensors["teacher_hidden"], trust_region_coef=coef)
-    if own_head:
-        with_reference = with_reference.with_(
-            reference_head=reference.tensors["teacher_head"], reference_bias=reference.tensors["teacher_bias"]
-        )
-    out = with_reference.fused(backend="torch")
+    out = mixed_case.fused(backend="torch")
     mask = case.tensors["loss_mask"]
-    torch.testing.assert_close(out.per_token[mask], divergence[mask])
+    torch.testing.assert_close(out.per_token[mask], expected[mask])
     if softcap is not None and coef == 0.3:
-        assert relative_error(hidden_lerp(with_reference, coef), out.total) > 1e-3
+        assert relative_error(mixed_hidden_states(mixed_case, coef), out.total) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_low_precision_inputs_lose_nothing_but_their_own_rounding(dtype: torch.dtype) -> None:
+def test_low_precision_inputs_are_rounded_once(dtype: torch.dtype) -> None:
     rounded = make_case(9, n=33, d=64, v=507).cast(dtype)
-    expected, got = plain(rounded.cast(torch.float64)), fused(rounded)
-    assert relative_error(got["total"], expected["total"]) < 1e-5
-    assert relative_error(got["per_token"], expected["per_token"]) < 1e-5
-    for name in LEARNING:
-        assert got[name].dtype == dtype
-        assert relative_error(got[name], expected[name]) < max(torch.finfo(dtype).eps / 2, 1e-5)
+    expected, actual = plain(rounded.cast(torch.float64)), fused(rounded)
+    assert relative_error(actual["total"], expected["total"]) < 1e-5
+    assert relative_error(actual["per_token"], expected["per_token"]) < 1e-5
+    for name in TRAINABLE:
+        assert actual[name].dtype == dtype
+        assert relative_error(actual[name], expected[name]) < max(torch.finfo(dtype).eps / 2, 1e-5)
     plain_low = plain(rounded)
     if dtype != torch.float32:
-        assert relative_error(plain_low["per_token"], expected["per_token"]) > 1e-4, "bf16 logits would do"
+        assert relative_error(plain_low["per_token"], expected["per_token"]) > 1e-4, (
+            "16-bit logits would be enough"
+        )
 
 
 def test_ties_and_impossible_tokens() -> None:
     case = make_case(10, n=12, v=60, k=8, weights=False)
-    shut = torch.arange(60) % 3 == 0
-    tied = case.tensors["student_head"].clone()
+    impossible = torch.arange(60) % 3 == 0
+    tied = case.tensors["student_weight"].clone()
     tied[20:50] = tied[20]
-    case = case.with_(student_head=tied)
+    case = case.with_(student_weight=tied)
     for side in ("student", "teacher"):
-        bias = torch.zeros(60, dtype=torch.float64).masked_fill(shut, -math.inf)
+        bias = torch.zeros(60, dtype=torch.float64).masked_fill(impossible, -math.inf)
         case = case.with_(**{f"{side}_bias": bias})
     for alpha in (0.0, 0.5, 1.0):
-        answer = fused(case.with_(alpha=alpha))
+        result = fused(case.with_(alpha=alpha))
         divergence, _ = case.with_(alpha=alpha).plain_per_token()
-        assert torch.isfinite(answer["student_hidden"]).all()
-        assert torch.isfinite(answer["student_head"]).all()
-        torch.testing.assert_close(answer["total"], divergence[case.tensors["loss_mask"]].sum())
+        assert torch.isfinite(result["student_hidden"]).all()
+        assert torch.isfinite(result["student_weight"]).all()
+        torch.testing.assert_close(result["total"], divergence[case.tensors["loss_mask"]].sum())
     # More tokens asked for than there are possible ones: nothing is outside.
-    assert torch.isfinite(fused(case.with_(k=50))["student_head"]).all()
+    assert torch.isfinite(fused(case.with_(k=50))["student_weight"]).all()
 
 
-@pytest.mark.parametrize(("alpha", "shut_side"), [(1.0, "teacher"), (0.0, "student")])
-def test_an_infinite_divergence_sends_a_finite_gradient(alpha: float, shut_side: str) -> None:
+@pytest.mark.parametrize(("alpha", "excluding_model"), [(1.0, "teacher"), (0.0, "student")])
+def test_an_infinite_divergence_sends_a_finite_gradient(alpha: float, excluding_model: str) -> None:
     case = make_case(11, n=6, v=30, k=30, alpha=alpha, weights=False, biases=False)
     case = case.with_(
-        **{f"{shut_side}_bias": torch.zeros(30).double().index_fill(0, torch.tensor([4]), -math.inf)}
+        **{f"{excluding_model}_bias": torch.zeros(30).double().index_fill(0, torch.tensor([4]), -math.inf)}
     )
-    answer, expected = fused(case), plain(case)
-    assert answer["total"] == math.inf == expected["total"]
-    assert relative_error(answer["student_hidden"], expected["student_hidden"]) < 1e-9
+    result, expected = fused(case), plain(case)
+    assert result["total"] == math.inf == expected["total"]
+    assert relative_error(result["student_hidden"], expected["student_hidden"]) < 1e-9
 
 
 def test_same_inputs_same_bits() -> None:
@@ -340,8 +359,8 @@ def test_same_inputs_same_bits() -> None:
 
 def test_a_teacher_that_shares_the_head_sends_no_gradient() -> None:
     case = make_case(16, n=9, v=64, biases=False)
-    apart = case.with_(teacher_head=case.tensors["student_head"].clone())
-    head = case.tensors["student_head"].clone().requires_grad_()
-    tied = case.with_(student_head=head, teacher_head=head)
+    apart = case.with_(teacher_weight=case.tensors["student_weight"].clone())
+    head = case.tensors["student_weight"].clone().requires_grad_()
+    tied = case.with_(student_weight=head, teacher_weight=head)
     (gradient,) = torch.autograd.grad(tied.fused(backend="torch").total, head)
-    assert relative_error(gradient, fused(apart)["student_head"]) < 1e-12
+    assert relative_error(gradient, fused(apart)["student_weight"]) < 1e-12

@@ -1,4 +1,4 @@
-"""The digits of the fused loss: what 16-bit slopes and inputs cost, a CPU standing in for a GPU's products."""
+"""The accuracy of the fused loss with 16-bit gradients and inputs, on a CPU with stand-ins for a GPU's products."""
 
 from __future__ import annotations
 
@@ -6,54 +6,63 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import Case, hidden_breaks, lost_length, make_case, relative_error, saturated_error
+from fused_cases import (
+    Case,
+    bf16_length_errors,
+    certain_student_error,
+    hidden_nan_share,
+    make_case,
+    relative_error,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sdpo.fused import _chunks, _matmul, _torch
-from sdpo.fused._matmul import pieces
+from sdpo.fused._matmul import split_k
+
+SUPPORTS = pytest.mark.parametrize("objective", [{"k": 100}, {"support": "full"}], ids=str)
 
 
-@pytest.mark.parametrize("k", [100, None])
-def test_a_row_of_slopes_keeps_its_length_in_bf16(k: int | None) -> None:
-    with_gain, without = lost_length(_torch.chunk, k)
-    assert with_gain < 2e-4
-    assert without > 2e-3
+@SUPPORTS
+def test_a_gradient_keeps_its_length_in_bf16(objective: dict[str, Any]) -> None:
+    scaled, unscaled = bf16_length_errors(_torch.chunk_loss, **objective)
+    assert scaled < 2e-4
+    assert unscaled > 2e-3
 
 
-@pytest.mark.parametrize("k", [100, None])
-def test_the_slope_of_a_nearly_certain_token_keeps_its_digits(
-    monkeypatch: pytest.MonkeyPatch, k: int | None
+@SUPPORTS
+def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(
+    monkeypatch: pytest.MonkeyPatch, objective: dict[str, Any]
 ) -> None:
-    assert saturated_error(_torch.chunk, k) < 1e-4
-    # A wrong twin: g − G·p, here a difference of near equals.
-    monkeypatch.setattr(_torch, "_balanced", lambda slopes, p: slopes)
-    assert saturated_error(_torch.chunk, k) > 2e-4
+    assert certain_student_error(_torch.chunk_loss, **objective) < 1e-4
+    # A counter-example: g − G·p, here a difference of near equals.
+    monkeypatch.setattr(_torch, "_without_cancellation", lambda grad, p: grad)
+    assert certain_student_error(_torch.chunk_loss, **objective) > 2e-4
 
 
-def test_a_broken_logit_shows() -> None:
-    assert hidden_breaks(_torch.chunk) == 0.0
+def test_a_nan_logit_shows() -> None:
+    assert hidden_nan_share(_torch.chunk_loss) == 0.0
 
 
 @given(st.integers(1, 300_000))
-def test_pieces_cover_a_vocabulary(vocabulary: int) -> None:
-    count, width = pieces(vocabulary)
+def test_split_k_covers_a_vocabulary(vocabulary: int) -> None:
+    count, width = split_k(vocabulary)
     assert width * count <= vocabulary < (width + 8) * count
     assert width <= 20_000
 
 
-# --- 16-bit products with a float32 result, which only a GPU has ------------------------------------------
+# --- products of 16-bit inputs with a float32 result, which only a GPU has ---------------------------------
 
 
 @pytest.fixture
 def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such products on a CPU: what 16 bits do to inputs and slopes, without the GPU's own rounding."""
+    """Such products on a CPU: 16-bit inputs and gradients, without the GPU's own rounding."""
     mm = torch.mm
 
     def product(left: Tensor, right: Tensor, out_dtype: Any = None, out: Any = None) -> Tensor:
-        made = mm(left.to(out_dtype), right.to(out_dtype)) if out_dtype else mm(left, right)
-        return made if out is None else out.copy_(made)
+        result = mm(left.to(out_dtype), right.to(out_dtype)) if out_dtype else mm(left, right)
+        return result if out is None else out.copy_(result)
 
     def products(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
         return out.copy_(torch.stack([product(a, b, out_dtype) for a, b in zip(left, right, strict=True)]))
@@ -84,41 +93,43 @@ def relative_errors(case: Case, dtype: torch.dtype, **options: Any) -> list[floa
 
 @HALVES
 @pytest.mark.usefixtures("mixed")
-@pytest.mark.parametrize("scalars", [{}, {"k": None}, {"support": "teacher", "tail": "renormalize"}], ids=str)
-@pytest.mark.parametrize("fills", [0, 2**21], ids=["in pieces", "at once"])
-def test_mixed_products_lose_what_their_inputs_lack(
-    monkeypatch: pytest.MonkeyPatch, fills: int, scalars: dict[str, Any], dtype: torch.dtype
+@pytest.mark.parametrize(
+    "scalars", [{}, {"support": "full"}, {"support": "teacher", "tail": "renormalize"}], ids=str
+)
+@pytest.mark.parametrize("min_outputs", [0, 2**21], ids=["split", "whole"])
+def test_mixed_products_add_no_error_to_that_of_their_inputs(
+    monkeypatch: pytest.MonkeyPatch, min_outputs: int, scalars: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(_matmul, "_FILLS", fills)
-    monkeypatch.setattr(_matmul, "_TERMS", 100)
+    monkeypatch.setattr(_matmul, "MIN_SPLIT_K_OUTPUTS", min_outputs)
+    monkeypatch.setattr(_matmul, "SPLIT_K_SUMMANDS", 100)
     value, *gradients = relative_errors(make_case(31, n=33, d=17, v=507, **scalars), dtype)
     assert value < 1e-5
     assert max(gradients) < 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.usefixtures("mixed")
-def test_what_a_product_loses_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lossy(left: Tensor, right: Tensor, out_dtype: Any = None, out: Any = None) -> Tensor:
-        made = whole(left, right, out_dtype, out)
-        return made.mul_(0.999) if out_dtype else made
+def test_the_accumulation_bias_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def biased(left: Tensor, right: Tensor, out_dtype: Any = None, out: Any = None) -> Tensor:
+        result = exact(left, right, out_dtype, out)
+        return result.mul_(0.999) if out_dtype else result
 
-    whole = torch.mm
-    monkeypatch.setattr(torch, "mm", lossy)
-    _matmul._measured_loss.cache_clear()
+    exact = torch.mm
+    monkeypatch.setattr(torch, "mm", biased)
+    _matmul._measure_accumulation_bias.cache_clear()
     try:
-        assert _matmul.accumulation_bias(torch.device("cpu"), torch.bfloat16, 17) == pytest.approx(
-            1e-3, rel=1e-3
-        )
-        # Values alone: the gradient's own product is as short as it was.
+        measured = _matmul.accumulation_bias(torch.device("cpu"), torch.bfloat16, 17)
+        assert measured == pytest.approx(1e-3, rel=1e-3)
+        # Values alone: the product that makes the gradient is not corrected.
         case = make_case(38, n=33, d=17, v=507)
         assert relative_errors(case, torch.bfloat16)[0] < 1e-5
-        monkeypatch.setattr(_chunks, "accumulation_bias", lambda device, operand, width: 0.0)
-        assert relative_errors(case, torch.bfloat16)[0] > 1e-4, "a wrong twin"
+        # A counter-example: the products as they are.
+        monkeypatch.setattr(_chunks, "accumulation_bias", lambda device, operand, summands: 0.0)
+        assert relative_errors(case, torch.bfloat16)[0] > 1e-4
     finally:
-        _matmul._measured_loss.cache_clear()
+        _matmul._measure_accumulation_bias.cache_clear()
 
 
-def test_a_cpu_loses_nothing() -> None:
+def test_a_cpu_has_no_accumulation_bias() -> None:
     assert _matmul.accumulation_bias(torch.device("cpu"), torch.bfloat16, 3584) == 0.0
 
 
@@ -131,10 +142,10 @@ def test_mixed_products_mix_a_trust_region_before_they_round() -> None:
     exact = case.cast(torch.float64).fused(backend="torch").per_token
     mask = case.tensors["loss_mask"]
     assert relative_error(ours[mask], exact[mask]) < 1e-5
-    # A wrong twin: the states in between, rounded as the head is.
-    between = case.tensors["reference_hidden"].float().lerp(case.tensors["teacher_hidden"].float(), 0.5)
-    twin = case.with_(teacher_hidden=between.bfloat16(), reference_hidden=None, trust_region_coef=None)
-    assert relative_error(twin.fused(backend="torch").per_token[mask], exact[mask]) > 1e-4
+    # A counter-example: the mixed hidden states, rounded to the dtype of the weight.
+    mixed = case.tensors["reference_hidden"].float().lerp(case.tensors["teacher_hidden"].float(), 0.5)
+    rounded = case.with_(teacher_hidden=mixed.bfloat16(), reference_hidden=None, trust_region_coef=None)
+    assert relative_error(rounded.fused(backend="torch").per_token[mask], exact[mask]) > 1e-4
 
 
 @HALVES
@@ -142,9 +153,7 @@ def test_mixed_products_mix_a_trust_region_before_they_round() -> None:
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_weights_of_zero_give_gradients_of_zero(reduction: str, dtype: torch.dtype) -> None:
     case = make_case(34, n=9, d=17, v=130)
-    case, leaves = (
-        case.with_(extra_weights=torch.zeros(9), old_log_probs=None, is_clip=None).cast(dtype).leaves()
-    )
+    case, leaves = case.with_(weights=torch.zeros(9), old_log_probs=None, is_clip=None).cast(dtype).leaves()
     out = case.fused(reduction=reduction)
     loss = out.total if reduction == "sum" else (out.per_token * 0.0).sum()
     assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(loss, leaves))
@@ -156,7 +165,7 @@ def test_weights_of_zero_give_gradients_of_zero(reduction: str, dtype: torch.dty
 def test_mixed_products_of_nothing(reduction: str, dtype: torch.dtype) -> None:
     case = make_case(35, n=9, d=17, v=130)
     case.tensors["loss_mask"].fill_(False)
-    case.tensors["extra_weights"].fill_(torch.nan)
+    case.tensors["weights"].fill_(torch.nan)
     case, leaves = case.cast(dtype).leaves()
     out = case.fused(reduction=reduction)
     loss = out.total if reduction == "sum" else out.per_token.sum()
@@ -164,17 +173,17 @@ def test_mixed_products_of_nothing(reduction: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("mixed")
-def test_a_broken_weight_of_a_masked_token_is_never_read() -> None:
+def test_a_nan_weight_of_a_masked_token_is_never_read() -> None:
     case = make_case(36, n=9, d=17, v=130).cast(torch.float16)
-    case.tensors["extra_weights"][~case.tensors["loss_mask"]] = torch.nan
+    case.tensors["weights"][~case.tensors["loss_mask"]] = torch.nan
     case, leaves = case.leaves()
     assert all(g.isfinite().all() for g in torch.autograd.grad(case.fused().total, leaves))
 
 
-def test_a_transposed_head_is_another_head() -> None:
-    """Both converted, of one memory and one shape: told apart by their strides."""
+def test_a_transposed_weight_is_another_weight() -> None:
+    """Both are converted, and share memory and shape: only their strides differ."""
     case = make_case(37, n=9, d=40, v=40, k=5, weights=False, biases=False).cast(torch.float32)
-    head = case.tensors["student_head"].bfloat16()
-    shared = case.with_(student_head=head, teacher_head=head.t())
-    apart = case.with_(student_head=head, teacher_head=head.t().clone())
-    assert torch.equal(shared.fused().per_token, apart.fused().per_token)
+    weight = case.tensors["student_weight"].bfloat16()
+    shared = case.with_(student_weight=weight, teacher_weight=weight.t())
+    separate = case.with_(student_weight=weight, teacher_weight=weight.t().clone())
+    assert torch.equal(shared.fused().per_token, separate.fused().per_token)

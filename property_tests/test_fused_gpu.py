@@ -1,4 +1,4 @@
-"""The kernels on a GPU: against the plain losses in float64, to the accuracy they promise."""
+"""The kernels on a GPU: against the plain loss in float64, to the accuracy they promise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from fused_cases import Case, make_case, relative_error
 
+import sdpo
 from sdpo.fused import _chunks
 from sdpo.fused._matmul import grad_hidden_from_logits
 
@@ -21,10 +22,10 @@ SCALARS: list[dict[str, Any]] = [
     {"alpha": 1.0, "k": 1},
     {"tail": "renormalize", "alpha": 0.3},
     {"support": "teacher"},
-    {"support": "sampled", "k": None, "alpha": 1.0},
-    {"k": None},
-    {"k": None, "alpha": 0.0, "softcap": 20.0},
-    {"k": None, "alpha": 1.0},
+    {"support": "sampled"},
+    {"support": "full"},
+    {"support": "full", "alpha": 0.0, "softcap": 20.0},
+    {"support": "full", "alpha": 1.0},
     {"softcap": 20.0, "temperature": 0.7, "logit_scale": 1.3},
     {"support": "teacher", "softcap": 20.0, "alpha": 0.0, "temperature": 1.5},
 ]
@@ -54,7 +55,9 @@ def test_kernels_give_the_plain_numbers(scalars: dict[str, Any], dtype: torch.dt
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("scalars", [{"k": 100}, {"k": None}, {"k": 300, "support": "teacher"}], ids=str)
+@pytest.mark.parametrize(
+    "scalars", [{"k": 100}, {"support": "full"}, {"k": 300, "support": "teacher"}], ids=str
+)
 def test_any_size(size: tuple[int, int, int], scalars: dict[str, Any]) -> None:
     n, d, v = size
     check(make_case(2, n=n, d=d, v=v, **scalars), torch.bfloat16, backend="triton")
@@ -65,7 +68,7 @@ def test_wide_supports(k: int) -> None:
     check(make_case(3, n=9, d=64, v=5000, k=k), torch.bfloat16, backend="triton")
 
 
-def test_torch_backend_keeps_the_same_promises() -> None:
+def test_the_torch_backend_has_the_same_accuracy() -> None:
     check(make_case(4, n=33, d=64, v=1003), torch.bfloat16, backend="torch", chunk_size=16)
 
 
@@ -77,7 +80,7 @@ def test_a_full_support_leaves_an_exact_tail() -> None:
     ours = case.cast(torch.bfloat16, "cuda").fused(backend="triton")
     exact = case.cast(torch.float64, "cuda")
     mask = case.tensors["loss_mask"].cuda()
-    top = sdpo_tail(exact)[mask]
+    top = exact_log_tail(exact)[mask]
     deep = (top.exp() < 1e-5) & (top.exp() > 1e-30)
     assert deep.sum() > 5
     error = (ours.student_log_tail[mask] - top)[deep].abs()
@@ -86,18 +89,16 @@ def test_a_full_support_leaves_an_exact_tail() -> None:
     assert not (naive - top[deep]).abs().max() < 1e-4, "1 - mass would have passed"
 
 
-def sdpo_tail(case: Case) -> torch.Tensor:
-    import sdpo
-
+def exact_log_tail(case: Case) -> torch.Tensor:
     return sdpo.topk_log_probs(case.logits("student"), k=case.scalars["k"]).log_tail
 
 
 def test_ties_and_impossible_tokens() -> None:
     case = make_case(6, n=20, d=64, v=1003, weights=False)
-    case.tensors["student_head"][:700] = case.tensors["student_head"][0]
-    shut = torch.arange(1003) % 3 == 1
+    case.tensors["student_weight"][:700] = case.tensors["student_weight"][0]
+    impossible = torch.arange(1003) % 3 == 1
     for side in ("student", "teacher"):
-        case.tensors[f"{side}_bias"].zero_().masked_fill_(shut, -torch.inf)
+        case.tensors[f"{side}_bias"].zero_().masked_fill_(impossible, -torch.inf)
     ours, leaves = case.cast(torch.float32, "cuda").leaves()
     out = ours.fused(backend="triton")
     reference, _ = case.cast(torch.float64, "cuda").plain_per_token()
@@ -126,43 +127,43 @@ def test_memory_does_not_grow_with_the_tokens() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     peak(64)
-    # Of 512 tokens enough are active to fill a block of slopes, as large as it gets. What grows is the hidden
-    # gradient (bf16) and a few numbers per token, not 50257 of them.
+    # Enough of 512 tokens are active to fill a block of logit gradients. What grows is the hidden gradient (bf16)
+    # and a few numbers per token, not 50257 of them.
     assert peak(2048) - peak(512) < (2048 - 512) * (64 * 2 * 4 + 400)
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0], ids=["flat", "ordinary"])
-def test_every_token_to_the_fifth_digit(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
-    """Models that mostly agree: their divergence is a difference of logits of which a share is lost."""
+def test_every_token_is_accurate_to_the_fifth_digit(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """Models that mostly agree: the accumulation bias of their logits is a large part of their divergence."""
     from sdpo.fused.triton import _launch
 
     plain: dict[str, Any] = {"weights": False, "biases": False}
     case = make_case(12, n=128, d=3584, v=20_000, scale=scale, k=100, **plain)
     near = 0.9 * case.tensors["student_hidden"] + 0.44 * case.tensors["teacher_hidden"]
-    case = case.with_(teacher_hidden=near, teacher_head=case.tensors["student_head"]).cast(torch.bfloat16)
+    case = case.with_(teacher_hidden=near, teacher_weight=case.tensors["student_weight"]).cast(torch.bfloat16)
     exact, _ = case.cast(torch.float64, "cuda").plain_per_token()
     mask, ours = case.tensors["loss_mask"].cuda(), case.cast(torch.bfloat16, "cuda")
 
     def worst() -> float:
-        found = ours.fused(backend="triton").per_token[mask].double()
-        return ((found - exact[mask]).abs() / exact[mask]).max().item()
+        per_token = ours.fused(backend="triton").per_token[mask].double()
+        return ((per_token - exact[mask]).abs() / exact[mask]).max().item()
 
     assert worst() < 1e-5
-    # A wrong twin: the products as they are.
-    monkeypatch.setattr(_chunks, "accumulation_bias", lambda device, operand, width: 0.0)
+    # A counter-example: the products as they are.
+    monkeypatch.setattr(_chunks, "accumulation_bias", lambda device, operand, summands: 0.0)
     monkeypatch.setattr(_launch, "_is_exact", lambda model, recipe: False)
     assert worst() > 1e-5
 
 
 @pytest.mark.parametrize("scale", [3.0, 13.0], ids=["ordinary", "nearly all mass on the support"])
-@pytest.mark.parametrize("scalars", [{"k": 100}, {"k": None}], ids=str)
+@pytest.mark.parametrize("scalars", [{"k": 100}, {"support": "full"}], ids=str)
 def test_norm_of_the_gradient(scalars: dict[str, Any], scale: float) -> None:
     """float32 leaves under autocast: bf16 products, gradients that are not rounded to bf16 at the end."""
     plain: dict[str, Any] = {"weights": False, "biases": False}
     case = make_case(10, n=512, d=1024, v=24_000, scale=scale, **plain, **scalars)
     # A teacher that mostly agrees: between strangers a single token would be all of the gradient.
     near = 0.9 * case.tensors["student_hidden"] + 0.44 * case.tensors["teacher_hidden"]
-    case = case.with_(teacher_hidden=near, teacher_head=case.tensors["student_head"]).cast(torch.bfloat16)
+    case = case.with_(teacher_hidden=near, teacher_weight=case.tensors["student_weight"]).cast(torch.bfloat16)
     exact, exact_leaves = case.cast(torch.float64, "cuda").leaves()
     ours, leaves = case.cast(torch.float32, "cuda").leaves()
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -173,33 +174,33 @@ def test_norm_of_the_gradient(scalars: dict[str, Any], scale: float) -> None:
         for ours_, exact_ in zip(torch.autograd.grad(total, leaves), expected, strict=True)
     )
     assert hidden < 1e-4
-    # A head's rows mix tokens, so no factor of a token can give back what the rounding of its slopes took.
+    # The gradient of a weight sums over tokens: no factor of a token corrects the rounding of its logit gradient.
     assert head < 2e-3
 
 
-def test_a_broken_row_is_not_hidden() -> None:
+def test_a_nan_token_shows() -> None:
     case = make_case(11, n=8, d=64, v=5000, weights=False).cast(torch.bfloat16, "cuda")
     case.tensors["loss_mask"].fill_(True)
     case.tensors["student_hidden"][3] = torch.nan
-    assert case.fused(backend="triton").per_token.isnan().tolist() == [row == 3 for row in range(8)]
+    assert case.fused(backend="triton").per_token.isnan().tolist() == [token == 3 for token in range(8)]
 
 
-def test_a_long_sum_hardly_shrinks() -> None:
-    """All terms positive is the worst case: in one product of this length the sum loses 4e-4."""
-    slope = torch.rand(768, 152_064, device="cuda").bfloat16()
-    head = torch.rand(152_064, 3584, device="cuda").bfloat16()
+def test_a_long_sum_has_a_small_accumulation_bias() -> None:
+    """All summands positive is the worst case: one product of this length is too small by 4e-4."""
+    grad_logits = torch.rand(768, 152_064, device="cuda").bfloat16()
+    weight = torch.rand(152_064, 3584, device="cuda").bfloat16()
     ours, exact = (
-        grad_hidden_from_logits(slope, head, torch.empty(768, 3584, device="cuda")),
-        slope.double() @ head.double(),
+        grad_hidden_from_logits(grad_logits, weight, torch.empty(768, 3584, device="cuda")),
+        grad_logits.double() @ weight.double(),
     )
     assert abs(((ours.double() * exact).sum() / exact.square().sum()).item() - 1) < 1e-4
 
 
 def test_autocast_decides_the_dtype_of_the_products() -> None:
     case = make_case(9, n=33, d=64, v=1003).cast(torch.float32, "cuda")
-    states = {name: value for name, value in case.tensors.items() if name.endswith(("hidden", "head"))}
+    operands = {name: value for name, value in case.tensors.items() if name.endswith(("hidden", "weight"))}
     rounded, rounded_leaves = case.with_(
-        **{n: value.bfloat16().float() for n, value in states.items()}
+        **{name: value.bfloat16().float() for name, value in operands.items()}
     ).leaves()
     ours, leaves = case.leaves()
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -207,6 +208,6 @@ def test_autocast_decides_the_dtype_of_the_products() -> None:
     expected = rounded.fused()
     assert relative_error(out.total, expected.total) < VALUE
     gradients = torch.autograd.grad(out.total, leaves)
-    for mine, theirs in zip(gradients, torch.autograd.grad(expected.total, rounded_leaves), strict=True):
-        assert mine.dtype == torch.float32
-        assert relative_error(mine, theirs) < 4e-3  # bf16 slopes against float32 ones
+    for actual, exact in zip(gradients, torch.autograd.grad(expected.total, rounded_leaves), strict=True):
+        assert actual.dtype == torch.float32
+        assert relative_error(actual, exact) < 4e-3  # logit gradients in bf16 against float32

@@ -21,14 +21,14 @@ from sdpo._validate import check_choice
 from sdpo.fused._autograd import per_token_loss, total_loss
 from sdpo.fused._plan import make_plan
 from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail, TokenStats
-from sdpo.fused._validate import check_head, check_objective, check_operands, find_active
+from sdpo.fused._validate import check_head, check_objective, check_operands, find_active, refuse_vmap
 
 
 class FusedOutput(NamedTuple):
-    """The loss of one micro-batch and statistics of its tokens. Add totals and counts over micro-batches, then divide.
+    """The loss of one micro-batch and statistics of its tokens: add totals and counts, then divide.
 
-    Per-token fields have the shape [...] of ``tokens`` and hold 0 where the loss mask is false; they are float32
-    (float64 for float64 inputs), in nats unless said otherwise.
+    Per-token fields have the shape [...] of ``tokens`` and are 0 where ``loss_mask`` is false. They are float32
+    (float64 for float64 inputs), log-probabilities and divergences in nats.
 
     Args:
         total: [] Σ weights · per_token over the active tokens.
@@ -109,14 +109,14 @@ def fused_distillation_loss(
         weights = importance_weights(log_probs, old_log_probs, clip=is_clip) * weights
         total, count = (weights * per_token)[loss_mask].sum(), loss_mask.sum()
 
-    Products accumulate in float32 whatever the inputs. On a GPU the accumulation bias of its tensor cores is measured
-    at the first call and corrected; the kernels recompute the logits of the likeliest tokens exactly, where the
-    support is one model's top K. The gradient of a bf16 head, like that of several micro-batches, is rounded to bf16
-    after each block of a few thousand tokens. Tokens outside ``loss_mask`` are never projected.
+    Products accumulate in float32 whatever the inputs. On a GPU the accumulation bias of its tensor cores is
+    measured at the first call and corrected, and the kernels recompute the logits of the likeliest tokens exactly,
+    if the support is one model's top K. The gradient of a bf16 weight, like that of several micro-batches, is
+    rounded to bf16 after each block of a few thousand tokens. Tokens outside ``loss_mask`` are never projected.
 
-    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is given as ``teacher``, the live model, ``reference``, its
-    centre, and c = ``trust_region_coef``. If ``reference.weight is teacher.weight`` and ``reference.bias is
-    teacher.bias``, and there is no soft-cap, both share one product (two if the weight has 16 bits).
+    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is ``teacher``, the live model, ``reference``, the centre, and
+    c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias is teacher.bias`` and
+    there is no soft-cap, both share one product (two if the weight has 16 bits).
 
     The same inputs give the same bits on one device. Under ``torch.autocast`` the products run in autocast's dtype.
     ``torch.compile`` of a caller breaks its graph here.
@@ -125,43 +125,44 @@ def fused_distillation_loss(
         student: LMHead of hidden [..., D], weight [V, D] and bias [V] or None, floating.
         teacher: LMHead of hidden [..., D'], weight [V, D'] and bias [V] or None, floating; D' may differ from D.
         tokens: [...] int64 or int32, the sampled tokens. Where ``loss_mask`` is false any id will do.
-        support: the tokens that are compared: the K likeliest of the "student" or of the "teacher", the "full"
-            vocabulary, or the "sampled" token, whose surrogate estimates the reverse divergence (alpha 1).
+        support: the tokens on which the models are compared: the K likeliest of the "student" or the "teacher", the
+            "full" vocabulary, or the "sampled" token, a surrogate for the reverse divergence (alpha 1).
         k: number of tokens in [1, V] with support "student" or "teacher", else None.
-        tail: what becomes of the probability outside the support: "bucket" makes it one more category, "renormalize"
-            conditions on the support. None with support "full" and "sampled".
+        tail: the probability outside the support becomes one more category ("bucket"), or the models are
+            conditioned on the support ("renormalize"). None with support "full" and "sampled".
         alpha: in [0, 1]: 0 for KL(teacher‖student), 1 for KL(student‖teacher), between them the generalized JSD.
         temperature: > 0, divides the logits of both models: the sampling temperature of the rollout.
-        loss_mask: [...] bool, true for the tokens that the loss is about.
-        old_log_probs: [...] floating, nats: the student's log-probabilities at rollout, for importance weights
-            truncated at ``is_clip``. NaN gives weight 1. None, together with ``is_clip``: no importance weights.
-        is_clip: > 0, the largest importance weight; None: see ``old_log_probs``.
+        loss_mask: [...] bool, true where a token has a loss.
+        old_log_probs: [...] floating, the student's log-probabilities at rollout in nats, for importance weights
+            truncated at ``is_clip``; NaN gives weight 1. None: no importance weights; then ``is_clip`` is None too.
+        is_clip: > 0, the largest importance weight. None if and only if ``old_log_probs`` is.
         weights: [...] floating, further factors of each token: rollout correction, row weights, 1/length for a mean
             over sequences. None: 1.
-        softcap: > 0, bound of the logits, as in Gemma 2; None: no bound.
+        softcap: > 0, bound of the logits (Gemma 2's final soft-cap). None: no bound.
         logit_scale: > 0, factor of the logits before the soft-cap.
-        reference: LMHead of the trust region's centre, shapes as ``teacher``; None for any other teacher.
-        trust_region_coef: c in [0, 1], weight of the live model; None if and only if ``reference`` is.
-        reduction: "sum"; or "none", which gives ``per_token`` a gradient too, for callers that reduce it themselves:
-            with a trainable head that costs a second traversal in backward. ``total`` keeps its own gradient:
-            differentiate one of the two, their sum counts twice.
-        chunk_size: tokens whose logits exist at a time; None chooses by the shapes and the device's total memory.
+        reference: LMHead of a trust region's centre, with the shapes of ``teacher``. None for any other teacher.
+        trust_region_coef: c in [0, 1], the weight of the live model. None if and only if ``reference`` is.
+        reduction: with "sum" ``total`` alone has a gradient, with "none" ``per_token`` too, for callers that reduce
+            it themselves; backward then computes all chunks a second time if the head is trainable. Differentiate
+            one of the two: their sum counts twice.
+        chunk_size: number of tokens whose logits exist at a time. None: chosen by the shapes and the device's total
+            memory.
         backend: "torch" runs anywhere, "triton" is the kernels, "auto" the kernels on a GPU where they apply.
 
     Returns:
-        FusedOutput: total, count, per-token statistics and metrics: ``divergence`` (unweighted), ``weight``,
-        ``is_clip_fraction``, ``student_entropy``, ``teacher_entropy``, ``student_topk_mass``, ``teacher_topk_mass``,
-        ``student_tail_mass``, ``teacher_tail_mass`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled
-        token), means over the active tokens, and ``active_tokens``.
+        FusedOutput: total, count, per-token statistics and metrics. The metrics are means over the active tokens:
+        ``divergence`` (unweighted), ``weight``, ``is_clip_fraction``, ``student_entropy``, ``teacher_entropy``,
+        ``student_topk_mass``, ``teacher_topk_mass``, ``student_tail_mass``, ``teacher_tail_mass``,
+        ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token); and ``active_tokens``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that do not fit, tensors on several devices, scalars out of range, arguments that exclude or
-            need each other, a backend that cannot run here; on a CPU also an active token outside [0, V).
-        NotImplementedError: inside ``torch.func.vmap``, and for forward-mode or second derivatives.
+        ValueError: shapes that do not fit, tensors on several devices, scalars out of range, arguments that exclude
+            or need each other, a backend that cannot run here; on a CPU also an active token outside [0, V).
+        NotImplementedError: under ``torch.func.vmap``, and for forward-mode or second derivatives.
 
-    Gradient: from ``total`` to student.hidden, student.weight and student.bias, in reverse mode (``torch.func.grad``
-    included), once. It is computed in the forward pass; backward scales it.
+    Gradient: from ``total`` to student.hidden, student.weight and student.bias; first derivatives in reverse mode
+    (``torch.func.grad`` included). It is computed in the forward pass and scaled in backward.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
@@ -215,6 +216,7 @@ def _evaluate(
     chunk_size: int | None,
     backend: str,
 ) -> FusedOutput:
+    refuse_vmap(*operands.flatten(), loss_mask)
     plan = make_plan(operands, objective, chunk_size=chunk_size, backend=backend)
     operands = find_active(operands, loss_mask)
     loss = per_token_loss if reduction == "none" else total_loss

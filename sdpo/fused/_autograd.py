@@ -69,9 +69,9 @@ class _TotalLoss(_FirstDerivative):
         if grad_total is None:
             return _input_grads([None, None, None], ctx.input_dtypes)
         with torch.no_grad():
-            grads = [None if grad is None else kernels.scaled(grad, grad_total) for grad in grads]
-            grads = _input_grads(grads, ctx.input_dtypes)
-        return _refuse_second_derivatives(grads, total, grad_total)
+            scaled = [None if grad is None else kernels.scaled(grad, grad_total) for grad in grads]
+            input_grads = _input_grads(scaled, ctx.input_dtypes)
+        return _refuse_second_derivatives(input_grads, total, grad_total)
 
 
 class _PerTokenLoss(_FirstDerivative):
@@ -116,9 +116,10 @@ class _PerTokenLoss(_FirstDerivative):
                 out = loss_and_grads(Operands.unflatten(saved), ctx.objective, ctx.plan, grad_per_token)
                 grads = [out.grad_hidden, out.grad_weight, out.grad_bias]
             else:
-                grads = [_scaled_rows(*saved, grad_per_token), None, None]
-            grads = _input_grads(grads, ctx.input_dtypes)
-        return _refuse_second_derivatives(grads, per_token, grad_per_token)
+                grad_hidden, active = saved
+                grads = [_scaled_tokens(grad_hidden, active, grad_per_token), None, None]
+            input_grads = _input_grads(grads, ctx.input_dtypes)
+        return _refuse_second_derivatives(input_grads, per_token, grad_per_token)
 
 
 for _function in (_TotalLoss, _PerTokenLoss):
@@ -159,7 +160,7 @@ def _trains_head(plan: Plan) -> bool:
     return plan.grad_weight or plan.grad_bias
 
 
-def _scaled_rows(grad_hidden: Tensor | None, active: Tensor | None, factors: Tensor) -> Tensor | None:
+def _scaled_tokens(grad_hidden: Tensor | None, active: Tensor | None, factors: Tensor) -> Tensor | None:
     """Hidden gradients [N, D] times the factors [n] of the active tokens."""
     if grad_hidden is None:
         return None

@@ -142,8 +142,8 @@ class _ChunkLoop:
             centre = self.project(reference, chunk, self.reference_products)
             live = self.project(teacher, chunk, self.teacher_products)
             return live._replace(reference=centre.products, reference_bias=centre.bias)
-        # Through one linear head, the mixture of the logits is the logits of the mixed hidden states. The mixture is
-        # not rounded: in 16 bits that would change the loss by a few thousandths.
+        # Through one linear head, the mixture of the logits is the logits of the mixed hidden states. These are not
+        # rounded: in 16 bits that would change the loss by a few thousandths.
         dtype = operand_dtype(teacher.hidden, teacher.weight, self.plan.autocast_dtype)
         centre_hidden, live_hidden = (
             self.active_tokens(hidden, chunk).to(dtype).to(working_dtype(dtype))
@@ -208,7 +208,7 @@ class _ChunkLoop:
     @overload
     def active_tokens(self, values: None, chunk: slice) -> None: ...
     def active_tokens(self, values: Tensor | None, chunk: slice) -> Tensor | None:
-        """Values [N, ...] of the active tokens of a chunk; contiguous, as kernels assume of expanded tensors too."""
+        """Of values [N, ...], those of a chunk's active tokens; contiguous, since kernels read no strides."""
         if values is None:
             return None
         active = self.operands.active
@@ -219,7 +219,7 @@ class _ChunkLoop:
         return accumulation_bias(self.device, dtype, head.weight.shape[1])
 
     def cast_weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A head's weight in the dtype of the products: converted at most once, also where models share its memory."""
+        """A head's weight in the dtype of the products, converted at most once, also if models share its memory."""
         if weight.dtype == dtype:
             return weight
         key = (_address(weight), weight.shape, weight.stride(), weight.dtype, dtype)

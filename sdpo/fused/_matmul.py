@@ -28,9 +28,9 @@ SPLIT_K_SUMMANDS = 2**14
 # Elements of a result that occupy a GPU. cuBLAS splits a sum with fewer of them by itself.
 MIN_SPLIT_K_OUTPUTS = 2**21
 
-# The product of random numbers that measures the accumulation bias: large enough that cuBLAS does not split it. Only
-# a corner is compared with float64, and there the results beyond so many standard deviations: large logits carry the
-# probability, and a small result, a sum of both signs, is biased less.
+# The product of random numbers that measures the accumulation bias: large enough that cuBLAS does not split it.
+# Only a corner is compared with float64, and there the results beyond so many standard deviations: large logits
+# carry the probability, and a small result, a sum of both signs, is biased less.
 SAMPLE_ROWS, SAMPLE_CORNER, LARGE_DEVIATIONS = (4096, 2048), 512, 2.5
 
 # The loss scale is the power of two that puts the largest fp16 gradient near this value: far below the largest fp16
@@ -141,8 +141,8 @@ def grad_hidden_from_logits(
     """``row_scale[:, None] * (grad_logits @ weight)``: the gradient of the hidden states, into out [C, D].
 
     grad_logits [C, V], weight [V, D]; 16-bit gradients, which only exist where a mixed product does, come with a
-    row_scale [C]. A 16-bit ``out`` is rounded to once, at the end, as in a linear layer's backward. Partial sums are
-    stored in ``scratch``, float32, where it is large enough.
+    row_scale [C]. A 16-bit ``out`` is rounded once, at the end, as in a linear layer's backward. Partial sums are
+    stored in ``scratch``, float32, if it is large enough.
     """
     if grad_logits.itemsize == 2:
         return kernels.joined(_split_k_sums(grad_logits, weight, scratch), row_scale, out)
@@ -180,7 +180,7 @@ def _split_k_sums(grad_logits: Tensor, weight: Tensor, scratch: Tensor | None) -
 
 
 def split_k(vocabulary: int) -> tuple[int, int]:
-    """Number and width of the equal parts of a sum over the vocabulary; fewer than 8 columns per part may remain."""
+    """Number and width of the equal parts of a sum over the vocabulary; fewer than 8 columns a part may remain."""
     least = math.ceil(vocabulary / SPLIT_K_SUMMANDS)
     # 16-bit rows are read fastest where each starts at a multiple of 16 bytes.
     aligned = (n for n in range(least, 2 * least) if vocabulary % (8 * n) == 0)
@@ -192,7 +192,7 @@ def split_k(vocabulary: int) -> tuple[int, int]:
 def accumulate_grad_weight(
     grad_logits: Tensor, hidden: Tensor, total: Tensor, row_scale: Tensor | None = None, *, overwrite: bool
 ) -> None:
-    """Add ``(row_scale[:, None] * grad_logits).T @ hidden``, [C, V] and [C, D], to total [V, D], or overwrite it."""
+    """Add ``(row_scale[:, None] * grad_logits).T @ hidden``, [C, V] and [C, D], to total [V, D], or overwrite."""
     if row_scale is not None:
         hidden = (hidden * row_scale[:, None]).to(hidden.dtype)
     beta = 0.0 if overwrite else 1.0

@@ -10,19 +10,19 @@ from sdpo.fused import triton as kernels
 from sdpo.fused._matmul import autocast_dtype, grad_logits_dtype, operand_dtype, working_dtype
 from sdpo.fused._types import ChunkLoss, Objective, Operands, Plan
 
-# Bytes of a chunk's buffers. On a GPU enough to occupy its tensor cores, 768 tokens of a vocabulary of 150k, and at
-# most this share of its memory. The size follows shapes and device, not the free memory, so that the same inputs give
-# the same bits.
+# Bytes of a chunk's buffers. On a GPU: enough to occupy its tensor cores (768 tokens with a vocabulary of 150k),
+# and at most this share of its memory. The chunk size follows the shapes and the device, not the free memory:
+# the same inputs give the same bits.
 _GPU_BYTES, _GPU_SHARE = 1344 * 2**20, 32
 _CPU_BYTES = 96 * 2**20
 _MAX_TOKENS = 7680
 # The tiles of the products are 128, 192 or 256 tokens high: a multiple of 768 leaves no partial tile.
 _TILE_MULTIPLES = 768, 128
-# Chunks whose logit gradients are collected for one product with the hidden states, where the head is trainable: each
+# Chunks whose logit gradients are collected for one product with the hidden states, if the head is trainable: each
 # such product reads and writes the gradient of the whole weight.
 _CHUNKS_PER_GRAD_BLOCK = 4
-# Buffers [C, V] that the torch backend allocates beside the products: with a full support it holds what it computes of
-# every token.
+# Tensors [C, V] that the torch backend allocates beside the products; with a full support the categories of its
+# divergence are the whole vocabulary.
 _TORCH_BUFFERS, _TORCH_BUFFERS_FULL = 1, 8
 
 
@@ -36,7 +36,7 @@ def make_plan(operands: Operands, objective: Objective, *, chunk_size: int | Non
     device, autocast = hidden.device, autocast_dtype(hidden.device)
     dtype = operand_dtype(hidden, weight, autocast)
     chunk_loss = _choose_backend(backend, device, working_dtype(dtype), objective)
-    separate_reference = operands.reference is not None and not _is_one_product(operands, objective)
+    separate_reference = operands.reference is not None and not _shares_product(operands, objective)
     if chunk_size is None:
         working, gradient = working_dtype(dtype).itemsize, grad_logits_dtype(device, dtype).itemsize
         # A gradient in the working dtype overwrites the student's products.
@@ -81,8 +81,8 @@ def _choose_backend(
     return _torch.chunk_loss
 
 
-def _is_one_product(operands: Operands, objective: Objective) -> bool:
-    """Whether the logits of a trust region are those of the mixed hidden states: through one linear head they are."""
+def _shares_product(operands: Operands, objective: Objective) -> bool:
+    """Whether a trust region's logits are those of its mixed hidden states, as through one linear head."""
     teacher, reference = operands.teacher, operands.reference
     assert reference is not None
     same_head = reference.weight is teacher.weight and reference.bias is teacher.bias

@@ -1,9 +1,10 @@
 """One chunk of the fused loss in plain torch: any device, any dtype, and the reference for the kernels.
 
 The gradient of a divergence L w.r.t. the logits z. The categories are the K tokens of the support and, with a
-bucket, the tail. Let x_j be the log-probability of category j, g_j = ∂L/∂x_j with the x_j taken as independent, and
-G = Σ_j g_j. All x_j share the normalizer log Σ exp z, whose derivative w.r.t. z_v is p_v; the tail's x also contains
-log Σ_{v outside} exp z_v, whose derivative is the softmax over the tokens outside. With grad_j = g_j − G·p_j,
+bucket, the tail. Let x_j be the log-probability of category j, g_j = ∂L/∂x_j with the x_j taken as independent,
+and G = Σ_j g_j. All x_j share the normalizer log Σ exp z, whose derivative w.r.t. z_v is p_v. The tail's x also
+contains log Σ_{v outside} exp z_v, whose derivative is the softmax over the tokens outside. With
+grad_j = g_j − G·p_j,
 
     ∂L/∂z_v = grad_v                               v inside the support
     ∂L/∂z_v = grad_tail · softmax_outside(z)_v     v outside
@@ -32,9 +33,10 @@ def chunk_loss(
     stats: Tensor,
     grad_logits: GradLogits | None,
 ) -> None:
-    """Fill ``stats`` [len(TokenStats), C] and, unless None, the gradient of Σ weights · per_token w.r.t. the products.
+    """Fill ``stats`` [len(TokenStats), C] and, unless None, ``grad_logits``.
 
-    Overwrites the products of both models; ``grad_logits.values`` may be the student's.
+    The gradient is that of Σ weights · per_token w.r.t. the student's products. The products of both models are
+    overwritten; ``grad_logits.values`` may be the student's.
     """
     z_student = logits_from_products(student.products, student.bias, student.accumulation_bias, objective)
     z_teacher = teacher_logits(teacher, objective)
@@ -212,7 +214,7 @@ def _kl_terms(p: Tensor, q: Tensor, log_ratio: Tensor, no_p: Tensor, no_q: Tenso
 
 
 def _log_over_mixture(delta: Tensor, weight: float) -> Tensor:
-    """log(p / ((1−w)·p + w·q)) from delta = log q − log p in [−80, 80], outside which float32 sees no difference."""
+    """log(p / ((1−w)·p + w·q)) from delta = log q − log p in [−80, 80]; float32 needs no wider interval."""
     near = delta.abs() < 1.0
     small = (weight * delta.masked_fill(~near, 0.0).expm1()).log1p()
     return -torch.where(near, small, ((1 - weight) + weight * delta.exp()).log())

@@ -1,4 +1,4 @@
-"""The data structures of the fused loss: its inputs, how the work is divided, and what a backend receives and fills.
+"""The data structures of the fused loss: its inputs, the plan of the work, and what a backend reads and writes.
 
 Shapes: N tokens (flattened), n of them active, C tokens of a chunk, V vocabulary, D hidden size.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from sdpo._validate import (
 from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail
 
 
-def check_head(name: str, head: object) -> LMHead:
-    """Demand an LMHead of a weight [V, D] and, unless None, a bias [V]."""
+def check_head(name: str, head: object, vocabulary: int | None = None) -> LMHead:
+    """Demand an LMHead of a weight [V, D] and, unless None, a bias [V]; V the student's vocabulary, if given."""
     if not isinstance(head, LMHead):
         raise TypeError(
             f"{name}: expected an LMHead, got {type_name(head)}; pass sdpo.LMHead(hidden, weight, bias)"
@@ -34,6 +33,9 @@ def check_head(name: str, head: object) -> LMHead:
             f"{name}.weight: expected a shape [V, D] with V, D > 0, got {tuple(head.weight.shape)}; "
             "pass the weight of the output embedding"
         )
+    if vocabulary is not None:
+        expected = (vocabulary, head.weight.shape[1])
+        check_shape(f"{name}.weight", head.weight, expected, like="the student's vocabulary")
     if head.bias is not None:
         check_tensor(f"{name}.bias", head.bias, "floating")
         check_shape(f"{name}.bias", head.bias, head.weight.shape[:1], like=f"V of {name}.weight")
@@ -60,7 +62,8 @@ def check_objective(
         for name, value, example in (("k", k, "k=100"), ("tail", tail, "tail='bucket'")):
             if value is None:
                 raise ValueError(
-                    f"{name}: expected a value with support={support!r}, got None; pass {example}, or support='full'"
+                    f"{name}: expected a value with support={support!r}, got None; "
+                    f"pass {example}, or support='full'"
                 )
         meaning = f"at most the vocabulary size, min(k, {vocabulary})"
         k = check_int("k", k, low=1, high=vocabulary, meaning=meaning)
@@ -124,19 +127,20 @@ def check_operands(
     _check_together("old_log_probs", old_log_probs, "is_clip", objective.is_clip, "importance weights")
     coef = objective.trust_region_coef
     _check_together("reference", reference, "trust_region_coef", coef, "a trust-region teacher")
-    heads = {"student": student, "teacher": check_head("teacher", teacher)}
+    vocabulary = student.weight.shape[0]
+    heads = {"student": student, "teacher": check_head("teacher", teacher, vocabulary)}
     if reference is not None:
-        heads["reference"] = check_head("reference", reference)
+        heads["reference"] = check_head("reference", reference, vocabulary)
     for name, head in heads.items():
-        width = head.weight.shape[1]
-        check_shape(
-            f"{name}.hidden", head.hidden, (*tokens.shape, width), like=f"tokens, then D of {name}.weight"
-        )
-        expected = (student.weight.shape[0], width)
-        check_shape(f"{name}.weight", head.weight, expected, like="the student's vocabulary")
-    _check_device_and_transforms(
-        heads, tokens=tokens, loss_mask=loss_mask, old_log_probs=old_log_probs, weights=weights
-    )
+        expected = (*tokens.shape, head.weight.shape[1])
+        check_shape(f"{name}.hidden", head.hidden, expected, like=f"tokens, then D of {name}.weight")
+    parts = {
+        f"{name}.{part}": value for name, head in heads.items() for part, value in head._asdict().items()
+    }
+    parts |= {"tokens": tokens, "loss_mask": loss_mask, "old_log_probs": old_log_probs, "weights": weights}
+    for name, value in parts.items():
+        if value is not None:
+            check_device(name, value, student.hidden, like="the device of student.hidden")
     if reference is not None and coef in (0.0, 1.0):
         # At either end of the trust region one of the two models is the teacher.
         teacher, reference = (reference if coef == 0.0 else teacher), None
@@ -169,6 +173,16 @@ def unsupported(transform: str) -> NotImplementedError:
     )
 
 
+def refuse_vmap(*tensors: Tensor | None) -> None:
+    """Demand tensors that torch.func.vmap, at whatever level, does not batch."""
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+            if functorch.is_batchedtensor(tensor):
+                raise unsupported("torch.func.vmap")
+            tensor = functorch.get_unwrapped(tensor)
+
+
 def _check_positive(name: str, value: object, meaning: str) -> float:
     return check_real(name, value, low=0.0, high=math.inf, open_low=True, meaning=meaning)
 
@@ -180,28 +194,6 @@ def _check_together(name: str, value: object, other_name: str, other: object, pu
         raise ValueError(
             f"{missing}: expected together with {present}, got None; pass both for {purpose}, else neither"
         )
-
-
-def _check_device_and_transforms(heads: dict[str, LMHead], **others: Tensor | None) -> None:
-    """Demand one device for all tensors, and none that is batched by torch.func.vmap."""
-    parts = {
-        f"{name}.{part}": value for name, head in heads.items() for part, value in head._asdict().items()
-    }
-    for name, value in (parts | others).items():
-        if value is not None:
-            check_device(name, value, heads["student"].hidden, like="the device of student.hidden")
-            if _is_batched(value):
-                raise unsupported(f"{name} inside torch.func.vmap")
-
-
-def _is_batched(tensor: Any) -> bool:
-    """Whether a transform of torch.func.vmap, at any level, hides a dimension of the tensor."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
 
 
 def _check_token_ids(tokens: Tensor, active: Tensor, vocabulary: int) -> None:
