@@ -1,12 +1,12 @@
-"""The loss and its gradients, head included: time and memory of the fused loss, its floor and its peers.
+"""Time and memory of the fused loss and its gradients, LM head included, beside its floor and its peers.
 
     python examples/benchmarks/loss.py                                  # every shape of this device
     python examples/benchmarks/loss.py --shapes 0 --names fused plain   # a few of them
     python examples/benchmarks/loss.py --output examples/benchmarks/records/loss-h200.json
 
-Floor: the matrix products alone, in the chunks the fused loss uses. Memory: the peak above what was there before,
-and the same less the gradients that come out, which nothing can avoid. On a CPU the fused loss meets the plain one,
-`sdpo.topk_distillation_loss`, in float32.
+Floor: the matrix products alone, in the chunks of the fused loss. Memory: the peak above that of the inputs, and
+the same less the returned gradients, which no implementation avoids. On a CPU the fused loss is compared with the
+plain one, `sdpo.distillation_loss`, in float32.
 """
 
 from __future__ import annotations
@@ -22,56 +22,76 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_peers import ALPHA, LOSSES, PEERS, SHAPES, Inputs, K, Shape, command, make_inputs, versions
+from loss_peers import (
+    ALPHA,
+    LOSSES,
+    PEERS,
+    SHAPES,
+    TEMPERATURE,
+    TOPK,
+    Inputs,
+    K,
+    Shape,
+    command,
+    make_inputs,
+    versions,
+)
 from torch import Tensor
 
-from sdpo.fused._plan import check_objective, check_operands, make_plan
+from sdpo import LMHead
+from sdpo.fused._plan import make_plan
+from sdpo.fused._types import Plan
+from sdpo.fused._validate import check_objective, check_operands
 
 GIB = 2**30
 
 
 def floor(x: Inputs) -> Callable[[], None]:
-    """The products of the fused loss and nothing else, writing where it writes."""
-    plan = plan_of(x)
-    rows, width = x.hidden.shape[0], min(plan.chunk_rows, x.hidden.shape[0])
-    block = max(width, min(plan.slope_rows, rows))
-    hidden, head = x.hidden.detach(), x.head.detach()
-    wide = {"out_dtype": torch.float32} if head.dtype == torch.bfloat16 else {}
-    logits = [torch.empty(width, head.shape[0], dtype=torch.float32, device=head.device) for _ in range(2)]
-    slopes = torch.randn(block, head.shape[0], device=head.device, dtype=torch.float32).to(head.dtype)
-    hidden_gradient, head_gradient = torch.empty_like(hidden), torch.empty_like(head) if plan.head else None
+    """The products of the fused loss and nothing else, into buffers like its own."""
+    plan, count = plan_of(x), x.hidden.shape[0]
+    chunk_size = min(plan.chunk_size, count)
+    block_size = max(chunk_size, min(plan.grad_block_size, count))
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    mixed = {"out_dtype": torch.float32} if weight.dtype == torch.bfloat16 else {}
+    student, teacher = (torch.empty(chunk_size, weight.shape[0], device=weight.device) for _ in range(2))
+    grad_logits = torch.randn(block_size, weight.shape[0], device=weight.device).to(weight.dtype)
+    grad_hidden, grad_weight = (
+        torch.empty_like(hidden),
+        torch.empty_like(weight) if plan.grad_weight else None,
+    )
 
     def once() -> None:
-        for start in range(0, rows, block):
-            stop = min(start + block, rows)
-            for low in range(start, stop, width):
-                high = min(low + width, stop)
-                torch.mm(hidden[low:high], head.t(), out=logits[0][: high - low], **wide)
-                torch.mm(x.teacher_hidden[low:high], head.t(), out=logits[1][: high - low], **wide)
-                torch.mm(slopes[low - start : high - start], head, out=hidden_gradient[low:high])
-            if head_gradient is not None:
+        for start in range(0, count, block_size):
+            stop = min(start + block_size, count)
+            for low in range(start, stop, chunk_size):
+                high = min(low + chunk_size, stop)
+                torch.mm(hidden[low:high], weight.t(), out=student[: high - low], **mixed)
+                torch.mm(x.teacher_hidden[low:high], weight.t(), out=teacher[: high - low], **mixed)
+                torch.mm(grad_logits[low - start : high - start], weight, out=grad_hidden[low:high])
+            if grad_weight is not None:
                 beta = 0.0 if start == 0 else 1.0
-                head_gradient.addmm_(slopes[: stop - start].t(), hidden[start:stop], beta=beta)
+                grad_weight.addmm_(grad_logits[: stop - start].t(), hidden[start:stop], beta=beta)
 
     return once
 
 
-def plan_of(x: Inputs) -> Any:
-    recipe = check_objective(
-        vocabulary=x.head.shape[0], k=K, alpha=ALPHA, tail="bucket", support="student", is_clip=None,
-        temperature=1.0, softcap=None, logit_scale=1.0, trust_region_coef=None,
+def plan_of(x: Inputs) -> Plan:
+    """How the fused loss divides its work on these inputs."""
+    objective = check_objective(
+        vocabulary=x.weight.shape[0], **TOPK, alpha=ALPHA, temperature=TEMPERATURE, is_clip=None, softcap=None,
+        logit_scale=1.0, trust_region_coef=None,
     )  # fmt: skip
     operands = check_operands(
-        student=(x.hidden, x.head, None), teacher=(x.teacher_hidden, x.head, None), reference=(None, None, None),
-        tokens=x.tokens, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), old_log_probs=None,
-        extra_weights=None, trust_region_coef=None,
+        student=LMHead(x.hidden, x.weight), teacher=LMHead(x.teacher_hidden, x.weight), reference=None,
+        tokens=x.tokens, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), old_log_probs=None, weights=None,
+        objective=objective,
     )  # fmt: skip
-    return make_plan(operands, recipe, chunk_size=None, backend="auto")
+    return make_plan(operands, objective, chunk_size=None, backend="auto")
 
 
 def step_of(loss: Callable[[Inputs], Tensor], x: Inputs) -> Callable[[], None]:
     def step() -> None:
-        x.hidden.grad = x.head.grad = None
+        x.hidden.grad = x.weight.grad = None
         loss(x).mean().backward()
 
     return step
@@ -82,12 +102,12 @@ def measure(make_step: Callable[[Inputs], Callable[[], None]], x: Inputs, repeat
     step = make_step(x)
     on_gpu = x.hidden.is_cuda
     step()
-    x.hidden.grad = x.head.grad = None
+    x.hidden.grad = x.weight.grad = None
     gc.collect()
     before = reset_peak(on_gpu)
     step()
     peak = (read_peak(on_gpu) - before) / GIB
-    gradients = sum(t.numel() * t.element_size() for t in (x.hidden, x.head) if t.requires_grad) / GIB
+    gradients = sum(t.numel() * t.element_size() for t in (x.hidden, x.weight) if t.requires_grad) / GIB
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -95,7 +115,7 @@ def measure(make_step: Callable[[Inputs], Callable[[], None]], x: Inputs, repeat
         if on_gpu:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1000)
-    x.hidden.grad = x.head.grad = None
+    x.hidden.grad = x.weight.grad = None
     return {"ms": statistics.median(times), "peak_gib": peak, "beside_gradients_gib": peak - gradients}
 
 
@@ -120,16 +140,15 @@ def read_peak(on_gpu: bool) -> int:
 def run(shape: Shape, names: list[str], device: str, repeats: int) -> list[dict[str, Any]]:
     x = make_inputs(shape, device)
     plan = plan_of(x)
-    head = "learns" if shape.head_learns else "frozen"
+    head = "trainable" if shape.trains_head else "frozen"
+    chunk, block = (min(size, shape.tokens) for size in (plan.chunk_size, plan.grad_block_size))
     print(f"\n{shape.tokens} x {shape.hidden} x {shape.vocabulary}, head {head}")
-    print(
-        f"chunks of {min(plan.chunk_rows, shape.tokens)}, slopes of {min(plan.slope_rows, shape.tokens)} tokens"
-    )
+    print(f"chunks of {chunk} tokens, blocks of logit gradients of {block}")
     print(f"{'':26}{'ms':>9}{'/ floor':>9}{'peak GiB':>10}{'beside gradients':>18}")
     rows: list[dict[str, Any]] = []
     for name in ["floor", *names]:
         make_step = floor if name == "floor" else lambda x, name=name: step_of(LOSSES[device][name], x)
-        # What a peer compiled for the last shape would be in the way of this one.
+        # Else a peer would run what it compiled for the last shape.
         torch.compiler.reset()
         try:
             row = {"name": name, **measure(make_step, x, repeats)}

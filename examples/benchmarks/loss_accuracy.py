@@ -1,9 +1,9 @@
-"""How far from float64: the loss and its gradient on bf16 inputs, by the fused loss and by the two simple peers.
+"""Errors of the loss and its gradient on bf16 inputs, against float64: the fused loss and two simple peers.
 
     python examples/benchmarks/loss_accuracy.py --output examples/benchmarks/records/loss-accuracy-h200.json
 
 The reference is the plain loss in float64 on the same bf16 inputs. Logits of standard deviation 1 (`flat`), 4
-(`ordinary`), and `peaked` ones that leave next to nothing outside the 100 likeliest tokens. Relative errors: of a
+(`ordinary`), and `peaked` ones with almost no probability outside the 100 likeliest tokens. Relative errors: of a
 token's loss (median, 99th percentile and maximum), of the norm of the hidden gradient, and of the gradient itself;
 of log-tail the largest difference in nats. `rounding` is what rounding the exact gradient to bf16 costs.
 """
@@ -26,19 +26,14 @@ SHAPE = {"cuda": peers.Shape(256, 3584, 152064, False), "cpu": peers.Shape(32, 6
 SHARPEN = {"flat": 0.25, "ordinary": 1.0, "peaked": 2.9}
 
 
-def fused(x: peers.Inputs) -> sdpo.FusedOutput:
-    return sdpo.fused_topk_distillation_loss(
-        x.hidden, x.head, x.teacher_hidden, x.head, x.tokens, k=peers.K, alpha=peers.ALPHA, tail="bucket",
-        temperature=1.0, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), reduction="none",
-    )  # fmt: skip
-
-
 def exact(x: peers.Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per-token loss, hidden gradient of its sum, log-tail, and the mass of the support, in float64."""
-    head = x.head.detach().double()
+    weight = x.weight.detach().double()
     hidden = x.hidden.detach().double().requires_grad_()
-    student, teacher = hidden @ head.t(), x.teacher_hidden.double() @ head.t()
-    values = sdpo.topk_distillation_loss(student, teacher, k=peers.K, alpha=peers.ALPHA, tail="bucket")
+    student, teacher = hidden @ weight.t(), x.teacher_hidden.double() @ weight.t()
+    values = sdpo.distillation_loss(
+        student, teacher, alpha=peers.ALPHA, temperature=peers.TEMPERATURE, **peers.TOPK
+    )
     (gradient,) = torch.autograd.grad(values.sum(), hidden)
     top = sdpo.topk_log_probs(student.detach(), k=peers.K)
     return values.detach(), gradient, top.log_tail, top.log_probs.exp().sum(-1)
@@ -76,10 +71,10 @@ def main() -> int:
         x = x._replace(
             hidden=(x.hidden.detach() * factor).to(low).requires_grad_(),
             teacher_hidden=(x.teacher_hidden * factor).to(low),
-            head=x.head.detach().to(low),
+            weight=x.weight.detach().to(low),
         )
         reference = exact(x)
-        out = fused(x)
+        out = peers.fused_output(x, **peers.TOPK, reduction="none")
         (gradient,) = torch.autograd.grad(out.per_token.sum(), x.hidden)
         rows = {"fused": errors(out.per_token, gradient, reference)}
         rows["fused"]["log_tail_max"] = (out.student_log_tail - reference[2]).abs().max().item()
@@ -90,8 +85,8 @@ def main() -> int:
             rows[peer] = errors(values, gradient, reference)
         mass = (1 - reference[3]).median().item()
         print(f"\n{name}: {tuple(SHAPE[device])}, median mass outside the support {mass:.1e}")
-        for row, found in rows.items():
-            print(f"  {row:26}" + "  ".join(f"{key} {error:.1e}" for key, error in found.items()))
+        for row, row_errors in rows.items():
+            print(f"  {row:26}" + "  ".join(f"{key} {error:.1e}" for key, error in row_errors.items()))
         record[name] = {"mass_outside_median": mass, "errors": rows}
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")

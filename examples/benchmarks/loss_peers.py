@@ -1,9 +1,9 @@
-"""What the benchmarks of the loss compare: the fused loss, the plain one, and peers on the same inputs.
+"""The losses that the benchmarks compare, on the same inputs: the fused loss, the plain loss, and peers.
 
-Called where installed: the top-K loss of trl.experimental.sdpo, on logits divided by the temperature as its trainer
-divides them; trl.kernels.chunked_divergence; LigerFusedLinearJSDLoss. Written here from their formulas: log-softmax
-of everything, then top-K (sdpo-rl 0.0.3); logsumexp, top-K and gather, which is TRL's without the division,
-nobody's own: what that way costs at least.
+Called if installed: the top-K loss of trl.experimental.sdpo, on logits divided by the temperature as its trainer
+divides them; trl.kernels.chunked_divergence; LigerFusedLinearJSDLoss. Written here from their formulas: a
+log-softmax of the whole vocabulary, then top-K (sdpo-rl 0.0.3); and logsumexp, top-K and gather, TRL's without the
+division, which no library ships: a lower bound of what that computation costs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 import sdpo
 
 K, ALPHA, TEMPERATURE = 100, 0.5, 1.0
+TOPK: dict[str, Any] = {"support": "student", "k": K, "tail": "bucket"}
 
 
 class Shape(NamedTuple):
@@ -30,7 +31,7 @@ class Shape(NamedTuple):
     tokens: int
     hidden: int
     vocabulary: int
-    head_learns: bool
+    trains_head: bool
 
 
 SHAPES = {
@@ -45,12 +46,12 @@ SHAPES = {
 
 
 class Inputs(NamedTuple):
-    """Hidden states and the head that both models share."""
+    """Hidden states of N tokens and the weight of the LM head that both models share."""
 
-    hidden: Tensor
-    head: Tensor
-    teacher_hidden: Tensor
-    tokens: Tensor
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    teacher_hidden: Tensor  # [N, D]
+    tokens: Tensor  # [N]
 
 
 def make_inputs(shape: Shape, device: str) -> Inputs:
@@ -63,48 +64,51 @@ def make_inputs(shape: Shape, device: str) -> Inputs:
 
     hidden = normal(shape.tokens, shape.hidden)
     teacher_hidden = 0.9 * hidden + math.sqrt(1 - 0.9**2) * normal(shape.tokens, shape.hidden)
-    head = normal(shape.vocabulary, shape.hidden) * (4 / math.sqrt(shape.hidden))
+    weight = normal(shape.vocabulary, shape.hidden) * (4 / math.sqrt(shape.hidden))
     tokens = torch.randint(shape.vocabulary, (shape.tokens,), generator=generator, device=device)
     return Inputs(
         hidden.to(dtype).requires_grad_(),
-        head.to(dtype).requires_grad_(shape.head_learns),
+        weight.to(dtype).requires_grad_(shape.trains_head),
         teacher_hidden.to(dtype),
         tokens,
     )
 
 
-def fused(x: Inputs, k: int | None = K, **options: Any) -> Tensor:
-    out = sdpo.fused_topk_distillation_loss(
-        x.hidden, x.head, x.teacher_hidden, x.head, x.tokens, k=k, alpha=ALPHA, tail="bucket",
-        temperature=TEMPERATURE, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), **options,
+def fused_output(x: Inputs, **objective: Any) -> sdpo.FusedOutput:
+    return sdpo.fused_distillation_loss(
+        sdpo.LMHead(x.hidden, x.weight), sdpo.LMHead(x.teacher_hidden, x.weight), x.tokens,
+        alpha=ALPHA, temperature=TEMPERATURE, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), **objective,
     )  # fmt: skip
-    return out.total / x.tokens.numel()
+
+
+def fused(x: Inputs) -> Tensor:
+    return fused_output(x, **TOPK).mean()
 
 
 def fused_full(x: Inputs) -> Tensor:
-    return fused(x, k=None)
+    return fused_output(x, support="full").mean()
 
 
 def plain(x: Inputs) -> Tensor:
-    teacher = x.teacher_hidden @ x.head.detach().t()
-    student = x.hidden @ x.head.t()
-    return sdpo.topk_distillation_loss(student, teacher, k=K, alpha=ALPHA, tail="bucket")
+    teacher = x.teacher_hidden @ x.weight.detach().t()
+    student = x.hidden @ x.weight.t()
+    return sdpo.distillation_loss(student, teacher, alpha=ALPHA, temperature=TEMPERATURE, **TOPK)
 
 
 def log_softmax_then_topk(x: Inputs) -> Tensor:
     with torch.no_grad():
-        log_q = torch.log_softmax((x.teacher_hidden @ x.head.t()).float(), dim=-1)
-    log_p = torch.log_softmax((x.hidden @ x.head.t()).float(), dim=-1)
+        log_q = torch.log_softmax((x.teacher_hidden @ x.weight.t()).float(), dim=-1)
+    log_p = torch.log_softmax((x.hidden @ x.weight.t()).float(), dim=-1)
     top, ids = log_p.topk(K, dim=-1)
-    return _jsd(_with_rest(top), _with_rest(log_q.gather(-1, ids)))
+    return _jsd(_with_tail(top), _with_tail(log_q.gather(-1, ids)))
 
 
 def trl_topk(x: Inputs) -> Tensor:
     from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
 
     with torch.no_grad():
-        teacher = (x.teacher_hidden @ x.head.t()) / TEMPERATURE
-    student = (x.hidden @ x.head.t()) / TEMPERATURE
+        teacher = (x.teacher_hidden @ x.weight.t()) / TEMPERATURE
+    student = (x.hidden @ x.weight.t()) / TEMPERATURE
     per_token: Tensor = compute_topk_self_distillation_loss(
         student, teacher, k=K, distillation_alpha=ALPHA, tail="bucket"
     )
@@ -113,15 +117,15 @@ def trl_topk(x: Inputs) -> Tensor:
 
 def logsumexp_topk_gather(x: Inputs) -> Tensor:
     with torch.no_grad():
-        teacher = x.teacher_hidden @ x.head.t()
-    student = x.hidden @ x.head.t()
+        teacher = x.teacher_hidden @ x.weight.t()
+    student = x.hidden @ x.weight.t()
     top, ids = student.topk(K, dim=-1)
     log_p = top - torch.logsumexp(student, dim=-1, keepdim=True)
     log_q = teacher.gather(-1, ids) - torch.logsumexp(teacher, dim=-1, keepdim=True)
-    return _jsd(_with_rest(log_p.float()), _with_rest(log_q.float()))
+    return _jsd(_with_tail(log_p.float()), _with_tail(log_q.float()))
 
 
-def _with_rest(log_probs: Tensor) -> Tensor:
+def _with_tail(log_probs: Tensor) -> Tensor:
     mass = torch.logsumexp(log_probs, dim=-1, keepdim=True).clamp(max=-1e-7)
     return torch.cat([log_probs, torch.log(-torch.expm1(mass))], dim=-1)
 
@@ -135,19 +139,21 @@ def _jsd(log_p: Tensor, log_q: Tensor) -> Tensor:
 def trl_chunked(x: Inputs) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    head = x.head.detach()
-    return ChunkedDivergenceFunction.apply(x.hidden, x.head, None, x.teacher_hidden, head, None, ALPHA)[0]
+    teacher_weight = x.weight.detach()
+    return ChunkedDivergenceFunction.apply(
+        x.hidden, x.weight, None, x.teacher_hidden, teacher_weight, None, ALPHA
+    )[0]
 
 
 def liger(x: Inputs) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=ALPHA)
-    result: Tensor = loss(x.hidden, x.head, x.teacher_hidden, x.head.detach(), x.tokens)
+    result: Tensor = loss(x.hidden, x.weight, x.teacher_hidden, x.weight.detach(), x.tokens)
     return result
 
 
-# Each gives its mean, or values per token.
+# Each returns its mean, or values per token.
 LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
     "cuda": {
         "fused": fused,
@@ -176,5 +182,5 @@ def versions() -> dict[str, str]:
 
 
 def command() -> list[str]:
-    """The arguments of this run, without the folders of this machine."""
+    """The arguments of this run, without folders."""
     return [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
