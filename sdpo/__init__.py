@@ -29,6 +29,7 @@ from sdpo.advantages import (
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
 from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss
+from sdpo.given import check_teacher_topk, given_topk_distillation_loss, safe_tail
 from sdpo.importance import importance_weights
 from sdpo.loss import (
     LossOutput,
@@ -57,7 +58,24 @@ from sdpo.teacher import (
     trust_region_hidden,
     trust_region_logits,
 )
+from sdpo.terms import (
+    anchor,
+    anchor_estimate,
+    clip_entries,
+    clipped_policy_gradient,
+    mixture_log_probs,
+    sampled_reverse_kl,
+)
 from sdpo.topk import GatheredLogProbs, TopK, add_tail_bucket, gather_log_probs, renormalize, topk_log_probs
+from sdpo.weights import (
+    confidence_weights,
+    contrastive_evidence,
+    evidence_gate,
+    evidence_weights,
+    pass_rate_weights,
+    route_rows,
+    select_tokens,
+)
 
 __all__ = [
     "FusedOutput",
@@ -71,24 +89,40 @@ __all__ = [
     "Templates",
     "TopK",
     "add_tail_bucket",
+    "anchor",
+    "anchor_estimate",
     "blend_advantages",
     "build_reprompts",
+    "check_teacher_topk",
+    "clip_entries",
+    "clipped_policy_gradient",
+    "confidence_weights",
+    "contrastive_evidence",
     "cut_middle",
     "distillation_mask",
     "ema",
+    "evidence_gate",
+    "evidence_weights",
     "frozen",
     "full_distillation_loss",
     "fused_distillation_loss",
     "gather_log_probs",
     "generalized_jsd",
+    "given_topk_distillation_loss",
     "group_normalized_advantages",
     "importance_weights",
     "kl_divergence",
     "live",
     "logit_advantages",
+    "mixture_log_probs",
+    "pass_rate_weights",
     "renormalize",
+    "route_rows",
+    "safe_tail",
+    "sampled_reverse_kl",
     "sampled_token_distillation_loss",
     "select_demonstrations",
+    "select_tokens",
     "self_distillation_loss",
     "sequence_advantages",
     "sequence_sum",
