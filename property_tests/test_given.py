@@ -48,10 +48,10 @@ def property_too_much_mass_is_scaled_down(tail: Any, pair: Pair, excess: float) 
     got = tail(log_p + math.log1p(excess))
     assert_near(got.log_probs, log_p)
     assert (got.log_tail == -math.inf).all()
-    slopes = grad(lambda x: tail(x).log_probs.exp().sum() + tail(x).log_tail.exp().sum())(
+    gradients = grad(lambda x: tail(x).log_probs.exp().sum() + tail(x).log_tail.exp().sum())(
         log_p + math.log1p(excess)
     )
-    assert slopes.isfinite().all()
+    assert gradients.isfinite().all()
 
 
 def tail_by_subtraction(log_probs: Tensor) -> GatheredLogProbs:

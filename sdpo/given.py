@@ -112,6 +112,8 @@ def safe_tail(log_probs: Tensor) -> GatheredLogProbs:
 
     Gradient: to log_probs, through both results; a teacher is detached by the loss.
 
+    Source: SDPO, arXiv 2601.20802, section 2 (the tail of a top-K support).
+
     Example:
         >>> import torch
         >>> [round(x.exp().sum().item(), 4) for x in safe_tail(torch.tensor([0.5, 0.3]).log())]
