@@ -1,4 +1,4 @@
-"""The teacher of a real model: what it averages, what its forward sees, and what it costs.
+"""The teacher of a real model: its averages, its forward, when it starts, its memory and its operations.
 
 The oracle writes the averaged weights into the model itself and runs it; the library swaps them in for one
 forward. Both must give the same logits, and every averaged parameter must be seen.
@@ -19,7 +19,6 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -31,6 +30,7 @@ from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
 from sdpo_rl.teacher import shards
 from sdpo_rl.teacher.store import TeacherStore
+from sdpo_rl.teacher.swap import swap_parameters
 
 Weights = dict[str, Tensor]
 RATE = 0.3
@@ -70,7 +70,7 @@ def quantized(bits: int, folder: Path) -> PeftModel:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "full, tied embeddings": tiny.model,
-    "full, own head": lambda: tiny.model(tie_word_embeddings=False),
+    "full, untied head": lambda: tiny.model(tie_word_embeddings=False),
     "full, bfloat16": lambda: tiny.model().bfloat16(),
     "LoRA": lora,
     "LoRA, warm start": warm_started,
@@ -89,7 +89,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# --- by hand ----------------------------------------------------------------------------------------------
+# --- the expected teacher ---------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module) -> Weights:
@@ -108,7 +108,7 @@ class Students(TrainerCallback):
 
 
 def average(students: list[Weights]) -> dict[str, Tensor]:
-    """The recursion of the paper in float64."""
+    """The paper's moving average in float64."""
     result = {name: weight.double() for name, weight in students[0].items()}
     for student in students[1:]:
         result = {name: (1 - RATE) * old + RATE * student[name].double() for name, old in result.items()}
@@ -117,16 +117,16 @@ def average(students: list[Weights]) -> dict[str, Tensor]:
 
 @contextmanager
 def overwritten(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """The model with other contents in its parameters."""
-    own = dict(model.named_parameters())
-    kept = {name: own[name].detach().clone() for name in weights}
+    """The model with other values written into its parameters."""
+    parameters = dict(model.named_parameters())
+    originals = {name: parameters[name].detach().clone() for name in weights}
     with torch.no_grad():
         for name, weight in weights.items():
-            own[name].copy_(weight)
+            parameters[name].copy_(weight)
     yield
     with torch.no_grad():
-        for name, weight in kept.items():
-            own[name].copy_(weight)
+        for name, weight in originals.items():
+            parameters[name].copy_(weight)
 
 
 def logits(model: Any, params: Weights | None = None) -> Tensor:
@@ -137,7 +137,7 @@ def logits(model: Any, params: Weights | None = None) -> Tensor:
 
 
 def started(model: nn.Module, **config: Any) -> TeacherStore:
-    """A teacher at the begin of training."""
+    """A teacher when training begins."""
     store = TeacherStore(model, SDPOConfig(**config), seed=0)
     store.on_train_begin(model)
     return store
@@ -168,12 +168,12 @@ def check(trainer: Any, students: Students, *, tolerance: float = 1e-6) -> None:
     with overwritten(model, params):
         assert torch.equal(seen, logits(model))
     for name in params:
-        rest = {other: weight for other, weight in params.items() if other != name}
+        others = {other: weight for other, weight in params.items() if other != name}
         same = torch.equal(params[name], students.seen[-1][name])
-        assert same or not torch.equal(seen, logits(model, rest)), f"the forward does not see {name}"
+        assert same or not torch.equal(seen, logits(model, others)), f"the forward does not see {name}"
 
 
-# --- what it averages -------------------------------------------------------------------------------------
+# --- averages and forwards --------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
@@ -196,13 +196,13 @@ def test_a_quantized_base_is_shared_and_never_averaged(tmp_path: Path, bits: int
 
 
 class BrokenError(Exception):
-    """What a teacher's forward stops with in the middle."""
+    """Raised within a teacher forward."""
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("name", MODELS)
-def test_a_teacher_that_breaks_down_leaves_the_student_its_very_parameters(tmp_path: Path, name: str) -> None:
-    def in_the_teacher_s(*_: Any) -> None:
+def test_a_failed_teacher_forward_leaves_the_student_its_parameter_objects(tmp_path: Path, name: str) -> None:
+    def fail_without_grad(*_: Any) -> None:
         if not torch.is_grad_enabled():
             raise BrokenError
 
@@ -212,7 +212,7 @@ def test_a_teacher_that_breaks_down_leaves_the_student_its_very_parameters(tmp_p
     before = {n: (p, p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
     modes = [module.training for module in model.modules()]
     inputs = trainer._prepare_inputs([*tiny.conversations()])
-    head.register_forward_pre_hook(in_the_teacher_s)
+    head.register_forward_pre_hook(fail_without_grad)
     with pytest.raises(BrokenError):
         trainer.compute_loss(trainer.model, inputs)
     after = dict(model.named_parameters(remove_duplicate=False))
@@ -245,25 +245,48 @@ def test_the_comparison_rejects_another_rate(tmp_path: Path, rate: float) -> Non
         check(trainer, students)
 
 
-def test_a_tied_weight_is_replaced_everywhere() -> None:
-    model = tiny.model()
-    name = "model.embed_tokens.weight"
-    weights = {name: torch.randn_like(model.get_parameter(name))}
-    replaced = logits(model, weights)
-    with overwritten(model, weights):
-        assert torch.equal(replaced, logits(model))
-    # A counter-example: the embedding alone.
-    with torch.no_grad():
-        arguments = {"input_ids": IDS, "attention_mask": MASK}
-        untied = functional_call(model, weights, kwargs=arguments, tie_weights=False).logits[:, -5:-1]
-    assert not torch.allclose(replaced, untied)
+class Tied(nn.Module):
+    """One weight in two modules, one module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.last = nn.Linear(3, 3, bias=False)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.again(self.first(x)))
+        return output
+
+
+def test_a_tied_weight_is_replaced_in_every_module_and_restored() -> None:
+    model, x = Tied(), torch.randn(2, 3)
+    tensors = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    weight, bias = tensors["first.weight"], tensors["first.bias"]
+    expected = ((x @ weight.T + bias) @ weight.T + bias) @ weight.T
+    before = dict(model.named_parameters(remove_duplicate=False))
+    with swap_parameters(model, tensors):
+        torch.testing.assert_close(model(x), expected)
+    assert all(p is before[name] for name, p in model.named_parameters(remove_duplicate=False))
+    # A counter-example: the first module alone.
+    with swap_parameters(model.first, {"weight": weight, "bias": bias}):
+        assert not torch.allclose(model(x), expected)
+
+
+def test_the_parameters_are_back_after_an_error() -> None:
+    model = Tied()
+    before = dict(model.named_parameters(remove_duplicate=False))
+    with pytest.raises(BrokenError), swap_parameters(model, {"first.weight": torch.zeros(3, 3)}):
+        raise BrokenError
+    assert all(p is before[name] for name, p in model.named_parameters(remove_duplicate=False))
 
 
 # --- how it starts ----------------------------------------------------------------------------------------
 
 
 def edit(model: nn.Module) -> None:
-    """Change every trainable parameter, always alike."""
+    """Add the same noise to every trainable parameter each time."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -306,7 +329,7 @@ def test_an_evaluation_before_training_has_the_present_weights_as_the_teacher(
 
 
 @pytest.mark.parametrize("first", ["evaluate", "train"])
-def test_training_starts_from_the_weights_at_its_begin(tmp_path: Path, first: str) -> None:
+def test_training_starts_from_the_weights_when_it_begins(tmp_path: Path, first: str) -> None:
     config = tiny.config(teacher_mode="frozen")
     trainer = tiny.trainer(tmp_path, start=warm_started(), sdpo_config=config, **EVALUATION)
     if first == "evaluate":
@@ -320,7 +343,7 @@ def test_training_starts_from_the_weights_at_its_begin(tmp_path: Path, first: st
 
 
 def test_a_training_loss_outside_of_train_starts_the_teacher(tmp_path: Path) -> None:
-    """A loop of one's own: later losses do not take the student as it is then."""
+    """In a custom training loop the teacher does not follow later edits of the student."""
     trainer = tiny.trainer(tmp_path, start=warm_started(), sdpo_config=tiny.config(teacher_mode="frozen"))
     edit(trainer._unwrapped)
     begin = trained(trainer._unwrapped)
@@ -356,7 +379,7 @@ def test_a_second_training_continues_with_the_same_teacher_and_says_so(
     assert trainer._teacher.state.ticks == 4
     for name, weight in average(students.seen).items():
         torch.testing.assert_close(trainer._teacher.state.params[name].double(), weight, rtol=1e-6, atol=1e-6)
-    # A resumed training continues as well, as it was asked to.
+    # Resuming asks for it, so it logs nothing.
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert logged() == []
     assert trainer._teacher.state.ticks == 4
@@ -366,7 +389,7 @@ def test_a_second_training_continues_with_the_same_teacher_and_says_so(
 @pytest.mark.parametrize("name", ["full, tied embeddings", "LoRA, warm start"])
 def test_it_starts_as_the_student_it_was_given(tmp_path: Path, name: str, mode: str) -> None:
     model = MODELS[name]()
-    with torch.no_grad():  # so that nothing on a disk or in a config knows these weights
+    with torch.no_grad():  # weights that cannot be loaded from anywhere
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.01)
     before = logits(model)
@@ -418,7 +441,7 @@ def test_other_trainable_parameters_than_at_the_start_are_refused_by_name(mode: 
     ],
     ids=["a module", "a parameter", "a frozen one"],
 )
-def test_what_has_come_to_train_is_refused_at_the_next_tick(
+def test_a_new_trainable_parameter_is_refused_at_the_next_tick(
     change: Callable[[Any], Any], gained: str
 ) -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
@@ -431,7 +454,7 @@ def test_what_has_come_to_train_is_refused_at_the_next_tick(
         store.tick(model)
 
 
-def test_a_parameter_that_came_to_be_another_s_is_refused() -> None:
+def test_a_parameter_that_became_tied_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     store = started(model)
     store.forwards(model, training=True)
@@ -467,8 +490,8 @@ def geometric(first: Tensor, student: Tensor, coef: float) -> Tensor:
 def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path, coef: float) -> None:
     trainer, students = run(tiny.model(), tmp_path, teacher_mode="trust_region", trust_region_coef=coef)
     model = trainer._unwrapped
-    start, own = trainer._teacher.forwards(model, training=True)
-    assert own is None
+    start, live = trainer._teacher.forwards(model, training=True)
+    assert live is None
     assert all(torch.equal(w, students.seen[0][name]) for name, w in start.items())
     with overwritten(model, students.seen[0]):
         first = logits(model)
@@ -483,19 +506,19 @@ def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path,
     def value(teachers: list[Tensor]) -> Tensor:
         return step_loss.from_logits(SDPOConfig(**options), p, teachers, targets, temperature=1.0).total
 
-    def by_hand(log_q: Tensor) -> Tensor:
+    def expected(log_q: Tensor) -> Tensor:
         log_p = p.double().log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum()
 
     torch.testing.assert_close(
-        value([first, now]).double(), by_hand(geometric(first, now, coef)), rtol=1e-5, atol=0
+        value([first, now]).double(), expected(geometric(first, now, coef)), rtol=1e-5, atol=0
     )
     arithmetic = ((1 - coef) * first.double().softmax(-1) + coef * now.double().softmax(-1)).log()
-    for twin in (arithmetic, geometric(now, first, coef)):
-        assert abs(value([first, now]) - by_hand(twin)) > 1e-3
+    for wrong in (arithmetic, geometric(now, first, coef)):
+        assert abs(value([first, now]) - expected(wrong)) > 1e-3
 
 
-# --- at rest ----------------------------------------------------------------------------------------------
+# --- offloading -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -514,7 +537,7 @@ def test_offloading_changes_no_bit(tmp_path: Path, mode: str, dtype: str) -> Non
 
 
 def test_an_offloaded_state_rounds_by_name(tmp_path: Path) -> None:
-    """A twin that gave every parameter the same noise would pass on one parameter, but not here."""
+    """The counter-example, the same noise for every parameter, would pass with one parameter."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     model[1].load_state_dict(model[0].state_dict())
     store = started(model, teacher_dtype="bfloat16", teacher_offload="cpu")
@@ -569,16 +592,16 @@ def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_paramet
     assert extra(lambda: made.append(started(model))) > 20 * largest
 
 
-# --- what it costs ----------------------------------------------------------------------------------------
+# --- memory and operations --------------------------------------------------------------------------------
 
 
 def stack(parameters: int = 40) -> nn.Sequential:
-    """Parameters of one size, so that one is little and all are much."""
+    """Many parameters of one size, so that one is much smaller than all."""
     return nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(parameters)))
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes that results of operations held at one time."""
+    """The peak of bytes held by the results of operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -625,7 +648,7 @@ def peak(action: Callable[[], Any]) -> int:
 def test_a_tick_and_a_distance_hold_a_few_parameters_at_a_time(
     dtype: torch.dtype, offload: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Forty of these go into what a tick takes at once; here it takes no more than two.
+    # A tick updates many parameters in one operation; here two.
     monkeypatch.setattr(sdpo.teacher, "_TOGETHER", 2 * 64 * 64)
     model = stack().to(dtype)
     one = 64 * 64 * 4
@@ -648,12 +671,12 @@ def test_the_peak_rejects_copies_of_the_model() -> None:
     def tick_out_of_place() -> Weights:
         return {name: torch.lerp(w, params[name].detach().float(), RATE) for name, w in state.params.items()}
 
-    for twin in (distance_over_a_float_copy, tick_out_of_place):
-        assert peak(twin) >= 40 * one
+    for wrong in (distance_over_a_float_copy, tick_out_of_place):
+        assert peak(wrong) >= 40 * one
 
 
 class Operations(TorchDispatchMode):
-    """How many operations there were, but for those that only ask for memory."""
+    """Counts operations, without those that only allocate memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -699,7 +722,7 @@ def test_the_count_rejects_one_parameter_after_the_other() -> None:
     assert one_by_one(40) == 20 * one_by_one(2)
 
 
-def held(tensors: dict[str, Tensor]) -> int:
+def storage_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors.values())
 
 
@@ -707,7 +730,7 @@ def held(tensors: dict[str, Tensor]) -> int:
     ("name", "dtype", "bytes_per_number"),
     [
         ("full, tied embeddings", "float32", 4),
-        ("full, own head", "float32", 4),
+        ("full, untied head", "float32", 4),
         ("full, bfloat16", "float32", 4),
         ("full, bfloat16", "bfloat16", 2),
         ("LoRA", "float32", 4),
@@ -718,14 +741,14 @@ def test_the_state_is_one_copy_of_what_trains(name: str, dtype: str, bytes_per_n
     model = MODELS[name]()
     store = started(model, teacher_dtype=dtype)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert held(store.state.params) == numbers * bytes_per_number
+    assert storage_bytes(store.state.params) == numbers * bytes_per_number
     if name.endswith("RA"):
         everything = sum(p.numel() * p.element_size() for p in model.parameters())
-        assert held(store.state.params) < everything / 10
+        assert storage_bytes(store.state.params) < everything / 10
 
 
 COSTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
-    # The model, what it is configured with, and the copies of what trains: at rest, and more during a forward.
+    # Model, configuration, and copies of the trainable parameters: in the state, and more during a forward.
     "float32": (tiny.model, {}, 1, 0),
     "bfloat16": (MODELS["full, bfloat16"], {}, 2, 1),
     "bfloat16, averaged in bfloat16": (MODELS["full, bfloat16"], {"teacher_dtype": "bfloat16"}, 1, 0),
@@ -737,38 +760,38 @@ COSTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], int, int]] = {
 
 @pytest.mark.parametrize("name", COSTS)
 def test_a_forward_holds_the_copies_that_are_documented_and_no_more(name: str) -> None:
-    make, config, at_rest, during = COSTS[name]
+    make, config, stored, during = COSTS[name]
     model = make()
-    own = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     store = started(model, **config)
-    assert held(store.state.params) == at_rest * own
+    assert storage_bytes(store.state.params) == stored * size
     alone = peak(lambda: logits(model))
     with Peak() as counter:
         for params in store.forwards(model, training=True):
             logits(model, params)
         del params
-    assert counter.bytes - alone == during * own
+    assert counter.bytes - alone == during * size
     assert counter.now == 0, "the copy outlives the teacher's forward"
     if name.startswith("LoRA"):
-        assert (at_rest + during) * own < sum(p.numel() * p.element_size() for p in model.parameters()) / 2
+        assert (stored + during) * size < sum(p.numel() * p.element_size() for p in model.parameters()) / 2
 
 
 def test_the_peak_of_a_forward_rejects_a_detour_through_float32() -> None:
     model = MODELS["full, bfloat16"]()
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     alone = peak(lambda: logits(model))
 
     def detour() -> Tensor:
         moved = {name: p.detach().float() for name, p in model.named_parameters()}
         return logits(model, {name: weight.bfloat16() for name, weight in moved.items()})
 
-    assert peak(detour) - alone == 3 * own
+    assert peak(detour) - alone == 3 * size
 
 
 def alive() -> int:
-    """Bytes of all tensors in the process, every memory counted once."""
+    """Bytes of all tensors in the process, every storage counted once."""
     gc.collect()
-    # The compiler's tensors, which another test may have left behind, have no memory.
+    # Fake tensors of the compiler, which another test may have left, have no storage.
     tensors = [
         o
         for o in gc.get_objects()
@@ -777,7 +800,7 @@ def alive() -> int:
     return sum({_address(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("name", ["full, own head", "LoRA"])
+@pytest.mark.parametrize("name", ["full, untied head", "LoRA"])
 def test_nothing_else_of_the_models_size_stays_alive(tmp_path: Path, name: str) -> None:
     def grown(mode: str) -> tuple[int, Any]:
         before = alive()
@@ -790,15 +813,15 @@ def test_nothing_else_of_the_models_size_stays_alive(tmp_path: Path, name: str) 
     model_bytes = sum(p.numel() * 4 for p in trainer._unwrapped.parameters())
     del trainer
     with_teacher, trainer = grown("ema")
-    unexplained = with_teacher - without - held(trainer._teacher.state.params)
+    unexplained = with_teacher - without - storage_bytes(trainer._teacher.state.params)
     assert abs(unexplained) < model_bytes / 50
 
 
 def test_the_count_rejects_a_second_model() -> None:
-    model = MODELS["full, own head"]()
+    model = MODELS["full, untied head"]()
     before = alive()
     second = trained(model)
-    assert alive() - before >= held(second) > 0
+    assert alive() - before >= storage_bytes(second) > 0
 
 
 def test_the_distance_meets_a_state_that_rests_elsewhere() -> None:

@@ -1,160 +1,91 @@
-"""Hidden states before the LM head, without private API and without whole logits."""
+"""Forwards of student and teacher: hidden states before the LM head, or logits, of the completion tokens."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import pad
+
+import sdpo
 
 from ..teacher import shards
-from ..teacher.swap import all_modules, replaced
-
-# The declared transform is compared with the model's logits at so many positions, and up to so much of their size,
-# or to twice their precision where that is more: scaling and capping round a few times.
-_POSITIONS, _TOLERANCE = 8, 1e-4
+from .batch import RowGroup
+from .head import linear_head
 
 
-class Head(NamedTuple):
-    """An LM head as the loss needs it: logits = softcap(scale · (hidden @ weightᵀ + bias))."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-
-
-class HeadTransform(NamedTuple):
-    """What a model does to its logits after the head."""
-
-    logit_scale: float
-    softcap: float | None
+def forward_arguments(
+    model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, logits_to_keep: int
+) -> dict[str, Any]:
+    """Keyword arguments of a training forward whose head gets the last `logits_to_keep` positions."""
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if _accepts(model, "position_ids"):
+        arguments["position_ids"] = positions
+    if _accepts(model, "logits_to_keep"):
+        arguments["logits_to_keep"] = logits_to_keep
+    return arguments
 
 
-class CompletionStates(NamedTuple):
-    """Hidden states [B, T, D] that predict the T completion tokens, and the head they feed."""
-
-    hidden: Tensor
-    head: Head
-
-
-def head_transform(config: Any) -> HeadTransform:
-    """The scale and soft-cap that a model's configuration declares for its logits."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = next(
-        (
-            float(value)
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(text, name, None)) is not None
-        ),
-        None,
-    )
-    divisor = getattr(text, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        scale = float(divisor) if text.model_type == "hyperclovax" else 1.0 / float(divisor)
-    softcap = next(
-        (
-            value
-            for name in ("final_logit_softcapping", "logits_soft_cap")
-            if (value := getattr(text, name, None)) is not None
-        ),
-        None,
-    )
-    return HeadTransform(1.0 if scale is None else scale, None if softcap is None else float(softcap))
-
-
-def plain_head(module: Any) -> nn.Linear | None:
-    """The linear layer behind an output-embedding module, through PEFT's `modules_to_save` wrapper.
-
-    `None` for a head that is more than one linear map of floating-point tensors.
-    """
-    saved = getattr(module, "modules_to_save", None)
-    if isinstance(saved, nn.ModuleDict):
-        adapters = getattr(module, "active_adapters", None) or [getattr(module, "active_adapter", "default")]
-        name = adapters[0]
-        module = saved[name] if name in saved else module.original_module  # noqa: SIM401 - no get() there
-    if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-        return None
-    # Adapters of some libraries are linear layers too, with more to them.
-    return module if {name for name, _ in module.named_parameters()} <= {"weight", "bias"} else None
-
-
-def linear_head(module: Any) -> nn.Linear:
-    """`plain_head`, or an error.
-
-    Raises:
-        ValueError: a head that is not one linear map (an adapter layer, a quantized layer), with the way out.
-    """
-    linear = plain_head(module)
-    if linear is None:
-        raise ValueError(
-            f"the LM head is a {kind_of(module)}, not a plain linear layer, so its product with the hidden "
-            "states cannot be fused; set SDPOConfig(loss_backend='logits'), or keep 'lm_head' out of the "
-            "adapter's target_modules (and a tied embedding out of its trainable_token_indices) and out of "
-            "quantization"
-        )
-    return linear
-
-
-def kind_of(module: Any) -> str:
-    """The class of a module with its home: adapters call their layers Linear, too."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def accepts(model: Any, name: str) -> bool:
+def _accepts(model: Any, name: str) -> bool:
     """Whether the model's forward, below any PEFT wrapper, has a parameter of this name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(type(base).forward).parameters
 
 
+def context_length(model: Any) -> float:
+    """The number of tokens that the model can process; infinity where it declares none."""
+    limits = (
+        getattr(model, "max_seq_length", None),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
+    return min((limit for limit in limits if limit), default=float("inf"))
+
+
+# --- modes of a model -------------------------------------------------------------------------------------
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's own mode comes back afterwards."""
-    # Past `__setattr__`, which looks for parameters: there are thousands of modules.
-    modes = [(module.__dict__, module.training) for module in all_modules(model)]
-    for own, _ in modes:
+    """The model in evaluation mode; every module's own mode is restored afterwards."""
+    # Written past `nn.Module.__setattr__`, which checks for parameters: there are thousands of modules.
+    modes = [(vars(module), module.training) for module in model.modules()]
+    for attributes, _ in modes:
         # On a CPU bitsandbytes repacks a 4-bit layer in evaluation mode for good, and it passes no gradient then.
-        if getattr(own["_parameters"].get("weight"), "quant_state", None) is None:
-            own["training"] = False
+        if getattr(attributes["_parameters"].get("weight"), "quant_state", None) is None:
+            attributes["training"] = False
     try:
         yield
     finally:
-        for own, mode in modes:
-            own["training"] = mode
+        for attributes, mode in modes:
+            attributes["training"] = mode
 
 
 @contextmanager
-def activations_kept(model: nn.Module) -> Iterator[None]:
-    """The model without gradient checkpointing; it is as it was afterwards, arguments and hooks included.
+def checkpointing_disabled(model: nn.Module) -> Iterator[None]:
+    """The model without gradient checkpointing; it is restored afterwards with its arguments and hooks.
 
-    Transformers' own way to switch it off and on again goes through all modules several times, and the arguments
-    that it was switched on with are gone.
+    Transformers' own way to disable and enable it traverses all modules several times and loses the arguments.
     """
-    own = [vars(module) for module in all_modules(model)]
-    checkpointed = [held for held in own if held.get("gradient_checkpointing") is True]
-    for held in checkpointed:
-        held["gradient_checkpointing"] = False
+    attributes = [vars(module) for module in model.modules()]
+    checkpointed = [each for each in attributes if each.get("gradient_checkpointing") is True]
+    for each in checkpointed:
+        each["gradient_checkpointing"] = False
     try:
         yield
     finally:
-        for held in checkpointed:
-            held["gradient_checkpointing"] = True
+        for each in checkpointed:
+            each["gradient_checkpointing"] = True
 
 
-def forward_arguments(
-    model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, keep: int
-) -> dict[str, Any]:
-    """Keyword arguments of a training forward whose head sees the last `keep` positions."""
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if accepts(model, "position_ids"):
-        arguments["position_ids"] = positions
-    if accepts(model, "logits_to_keep"):
-        arguments["logits_to_keep"] = keep
-    return arguments
+# --- forwards ---------------------------------------------------------------------------------------------
 
 
-def completion_states(
+def completion_head(
     model: Any,
     unwrapped: Any,
     arguments: Mapping[str, Any],
@@ -162,24 +93,33 @@ def completion_states(
     length: int,
     params: Mapping[str, Tensor] | None = None,
     router_losses: list[Tensor] | None = None,
-) -> CompletionStates:
-    """Hidden states [B, T, D] that predict the last `length` tokens, with the head's own tensors.
+) -> sdpo.LMHead:
+    """The LM head's own tensors with the hidden states [B, T, D] that predict the last T tokens.
 
-    `model` is what runs (it may be wrapped for several ranks), `unwrapped` the model inside it. With `params`
-    the forward uses these tensors in place of the parameters of the same names, and `model` is left as it
-    was. The head sees a single position: its whole product is never formed. `router_losses` takes the loss by
-    which the forward would balance the load of its experts.
+    The head gets a single position, so the whole logits are never computed.
+
+    Args:
+        model: the model that runs, wrapped for several processes or not.
+        unwrapped: the model inside `model`.
+        arguments: of the forward, by name; see `forward_arguments`.
+        length: T.
+        params: tensors by parameter name that replace the model's for this forward; `None` for its own.
+        router_losses: the load-balancing loss of a Mixture-of-Experts model is appended; `None` computes none.
+
+    Raises:
+        ValueError: the head is not one linear layer.
+        RuntimeError: the model calls its head more than once.
     """
     head_module = unwrapped.get_output_embeddings()
-    found: list[CompletionStates] = []
+    captured: list[sdpo.LMHead] = []
 
     def capture(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         linear = linear_head(module)
-        # Read here, inside the forward: this is where swapped and gathered parameters are in place.
-        head = Head(linear.weight, linear.bias)
+        # Read inside the forward, where replaced and gathered parameters are in place.
+        weight, bias = linear.weight, linear.bias
         if params is not None and shards.is_sharded(unwrapped):
-            head = Head(_lasting(head.weight), None if head.bias is None else _lasting(head.bias))
-        found.append(CompletionStates(args[0][:, -(length + 1) : -1], head))
+            weight, bias = _copy(weight), None if bias is None else _copy(bias)
+        captured.append(sdpo.LMHead(args[0][:, -(length + 1) : -1], weight, bias))
         return (args[0][:, -1:], *args[1:])
 
     handle = head_module.register_forward_pre_hook(capture)
@@ -187,12 +127,17 @@ def completion_states(
         _run(model, unwrapped, arguments, params, router_losses)
     finally:
         handle.remove()
-    if len(found) != 1:
+    if len(captured) != 1:
         raise RuntimeError(
-            f"the model called its output embeddings {len(found)} times in one forward; expected once. "
-            "Set SDPOConfig(loss_backend='logits') for such a model"
+            f"output embeddings: expected one call per forward, got {len(captured)}; set "
+            "SDPOConfig(loss_backend='logits') for such a model"
         )
-    return found[0]
+    return captured[0]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy of a trainable tensor: its memory is gathered again, with other values, for the next forward."""
+    return tensor.detach().clone() if tensor.requires_grad else tensor
 
 
 def completion_logits(
@@ -204,8 +149,46 @@ def completion_logits(
     params: Mapping[str, Tensor] | None = None,
     router_losses: list[Tensor] | None = None,
 ) -> Tensor:
-    """Whole logits [B, T, V] that predict the last `length` tokens, for heads that cannot be fused."""
+    """The logits [B, T, V] that predict the last T tokens, for heads that cannot be fused.
+
+    Args:
+        model: as in `completion_head`, like the other arguments.
+        unwrapped: the model inside `model`.
+        arguments: of the forward, by name.
+        length: T.
+        params: tensors that replace the model's.
+        router_losses: takes the load-balancing loss.
+    """
     return _run(model, unwrapped, arguments, params, router_losses).logits[:, -(length + 1) : -1]
+
+
+def run_groups(
+    forward: Callable[..., Any], arguments: Mapping[str, Any], groups: Sequence[RowGroup], *, length: int
+) -> Any:
+    """`forward(arguments, length=T)` group by group: an `LMHead` or logits [B, T, V], concatenated.
+
+    Columns that a group cut off are zero; none of them has a loss.
+    """
+    if len(groups) == 1 and groups[0].right == 0:
+        return forward(arguments, length=length)
+    outputs = []
+    for group in groups:
+        group_length = length - group.right
+        group_arguments = {
+            name: value[group.rows, group.columns] if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        if "logits_to_keep" in group_arguments:
+            group_arguments["logits_to_keep"] = group_length + 1
+        output = forward(group_arguments, length=group_length)
+        padding = (0, 0, 0, group.right)
+        is_head = isinstance(output, sdpo.LMHead)
+        outputs.append(
+            output._replace(hidden=pad(output.hidden, padding)) if is_head else pad(output, padding)
+        )
+    if isinstance(outputs[0], sdpo.LMHead):
+        return outputs[0]._replace(hidden=torch.cat([output.hidden for output in outputs]))
+    return torch.cat(outputs)
 
 
 def _run(
@@ -224,81 +207,32 @@ def _run(
     if shards.is_sharded(unwrapped):
         with shards.swap_shards(unwrapped, params):
             return model(**arguments)
-    with replaced(unwrapped, params):
-        return unwrapped(**arguments)
+    # The slots are expanded here: `tie_weights=True` leaves the replacement in a module that has two names.
+    return functional_call(unwrapped, _every_slot(unwrapped, params), (), dict(arguments), tie_weights=False)
+
+
+def _every_slot(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`params` with a name for every parameter slot: a tied parameter has one in each module that holds it."""
+    by_id = {id(p): params[name] for name, p in model.named_parameters() if name in params}
+    return {
+        f"{prefix}.{name}" if prefix else name: by_id[id(p)]
+        for prefix, module in model.named_modules()
+        for name, p in module._parameters.items()
+        if id(p) in by_id
+    }
 
 
 def router_loss(outputs: Any) -> Tensor:
-    """The load-balancing loss [] of a Mixture-of-Experts model's forward, in float32.
+    """The load-balancing loss [] float32 of a Mixture-of-Experts model's forward.
 
     Raises:
-        ValueError: the model returned none although its router logits were asked for.
+        ValueError: the model returned none although its router logits were requested.
     """
     loss = getattr(outputs, "aux_loss", None)
     if loss is None:
         raise ValueError(
-            "router_aux_loss_coef asks for the model's load-balancing loss, and its forward returns no aux_loss; "
-            "set GRPOConfig(router_aux_loss_coef=0.0)"
+            "router_aux_loss_coef: expected a model whose forward returns aux_loss, got none; set "
+            "GRPOConfig(router_aux_loss_coef=0.0)"
         )
-    # A configuration without experts gives the number 0.
+    # A model without Mixture-of-Experts layers returns the number 0.
     return torch.as_tensor(loss, dtype=torch.float32)
-
-
-def _lasting(tensor: Tensor) -> Tensor:
-    """A copy of a trainable tensor: its memory is gathered anew, with other contents, for the next forward."""
-    return tensor.detach().clone() if tensor.requires_grad else tensor
-
-
-def transform_matches(model: Any, arguments: Mapping[str, Any], transform: HeadTransform) -> bool:
-    """Whether `transform` reproduces the model's own logits at the last positions of the first row.
-
-    A model that changes its logits in an undeclared way would otherwise be distilled on other numbers than it
-    samples from.
-    """
-    attended = arguments["attention_mask"][0].nonzero()
-    columns = slice(int(attended[0]), int(attended[-1]) + 1)
-    one_row = {
-        name: value[:1, columns] if isinstance(value, Tensor) else value for name, value in arguments.items()
-    }
-    if "logits_to_keep" in one_row:
-        one_row["logits_to_keep"] = _POSITIONS
-    products: list[Tensor] = []
-
-    def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, -_POSITIONS:], *args[1:])
-
-    def multiply(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        linear, dtype = linear_head(module), output.dtype
-        bias = None if linear.bias is None else linear.bias.to(dtype)
-        # As the head rounded, under autocast or not.
-        with torch.autocast(output.device.type, enabled=False):
-            products.append(nn.functional.linear(args[0].to(dtype), linear.weight.to(dtype), bias))
-
-    head = model.get_output_embeddings()
-    # Prepended: before gathered parameters are given back.
-    handles = [head.register_forward_pre_hook(cut), head.register_forward_hook(multiply, prepend=True)]
-    try:
-        with torch.no_grad():
-            expected = model(**one_row).logits[:, -_POSITIONS:]
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(products) != 1 or products[0].shape != expected.shape:
-        return False
-    logits = products[0].float() * transform.logit_scale
-    if transform.softcap is not None:
-        logits = transform.softcap * torch.tanh(logits / transform.softcap)
-    precision = max(torch.finfo(products[0].dtype).eps, torch.finfo(expected.dtype).eps)
-    return _equal(logits, expected.float(), tolerance=max(2 * precision, _TOLERANCE))
-
-
-def _equal(logits: Tensor, expected: Tensor, *, tolerance: float) -> bool:
-    """Equal where −∞, and elsewhere up to `tolerance`, relative to each logit and a tenth to the largest.
-
-    Scaling and capping round each logit by its own size. Whatever rounds by the size of the largest is hidden by
-    no more than a tenth, lest a wrong scale pass.
-    """
-    impossible = expected.isneginf()
-    size = expected.masked_fill(impossible, 0.0).abs()
-    close = (logits - expected).abs() <= tolerance * (size + size.max() / 10)
-    return bool(torch.where(impossible, logits.isneginf(), close).all())
