@@ -11,9 +11,11 @@ that has not. SDPO distils that difference back into the bare prompt::
 Example:
     >>> import torch
     >>> student_logits, teacher_logits = torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[[0.0, 2.0, 1.0]]])
-    >>> per_token = topk_distillation_loss(student_logits, teacher_logits, k=2, alpha=0.5, tail="bucket")
-    >>> loss = self_distillation_loss(per_token, torch.tensor([[True]]), row_mask=torch.tensor([True]))
-    >>> round((loss.total / loss.count).item(), 4)
+    >>> per_token = distillation_loss(
+    ...     student_logits, teacher_logits, support="student", k=2, tail="bucket", alpha=0.5, temperature=1.0
+    ... )
+    >>> loss = self_distillation_loss(per_token, torch.tensor([[True]]), row_mask=[True])
+    >>> round(loss.mean().item(), 4)
     0.1928
 
 Source: "Reinforcement Learning via Self-Distillation", arXiv 2601.20802.
@@ -31,13 +33,10 @@ from sdpo.divergence import generalized_jsd, kl_divergence
 from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss
 from sdpo.given import check_teacher_topk, given_topk_distillation_loss, safe_tail
 from sdpo.importance import importance_weights
-from sdpo.loss import (
-    LossOutput,
-    full_distillation_loss,
-    sampled_token_distillation_loss,
-    self_distillation_loss,
-    topk_distillation_loss,
-)
+from sdpo.loss import LossOutput, distillation_loss, self_distillation_loss
+from sdpo.metrics import TokenStatistics, mean_metrics, token_statistics
+from sdpo.packed import packed_segment_ids, packed_sequence_sum
+from sdpo.parallel import vocab_parallel_distillation_loss
 from sdpo.reprompt import (
     Reprompts,
     Templates,
@@ -87,6 +86,7 @@ __all__ = [
     "Teacher",
     "TeacherState",
     "Templates",
+    "TokenStatistics",
     "TopK",
     "add_tail_bucket",
     "anchor",
@@ -99,12 +99,12 @@ __all__ = [
     "confidence_weights",
     "contrastive_evidence",
     "cut_middle",
+    "distillation_loss",
     "distillation_mask",
     "ema",
     "evidence_gate",
     "evidence_weights",
     "frozen",
-    "full_distillation_loss",
     "fused_distillation_loss",
     "gather_log_probs",
     "generalized_jsd",
@@ -114,13 +114,15 @@ __all__ = [
     "kl_divergence",
     "live",
     "logit_advantages",
+    "mean_metrics",
     "mixture_log_probs",
+    "packed_segment_ids",
+    "packed_sequence_sum",
     "pass_rate_weights",
     "renormalize",
     "route_rows",
     "safe_tail",
     "sampled_reverse_kl",
-    "sampled_token_distillation_loss",
     "select_demonstrations",
     "select_tokens",
     "self_distillation_loss",
@@ -129,10 +131,11 @@ __all__ = [
     "strip_thinking",
     "teacher_distance",
     "token_advantages",
+    "token_statistics",
     "token_sum",
-    "topk_distillation_loss",
     "topk_log_probs",
     "trust_region",
     "trust_region_hidden",
     "trust_region_logits",
+    "vocab_parallel_distillation_loss",
 ]

@@ -1,15 +1,16 @@
-"""The self-distillation losses from logits: readable, and the reference for everything faster.
+"""The self-distillation loss from logits: plain torch, and the reference for the fused loss.
 
-Each ``*_distillation_loss`` turns student and teacher logits into nats per position;
-``self_distillation_loss`` then weighs, masks and sums the positions. Divide both models' logits by the
-rollout temperature before the call. The teacher never receives a gradient.
+``distillation_loss`` turns student and teacher logits into nats per position; ``self_distillation_loss``
+weighs, masks and sums the positions.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from sdpo._validate import (
     check_device,
     check_distribution,
     check_int,
+    check_real,
     check_shape,
     check_tensor,
 )
@@ -27,150 +29,197 @@ from sdpo.aggregate import MaskedSum, token_sum
 from sdpo.divergence import generalized_jsd
 from sdpo.topk import add_tail_bucket, gather_log_probs, renormalize
 
+Support = Literal["student", "teacher", "full", "sampled"]
+Tail = Literal["bucket", "renormalize"]
 
-def full_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, *, alpha: float) -> Tensor:
-    """Divergence between student and teacher over the full vocabulary.
 
-    Formula:
-    ``generalized_jsd(log_softmax(student_logits), log_softmax(stop_gradient(teacher_logits)), alpha)``.
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor | None = None,
+    *,
+    support: Support,
+    k: int | None = None,
+    tail: Tail | None = None,
+    alpha: float,
+    temperature: float,
+) -> Tensor:
+    """Divergence between student and teacher at each position.
 
-    Shapes: [..., V] twice to [...]. Unit: nats, float32 (float64 for float64 logits). −inf logits are exact.
-    Gradient: to student_logits only; p − q for α = 0, p·(a − ⟨p, a⟩) with a = log p/q for α = 1.
+    With z the student's and w the teacher's logits, both divided by ``temperature``::
+
+        support="full"       generalized_jsd(log_softmax(z), log_softmax(w), alpha)
+        support="student"    the same on the K largest entries of z, ``support="teacher"`` of w: both models are
+                             gathered there, each normalised over its own full vocabulary, and
+            tail="bucket"        the probability outside is one more category: a lower bound of the full
+            divergence,
+                                 which never falls as K grows and equals it at K = V
+            tail="renormalize"   both models are conditioned on the K tokens: no bound, and 0 for K = 1
+        support="sampled"    stop_gradient(log p(y) − log q(y)) · log p(y): a surrogate whose gradient, with
+        y sampled
+                             from the student, is an unbiased estimate of that of KL(student‖teacher)
+
+    Args:
+        student_logits: [..., V] floating; -inf allowed.
+        teacher_logits: [..., V] floating; -inf allowed.
+        tokens: [...] integer, sampled token ids in [0, V); needed by ``support="sampled"``, unused otherwise.
+        support: tokens that the divergence is summed over.
+        k: number of tokens of a top-K support, in [1, V]; None for ``"full"`` and ``"sampled"``.
+        tail: what becomes of the probability outside a top-K support; None for ``"full"`` and ``"sampled"``.
+        alpha: 0 for KL(teacher‖student), 1 for KL(student‖teacher), between them the generalized JSD;
+            1 for ``support="sampled"``.
+        temperature: the rollout temperature, > 0; divides both models' logits.
+
+    Returns:
+        [...] nats, float32 (float64 for float64 logits). The value of ``"sampled"`` means nothing, only its
+        gradient does; a token that the student cannot have sampled gives 0, one that the teacher excludes +inf.
 
     Raises:
-        TypeError: logits are not floating tensors, or alpha not a number.
-        ValueError: the shapes differ, or alpha is outside [0, 1].
+        TypeError: logits are not floating tensors, tokens not integer, or an option of the wrong type.
+        ValueError: shapes that differ, an unknown support or tail, k outside [1, V], k or tail given or missing
+            where the support has none or needs one, alpha outside [0, 1], temperature not positive.
 
-    Source: SDPO, arXiv 2601.20802, equation 1 (α = 1); its section 3 trains with α = 0.5.
+    Gradient: to student_logits only, with a bucket also to the tokens outside the support. The choice of the
+    support is piecewise constant and carries none.
+
+    Source: SDPO, arXiv 2601.20802, section 2 and proposition 2.1.
 
     Example:
         >>> import torch
         >>> student = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0], requires_grad=True)
-        >>> loss = full_distillation_loss(student, torch.tensor([0.5, 2.0, 0.0, 1.0, -1.5, -3.0]), alpha=0.5)
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(g, 4) for g in student.grad.tolist()]
-        (0.1379, [0.0997, -0.0783, 0.0051, -0.0288, 0.0011, 0.0012])
-    """
-    alpha = check_alpha(alpha)
-    _check_pair(student_logits, teacher_logits)
-    return generalized_jsd(log_softmax(student_logits), log_softmax(teacher_logits.detach()), alpha=alpha)
-
-
-def topk_distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    k: int,
-    alpha: float,
-    tail: Literal["bucket", "renormalize"],
-    support: Literal["student", "teacher"] = "student",
-) -> Tensor:
-    """Divergence between student and teacher over the K likeliest tokens of one of them.
-
-    Formula: the support is ``topk(student_logits)`` (or the teacher's); both models are read there, each
-    normalised by its own full vocabulary. ``tail="bucket"`` adds the rest as one category: a lower bound of
-    the full loss, rising with K, equal to it at K = V. ``tail="renormalize"`` conditions on the support: no
-    bound, and identically 0 for K = 1. The choice of tokens is piecewise constant and carries no gradient.
-
-    Shapes: [..., V] twice to [...]. Unit: nats, float32 (float64 for float64 logits). −inf logits are exact.
-    Gradient: to student_logits only; with a bucket also to the tokens outside the support.
-
-    Raises:
-        TypeError: logits are not floating tensors, or k, alpha, tail, support of a wrong type.
-        ValueError: the shapes differ, k is not in [1, V], alpha not in [0, 1], or an unknown tail or support.
-
-    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
-
-    Example:
-        >>> import torch
-        >>> student = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
         >>> teacher = torch.tensor([0.5, 2.0, 0.0, 1.0, -1.5, -3.0])
         >>> for k in (1, 3, 6):
-        ...     loss = topk_distillation_loss(student, teacher, k=k, alpha=1.0, tail="bucket")
+        ...     loss = distillation_loss(
+        ...         student, teacher, support="student", k=k, tail="bucket", alpha=0.5, temperature=1.0
+        ...     )
         ...     print(round(loss.item(), 4))
-        0.5253
-        0.5975
-        0.6242
+        0.1091
+        0.1303
+        0.1379
+        >>> distillation_loss(student, teacher, support="full", alpha=0.5, temperature=1.0).backward()
+        >>> [round(g, 4) for g in student.grad.tolist()]
+        [0.0997, -0.0783, 0.0051, -0.0288, 0.0011, 0.0012]
     """
     alpha = check_alpha(alpha)
-    check_choice("tail", tail, ("bucket", "renormalize"))
-    check_choice("support", support, ("student", "teacher"))
-    _check_pair(student_logits, teacher_logits)
-    vocabulary = student_logits.shape[-1]
-    k = check_int(
-        "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
+    temperature = check_real(
+        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
     )
-
-    indices = (student_logits if support == "student" else teacher_logits).topk(k, dim=-1).indices
-    student = gather_log_probs(student_logits, indices)
-    teacher = gather_log_probs(teacher_logits.detach(), indices)
+    check_distribution("student_logits", student_logits)
+    check_distribution("teacher_logits", teacher_logits)
+    check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
+    check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")
+    _check_support(support, k, tail, alpha, vocabulary=student_logits.shape[-1])
+    student, teacher = upcast(student_logits) / temperature, upcast(teacher_logits.detach()) / temperature
+    if support == "full":
+        return generalized_jsd(log_softmax(student), log_softmax(teacher), alpha=alpha)
+    if support == "sampled":
+        return _sampled_token_loss(student, teacher, tokens)
+    assert k is not None
+    indices = (student if support == "student" else teacher).topk(k, dim=-1).indices
+    p, q = gather_log_probs(student, indices), gather_log_probs(teacher, indices)
     if tail == "bucket":
-        return generalized_jsd(add_tail_bucket(*student), add_tail_bucket(*teacher), alpha=alpha)
-    return generalized_jsd(renormalize(student.log_probs), renormalize(teacher.log_probs), alpha=alpha)
+        return generalized_jsd(add_tail_bucket(*p), add_tail_bucket(*q), alpha=alpha)
+    return generalized_jsd(renormalize(p.log_probs), renormalize(q.log_probs), alpha=alpha)
 
 
-def sampled_token_distillation_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> Tensor:
-    """One-sample surrogate of the reverse divergence, from the sampled token alone.
+def _check_support(support: str, k: int | None, tail: str | None, alpha: float, *, vocabulary: int) -> None:
+    check_choice("support", support, ("student", "teacher", "full", "sampled"))
+    if support in ("student", "teacher"):
+        check_int(
+            "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
+        )
+        check_choice("tail", tail, ("bucket", "renormalize"))
+        return
+    for name, value in (("k", k), ("tail", tail)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None with support={support!r}, got {value!r}; only the top-K supports "
+                "'student' and 'teacher' have one"
+            )
+    if support == "sampled" and alpha != 1.0:
+        raise ValueError(
+            f"alpha: expected 1 with support='sampled', got {alpha:g}; only the reverse divergence has an "
+            "estimate from the sampled token alone"
+        )
 
-    Formula: ``stop_gradient(log p(y_t) - log q(y_t)) * log p(y_t)``. Its *value* means nothing; its gradient,
-    with y_t drawn from the student, is an unbiased estimate of the gradient of KL(student‖teacher). Only this
-    direction (α = 1) has such an estimate. A token the student cannot have drawn gives 0, one the teacher
-    excludes +inf; both send no gradient.
 
-    Shapes: logits [..., V] twice, tokens [...] int64, to [...]. Unit: nats² in form, float32 (float64 for
-    float64 logits). Gradient: to student_logits only.
-
-    Raises:
-        TypeError: logits are not floating tensors, or tokens not integer.
-        ValueError: the shapes do not match.
-
-    Source: SDPO, arXiv 2601.20802, section 2 (proposition 2.1).
-
-    Example:
-        >>> import torch
-        >>> student = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
-        >>> teacher = torch.tensor([0.5, 2.0, 0.0, 1.0, -1.5, -3.0])
-        >>> round(sampled_token_distillation_loss(student, teacher, torch.tensor(0)).item(), 4)
-        -0.8668
-    """
-    _check_pair(student_logits, teacher_logits)
+def _sampled_token_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None) -> Tensor:
+    """stop_gradient(log p(y) − log q(y)) · log p(y) [...] from logits [..., V]."""
     check_tensor("tokens", tokens, "integer")
-    check_shape("tokens", tokens, student_logits.shape[:-1], like="the leading shape of the logits")
-    check_device("tokens", tokens, student_logits, like="the device of the logits")
+    assert tokens is not None
+    check_shape("tokens", tokens, student.shape[:-1], like="the leading shape of the logits")
+    check_device("tokens", tokens, student, like="the device of the logits")
     ids = rearrange(tokens.long(), "... -> ... 1")
-    student = rearrange(log_softmax(student_logits).gather(-1, ids), "... 1 -> ...")
-    teacher = rearrange(log_softmax(teacher_logits.detach()).gather(-1, ids), "... 1 -> ...")
-    student, teacher, infinite = common_support(student, teacher)
-    return ((student - teacher).detach() * student).masked_fill(infinite, math.inf)
+    log_p = rearrange(log_softmax(student).gather(-1, ids), "... 1 -> ...")
+    log_q = rearrange(log_softmax(teacher).gather(-1, ids), "... 1 -> ...")
+    log_p, log_q, infinite = common_support(log_p, log_q)
+    return ((log_p - log_q).detach() * log_p).masked_fill(infinite, math.inf)
 
 
 class LossOutput(NamedTuple):
-    """What one micro-batch gives to an optimizer step: add over micro-batches and ranks, then divide."""
+    """The loss of one micro-batch: add totals and counts over micro-batches and processes, then divide.
 
-    total: Tensor  # [] sum over the active tokens, carries the gradient
-    count: Tensor  # type: ignore[assignment]  # [] int64, number of active tokens
-    metrics: dict[str, Tensor]  # detached scalars
+    Args:
+        total: [] weighted sum over the active tokens; carries the gradient.
+        count: [] int64, number of active tokens.
+        metrics: detached scalars by name.
+
+    Source: SDPO, arXiv 2601.20802, section 2 (token-level mean).
+    """
+
+    total: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count on purpose
+    metrics: dict[str, Tensor]
+
+    def mean(self) -> Tensor:
+        """``total / count``; where nothing is active 0, with gradients of exactly 0.
+
+        Returns:
+            [] in the dtype of total.
+
+        Gradient: that of total, over count.
+
+        Example:
+            >>> import torch
+            >>> nothing = self_distillation_loss(torch.ones(1, 2), torch.zeros(1, 2).bool(), row_mask=[True])
+            >>> nothing.mean().item()
+            0.0
+        """
+        return self.total / self.count.clamp(min=1)
 
 
 def self_distillation_loss(
-    per_token: Tensor, loss_mask: Tensor, *, row_mask: Tensor, weights: Tensor | None = None
+    per_token: Tensor,
+    loss_mask: Tensor,
+    *,
+    row_mask: Tensor | Sequence[bool],
+    weights: Tensor | None = None,
 ) -> LossOutput:
-    """Sum of a per-token loss over the active tokens: completion tokens of rows with a teacher signal.
+    """Sum of a per-token loss over the active tokens: tokens with loss in rows with a teacher signal.
 
-    Formula: with ``active = loss_mask & row_mask[:, None]``, the total is the sum of
-    ``(weights * per_token)[active]`` and the count ``active.sum()``. The objective is Σ total / Σ count over
-    all micro-batches and ranks of a step. With nothing active the total is 0, its gradient exactly 0, and
-    backward legal. What stands at inactive positions, even NaN or inf, reaches neither.
+    Formula: with ``active = loss_mask & row_mask[:, None]``, the total is ``(weights *
+        per_token)[active].sum()`` and
+    the count ``active.sum()``. The objective of a step is Σ total / Σ count over its micro-batches and
+    processes;
+    ``.mean()`` divides where there is one of each. Values at inactive positions, even NaN or inf, reach
+    neither the total nor the gradient, and a weight of 0 silences even an infinite loss.
 
-    Shapes: per_token [B, T], loss_mask [B, T] bool, row_mask [B] bool, weights [B, T], to total [] and count
-    []. Unit: nats, float32 (float64 for float64 input). Gradient: to per_token; weights are detached.
+    Args:
+        per_token: [B, T] floating, nats; of ``distillation_loss``, say.
+        loss_mask: [B, T] bool, tokens with loss: completion tokens that the model itself sampled.
+        row_mask: [B] bool tensor, or a sequence of bools as ``build_reprompts`` returns it: rows whose
+            teacher has something to show.
+        weights: [B, T] floating, factors of the tokens, detached; None for 1.
 
-    Metrics: ``divergence`` and ``weight``, means over the active tokens (0 if there are none; the divergence
-    unweighted), ``active_tokens`` and ``active_rows``.
+    Returns:
+        LossOutput. Its metrics: ``divergence`` (unweighted) and ``weight``, means over the active tokens, 0
+        if there are none; ``active_tokens`` and ``active_rows``.
 
     Raises:
         TypeError: per_token or weights are not floating, or a mask is not bool.
-        ValueError: the shapes do not match.
+        ValueError: the shapes differ.
+
+    Gradient: from total to per_token.
 
     Source: SDPO, arXiv 2601.20802, section 2.
 
@@ -178,25 +227,30 @@ def self_distillation_loss(
         >>> import torch
         >>> per_token = torch.tensor([[1.0, 2.0], [float("nan"), 4.0]])
         >>> loss_mask = torch.tensor([[True, True], [True, True]])
-        >>> out = self_distillation_loss(per_token, loss_mask, row_mask=torch.tensor([True, False]))
-        >>> out.total.item(), out.count.item(), out.metrics["active_rows"].item()
-        (3.0, 2, 1)
+        >>> loss = self_distillation_loss(per_token, loss_mask, row_mask=[True, False])
+        >>> loss.total.item(), loss.count.item(), loss.mean().item(), loss.metrics["active_rows"].item()
+        (3.0, 2, 1.5, 1)
     """
     check_tensor("per_token", per_token, "floating", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, per_token.shape, like="the shape of per_token")
+    if isinstance(row_mask, (list, tuple)):
+        row_mask = torch.tensor(row_mask, device=loss_mask.device)
     check_tensor("row_mask", row_mask, "bool")
+    assert isinstance(row_mask, Tensor)
     check_shape("row_mask", row_mask, per_token.shape[:-1], like="one entry per row of per_token")
 
     active = loss_mask & rearrange(row_mask, "... -> ... 1")
-    # Silenced before the weights: inf · 0 would already be NaN.
+    # Masked before the weights multiply: 0 · inf is NaN, in value and gradient.
     divergence = keep(upcast(per_token), active)
     weight = active.to(divergence.dtype)
+    weighted = divergence
     if weights is not None:
         check_tensor("weights", weights, "floating")
         check_shape("weights", weights, per_token.shape, like="the shape of per_token")
         weight = keep(upcast(weights).detach(), active)
-    total, count = token_sum(weight * divergence, active)
+        weighted = weight * keep(divergence, weight != 0.0)
+    total, count = token_sum(weighted, active)
     metrics = {
         "divergence": MaskedSum(divergence.detach().sum(), count).mean(),
         "weight": MaskedSum(weight.sum(), count).mean(),
@@ -204,10 +258,3 @@ def self_distillation_loss(
         "active_rows": active.any(dim=-1).sum(),
     }
     return LossOutput(total=total, count=count, metrics=metrics)
-
-
-def _check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    check_distribution("student_logits", student_logits)
-    check_distribution("teacher_logits", teacher_logits)
-    check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
-    check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")

@@ -1,9 +1,9 @@
-"""The loss of one micro-batch: the core's losses, fed from a model's hidden states or logits."""
+"""The loss of one micro-batch: the core's losses, called with hidden states or with logits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from torch import Tensor
 import sdpo
 
 from ..config import SDPOConfig
-from .forward import CompletionStates, HeadTransform
+from .head import HeadTransform
 
 
 class Targets(NamedTuple):
-    """What the loss needs beside the two models' outputs, all [B, T]."""
+    """What the loss needs besides the outputs of both models, all [B, T]."""
 
     tokens: Tensor
     loss_mask: Tensor
@@ -23,10 +23,42 @@ class Targets(NamedTuple):
     weights: Tensor | None
 
 
+def loss_targets(config: SDPOConfig, completions: Mapping[str, Tensor]) -> Targets:
+    """The targets of a micro-batch from its completions [B, T], by the names of TRL's inputs.
+
+    The weights are those of the rollout times, for `sequence-mean`, one over the row's tokens; `None`: all ones.
+    """
+    mask = completions["loss_mask"]
+    weights = None
+    if config.rollout_is_clip is not None:
+        weights = rollout_weights(completions, clip=config.rollout_is_clip)
+    if weights is not None:
+        weights = weights.expand(mask.shape)
+    if config.loss_aggregation == "sequence-mean":
+        per_row = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape)
+        weights = per_row if weights is None else weights * per_row
+    return Targets(completions["completion_ids"], mask, completions.get("old_per_token_logps"), weights)
+
+
+def rollout_weights(completions: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
+    """Detached weights [B, T] or [B, 1] for the difference of trainer and inference engine; `None` without one.
+
+    TRL's own ratio, where it computed one, truncated at `clip`; otherwise min(π_old/π_rollout, clip) per token.
+    A token that the engine could not score (NaN) has weight 1.
+    """
+    ratio = completions.get("importance_sampling_ratio")
+    if ratio is not None:
+        return ratio.detach().float().nan_to_num(1.0).clamp(max=clip)
+    old, rollout = completions.get("old_per_token_logps"), completions.get("sampling_per_token_logps")
+    if old is None or rollout is None:
+        return None
+    return sdpo.importance_weights(old.float(), rollout.float(), clip=clip)
+
+
 def fused(
     config: SDPOConfig,
-    student: CompletionStates,
-    teachers: Sequence[CompletionStates],
+    student: sdpo.LMHead,
+    teachers: Sequence[sdpo.LMHead],
     targets: Targets,
     *,
     temperature: float,
@@ -36,8 +68,8 @@ def fused(
     reference = teachers[0] if len(teachers) == 2 else None
     old_log_probs = targets.old_log_probs if config.is_clip is not None else None
     return sdpo.fused_distillation_loss(
-        _lm_head(student),
-        _lm_head(teachers[-1]),
+        student,
+        teachers[-1],
         targets.tokens,
         support=config.support,
         k=config.k if config.uses_topk else None,
@@ -50,30 +82,11 @@ def fused(
         weights=targets.weights,
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,
-        reference=None if reference is None else _lm_head(reference),
+        reference=reference,
         trust_region_coef=None if reference is None else config.trust_region_coef,
         chunk_size=config.loss_chunk_size,
         backend="auto" if config.loss_backend == "logits" else config.loss_backend,
     )
-
-
-def _lm_head(states: CompletionStates) -> sdpo.LMHead:
-    return sdpo.LMHead(states.hidden, states.head.weight, states.head.bias)
-
-
-def rollout_weights(rows: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
-    """Detached weights [B, T] or [B, 1] for the gap between trainer and inference engine; `None` without one.
-
-    TRL's own ratio, where it computed one, truncated at `clip`; otherwise min(π_old/π_rollout, clip) per token.
-    A token that the engine could not score (NaN) weighs 1.
-    """
-    ratio = rows.get("importance_sampling_ratio")
-    if ratio is not None:
-        return ratio.detach().float().nan_to_num(1.0).clamp(max=clip)
-    old, rollout = rows.get("old_per_token_logps"), rows.get("sampling_per_token_logps")
-    if old is None or rollout is None:
-        return None
-    return sdpo.importance_weights(old.float(), rollout.float(), clip=clip)
 
 
 def from_logits(
@@ -83,90 +96,57 @@ def from_logits(
     targets: Targets,
     *,
     temperature: float,
-) -> Any:
-    """The same loss from whole logits [B, T, V], for heads that cannot be fused."""
-    p = student_logits.float() / temperature
-    q = teacher_logits[0].float() / temperature
+) -> sdpo.LossOutput:
+    """The same loss from whole logits [B, T, V], for LM heads that cannot be fused."""
+    student, teacher = student_logits.float(), teacher_logits[0].float()
     if len(teacher_logits) == 2:
-        live = teacher_logits[1].float() / temperature
-        q = sdpo.trust_region_logits(q, live, coef=config.trust_region_coef)
-    if config.support == "full":
-        per_token = sdpo.full_distillation_loss(p, q, alpha=config.alpha)
-    elif config.support == "sampled":
-        per_token = sdpo.sampled_token_distillation_loss(p, q, targets.tokens)
-    else:
-        per_token = sdpo.topk_distillation_loss(
-            p,
-            q,
-            k=config.k,
-            alpha=config.alpha,
-            tail=config.tail,
-            support=config.support,
-        )
-    log_p, log_q = p.detach().log_softmax(-1), q.log_softmax(-1)
-    tokens = targets.tokens[..., None]
-    log_probs = log_p.gather(-1, tokens).squeeze(-1)
-    weights = torch.ones_like(log_probs) if targets.weights is None else targets.weights
-    if targets.old_log_probs is not None and config.is_clip is not None:
-        weights = weights * sdpo.importance_weights(log_probs, targets.old_log_probs, clip=config.is_clip)
-    mask = targets.loss_mask
-    k = min(config.k, p.shape[-1])
-    top = sdpo.topk_log_probs(q if config.support == "teacher" else p.detach(), k=k)
-    inside_p, inside_q = (sdpo.gather_log_probs(x, top.indices) for x in (p.detach(), q))
-    return LogitsOutput(
-        total=torch.where(mask, per_token * weights, 0.0).sum(),
-        per_token=per_token.detach(),
-        log_probs=log_probs,
-        teacher_log_probs=log_q.gather(-1, tokens).squeeze(-1),
-        student_entropy=_entropy(log_p),
-        teacher_entropy=_entropy(log_q),
-        student_topk_mass=inside_p.log_probs.exp().sum(-1),
-        teacher_topk_mass=inside_q.log_probs.exp().sum(-1),
-        student_log_tail=inside_p.log_tail,
-        teacher_log_tail=inside_q.log_tail,
+        teacher = sdpo.trust_region_logits(teacher, teacher_logits[1].float(), coef=config.trust_region_coef)
+    k = config.k if config.uses_topk else None
+    per_token = sdpo.distillation_loss(
+        student,
+        teacher,
+        targets.tokens if config.support == "sampled" else None,
+        support=config.support,
+        k=k,
+        tail=config.tail if config.uses_topk else None,
+        alpha=config.alpha,
+        temperature=temperature,
     )
-
-
-class LogitsOutput(NamedTuple):
-    """What `from_logits` and the fused losses have in common; all but `total` are [B, T] without gradient."""
-
-    total: Tensor
-    per_token: Tensor
-    log_probs: Tensor
-    teacher_log_probs: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_topk_mass: Tensor
-    teacher_topk_mass: Tensor
-    student_log_tail: Tensor
-    teacher_log_tail: Tensor
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -torch.where(log_probs.isneginf(), 0.0, log_probs.exp() * log_probs).sum(-1)
-
-
-def step_metrics(config: SDPOConfig, output: Any, targets: Targets) -> dict[str, tuple[Tensor, Tensor]]:
-    """The per-token metrics of a micro-batch as (sum, weight) pairs over its active tokens."""
-    mask = targets.loss_mask
-    count = mask.sum()
-    gap = output.teacher_log_probs - output.log_probs
-    values = {
-        "divergence": output.per_token,
-        "student_entropy": output.student_entropy,
-        "teacher_entropy": output.teacher_entropy,
-        "sampled_token_log_ratio": gap,
-        "sampled_token_agreement": (gap >= 0).float(),
-    }
-    if config.uses_topk:
-        values["student_topk_mass"] = output.student_topk_mass
-        values["teacher_topk_mass"] = output.teacher_topk_mass
-        values["student_tail_mass"] = output.student_log_tail.exp()
-        values["teacher_tail_mass"] = output.teacher_log_tail.exp()
+    statistics = sdpo.token_statistics(
+        student, teacher, targets.tokens, support=config.support, k=k, temperature=temperature
+    )
+    weights = torch.ones_like(statistics.log_probs) if targets.weights is None else targets.weights
+    clipped = {}
     if targets.old_log_probs is not None and config.is_clip is not None:
-        ratio = (output.log_probs - targets.old_log_probs).exp()
-        values["is_clip_fraction"] = (ratio > config.is_clip).float()
-    return {
-        f"self_distillation/{name}": (torch.where(mask, value, 0.0).sum(), count)
-        for name, value in values.items()
-    }
+        weights = weights * sdpo.importance_weights(
+            statistics.log_probs, targets.old_log_probs, clip=config.is_clip
+        )
+        ratio = (statistics.log_probs - targets.old_log_probs).exp()
+        clipped["is_clip_fraction"] = (ratio > config.is_clip).float()
+    mask = targets.loss_mask
+    loss = sdpo.self_distillation_loss(per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
+    return loss._replace(metrics=sdpo.mean_metrics(per_token, weights, statistics, mask, **clipped))
+
+
+# Metrics of the core that are logged: always, and with a top-K support.
+_LOGGED = (
+    "divergence",
+    "student_entropy",
+    "teacher_entropy",
+    "sampled_token_log_ratio",
+    "sampled_token_agreement",
+)
+_LOGGED_WITH_TOPK = ("student_topk_mass", "teacher_topk_mass", "student_tail_mass", "teacher_tail_mass")
+
+
+def step_metrics(
+    config: SDPOConfig, output: sdpo.FusedOutput | sdpo.LossOutput, targets: Targets
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The metrics of a micro-batch as (sum over its active tokens, their number)."""
+    names = [*_LOGGED]
+    if config.uses_topk:
+        names += _LOGGED_WITH_TOPK
+    if targets.old_log_probs is not None and config.is_clip is not None:
+        names.append("is_clip_fraction")
+    count = output.metrics["active_tokens"]
+    return {f"self_distillation/{name}": (output.metrics[name] * count, count) for name in names}
