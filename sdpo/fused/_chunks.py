@@ -57,7 +57,11 @@ def loss_and_grads(
 
 
 class _ChunkLoop:
-    """The buffers of one traversal of the tokens, and its steps in the order in which they run."""
+    """The buffers of one traversal of the tokens, and its steps in the order in which they run.
+
+    A chunk has the tokens whose logits exist at a time, a block the chunks whose logit gradients enter one product
+    with the hidden states.
+    """
 
     def __init__(
         self, operands: Operands, objective: Objective, plan: Plan, grad_weights: Tensor | None
@@ -106,9 +110,11 @@ class _ChunkLoop:
 
     @property
     def needs_grad(self) -> bool:
+        """Whether any gradient is computed."""
         return self.plan.grad_hidden or self.plan.grad_weight or self.plan.grad_bias
 
     def run(self) -> LossAndGrads:
+        """Compute all chunks."""
         for block in _slices(0, self.count, self.block_size):
             for chunk in _slices(block.start, block.stop, self.chunk_size):
                 student, teacher = self.project_student(chunk), self.project_teacher(chunk)
@@ -131,10 +137,11 @@ class _ChunkLoop:
         return LossAndGrads(self.stats, self.grad_hidden, self.grad_weight, self.grad_bias)
 
     def project_student(self, chunk: slice) -> ModelChunk:
+        """The student's products [C, V]."""
         return self.project(self.operands.student, chunk, self.student_products)
 
     def project_teacher(self, chunk: slice) -> ModelChunk:
-        """The teacher's products; of a trust region, those of its centre as well, or of both mixed."""
+        """The teacher's products [C, V]; of a trust region, those of its centre too, or of both models mixed."""
         teacher, reference = self.operands.teacher, self.operands.reference
         if reference is None:
             return self.project(teacher, chunk, self.teacher_products)
@@ -154,15 +161,18 @@ class _ChunkLoop:
         return self.project_hidden(mixed, teacher, dtype, self.teacher_products)
 
     def project(self, head: LMHead, chunk: slice, out: Tensor) -> ModelChunk:
+        """The products of a chunk's hidden states, in the first rows of ``out``."""
         dtype = operand_dtype(head.hidden, head.weight, self.plan.autocast_dtype)
         return self.project_hidden(self.active_tokens(head.hidden, chunk).to(dtype), head, dtype, out)
 
     def project_hidden(self, hidden: Tensor, head: LMHead, dtype: torch.dtype, out: Tensor) -> ModelChunk:
+        """The products of hidden states [C, D] with a head's weight in ``dtype``."""
         weight = self.cast_weight(head.weight, dtype)
         products = project(hidden, weight, out[: hidden.shape[0]])
         return ModelChunk(products, head.bias, hidden, weight, self.accumulation_bias(head))
 
     def token_inputs(self, chunk: slice) -> TokenInputs:
+        """The tokens and weights [C] of a chunk."""
         ops = self.operands
         return TokenInputs(
             tokens=self.active_tokens(ops.tokens, chunk),
@@ -178,12 +188,13 @@ class _ChunkLoop:
         return GradLogits(self.grad_values[part], None if self.row_scale is None else self.row_scale[part])
 
     def write_grad_hidden(self, chunk: slice, grad_logits: GradLogits) -> None:
+        """Multiply the logit gradients of a chunk by the student's weight."""
         total, active = self.grad_hidden, self.operands.active
         if total is None:
             return
         weight = self.cast_weight(self.operands.student.weight, self.dtype)
         out = total[chunk] if active is None else total.new_empty(chunk.stop - chunk.start, total.shape[1])
-        # The teacher's products have been used.
+        # The teacher's products are not needed any more.
         grad_hidden_from_logits(
             grad_logits.values, weight, out, grad_logits.row_scale, scratch=self.teacher_products
         )
@@ -191,6 +202,7 @@ class _ChunkLoop:
             total.index_copy_(0, active[chunk], out)
 
     def accumulate_grad_head(self, block: slice, grad_logits: GradLogits) -> None:
+        """Add the gradients of weight and bias that the tokens of a block contribute."""
         if self.grad_weight is not None:
             hidden = self.active_tokens(self.operands.student.hidden, block).to(self.dtype)
             accumulate_grad_weight(
@@ -215,6 +227,7 @@ class _ChunkLoop:
         return (values[chunk] if active is None else values.index_select(0, active[chunk])).contiguous()
 
     def accumulation_bias(self, head: LMHead) -> float:
+        """That of a head's products."""
         dtype = operand_dtype(head.hidden, head.weight, self.plan.autocast_dtype)
         return accumulation_bias(self.device, dtype, head.weight.shape[1])
 
@@ -240,6 +253,7 @@ class _ChunkLoop:
         return fp16_loss_scale(weights, bound)
 
     def products_buffer(self) -> Tensor:
+        """A buffer [C, V] for the products of one model."""
         return torch.empty(self.chunk_size, self.vocabulary, dtype=self.working, device=self.device)
 
 

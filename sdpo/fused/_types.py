@@ -56,11 +56,6 @@ class Objective:
     logit_scale: float
     trust_region_coef: float | None
 
-    @property
-    def uses_topk(self) -> bool:
-        """Whether the support is the K likeliest tokens of one model."""
-        return self.k is not None
-
 
 class ModelChunk(NamedTuple):
     """One model's share of a chunk."""
@@ -68,7 +63,7 @@ class ModelChunk(NamedTuple):
     products: Tensor  # [C, V] hidden @ weight.T, working dtype; scratch that the backend may overwrite
     bias: Tensor | None  # [V]
     hidden: Tensor | None = (
-        None  # [C, D] the factors of the products, where a backend may recompute some of them
+        None  # [C, D] factors of the products, with which a backend may recompute some of them
     )
     weight: Tensor | None = None  # [V, D]
     accumulation_bias: float = 0.0  # relative error of the products: by how much of itself each is too small
