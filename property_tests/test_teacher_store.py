@@ -19,6 +19,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -30,7 +31,6 @@ from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
 from sdpo_rl.teacher import shards
 from sdpo_rl.teacher.store import TeacherStore
-from sdpo_rl.teacher.swap import swap_parameters
 
 Weights = dict[str, Tensor]
 RATE = 0.3
@@ -266,19 +266,22 @@ def test_a_tied_weight_is_replaced_in_every_module_and_restored() -> None:
     weight, bias = tensors["first.weight"], tensors["first.bias"]
     expected = ((x @ weight.T + bias) @ weight.T + bias) @ weight.T
     before = dict(model.named_parameters(remove_duplicate=False))
-    with swap_parameters(model, tensors):
-        torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(step_forward._run(model, model, {"x": x}, tensors), expected)
     assert all(p is before[name] for name, p in model.named_parameters(remove_duplicate=False))
     # A counter-example: the first module alone.
-    with swap_parameters(model.first, {"weight": weight, "bias": bias}):
-        assert not torch.allclose(model(x), expected)
+    first_alone = functional_call(model, tensors, (x,), tie_weights=False)
+    assert not torch.allclose(first_alone, expected)
 
 
 def test_the_parameters_are_back_after_an_error() -> None:
-    model = Tied()
-    before = dict(model.named_parameters(remove_duplicate=False))
-    with pytest.raises(BrokenError), swap_parameters(model, {"first.weight": torch.zeros(3, 3)}):
+    def fail(*_: Any) -> None:
         raise BrokenError
+
+    model = Tied()
+    model.last.register_forward_pre_hook(fail)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    with pytest.raises(BrokenError):
+        step_forward._run(model, model, {"x": torch.randn(2, 3)}, {"first.weight": torch.zeros(3, 3)})
     assert all(p is before[name] for name, p in model.named_parameters(remove_duplicate=False))
 
 

@@ -46,7 +46,7 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameter is stored in parts, so that no full tensor can replace it."""
+    """Whether some parameter is stored in parts, so that `torch.func.functional_call` cannot replace it."""
     if not _has_process_group():
         return False
     # An unsharded FSDP unit shows plain parameters, so the modules tell, not the parameters.
@@ -68,7 +68,7 @@ def local_shards(model: nn.Module) -> Tensors:
 def swap_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> Iterator[None]:
     """A sharded model with other values in its local shards; its own are copied back, bit for bit, afterwards.
 
-    `swap_parameters` would mix plain tensors with sharded ones, which torch refuses.
+    `torch.func.functional_call` would mix plain tensors with sharded ones, which torch refuses.
     """
     parameters = _resharded_parameters(model)
     originals = {name: _local_shard(parameters[name]).clone() for name in shards}
