@@ -22,6 +22,7 @@ from sdpo.fused._autograd import per_token_loss, total_loss
 from sdpo.fused._plan import make_plan
 from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail, TokenStats
 from sdpo.fused._validate import check_head, check_objective, check_operands, find_active, refuse_vmap
+from sdpo.metrics import mean_metrics
 
 
 class FusedOutput(NamedTuple):
@@ -150,10 +151,8 @@ def fused_distillation_loss(
         backend: "torch" runs anywhere, "triton" is the kernels, "auto" the kernels on a GPU where they apply.
 
     Returns:
-        FusedOutput: total, count, per-token statistics and metrics. The metrics are means over the active tokens:
-        ``divergence`` (unweighted), ``weight``, ``is_clip_fraction``, ``student_entropy``, ``teacher_entropy``,
-        ``student_topk_mass``, ``teacher_topk_mass``, ``student_tail_mass``, ``teacher_tail_mass``,
-        ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token); and ``active_tokens``.
+        FusedOutput: total, count, per-token statistics, and the metrics of ``mean_metrics`` with
+        ``is_clip_fraction`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token).
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -232,25 +231,16 @@ def _evaluate(
     stats = stats.detach()
     fields = TokenStats(*scatter(stats).unbind())._asdict() | {"per_token": scatter(per_token)}
     del fields["clipped"]
-    count = loss_mask.sum()
-    return FusedOutput(
-        total=total, count=count, metrics=_metrics(TokenStats(*stats.unbind()), count), **fields
+    metrics = _metrics(TokenStats(*stats.unbind()))
+    return FusedOutput(total=total, count=metrics["active_tokens"], metrics=metrics, **fields)
+
+
+def _metrics(stats: TokenStats) -> dict[str, Tensor]:
+    """Means over the active tokens."""
+    return mean_metrics(
+        stats.per_token,
+        stats.weights,
+        stats,
+        is_clip_fraction=stats.clipped,
+        sampled_token_overlap=(stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
     )
-
-
-def _metrics(stats: TokenStats, count: Tensor) -> dict[str, Tensor]:
-    values = {
-        "divergence": stats.per_token,
-        "weight": stats.weights,
-        "is_clip_fraction": stats.clipped,
-        "student_entropy": stats.student_entropy,
-        "teacher_entropy": stats.teacher_entropy,
-        "student_topk_mass": stats.student_topk_mass,
-        "teacher_topk_mass": stats.teacher_topk_mass,
-        "student_tail_mass": stats.student_log_tail.exp(),
-        "teacher_tail_mass": stats.teacher_log_tail.exp(),
-        "sampled_token_overlap": (stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
-    }
-    # Few operations: each is a launch.
-    means = torch.stack([*values.values()]).sum(dim=1) / count.clamp(min=1)
-    return dict(zip(values, means.unbind(), strict=True)) | {"active_tokens": count}
