@@ -108,11 +108,11 @@ def main() -> None:
         student_logits = logits(None, questions, completions)
         ended = (completions == tokenizer.eos_token_id).cumsum(-1)
         loss_mask = (ended - (completions == tokenizer.eos_token_id).long()) == 0
-        per_token = sdpo.topk_distillation_loss(
-            student_logits, teacher_logits, k=20, alpha=0.5, tail="bucket"
+        per_token = sdpo.distillation_loss(
+            student_logits, teacher_logits, support="student", k=20, tail="bucket", alpha=0.5, temperature=1.0
         )
-        loss = sdpo.self_distillation_loss(per_token, loss_mask, row_mask=torch.tensor(reprompts.row_mask))
-        (loss.total / loss.count.clamp(min=1)).backward()
+        loss = sdpo.self_distillation_loss(per_token, loss_mask, row_mask=reprompts.row_mask)
+        loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from losses import full_loss
 from strategies import Claim, assert_near, generator, logit_pairs, name_of, seeds, token_batches
 from torch import Tensor
 
 from sdpo import (
     blend_advantages,
-    full_distillation_loss,
     group_normalized_advantages,
     logit_advantages,
     sequence_advantages,
@@ -73,7 +73,7 @@ def property_policy_gradient_is_the_divergence_gradient(advantages: Any, pair: A
     """Σ_v p(v)·A(v)·∇log p(v) = −∇KL(p‖q), proposition 2.1."""
     student, teacher = pair
     leaf = student.clone().requires_grad_()
-    full_distillation_loss(leaf, teacher, alpha=1.0).sum().backward()
+    full_loss(leaf, teacher, alpha=1.0).sum().backward()
     p = student.softmax(-1)
     signal = p * advantages(student, teacher)
     assert not signal.requires_grad

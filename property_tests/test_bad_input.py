@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from bad_input import Case, run
+from losses import sampled_loss, topk_loss
 
 import sdpo
 from sdpo_rl import SDPOConfig, training_arguments
@@ -155,7 +156,7 @@ IDS = torch.zeros(2, 3, 1, dtype=torch.long)
 
 
 def topk(student: Any = Z, teacher: Any = Z, k: Any = 2, alpha: Any = 0.5, tail: Any = "bucket") -> Any:
-    return sdpo.topk_distillation_loss(student, teacher, k=k, alpha=alpha, tail=tail)
+    return topk_loss(student, teacher, k=k, alpha=alpha, tail=tail)
 
 
 CORE = [
@@ -177,13 +178,13 @@ CORE = [
     ),
     Case(
         "token ids of another shape",
-        lambda: sdpo.sampled_token_distillation_loss(Z, Z, torch.zeros(2, 4).long()),
+        lambda: sampled_loss(Z, Z, torch.zeros(2, 4).long()),
         ValueError,
         ("tokens", "(2, 3)", "(2, 4)"),
     ),
     Case(
         "float token ids",
-        lambda: sdpo.sampled_token_distillation_loss(Z, Z, torch.zeros(2, 3)),
+        lambda: sampled_loss(Z, Z, torch.zeros(2, 3)),
         TypeError,
         ("tokens", "integer", "float32"),
     ),
@@ -228,7 +229,7 @@ CORE = [
     *(
         Case(f"{name} of another device", call, ValueError, (name, "cpu (the device of the logits)", "meta"))
         for name, call in (
-            ("tokens", lambda: sdpo.sampled_token_distillation_loss(Z, Z, IDS[..., 0].to("meta"))),
+            ("tokens", lambda: sampled_loss(Z, Z, IDS[..., 0].to("meta"))),
             ("tokens", lambda: sdpo.token_advantages(Z, Z, IDS[..., 0].to("meta"))),
             ("indices", lambda: sdpo.gather_log_probs(Z, IDS.to("meta"))),
         )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fused_cases import certain_student_logits, relative_error
 from hypothesis import strategies as st
+from losses import full_loss, sampled_loss, topk_loss
 from strategies import (
     Claim,
     alphas,
@@ -26,11 +27,9 @@ from torch import Tensor
 
 from sdpo import (
     add_tail_bucket,
-    full_distillation_loss,
+    distillation_loss,
     generalized_jsd,
-    sampled_token_distillation_loss,
     self_distillation_loss,
-    topk_distillation_loss,
     topk_log_probs,
 )
 
@@ -52,9 +51,9 @@ GRADIENTS = {
 
 def loss_on(support: str, student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     if support == "full":
-        return full_distillation_loss(student, teacher, alpha=alpha)
+        return full_loss(student, teacher, alpha=alpha)
     k, tail = support.split()
-    return topk_distillation_loss(student, teacher, k=int(k), alpha=alpha, tail=tail)  # type: ignore[arg-type]
+    return topk_loss(student, teacher, k=int(k), alpha=alpha, tail=tail)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("support", VECTORS)
@@ -67,13 +66,13 @@ def test_published_values(support: str, column: int) -> None:
 @pytest.mark.parametrize("alpha", GRADIENTS)
 def test_published_gradients(alpha: float) -> None:
     student = STUDENT.clone().requires_grad_()
-    full_distillation_loss(student, TEACHER, alpha=alpha).backward()
+    full_loss(student, TEACHER, alpha=alpha).backward()
     assert student.grad is not None
     assert student.grad.tolist() == pytest.approx(GRADIENTS[alpha], abs=1e-8)
 
 
 def test_published_sampled_token_value() -> None:
-    got = sampled_token_distillation_loss(STUDENT, TEACHER, torch.tensor(0))
+    got = sampled_loss(STUDENT, TEACHER, torch.tensor(0))
     assert got.item() == pytest.approx(-0.8668011293, abs=1e-10)
 
 
@@ -184,7 +183,7 @@ def topk_loss_blind_to_its_tail(
 
 def property_bucket_is_a_rising_lower_bound(loss: Any, pair: Pair, alpha: float) -> None:
     student, teacher = pair
-    full = full_distillation_loss(student, teacher, alpha=alpha)
+    full = full_loss(student, teacher, alpha=alpha)
     values = [
         loss(student, teacher, k=k, alpha=alpha, tail="bucket") for k in range(1, student.shape[-1] + 1)
     ]
@@ -195,7 +194,7 @@ def property_bucket_is_a_rising_lower_bound(loss: Any, pair: Pair, alpha: float)
 
 
 def bucket_dropped(student: Tensor, teacher: Tensor, *, k: int, alpha: float, tail: str) -> Tensor:
-    return topk_distillation_loss(student, teacher, k=k, alpha=alpha, tail="renormalize")
+    return topk_loss(student, teacher, k=k, alpha=alpha, tail="renormalize")
 
 
 def property_one_renormalized_token_says_nothing(loss: Any, pair: Pair, alpha: float) -> None:
@@ -206,7 +205,7 @@ def property_one_renormalized_token_says_nothing(loss: Any, pair: Pair, alpha: f
 
 
 def bucket_always(student: Tensor, teacher: Tensor, *, k: int, alpha: float, tail: str) -> Tensor:
-    return topk_distillation_loss(student, teacher, k=k, alpha=alpha, tail="bucket")
+    return topk_loss(student, teacher, k=k, alpha=alpha, tail="bucket")
 
 
 # ---- another library ---------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def property_agrees_with_trl(loss: Any, pair: Pair, alpha: float, k: int, tail: 
     theirs = trl_loss.compute_topk_self_distillation_loss(student, teacher, **options)
     assert_near(loss(student, teacher, k=k, alpha=alpha, tail=tail), theirs, 1e-7)
     theirs = trl_loss.compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
-    assert_near(full_distillation_loss(student, teacher, alpha=alpha), theirs, 1e-7)
+    assert_near(full_loss(student, teacher, alpha=alpha), theirs, 1e-7)
 
 
 # ---- sampled token -----------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ def property_agrees_with_trl(loss: Any, pair: Pair, alpha: float, k: int, tail: 
 def property_sampled_gradient_is_unbiased(loss: Any, pair: Pair) -> None:
     """The expectation over the student's own samples, summed exactly over the vocabulary."""
     student, teacher = pair
-    expected = gradient(full_distillation_loss, student, teacher, alpha=1.0)
+    expected = gradient(full_loss, student, teacher, alpha=1.0)
     p = student.softmax(-1)
     mean = torch.zeros_like(student)
     for token in range(student.shape[-1]):
@@ -324,52 +323,48 @@ tails = st.sampled_from(["bucket", "renormalize"])
 CLAIMS = [
     Claim(
         property_full_loss_is_its_definition,
-        full_distillation_loss,
-        lambda s, t, alpha: full_distillation_loss(t, s, alpha=alpha),
+        full_loss,
+        lambda s, t, alpha: full_loss(t, s, alpha=alpha),
         pairs,
     ),
-    Claim(property_full_gradient_is_closed_form, full_distillation_loss, unnormalized, same_support),
-    Claim(property_teacher_gets_no_gradient, full_distillation_loss, teacher_attached, pairs),
+    Claim(property_full_gradient_is_closed_form, full_loss, unnormalized, same_support),
+    Claim(property_teacher_gets_no_gradient, full_loss, teacher_attached, pairs),
     Claim(
         property_teacher_gets_no_gradient,
-        lambda s, t, alpha: topk_distillation_loss(s, t, k=1, alpha=alpha, tail="bucket", support="teacher"),
+        lambda s, t, alpha: topk_loss(s, t, k=1, alpha=alpha, tail="bucket", support="teacher"),
         teacher_attached,
         pairs,
     ),
     Claim(
         property_teacher_gets_no_gradient,
-        lambda s, t, alpha: sampled_token_distillation_loss(
-            s, t, torch.zeros(s.shape[:-1], dtype=torch.long)
-        ),
+        lambda s, t, alpha: sampled_loss(s, t, torch.zeros(s.shape[:-1], dtype=torch.long)),
         teacher_attached,
         pairs,
     ),
     Claim(
         property_only_differences_of_logits_count,
-        full_distillation_loss,
+        full_loss,
         unnormalized,
         {**pairs, "shift": st.floats(-100.0, 100.0)},
     ),
     Claim(
         property_topk_loss_is_its_definition,
-        topk_distillation_loss,
+        topk_loss,
         each_at_its_own_topk,
         {**pairs, "k": ks, "tail": tails, "support": st.sampled_from(["student", "teacher"])},
     ),
     Claim(
         property_topk_gradient_is_numerical,
-        topk_distillation_loss,
+        topk_loss,
         topk_loss_blind_to_its_tail,
         {**smooth, "k": ks, "tail": tails},
     ),
-    Claim(property_bucket_is_a_rising_lower_bound, topk_distillation_loss, bucket_dropped, pairs),
-    Claim(property_one_renormalized_token_says_nothing, topk_distillation_loss, bucket_always, same_support),
+    Claim(property_bucket_is_a_rising_lower_bound, topk_loss, bucket_dropped, pairs),
+    Claim(property_one_renormalized_token_says_nothing, topk_loss, bucket_always, same_support),
     Claim(
         property_agrees_with_trl,
-        topk_distillation_loss,
-        lambda s, t, k, alpha, tail: topk_distillation_loss(
-            s, t, k=k, alpha=alpha, tail=tail, support="teacher"
-        ),
+        topk_loss,
+        lambda s, t, k, alpha, tail: topk_loss(s, t, k=k, alpha=alpha, tail=tail, support="teacher"),
         {
             "pair": logit_pairs(masked=False, max_scale=1.0, min_vocabulary=2),
             "alpha": alphas,
@@ -379,7 +374,7 @@ CLAIMS = [
     ),
     Claim(
         property_sampled_gradient_is_unbiased,
-        sampled_token_distillation_loss,
+        sampled_loss,
         log_ratio_of_the_sample,
         {"pair": logit_pairs(same_mask=True)},
     ),
@@ -417,7 +412,7 @@ def test_rejects_its_wrong_twin(claim: Claim) -> None:
 def test_sampled_tokens_that_one_side_excludes() -> None:
     student = torch.tensor([[0.0, -math.inf, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[0.0, 0.0, 0.0], [0.0, -math.inf, 0.0]])
-    loss = sampled_token_distillation_loss(student, teacher, torch.tensor([1, 1]))
+    loss = sampled_loss(student, teacher, torch.tensor([1, 1]))
     assert loss.tolist() == [0.0, math.inf]
     loss.sum().backward()
     assert student.grad is not None
@@ -427,15 +422,15 @@ def test_sampled_tokens_that_one_side_excludes() -> None:
 def test_support_without_teacher_mass_is_infinitely_far() -> None:
     student, teacher = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-math.inf, 0.0, 0.0])
     for tail in ("bucket", "renormalize"):
-        assert topk_distillation_loss(student, teacher, k=1, alpha=1.0, tail=tail).item() == math.inf  # type: ignore[arg-type]
-        assert topk_distillation_loss(student, teacher, k=1, alpha=0.5, tail=tail).isfinite()  # type: ignore[arg-type]
+        assert topk_loss(student, teacher, k=1, alpha=1.0, tail=tail).item() == math.inf  # type: ignore[arg-type]
+        assert topk_loss(student, teacher, k=1, alpha=0.5, tail=tail).isfinite()  # type: ignore[arg-type]
 
 
 CERTAIN = {
-    "top-K": lambda p, q: topk_distillation_loss(p, q, k=100, alpha=0.5, tail="bucket"),
-    "reverse": lambda p, q: topk_distillation_loss(p, q, k=100, alpha=1.0, tail="renormalize"),
-    "full": lambda p, q: full_distillation_loss(p, q, alpha=0.5),
-    "sampled": lambda p, q: sampled_token_distillation_loss(p, q, torch.zeros(len(p), dtype=torch.long)),
+    "top-K": lambda p, q: topk_loss(p, q, k=100, alpha=0.5, tail="bucket"),
+    "reverse": lambda p, q: topk_loss(p, q, k=100, alpha=1.0, tail="renormalize"),
+    "full": lambda p, q: full_loss(p, q, alpha=0.5),
+    "sampled": lambda p, q: sampled_loss(p, q, torch.zeros(len(p), dtype=torch.long)),
 }
 
 
@@ -473,32 +468,89 @@ def test_without_a_reference_the_digits_are_lost() -> None:
         ({"alpha": True}, TypeError, r"alpha: expected a number, got True \(bool\)"),
         ({"tail": "drop"}, ValueError, r"tail: expected one of \('bucket', 'renormalize'\), got 'drop'"),
         ({"tail": True}, TypeError, r"tail: expected one of .*got True \(bool\)"),
-        ({"support": "both"}, ValueError, r"support: expected one of \('student', 'teacher'\), got 'both'"),
+        (
+            {"support": "both"},
+            ValueError,
+            r"support: expected one of \('student', 'teacher', 'full', 'sampled'\), got 'both'",
+        ),
+        ({"support": "full"}, ValueError, r"k: expected None with support='full', got 2"),
+        (
+            {"support": "full", "k": None},
+            ValueError,
+            r"tail: expected None with support='full', got 'bucket'",
+        ),
+        (
+            {"support": "sampled", "k": None, "tail": None},
+            ValueError,
+            r"alpha: expected 1 with support='sampled'",
+        ),
+        ({"k": None}, TypeError, r"k: expected an int, got None"),
+        ({"tail": None}, TypeError, r"tail: expected one of .*got None"),
     ],
 )
 def test_options_are_checked(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     options: dict[str, Any] = {"k": 2, "alpha": 0.5, "tail": "bucket", "support": "student", **changed}
     with pytest.raises(error, match=message):
-        topk_distillation_loss(torch.zeros(3, 4), torch.zeros(3, 4), **options)
+        topk_loss(torch.zeros(3, 4), torch.zeros(3, 4), **options)
 
 
 def test_tensors_are_checked() -> None:
     logits, mask = torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"teacher_logits: expected shape \(3, 4\).*got \(4, 3\); align"):
-        full_distillation_loss(logits, logits.T, alpha=0.5)
+        full_loss(logits, logits.T, alpha=0.5)
     with pytest.raises(
         TypeError, match=r"student_logits: expected a tensor of floating dtype, got torch\.int64"
     ):
-        full_distillation_loss(logits.long(), logits, alpha=0.5)
+        full_loss(logits.long(), logits, alpha=0.5)
     with pytest.raises(
         TypeError, match=r"tokens: .*integer dtype, got torch\.float32; convert it with `\.long\(\)`"
     ):
-        sampled_token_distillation_loss(logits, logits, torch.zeros(3))
+        sampled_loss(logits, logits, torch.zeros(3))
     with pytest.raises(ValueError, match=r"tokens: expected shape \(3,\).*got \(4,\)"):
-        sampled_token_distillation_loss(logits, logits, torch.zeros(4, dtype=torch.long))
+        sampled_loss(logits, logits, torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"row_mask: expected shape \(3,\) .*got \(4,\)"):
         self_distillation_loss(logits, mask, row_mask=mask[0])
     with pytest.raises(TypeError, match=r"loss_mask: .*bool dtype, got torch\.float32"):
         self_distillation_loss(logits, logits, row_mask=mask[:, 0])
     with pytest.raises(ValueError, match=r"weights: expected shape \(3, 4\).*got \(3, 1\)"):
         self_distillation_loss(logits, mask, row_mask=mask[:, 0], weights=torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("poison", [0.0, math.inf, math.nan])
+def test_the_mean_of_nothing_is_zero_with_gradients_of_zero(poison: float) -> None:
+    leaf = torch.full((2, 3), poison, requires_grad=True)
+    mean = self_distillation_loss(leaf, torch.zeros(2, 3, dtype=torch.bool), row_mask=[True, False]).mean()
+    mean.backward()
+    assert mean.item() == 0.0
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [[0.0] * 3] * 2
+    # Divided by the bare count it is NaN, in value and gradient.
+    assert (leaf.detach().masked_fill(torch.ones(2, 3).bool(), 0.0).sum() / torch.tensor(0)).isnan()
+
+
+def test_a_weight_of_zero_silences_an_infinite_loss() -> None:
+    leaf = torch.tensor([[math.inf, 2.0]], requires_grad=True)
+    loss = self_distillation_loss(
+        leaf, torch.ones(1, 2, dtype=torch.bool), row_mask=[True], weights=torch.tensor([[0.0, 0.5]])
+    )
+    loss.mean().backward()
+    assert loss.total.item() == 1.0
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [[0.0, 0.25]]
+
+
+@pytest.mark.parametrize("row_mask", [[True, False], (True, False), torch.tensor([True, False])])
+def test_the_row_mask_is_a_tensor_or_a_sequence(row_mask: Any) -> None:
+    loss = self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask=row_mask)
+    assert (loss.total.item(), loss.count.item()) == (2.0, 2)
+    with pytest.raises(TypeError, match="row_mask: expected a tensor of bool dtype"):
+        self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask=[1, 0])
+
+
+def test_temperature_divides_both_sides() -> None:
+    student, teacher = torch.randn(2, 3, 5, dtype=torch.float64)
+    options: dict[str, Any] = {"support": "student", "k": 2, "tail": "bucket", "alpha": 0.3}
+    expected = distillation_loss(student / 0.6, teacher / 0.6, **options, temperature=1.0)
+    assert_near(distillation_loss(student, teacher, **options, temperature=0.6), expected)
+    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\], got 0"):
+        distillation_loss(student, teacher, **options, temperature=0)

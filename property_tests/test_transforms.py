@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from losses import full_loss, sampled_loss, topk_loss
 from strategies import assert_near, generator
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
@@ -19,7 +20,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def masked_mean(student: Tensor, teacher: Tensor) -> Tensor:
     """The whole way, from logits [..., V] to nats per position again, so that it fits among the others."""
-    per_token = sdpo.topk_distillation_loss(student, teacher, k=2, alpha=0.5, tail="bucket").unsqueeze(-1)
+    per_token = topk_loss(student, teacher, k=2, alpha=0.5, tail="bucket").unsqueeze(-1)
     everything = torch.ones_like(per_token, dtype=torch.bool)
     log_probs = sdpo.topk_log_probs(student, k=1).log_probs
     weights = sdpo.importance_weights(log_probs, log_probs - 0.1, clip=2.0)
@@ -28,16 +29,14 @@ def masked_mean(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "full forward": lambda s, t: sdpo.full_distillation_loss(s, t, alpha=0),
-    "full jsd": lambda s, t: sdpo.full_distillation_loss(s, t, alpha=0.3),
-    "full reverse": lambda s, t: sdpo.full_distillation_loss(s, t, alpha=1),
-    "top-3 bucket": lambda s, t: sdpo.topk_distillation_loss(s, t, k=3, alpha=0.5, tail="bucket"),
-    "top-5 bucket": lambda s, t: sdpo.topk_distillation_loss(s, t, k=5, alpha=1, tail="bucket"),
-    "top-3 of the teacher": lambda s, t: sdpo.topk_distillation_loss(
-        s, t, k=3, alpha=0, tail="bucket", support="teacher"
-    ),
-    "top-3 renormalized": lambda s, t: sdpo.topk_distillation_loss(s, t, k=3, alpha=0.5, tail="renormalize"),
-    "sampled token": lambda s, t: sdpo.sampled_token_distillation_loss(s, t, s.argmax(-1)),
+    "full forward": lambda s, t: full_loss(s, t, alpha=0),
+    "full jsd": lambda s, t: full_loss(s, t, alpha=0.3),
+    "full reverse": lambda s, t: full_loss(s, t, alpha=1),
+    "top-3 bucket": lambda s, t: topk_loss(s, t, k=3, alpha=0.5, tail="bucket"),
+    "top-5 bucket": lambda s, t: topk_loss(s, t, k=5, alpha=1, tail="bucket"),
+    "top-3 of the teacher": lambda s, t: topk_loss(s, t, k=3, alpha=0, tail="bucket", support="teacher"),
+    "top-3 renormalized": lambda s, t: topk_loss(s, t, k=3, alpha=0.5, tail="renormalize"),
+    "sampled token": lambda s, t: sampled_loss(s, t, s.argmax(-1)),
 }
 parametrize_losses = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -144,7 +143,7 @@ def test_empty_batches(loss: Loss, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_hard_logits_in_float32(k: int, alpha: float) -> None:
-    check_hard_logits(lambda s, t: sdpo.topk_distillation_loss(s, t, k=k, alpha=alpha, tail="bucket"))
+    check_hard_logits(lambda s, t: topk_loss(s, t, k=k, alpha=alpha, tail="bucket"))
 
 
 def with_a_learning_teacher(student: Tensor, teacher: Tensor) -> Tensor:
@@ -152,23 +151,21 @@ def with_a_learning_teacher(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def of_its_surroundings(student: Tensor, teacher: Tensor) -> Tensor:
-    value = sdpo.full_distillation_loss(student, teacher, alpha=0.5)
+    value = full_loss(student, teacher, alpha=0.5)
     return value / value.shape[0] if value.ndim else value
 
 
 def from_its_mean(student: Tensor, teacher: Tensor) -> Tensor:
-    value = sdpo.full_distillation_loss(student, teacher, alpha=0.5)
+    value = full_loss(student, teacher, alpha=0.5)
     return value * value.mean()
 
 
 def rounded_on_the_way(student: Tensor, teacher: Tensor) -> Tensor:
-    return sdpo.full_distillation_loss(
-        student.log_softmax(-1), teacher.log_softmax(-1).to(student.dtype), alpha=0.5
-    )
+    return full_loss(student.log_softmax(-1), teacher.log_softmax(-1).to(student.dtype), alpha=0.5)
 
 
 def already_summed(student: Tensor, teacher: Tensor) -> Tensor:
-    return sdpo.full_distillation_loss(student, teacher, alpha=0.5).sum()
+    return full_loss(student, teacher, alpha=0.5).sum()
 
 
 def by_the_book(student: Tensor, teacher: Tensor) -> Tensor:
@@ -241,7 +238,7 @@ def test_functions_compile_without_a_graph_break(name: str) -> None:
 
 def test_a_graph_break_is_rejected() -> None:
     def looks_at_its_value(student: Tensor, teacher: Tensor) -> Tensor:
-        value = sdpo.full_distillation_loss(student, teacher, alpha=0.5)
+        value = full_loss(student, teacher, alpha=0.5)
         return value if value.sum() > 0 else -value
 
     with pytest.raises(torch._dynamo.exc.Unsupported):
