@@ -136,3 +136,24 @@ def check_alpha(alpha: object) -> float:
         high=1.0,
         meaning="0 for KL(teacher‖student), 1 for KL(student‖teacher), or a weight between them for the JSD",
     )
+
+
+def check_support(support: str, k: int | None, tail: str | None, alpha: float, *, vocabulary: int) -> None:
+    """Demand a known support with the k and tail that it has, and alpha 1 for the sampled token."""
+    check_choice("support", support, ("student", "teacher", "full", "sampled"))
+    if support in ("student", "teacher"):
+        meaning = f"a number of tokens, at most the vocabulary size: min(k, {vocabulary})"
+        check_int("k", k, low=1, high=vocabulary, meaning=meaning)
+        check_choice("tail", tail, ("bucket", "renormalize"))
+        return
+    for name, value in (("k", k), ("tail", tail)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None with support={support!r}, got {value!r}; only the top-K supports "
+                "'student' and 'teacher' have one"
+            )
+    if support == "sampled" and alpha != 1.0:
+        raise ValueError(
+            f"alpha: expected 1 with support='sampled', got {alpha:g}; only the reverse divergence has an "
+            "estimate from the sampled token alone"
+        )

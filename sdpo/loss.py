@@ -17,12 +17,11 @@ from torch import Tensor
 from sdpo._numerics import common_support, keep, log_softmax, upcast
 from sdpo._validate import (
     check_alpha,
-    check_choice,
     check_device,
     check_distribution,
-    check_int,
     check_real,
     check_shape,
+    check_support,
     check_tensor,
 )
 from sdpo.aggregate import MaskedSum, token_sum
@@ -108,7 +107,7 @@ def distillation_loss(
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
     check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")
-    _check_support(support, k, tail, alpha, vocabulary=student_logits.shape[-1])
+    check_support(support, k, tail, alpha, vocabulary=student_logits.shape[-1])
     student, teacher = upcast(student_logits) / temperature, upcast(teacher_logits.detach()) / temperature
     if support == "full":
         return generalized_jsd(log_softmax(student), log_softmax(teacher), alpha=alpha)
@@ -120,27 +119,6 @@ def distillation_loss(
     if tail == "bucket":
         return generalized_jsd(add_tail_bucket(*p), add_tail_bucket(*q), alpha=alpha)
     return generalized_jsd(renormalize(p.log_probs), renormalize(q.log_probs), alpha=alpha)
-
-
-def _check_support(support: str, k: int | None, tail: str | None, alpha: float, *, vocabulary: int) -> None:
-    check_choice("support", support, ("student", "teacher", "full", "sampled"))
-    if support in ("student", "teacher"):
-        check_int(
-            "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
-        )
-        check_choice("tail", tail, ("bucket", "renormalize"))
-        return
-    for name, value in (("k", k), ("tail", tail)):
-        if value is not None:
-            raise ValueError(
-                f"{name}: expected None with support={support!r}, got {value!r}; only the top-K supports "
-                "'student' and 'teacher' have one"
-            )
-    if support == "sampled" and alpha != 1.0:
-        raise ValueError(
-            f"alpha: expected 1 with support='sampled', got {alpha:g}; only the reverse divergence has an "
-            "estimate from the sampled token alone"
-        )
 
 
 def _sampled_token_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None) -> Tensor:

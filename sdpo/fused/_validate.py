@@ -9,11 +9,10 @@ from torch import Tensor
 
 from sdpo._validate import (
     check_alpha,
-    check_choice,
     check_device,
-    check_int,
     check_real,
     check_shape,
+    check_support,
     check_tensor,
     type_name,
 )
@@ -57,32 +56,10 @@ def check_objective(
 ) -> Objective:
     """Validate the scalars of the objective."""
     alpha = check_alpha(alpha)
-    check_choice("support", support, ("student", "teacher", "full", "sampled"))
-    if support in ("student", "teacher"):
-        for name, value, example in (("k", k, "k=100"), ("tail", tail, "tail='bucket'")):
-            if value is None:
-                raise ValueError(
-                    f"{name}: expected a value with support={support!r}, got None; "
-                    f"pass {example}, or support='full'"
-                )
-        meaning = f"at most the vocabulary size, min(k, {vocabulary})"
-        k = check_int("k", k, low=1, high=vocabulary, meaning=meaning)
-        check_choice("tail", tail, ("bucket", "renormalize"))
-        if k == vocabulary:
-            # The support of all V tokens has no order and no tail.
-            support, k, tail = "full", None, None
-    else:
-        for name, value in (("k", k), ("tail", tail)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}: expected None with support={support!r}, got {value!r}; "
-                    "leave it out, or pass support='student' or 'teacher'"
-                )
-    if support == "sampled" and alpha != 1.0:
-        raise ValueError(
-            f"alpha: expected 1 with support='sampled', got {alpha!r}; "
-            "only the reverse divergence has an estimate from the sampled token alone"
-        )
+    check_support(support, k, tail, alpha, vocabulary=vocabulary)
+    if k == vocabulary:
+        # A support of all V tokens has no order and no tail.
+        support, k, tail = "full", None, None
     if is_clip is not None:
         is_clip = _check_positive("is_clip", is_clip, "the largest importance weight, or None")
     if softcap is not None:
@@ -94,7 +71,7 @@ def check_objective(
         )
     return Objective(
         support=support,
-        k=k,
+        k=k if k is None else int(k),
         tail=tail,
         alpha=alpha,
         is_clip=is_clip,
