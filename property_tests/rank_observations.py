@@ -100,7 +100,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
         before = model(**arguments).logits
         teacher = [
             step_forward.completion_logits(model, unwrapped, arguments, length=11, params=params)
-            for params in trainer._teacher.forwards(unwrapped)
+            for params in trainer._teacher.forwards(unwrapped, training=True)
         ]
         after = model(**arguments).logits
     return {
