@@ -203,11 +203,28 @@ def test_arguments_are_checked() -> None:
         group_normalized_advantages(rewards.view(2, 2), groups, scale_by_std=True, eps=0.0)
     with pytest.raises(ValueError, match=r"reward_weight: expected a number in \[0, 1\], got 1\.1"):
         blend_advantages(rewards, rewards, reward_weight=1.1)
-    with pytest.raises(
-        ValueError, match=r"reward_advantages: expected shape \(2,\) \(one per sequence\), got \(4,\)"
-    ):
+    shape = r"reward_advantages: expected shape \(2,\) \(the leading shape of .*\), got \(4,\)"
+    with pytest.raises(ValueError, match=shape):
         blend_advantages(rewards, torch.zeros(2, 3), reward_weight=0.5)
     with pytest.raises(TypeError, match=r"tokens: expected a tensor of integer dtype"):
         token_advantages(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2))
     with pytest.raises(TypeError, match=r"loss_mask: expected a tensor of bool dtype"):
         sequence_advantages(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_rewards_are_blended_with_advantages_of_every_vocabulary_token() -> None:
+    logits = logit_advantages(torch.randn(2, 3, 4), torch.randn(2, 3, 4)).index_fill(
+        2, torch.tensor([1]), -math.inf
+    )
+    per_row, per_token = torch.tensor([1.0, -2.0]), torch.randn(2, 3)
+    for reward, spread in ((per_row, per_row[:, None, None]), (per_token, per_token[..., None])):
+        got = blend_advantages(reward, logits, reward_weight=0.25)
+        torch.testing.assert_close(got, 0.25 * spread + 0.75 * logits)
+        assert got[..., 1].isneginf().all()
+        # At weight 1 the other side has no effect, whatever it holds.
+        assert torch.equal(blend_advantages(reward, logits, reward_weight=1.0), spread.expand(2, 3, 4))
+
+
+def test_lists_of_rewards_and_groups() -> None:
+    got = group_normalized_advantages([1, 0.0, 5.0, 5.0], [7, 7, 3, 3], scale_by_std=False, eps=1e-4)
+    assert got.tolist() == [0.5, -0.5, 0.0, 0.0]

@@ -71,6 +71,8 @@ def template(name: str, *fields: str) -> list[Case]:
 
 CONFIG: dict[str, list[Case]] = {
     "enabled": flag("enabled"),
+    "fused_lora_forward": flag("fused_lora_forward"),
+    "fast_checkpointing_toggle": flag("fast_checkpointing_toggle"),
     "alpha": fraction("alpha", "0: KL(teacher‖student), 1: KL(student‖teacher)"),
     "k": count("k"),
     "support": [

@@ -713,3 +713,29 @@ def test_a_state_of_another_precision_is_refused_by_name() -> None:
 def test_bad_options_are_refused_by_name(make: Callable[[], object], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_torch_load_reads_a_state_with_its_defaults(tmp_path: Path) -> None:
+    teacher = ema(update_rate=0.5)
+    state = teacher.update(teacher.init({"w": torch.zeros(2)}), {"w": torch.ones(2)})
+    torch.save(state, tmp_path / "teacher.pt")
+    loaded = torch.load(tmp_path / "teacher.pt")
+    assert isinstance(loaded, TeacherState)
+    assert (loaded.params["w"].tolist(), loaded.ticks) == ([0.5, 0.5], 1)
+
+
+def test_tied_weights_named_in_two_ways_are_explained() -> None:
+    model = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(2, 2, bias=False), "b": torch.nn.Linear(2, 2, bias=False)}
+    )
+    model["b"].weight = model["a"].weight
+    teacher = ema(update_rate=0.5)
+    state = teacher.init(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"missing 'b.weight'.*named_parameters\(\)\) names tied weights once"
+    ):
+        teacher.update(state, dict(model.named_parameters()))
+    assert (
+        teacher.update(teacher.init(dict(model.named_parameters())), dict(model.named_parameters())).ticks
+        == 1
+    )

@@ -1,12 +1,22 @@
-"""SDPO: self-distillation policy optimization, as pure functions over tensors and texts.
+"""SDPO, self-distillation policy optimization, as pure functions over tensors and texts (arXiv 2601.20802).
 
-A language model that has seen a solution or an error message predicts its own completion better than one
-that has not. SDPO distils that difference back into the bare prompt::
+The teacher is the model itself with feedback in its prompt, the student the same model without; their divergence at
+the student's own completion tokens is the loss. In the order of a training step:
 
-    select_demonstrations, build_reprompts    who shows what to whom
-    Teacher: ema, frozen, trust_region, live  whose weights read the reprompt
-    topk_distillation_loss and its relatives  nats per position between student and teacher
-    self_distillation_loss                    their sum over active tokens; the caller divides by the count
+    select_demonstrations     which successful completion of its group each row's teacher is shown
+    build_reprompts           the teacher's prompts, and which rows have a teacher signal
+    ema, frozen, live,        the teacher's weights, as (init, update) pairs; trust_region_logits mixes two
+      trust_region            forwards
+    distillation_loss         nats per token, from both models' logits
+    self_distillation_loss    weighted sum over the active tokens, and their count; .mean() divides
+    fused_distillation_loss   the last two in one, from hidden states, without the logits of all tokens in memory
+    importance_weights        off-policy correction, to multiply in
+
+Around them: ``token_statistics`` and ``mean_metrics`` (what to log), ``packed_sequence_sum`` (packed batches),
+``vocab_parallel_distillation_loss`` (tensor parallelism), ``given_topk_distillation_loss`` (a served teacher), the
+weights and terms of later papers (``route_rows``, ``pass_rate_weights``, ``clip_entries``, ...), and
+``logit_advantages`` (the same as a policy gradient). Letters in shapes: B rows, T completion tokens, N packed
+tokens, K top-k, V vocabulary, D hidden size.
 
 Example:
     >>> import torch
@@ -17,8 +27,6 @@ Example:
     >>> loss = self_distillation_loss(per_token, torch.tensor([[True]]), row_mask=[True])
     >>> round(loss.mean().item(), 4)
     0.1928
-
-Source: "Reinforcement Learning via Self-Distillation", arXiv 2601.20802.
 """
 
 from sdpo.advantages import (
@@ -75,6 +83,8 @@ from sdpo.weights import (
     route_rows,
     select_tokens,
 )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "FusedOutput",

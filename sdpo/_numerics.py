@@ -1,8 +1,8 @@
 """The few primitives in which 0 · (−∞) = 0, in value and in gradient.
 
 A vocabulary entry can be impossible (logit −∞, log-probability −∞). Its share of every expectation is zero,
-but IEEE arithmetic says NaN: −∞ − (−∞) in the value, 0 · ∞ in the gradient. One ``where`` after the fact
-repairs the value only, since autograd still multiplies a zero by the infinite derivative it hides. So every
+but IEEE arithmetic says NaN: −∞ − (−∞) in the value, 0 · ∞ in the gradient. A ``where`` afterwards
+repairs the value only, since autograd still multiplies a zero by an infinite derivative. So every
 function here replaces the dangerous input *before* the arithmetic: where the result is fixed, the gradient is
 exactly zero.
 """
@@ -63,6 +63,6 @@ def common_support(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor
     return log_p.masked_fill(undefined, 0.0), log_q.masked_fill(undefined, 0.0), infinite
 
 
-def keep(values: Tensor, mask: Tensor) -> Tensor:
+def zero_where_not(values: Tensor, mask: Tensor) -> Tensor:
     """``values`` where ``mask`` holds, elsewhere 0 with gradient exactly 0, even over NaN or ±∞."""
     return values.masked_fill(~mask, 0.0)

@@ -1,6 +1,6 @@
-"""Checks at the door of every public function: shapes, dtypes and Python scalars.
+"""Validation of the arguments of public functions: shapes, dtypes and Python scalars.
 
-Only static facts are looked at, never a tensor's values: a check costs no device synchronisation and holds
+Tensors' values are never read: a check costs no device synchronisation and works
 under ``torch.func`` transforms and ``torch.compile``. Every message names the argument, what was expected,
 what came, and the fix.
 """

@@ -1,4 +1,4 @@
-"""Advantages: the policy-gradient view of self-distillation, and of the rewards it can be blended with.
+"""Advantages: self-distillation as a policy gradient, and the advantages of rewards to blend it with.
 
 ∇KL(p‖sg q) = E_{v~p}[(log p(v) − log q(v))·∇log p(v)]: descending the reverse divergence is a policy gradient
 whose advantage for token v is log q(v) − log p(v). All results are detached: an advantage is a weight.
@@ -7,16 +7,22 @@ whose advantage for token v is log q(v) − log p(v). All results are detached: 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from einops import rearrange, reduce, repeat
+import torch
+from einops import rearrange, reduce
 from torch import Tensor
 
-from sdpo._numerics import common_support, keep, log_softmax, upcast
+from sdpo._numerics import common_support, log_softmax, upcast, zero_where_not
 from sdpo._validate import check_device, check_distribution, check_flag, check_real, check_shape, check_tensor
 
 
 def group_normalized_advantages(
-    rewards: Tensor, group_ids: Tensor, *, scale_by_std: bool, eps: float
+    rewards: Tensor | Sequence[float],
+    group_ids: Tensor | Sequence[int],
+    *,
+    scale_by_std: bool,
+    eps: float,
 ) -> Tensor:
     """Rewards relative to their group: r − mean, divided by the group's standard deviation if asked for.
 
@@ -24,13 +30,20 @@ def group_normalized_advantages(
     ``scale_by_std`` only the difference. Groups need not be contiguous or of one size. A group of one, or of
     equal rewards, gets exactly 0.
 
-    Shapes: rewards [N], group_ids [N] int64, to [N]. Unit: standard deviations, or that of the rewards;
-    float32
-    (float64 for float64 input). Gradient: none.
+    Args:
+        rewards: [N] floating tensor, or a sequence of numbers.
+        group_ids: [N] integer tensor, or a sequence of ints: equal for completions of one prompt.
+        scale_by_std: divide by the group's standard deviation.
+        eps: added to the standard deviation, in [0, 1].
+
+    Returns:
+        [N] standard deviations, or the unit of the rewards; float32 (float64 for float64 input).
 
     Raises:
         TypeError: rewards are not floating, group_ids not integer, scale_by_std not a bool, eps not a number.
         ValueError: the shapes differ, rewards are not one-dimensional, or eps is outside [0, 1].
+
+    Gradient: none.
 
     Source: GRPO, arXiv 2402.03300, section 4.1; without the division arXiv 2503.20783.
 
@@ -40,9 +53,15 @@ def group_normalized_advantages(
         >>> group_normalized_advantages(rewards, groups, scale_by_std=False, eps=1e-4).tolist()
         [0.5, -0.5, 0.0, 0.0]
     """
+    if isinstance(rewards, (list, tuple)):
+        rewards = torch.tensor(rewards, dtype=torch.get_default_dtype())
+    if isinstance(group_ids, (list, tuple)):
+        group_ids = torch.tensor(group_ids, device=getattr(rewards, "device", None))
     check_tensor("rewards", rewards, "floating", min_ndim=1)
+    assert isinstance(rewards, Tensor)
     check_shape("rewards", rewards, rewards.shape[:1], like="one dimension")
     check_tensor("group_ids", group_ids, "integer")
+    assert isinstance(group_ids, Tensor)
     check_shape("group_ids", group_ids, rewards.shape, like="the shape of rewards")
     check_flag("scale_by_std", scale_by_std, meaning="True to divide by the group's standard deviation")
     eps = check_real("eps", eps, low=0.0, high=1.0, meaning="a small stabiliser, for example 1e-4")
@@ -51,12 +70,12 @@ def group_normalized_advantages(
     size = same_group.sum(dim=-1)
     # Mean of differences rather than difference to the mean: equal rewards then cancel exactly, and no
     # rounding residue is blown up by a tiny std + eps.
-    centered = keep(rearrange(rewards, "n -> n 1") - rewards, same_group).sum(dim=-1) / size
+    centered = zero_where_not(rearrange(rewards, "n -> n 1") - rewards, same_group).sum(dim=-1) / size
     if not scale_by_std:
         return centered
-    squares = keep(centered.square().expand_as(same_group), same_group).sum(dim=-1)
+    squares = zero_where_not(centered.square().expand_as(same_group), same_group).sum(dim=-1)
     std = (squares / (size - 1).clamp(min=1)).sqrt()
-    return keep(centered / (std + eps), centered != 0)
+    return zero_where_not(centered / (std + eps), centered != 0)
 
 
 def logit_advantages(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -65,11 +84,18 @@ def logit_advantages(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     Formula: ``log_softmax(teacher_logits) - log_softmax(student_logits)``. A token the student cannot draw
     gets 0, one that only the teacher excludes gets −inf.
 
-    Shapes: [..., V] twice to [..., V]. Unit: nats, float32 (float64 for float64 logits). Gradient: none.
+    Args:
+        student_logits: [..., V] floating; -inf allowed.
+        teacher_logits: [..., V] floating; -inf allowed.
+
+    Returns:
+        [..., V] nats, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: the shapes differ.
+
+    Gradient: none.
 
     Source: SDPO, arXiv 2601.20802, proposition 2.1.
 
@@ -87,12 +113,19 @@ def token_advantages(student_logits: Tensor, teacher_logits: Tensor, tokens: Ten
 
     Formula: ``log q(y_t) - log p(y_t)``, p the student and q the teacher.
 
-    Shapes: logits [..., V] twice, tokens [...] int64, to [...]. Unit: nats, float32 (float64 for float64
-    logits). Gradient: none.
+    Args:
+        student_logits: [..., V] floating; -inf allowed.
+        teacher_logits: [..., V] floating; -inf allowed.
+        tokens: [...] integer, sampled token ids in [0, V).
+
+    Returns:
+        [...] nats, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits are not floating, or tokens not integer.
         ValueError: the shapes do not match.
+
+    Gradient: none.
 
     Source: SDPO, arXiv 2601.20802, proposition 2.1.
 
@@ -115,11 +148,18 @@ def sequence_advantages(per_token: Tensor, loss_mask: Tensor) -> Tensor:
 
     Formula: ``mean(per_token[row][loss_mask[row]])``, 0 for a row without an active token.
 
-    Shapes: per_token [..., T], loss_mask [..., T] bool, to [...]. Unit: nats. Gradient: none.
+    Args:
+        per_token: [..., T] floating, advantages of the sampled tokens, nats.
+        loss_mask: [..., T] bool, active tokens.
+
+    Returns:
+        [...] nats.
 
     Raises:
         TypeError: per_token is not floating, or loss_mask not bool.
         ValueError: the shapes differ, or there is no token dimension.
+
+    Gradient: none.
 
     Source: SDPO, arXiv 2601.20802, the sequence-level variant of proposition 2.1.
 
@@ -131,7 +171,7 @@ def sequence_advantages(per_token: Tensor, loss_mask: Tensor) -> Tensor:
     check_tensor("per_token", per_token, "floating", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, per_token.shape, like="the shape of per_token")
-    total = reduce(keep(upcast(per_token).detach(), loss_mask), "... t -> ...", "sum")
+    total = reduce(zero_where_not(upcast(per_token).detach(), loss_mask), "... t -> ...", "sum")
     return total / reduce(loss_mask, "... t -> ...", "sum").clamp(min=1)
 
 
@@ -140,15 +180,24 @@ def blend_advantages(
 ) -> Tensor:
     """Hybrid of reward and self-distillation advantages.
 
-    Formula: ``λ·reward_advantages + (1−λ)·distillation_advantages`` with λ = ``reward_weight``. One advantage
-    per sequence is given to each of its tokens. A side of weight 0 does not enter, whatever it holds.
+    Formula: ``λ·reward_advantages + (1−λ)·distillation_advantages`` with λ = ``reward_weight``. A side of
+        weight 0 has
+    no effect, whatever it holds. Distillation advantages of −inf (tokens that the teacher excludes) stay −inf.
 
-    Shapes: reward_advantages [B] or [B, T], distillation_advantages [B] or [B, T], to the shape of the
-    latter. Unit: none (a weighted sum). Gradient: none.
+    Args:
+        reward_advantages: [B] or [B, T] floating.
+        distillation_advantages: [B], [B, T] or [B, T, V] floating, such as ``logit_advantages``. A reward's
+            advantage is repeated over the dimensions that it lacks.
+        reward_weight: λ, in [0, 1].
+
+    Returns:
+        The shape of distillation_advantages, without unit.
 
     Raises:
         TypeError: an argument is not a floating tensor, or reward_weight not a number.
         ValueError: the shapes do not match, or reward_weight is outside [0, 1].
+
+    Gradient: none.
 
     Source: SDPO, arXiv 2601.20802, section 4.5 (λ = 0.9 helped a 0.6B model and slightly hurt an 8B one).
 
@@ -163,10 +212,9 @@ def blend_advantages(
         "reward_weight", reward_weight, low=0.0, high=1.0, meaning="the share of the reward advantages"
     )
     reward, distillation = upcast(reward_advantages).detach(), upcast(distillation_advantages).detach()
-    if reward.ndim == distillation.ndim - 1:
-        check_shape("reward_advantages", reward, distillation.shape[:-1], like="one per sequence")
-        reward = repeat(reward, "... -> ... t", t=distillation.shape[-1])
-    check_shape("reward_advantages", reward, distillation.shape, like="the shape of distillation_advantages")
+    leading = distillation.shape[: max(1, reward.ndim)]
+    check_shape("reward_advantages", reward, leading, like="the leading shape of distillation_advantages")
+    reward = reward.reshape(*reward.shape, *[1] * (distillation.ndim - reward.ndim)).expand_as(distillation)
     if reward_weight == 0.0:
         return distillation
     if reward_weight == 1.0:

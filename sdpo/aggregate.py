@@ -1,7 +1,7 @@
 """Sums over active tokens, kept apart from their counts: the caller divides.
 
-A mean of means depends on how a step was cut into micro-batches and ranks. Sums and counts add up: whoever
-sees the whole optimizer step divides once, and the objective is the same however the step was cut.
+A mean of means depends on how a step is split into micro-batches and processes. Sums and counts add up:
+divide once, over the whole optimizer step, and the objective is the same however it is split.
 """
 
 from __future__ import annotations
@@ -11,18 +11,28 @@ from typing import NamedTuple
 from einops import reduce
 from torch import Tensor
 
-from sdpo._numerics import keep, upcast
+from sdpo._numerics import upcast, zero_where_not
 from sdpo._validate import check_shape, check_tensor
 
 
 class MaskedSum(NamedTuple):
-    """A sum and the number of items in it. Add totals to totals and counts to counts, then divide."""
+    """A sum and the number of items in it. Add totals to totals and counts to counts, then divide.
 
-    total: Tensor  # [] float32 or float64, carries the gradient
-    count: Tensor  # type: ignore[assignment]  # [] int64; shadows tuple.count on purpose
+    Args:
+        total: [] float32 or float64, carries the gradient.
+        count: [] int64.
+
+    Source: a choice of this library; the reference implementation divides per micro-batch.
+    """
+
+    total: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count on purpose
 
     def mean(self) -> Tensor:
-        """``total / count``; with nothing to count 0, whose gradient is exactly 0.
+        """``total / count``; where the count is 0, 0 with gradients of exactly 0.
+
+        Returns:
+            [] in the dtype of total.
 
         Example:
             >>> import torch
@@ -35,16 +45,21 @@ class MaskedSum(NamedTuple):
 def token_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
     """Sum over the active tokens and their number: every token weighs the same.
 
-    Formula: ``(per_token[mask].sum(), mask.sum())``. What stands at inactive positions, even NaN or inf,
-    reaches neither the sum nor the gradient.
+    Formula: ``(per_token[mask].sum(), mask.sum())``. Values at inactive positions, even NaN or inf, reach
+    neither the sum nor the gradient.
 
-    Shapes: per_token [..., T], mask [..., T] bool, to total [] and count [] int64. Unit: that of per_token,
-    float32
-    (float64 for float64 input). Gradient: to per_token.
+    Args:
+        per_token: [..., T] floating, in any unit.
+        mask: [..., T] bool, active tokens.
+
+    Returns:
+        MaskedSum with total [] float32 (float64 for float64 input) and count [] int64.
 
     Raises:
         TypeError: per_token is not floating, or mask not bool.
         ValueError: the shapes differ.
+
+    Gradient: to per_token.
 
     Source: SDPO, arXiv 2601.20802, section 2 (token-level mean).
 
@@ -62,16 +77,22 @@ def sequence_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
     """Sum of the active rows' means and the number of active rows: every sequence weighs the same.
 
     Formula: ``(Σ_rows mean(per_token[row][mask[row]]), rows with an active token)``. Rows without an active
-    token count nothing. What stands at inactive positions, even NaN or inf, reaches neither the sum nor the
-    gradient.
+    token do not count. Values at inactive positions, even NaN or inf, reach neither the sum nor the gradient.
 
-    Shapes: per_token [..., T], mask [..., T] bool, to total [] and count [] int64. Unit: that of per_token,
-    float32
-    (float64 for float64 input). Gradient: to per_token.
+    Args:
+        per_token: [..., T] floating, in any unit.
+        mask: [..., T] bool, active tokens.
+
+    Returns:
+        MaskedSum with total [] float32 (float64 for float64 input) and count [] int64.
 
     Raises:
         TypeError: per_token is not floating, or mask not bool.
         ValueError: the shapes differ, or there is no token dimension.
+
+    Gradient: to per_token.
+
+    Source: SDPO's ``sequence-mean``; the sequence-level mean of GRPO, arXiv 2402.03300.
 
     Example:
         >>> import torch
@@ -89,4 +110,4 @@ def _active(per_token: Tensor, mask: Tensor) -> Tensor:
     check_tensor("per_token", per_token, "floating", min_ndim=1)
     check_tensor("mask", mask, "bool")
     check_shape("mask", mask, per_token.shape, like="the shape of per_token")
-    return keep(upcast(per_token), mask)
+    return zero_where_not(upcast(per_token), mask)

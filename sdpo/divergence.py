@@ -1,6 +1,6 @@
 """Divergences between log-probability vectors: Kullback–Leibler and the generalized Jensen–Shannon.
 
-Log-probabilities in, nats per position out. Nothing here knows of logits, supports, or which side learns.
+From log-probabilities to nats per position.
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Tokens with p = 0 contribute 0, in value and gradient. A token with p > 0 = q makes the divergence truly
     infinite: the value is +inf, never NaN, and that token contributes no gradient, so a position that is
-    masked afterwards cannot poison a batch.
+    masked afterwards cannot turn a batch into NaN.
 
-    Shapes: log_p [..., V], log_q [..., V], normalised, to [...]. Unit: nats, float32 (float64 for float64
-    inputs). Gradient: to both arguments; detach the one that does not learn.
+    Args:
+        log_p: [..., V] floating, normalised log-probabilities, nats.
+        log_q: [..., V] floating, normalised log-probabilities, nats.
+
+    Returns:
+        [...] nats, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: the shapes differ.
+
+    Gradient: to both arguments; detach the teacher's.
+
+    Source: Kullback and Leibler, 1951.
 
     Example:
         >>> import torch
@@ -46,19 +54,27 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alp
 
     With p the student, q the teacher and M = (1−α)·p + α·q::
 
-        α = 0        KL(q‖p)                          forward: cover all the teacher does
+        α = 0        KL(q‖p)                          forward, mass-covering
         0 < α < 1    (1−α)·KL(p‖M) + α·KL(q‖M)        at most H_b(α) = −α·log α − (1−α)·log(1−α) ≤ ln 2
-        α = 1        KL(p‖q)                          reverse: do nothing the teacher would not
+        α = 1        KL(p‖q)                          reverse, mode-seeking
 
     The end points are conventions, not limits: JSD_α → 0 as α → 0 or 1, while JSD_α / α → KL(q‖p) and JSD_α /
     (1−α) → KL(p‖q). Near agreement JSD_α ≈ α·(1−α)·KL: a change of α changes the size of the gradient too.
 
-    Shapes: [..., V] twice, normalised, to [...]. Unit: nats, float32 (float64 for float64 inputs). −inf
-    entries are exact: value and gradient stay finite wherever the divergence is. Gradient: to both arguments.
+    Args:
+        student_log_probs: [..., V] floating, normalised, nats. Entries of -inf are exact: value and gradient stay
+            finite wherever the divergence is.
+        teacher_log_probs: [..., V] floating, normalised, nats.
+        alpha: 0 for KL(teacher‖student), 1 for KL(student‖teacher), between them the weight of the teacher in M.
+
+    Returns:
+        [...] nats, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument is not a floating tensor, or alpha not a number.
         ValueError: the shapes differ, or alpha is outside [0, 1].
+
+    Gradient: to both arguments; detach the teacher's.
 
     Source: SDPO, arXiv 2601.20802, section 2; generalized JSD as in GKD, arXiv 2306.13649, section 3.
 

@@ -51,6 +51,8 @@ def check_teacher_topk(ids: Tensor, log_probs: Tensor, vocabulary: int) -> None:
 
     Gradient: none.
 
+    Source: a choice of this library, for the top-K log-probabilities that inference servers return.
+
     Example:
         >>> import torch
         >>> check_teacher_topk(torch.tensor([3, 1]), torch.tensor([0.6, 0.3]).log(), vocabulary=5)

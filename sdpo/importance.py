@@ -23,12 +23,19 @@ def importance_weights(log_probs: Tensor, old_log_probs: Tensor, *, clip: float)
     known, and the ratio is 1. The same function corrects a mismatch of the inference engine:
     ``importance_weights(old, rollout, clip=ρ)``.
 
-    Shapes: [...] and [...] of the sampled tokens to [...]. Unit: a ratio, float32 (float64 for float64
-    inputs). Gradient: none; the result is detached.
+    Args:
+        log_probs: [...] floating, current log-probabilities of the sampled tokens, nats.
+        old_log_probs: [...] floating, those at sampling; NaN where unknown.
+        clip: the largest weight, in (0, inf].
+
+    Returns:
+        [...] ratios, float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument is not a floating tensor, or clip not a number.
         ValueError: the shapes differ, or clip is not in (0, inf].
+
+    Gradient: none; the result is detached.
 
     Source: truncated importance sampling (Ionides, 2008), as SDPO, arXiv 2601.20802, applies it per token.
 

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sdpo._numerics import common_support, keep, log_softmax, upcast
+from sdpo._numerics import common_support, log_softmax, upcast, zero_where_not
 from sdpo._validate import (
     check_alpha,
     check_device,
@@ -220,14 +220,14 @@ def self_distillation_loss(
 
     active = loss_mask & rearrange(row_mask, "... -> ... 1")
     # Masked before the weights multiply: 0 · inf is NaN, in value and gradient.
-    divergence = keep(upcast(per_token), active)
+    divergence = zero_where_not(upcast(per_token), active)
     weight = active.to(divergence.dtype)
     weighted = divergence
     if weights is not None:
         check_tensor("weights", weights, "floating")
         check_shape("weights", weights, per_token.shape, like="the shape of per_token")
-        weight = keep(upcast(weights).detach(), active)
-        weighted = weight * keep(divergence, weight != 0.0)
+        weight = zero_where_not(upcast(weights).detach(), active)
+        weighted = weight * zero_where_not(divergence, weight != 0.0)
     total, count = token_sum(weighted, active)
     metrics = {
         "divergence": MaskedSum(divergence.detach().sum(), count).mean(),

@@ -1,8 +1,7 @@
-"""Teacher contexts: which peer to show, and the words to show it in.
+"""Reprompts: which successful completion the teacher is shown, and the text around it.
 
-Text and indices in, text and indices out; no tokenizer and no model. A row is one completion; the rows that
-share a group id answer the same prompt. Source: SDPO, arXiv 2601.20802, section 3 (demonstrations) and
-section 4 (feedback).
+Texts and indices only, no tokenizer and no model. A row is one completion; rows of one group id have the
+same prompt. Source: SDPO, arXiv 2601.20802, section 3 (demonstrations) and section 4 (feedback).
 """
 
 from __future__ import annotations
@@ -33,12 +32,21 @@ _THINK_TAG = re.compile(r"</?think>")
 
 
 class Reprompts(NamedTuple):
-    """What the teacher reads, one entry per row (B rows)."""
+    """The teacher's prompts, one entry per row (B rows).
 
-    texts: list[str]  # the reprompt, or the prompt itself where the row has no teacher signal
-    row_mask: list[bool]  # True: the row has teacher signal, and its text differs from its prompt
-    has_demonstration: list[bool]  # at least one non-blank demonstration
-    uses_feedback: list[bool]  # non-blank feedback that was not suppressed by a demonstration
+    Args:
+        texts: the reprompt, or the prompt itself where the row has no teacher signal.
+        row_mask: True if the row has a teacher signal, so that its text differs from its prompt.
+        has_demonstration: True if the row has a non-blank demonstration.
+        uses_feedback: True if the row has non-blank feedback that no demonstration suppresses.
+
+    Source: SDPO, arXiv 2601.20802, sections 3 and 4.
+    """
+
+    texts: list[str]
+    row_mask: list[bool]
+    has_demonstration: list[bool]
+    uses_feedback: list[bool]
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,17 @@ class Templates:
     ``feedback`` section or nothing. Each template holds each of its own fields exactly once and nothing else
     in braces; a literal brace is doubled. The defaults are the strings of the published runs.
 
+    Args:
+        reprompt: holds ``{prompt}``, ``{solution}`` and ``{feedback}``.
+        solution: holds ``{successful_previous_attempt}``.
+        feedback: holds ``{feedback_raw}``.
+
     Raises:
         TypeError: a template is not a string.
         ValueError: an unknown, missing, repeated or positional field, a conversion, a format spec, or an
             unpaired brace.
+
+    Source: SDPO, arXiv 2601.20802, appendix, and its reference implementation.
 
     Example:
         >>> Templates(solution="\\nA peer wrote:\\n{successful_previous_attempt}").feedback[:14]
@@ -96,9 +111,21 @@ def select_demonstrations(
     "best", "shortest" and "longest" without ties, in law under "random" (the distribution over seeds), and
     not under "first". No global random state is touched; processes that see the same batch decide alike.
 
-    Shapes: rewards [B], NaN = could not be scored, never a success; group_ids [B]; eligible [B], False = may
-    not serve although successful (its text is empty once thinking is stripped, say); lengths [B]. Sequences,
-    tensors or numpy arrays.
+    Args:
+        rewards: [B] tensor, array or sequence of numbers; NaN could not be scored and is never a success.
+        group_ids: [B] tensor, array or sequence: equal for completions of one prompt.
+        success_threshold: a reward that reaches it is a success.
+        exclude_self: hide a row's own success from it.
+        policy: ``"first"``, ``"random"``, ``"shortest"``, ``"longest"`` or ``"best"``.
+        seed: of ``"random"``; a new number per batch.
+        count: largest number of demonstrations per row.
+        eligible: [B] bools; False may not serve although successful (its text is empty without its thinking,
+            say).
+            None: all may.
+        lengths: [B] numbers, for ``"shortest"`` and ``"longest"``.
+
+    Returns:
+        B tuples of indices into the batch, each of at most ``count``.
 
     Raises:
         TypeError: an entry or option of another kind.
@@ -169,8 +196,18 @@ def distillation_mask(
     Suppressing feedback beside a demonstration never empties a row, so the mask is the same for both values
     of ``feedback_only_without_solution``. Equals ``build_reprompts(...).row_mask``, without building a text.
 
+    Args:
+        demonstrations: B sequences of texts.
+        feedback: B texts or None.
+        feedback_only_without_solution: drop the feedback of rows that have a demonstration.
+
+    Returns:
+        B bools.
+
     Raises:
         TypeError, ValueError: as ``build_reprompts``.
+
+    Source: SDPO, arXiv 2601.20802, sections 3 and 4.
 
     Example:
         >>> distillation_mask([["two"], [], []], [None, "got 3", "  "], feedback_only_without_solution=True)
@@ -188,14 +225,22 @@ def build_reprompts(
     templates: Templates,
     feedback_only_without_solution: bool,
 ) -> Reprompts:
-    """The texts the teacher reads, and which rows have teacher signal.
+    """The teacher's prompts, and which rows have a teacher signal.
 
     Formula: ``text = reprompt(prompt, solution(d1) + solution(d2) + ..., feedback(f) if used)``, or the
     unchanged prompt where there is neither. Blank demonstrations and blank feedback count as none. Feedback
     is used unless ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are
     never formatted again: braces in them survive. row_mask is True exactly where the text is not the prompt.
 
-    Shapes: prompts, demonstrations (a sequence of texts per row) and feedback, all of B rows.
+    Args:
+        prompts: B texts.
+        demonstrations: B sequences of texts; as many sections as there are non-blank ones.
+        feedback: B texts or None.
+        templates: the frame of a reprompt.
+        feedback_only_without_solution: drop the feedback of rows that have a demonstration.
+
+    Returns:
+        Reprompts of B entries per field.
 
     Raises:
         TypeError: an entry of another kind.
@@ -238,6 +283,14 @@ def strip_thinking(text: str) -> str:
     the text; a stray ``</think>`` (the completion began inside a block) takes everything before it. A text
     that had a tag loses its outer whitespace, one without comes back unchanged. Idempotent; no tag survives.
 
+    Args:
+        text: a completion.
+
+    Returns:
+        The text without thinking.
+
+    Source: the reference implementation's ``remove_thinking_from_demonstration``, made total.
+
     Example:
         >>> strip_thinking("<think>2, no, 3</think>\\n\\nThe answer is 3."), strip_thinking("hm</think> 3")
         ('The answer is 3.', '3')
@@ -256,9 +309,19 @@ def cut_middle(items: Sequence[Item], limit: int, *, marker: Sequence[Item]) -> 
     ``len(result) = min(len(items), limit)``. Head and tail share what the marker leaves, the head takes an
     odd one; a marker that would leave room for nothing is left out. Items that fit come back unmarked.
 
+    Args:
+        items: a sequence, of token ids or characters, say.
+        limit: largest number of items to return, at least 0.
+        marker: items that stand for what was cut out.
+
+    Returns:
+        A list of min(len(items), limit) items.
+
     Raises:
         TypeError: limit is not an int.
         ValueError: limit is negative.
+
+    Source: a choice of this library: the ends of a solution or an error message say most.
 
     Example:
         >>> cut_middle([1, 2, 3, 4, 5, 6], 4, marker=[0])

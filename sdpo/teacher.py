@@ -1,8 +1,9 @@
 """The teacher's weights: pure ``(init, update)`` pairs over named tensors.
 
-The teacher is the student's own model read with other weights; only those weights live here. The average is
-kept in float32 whatever the parameters' dtype, because a step of r·(θ − θ') is mostly smaller than the
-spacing of bfloat16 around θ', and rounding to nearest then throws it away, always in the same direction.
+The teacher is the student's model with other weights; this module holds those weights alone. The average is
+float32 whatever the parameters' dtype, because a step of r·(θ − θ') is mostly smaller than the spacing of
+bfloat16 around θ', and rounding to nearest then drops it, always in the same direction.
+
 Source: SDPO, arXiv 2601.20802, section 4 (self-teacher variants).
 """
 
@@ -32,17 +33,40 @@ _TOGETHER = 2**24
 
 
 class TeacherState(NamedTuple):
-    """What a checkpoint must keep of a teacher."""
+    """The teacher's weights and the number of their updates: what a checkpoint must contain of a teacher.
 
-    params: dict[str, Tensor]  # by parameter name, detached, in the dtype of the rule; empty for ``live``
-    ticks: int  # updates so far; with the seed it fixes the stochastic rounding of a bfloat16 state
+    ``torch.save`` and ``torch.load`` with its defaults (``weights_only=True``) work on it.
+
+    Args:
+        params: detached tensors by parameter name, in the dtype of the rule; empty for ``live``.
+        ticks: updates so far. With the seed it determines the stochastic rounding of a bfloat16 state.
+
+    Source: SDPO, arXiv 2601.20802, section 4.
+    """
+
+    params: dict[str, Tensor]
+    ticks: int
+
+
+# So that torch.load reads it without weights_only=False.
+torch.serialization.add_safe_globals([TeacherState])
 
 
 class Teacher(NamedTuple):
-    """A rule for the teacher's weights, as a pair of functions."""
+    """A rule for the teacher's weights, as a pair of functions.
 
-    init: Callable[[Mapping[str, Tensor]], TeacherState]  # student parameters -> a state equal to them
-    update: Callable[[TeacherState, Mapping[str, Tensor]], TeacherState]  # once per generation batch
+    Pass both the same names, those of ``model.named_parameters()``: it names tied weights once,
+    ``state_dict()`` twice.
+
+    Args:
+        init: from the student's parameters by name to a state equal to them.
+        update: from a state and the student's parameters to the next state; once per generation batch.
+
+    Source: SDPO, arXiv 2601.20802, section 4; the form is optax's.
+    """
+
+    init: Callable[[Mapping[str, Tensor]], TeacherState]
+    update: Callable[[TeacherState, Mapping[str, Tensor]], TeacherState]
 
 
 def ema(
@@ -61,16 +85,26 @@ def ema(
     (Azuma-Hoeffding; u is the bfloat16 spacing there). Noise instead of bias, but still noise, the more the
     smaller r: hence not the default. float64 parameters keep a float64 state.
 
-    inplace=True lets ``update`` write into the tensors of the state it is given, which is then spent: no more
-    is allocated than the largest parameter takes in float32, or 64 MiB; of a bfloat16 state four times 64 MiB. The
+    inplace=True lets ``update`` write into the tensors of the state it is given, which must not be used
+    afterwards: no more is allocated than the largest parameter takes in float32, or 64 MiB; of a bfloat16
+        state four times 64 MiB. The
     default leaves its inputs alone, as ``torch.func`` demands.
 
-    Shapes: any. Gradient: none, in or out.
+    Args:
+        update_rate: r, the weight of the student, in [0, 1].
+        dtype: of the averaged weights: ``"float32"``, or ``"bfloat16"`` with stochastic rounding.
+        seed: of the stochastic rounding.
+        inplace: write into the state that ``update`` is given.
+
+    Returns:
+        Teacher. Its state has the names and shapes of the parameters.
 
     Raises:
         TypeError: a parameter is not a floating tensor (frozen quantized storage, say); all are named.
         ValueError: update_rate outside [0, 1]; no parameters; or names, shapes or dtypes that differ between
             the state and the student, all listed.
+
+    Gradient: none, in or out.
 
     Source: SDPO, arXiv 2601.20802, section 4.
 
@@ -107,8 +141,15 @@ def frozen() -> Teacher:
 
     Nothing is averaged, so the state keeps the parameters' own dtypes, bit by bit.
 
+    Returns:
+        Teacher. Its state has the names, shapes and dtypes of the parameters.
+
     Raises:
         TypeError, ValueError: as ``ema``; an update, too, demands the same parameters.
+
+    Gradient: none, in or out.
+
+    Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
     Example:
         >>> teacher = frozen()
@@ -126,6 +167,13 @@ def frozen() -> Teacher:
 
 def live() -> Teacher:
     """The student itself, ``θ' = θ``, so the state holds no weights; diverges in the paper, for ablations.
+
+    Returns:
+        Teacher with a state without weights.
+
+    Gradient: none, in or out.
+
+    Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
     Example:
         >>> teacher = live()
@@ -145,8 +193,16 @@ def trust_region(*, coef: float) -> Teacher:
     two forwards by ``trust_region_logits``, or before one shared linear head by ``trust_region_hidden``. Give
     them the same coef: the weights do not depend on it, so here it is only checked.
 
+    Args:
+        coef: c, the weight of the live student, in [0, 1].
+
+    Returns:
+        Teacher. Its state is that of ``frozen``.
+
     Raises:
         TypeError, ValueError: coef is not a number in [0, 1]; otherwise as ``frozen``.
+
+    Gradient: none, in or out.
 
     Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
@@ -164,12 +220,19 @@ def trust_region_logits(reference_logits: Tensor, live_logits: Tensor, *, coef: 
     coef 0 is the reference and 1 the live student, exactly. A token impossible for either (−∞) is impossible
     for a mixture.
 
-    Shapes: [..., V] and [..., V] to [..., V]. Unit: nats, float32 (float64 for float64 logits). Gradient:
-    none, also not to the live logits: they are the teacher's here.
+    Args:
+        reference_logits: [..., V] floating, of the first model; -inf allowed.
+        live_logits: [..., V] floating, of the student on the same prompt; -inf allowed.
+        coef: c, the weight of the live student, in [0, 1].
+
+    Returns:
+        [..., V] nats, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: an argument is not a floating tensor, or coef not a number.
         ValueError: the shapes differ, or coef is not in [0, 1].
+
+    Gradient: none, also not to the live logits: here they are the teacher's.
 
     Source: SDPO, arXiv 2601.20802, section 4.
 
@@ -190,10 +253,20 @@ def trust_region_hidden(reference_hidden: Tensor, live_hidden: Tensor, *, coef: 
     not under soft-capping. Mixed in float32, returned in the dtype of reference_hidden, ready for the head: of
     16-bit states the rounding costs a divergence a few thousandths, which the fused loss spares.
 
-    Shapes: [..., D] and [..., D] to [..., D]. Gradient: none.
+    Args:
+        reference_hidden: [..., D] floating, hidden states of the first model.
+        live_hidden: [..., D] floating, hidden states of the student on the same prompt.
+        coef: c, the weight of the live student, in [0, 1].
+
+    Returns:
+        [..., D] in the dtype of reference_hidden.
 
     Raises:
         TypeError, ValueError: as ``trust_region_logits``.
+
+    Gradient: none.
+
+    Source: SDPO, arXiv 2601.20802, section 4; the linear head is our own use of it.
 
     Example:
         >>> trust_region_hidden(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), coef=0.5)
@@ -208,11 +281,20 @@ def trust_region_hidden(reference_hidden: Tensor, live_hidden: Tensor, *, coef: 
 def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tensor:
     """How far the teacher is from the student: ``‖θ' − θ‖ / ‖θ‖`` over all parameters together.
 
-    Shapes: any to [] (no synchronisation). Unit: a ratio, float32 or float64. 0 for ``live``. Gradient: none.
-    All parameters are on one device, where the state is brought one tensor at a time if it rests elsewhere.
+    Args:
+        state: of any teacher.
+        params: the student's parameters, by the same names, on one device. A state elsewhere is brought
+            there one tensor at a time.
+
+    Returns:
+        [] ratio, float32 or float64, without a device synchronisation; 0 for ``live``.
 
     Raises:
         TypeError, ValueError: params are not the state's, as in ``ema``.
+
+    Gradient: none.
+
+    Source: the teacher's distance as a run logs it; a choice of this library.
 
     Example:
         >>> state = frozen().init({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
@@ -298,7 +380,8 @@ def _lerp_rounded(old: Tensor, new: Tensor, rate: float, target: Tensor, key: st
             _LOWER_HALF + 1, average.shape, generator=generator, dtype=torch.int32, device=average.device
         )
         # Adding noise below the cut carries with probability (lower half) / 2^16, away from zero on both sides
-        # of it, since the sign is a bit of its own. In a NaN the carry could run into the sign: copy that as it is.
+        # of it, since the sign is a bit of its own. In a NaN the carry could run into the sign: copy that as
+        # it is.
         upper = noise.add_(average.view(torch.int32)).bitwise_and_(~_LOWER_HALF).view(torch.float32)
         out.copy_(torch.where(average.isfinite(), upper, average))
     return target
@@ -355,5 +438,6 @@ def _check_match(state: TeacherState, params: Mapping[str, Tensor], dtype: State
     if differences:
         raise ValueError(
             f"params: expected the parameters of the teacher's state, got {'; '.join(differences)}; "
-            "pass the student the state was made from, or restart the teacher with init"
+            "pass the parameters that init was given (dict(model.named_parameters()) names tied weights once, "
+            "state_dict() twice), or restart the teacher with init"
         )

@@ -1,8 +1,8 @@
-"""A vocabulary seen through K of its tokens, and one number for all the others.
+"""Top-K selection: the log-probabilities of K tokens, and of all others together.
 
-The student names the K tokens, the teacher is read at those same ids. What lies outside is summed from the
-tokens outside: 1 − Σp would cancel to noise exactly where language models live, with nearly all mass on the
-support.
+The student selects the K tokens and the teacher is gathered at the same ids. The probability outside is
+summed from the tokens outside: 1 − Σp would cancel to rounding noise where nearly all probability is on the
+support, which is the normal case.
 """
 
 from __future__ import annotations
@@ -18,18 +18,33 @@ from sdpo._validate import check_device, check_distribution, check_int, check_sh
 
 
 class TopK(NamedTuple):
-    """The K most probable tokens of each distribution and the mass of the rest."""
+    """The K most probable tokens of each distribution and the probability of the others.
 
-    log_probs: Tensor  # [..., K] descending, normalised over the full vocabulary
-    indices: Tensor  # [..., K] int64 token ids
-    log_tail: Tensor  # [...] log of the total probability outside the K; −inf if nothing is outside
+    Args:
+        log_probs: [..., K] nats, descending, normalised over the full vocabulary.
+        indices: [..., K] int64 token ids.
+        log_tail: [...] nats, log of the total probability outside the K; -inf if nothing is outside.
+
+    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    log_tail: Tensor
 
 
 class GatheredLogProbs(NamedTuple):
-    """A distribution read at given token ids, and the mass of the rest."""
+    """A distribution gathered at given token ids, and the probability of the others.
 
-    log_probs: Tensor  # [..., K] normalised over the full vocabulary
-    log_tail: Tensor  # [...] log of the total probability outside the K; −inf if nothing is outside
+    Args:
+        log_probs: [..., K] nats, normalised over the full vocabulary.
+        log_tail: [...] nats, log of the total probability outside the K; -inf if nothing is outside.
+
+    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
+    """
+
+    log_probs: Tensor
+    log_tail: Tensor
 
 
 def topk_log_probs(logits: Tensor, *, k: int) -> TopK:
@@ -38,13 +53,19 @@ def topk_log_probs(logits: Tensor, *, k: int) -> TopK:
     Naively: ``p = softmax(logits); values, ids = p.topk(k); tail = log(1 - values.sum(-1))``, with the tail
     summed from the tokens outside instead. Ties are broken as ``torch.topk`` breaks them.
 
-    Shapes: logits [..., V] (any floating dtype; −inf allowed) to log_probs [..., K], indices [..., K],
-    log_tail [...]. Unit: nats, float32 (float64 for float64 logits). Gradient: to the logits, through
-    log_probs and log_tail.
+    Args:
+        logits: [..., V] floating; -inf allowed.
+        k: number of tokens, in [1, V].
+
+    Returns:
+        TopK of log_probs [..., K] (nats, descending), indices [..., K] (int64) and log_tail [...] (nats),
+        float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits are not a floating tensor, or k is not an int.
         ValueError: k is not in [1, V].
+
+    Gradient: to the logits, through log_probs and log_tail.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
@@ -61,22 +82,28 @@ def topk_log_probs(logits: Tensor, *, k: int) -> TopK:
     )
     # Chosen among the logits, not the log-probabilities: normalising rounds, and may tie what was not tied.
     indices = logits.topk(k, dim=-1).indices
-    log_probs, log_tail = _read(logits, indices)
+    log_probs, log_tail = _gather(logits, indices)
     return TopK(log_probs=log_probs, indices=indices, log_tail=log_tail)
 
 
 def gather_log_probs(logits: Tensor, indices: Tensor) -> GatheredLogProbs:
-    """Log-probabilities of given tokens and the log-mass of everything else: the other model's side.
+    """Log-probabilities of given tokens and the log-mass of all others, of the model that did not select them.
 
     Naively: ``p = softmax(logits); values = p.gather(-1, indices); tail = log(1 - values.sum(-1))``. The
     values are normalised by this model's own full vocabulary and the tail is its own.
 
-    Shapes: logits [..., V], indices [..., K] int64, distinct along K, to log_probs [..., K] and log_tail
-    [...]. Unit: nats, float32 (float64 for float64 logits). Gradient: to the logits, through both results.
+    Args:
+        logits: [..., V] floating; -inf allowed.
+        indices: [..., K] integer token ids, distinct along K.
+
+    Returns:
+        GatheredLogProbs of log_probs [..., K] and log_tail [...], nats, float32 (float64 for float64 logits).
 
     Raises:
         TypeError: logits are not floating, or indices not integer.
         ValueError: the leading shapes differ, or K is not in [1, V].
+
+    Gradient: to the logits, through both results.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
@@ -93,7 +120,7 @@ def gather_log_probs(logits: Tensor, indices: Tensor) -> GatheredLogProbs:
     )
     check_shape("indices", indices, (*logits.shape[:-1], k), like="the leading shape of logits, then K")
     check_device("indices", indices, logits, like="the device of the logits")
-    return GatheredLogProbs(*_read(logits, indices.long()))
+    return GatheredLogProbs(*_gather(logits, indices.long()))
 
 
 def add_tail_bucket(log_probs: Tensor, log_tail: Tensor) -> Tensor:
@@ -102,11 +129,18 @@ def add_tail_bucket(log_probs: Tensor, log_tail: Tensor) -> Tensor:
     Formula: ``cat([log_probs, log_tail[..., None]], -1)``. A divergence of two such vectors is a lower bound
     of the divergence over the full vocabulary, rises with K, and equals it at K = V.
 
-    Shapes: log_probs [..., K], log_tail [...] to [..., K+1]. Unit: nats. Gradient: to both.
+    Args:
+        log_probs: [..., K] floating, nats, of the support.
+        log_tail: [...] floating, nats, of everything outside it.
+
+    Returns:
+        [..., K+1] nats.
 
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: log_tail has not the leading shape of log_probs.
+
+    Gradient: to both arguments.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
@@ -127,10 +161,16 @@ def renormalize(log_probs: Tensor) -> Tensor:
     Formula: ``log_probs - logsumexp(log_probs)``. A divergence of two such vectors is no bound, and blind to
     mass that enters or leaves the support. A support without mass (all −inf) keeps none.
 
-    Shapes: [..., K] to [..., K]. Unit: nats. Gradient: to log_probs.
+    Args:
+        log_probs: [..., K] floating, nats, of the support.
+
+    Returns:
+        [..., K] nats.
 
     Raises:
         TypeError: log_probs are not a floating tensor.
+
+    Gradient: to log_probs.
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
@@ -145,8 +185,8 @@ def renormalize(log_probs: Tensor) -> Tensor:
     return log_probs - mass.masked_fill(mass.isneginf(), 0.0)
 
 
-def _read(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities at ``indices`` and the log of what all other tokens hold together."""
+def _gather(logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities at ``indices`` and the log of the probability of all other tokens."""
     log_probs = log_softmax(logits)
     outside = log_probs.scatter(-1, indices, -math.inf)
     return log_probs.gather(-1, indices), logsumexp(outside)

@@ -23,7 +23,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from sdpo._numerics import keep, logsumexp, upcast
+from sdpo._numerics import logsumexp, upcast, zero_where_not
 from sdpo._validate import check_device, check_real, check_shape, check_tensor
 from sdpo.importance import LOG_RATIO_BOUND
 
@@ -156,11 +156,11 @@ def confidence_weights(teacher_entropy: Tensor, loss_mask: Tensor, *, beta: floa
     check_shape("loss_mask", loss_mask, teacher_entropy.shape, like="the shape of teacher_entropy")
     check_device("loss_mask", loss_mask, teacher_entropy, like="the device of teacher_entropy")
     beta = _check_beta(beta, "how fast a weight falls with the entropy, for example 1.0")
-    log_raw = -beta * keep(upcast(teacher_entropy).detach(), loss_mask)
+    log_raw = -beta * zero_where_not(upcast(teacher_entropy).detach(), loss_mask)
     # In logs: exp(−βH) of every token may underflow, their ratios do not.
     log_total = logsumexp(log_raw.masked_fill(~loss_mask, -math.inf).flatten())
     weights = (log_raw - log_total.masked_fill(log_total.isneginf(), 0.0)).exp() * loss_mask.sum()
-    return keep(weights, loss_mask)
+    return zero_where_not(weights, loss_mask)
 
 
 def evidence_weights(
@@ -298,7 +298,7 @@ def contrastive_evidence(right: Tensor, wrong: Tensor, wrong_mask: Tensor) -> Te
     per_sibling = rearrange(upcast(wrong).detach(), "... k t -> ... t k").masked_fill(missing, -math.inf)
     count = reduce(wrong_mask, "... k -> ... 1", "sum")
     log_mean = logsumexp(per_sibling) - count.clamp(min=1).to(per_sibling.dtype).log()
-    return keep(_gap(log_mean, right), count > 0)
+    return zero_where_not(_gap(log_mean, right), count > 0)
 
 
 def select_tokens(
@@ -400,7 +400,7 @@ def _scaled(values: Tensor, mask: Tensor) -> Tensor:
     low = values.masked_fill(~mask, math.inf).amin(dim=-1, keepdim=True)
     high = values.masked_fill(~mask, -math.inf).amax(dim=-1, keepdim=True)
     differs = mask & (high > low)
-    return keep((values - low) / (high - low).masked_fill(~(high > low), 1.0), differs)
+    return zero_where_not((values - low) / (high - low).masked_fill(~(high > low), 1.0), differs)
 
 
 def _rounded_up(fraction: float, count: Tensor) -> Tensor:
