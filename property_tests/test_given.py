@@ -14,8 +14,17 @@ from strategies import Claim, alphas, assert_near, generator, logit_pairs, name_
 from torch import Tensor
 from torch.func import grad, vmap
 
-from sdpo import GatheredLogProbs, add_tail_bucket, gather_log_probs, generalized_jsd, renormalize
-from sdpo.given import check_teacher_topk, given_topk_distillation_loss, safe_tail
+from sdpo import (
+    GatheredLogProbs,
+    add_tail_bucket,
+    check_teacher_topk,
+    distillation_loss,
+    gather_log_probs,
+    generalized_jsd,
+    given_topk_distillation_loss,
+    renormalize,
+    safe_tail,
+)
 
 Pair = tuple[Tensor, Tensor]
 tails = st.sampled_from(["bucket", "renormalize"])
@@ -197,6 +206,16 @@ def test_a_certain_teacher_is_no_teacher_that_excludes(alpha: float, tail: Any) 
     )
     p = student.detach().softmax(-1)
     assert_near(full, (p * (p * 4).log().nan_to_num(neginf=0.0)).sum(-1), 1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_a_teacher_s_top_k_is_the_support_of_the_teacher(alpha: float, tail: Any) -> None:
+    student, teacher = torch.randn(2, 3, 4, 9, generator=generator(4), dtype=torch.float64)
+    ids, log_probs = served(teacher, 5, temperature=0.7)
+    options = {"tail": tail, "alpha": alpha, "temperature": 0.7}
+    expected = distillation_loss(student, teacher, support="teacher", k=5, **options)
+    assert_near(given_topk_distillation_loss(student, ids, log_probs, **options), expected)
 
 
 # ---- transforms, dtypes --------------------------------------------------------------------------------------

@@ -14,14 +14,16 @@ from strategies import Claim, alphas, assert_near, generator, logit_pairs, logit
 from torch import Tensor
 from torch.func import grad, vmap
 
-from sdpo import generalized_jsd, kl_divergence, trust_region_logits
-from sdpo.terms import (
+from sdpo import (
     anchor,
     anchor_estimate,
     clip_entries,
     clipped_policy_gradient,
+    generalized_jsd,
+    kl_divergence,
     mixture_log_probs,
     sampled_reverse_kl,
+    trust_region_logits,
 )
 
 Pair = tuple[Tensor, Tensor]

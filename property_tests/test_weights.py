@@ -15,7 +15,7 @@ from strategies import Claim, assert_near, generator, name_of, seeds, token_batc
 from torch import Tensor
 from torch.func import grad, vmap
 
-from sdpo.weights import (
+from sdpo import (
     confidence_weights,
     contrastive_evidence,
     evidence_gate,
