@@ -145,7 +145,7 @@ def grad_hidden_from_logits(
     stored in ``scratch``, float32, if it is large enough.
     """
     if grad_logits.itemsize == 2:
-        return kernels.joined(_split_k_sums(grad_logits, weight, scratch), row_scale, out)
+        return kernels.sum_partials(_split_k_sums(grad_logits, weight, scratch), row_scale, out)
     if grad_logits.dtype == weight.dtype == out.dtype:
         return torch.mm(grad_logits, weight, out=out)
     total = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])

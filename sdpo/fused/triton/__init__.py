@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs
 
+# The blocks of a wider support would not fit the registers of one program.
 MAX_K = 1024
 
 
@@ -27,7 +28,7 @@ def missing(device: torch.device, working: torch.dtype, objective: Objective) ->
     if working != torch.float32:
         return f"the kernels compute in float32, not in {working}"
     if objective.k is not None and objective.k > MAX_K:
-        return f"the kernels choose at most {MAX_K} tokens, not {objective.k}"
+        return f"the kernels select at most {MAX_K} tokens, not {objective.k}"
     return None
 
 
@@ -48,8 +49,8 @@ def chunk_loss(
 def scaled(values: Tensor, factor: Tensor) -> Tensor:
     """``values * factor`` for a factor [] of any dtype, in the dtype of ``values``.
 
-    torch multiplies a bf16 tensor by a float32 scalar at a quarter of a GPU's bandwidth, and a bf16 scalar has
-    no digits to spare.
+    torch multiplies a bf16 tensor by a float32 tensor [] at a quarter of a GPU's bandwidth, and the factor is too
+    precise for bf16.
     """
     if values.dtype == factor.dtype or values.numel() == 0 or not _runs_on(values):
         return values * factor
@@ -58,14 +59,17 @@ def scaled(values: Tensor, factor: Tensor) -> Tensor:
     return _elementwise.scaled(values, factor)
 
 
-def joined(parts: Tensor, gain: Tensor | None, out: Tensor) -> Tensor:
-    """``gain[:, None] * parts.sum(0)`` into out [c, D] of any dtype; parts [n, c, D] float32, gain [c]."""
-    if not _runs_on(parts) or not out.is_contiguous():
-        total = parts.sum(dim=0)
-        return out.copy_(total if gain is None else total.mul_(gain[:, None]))
+def sum_partials(partials: Tensor, row_scale: Tensor | None, out: Tensor) -> Tensor:
+    """``row_scale[:, None] * partials.sum(0)`` into out [C, D] of any dtype.
+
+    partials [n, C, D] are in float32, row_scale [C] is None for 1.
+    """
+    if not _runs_on(partials) or not out.is_contiguous():
+        total = partials.sum(dim=0)
+        return out.copy_(total if row_scale is None else total.mul_(row_scale[:, None]))
     from sdpo.fused.triton import _elementwise
 
-    return _elementwise.joined(parts, gain, out)
+    return _elementwise.sum_partials(partials, row_scale, out)
 
 
 def _runs_on(tensor: Tensor) -> bool:

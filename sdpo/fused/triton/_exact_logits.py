@@ -1,7 +1,7 @@
-"""The likeliest tokens of a row once more, each as a dot product that loses nothing.
+"""The logits of each token's likeliest candidates, recomputed as dot products without rounding error.
 
-A matrix unit sums up with fewer digits than float32 has: its logits are off by 1e-6 of their size. Where two peaked
-models agree in all but a little, that is up to 1e-4 of their divergence, and a few tokens are the cause.
+A tensor core accumulates with fewer digits than float32 has: its logits are off by 1e-6 of their size. Where two
+peaked models agree in nearly everything, this is up to 1e-4 of their divergence, and a few tokens cause it.
 """
 
 from __future__ import annotations
@@ -9,131 +9,170 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sdpo.fused.triton._math import log_add_exp, log_of, log_sum_exp, to_logits
+from sdpo.fused.triton._math import add_log, logaddexp, logsumexp, to_logits
 from sdpo.fused.triton._reductions import load_logits
+from sdpo.fused.triton._topk_loss import _store_support, load_support
 
-# Tokens of a row that are made again, at most, and the least probability that is worth it, as a share of what the
-# likeliest token leaves to all others: that much a divergence of models that agree on it is made of.
-TOKENS, PROBABLE = tl.constexpr(8), tl.constexpr(2.0**-6)
-NEVER = tl.constexpr(2.0**-100)
-# Loads of the dot products under way at a time.
-STAGES = tl.constexpr(3)
+# Logits recomputed per token, at most; a power of two.
+MAX_RECOMPUTED = tl.constexpr(8)
+# The least probability worth it: as a share of what the likeliest token leaves to all others, which make up the
+# divergence of models that agree on that token; and in absolute terms.
+MIN_SHARE, MIN_PROBABILITY = tl.constexpr(2.0**-6), tl.constexpr(2.0**-100)
+# Loads of the dot products in flight.
+NUM_STAGES = tl.constexpr(3)
 
 
 @triton.jit
 def exact_logits(
-    states, head, bias, row, columns, real, D, head_row, head_column, inner, outer, anchor,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden_ptr, weight_ptr, bias_ptr, c, offs_v, mask, D, stride_wv, stride_wd, scale, softcap, anchor,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Logits at those of a few columns that are real, less the anchor, from states [c, D] and head [V, D]."""
-    # A product of two 16-bit numbers is exact in float32; float64 keeps it so that their sum is, too.
-    total = tl.zeros((TOKENS, BLOCK_D), tl.float64)
-    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        place = start + tl.arange(0, BLOCK_D)
-        state = tl.load(states + row * D + place, mask=place < D, other=0.0).to(tl.float32)
+    """Logits of token c at offs_v [MAX_RECOMPUTED], less the anchor, from hidden [C, D] and weight [V, D]."""
+    # The product of two 16-bit numbers is exact in float32, and float64 keeps the sum exact enough.
+    total = tl.zeros((MAX_RECOMPUTED, BLOCK_D), tl.float64)
+    for start in tl.range(0, D, BLOCK_D, num_stages=NUM_STAGES):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        hidden = tl.load(hidden_ptr + c * D + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
         weight = tl.load(
-            head + columns[:, None] * head_row + place[None, :] * head_column,
-            mask=real[:, None] & (place < D)[None, :],
+            weight_ptr + offs_v[:, None] * stride_wv + offs_d[None, :] * stride_wd,
+            mask=mask[:, None] & (offs_d < D)[None, :],
             other=0.0,
         )
-        total += (state[None, :] * weight.to(tl.float32)).to(tl.float64)
+        total += (hidden[None, :] * weight.to(tl.float32)).to(tl.float64)
     product = tl.sum(total, 1)
-    shift = tl.zeros((TOKENS,), tl.float32)
-    if BIAS:
-        shift = tl.load(bias + columns, mask=real, other=0.0).to(tl.float32)
-    if SOFTCAP:
-        logits = to_logits(product.to(tl.float32), shift, inner, outer, SOFTCAP) - anchor
+    bias = tl.zeros((MAX_RECOMPUTED,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_v, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        logits = to_logits(product.to(tl.float32), bias, scale, softcap, HAS_SOFTCAP) - anchor
     else:
-        logits = ((product + shift) * inner - anchor).to(tl.float32)
+        logits = ((product + bias) * scale - anchor).to(tl.float32)
     return logits
 
 
 @triton.jit
-def largest_below(
-    limit, products, bias, row, start, V, inner, outer, anchor,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr,
+def largest_two_below(
+    limit, products_ptr, bias_ptr, c, start, V, scale, softcap, anchor,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STEP_V: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit below a limit in a block of columns, less the anchor, its column, and the next largest."""
-    found = tl.full((), -float("inf"), tl.float32)
-    second, column = found, start
-    for offset in range(0, BLOCK, PIECE):
-        columns = start + offset + tl.arange(0, PIECE)
-        logits = load_logits(products, bias, row, columns, V, inner, outer, BIAS, SOFTCAP) - anchor
+    """The largest logit below a limit in the block of token c at start, its token id, and the next largest logit.
+
+    Limit and logits are less the anchor. STEP_V logits are looked at a time.
+    """
+    largest = tl.full((), -float("inf"), tl.float32)
+    second, largest_id = largest, start
+    for offset in range(0, BLOCK_V, STEP_V):
+        offs_v = start + offset + tl.arange(0, STEP_V)
+        logits = load_logits(
+            products_ptr, bias_ptr, c, offs_v, offs_v < V, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        logits = logits - anchor
         logits = tl.where(logits < limit, logits, -float("inf"))
-        top, place = tl.max(logits, 0, return_indices=True)
-        runner_up = tl.max(tl.where(logits < top, logits, -float("inf")), 0)
-        second = tl.maximum(tl.maximum(second, runner_up), tl.minimum(found, top))
-        column = tl.where(top > found, start + offset + place, column)
-        found = tl.maximum(found, top)
-    return found, column, second
+        step_largest, index = tl.max(logits, 0, return_indices=True)
+        step_second = tl.max(tl.where(logits < step_largest, logits, -float("inf")), 0)
+        second = tl.maximum(tl.maximum(second, step_second), tl.minimum(largest, step_largest))
+        largest_id = tl.where(step_largest > largest, start + offset + index, largest_id)
+        largest = tl.maximum(largest, step_largest)
+    return largest, largest_id, second
 
 
 @triton.jit
-def refined(
-    z, token, log_rest, top, anchor, ids, tokens,
-    products, bias, inner, states, head, head_bias, head_inner, outer, row, K, V, D, head_row, head_column,
-    OWNER: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+def likeliest_tokens(
+    products_ptr, bias_ptr, c, logits, log_outside, block_max, anchor, normalizer, V, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, OWNS_SUPPORT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """z, token and log_rest, as ``load_support`` has them, with the likeliest tokens made again.
+    """The candidates of token c that are worth recomputing: their number and, in the first so many of
+    MAX_RECOMPUTED slots, their index in the support (−1: outside) and, of those outside, token id and logit.
 
-    The sampled token's logit is its logit of the support: no probability may come out above 1. A model that did not
-    choose the support may have likely tokens outside; they are looked for in the blocks of columns that say so.
+    A model that does not own the support may have likely tokens outside. They are searched in the blocks whose
+    maximum says so.
     """
-    slots, ranks, blocks = tl.arange(0, TOKENS), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
-    # Of each of the likeliest: its rank in the support (−1: it is outside), its column and its logit as it was.
-    rank_of = tl.full((TOKENS,), -1, tl.int32)
-    columns = tl.full((TOKENS,), 0, tl.int64)
-    was = tl.full((TOKENS,), -float("inf"), tl.float32)
-    norm = log_add_exp(log_sum_exp(z), log_rest)
-    inside = tl.exp(z - norm)
-    best, rank = tl.max(inside, 0, return_indices=True)
-    others = tl.sum(tl.where(ranks == rank, 0.0, inside), 0) + tl.exp(log_rest - norm)
-    least = tl.maximum(others * PROBABLE, NEVER)
-    block = rank * 0 - 1
-    if not OWNER:
-        # The likeliest token of each block that is not made again yet, and the logit that those lie below.
-        outside = tl.exp(top - norm)
-        limits = tl.full((BLOCK_B,), float("inf"), tl.float32)
-        best_outside, place = tl.max(outside, 0, return_indices=True)
-        block = tl.where(best_outside > best, place, -1)
-        best = tl.maximum(best, best_outside)
-    turn = 0
-    while (turn < TOKENS) & (best >= least):
-        if not OWNER:  # noqa: SIM102 (one is known to the compiler)
+    slots, offs_k, offs_b = tl.arange(0, MAX_RECOMPUTED), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
+    index_in_support = tl.full((MAX_RECOMPUTED,), -1, tl.int32)
+    outside_ids = tl.full((MAX_RECOMPUTED,), 0, tl.int64)
+    outside_logits = tl.full((MAX_RECOMPUTED,), -float("inf"), tl.float32)
+    # Probabilities of the support that are not taken yet, and the largest of them.
+    inside_p = tl.exp(logits - normalizer)
+    best_p, index = tl.max(inside_p, 0, return_indices=True)
+    others_p = tl.sum(tl.where(offs_k == index, 0.0, inside_p), 0) + tl.exp(log_outside - normalizer)
+    min_p = tl.maximum(others_p * MIN_SHARE, MIN_PROBABILITY)
+    block = index * 0 - 1  # that holds the best one, −1 if it is in the support
+    if not OWNS_SUPPORT:
+        # Of each block, the largest probability that is not taken yet, and the logit that those taken reach.
+        block_p = tl.exp(block_max - normalizer)
+        block_limit = tl.full((BLOCK_B,), float("inf"), tl.float32)
+        best_outside_p, best_block = tl.max(block_p, 0, return_indices=True)
+        block = tl.where(best_outside_p > best_p, best_block, -1)
+        best_p = tl.maximum(best_p, best_outside_p)
+    count = 0
+    while (count < MAX_RECOMPUTED) & (best_p >= min_p):
+        if not OWNS_SUPPORT:  # noqa: SIM102 (a constexpr: the compiler drops the branch)
             if block >= 0:
-                limit = tl.sum(tl.where(blocks == block, limits, 0.0), 0)
-                found, column, following = largest_below(
-                    limit, products, bias, row, block * BLOCK, V, inner, outer, anchor,
-                    BIAS, SOFTCAP, BLOCK, BLOCK // 2,
+                limit = tl.sum(tl.where(offs_b == block, block_limit, 0.0), 0)
+                largest, largest_id, second = largest_two_below(
+                    limit, products_ptr, bias_ptr, c, block * BLOCK_V, V, scale, softcap, anchor,
+                    HAS_BIAS, HAS_SOFTCAP, BLOCK_V, BLOCK_V // 2,
                 )  # fmt: skip
-                columns = tl.where(slots == turn, column.to(tl.int64), columns)
-                was = tl.where(slots == turn, found, was)
-                limits = tl.where(blocks == block, found, limits)
-                outside = tl.where(blocks == block, tl.exp(following - norm), outside)
-        rank = tl.where(block >= 0, -1, rank)
-        rank_of = tl.where(slots == turn, rank, rank_of)
-        inside = tl.where(ranks == rank, 0.0, inside)
-        best, rank = tl.max(inside, 0, return_indices=True)
-        if not OWNER:
-            best_outside, place = tl.max(outside, 0, return_indices=True)
-            block = tl.where(best_outside > best, place, -1)
-            best = tl.maximum(best, best_outside)
-        turn += 1
-    if turn > 0:
-        columns = tl.load(ids + row * K + rank_of, mask=rank_of >= 0, other=0) + columns
-        real = slots < turn
-        logits = exact_logits(
-            states, head, head_bias, row, columns, real, D, head_row, head_column, head_inner, outer, anchor,
-            BIAS, SOFTCAP, BLOCK_D,
+                outside_ids = tl.where(slots == count, largest_id.to(tl.int64), outside_ids)
+                outside_logits = tl.where(slots == count, largest, outside_logits)
+                block_limit = tl.where(offs_b == block, largest, block_limit)
+                block_p = tl.where(offs_b == block, tl.exp(second - normalizer), block_p)
+        index = tl.where(block >= 0, -1, index)
+        index_in_support = tl.where(slots == count, index, index_in_support)
+        inside_p = tl.where(offs_k == index, 0.0, inside_p)
+        best_p, index = tl.max(inside_p, 0, return_indices=True)
+        if not OWNS_SUPPORT:
+            best_outside_p, best_block = tl.max(block_p, 0, return_indices=True)
+            block = tl.where(best_outside_p > best_p, best_block, -1)
+            best_p = tl.maximum(best_p, best_outside_p)
+        count += 1
+    return count, index_in_support, outside_ids, outside_logits
+
+
+@triton.jit
+def recompute_top_logits(
+    products_ptr, bias_ptr, hidden_ptr, weight_ptr, exact_bias_ptr, ids_ptr, tokens_ptr,
+    support_logits_ptr, token_logit_ptr, block_max_ptr, block_sumexp_ptr, anchor_ptr, log_outside_ptr,
+    V, K, D, BLOCKS, stride_wv, stride_wd, scale, exact_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, OWNS_SUPPORT: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``anchor_support`` of one model, with the logits of the likeliest tokens recomputed.
+
+    Also reads products [C, V] and their factors hidden [C, D] and weight [V, D], ids [C, K] and tokens [C]. The
+    products become logits with bias and scale, exact products with exact_bias and exact_scale.
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    anchor, logits, token_logit, log_outside, block_max = load_support(
+        support_logits_ptr, token_logit_ptr, block_max_ptr, block_sumexp_ptr, log_outside_ptr, pid_c, K, BLOCKS,
+        OWNS_SUPPORT, BLOCK_K, BLOCK_B,
+    )  # fmt: skip
+    normalizer = logaddexp(logsumexp(logits), log_outside)
+    count, index_in_support, outside_ids, outside_logits = likeliest_tokens(
+        products_ptr, bias_ptr, pid_c, logits, log_outside, block_max, anchor, normalizer, V, scale, softcap,
+        HAS_BIAS, HAS_SOFTCAP, OWNS_SUPPORT=OWNS_SUPPORT, BLOCK_K=BLOCK_K, BLOCK_B=BLOCK_B, BLOCK_V=BLOCK_V,
+    )  # fmt: skip
+    if count > 0:
+        is_inside = index_in_support >= 0
+        ids = tl.load(ids_ptr + pid_c * K + index_in_support, mask=is_inside, other=0) + outside_ids
+        mask = tl.arange(0, MAX_RECOMPUTED) < count
+        exact = exact_logits(
+            hidden_ptr, weight_ptr, exact_bias_ptr, pid_c, ids, mask, D, stride_wv, stride_wd, exact_scale, softcap,
+            anchor, HAS_BIAS, HAS_SOFTCAP, BLOCK_D,
         )  # fmt: skip
-        hit = ranks[:, None] == rank_of[None, :]
-        made = tl.sum(tl.where(hit, logits[None, :], 0.0), 1)
-        z = tl.where(tl.sum(hit.to(tl.int32), 1) > 0, made, z)
-        sampled = real & (columns == tl.load(tokens + row))
-        made = tl.sum(tl.where(sampled, logits, 0.0), 0)
-        token = tl.where(tl.sum(sampled.to(tl.int32), 0) > 0, made, token)
-        if not OWNER:
-            change = tl.where(real & (rank_of < 0), tl.exp(logits - norm) - tl.exp(was - norm), 0.0)
-            log_rest = log_of(norm, tl.exp(log_rest - norm) + tl.sum(change, 0))
-    return z, token, log_rest
+        is_slot = tl.arange(0, BLOCK_K)[:, None] == index_in_support[None, :]
+        replacement = tl.sum(tl.where(is_slot, exact[None, :], 0.0), 1)
+        logits = tl.where(tl.sum(is_slot.to(tl.int32), 1) > 0, replacement, logits)
+        # The sampled token has the logit of the support: no probability may come out above 1.
+        is_sampled = mask & (ids == tl.load(tokens_ptr + pid_c))
+        replacement = tl.sum(tl.where(is_sampled, exact, 0.0), 0)
+        token_logit = tl.where(tl.sum(is_sampled.to(tl.int32), 0) > 0, replacement, token_logit)
+        if not OWNS_SUPPORT:
+            change = tl.exp(exact - normalizer) - tl.exp(outside_logits - normalizer)
+            change = tl.sum(tl.where(mask & (index_in_support < 0), change, 0.0), 0)
+            log_outside = add_log(normalizer, tl.exp(log_outside - normalizer) + change)
+    _store_support(
+        support_logits_ptr, token_logit_ptr, anchor_ptr, log_outside_ptr, pid_c,
+        anchor, logits, token_logit, log_outside, K, BLOCK_K,
+    )  # fmt: skip

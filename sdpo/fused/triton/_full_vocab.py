@@ -1,103 +1,147 @@
-"""The divergence over the full vocabulary: a pass for its value and one for its gradient, over both models."""
+"""The divergence over the full vocabulary: one pass over both models' products for its value, one for its gradient.
+
+With g = ∂/∂log p and G = Σ g over the vocabulary, the gradient w.r.t. a logit is g − G · p.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from sdpo.fused.triton._math import divergence_terms, finite_or_zero, log_mass, through_softcap
+from sdpo.fused.triton._math import divergence_terms, finite_or_zero, softcap_backward, weighted_logsumexp
 from sdpo.fused.triton._reductions import load_logits
-from sdpo.fused.triton._topk_loss import entropy_of_blocks, load_blocks, loss_weights
+from sdpo.fused.triton._statistics import (
+    STAT_PER_TOKEN,
+    _store_model_statistics,
+    entropy_of_blocks,
+    load_blocks,
+)
 
 
 @triton.jit
-def normalizers(tops, masses, moments, anchors, norms, entropy, BLOCKS, BLOCK_B: tl.constexpr):
-    """Largest logit, logsumexp relative to it, and entropy of each row from its blocks."""
-    row = tl.program_id(0).to(tl.int64)
-    top, mass, moment = load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
-    anchor = finite_or_zero(tl.max(top, 0))
-    norm = log_mass(top - anchor, mass)
-    tl.store(anchors + row, anchor)
-    tl.store(norms + row, norm)
-    tl.store(entropy + row, entropy_of_blocks(top - anchor, mass, moment, norm))
-
-
-@triton.jit
-def full_terms(
-    products_p, products_q, bias_p, bias_q, anchor_p, norm_p, anchor_q, norm_q, values, commons, smalls, masses, V,
-    inner_p, outer_p, inner_q, outer_q, alpha, rest,
-    BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
-    MODE: tl.constexpr, BLOCK: tl.constexpr,
+def full_statistics(
+    block_max_ptr, block_sumexp_ptr, block_moment_ptr, token_logit_ptr, anchor_ptr, normalizer_ptr, stats_ptr,
+    BLOCKS, stride_stats,
+    IS_TEACHER: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Per block of columns, sums: the divergence's terms, g = ∂/∂log p, and g and p where p is at most a half."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
-    z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
-    log_p = z_p - tl.load(anchor_p + row) - tl.load(norm_p + row)
-    log_q = z_q - tl.load(anchor_q + row) - tl.load(norm_q + row)
-    terms, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
-    place = row * tl.num_programs(1) + block
-    tl.store(values + place, tl.sum(terms, 0))
-    tl.store(commons + place, tl.sum(g, 0))
-    p = tl.exp(log_p)
-    tl.store(smalls + place, tl.sum(tl.where(p > 0.5, 0.0, g), 0))
-    tl.store(masses + place, tl.sum(tl.where(p > 0.5, 0.0, p), 0))
+    """The anchor (largest logit), the normalizer relative to it, and the statistics of one model.
 
-
-@triton.jit
-def full_rows(
-    values, commons, smalls, masses, anchor_p, norm_p, anchor_q, norm_q, token_p, token_q,
-    old, extra, grad_weights, lift, stats, common, small, small_mass, scale, width, BLOCKS, clip, log_clip, chain,
-    OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """Loss and weights of each row into ``stats``; its sums and the gradient's scale, for ``full_slopes``."""
-    row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCK_B)
-    real = blocks < BLOCKS
-    value = tl.sum(tl.load(values + row * BLOCKS + blocks, mask=real, other=0.0), 0)
-    place = row * BLOCKS + blocks
-    tl.store(common + row, tl.sum(tl.load(commons + place, mask=real, other=0.0), 0))
-    tl.store(small + row, tl.sum(tl.load(smalls + place, mask=real, other=0.0), 0))
-    tl.store(small_mass + row, tl.sum(tl.load(masses + place, mask=real, other=0.0), 0))
-    log_token = tl.load(token_p + row) - tl.load(anchor_p + row) - tl.load(norm_p + row)
-    log_token_q = tl.load(token_q + row) - tl.load(anchor_q + row) - tl.load(norm_q + row)
-    weight, clipped, slope_weight = loss_weights(
-        log_token, old, extra, grad_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
+    Reads the block sums [C, BLOCKS] and token_logit [C]. Writes anchor and normalizer [C] and the model's rows of
+    stats; all tokens are in the support.
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    block_max, block_sumexp, block_moment = load_blocks(
+        block_max_ptr, block_sumexp_ptr, block_moment_ptr, pid_c, BLOCKS, BLOCK_B
     )
-    tl.store(scale + row, slope_weight * chain)
-    tl.store(stats + row, value)
-    tl.store(stats + 1 * width + row, weight)
-    tl.store(stats + 2 * width + row, log_token)
-    tl.store(stats + 3 * width + row, log_token_q)
-    tl.store(stats + 10 * width + row, clipped)
+    anchor = finite_or_zero(tl.max(block_max, 0))
+    normalizer = weighted_logsumexp(block_max - anchor, block_sumexp)
+    tl.store(anchor_ptr + pid_c, anchor)
+    tl.store(normalizer_ptr + pid_c, normalizer)
+    log_prob = tl.load(token_logit_ptr + pid_c) - anchor - normalizer
+    entropy = entropy_of_blocks(block_max - anchor, block_sumexp, block_moment, normalizer)
+    _store_model_statistics(stats_ptr, stride_stats, pid_c, log_prob, entropy, 1.0, -float("inf"), IS_TEACHER)
 
 
 @triton.jit
-def full_slopes(
-    products_p, products_q, bias_p, bias_q, anchor_p, norm_p, anchor_q, norm_q, common, small, small_mass, scale,
-    slopes, wholes, kepts, V,
-    inner_p, outer_p, inner_q, outer_q, alpha, rest,
-    BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr, SOFTCAP_P: tl.constexpr, SOFTCAP_Q: tl.constexpr,
-    MODE: tl.constexpr, GAIN: tl.constexpr, BLOCK: tl.constexpr,
+def load_log_probs(
+    products_ptr, bias_ptr, anchor_ptr, normalizer_ptr, c, offs_v, V, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write (g − G·p) · scale, times what the soft-cap lets through; per block, both sums of the gain."""
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    z_p = load_logits(products_p, bias_p, row, columns, V, inner_p, outer_p, BIAS_P, SOFTCAP_P)
-    z_q = load_logits(products_q, bias_q, row, columns, V, inner_q, outer_q, BIAS_Q, SOFTCAP_Q)
-    log_p = z_p - tl.load(anchor_p + row) - tl.load(norm_p + row)
-    log_q = z_q - tl.load(anchor_q + row) - tl.load(norm_q + row)
-    _, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
+    """Logits and log-probabilities of token c at offs_v; −inf beyond the vocabulary."""
+    logits = load_logits(
+        products_ptr, bias_ptr, c, offs_v, offs_v < V, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    return logits, logits - tl.load(anchor_ptr + c) - tl.load(normalizer_ptr + c)
+
+
+@triton.jit
+def full_divergence(
+    student_products_ptr, student_bias_ptr, student_anchor_ptr, student_normalizer_ptr,
+    teacher_products_ptr, teacher_bias_ptr, teacher_anchor_ptr, teacher_normalizer_ptr,
+    block_value_ptr, block_g_ptr, block_unlikely_g_ptr, block_unlikely_p_ptr,
+    V, student_scale, student_softcap, teacher_scale, teacher_softcap, alpha, one_minus_alpha,
+    STUDENT_HAS_BIAS: tl.constexpr, STUDENT_HAS_SOFTCAP: tl.constexpr,
+    TEACHER_HAS_BIAS: tl.constexpr, TEACHER_HAS_SOFTCAP: tl.constexpr,
+    MODE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Per block of BLOCK_V tokens, four sums: the divergence, g, and g and p of the tokens with p ≤ 1/2.
+
+    Reads both models' products [C, V], anchor and normalizer [C]. Writes the sums [C, blocks].
+    """
+    pid_c, pid_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    _, log_p = load_log_probs(
+        student_products_ptr, student_bias_ptr, student_anchor_ptr, student_normalizer_ptr, pid_c, offs_v, V,
+        student_scale, student_softcap, STUDENT_HAS_BIAS, STUDENT_HAS_SOFTCAP,
+    )  # fmt: skip
+    _, log_q = load_log_probs(
+        teacher_products_ptr, teacher_bias_ptr, teacher_anchor_ptr, teacher_normalizer_ptr, pid_c, offs_v, V,
+        teacher_scale, teacher_softcap, TEACHER_HAS_BIAS, TEACHER_HAS_SOFTCAP,
+    )  # fmt: skip
+    terms, g = divergence_terms(log_p, log_q, alpha, one_minus_alpha, MODE)
     p = tl.exp(log_p)
-    slope = g - tl.load(common + row) * p
-    # g − G·p of a nearly certain token is a difference of near equals; with the others' mass for 1 − p it is not.
-    certain = g * tl.load(small_mass + row) - tl.load(small + row) * p
-    slope = tl.where(p > 0.5, certain, slope) * tl.load(scale + row)
-    slope = through_softcap(slope, z_p, outer_p, SOFTCAP_P)
-    rounded = slope.to(slopes.dtype.element_ty)
-    tl.store(slopes + row * V + columns, rounded, mask=columns < V)
-    if GAIN:
-        place = row * tl.num_programs(1) + block
-        tl.store(wholes + place, tl.sum(slope * slope, 0))
-        tl.store(kepts + place, tl.sum(slope * rounded.to(tl.float32), 0))
+    offs_b = pid_c * tl.num_programs(1) + pid_v
+    tl.store(block_value_ptr + offs_b, tl.sum(terms, 0))
+    tl.store(block_g_ptr + offs_b, tl.sum(g, 0))
+    tl.store(block_unlikely_g_ptr + offs_b, tl.sum(tl.where(p > 0.5, 0.0, g), 0))
+    tl.store(block_unlikely_p_ptr + offs_b, tl.sum(tl.where(p > 0.5, 0.0, p), 0))
+
+
+@triton.jit
+def sum_blocks(
+    block_value_ptr, block_g_ptr, block_unlikely_g_ptr, block_unlikely_p_ptr,
+    stats_ptr, sum_g_ptr, unlikely_g_ptr, unlikely_p_ptr,
+    BLOCKS, stride_stats,
+    BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Sum what ``full_divergence`` wrote [C, BLOCKS] into stats.per_token, sum_g, unlikely_g and unlikely_p [C]."""
+    pid_c = tl.program_id(0).to(tl.int64)
+    offs_b = pid_c * BLOCKS + tl.arange(0, BLOCK_B)
+    mask = tl.arange(0, BLOCK_B) < BLOCKS
+    value = tl.sum(tl.load(block_value_ptr + offs_b, mask=mask, other=0.0), 0)
+    tl.store(stats_ptr + STAT_PER_TOKEN * stride_stats + pid_c, value)
+    tl.store(sum_g_ptr + pid_c, tl.sum(tl.load(block_g_ptr + offs_b, mask=mask, other=0.0), 0))
+    tl.store(unlikely_g_ptr + pid_c, tl.sum(tl.load(block_unlikely_g_ptr + offs_b, mask=mask, other=0.0), 0))
+    tl.store(unlikely_p_ptr + pid_c, tl.sum(tl.load(block_unlikely_p_ptr + offs_b, mask=mask, other=0.0), 0))
+
+
+@triton.jit
+def full_grad(
+    student_products_ptr, student_bias_ptr, student_anchor_ptr, student_normalizer_ptr,
+    teacher_products_ptr, teacher_bias_ptr, teacher_anchor_ptr, teacher_normalizer_ptr,
+    sum_g_ptr, unlikely_g_ptr, unlikely_p_ptr, grad_scale_ptr,
+    grad_logits_ptr, block_square_ptr, block_along_ptr,
+    V, student_scale, student_softcap, teacher_scale, teacher_softcap, alpha, one_minus_alpha,
+    STUDENT_HAS_BIAS: tl.constexpr, STUDENT_HAS_SOFTCAP: tl.constexpr,
+    TEACHER_HAS_BIAS: tl.constexpr, TEACHER_HAS_SOFTCAP: tl.constexpr,
+    MODE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Write grad_logits [C, V] = (g − G · p) · grad_scale through the soft-cap.
+
+    Reads what ``full_divergence`` read, and sum_g, unlikely_g, unlikely_p and grad_scale [C]. With HAS_ROW_SCALE it
+    also writes, per block [C, blocks], the gradient's square and its product with the rounded gradient.
+    """
+    pid_c, pid_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_v = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    logits, log_p = load_log_probs(
+        student_products_ptr, student_bias_ptr, student_anchor_ptr, student_normalizer_ptr, pid_c, offs_v, V,
+        student_scale, student_softcap, STUDENT_HAS_BIAS, STUDENT_HAS_SOFTCAP,
+    )  # fmt: skip
+    _, log_q = load_log_probs(
+        teacher_products_ptr, teacher_bias_ptr, teacher_anchor_ptr, teacher_normalizer_ptr, pid_c, offs_v, V,
+        teacher_scale, teacher_softcap, TEACHER_HAS_BIAS, TEACHER_HAS_SOFTCAP,
+    )  # fmt: skip
+    _, g = divergence_terms(log_p, log_q, alpha, one_minus_alpha, MODE)
+    p = tl.exp(log_p)
+    grad = g - tl.load(sum_g_ptr + pid_c) * p
+    # g − G · p of a nearly certain token is a difference of near equals. With G = g + Σ g of the others and 1 − p =
+    # Σ p of the others it is a sum over the others alone.
+    certain_grad = g * tl.load(unlikely_p_ptr + pid_c) - tl.load(unlikely_g_ptr + pid_c) * p
+    grad = tl.where(p > 0.5, certain_grad, grad) * tl.load(grad_scale_ptr + pid_c)
+    grad = softcap_backward(grad, logits, student_softcap, STUDENT_HAS_SOFTCAP)
+    rounded = grad.to(grad_logits_ptr.dtype.element_ty)
+    tl.store(grad_logits_ptr + pid_c * V + offs_v, rounded, mask=offs_v < V)
+    if HAS_ROW_SCALE:
+        offs_b = pid_c * tl.num_programs(1) + pid_v
+        tl.store(block_square_ptr + offs_b, tl.sum(grad * grad, 0))
+        tl.store(block_along_ptr + offs_b, tl.sum(grad * rounded.to(tl.float32), 0))

@@ -1,4 +1,9 @@
-"""One chunk of the fused loss through the kernels: what ``sdpo.fused._torch.chunk_loss`` says, in fewer passes."""
+"""One chunk of the fused loss through the kernels: what ``sdpo.fused._torch.chunk_loss`` computes, in fewer passes.
+
+With a support of K tokens, its owner's vocabulary is reduced to blocks and groups, and the support is selected from
+the groups. The other model's logits are gathered there, and its vocabulary is reduced without them. Small kernels
+on [C, K] follow, and a pass for the gradient outside the support, unless the reduction wrote it (``_reductions``).
+"""
 
 from __future__ import annotations
 
@@ -10,58 +15,87 @@ import triton
 from torch import Tensor
 
 from sdpo.fused._torch import row_scale, teacher_logits
-from sdpo.fused._types import (
-    UNSCALED_GRAD_DTYPE,
-    GradLogits,
-    ModelChunk,
-    Objective,
-    TokenInputs,
-    TokenStats,
-)
-from sdpo.fused.triton import _full_vocab, _math, _reductions, _topk, _topk_loss
+from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, ModelChunk, Objective, TokenInputs
+from sdpo.fused.triton import _exact_logits, _full_vocab, _math, _reductions, _statistics, _topk, _topk_loss
 
-# Columns per program of the passes over one model's vocabulary and over both models', and their warps.
-BLOCK, WARPS = 4096, 4
-# Terms of a dot product that the program of a row adds up at a time.
-DOT = 256
-FULL_BLOCK, FULL_WARPS = 8192, 8
-# Programs per row of the pass that hardly a row needs.
-SELDOM = 4
-# Columns that compete for the support through one maximum, where wider supports take narrower groups; neighbouring
-# groups that compete together before.
-GROUP, WIDE = 32, 8
-NARROW_GROUP, NARROW_FROM = 16, 256
-# Parts of a group, the last step before its tokens.
-PARTS = 4
+# The sizes and warps below were tuned on an H200.
+# Logits per program, and its warps, of a pass over one model's vocabulary, and of one over both models'.
+BLOCK_V, NUM_WARPS = 4096, 4
+FULL_BLOCK_V, FULL_NUM_WARPS = 8192, 8
+# Summands of a recomputed dot product at a time.
+BLOCK_D = 256
+# Tokens per program of the kernel on [C].
+BLOCK_C = 256
+# Programs per token of the pass that rewrites an unscaled gradient: few, as hardly a token needs it.
+REWRITE_PROGRAMS = 4
+# Neighbouring logits that form a group of the top-K selection; groups are narrower from NARROW_FROM_K on, so that
+# the logits of K groups fit the registers of a program.
+GROUP_V, NARROW_GROUP_V, NARROW_FROM_K = 32, 16, 256
+# Neighbouring groups that form a region, and parts that a group is divided into at the end of the selection.
+GROUPS_PER_REGION, PARTS_PER_GROUP = 8, 4
 
 
-class _Exact(NamedTuple):
-    """What 16-bit products were made of, and how those that lost nothing become logits."""
+class _Factors(NamedTuple):
+    """What 16-bit products were computed from, and how the exact products become logits."""
 
-    states: Tensor  # [c, D]
-    head: Tensor  # [V, D]
-    bias: Tensor  # [V], or any tensor if there is none
-    inner: float
+    hidden: Tensor  # [C, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
 
 
 class _Model(NamedTuple):
-    """One model's products and how they become logits; reads ``inner·(x + bias)`` through ``outer·tanh``."""
+    """One model's products and how they become logits: scale · (products + bias), or softcap · tanh of that."""
 
-    products: Tensor  # [c, V] float32
-    bias: Tensor  # [V], or any tensor if there is none
-    inner: float
-    outer: float
-    has_bias: bool
-    softcap: bool
-    exact: _Exact | None = None
+    products: Tensor  # [C, V] float32
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+    factors: _Factors | None  # None: the products are exact, or nothing is known of them
+
+    def kernel_args(self) -> dict[str, Any]:
+        """The arguments of a kernel that reads the logits of one model."""
+        return {
+            "products_ptr": self.products,
+            "bias_ptr": self.bias,
+            "V": self.products.shape[1],
+            "scale": self.scale,
+            "softcap": self.softcap or 1.0,
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SOFTCAP": self.softcap is not None,
+        }
 
 
-class _Sums(NamedTuple):
-    """Sums of each row's blocks of columns [c, blocks]."""
+class _BlockSums(NamedTuple):
+    """Sums over each token's blocks of BLOCK_V logits z, [C, blocks] each."""
 
-    tops: Tensor
-    masses: Tensor
-    moments: Tensor
+    max: Tensor  # max z
+    sumexp: Tensor  # Σ exp(z − max)
+    moment: Tensor  # Σ (z − max) · exp(z − max)
+
+    @property
+    def number(self) -> int:
+        return self.max.shape[1]
+
+
+class _Support(NamedTuple):
+    """One model's logits at the support, and the sums over its vocabulary."""
+
+    logits: Tensor  # [C, K]
+    token_logit: Tensor  # [C] of the sampled token
+    blocks: _BlockSums  # of the whole vocabulary if the model owns the support, else of the tokens outside
+    log_outside: Tensor  # [C] of the owner: log Σ exp over the tokens outside, relative to its largest logit
+    owns_support: bool
+    grad_origin: Tensor | None  # [C] logit that the unscaled gradient is relative to, if it was written
+
+
+class _NormalizedSupport(NamedTuple):
+    """One model at the support; all but the anchor are relative to the anchor."""
+
+    logits: Tensor  # [C, K]
+    anchor: Tensor  # [C] the largest logit at the support
+    log_outside: Tensor  # [C] log Σ exp over the tokens outside
+    normalizer: Tensor  # [C] log Σ exp over the vocabulary
 
 
 def chunk_loss(
@@ -72,300 +106,353 @@ def chunk_loss(
     stats: Tensor,
     grad_logits: GradLogits | None,
 ) -> None:
-    """The loss of one chunk: fills ``stats`` [len(TokenStats), c] and, unless None, ``grad_logits``."""
-    fill = _fill_full if objective.support == "full" else _fill_topk
+    """Fill ``stats`` [len(TokenStats), C] and, unless None, the gradient w.r.t. the student's products."""
+    fill = _full_chunk_loss if objective.support == "full" else _topk_chunk_loss
     with torch.cuda.device_of(stats):
-        fill(student, teacher, tokens, objective, stats, grad_logits)
+        fill(_model(student, objective), _teacher(teacher, objective), tokens, objective, stats, grad_logits)
 
 
-class _Support(NamedTuple):
-    """One model at the support, and the rest of its vocabulary."""
-
-    inside: Tensor  # [c, K] logits
-    token: Tensor  # [c] logit of the sampled token
-    sums: _Sums
-    log_outside: Tensor  # [c]
-    origin: Tensor  # [c] logit that its shares are relative to, if it has any
-
-
-def _fill_topk(
-    student_chunk: ModelChunk,
-    teacher_chunk: ModelChunk,
-    rows: TokenInputs,
-    recipe: Objective,
+def _topk_chunk_loss(
+    student: _Model,
+    teacher: _Model,
+    tokens: TokenInputs,
+    objective: Objective,
     stats: Tensor,
-    slope: GradLogits | None,
+    grad_logits: GradLogits | None,
 ) -> None:
-    has_tail = recipe.tail == "bucket" or recipe.support == "sampled"
-    room = (
-        slope.values if slope is not None and slope.values.dtype == UNSCALED_GRAD_DTYPE and has_tail else None
-    )
-    shares = room is not None
-    p, q = _model(student_chunk, recipe), _teacher(teacher_chunk, recipe)
-    if recipe.support == "student":
-        ids, student = _choose(p, rows.tokens, recipe, room)
-        teacher = _take(q, rows.tokens, ids)
+    """The loss over the top-K of one model, or over the sampled token."""
+    values, row_scale_out = (None, None) if grad_logits is None else grad_logits
+    has_tail = objective.tail != "renormalize"
+    is_unscaled = has_tail and values is not None and values.dtype == UNSCALED_GRAD_DTYPE
+    unscaled_grad = values if is_unscaled else None
+    if objective.support == "student":
+        ids, student_support = _select_support(student, tokens.tokens, objective, unscaled_grad)
+        teacher_support = _gather_support(teacher, tokens.tokens, ids)
     else:
-        if recipe.support == "teacher":
-            ids, teacher = _choose(q, rows.tokens, recipe)
+        if objective.support == "teacher":
+            ids, teacher_support = _select_support(teacher, tokens.tokens, objective)
         else:
-            ids = rows.tokens[:, None]
-            teacher = _take(q, rows.tokens, ids)
-        student = _take(p, rows.tokens, ids, room)
-    (count, vocabulary), k, blocks = p.products.shape, ids.shape[1], student.sums.tops.shape[1]
-    inside_slopes, outside_slope = room, torch.empty_like(student.token)
-    if inside_slopes is None:
-        inside_slopes = torch.empty_like(student.inside, dtype=None if slope is None else slope.values.dtype)
-    _topk_loss.topk_rows[(count,)](
-        ids, rows.tokens, student.inside, teacher.inside, student.token, teacher.token,
-        *student.sums, student.log_outside, student.origin, *teacher.sums, teacher.log_outside,
-        *_factors(p), *_factors(q),
-        *_weight_pointers(rows, stats), stats, inside_slopes, outside_slope, _gains(slope, stats),
-        stats.stride(0), k, vocabulary, blocks, recipe.alpha, 1 - recipe.alpha, *_clip(recipe),
-        _chain(recipe),
-        MODE=_mode(recipe), BUCKET=recipe.tail == "bucket",
-        STUDENT_OWNS=recipe.support == "student", TEACHER_OWNS=recipe.support == "teacher",
-        EXACT_P=_is_exact(p, recipe), EXACT_Q=_is_exact(q, recipe), BIAS_P=p.has_bias, BIAS_Q=q.has_bias,
-        **_weight_flags(rows, recipe), SOFTCAP=p.softcap, GAIN=_has_gain(slope), SHARES=shares,
-        BLOCK_K=_power(k), BLOCK_B=_power(blocks), BLOCK=BLOCK, BLOCK_D=DOT, num_warps=max(2, _power(k) // 128),
+            ids = tokens.tokens[:, None]
+            teacher_support = _gather_support(teacher, tokens.tokens, ids)
+        student_support = _gather_support(student, tokens.tokens, ids, unscaled_grad)
+    p = _normalize(student, student_support, ids, tokens.tokens, objective, stats, is_teacher=False)
+    q = _normalize(teacher, teacher_support, ids, tokens.tokens, objective, stats, is_teacher=True)
+    grad_scale = _token_weights(tokens, objective, stats)
+
+    (count, k), vocabulary = ids.shape, student.products.shape[1]
+    grad_support, grad_tail = unscaled_grad, torch.empty_like(grad_scale)
+    if grad_support is None:
+        grad_support = torch.empty_like(p.logits, dtype=None if values is None else values.dtype)
+    _topk_loss.topk_loss[(count,)](
+        ids_ptr=ids, student_logits_ptr=p.logits, student_anchor_ptr=p.anchor,
+        student_log_outside_ptr=p.log_outside, student_normalizer_ptr=p.normalizer,
+        teacher_logits_ptr=q.logits, teacher_normalizer_ptr=q.normalizer, grad_scale_ptr=grad_scale,
+        grad_origin_ptr=student_support.grad_origin, stats_ptr=stats, grad_support_ptr=grad_support,
+        grad_tail_ptr=grad_tail, row_scale_ptr=row_scale_out,
+        V=vocabulary, K=k, stride_stats=stats.stride(0), alpha=objective.alpha,
+        one_minus_alpha=1 - objective.alpha, softcap=student.softcap or 1.0,
+        MODE=_mode(objective), HAS_TAIL=has_tail, HAS_SOFTCAP=student.softcap is not None,
+        HAS_ROW_SCALE=row_scale_out is not None, UNSCALED_GRAD=is_unscaled, BLOCK_K=_block(k),
+        num_warps=_support_warps(k),
     )  # fmt: skip
-    if slope is None or shares:
+    if values is None or is_unscaled:
         return
     if has_tail:
-        _reductions.outside_slopes[(count, blocks)](
-            p.products, p.bias, slope.values, outside_slope, student.log_outside, vocabulary, p.inner, p.outer,
-            BIAS=p.has_bias, SOFTCAP=p.softcap, BLOCK=BLOCK, num_warps=WARPS,
+        _reductions.write_tail_grad[(count, triton.cdiv(vocabulary, BLOCK_V))](
+            **student.kernel_args(),
+            anchor_ptr=p.anchor, log_outside_ptr=p.log_outside, grad_tail_ptr=grad_tail, grad_logits_ptr=values,
+            BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
         )  # fmt: skip
     else:
-        slope.values.zero_()
-    _reductions.inside_slopes[(count,)](
-        ids, inside_slopes, slope.values, vocabulary, k, BLOCK_K=_power(k), num_warps=1
+        values.zero_()
+    _reductions.scatter_support_grad[(count,)](
+        ids, grad_support, values, vocabulary, k, BLOCK_K=_block(k), num_warps=1
     )
 
 
-def _fill_full(
-    student_chunk: ModelChunk,
-    teacher_chunk: ModelChunk,
-    rows: TokenInputs,
-    recipe: Objective,
+def _full_chunk_loss(
+    student: _Model,
+    teacher: _Model,
+    tokens: TokenInputs,
+    objective: Objective,
     stats: Tensor,
-    slope: GradLogits | None,
+    grad_logits: GradLogits | None,
 ) -> None:
-    p, q = _model(student_chunk, recipe), _teacher(teacher_chunk, recipe)
-    count, vocabulary = p.products.shape
-    grid = (count, triton.cdiv(vocabulary, FULL_BLOCK))
-    new = p.products.new_empty
-    known = TokenStats(*stats.unbind())
-    anchored, token_logits = new(4, count), []
-    for i, (model, entropy) in enumerate(((p, known.student_entropy), (q, known.teacher_entropy))):
-        sums = _block_sums(model)
-        blocks = sums.tops.shape[1]
-        _full_vocab.normalizers[(count,)](
-            *sums, *anchored[2 * i : 2 * i + 2], entropy, blocks, BLOCK_B=_power(blocks), num_warps=1
-        )
-        token_logits.append(_read(model, rows.tokens))
-    block_terms, row_sums = new(4, *grid), new(3, count)
-    values, commons = block_terms[:2]
-    scale = new(count)
-    both = (p.products, q.products, p.bias, q.bias, *anchored)
-    maps = (vocabulary, p.inner, p.outer, q.inner, q.outer, recipe.alpha, 1 - recipe.alpha)
-    flags: dict[str, Any] = {
-        "BIAS_P": p.has_bias, "BIAS_Q": q.has_bias, "SOFTCAP_P": p.softcap, "SOFTCAP_Q": q.softcap,
-        "MODE": _mode(recipe), "BLOCK": FULL_BLOCK, "num_warps": FULL_WARPS,
-    }  # fmt: skip
-    _full_vocab.full_terms[grid](*both, *block_terms, *maps, **flags)
-    _full_vocab.full_rows[(count,)](
-        *block_terms, *anchored, *token_logits, *_weight_pointers(rows, stats), stats, *row_sums, scale,
-        stats.stride(0), grid[1], *_clip(recipe), _chain(recipe),
-        **_weight_flags(rows, recipe), BLOCK_B=_power(grid[1]), num_warps=1,
-    )  # fmt: skip
-    known.student_topk_mass.fill_(1.0)
-    known.teacher_topk_mass.fill_(1.0)
-    known.student_log_tail.fill_(-math.inf)
-    known.teacher_log_tail.fill_(-math.inf)
-    if slope is not None:
-        _full_vocab.full_slopes[grid](
-            *both, *row_sums, scale, slope.values, values, commons, *maps, **flags, GAIN=_has_gain(slope)
-        )
-        if slope.row_scale is not None:
-            slope.row_scale.copy_(row_scale(values.sum(dim=1), commons.sum(dim=1)))
-
-
-def _choose(
-    model: _Model, tokens: Tensor, recipe: Objective, shares: Tensor | None = None
-) -> tuple[Tensor, _Support]:
-    """A model's K likeliest tokens: ids [c, K], and the model there; its ``shares`` [c, V] on the way."""
-    assert recipe.k is not None
-    count, vocabulary = model.products.shape
-    k, group = recipe.k, GROUP if recipe.k < NARROW_FROM else NARROW_GROUP
-    blocks = triton.cdiv(vocabulary, BLOCK)
-    # Those beyond the vocabulary hold nothing; their number is round, for the memory's sake.
-    groups = blocks * (BLOCK // group)
-    regions = triton.cdiv(groups, WIDE)
-    new = model.products.new_empty
-    sums, group_sums = _Sums(*new(3, count, blocks)), new(2, count, groups)
-    token = _read(model, tokens)
-    _reductions.group_sums[(count, blocks)](
-        model.products, model.bias, *sums, *group_sums, token, token if shares is None else shares,
-        vocabulary, groups, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, SHARES=shares is not None,
-        BLOCK=BLOCK, GROUP=group, num_warps=WARPS,
-    )  # fmt: skip
-    chosen_regions, chosen_groups = new(2, count, k, dtype=torch.int32)
-    log_others = new(count)
-    _topk.choose_regions[(count,)](
-        *group_sums, chosen_regions, log_others, groups, k,
-        WIDE=WIDE, BLOCK_R=_power(regions), BLOCK_K=_power(k), num_warps=_warps(_power(regions) * WIDE),
-    )  # fmt: skip
-    block = _power(k) * WIDE
-    _topk.choose_groups[(count,)](
-        *group_sums, chosen_regions, chosen_groups, log_others, groups, k,
-        WIDE=WIDE, BLOCK_G=block, BLOCK_K=_power(k), num_warps=_warps(block),
-    )  # fmt: skip
-    ids, inside, log_outside = new(count, k, dtype=torch.int64), new(count, k), new(count)
-    parts, part = _power(k) * PARTS, group // PARTS
-    _topk.choose_tokens[(count,)](
-        model.products, model.bias, chosen_groups, chosen_regions, log_others, ids, inside, log_outside,
-        vocabulary, k, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, PARTS=PARTS, PART=part,
-        BLOCK_P=parts, BLOCK_T=_power(k) * part, BLOCK_K=_power(k), num_warps=_warps(parts * part),
-    )  # fmt: skip
-    origin = token if shares is None else _origins(model, token, sums, shares, log_outside)
-    return ids, _Support(inside, token, sums, log_outside, origin)
-
-
-def _take(model: _Model, tokens: Tensor, ids: Tensor, shares: Tensor | None = None) -> _Support:
-    """A model at ids [c, K] that another one chose; its ``shares`` [c, V] on the way."""
-    (count, k), vocabulary = ids.shape, model.products.shape[1]
-    new = model.products.new_empty
-    inside, token = new(count, k), new(count)
-    _topk.take_tokens[(count,)](
-        model.products, model.bias, tokens, ids, inside, token, vocabulary, k, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, BLOCK_K=_power(k), num_warps=4,
-    )  # fmt: skip
-    sums = _block_sums(model, token, shares)
-    origin = token if shares is None else _origins(model, token, sums, shares)
-    return _Support(inside, token, sums, new(count), origin)
-
-
-def _origins(
-    model: _Model, token: Tensor, sums: _Sums, shares: Tensor, log_outside: Tensor | None = None
-) -> Tensor:
-    """The logits [c] that a model's ``shares`` are relative to; ``log_outside`` [c] if it chose the support."""
-    (count, vocabulary), blocks = model.products.shape, sums.tops.shape[1]
-    origins = torch.empty_like(token)
-    _reductions.shares_again[(count, SELDOM)](
-        model.products, model.bias, sums.tops, sums.masses, token if log_outside is None else log_outside, token,
-        shares, origins, vocabulary, blocks, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, OWNER=log_outside is not None,
-        BLOCK=BLOCK, BLOCK_B=_power(blocks), num_warps=1,
-    )  # fmt: skip
-    return origins
-
-
-def _read(model: _Model, tokens: Tensor) -> Tensor:
-    """A model's logits [c] of the sampled tokens."""
-    count, vocabulary = model.products.shape
-    token = model.products.new_empty(count)
-    _topk.read_tokens[(count,)](
-        model.products, model.bias, tokens, token, vocabulary, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, num_warps=1,
-    )  # fmt: skip
-    return token
-
-
-def _is_exact(model: _Model, recipe: Objective) -> bool:
-    """Whether the logits that count most are made again."""
-    return model.exact is not None and recipe.support != "sampled"
-
-
-def _factors(model: _Model) -> tuple[Tensor | int | float, ...]:
-    """What a model's logits were made of, and are again; anything where they are not."""
-    products, bias, inner, outer = model.products, model.bias, model.inner, model.outer
-    exact = model.exact
-    if exact is None:
-        return products, bias, inner, products, products, bias, inner, outer, 0, 0, 0
-    made_of = (exact.states, exact.head, exact.bias, exact.inner, outer)
-    return products, bias, inner, *made_of, exact.head.shape[1], *exact.head.stride()
-
-
-def _block_sums(model: _Model, token: Tensor | None = None, shares: Tensor | None = None) -> _Sums:
-    count, vocabulary = model.products.shape
-    blocks = triton.cdiv(vocabulary, BLOCK)
-    sums = _Sums(*model.products.new_empty(3, count, blocks).unbind())
-    _reductions.block_sums[(count, blocks)](
-        model.products, model.bias, *sums, model.products if token is None else token,
-        model.products if shares is None else shares, vocabulary, model.inner, model.outer,
-        BIAS=model.has_bias, SOFTCAP=model.softcap, SHARES=shares is not None, BLOCK=BLOCK, num_warps=WARPS,
-    )  # fmt: skip
-    return sums
-
-
-def _model(side: ModelChunk, recipe: Objective) -> _Model:
-    capped = recipe.softcap is not None
-    inner = recipe.logit_scale / (recipe.temperature if recipe.softcap is None else recipe.softcap)
-    outer = 1.0 if recipe.softcap is None else recipe.softcap / recipe.temperature
-    bias = side.products if side.bias is None else side.bias.contiguous()
-    exact = None
-    if side.hidden is not None and side.weight is not None and side.weight.itemsize == 2:
-        exact = _Exact(side.hidden, side.weight, bias, inner)
-    if side.accumulation_bias != 0.0:
-        # products / (1 − lost) + bias, times inner
-        bias = bias if side.bias is None else bias.float() * (1.0 - side.accumulation_bias)
-        inner = inner / (1.0 - side.accumulation_bias)
-    return _Model(side.products, bias, inner, outer, side.bias is not None, capped, exact)
-
-
-def _teacher(teacher: ModelChunk, recipe: Objective) -> _Model:
-    """The teacher's model, or a trust region's logits as products that need no further map."""
-    if teacher.reference is None or recipe.trust_region_coef is None:
-        return _model(teacher, recipe)
-    logits = teacher_logits(teacher, recipe)
-    return _Model(logits, logits, 1.0, 1.0, has_bias=False, softcap=False)
-
-
-def _mode(recipe: Objective) -> int:
-    if recipe.support == "sampled":
-        return _math.SAMPLED.value
-    special = {0.0: _math.FORWARD.value, 1.0: _math.REVERSE.value}
-    return special.get(recipe.alpha, _math.MIXTURE.value)
-
-
-def _weight_pointers(rows: TokenInputs, default: Tensor) -> list[Tensor]:
-    """Pointers of the optional weights; ``default`` stands in for what is absent and never read."""
-    optional = (rows.old_log_probs, rows.weights, rows.grad_weights, rows.loss_scale)
-    return [default if value is None else value for value in optional]
-
-
-def _weight_flags(rows: TokenInputs, recipe: Objective) -> dict[str, bool]:
-    return {
-        "OLD": rows.old_log_probs is not None and recipe.is_clip is not None,
-        "EXTRA": rows.weights is not None,
-        "OWN": rows.grad_weights is not None,
-        "LIFT": rows.loss_scale is not None,
+    """The loss over the full vocabulary."""
+    count, vocabulary = student.products.shape
+    grid = (count, triton.cdiv(vocabulary, FULL_BLOCK_V))
+    new = student.products.new_empty
+    models: dict[str, Any] = {"V": vocabulary}
+    for name, model in (("student", student), ("teacher", teacher)):
+        anchor, normalizer = new(count), new(count)
+        token_logit, blocks = _token_logits(model, tokens.tokens), _block_reductions(model)
+        _full_vocab.full_statistics[(count,)](
+            block_max_ptr=blocks.max, block_sumexp_ptr=blocks.sumexp, block_moment_ptr=blocks.moment,
+            token_logit_ptr=token_logit, anchor_ptr=anchor, normalizer_ptr=normalizer, stats_ptr=stats,
+            BLOCKS=blocks.number, stride_stats=stats.stride(0),
+            IS_TEACHER=name == "teacher", BLOCK_B=_block(blocks.number), num_warps=1,
+        )  # fmt: skip
+        models |= {
+            f"{name}_products_ptr": model.products,
+            f"{name}_bias_ptr": model.bias,
+            f"{name}_anchor_ptr": anchor,
+            f"{name}_normalizer_ptr": normalizer,
+            f"{name}_scale": model.scale,
+            f"{name}_softcap": model.softcap or 1.0,
+            f"{name.upper()}_HAS_BIAS": model.bias is not None,
+            f"{name.upper()}_HAS_SOFTCAP": model.softcap is not None,
+        }
+    grad_scale = _token_weights(tokens, objective, stats)
+    both: dict[str, Any] = models | {
+        "alpha": objective.alpha,
+        "one_minus_alpha": 1 - objective.alpha,
+        "MODE": _mode(objective),
+        "BLOCK_V": FULL_BLOCK_V,
+        "num_warps": FULL_NUM_WARPS,
     }
+    block_value, block_g, block_unlikely_g, block_unlikely_p = new(4, *grid)
+    _full_vocab.full_divergence[grid](
+        **both,
+        block_value_ptr=block_value, block_g_ptr=block_g, block_unlikely_g_ptr=block_unlikely_g,
+        block_unlikely_p_ptr=block_unlikely_p,
+    )  # fmt: skip
+    sum_g, unlikely_g, unlikely_p = new(count), new(count), new(count)
+    _full_vocab.sum_blocks[(count,)](
+        block_value, block_g, block_unlikely_g, block_unlikely_p, stats, sum_g, unlikely_g, unlikely_p,
+        grid[1], stats.stride(0), BLOCK_B=_block(grid[1]), num_warps=1,
+    )  # fmt: skip
+    if grad_logits is None:
+        return
+    # The sums of the divergence have been read: their memory is free for those of the row scale.
+    block_square, block_along = block_value, block_g
+    _full_vocab.full_grad[grid](
+        **both,
+        sum_g_ptr=sum_g, unlikely_g_ptr=unlikely_g, unlikely_p_ptr=unlikely_p, grad_scale_ptr=grad_scale,
+        grad_logits_ptr=grad_logits.values, block_square_ptr=block_square, block_along_ptr=block_along,
+        HAS_ROW_SCALE=grad_logits.row_scale is not None,
+    )  # fmt: skip
+    if grad_logits.row_scale is not None:
+        grad_logits.row_scale.copy_(row_scale(block_square.sum(dim=1), block_along.sum(dim=1)))
 
 
-def _gains(slope: GradLogits | None, default: Tensor) -> Tensor:
-    return default if slope is None or slope.row_scale is None else slope.row_scale
+def _select_support(
+    model: _Model, tokens: Tensor, objective: Objective, unscaled_grad: Tensor | None = None
+) -> tuple[Tensor, _Support]:
+    """The K likeliest tokens of a model, ids [C, K], and its logits there; writes ``unscaled_grad`` [C, V]."""
+    assert objective.k is not None
+    (count, vocabulary), k = model.products.shape, objective.k
+    new = model.products.new_empty
+    token_logit = _token_logits(model, tokens)
+    group_v = GROUP_V if k < NARROW_FROM_K else NARROW_GROUP_V
+    block_count = triton.cdiv(vocabulary, BLOCK_V)
+    # Including those beyond the vocabulary: a round number keeps the rows of the groups aligned.
+    group_count = block_count * (BLOCK_V // group_v)
+    blocks, (group_max, group_sumexp) = _BlockSums(*new(3, count, block_count)), new(2, count, group_count)
+    _reductions.block_and_group_reductions[(count, block_count)](
+        **model.kernel_args(),
+        block_max_ptr=blocks.max, block_sumexp_ptr=blocks.sumexp, block_moment_ptr=blocks.moment,
+        group_max_ptr=group_max, group_sumexp_ptr=group_sumexp,
+        token_logit_ptr=token_logit, grad_logits_ptr=unscaled_grad,
+        GROUPS=group_count,
+        UNSCALED_GRAD=unscaled_grad is not None, BLOCK_V=BLOCK_V, GROUP_V=group_v, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    regions, groups = new(2, count, k, dtype=torch.int32)
+    log_outside = new(count)
+    block_r = _block(triton.cdiv(group_count, GROUPS_PER_REGION))
+    _topk.select_top_regions[(count,)](
+        group_max, group_sumexp, regions, log_outside, group_count, k,
+        GROUPS_PER_REGION=GROUPS_PER_REGION, BLOCK_R=block_r, BLOCK_K=_block(k),
+        num_warps=_selection_warps(block_r * GROUPS_PER_REGION),
+    )  # fmt: skip
+    block_g = _block(k) * GROUPS_PER_REGION
+    _topk.select_top_groups[(count,)](
+        group_max, group_sumexp, regions, groups, log_outside, group_count, k,
+        GROUPS_PER_REGION=GROUPS_PER_REGION, BLOCK_G=block_g, BLOCK_K=_block(k),
+        num_warps=_selection_warps(block_g),
+    )  # fmt: skip
+    ids, logits = new(count, k, dtype=torch.int64), new(count, k)
+    parts = regions  # which have been read: scratch of the same shape
+    block_p, part_v = _block(k) * PARTS_PER_GROUP, group_v // PARTS_PER_GROUP
+    _topk.select_top_tokens[(count,)](
+        **model.kernel_args(),
+        groups_ptr=groups, parts_ptr=parts, ids_ptr=ids, support_logits_ptr=logits, log_outside_ptr=log_outside,
+        K=k,
+        PARTS_PER_GROUP=PARTS_PER_GROUP, PART_V=part_v,
+        BLOCK_P=block_p, BLOCK_T=_block(k) * part_v, BLOCK_K=_block(k),
+        num_warps=_selection_warps(block_p * part_v),
+    )  # fmt: skip
+    support = _Support(logits, token_logit, blocks, log_outside, owns_support=True, grad_origin=None)
+    return ids, _with_grad_origin(model, support, unscaled_grad)
 
 
-def _has_gain(slope: GradLogits | None) -> bool:
-    return slope is not None and slope.row_scale is not None
+def _gather_support(
+    model: _Model, tokens: Tensor, ids: Tensor, unscaled_grad: Tensor | None = None
+) -> _Support:
+    """A model's logits at ids [C, K] that it did not select; writes ``unscaled_grad`` [C, V]."""
+    count, k = ids.shape
+    new = model.products.new_empty
+    logits, token_logit, log_outside = new(count, k), new(count), new(count)
+    _topk.gather_support[(count,)](
+        **model.kernel_args(),
+        tokens_ptr=tokens, ids_ptr=ids, support_logits_ptr=logits, token_logit_ptr=token_logit,
+        K=k,
+        BLOCK_K=_block(k), num_warps=4,
+    )  # fmt: skip
+    blocks = _block_reductions(model, token_logit, unscaled_grad)
+    support = _Support(logits, token_logit, blocks, log_outside, owns_support=False, grad_origin=None)
+    return _with_grad_origin(model, support, unscaled_grad)
 
 
-def _clip(recipe: Objective) -> tuple[float, float]:
-    return (1.0, 0.0) if recipe.is_clip is None else (recipe.is_clip, math.log(recipe.is_clip))
+def _with_grad_origin(model: _Model, support: _Support, unscaled_grad: Tensor | None) -> _Support:
+    """With the logits [C] that ``unscaled_grad`` [C, V], if there is one, is relative to."""
+    if unscaled_grad is None:
+        return support
+    blocks, grad_origin = support.blocks, torch.empty_like(support.token_logit)
+    _reductions.check_unscaled_grad[(grad_origin.shape[0], REWRITE_PROGRAMS)](
+        **model.kernel_args(),
+        block_max_ptr=blocks.max, block_sumexp_ptr=blocks.sumexp, log_outside_ptr=support.log_outside,
+        token_logit_ptr=support.token_logit, grad_logits_ptr=unscaled_grad, grad_origin_ptr=grad_origin,
+        BLOCKS=blocks.number,
+        OWNS_SUPPORT=support.owns_support, BLOCK_V=BLOCK_V, BLOCK_B=_block(blocks.number), num_warps=1,
+    )  # fmt: skip
+    return support._replace(grad_origin=grad_origin)
 
 
-def _chain(recipe: Objective) -> float:
-    """Derivative of the logits with respect to the products where nothing is capped."""
-    return recipe.logit_scale / recipe.temperature
+def _normalize(
+    model: _Model,
+    support: _Support,
+    ids: Tensor,
+    tokens: Tensor,
+    objective: Objective,
+    stats: Tensor,
+    *,
+    is_teacher: bool,
+) -> _NormalizedSupport:
+    """Normalize a model's distribution, its likeliest logits recomputed if possible; overwrites ``support``."""
+    (count, k), blocks = ids.shape, support.blocks
+    anchor, normalizer = torch.empty_like(support.log_outside), torch.empty_like(support.log_outside)
+    of_support: dict[str, Any] = {
+        "support_logits_ptr": support.logits,
+        "token_logit_ptr": support.token_logit,
+        "block_max_ptr": blocks.max,
+        "block_sumexp_ptr": blocks.sumexp,
+        "anchor_ptr": anchor,
+        "log_outside_ptr": support.log_outside,
+        "K": k,
+        "BLOCKS": blocks.number,
+        "OWNS_SUPPORT": support.owns_support,
+        "BLOCK_K": _block(k),
+        "BLOCK_B": _block(blocks.number),
+        "num_warps": _support_warps(k),
+    }
+    factors = model.factors
+    if factors is not None and _recomputes_top_logits(objective):
+        stride_wv, stride_wd = factors.weight.stride()
+        _exact_logits.recompute_top_logits[(count,)](
+            **model.kernel_args(), **of_support,
+            ids_ptr=ids, tokens_ptr=tokens,
+            hidden_ptr=factors.hidden, weight_ptr=factors.weight, exact_bias_ptr=factors.bias,
+            D=factors.weight.shape[1], stride_wv=stride_wv, stride_wd=stride_wd, exact_scale=factors.scale,
+            BLOCK_V=BLOCK_V, BLOCK_D=BLOCK_D,
+        )  # fmt: skip
+    else:
+        _topk_loss.anchor_support[(count,)](**of_support)
+    _topk_loss.support_statistics[(count,)](
+        **of_support,
+        block_moment_ptr=blocks.moment, normalizer_ptr=normalizer, stats_ptr=stats,
+        stride_stats=stats.stride(0), IS_TEACHER=is_teacher,
+    )  # fmt: skip
+    return _NormalizedSupport(support.logits, anchor, support.log_outside, normalizer)
 
 
-def _power(size: int) -> int:
+def _recomputes_top_logits(objective: Objective) -> bool:
+    """Whether top logits are recomputed where their factors are known."""
+    return objective.support != "sampled"
+
+
+def _block_reductions(
+    model: _Model, token_logit: Tensor | None = None, unscaled_grad: Tensor | None = None
+) -> _BlockSums:
+    """Sums over a model's blocks; with ``token_logit`` [C] as origin, writes ``unscaled_grad`` [C, V]."""
+    count, vocabulary = model.products.shape
+    grid = (count, triton.cdiv(vocabulary, BLOCK_V))
+    blocks = _BlockSums(*model.products.new_empty(3, *grid))
+    _reductions.block_reductions[grid](
+        **model.kernel_args(),
+        block_max_ptr=blocks.max, block_sumexp_ptr=blocks.sumexp, block_moment_ptr=blocks.moment,
+        token_logit_ptr=token_logit, grad_logits_ptr=unscaled_grad,
+        UNSCALED_GRAD=unscaled_grad is not None, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return blocks
+
+
+def _token_logits(model: _Model, tokens: Tensor) -> Tensor:
+    """A model's logits [C] of the sampled tokens."""
+    count = model.products.shape[0]
+    token_logit = model.products.new_empty(count)
+    _topk.gather_token_logits[(count,)](
+        **model.kernel_args(), tokens_ptr=tokens, token_logit_ptr=token_logit, num_warps=1
+    )
+    return token_logit
+
+
+def _token_weights(tokens: TokenInputs, objective: Objective, stats: Tensor) -> Tensor:
+    """Write the weights into ``stats``; the factor [C] of each token's gradient w.r.t. the products."""
+    count, is_clip = stats.shape[1], objective.is_clip
+    grad_scale = stats.new_empty(count)
+    _statistics.token_weights[(triton.cdiv(count, BLOCK_C),)](
+        old_log_probs_ptr=tokens.old_log_probs, weights_ptr=tokens.weights, grad_weights_ptr=tokens.grad_weights,
+        loss_scale_ptr=tokens.loss_scale, stats_ptr=stats, grad_scale_ptr=grad_scale,
+        C=count, stride_stats=stats.stride(0), is_clip=1.0 if is_clip is None else is_clip,
+        log_is_clip=0.0 if is_clip is None else math.log(is_clip),
+        dlogits_dproducts=objective.logit_scale / objective.temperature,
+        HAS_OLD_LOG_PROBS=tokens.old_log_probs is not None and is_clip is not None,
+        HAS_WEIGHTS=tokens.weights is not None, HAS_GRAD_WEIGHTS=tokens.grad_weights is not None,
+        HAS_LOSS_SCALE=tokens.loss_scale is not None, BLOCK_C=BLOCK_C,
+    )  # fmt: skip
+    return grad_scale
+
+
+def _model(model: ModelChunk, objective: Objective) -> _Model:
+    softcap, bias = objective.softcap, None if model.bias is None else model.bias.contiguous()
+    scale = objective.logit_scale / (objective.temperature if softcap is None else softcap)
+    factors = None
+    if model.hidden is not None and model.weight is not None and model.weight.itemsize == 2:
+        factors = _Factors(model.hidden, model.weight, bias, scale)
+    if model.accumulation_bias != 0.0:
+        # scale · (products / (1 − accumulation_bias) + bias)
+        shrunk = 1.0 - model.accumulation_bias
+        bias = None if bias is None else bias.float() * shrunk
+        scale /= shrunk
+    softcap = None if softcap is None else softcap / objective.temperature
+    return _Model(model.products, bias, scale, softcap, factors)
+
+
+def _teacher(teacher: ModelChunk, objective: Objective) -> _Model:
+    """The teacher; of a trust region whose centre has products of its own, the mixed logits as they are."""
+    if teacher.reference is None or objective.trust_region_coef is None:
+        return _model(teacher, objective)
+    logits = teacher_logits(teacher, objective)
+    return _Model(logits, bias=None, scale=1.0, softcap=None, factors=None)
+
+
+def _mode(objective: Objective) -> int:
+    if objective.support == "sampled":
+        return _math.SAMPLED.value
+    special = {0.0: _math.FORWARD_KL.value, 1.0: _math.REVERSE_KL.value}
+    return special.get(objective.alpha, _math.JSD.value)
+
+
+def _block(size: int) -> int:
+    """The power of two, 16 at least, that covers a size."""
     return max(16, triton.next_power_of_2(size))
 
 
-def _warps(block: int) -> int:
+def _support_warps(k: int) -> int:
+    """Warps of the kernels on [C, K]: 128 tokens each, 2 at least."""
+    return max(2, _block(k) // 128)
+
+
+def _selection_warps(block: int) -> int:
+    """Warps of the selection: 2048 keys each, as far as 4 to 16 warps allow."""
     return min(16, max(4, block // 2048))

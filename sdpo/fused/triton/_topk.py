@@ -1,10 +1,10 @@
-"""Exact top-K of each row from the maxima of its groups, and the sum of all it leaves out.
+"""Exact top-K of each token's logits by way of the maxima of groups, and log Σ exp of all that is not selected.
 
-The K groups with the largest maxima hold the K largest logits; they are found in the same way, in the K best
-regions of groups. What is not chosen enters the outside sum whole, in the last step token by token. Ties go to the
-lower token id, exactly: among equal maxima the earlier are taken, and each stands for one equal logit at least.
-Sums are relative to the row's largest logit, which every step meets: the logarithm of what is left out has more
-digits than that of what it is left out of.
+Neighbouring logits form groups, a few neighbouring groups a region. The K groups with the largest maxima hold the K
+largest logits, and the K regions with the largest maxima hold those groups. What a step does not select enters the
+sum as a whole, in the last step token by token. Ties go to the lower token id, exactly: among equal maxima the
+earlier are selected, and each stands for at least one equal logit. The sums are relative to the token's largest
+logit, which takes part in every step: what is left out may be many orders of magnitude smaller.
 """
 
 from __future__ import annotations
@@ -13,136 +13,173 @@ import triton
 import triton.language as tl
 
 from sdpo.fused.triton._math import (
+    EXCLUDED_KEY,
     MASKED,
-    SMALLEST,
     finite_or_zero,
-    first_k,
-    log_add_exp,
-    log_mass,
-    log_sum_exp,
+    logaddexp,
+    logsumexp,
     order_key,
+    select_k,
+    weighted_logsumexp,
 )
-from sdpo.fused.triton._reductions import logits_at
+from sdpo.fused.triton._reductions import load_logits
 
 
 @triton.jit
-def _store_choice(chosen_places, places, real, chosen, rank, row, K, BLOCK_K: tl.constexpr):
-    """Write the chosen places in ascending order, −1 where fewer than K were real."""
-    tl.store(chosen_places + row * K + rank, places, mask=chosen)
-    ranks = tl.arange(0, BLOCK_K)
-    found = tl.sum(real.to(tl.int32))
-    tl.store(chosen_places + row * K + ranks, ranks * 0 - 1, mask=(ranks >= found) & (ranks < K))
+def _store_selected(selected_ptr, indices, valid, selected, position, c, K, BLOCK_K: tl.constexpr):
+    """Write the selected indices to selected [C, K] in ascending order; −1 where fewer than K are valid."""
+    tl.store(selected_ptr + c * K + position, indices, mask=selected)
+    offs_k = tl.arange(0, BLOCK_K)
+    count = tl.sum(valid.to(tl.int32))
+    tl.store(selected_ptr + c * K + offs_k, offs_k * 0 - 1, mask=(offs_k >= count) & (offs_k < K))
 
 
 @triton.jit
-def choose_regions(
-    group_tops, group_masses, chosen_regions, log_others, GROUPS, K,
-    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+def select_top_regions(
+    group_max_ptr, group_sumexp_ptr, regions_ptr, log_outside_ptr,
+    GROUPS, K,
+    GROUPS_PER_REGION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Ids of the K best regions of WIDE groups, ascending (−1: fewer exist), and logsumexp of the others."""
-    row = tl.program_id(0).to(tl.int64)
-    regions = tl.arange(0, BLOCK_R)
-    groups = regions[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    real = regions * WIDE < GROUPS
-    tops = tl.load(group_tops + row * GROUPS + groups, mask=groups < GROUPS, other=-float("inf"))
-    region_tops = tl.max(tops, 1)
-    peak = finite_or_zero(tl.max(region_tops, 0))
-    chosen, rank = first_k(tl.where(real, order_key(region_tops), SMALLEST), K)
-    _store_choice(chosen_regions, regions, real, chosen, rank, row, K, BLOCK_K)
-    other = (chosen == 0)[:, None] & (groups < GROUPS)
-    tops = tl.load(group_tops + row * GROUPS + groups, mask=other, other=-float("inf"))
-    masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    tl.store(log_others + row, log_mass(tl.ravel(tops) - peak, tl.ravel(masses)))
+    """The K regions with the largest logits. Reads group_max and group_sumexp [C, GROUPS].
 
-
-@triton.jit
-def choose_groups(
-    group_tops, group_masses, chosen_regions, chosen_groups, log_others, GROUPS, K,
-    WIDE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Ids of the K best groups in the chosen regions, ascending (−1: fewer exist), and logsumexp of all others."""
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK_G)
-    region = tl.load(chosen_regions + row * K + place // WIDE, mask=place // WIDE < K, other=-1)
-    groups = region * WIDE + place % WIDE
-    real = (region >= 0) & (groups < GROUPS)
-    tops = tl.load(group_tops + row * GROUPS + groups, mask=real, other=-float("inf"))
-    chosen, rank = first_k(tl.where(real, order_key(tops), SMALLEST), K)
-    _store_choice(chosen_groups, groups, real, chosen, rank, row, K, BLOCK_K)
-    other = real & (chosen == 0)
-    masses = tl.load(group_masses + row * GROUPS + groups, mask=other, other=0.0)
-    log_rest = log_mass(tl.where(other, tops - finite_or_zero(tl.max(tops, 0)), -float("inf")), masses)
-    tl.store(log_others + row, log_add_exp(log_rest, tl.load(log_others + row)))
-
-
-@triton.jit
-def choose_tokens(
-    products, bias, chosen_groups, chosen_parts, log_others, ids, inside, log_outside, V, K, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    PARTS: tl.constexpr, PART: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Ids and logits of the K largest among the chosen groups, and the logsumexp of all others.
-
-    By way of the K best of the PARTS parts that a group has, PART tokens each: theirs fit the registers.
+    Writes regions [C, K], ascending, −1 where fewer exist, and log_outside [C] over all other regions.
     """
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, BLOCK_P)
-    group = tl.load(chosen_groups + row * K + part // PARTS, mask=part // PARTS < K, other=-1)
-    parts = group * PARTS + part % PARTS
-    real = (group >= 0) & (parts * PART < V)
-    columns = parts[:, None] * PART + tl.arange(0, PART)[None, :]
-    z = logits_at(products, bias, row, columns, real[:, None] & (columns < V), V, inner, outer, BIAS, SOFTCAP)
-    tops = tl.max(z, 1)
-    masses = tl.sum(tl.exp(z - finite_or_zero(tops)[:, None]), 1)
-    chosen, rank = first_k(tl.where(real, order_key(tops), SMALLEST), K)
-    _store_choice(chosen_parts, parts, real, chosen, rank, row, K, BLOCK_K)
-    peak = finite_or_zero(tl.max(tops, 0))
-    log_rest = log_mass(tl.where(chosen, -float("inf"), tops - peak), tl.where(chosen, 0.0, masses))
-    log_rest = log_add_exp(log_rest, tl.load(log_others + row))
-    tl.debug_barrier()  # what is chosen is read by other threads than wrote it
-
-    token = tl.arange(0, BLOCK_T)
-    part = tl.load(chosen_parts + row * K + token // PART, mask=token // PART < K, other=-1)
-    columns = part * PART + token % PART
-    real = (part >= 0) & (columns < V)
-    z = logits_at(products, bias, row, columns, real, V, inner, outer, BIAS, SOFTCAP)
-    chosen, rank = first_k(tl.where(real, order_key(z), SMALLEST), K)
-    tl.store(ids + row * K + rank, columns.to(tl.int64), mask=chosen)
-    tl.store(inside + row * K + rank, z, mask=chosen)
-    log_inner = log_sum_exp(tl.where(real & (chosen == 0), z - peak, -float("inf")))
-    tl.store(log_outside + row, log_add_exp(log_inner, log_rest))
+    pid_c = tl.program_id(0).to(tl.int64)
+    offs_r = tl.arange(0, BLOCK_R)
+    offs_g = offs_r[:, None] * GROUPS_PER_REGION + tl.arange(0, GROUPS_PER_REGION)[None, :]
+    valid = offs_r * GROUPS_PER_REGION < GROUPS
+    group_max = tl.load(group_max_ptr + pid_c * GROUPS + offs_g, mask=offs_g < GROUPS, other=-float("inf"))
+    region_max = tl.max(group_max, 1)
+    largest = finite_or_zero(tl.max(region_max, 0))
+    selected, position = select_k(tl.where(valid, order_key(region_max), EXCLUDED_KEY), K)
+    _store_selected(regions_ptr, offs_r, valid, selected, position, pid_c, K, BLOCK_K)
+    # Loaded a second time, so that the selection need not keep them in registers.
+    outside = (selected == 0)[:, None] & (offs_g < GROUPS)
+    group_max = tl.load(group_max_ptr + pid_c * GROUPS + offs_g, mask=outside, other=-float("inf"))
+    group_sumexp = tl.load(group_sumexp_ptr + pid_c * GROUPS + offs_g, mask=outside, other=0.0)
+    log_outside = weighted_logsumexp(tl.ravel(group_max) - largest, tl.ravel(group_sumexp))
+    tl.store(log_outside_ptr + pid_c, log_outside)
 
 
 @triton.jit
-def _logit_of(tokens, products, bias, row, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
-    """The sampled token's logit."""
-    token = tl.load(tokens + row)
-    return logits_at(products, bias, row, token, token < V, V, inner, outer, BIAS, SOFTCAP)
-
-
-@triton.jit
-def take_tokens(
-    products, bias, tokens, ids, inside, token_logits, V, K, inner, outer,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_K: tl.constexpr,
+def select_top_groups(
+    group_max_ptr, group_sumexp_ptr, regions_ptr, groups_ptr, log_outside_ptr,
+    GROUPS, K,
+    GROUPS_PER_REGION: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Logits at given ids, which are lost from the products, and the sampled token's."""
-    row = tl.program_id(0).to(tl.int64)
-    ranks = tl.arange(0, BLOCK_K)
-    real = ranks < K
-    columns = tl.load(ids + row * K + ranks, mask=real, other=0)
-    z = logits_at(products, bias, row, columns, real, V, inner, outer, BIAS, SOFTCAP)
-    token = _logit_of(tokens, products, bias, row, V, inner, outer, BIAS, SOFTCAP)
-    tl.store(inside + row * K + ranks, z, mask=real)
-    tl.store(token_logits + row, token)
-    tl.debug_barrier()  # every thread has read before one overwrites
-    tl.store(products + row * V + columns, ranks * 0.0 + MASKED, mask=real)
+    """The K groups with the largest logits, from the selected regions [C, K].
+
+    Writes groups [C, K], ascending, −1 where fewer exist. Adds the groups not selected to log_outside [C].
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_G)
+    offs_k = offs // GROUPS_PER_REGION
+    region = tl.load(regions_ptr + pid_c * K + offs_k, mask=offs_k < K, other=-1)
+    offs_g = region * GROUPS_PER_REGION + offs % GROUPS_PER_REGION
+    valid = (region >= 0) & (offs_g < GROUPS)
+    group_max = tl.load(group_max_ptr + pid_c * GROUPS + offs_g, mask=valid, other=-float("inf"))
+    selected, position = select_k(tl.where(valid, order_key(group_max), EXCLUDED_KEY), K)
+    _store_selected(groups_ptr, offs_g, valid, selected, position, pid_c, K, BLOCK_K)
+    outside = valid & (selected == 0)
+    group_sumexp = tl.load(group_sumexp_ptr + pid_c * GROUPS + offs_g, mask=outside, other=0.0)
+    largest = finite_or_zero(tl.max(group_max, 0))
+    log_rest = weighted_logsumexp(tl.where(outside, group_max - largest, -float("inf")), group_sumexp)
+    tl.store(log_outside_ptr + pid_c, logaddexp(log_rest, tl.load(log_outside_ptr + pid_c)))
 
 
 @triton.jit
-def read_tokens(
-    products, bias, tokens, token_logits, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr
+def select_top_tokens(
+    products_ptr, bias_ptr, groups_ptr, parts_ptr, ids_ptr, support_logits_ptr, log_outside_ptr,
+    V, K, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PARTS_PER_GROUP: tl.constexpr, PART_V: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The sampled token's logit."""
-    row = tl.program_id(0).to(tl.int64)
-    token = _logit_of(tokens, products, bias, row, V, inner, outer, BIAS, SOFTCAP)
-    tl.store(token_logits + row, token)
+    """The K tokens with the largest logits, from the selected groups [C, K].
+
+    A group has PARTS_PER_GROUP parts of PART_V tokens; the K best parts are selected first, since their tokens fit
+    the registers. Writes ids and support_logits [C, K], and parts [C, K] as scratch. Adds the tokens not selected
+    to log_outside [C].
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    offs_p = tl.arange(0, BLOCK_P)
+    offs_k = offs_p // PARTS_PER_GROUP
+    group = tl.load(groups_ptr + pid_c * K + offs_k, mask=offs_k < K, other=-1)
+    parts = group * PARTS_PER_GROUP + offs_p % PARTS_PER_GROUP
+    valid = (group >= 0) & (parts * PART_V < V)
+    offs_v = parts[:, None] * PART_V + tl.arange(0, PART_V)[None, :]
+    mask = valid[:, None] & (offs_v < V)
+    logits = load_logits(
+        products_ptr, bias_ptr, pid_c, offs_v, mask, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    part_max = tl.max(logits, 1)
+    part_sumexp = tl.sum(tl.exp(logits - finite_or_zero(part_max)[:, None]), 1)
+    selected, position = select_k(tl.where(valid, order_key(part_max), EXCLUDED_KEY), K)
+    _store_selected(parts_ptr, parts, valid, selected, position, pid_c, K, BLOCK_K)
+    largest = finite_or_zero(tl.max(part_max, 0))
+    log_rest = weighted_logsumexp(
+        tl.where(selected, -float("inf"), part_max - largest), tl.where(selected, 0.0, part_sumexp)
+    )
+    log_rest = logaddexp(log_rest, tl.load(log_outside_ptr + pid_c))
+    tl.debug_barrier()  # the parts are read by other threads than wrote them
+
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_k = offs_t // PART_V
+    part = tl.load(parts_ptr + pid_c * K + offs_k, mask=offs_k < K, other=-1)
+    offs_v = part * PART_V + offs_t % PART_V
+    valid = (part >= 0) & (offs_v < V)
+    logits = load_logits(
+        products_ptr, bias_ptr, pid_c, offs_v, valid, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    selected, position = select_k(tl.where(valid, order_key(logits), EXCLUDED_KEY), K)
+    tl.store(ids_ptr + pid_c * K + position, offs_v.to(tl.int64), mask=selected)
+    tl.store(support_logits_ptr + pid_c * K + position, logits, mask=selected)
+    log_other = logsumexp(tl.where(valid & (selected == 0), logits - largest, -float("inf")))
+    tl.store(log_outside_ptr + pid_c, logaddexp(log_other, log_rest))
+
+
+@triton.jit
+def _load_token_logit(
+    products_ptr, bias_ptr, tokens_ptr, c, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):  # fmt: skip
+    """The logit of the sampled token of token c."""
+    token = tl.load(tokens_ptr + c)
+    return load_logits(products_ptr, bias_ptr, c, token, token < V, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+
+
+@triton.jit
+def gather_support(
+    products_ptr, bias_ptr, tokens_ptr, ids_ptr, support_logits_ptr, token_logit_ptr,
+    V, K, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Take a support that the other model owns out of the products [C, V], which are then MASKED there.
+
+    Reads tokens [C] and ids [C, K]. Writes support_logits [C, K] and token_logit [C].
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    ids = tl.load(ids_ptr + pid_c * K + offs_k, mask=mask, other=0)
+    logits = load_logits(products_ptr, bias_ptr, pid_c, ids, mask, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP)
+    token_logit = _load_token_logit(
+        products_ptr, bias_ptr, tokens_ptr, pid_c, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    tl.store(support_logits_ptr + pid_c * K + offs_k, logits, mask=mask)
+    tl.store(token_logit_ptr + pid_c, token_logit)
+    tl.debug_barrier()  # every thread has read the products before one overwrites them
+    tl.store(products_ptr + pid_c * V + ids, offs_k * 0.0 + MASKED, mask=mask)
+
+
+@triton.jit
+def gather_token_logits(
+    products_ptr, bias_ptr, tokens_ptr, token_logit_ptr,
+    V, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The logits of the sampled tokens. Reads products [C, V] and tokens [C], writes token_logit [C]."""
+    pid_c = tl.program_id(0).to(tl.int64)
+    token_logit = _load_token_logit(
+        products_ptr, bias_ptr, tokens_ptr, pid_c, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    tl.store(token_logit_ptr + pid_c, token_logit)

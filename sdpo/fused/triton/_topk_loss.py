@@ -1,224 +1,237 @@
-"""What is left of a row once its vocabulary is summed up: loss, weight, and the slopes of K + 1 categories."""
+"""The loss over a support of K tokens and the tail, once the vocabulary is summed: small kernels on [C, K].
+
+Logits, and log Σ exp outside, are relative to the token's anchor, its largest logit at the support: a float32 near
+50 resolves three digits less than the distances between logits.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from sdpo.fused.triton._exact_logits import refined
 from sdpo.fused.triton._math import (
     SAMPLED,
     divergence_terms,
     finite_or_zero,
-    log_add_exp,
-    log_mass,
-    log_sum_exp,
-    through_softcap,
-    times_exp,
+    logaddexp,
+    logsumexp,
+    softcap_backward,
+    weighted_exp,
+    weighted_logsumexp,
+)
+from sdpo.fused.triton._statistics import (
+    STAT_LOG_PROBS,
+    STAT_PER_TOKEN,
+    STAT_STUDENT_LOG_TAIL,
+    STAT_TEACHER_LOG_PROBS,
+    STAT_TEACHER_LOG_TAIL,
+    _store_model_statistics,
+    entropy_of_blocks,
+    load_blocks,
 )
 
-# The smallest factor of the slopes that lie outside, as a share of the largest slope of the support, which is
-# divided by it; and at all.
-LEAST_SHARE, LEAST = tl.constexpr(1e-28), tl.constexpr(1e-37)
-
-
-@triton.jit
-def load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B: tl.constexpr):
-    """The sums of a row's blocks of columns, as vectors."""
-    blocks = tl.arange(0, BLOCK_B)
-    real = blocks < BLOCKS
-    top = tl.load(tops + row * BLOCKS + blocks, mask=real, other=-float("inf"))
-    mass = tl.load(masses + row * BLOCKS + blocks, mask=real, other=0.0)
-    moment = tl.load(moments + row * BLOCKS + blocks, mask=real, other=0.0)
-    return top, mass, moment
-
-
-@triton.jit
-def entropy_of_blocks(top, mass, moment, normalizer):
-    """Σ −p·log p over blocks, from Σ exp(z − z*) and Σ (z − z*)·exp(z − z*) of each."""
-    lower = top - normalizer
-    some = mass > 0.0
-    return tl.sum(times_exp(tl.where(some, -tl.where(some, lower, 0.0) * mass - moment, 0.0), lower), 0)
+# The smallest factor of the unscaled gradient: as a share of the largest gradient at the support, which is divided
+# by the factor; and in absolute terms.
+MIN_FACTOR_SHARE, MIN_FACTOR = tl.constexpr(1e-28), tl.constexpr(1e-37)
 
 
 @triton.jit
 def load_support(
-    inside, token_logits, tops, masses, moments, log_outside, row, K, BLOCKS,
-    OWNER: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+    support_logits_ptr, token_logit_ptr, block_max_ptr, block_sumexp_ptr, log_outside_ptr, c, K, BLOCKS,
+    OWNS_SUPPORT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """A row less its anchor, which comes first: logits inside, the sampled token's, logsumexp outside, blocks.
+    """The anchor of token c and, relative to it, logits [K], the sampled token's, log Σ exp outside, block maxima.
 
-    The anchor is the largest logit inside: logits of 50, as they are, have three digits less than their distances.
-    The blocks of the support's owner were summed before the support was known, the other model's without it. What
-    the owner left outside is relative to its largest logit, the anchor, as it comes.
+    The support's owner summed its blocks before the support was known, and log_outside [C] apart, relative to its
+    largest logit, which is the anchor. The other model's blocks leave the support out.
     """
-    ranks = tl.arange(0, BLOCK_K)
-    z = tl.load(inside + row * K + ranks, mask=ranks < K, other=-float("inf"))
-    anchor = finite_or_zero(tl.max(z, 0))
-    top, mass, moment = load_blocks(tops, masses, moments, row, BLOCKS, BLOCK_B)
-    top -= anchor
-    log_rest = log_mass(top, mass)
-    if OWNER:
-        log_rest = tl.load(log_outside + row)
-    return anchor, z - anchor, tl.load(token_logits + row) - anchor, log_rest, top, mass, moment
+    offs_k = tl.arange(0, BLOCK_K)
+    logits = tl.load(support_logits_ptr + c * K + offs_k, mask=offs_k < K, other=-float("inf"))
+    anchor = finite_or_zero(tl.max(logits, 0))
+    offs_b = tl.arange(0, BLOCK_B)
+    mask_b = offs_b < BLOCKS
+    block_max = tl.load(block_max_ptr + c * BLOCKS + offs_b, mask=mask_b, other=-float("inf")) - anchor
+    if OWNS_SUPPORT:
+        log_outside = tl.load(log_outside_ptr + c)
+    else:
+        block_sumexp = tl.load(block_sumexp_ptr + c * BLOCKS + offs_b, mask=mask_b, other=0.0)
+        log_outside = weighted_logsumexp(block_max, block_sumexp)
+    return anchor, logits - anchor, tl.load(token_logit_ptr + c) - anchor, log_outside, block_max
 
 
 @triton.jit
-def entropy_of(inside, top, mass, moment, normalizer, OWNER: tl.constexpr):
-    """Of a whole row, in nats."""
-    entropy = entropy_of_blocks(top, mass, moment, normalizer)
-    if not OWNER:
-        log_p = inside - normalizer
+def _store_support(
+    support_logits_ptr, token_logit_ptr, anchor_ptr, log_outside_ptr, c,
+    anchor, logits, token_logit, log_outside, K, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What ``load_support`` returned, over what it read."""
+    offs_k = tl.arange(0, BLOCK_K)
+    tl.debug_barrier()  # every thread has read before one overwrites
+    tl.store(support_logits_ptr + c * K + offs_k, logits, mask=offs_k < K)
+    tl.store(token_logit_ptr + c, token_logit)
+    tl.store(anchor_ptr + c, anchor)
+    tl.store(log_outside_ptr + c, log_outside)
+
+
+@triton.jit
+def anchor_support(
+    support_logits_ptr, token_logit_ptr, block_max_ptr, block_sumexp_ptr, anchor_ptr, log_outside_ptr,
+    K, BLOCKS,
+    OWNS_SUPPORT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Make one model's support_logits [C, K] and token_logit [C] relative to the anchor, in place.
+
+    Reads block_max and block_sumexp [C, BLOCKS] and, of the support's owner, log_outside [C]. Writes anchor and
+    log_outside [C].
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    anchor, logits, token_logit, log_outside, _ = load_support(
+        support_logits_ptr, token_logit_ptr, block_max_ptr, block_sumexp_ptr, log_outside_ptr, pid_c, K, BLOCKS,
+        OWNS_SUPPORT, BLOCK_K, BLOCK_B,
+    )  # fmt: skip
+    _store_support(
+        support_logits_ptr, token_logit_ptr, anchor_ptr, log_outside_ptr, pid_c,
+        anchor, logits, token_logit, log_outside, K, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def support_statistics(
+    support_logits_ptr, token_logit_ptr, block_max_ptr, block_sumexp_ptr, block_moment_ptr, anchor_ptr,
+    log_outside_ptr, normalizer_ptr, stats_ptr,
+    K, BLOCKS, stride_stats,
+    IS_TEACHER: tl.constexpr, OWNS_SUPPORT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """The normalizer and the statistics of one model.
+
+    Reads support_logits [C, K], token_logit, anchor and log_outside [C], and the block sums [C, BLOCKS]. Writes
+    normalizer [C], relative to the anchor, and the model's rows of stats.
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    logits = tl.load(support_logits_ptr + pid_c * K + offs_k, mask=offs_k < K, other=-float("inf"))
+    block_max, block_sumexp, block_moment = load_blocks(
+        block_max_ptr, block_sumexp_ptr, block_moment_ptr, pid_c, BLOCKS, BLOCK_B
+    )
+    log_inside, log_outside = logsumexp(logits), tl.load(log_outside_ptr + pid_c)
+    normalizer = logaddexp(log_inside, log_outside)
+    anchor = tl.load(anchor_ptr + pid_c)
+    entropy = entropy_of_blocks(block_max - anchor, block_sumexp, block_moment, normalizer)
+    if not OWNS_SUPPORT:  # whose blocks hold the support, too
+        log_p = logits - normalizer
         p = tl.exp(log_p)
         entropy += tl.sum(tl.where(p > 0.0, -p * log_p, 0.0), 0)
-    return entropy
+    log_prob = tl.load(token_logit_ptr + pid_c) - normalizer
+    topk_mass = tl.exp(log_inside - normalizer)
+    tl.store(normalizer_ptr + pid_c, normalizer)
+    _store_model_statistics(
+        stats_ptr, stride_stats, pid_c, log_prob, entropy, topk_mass, log_outside - normalizer, IS_TEACHER
+    )
 
 
 @triton.jit
-def loss_weights(
-    log_token, old, extra, grad_weights, lift, row, clip, log_clip,
-    OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr,
-):  # fmt: skip
-    """Weight of the loss, whether its importance was cut, and weight of the gradient."""
-    clipped = tl.zeros_like(log_token)
-    weight = clipped + 1.0
-    if OLD:
-        before = tl.load(old + row).to(tl.float32)
-        neutral = (before != before) | (before == log_token)
-        ratio = tl.where(neutral, 0.0, log_token - tl.where(neutral, 0.0, before))
-        weight = tl.minimum(tl.exp(tl.minimum(tl.maximum(ratio, -20.0), 20.0)), clip)
-        clipped = tl.where(ratio > log_clip, 1.0, 0.0)
-    if EXTRA:
-        weight *= tl.load(extra + row).to(tl.float32)
-    slope_weight = weight
-    if OWN:
-        slope_weight = tl.load(grad_weights + row).to(tl.float32)
-    if LIFT:
-        slope_weight *= tl.load(lift)
-    return weight, clipped, slope_weight
+def sampled_token_terms(log_p, log_q, log_tail_p):
+    """The surrogate A · log p with constant A = log p − log q: value, gradient at the token and of the tail."""
+    is_infinite = (log_q == -float("inf")) & (log_p > -float("inf"))
+    no_grad = (log_p == -float("inf")) | is_infinite
+    constant_log_p = tl.where(no_grad, 0.0, log_p)
+    advantage = constant_log_p - tl.where(no_grad, 0.0, log_q)
+    value = tl.where(is_infinite, float("inf"), advantage * constant_log_p)
+    grad_tail = -advantage * tl.exp(log_tail_p)
+    return value, -grad_tail, grad_tail
 
 
 @triton.jit
-def topk_rows(
-    ids, tokens, inside_p, inside_q, token_p, token_q,
-    tops_p, masses_p, moments_p, log_outside_p, origin_p,
-    tops_q, masses_q, moments_q, log_outside_q,
-    products_p, bias_p, inner_p, states_p, head_p, head_bias_p, head_inner_p, outer_p,
-    D_p, head_row_p, head_column_p,
-    products_q, bias_q, inner_q, states_q, head_q, head_bias_q, head_inner_q, outer_q,
-    D_q, head_row_q, head_column_q,
-    old, extra, grad_weights, lift,
-    stats, inside_slopes, outside_slope, gains,
-    width, K, V, BLOCKS, alpha, rest, clip, log_clip, chain,
-    MODE: tl.constexpr, BUCKET: tl.constexpr, STUDENT_OWNS: tl.constexpr, TEACHER_OWNS: tl.constexpr,
-    EXACT_P: tl.constexpr, EXACT_Q: tl.constexpr, BIAS_P: tl.constexpr, BIAS_Q: tl.constexpr,
-    OLD: tl.constexpr, EXTRA: tl.constexpr, OWN: tl.constexpr, LIFT: tl.constexpr, SOFTCAP: tl.constexpr,
-    GAIN: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+def topk_terms(
+    log_p, log_q, log_tail_p, log_tail_q, alpha, one_minus_alpha, MODE: tl.constexpr, HAS_TAIL: tl.constexpr
 ):  # fmt: skip
-    """Statistics, rows of ``width`` in the order of ``TokenStats``, slopes at the support and of the tail, gain.
+    """The divergence over the support and, with HAS_TAIL, the tail, and its gradient at the support and the tail.
 
-    With SHARES the slopes outside lie there as exp(z − origin): their factor goes into the gain, and the slopes at
-    the support, which are put among them, are divided by it.
+    With g = ∂/∂log p and G = Σ g over all categories, the gradient is g − G · p.
     """
-    row = tl.program_id(0).to(tl.int64)
-    ranks = tl.arange(0, BLOCK_K)
-    real = ranks < K
-    anchor_p, z_p, at_token_p, tail_p, top_p, mass_p, moment_p = load_support(
-        inside_p, token_p, tops_p, masses_p, moments_p, log_outside_p, row, K, BLOCKS,
-        STUDENT_OWNS, BLOCK_K, BLOCK_B,
-    )  # fmt: skip
-    anchor_q, z_q, at_token_q, tail_q, top_q, mass_q, moment_q = load_support(
-        inside_q, token_q, tops_q, masses_q, moments_q, log_outside_q, row, K, BLOCKS,
-        TEACHER_OWNS, BLOCK_K, BLOCK_B,
-    )  # fmt: skip
-    if EXACT_P:
-        z_p, at_token_p, tail_p = refined(
-            z_p, at_token_p, tail_p, top_p, anchor_p, ids, tokens,
-            products_p, bias_p, inner_p, states_p, head_p, head_bias_p, head_inner_p, outer_p,
-            row, K, V, D_p, head_row_p, head_column_p,
-            STUDENT_OWNS, BIAS_P, SOFTCAP, BLOCK_K, BLOCK_B, BLOCK, BLOCK_D,
-        )  # fmt: skip
-    if EXACT_Q:
-        z_q, at_token_q, tail_q = refined(
-            z_q, at_token_q, tail_q, top_q, anchor_q, ids, tokens,
-            products_q, bias_q, inner_q, states_q, head_q, head_bias_q, head_inner_q, outer_q,
-            row, K, V, D_q, head_row_q, head_column_q,
-            TEACHER_OWNS, BIAS_Q, SOFTCAP, BLOCK_K, BLOCK_B, BLOCK, BLOCK_D,
-        )  # fmt: skip
-    log_inside_p, log_inside_q = log_sum_exp(z_p), log_sum_exp(z_q)
-    norm_p, norm_q = log_add_exp(log_inside_p, tail_p), log_add_exp(log_inside_q, tail_q)
-    entropy_p = entropy_of(z_p, top_p, mass_p, moment_p, norm_p, STUDENT_OWNS)
-    entropy_q = entropy_of(z_q, top_q, mass_q, moment_q, norm_q, TEACHER_OWNS)
-    if not SHARES:
-        tl.debug_barrier()  # every thread has read what one overwrites
-        tl.store(log_outside_p + row, tail_p + anchor_p)
-    log_tail_p, log_tail_q = tail_p - norm_p, tail_q - norm_q
-    log_mass_p, log_mass_q = log_inside_p - norm_p, log_inside_q - norm_q
-    log_token, log_token_q = at_token_p - norm_p, at_token_q - norm_q
+    terms, g = divergence_terms(log_p, log_q, alpha, one_minus_alpha, MODE)
+    value = tl.sum(terms, 0)
+    sum_g = tl.sum(g, 0)
+    grad_tail = tl.zeros_like(sum_g)
+    if HAS_TAIL:
+        term, g_tail = divergence_terms(log_tail_p, log_tail_q, alpha, one_minus_alpha, MODE)
+        value += term
+        sum_g += g_tail
+        grad_tail = tl.where(log_tail_p == -float("inf"), 0.0, g_tail - sum_g * tl.exp(log_tail_p))
+    p = tl.exp(log_p)
+    grad = g - sum_g * p
+    # The gradient of a nearly certain category is a difference of near equals. All gradients sum to 0, so it is
+    # also minus the sum of the others.
+    sum_others = tl.sum(tl.where(p > 0.5, 0.0, grad), 0)
+    grad = tl.where(p > 0.5, -(sum_others + grad_tail), grad)
+    if HAS_TAIL:
+        grad_tail = tl.where(tl.exp(log_tail_p) > 0.5, -sum_others, grad_tail)
+    return value, grad, grad_tail
+
+
+@triton.jit
+def topk_loss(
+    ids_ptr, student_logits_ptr, student_anchor_ptr, student_log_outside_ptr, student_normalizer_ptr,
+    teacher_logits_ptr, teacher_normalizer_ptr, grad_scale_ptr, grad_origin_ptr,
+    stats_ptr, grad_support_ptr, grad_tail_ptr, row_scale_ptr,
+    V, K, stride_stats, alpha, one_minus_alpha, softcap,
+    MODE: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
+    UNSCALED_GRAD: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The divergence of each token, the gradient at its support and of its tail, and the row scale.
+
+    Reads ids [C, K], both models' support_logits [C, K] and what ``support_statistics`` wrote, and grad_scale [C].
+    Writes stats.per_token, grad_support [C, K], grad_tail [C] and, with HAS_ROW_SCALE, row_scale [C].
+
+    With UNSCALED_GRAD, grad_support is grad_logits [C, V], which holds exp(logits − grad_origin). The factor that
+    makes this the gradient of the tail goes into row_scale, and the gradient at the support is divided by it.
+    """
+    pid_c = tl.program_id(0).to(tl.int64)
+    stats_ptr += pid_c
+    offs_k = tl.arange(0, BLOCK_K)
+    mask = offs_k < K
+    logits_p = tl.load(student_logits_ptr + pid_c * K + offs_k, mask=mask, other=-float("inf"))
+    logits_q = tl.load(teacher_logits_ptr + pid_c * K + offs_k, mask=mask, other=-float("inf"))
+    log_tail_p = tl.load(stats_ptr + STAT_STUDENT_LOG_TAIL * stride_stats)
+    log_tail_q = tl.load(stats_ptr + STAT_TEACHER_LOG_TAIL * stride_stats)
 
     if MODE == SAMPLED:
-        never = log_token == -float("inf")
-        infinite = (log_token_q == -float("inf")) & (log_token > -float("inf"))
-        off = never | infinite
-        held = tl.where(off, 0.0, log_token)
-        advantage = held - tl.where(off, 0.0, log_token_q)
-        value = tl.where(infinite, float("inf"), advantage * held)
-        tail_slope = -advantage * tl.exp(log_tail_p)
-        slope = tl.where(real, -tail_slope, 0.0)
+        log_prob = tl.load(stats_ptr + STAT_LOG_PROBS * stride_stats)
+        teacher_log_prob = tl.load(stats_ptr + STAT_TEACHER_LOG_PROBS * stride_stats)
+        value, grad_token, grad_tail = sampled_token_terms(log_prob, teacher_log_prob, log_tail_p)
+        grad = tl.where(mask, grad_token, 0.0)
     else:
-        log_p, log_q = z_p - norm_p, z_q - norm_q
-        if not BUCKET:
-            log_p = log_p - finite_or_zero(log_mass_p)
-            log_q = log_q - finite_or_zero(log_mass_q)
-        terms, g = divergence_terms(log_p, log_q, alpha, rest, MODE)
-        value = tl.sum(terms, 0)
-        common = tl.sum(g, 0)
-        tail_slope = tl.zeros_like(common)
-        if BUCKET:
-            term, g_tail = divergence_terms(log_tail_p, log_tail_q, alpha, rest, MODE)
-            value += term
-            common += g_tail
-            tail_slope = tl.where(log_tail_p == -float("inf"), 0.0, g_tail - common * tl.exp(log_tail_p))
-        p = tl.exp(log_p)
-        slope = g - common * p
-        # Slopes sum to 0. That of a nearly certain category is a difference of near equals: the others have it.
-        others = tl.sum(tl.where(p > 0.5, 0.0, slope), 0)
-        slope = tl.where(p > 0.5, -(others + tail_slope), slope)
-        if BUCKET:
-            tail_slope = tl.where(tl.exp(log_tail_p) > 0.5, -others, tail_slope)
+        normalizer_p, normalizer_q = (
+            tl.load(student_normalizer_ptr + pid_c),
+            tl.load(teacher_normalizer_ptr + pid_c),
+        )
+        log_p, log_q = logits_p - normalizer_p, logits_q - normalizer_q
+        if not HAS_TAIL:
+            log_p = log_p - finite_or_zero(logsumexp(logits_p) - normalizer_p)
+            log_q = log_q - finite_or_zero(logsumexp(logits_q) - normalizer_q)
+        value, grad, grad_tail = topk_terms(
+            log_p, log_q, log_tail_p, log_tail_q, alpha, one_minus_alpha, MODE, HAS_TAIL
+        )
+    tl.store(stats_ptr + STAT_PER_TOKEN * stride_stats, value)
 
-    weight, clipped, scale = loss_weights(
-        log_token, old, extra, grad_weights, lift, row, clip, log_clip, OLD, EXTRA, OWN, LIFT
-    )
-    scale *= chain
-    slope *= scale
-    slope = through_softcap(slope, z_p + anchor_p, outer_p, SOFTCAP)
-    tail_slope *= scale
-    factor = tl.zeros_like(scale) + 1.0
-    if SHARES:
-        least = tl.maximum(tl.max(tl.abs(slope), 0) * LEAST_SHARE, LEAST)
-        factor = times_exp(tail_slope, tl.load(origin_p + row) - anchor_p - tail_p)
-        factor = tl.where(tl.abs(factor) < least, least, factor)
-    rounded = (slope / factor).to(inside_slopes.dtype.element_ty)
-    place = row * K + ranks
-    if SHARES:
-        place = row * V + tl.load(ids + place, mask=real, other=0)
-    tl.store(inside_slopes + place, rounded, mask=real)
-    if GAIN:
-        kept = tl.sum(slope * (rounded.to(tl.float32) * factor), 0)
-        gain = tl.sum(slope * slope, 0) / tl.where(kept > 0.0, kept, 1.0)
-        tl.store(gains + row, tl.where(kept > 0.0, gain, 1.0) * factor)
-    if not SHARES:
-        tl.store(outside_slope + row, tail_slope)
-    tl.store(stats + row, value)
-    tl.store(stats + 1 * width + row, weight)
-    tl.store(stats + 2 * width + row, log_token)
-    tl.store(stats + 3 * width + row, log_token_q)
-    tl.store(stats + 4 * width + row, entropy_p)
-    tl.store(stats + 5 * width + row, entropy_q)
-    tl.store(stats + 6 * width + row, tl.exp(log_mass_p))
-    tl.store(stats + 7 * width + row, tl.exp(log_mass_q))
-    tl.store(stats + 8 * width + row, log_tail_p)
-    tl.store(stats + 9 * width + row, log_tail_q)
-    tl.store(stats + 10 * width + row, clipped)
+    anchor = tl.load(student_anchor_ptr + pid_c)
+    grad_scale = tl.load(grad_scale_ptr + pid_c)
+    grad = softcap_backward(grad * grad_scale, logits_p + anchor, softcap, HAS_SOFTCAP)
+    grad_tail *= grad_scale
+    factor = tl.zeros_like(grad_scale) + 1.0
+    if UNSCALED_GRAD:
+        log_outside = tl.load(student_log_outside_ptr + pid_c)
+        factor = weighted_exp(grad_tail, tl.load(grad_origin_ptr + pid_c) - anchor - log_outside)
+        min_factor = tl.maximum(tl.max(tl.abs(grad), 0) * MIN_FACTOR_SHARE, MIN_FACTOR)
+        factor = tl.where(tl.abs(factor) < min_factor, min_factor, factor)
+        offs = pid_c * V + tl.load(ids_ptr + pid_c * K + offs_k, mask=mask, other=0)
+    else:
+        offs = pid_c * K + offs_k
+        tl.store(grad_tail_ptr + pid_c, grad_tail)
+    rounded = (grad / factor).to(grad_support_ptr.dtype.element_ty)
+    tl.store(grad_support_ptr + offs, rounded, mask=mask)
+    if HAS_ROW_SCALE:
+        # As `row_scale` in sdpo.fused._torch, over the support.
+        along = tl.sum(grad * (rounded.to(tl.float32) * factor), 0)
+        row_scale = tl.sum(grad * grad, 0) / tl.where(along > 0.0, along, 1.0)
+        tl.store(row_scale_ptr + pid_c, tl.where(along > 0.0, row_scale, 1.0) * factor)
