@@ -9,7 +9,7 @@ import pytest
 import tiny
 from torch import nn
 
-from sdpo_rl.step.forward import activations_kept
+from sdpo_rl.step.forward import checkpointing_disabled
 
 REENTRANT = {"use_reentrant": True}
 
@@ -33,11 +33,11 @@ def test_it_is_off_inside_and_as_it_was_afterwards() -> None:
     model = checkpointed(**REENTRANT)
     before = state(model)
     assert before
-    with activations_kept(model):
+    with checkpointing_disabled(model):
         assert not model.is_gradient_checkpointing
         assert [function for _, function in state(model)] == [function for _, function in before]
     assert state(model) == before
-    with pytest.raises(RuntimeError, match=r"^inside$"), activations_kept(model):
+    with pytest.raises(RuntimeError, match=r"^inside$"), checkpointing_disabled(model):
         raise RuntimeError("inside")
     assert state(model) == before
 
@@ -47,12 +47,12 @@ def test_what_was_off_stays_off() -> None:
     layer = next(m for m in model.modules() if getattr(m, "gradient_checkpointing", False))
     layer.gradient_checkpointing = False
     before = state(model)
-    with activations_kept(model):
+    with checkpointing_disabled(model):
         assert not model.is_gradient_checkpointing
     assert state(model) == before
     plain = tiny.model()
     held = [dict(vars(module)) for module in plain.modules()]
-    with activations_kept(plain):
+    with checkpointing_disabled(plain):
         assert [vars(module) for module in plain.modules()] == held
     assert [vars(module) for module in plain.modules()] == held
 

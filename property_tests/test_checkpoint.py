@@ -33,6 +33,7 @@ from strategies import Claim
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from sdpo_rl import trainer as trainer_module
 from sdpo_rl.resume import checkpoint, progress
 from sdpo_rl.step import metrics
 
@@ -130,15 +131,19 @@ def forget(*_: Any, **__: Any) -> int:
     return 0
 
 
+def nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
 TWINS: dict[str, tuple[Any, str, Any, str, int, str]] = {
     "the teacher": (checkpoint, "load_teacher", forget, "LoRA", 2, "teacher"),
-    "the progress": (progress, "load", forget, "LoRA, within a generation batch", 1, "student"),
+    "the progress": (progress, "load", nothing, "LoRA, within a generation batch", 1, "student"),
     "the epoch": (checkpoint, "epochs_done", forget, "full, in the next epoch", 5, "student"),
     "the sums": (metrics.MetricSums, "load_state", forget, "full fine-tuning", 1, "log"),
-    "the running loss": (progress, "_LOSS", (), "full fine-tuning", 1, "log"),
+    "the running loss": (trainer_module, "_RUNNING_LOSS", (), "full fine-tuning", 1, "log"),
     "the dtypes": (
         checkpoint,
-        "dtypes_kept",
+        "trainable_dtypes_preserved",
         contextlib.nullcontext,
         "LoRA, 4-bit base",
         3,
@@ -146,7 +151,7 @@ TWINS: dict[str, tuple[Any, str, Any, str, int, str]] = {
     ),
     "the adapter beside others": (
         checkpoint,
-        "load_adapter_beside_others",
+        "load_adapter_among_others",
         forget,
         "LoRA, beside another adapter",
         3,
@@ -188,7 +193,7 @@ def refused(folder: Path, **case: Any) -> str:
 
 def test_a_checkpoint_without_a_teacher_is_refused(tmp_path: Path) -> None:
     run(tmp_path, max_steps=1, sdpo={"enabled": False})
-    assert "checkpoint-1 holds no teacher" in refused(tmp_path)
+    assert "checkpoint-1: expected a teacher" in refused(tmp_path)
 
 
 def test_a_teacher_of_another_rule_is_refused(tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_a_teacher_of_another_rule_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, sdpo={"teacher_mode": "frozen"})
     assert "its rule is 'ema', this run's 'frozen'" in message
     message = refused(tmp_path, sdpo={"teacher_mode": "live"})
-    assert "it has 'model.embed_tokens.weight', which does not train here" in message
+    assert "it has 'model.embed_tokens.weight', which is not trainable here" in message
 
 
 def test_a_teacher_of_other_parameters_is_refused_by_name(tmp_path: Path) -> None:
@@ -204,7 +209,7 @@ def test_a_teacher_of_other_parameters_is_refused_by_name(tmp_path: Path) -> Non
     attention = "base_model.model.model.layers.0.self_attn"
     message = refused(tmp_path, start=lambda: lora(target_modules=["q_proj", "k_proj"]))
     assert f"it lacks '{attention}.k_proj.lora_A.default.weight'" in message
-    assert f"it has '{attention}.v_proj.lora_A.default.weight', which does not train here" in message
+    assert f"it has '{attention}.v_proj.lora_A.default.weight', which is not trainable here" in message
     message = refused(tmp_path, start=lambda: lora(r=2))
     assert f"its '{attention}.q_proj.lora_A.default.weight' has shape (4, 32), not (2, 32)" in message
     message = refused(tmp_path, start=lora, sdpo={"teacher_dtype": "bfloat16"})

@@ -61,18 +61,19 @@ def test_the_newest_complete_folder_is_chosen(tmp_path: Path) -> None:
     for choice in (None, False, str(tmp_path / "checkpoint-9")):
         assert checkpoint.resolve(choice, tmp_path) == choice
     with pytest.raises(
-        ValueError, match=r"checkpoint-11 is incomplete.*The last complete one .*checkpoint-10"
+        ValueError, match=r"checkpoint-11 is incomplete.*use .*checkpoint-10, the last complete one"
     ):
         checkpoint.resolve(tmp_path / "checkpoint-11", tmp_path)
     with pytest.raises(
-        ValueError, match=r"checkpoint-7' is no folder; .*the last complete one.*checkpoint-10"
+        ValueError,
+        match=r"expected a folder, got .*checkpoint-7'; use .*checkpoint-10, the last complete one",
     ):
         checkpoint.resolve(tmp_path / "checkpoint-7", tmp_path)
-    with pytest.raises(ValueError, match=r"/checkpoint-1' is no folder; .*elsewhere holds no"):
+    with pytest.raises(ValueError, match=r"got .*/checkpoint-1'; .*elsewhere has no complete checkpoint"):
         checkpoint.resolve(str(tmp_path / "checkpoint-1"), tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "checkpoint-9")
     shutil.rmtree(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is complete"):
+    with pytest.raises(ValueError, match=r"expected a complete checkpoint in .*, got none"):
         checkpoint.resolve(True, tmp_path)
 
 
@@ -152,7 +153,9 @@ def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
     folder = killed / moment
     trap = get_last_checkpoint(str(folder))
     assert trap == str(folder / "checkpoint-3")
-    with pytest.raises(ValueError, match=r"checkpoint-3 is incomplete.*The last complete one .*checkpoint-2"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-3 is incomplete.*use .*checkpoint-2, the last complete one"
+    ):
         run(folder, resume=trap, **KILLED)
     with caplog.at_level(logging.WARNING, "sdpo_rl"):
         trainer = run(folder, resume=True, **KILLED)

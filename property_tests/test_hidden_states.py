@@ -13,15 +13,8 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
 from sdpo_rl.step.batch import left_pad, position_ids
-from sdpo_rl.step.forward import (
-    completion_logits,
-    completion_states,
-    forward_arguments,
-    head_transform,
-    linear_head,
-    plain_head,
-    transform_matches,
-)
+from sdpo_rl.step.forward import completion_head, completion_logits, forward_arguments
+from sdpo_rl.step.head import head_transform, linear_head, plain_head, transform_matches
 
 VOCABULARY = 40
 SHAPE = {
@@ -129,7 +122,7 @@ def arguments(model: nn.Module, rows: list[list[int]] = ROWS, extra: int = 0) ->
 
 def projected(model: nn.Module, states: Any) -> Tensor:
     transform = head_transform(model.config)
-    logits = nn.functional.linear(states.hidden, states.head.weight, states.head.bias) * transform.logit_scale
+    logits = nn.functional.linear(states.hidden, states.weight, states.bias) * transform.logit_scale
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     return logits
@@ -146,7 +139,7 @@ def test_states_through_the_head_are_the_model_s_logits(name: str) -> None:
     model = MODELS[name]()
     for extra in (0, 3):
         given = arguments(model, extra=extra)
-        through = projected(model, completion_states(model, model, given, length=LENGTH))
+        through = projected(model, completion_head(model, model, given, length=LENGTH))
         whole = completion_logits(model, model, given, length=LENGTH)
         for row, got, also in zip(ROWS, through, whole, strict=True):
             torch.testing.assert_close(got, alone(model, row), rtol=1e-4, atol=1e-5)
@@ -162,9 +155,7 @@ def test_other_weights_are_the_other_model_and_leave_this_one_alone(name: str) -
             parameter.add_(torch.randn_like(parameter) * 0.1)
     params = {n: p.detach() for n, p in other.named_parameters() if p.requires_grad}
     before = {n: p.clone() for n, p in model.named_parameters()}
-    swapped = projected(
-        model, completion_states(model, model, arguments(model), length=LENGTH, params=params)
-    )
+    swapped = projected(model, completion_head(model, model, arguments(model), length=LENGTH, params=params))
     whole = completion_logits(model, model, arguments(model), length=LENGTH, params=params)
     for row, got, also in zip(ROWS, swapped, whole, strict=True):
         torch.testing.assert_close(got, alone(other, row), rtol=1e-4, atol=1e-5)
@@ -203,7 +194,7 @@ def test_a_forward_with_other_weights_gives_the_very_parameters_back(name: str, 
     params = {n: p.detach() + 1.0 for n, p in model.named_parameters() if p.requires_grad}
     if breaks:
         model.get_output_embeddings().register_forward_pre_hook(break_down)
-    for forward in (completion_logits, completion_states) if name in MODELS else (completion_logits,):
+    for forward in (completion_logits, completion_head) if name in MODELS else (completion_logits,):
         if breaks:
             with pytest.raises(BrokenError):
                 forward(model, model, arguments(model), length=LENGTH, params=params)
@@ -225,7 +216,7 @@ def test_gradients_are_the_dense_ones(name: str) -> None:
     model = MODELS[name]()
     weights = torch.randn(len(ROWS), LENGTH, VOCABULARY)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    through = projected(model, completion_states(model, model, arguments(model), length=LENGTH))
+    through = projected(model, completion_head(model, model, arguments(model), length=LENGTH))
     got = torch.autograd.grad((through * weights).sum(), list(named.values()))
     dense = sum((alone(model, row) * w).sum() for row, w in zip(ROWS, weights, strict=True))
     for name_, g, d in zip(named, got, torch.autograd.grad(dense, list(named.values())), strict=True):
@@ -358,16 +349,16 @@ def test_the_head_never_sees_more_than_one_position() -> None:
     model = build("Qwen2")
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
-    completion_states(model, model, arguments(model), length=LENGTH)
+    completion_head(model, model, arguments(model), length=LENGTH)
     assert seen == [1]
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     model = build("Qwen2")
-    completion_states(model, model, arguments(model), length=LENGTH)
+    completion_head(model, model, arguments(model), length=LENGTH)
     beyond = {**arguments(model), "input_ids": torch.full((2, 7), VOCABULARY)}
     with pytest.raises(IndexError):
-        completion_states(model, model, beyond, length=LENGTH)
+        completion_head(model, model, beyond, length=LENGTH)
     assert not model.lm_head._forward_pre_hooks
 
 
@@ -381,7 +372,9 @@ def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
     ids=["sequence", "no weight", "quantized"],
 )
 def test_a_head_that_is_not_one_linear_map_is_refused_by_name(head: nn.Module, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"LM head is a \S+\.{kind}, .*loss_backend='logits'"):
+    with pytest.raises(
+        ValueError, match=rf"LM head: expected a plain linear layer, got \S+\.{kind}, .*loss_backend='logits'"
+    ):
         linear_head(head)
 
 
@@ -398,7 +391,9 @@ def test_a_head_that_is_not_one_linear_map_is_refused_by_name(head: nn.Module, k
 def test_an_adapted_head_is_refused(config: PeftConfig) -> None:
     model = get_peft_model(build("Qwen2", tie_word_embeddings=False), config)
     assert plain_head(model.get_output_embeddings()) is None
-    with pytest.raises(ValueError, match=r"LM head is a peft\.\S+,.*target_modules.*trainable_token_indices"):
+    with pytest.raises(
+        ValueError, match=r"LM head: expected .*, got peft\.\S+,.*target_modules.*trainable_token_indices"
+    ):
         linear_head(model.get_output_embeddings())
 
 

@@ -206,7 +206,7 @@ def test_it_is_off_where_a_checkpoint_saves_products(tmp_path: Path, monkeypatch
     seen = watched(trainer)
     trainer.train()
     assert ("loss", 0) in seen
-    monkeypatch.setattr(trainer_module.SDPOTrainer, "_may_compute_adapters", True)
+    monkeypatch.setattr(trainer_module.SDPOTrainer, "_may_fuse_lora", True)
     with pytest.raises(RuntimeError, match="mutated"):
         run(tmp_path, **SELECTIVE).train()
 
@@ -216,10 +216,10 @@ def test_it_is_off_where_others_compile_or_rewrite_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
     trainer = run(tmp_path)
-    assert trainer._may_compute_adapters
+    assert trainer._may_fuse_lora
     if reason == "Unsloth":
         monkeypatch.setattr(trainer_module, "_IS_UNSLOTH", True)
-        assert not trainer._may_compute_adapters
+        assert not trainer._may_fuse_lora
         return
     trainer.args.torch_compile = True
     seen = watched(trainer)

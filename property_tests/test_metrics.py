@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from strategies import Claim, generator, name_of, seeds
 from torch import Tensor
 
+import sdpo
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnose.warnings import Diagnostics
-from sdpo_rl.step.forward import CompletionStates, Head, HeadTransform
+from sdpo_rl.step.head import HeadTransform
 from sdpo_rl.step.loss import Targets, from_logits, fused, rollout_weights, step_metrics
 from sdpo_rl.step.metrics import MetricSums
 
@@ -124,7 +125,8 @@ def property_reports_are_means_over_active_tokens(report: Any, seed: int, suppor
 
 
 def over_all_tokens(config: Any, output: Any, targets: Targets) -> Any:
-    return step_metrics(config, output, targets._replace(loss_mask=torch.ones_like(targets.loss_mask)))
+    everywhere = {k: v if k == "active_tokens" else v * 0.5 for k, v in output.metrics.items()}
+    return step_metrics(config, output._replace(metrics=everywhere), targets)
 
 
 REPORT = {"seed": seeds, "support": st.just("student")}
@@ -153,14 +155,14 @@ def test_a_small_tail_is_not_lost_in_rounding(support: Any) -> None:
     student, teacher = torch.tensor([[[40.0, 38.0, 5.0, 4.0]]]), torch.tensor([[[38.0, 40.0, 3.0, 7.0]]])
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
     config = SDPOConfig(k=2, support=support)
-    head = Head(torch.eye(4), None)
+    weight = torch.eye(4)
     transform = HeadTransform(1.0, None)
     outputs = [
         from_logits(config, student, [teacher], targets, temperature=1.0),
         fused(
             config,
-            CompletionStates(student, head),
-            [CompletionStates(teacher, head)],
+            sdpo.LMHead(student, weight),
+            [sdpo.LMHead(teacher, weight)],
             targets,
             temperature=1.0,
             transform=transform,
@@ -200,7 +202,8 @@ def test_a_trust_region_of_impossible_tokens_is_a_number() -> None:
     output = from_logits(config, student, [logits, other], targets, temperature=2.0)
     # Of the five tokens two are possible for both, in proportion exp(¾·z + ¼·z′).
     q = [math.exp(0.75 / 2), math.exp(0.25 / 2)]
-    assert output.teacher_log_probs.item() == pytest.approx(math.log(q[0] / sum(q)), rel=1e-5)
+    log_ratio = math.log(q[0] / sum(q)) - (logits / 2.0).log_softmax(-1)[0, 0, 0].item()
+    assert output.metrics["sampled_token_log_ratio"].item() == pytest.approx(log_ratio, rel=1e-5)
     output.total.backward()
     assert output.total.isfinite()
     assert student.grad is not None

@@ -40,21 +40,24 @@ def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], lis
     """The accumulated gradient of each step, where every active token contributes `value`; and the true counts."""
     gradients, counts, micro = [], [], 0
     for length in schedule.steps:
-        gradient, count = 0.0, 0
+        gradient, logs, count = 0.0, 0.0, 0
         for index in range(length):
             generation, slot = micro // schedule.generate_every, micro % schedule.slots
             if micro % schedule.generate_every == 0:
                 window.set_counts(torch.tensor(schedule.counts[generation]))
             denominator = window.denominator(
-                step=micro, index=index, length=length, generate_every=schedule.generate_every
+                step=micro, length=length, generate_every=schedule.generate_every
             )
             assert denominator >= 1
             here = schedule.counts[generation][slot]
-            gradient += value * here / float(denominator)
+            loss = value * here / denominator
+            logged, correction = window.end_micro_batch(loss, ends_step=index == length - 1)
+            gradient += float(loss)
+            logs += float(logged)
             count += here
             micro += 1
-        correction = window.correction()
         gradients.append(gradient * (1.0 if correction is None else float(correction)))
+        assert logs == pytest.approx(gradients[-1], rel=1e-5), "logged losses add up to the loss of the step"
         counts.append(float(count))
     return gradients, counts
 
@@ -75,7 +78,7 @@ def property_no_correction_where_all_counts_are_known(window: Any, schedule: Sch
 class PerMicroBatch(StepWindow):
     """Each micro-batch over its own count, then averaged: depends on how the step was split."""
 
-    def denominator(self, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
+    def denominator(self, *, step: int, length: int, generate_every: int) -> Tensor:
         assert self._counts is not None
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
@@ -113,7 +116,7 @@ def test_rejects_its_wrong_twin(claim: Claim) -> None:
 
 def test_counts_come_first() -> None:
     with pytest.raises(RuntimeError, match="set_counts"):
-        StepWindow().denominator(step=0, index=0, length=1, generate_every=1)
+        StepWindow().denominator(step=0, length=1, generate_every=1)
 
 
 class Travels(TorchDispatchMode):
@@ -135,9 +138,10 @@ def test_the_denominator_waits_for_no_number() -> None:
     window, counts = StepWindow(), torch.tensor([1, 2, 3, 4])
     window.set_counts(counts)
     with Travels() as travels:
-        known = window.denominator(step=2, index=0, length=2, generate_every=4)
-        window.denominator(step=3, index=1, length=4, generate_every=4)
-        window.correction()
+        known = window.denominator(step=2, length=2, generate_every=4)
+        window.end_micro_batch(known, ends_step=False)
+        window.denominator(step=3, length=4, generate_every=4)
+        window.end_micro_batch(known, ends_step=True)
     assert travels.seen == []
     assert known.tolist() == 7.0
     with Travels() as travels:

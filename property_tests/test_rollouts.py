@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sdpo_rl import SDPOTrainer
 from sdpo_rl.rollout.feedback import environment_feedback
 from sdpo_rl.rollout.prompts import completion_text
-from sdpo_rl.step import micro_batch
+from sdpo_rl.step import batch as step_batch
 
 TOLERANCE = 3e-6
 
@@ -507,7 +507,7 @@ def test_a_rollout_function_brings_its_mask_and_its_feedback(tmp_path: Path) -> 
 
 def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wrong twin: the teacher's completion without the tools' answers."""
-    true = micro_batch.compact
+    true = step_batch.compact
 
     def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, *rest: Any) -> Any:
         return true(prompt_ids, prompt_mask, torch.where(ids > 100, 0, ids), *rest)
@@ -518,5 +518,5 @@ def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     expected = losses()
-    monkeypatch.setattr(micro_batch, "compact", deaf)
+    monkeypatch.setattr(step_batch, "compact", deaf)
     assert losses() != pytest.approx(expected, rel=1e-3)

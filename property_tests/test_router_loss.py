@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdpo_rl import SDPOTrainer
 from sdpo_rl.step import forward as step_forward
+from sdpo_rl.step.micro_batch import MicroBatchOutput
 
 COEFFICIENT = 0.5
 TOLERANCE = 5e-6
@@ -106,22 +107,23 @@ def test_a_dropped_or_unweighted_router_loss_is_noticed(
     monkeypatch.setattr(step_forward, "router_loss", lambda outputs: true(outputs).detach())
     assert step_gap(tmp_path / "dropped", **FOUR) > 1e-3
     monkeypatch.undo()
-    counted = SDPOTrainer._distilled_total
+    counted = SDPOTrainer._micro_batch_output
 
-    def uniform(self: Any, model: Any, inputs: Any) -> Tensor:
-        kept, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
-        total, coefficient = counted(self, model, inputs), kept / self.current_gradient_accumulation_steps
-        self.router_aux_loss_coef = kept
+    def uniform(self: Any, model: Any, inputs: Any) -> MicroBatchOutput:
+        coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
+        output = counted(self, model, inputs)
+        self.router_aux_loss_coef = coefficient
         ids, mask = (
             torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], 1)[inputs["row_mask"]]
             for n in ("ids", "mask")
         )
         if not len(ids):
-            return total
+            return output
         loss = model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
-        return total + coefficient * loss * self._window._counts.sum()
+        share = coefficient * loss * self._window._counts.sum() / self.current_gradient_accumulation_steps
+        return output._replace(total=output.total + share)
 
-    monkeypatch.setattr(SDPOTrainer, "_distilled_total", uniform)
+    monkeypatch.setattr(SDPOTrainer, "_micro_batch_output", uniform)
     assert step_gap(tmp_path / "uniform", **FOUR) > 1e-3
 
 
@@ -188,5 +190,7 @@ def test_a_model_that_keeps_its_router_loss_to_itself_is_refused(tmp_path: Path)
             return outputs
 
     start.__class__ = Silent
-    with pytest.raises(ValueError, match=r"no aux_loss; set GRPOConfig\(router_aux_loss_coef=0\.0\)"):
+    with pytest.raises(
+        ValueError, match=r"returns aux_loss, got none; set GRPOConfig\(router_aux_loss_coef=0\.0\)"
+    ):
         tiny.trainer(tmp_path, start=start, max_steps=1).train()

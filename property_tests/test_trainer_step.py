@@ -208,6 +208,7 @@ def tool_tokens(output: dict[str, Any], batch: list[Row]) -> None:
     mask = torch.ones_like(output["completion_mask"])
     mask[:, ::3] = 0
     output["tool_mask"] = mask
+    output["loss_mask"] = step_batch.completion_loss_mask(output["completion_mask"], output["row_mask"], mask)
     for row in batch:
         row.counts = [i % 3 != 0 for i in range(len(row.completion))]
 
@@ -286,7 +287,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def each_micro_batch_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
-    def denominator(self: Any, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
+    def denominator(self: Any, *, step: int, length: int, generate_every: int) -> Tensor:
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
     patch.setattr(StepWindow, "denominator", denominator)
@@ -369,13 +370,13 @@ def importance_weights_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_position_late(patch: pytest.MonkeyPatch) -> None:
-    true = step_forward.completion_states
+    true = step_forward.completion_head
 
     def late(*args: Any, **kwargs: Any) -> Any:
-        states = true(*args, **kwargs)
-        return states._replace(hidden=states.hidden.roll(-1, 1))
+        head = true(*args, **kwargs)
+        return head._replace(hidden=head.hidden.roll(-1, 1))
 
-    patch.setattr(step_forward, "completion_states", late)
+    patch.setattr(step_forward, "completion_head", late)
 
 
 def first_estimate_is_kept(patch: pytest.MonkeyPatch) -> None:

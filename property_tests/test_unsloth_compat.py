@@ -25,14 +25,15 @@ from hypothesis import strategies as st
 from strategies import Claim
 from torch import Tensor, nn
 
-from sdpo_rl import unsloth_report
+import sdpo
+from sdpo_rl import trainer as trainer_module
+from sdpo_rl import training_report
 from sdpo_rl.compat import unsloth as unsloth_compat
 from sdpo_rl.compat import upgrade_check
 from sdpo_rl.diagnose import advice
-from sdpo_rl.resume import progress
-from sdpo_rl.step import micro_batch, row_groups
-from sdpo_rl.step.forward import CompletionStates, Head
-from sdpo_rl.step.micro_batch import _row_tensors
+from sdpo_rl.step import batch as step_batch
+from sdpo_rl.step import forward as step_forward
+from sdpo_rl.step import micro_batch
 
 needs_unsloth = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
 
@@ -271,15 +272,6 @@ def test_a_sampled_pad_token_has_no_old_log_prob() -> None:
     assert aligned[1, :2].tolist() == [1.0, 1.0]
 
 
-def test_tensors_of_another_device_are_left_out() -> None:
-    inputs = {
-        "ids": torch.arange(4),
-        "max_left_pad": torch.zeros(4, 1, device="meta"),
-        "scalar": torch.tensor(1),
-    }
-    assert list(_row_tensors(inputs, torch.tensor([1, 3]), 4)) == ["ids"]
-
-
 # --- groups of rows ---------------------------------------------------------------------------------------
 
 
@@ -295,7 +287,7 @@ def mask_of(sizes: Sizes) -> tuple[Tensor, int]:
 
 
 def property_groups_hold_every_attended_token_once(
-    group_rows: Callable[..., list[row_groups.RowGroup]],
+    group_rows: Callable[..., list[step_batch.RowGroup]],
     sizes: Sizes,
     width_limit: int,
     token_limit: int,
@@ -313,12 +305,12 @@ def property_groups_hold_every_attended_token_once(
             assert kept.numel() <= token_limit
 
 
-def all_rows_at_once(sizes: Sizes, **limits: float) -> list[row_groups.RowGroup]:
-    return [row_groups.RowGroup(slice(0, len(sizes)), slice(0, mask_of(sizes)[0].shape[1]), 0)]
+def all_rows_at_once(sizes: Sizes, **limits: float) -> list[step_batch.RowGroup]:
+    return [step_batch.RowGroup(slice(0, len(sizes)), slice(0, mask_of(sizes)[0].shape[1]), 0)]
 
 
-def cut_to_the_width(sizes: Sizes, *, width_limit: int, **limits: float) -> list[row_groups.RowGroup]:
-    groups = row_groups.row_groups(sizes, width_limit=width_limit, **limits)
+def cut_to_the_width(sizes: Sizes, *, width_limit: int, **limits: float) -> list[step_batch.RowGroup]:
+    groups = step_batch.row_groups(sizes, width_limit=width_limit, **limits)
     return [
         g._replace(columns=slice(max(g.columns.start, g.columns.stop - width_limit), g.columns.stop))
         for g in groups
@@ -328,7 +320,7 @@ def cut_to_the_width(sizes: Sizes, *, width_limit: int, **limits: float) -> list
 GROUPS = [
     Claim(
         property_groups_hold_every_attended_token_once,
-        row_groups.row_groups,
+        step_batch.row_groups,
         wrong,
         {"sizes": some_sizes, "width_limit": st.integers(4, 14), "token_limit": st.integers(4, 60)},
     )
@@ -347,7 +339,7 @@ def test_groups_change_no_number(sizes: Sizes, width_limit: int, token_limit: in
     mask, length = mask_of(sizes)
     ids = torch.arange(1, mask.numel() + 1).view_as(mask) * mask
     arguments = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": length + 1, "use_cache": False}
-    head = Head(torch.ones(1, 1), None)
+    weight = torch.ones(1, 1)
     widths = []
 
     def forward(own: dict[str, Any], *, length: int) -> Any:
@@ -357,10 +349,10 @@ def test_groups_change_no_number(sizes: Sizes, width_limit: int, token_limit: in
         # The value at a column is its own token and the sum of all that the row attends up to it.
         seen = torch.stack([own["input_ids"], (own["input_ids"] * own["attention_mask"]).cumsum(1)], -1)
         hidden = seen.float()[:, -(length + 1) : -1]
-        return CompletionStates(hidden, head) if states else hidden
+        return sdpo.LMHead(hidden, weight) if states else hidden
 
-    groups = row_groups.row_groups(sizes, width_limit=width_limit, token_limit=token_limit)
-    apart = row_groups.run_groups(forward, arguments, groups, length=length)
+    groups = step_batch.row_groups(sizes, width_limit=width_limit, token_limit=token_limit)
+    apart = step_forward.run_groups(forward, arguments, groups, length=length)
     assert len(widths) == len(groups)
     together = forward(arguments, length=length)
     if states:
@@ -373,7 +365,7 @@ def test_groups_change_no_number(sizes: Sizes, width_limit: int, token_limit: in
 
 
 def test_rows_alike_are_shared_out_evenly() -> None:
-    groups = row_groups.row_groups([(7, 3)] * 17, width_limit=20, token_limit=80)
+    groups = step_batch.row_groups([(7, 3)] * 17, width_limit=20, token_limit=80)
     assert [group.rows.stop - group.rows.start for group in groups] == [6, 6, 5]
 
 
@@ -384,7 +376,7 @@ def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.
 
     def tight(sizes: Sizes, *, width_limit: float, token_limit: float) -> Any:
         own = max(map(sum, sizes))
-        made = row_groups.row_groups(sizes, width_limit=own, token_limit=2 * own)
+        made = step_batch.row_groups(sizes, width_limit=own, token_limit=2 * own)
         groups.append(len(made))
         return made
 
@@ -431,7 +423,7 @@ def test_out_of_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*args: Any, **kwargs: Any) -> Any:
         raise original
 
-    monkeypatch.setattr(trainer, "_distill", full)
+    monkeypatch.setattr(trainer, "_micro_batch_output", full)
     with pytest.raises(torch.cuda.OutOfMemoryError) as caught:
         trainer.train()
     message = str(caught.value)
@@ -452,7 +444,7 @@ def test_out_of_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_other_errors_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny.trainer(tmp_path)
-    monkeypatch.setattr(trainer, "_distill", lambda *_: [][0])
+    monkeypatch.setattr(trainer, "_micro_batch_output", lambda *_: [][0])
     with pytest.raises(IndexError, match="list index out of range"):
         trainer.train()
 
@@ -517,7 +509,7 @@ def test_the_report_works_without_unsloth(tmp_path: Path, capsys: pytest.Capture
 
     trainer = tiny.trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
     capsys.readouterr()
-    text = unsloth_report(trainer)
+    text = training_report(trainer)
     assert capsys.readouterr().out == text + "\n"
     for part in (
         "over TRL's GRPOTrainer",
@@ -536,11 +528,11 @@ def test_the_report_works_without_unsloth(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_report_wants_a_trainer() -> None:
     with pytest.raises(TypeError, match="built SDPOTrainer, got int"):
-        unsloth_report(3)
+        training_report(3)
 
 
 def test_the_report_of_grpo(tmp_path: Path) -> None:
-    text = unsloth_report(tiny.trainer(tmp_path, sdpo_config=tiny.config(enabled=False)))
+    text = training_report(tiny.trainer(tmp_path, sdpo_config=tiny.config(enabled=False)))
     assert "loss: TRL's GRPO (enabled=False)" in text
 
 
@@ -611,8 +603,7 @@ def test_planted_changes_are_found(
 
 # What `transformers.Trainer` documents for its subclasses.
 PUBLIC = {"accelerator", "add_callback", "args", "model", "processing_class", "state"}
-PARTS = {"SDPOTrainer", "MicroBatchLoss", "Resuming", "Lockstep"}
-OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask"}
+OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask"}
 
 
 def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:
@@ -621,7 +612,7 @@ def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:
     for source in sources.values():
         module = ast.parse(source)
         for part in module.body:
-            ours = isinstance(part, ast.ClassDef) and part.name in PARTS
+            ours = isinstance(part, ast.ClassDef) and part.name == "SDPOTrainer"
             if ours:
                 defined |= {node.name for node in part.body if isinstance(node, ast.FunctionDef)}
                 targets = [node.target for node in part.body if isinstance(node, ast.AnnAssign)]
@@ -646,9 +637,10 @@ def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:
                     ):
                         read.add(name)
                     case ast.Subscript(
-                        ast.Name("inputs" | "rows" | "output"), ast.Constant(str(key))
+                        ast.Name("inputs" | "completions" | "output"), ast.Constant(str(key))
                     ) | ast.Call(
-                        ast.Attribute(ast.Name("inputs" | "rows"), "get"), [ast.Constant(str(key)), *_]
+                        ast.Attribute(ast.Name("inputs" | "completions" | "output"), "get"),
+                        [ast.Constant(str(key)), *_],
                     ):
                         keys.add(key)
     above = {name.removeprefix("super ") for name in read if name.startswith("super ")}
@@ -657,10 +649,8 @@ def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:
 
 
 def sources() -> dict[str, str]:
-    folder = Path(upgrade_check.__file__).parent
-    return {
-        path.name: path.read_text() for path in folder.glob("*.py") if path != Path(upgrade_check.__file__)
-    }
+    check = Path(upgrade_check.__file__)
+    return {str(path): path.read_text() for path in check.parents[1].rglob("*.py") if path != check}
 
 
 def test_the_check_knows_all_that_is_inherited() -> None:
@@ -670,12 +660,13 @@ def test_the_check_knows_all_that_is_inherited() -> None:
     attributes, keys = inherited(sources())
     assert {"_tool_call_loop", "_batch_environments", "environments", "is_fsdp_enabled"} <= attributes
     assert {"tool_mask", "importance_sampling_ratio", "old_per_token_logps"} <= keys
-    assert (attributes | set(progress._LOSS)) - PUBLIC - named == set()
+    assert (attributes | set(trainer_module._RUNNING_LOSS)) - PUBLIC - named == set()
     assert keys - OUR_KEYS - words == set()
 
 
 def test_the_collection_rejects_a_name_that_nobody_listed() -> None:
-    twin = "class Resuming:\n def train(self, inputs):\n  self._ours = super()._a(getattr(self, '_b', self._c))\n"
+    twin = "class SDPOTrainer:\n def train(self, inputs):\n"
+    twin += "  self._ours = super()._a(getattr(self, '_b', self._c))\n"
     twin += "  return self._ours + self.train.d + inputs['e'] + inputs.get('f')\n"
     twin += "def load(trainer):\n return trainer._g\n"
     assert inherited({"twin": twin}) == ({"_a", "_b", "_c", "_g"}, {"e", "f"})

@@ -1,13 +1,13 @@
 """`SDPOTrainer`: a `GRPOTrainer` whose loss is self-distillation.
 
-The class is built over whatever `trl.GRPOTrainer` is when this module is first imported, so that a patched
-trainer (`PatchFastRL`) is inherited when it was patched before.
+The class derives from whatever `trl.GRPOTrainer` is when this module is first imported, so that a trainer that was
+patched before (`PatchFastRL`) is inherited.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any, ClassVar
 
@@ -15,140 +15,190 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from . import _validate
 from .compat import peft_lora
 from .compat import unsloth as unsloth_compat
-from .compat.callbacks import AfterOptimizerStep, BeforeTraining
-from .compat.lockstep import Lockstep
-from .compat.trl import log_probs_arguments, log_probs_result, plain_log_probs
+from .compat.generation import GenerationTurns
+from .compat.trl import log_probs_like
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics
-from .resume.resuming import Resuming
+from .resume import checkpoint, progress
 from .rollout.demonstrations import Rollout, teacher_context
 from .rollout.feedback import FeedbackCollector, environment_feedback
 from .rollout.prompts import Renderer, Reprompter
 from .step import forward as step_forward
-from .step.batch import left_pad
-from .step.denominator import StepWindow
+from .step import micro_batch
+from .step.batch import completion_loss_mask, left_pad, select_rows
+from .step.denominator import StepWindow, loss_count
+from .step.head import head_transform
 from .step.metrics import MetricSums
-from .step.micro_batch import MicroBatchLoss
 from .teacher import shards
 from .teacher.store import TeacherStore
 
 _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
+# The Trainer's loss since the last log: a tensor, a float and the step they count from.
+_RUNNING_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
 
-class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
-    """Train a language model on its own, better informed predictions (SDPO, arXiv 2601.20802).
+class SDPOTrainer(_BASE):
+    """Train a language model on its own, better informed predictions.
 
-    Takes everything `trl.GRPOTrainer` takes, by the same names, and `sdpo_config`. Rollouts, rewards,
-    logging, checkpoints and evaluation are TRL's; the loss is the divergence between the model and the same
-    model that has seen a peer's success or the feedback of its own attempt.
+    Takes everything that `trl.GRPOTrainer` takes, in the same order, and `sdpo_config`. Rollouts, rewards, logging,
+    checkpoints and evaluation are TRL's. The loss of a completion token is
 
-    Reward functions return floats, `(score, feedback)` pairs or `{"score": ..., "feedback": ...}`; they may
-    carry `last_feedback`, may be async, and may return `None` for rows they do not judge. An environment
-    (`environment_factory`) speaks through its attribute or property `feedback`, read when its episode is scored
-    and cleared by its `reset`; a method of that name would be offered to the model as a tool. A dataset column
-    `feedback`, or one that a `rollout_func` returns, counts where no live feedback came.
+        divergence(model(token | prompt), teacher(token | prompt, a peer's success or feedback on the attempt))
 
-    With `tools` the teacher reads the same turns, tool results included, and only tokens of the model's own have
-    a loss. A demonstration is then a transcript: texts, `name(arguments)` for each call, and the results.
+    and the loss of a step its mean over the tokens (or rows) with a loss, by `SDPOConfig.loss_aggregation`.
 
-    What shapes GRPO's own objective has no part in this one: its clipping (`epsilon`, `epsilon_high`; here
-    `SDPOConfig.is_clip`), `loss_type` with the parameters of each type, and the advantages (`scale_rewards`,
-    `multi_objective_aggregation`), which are only logged. The loss is a mean over the tokens or rows with a loss,
-    by `SDPOConfig.loss_aggregation`. Terms and masks that someone switched on are refused instead. The router loss
-    of a Mixture-of-Experts model is added with the coefficient that GRPO uses, `router_aux_loss_coef` or else that
-    of the model, as the mean over micro-batches weighted by their tokens (or rows) with a loss; one without any
-    adds none.
+    **Feedback.** Reward functions return floats, `(score, feedback)` pairs or `{"score": ..., "feedback": ...}`.
+    They may have an attribute `last_feedback`, may be async, and may return `None` for rows they do not judge. An
+    environment (`environment_factory`) has an attribute or property `feedback`, read when its episode is scored and
+    cleared by its `reset`; a method of that name would be offered to the model as a tool. A dataset column
+    `feedback`, or one that a `rollout_func` returns, is used for rows without live feedback.
 
-    `eval_loss` is a mean over all tokens (or rows) of the evaluation, in whatever batches they came.
+    **Tools.** The teacher gets the same turns, tool results included, and only tokens of the model have a loss. A
+    demonstration is then a transcript: texts, `name(arguments)` for each call, and the results.
 
-    Runs under DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step on several ranks has the loss and the gradient of
-    the same rows on one, and a group may lie on several. ZeRO-3 computes whole logits.
+    **GRPO's objective.** Its clipping (`epsilon`, `epsilon_high`; here `SDPOConfig.is_clip`), `loss_type` with its
+    parameters, and the advantages (`scale_rewards`, `multi_objective_aggregation`), which are logged, do not
+    affect this loss. Options that add terms or masks are refused. The load-balancing loss of a Mixture-of-Experts
+    model is added with GRPO's coefficient (`router_aux_loss_coef`, or else the model's), as the mean over
+    micro-batches weighted by their tokens (or rows) with a loss.
+
+    **Evaluation.** `eval_loss` is a mean over all tokens (or rows) of the evaluation, in any batches.
+
+    **Several processes.** DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step has the loss and the gradient of the same
+    rows on one process, and a group may be on several. ZeRO-3 computes whole logits.
 
     Args:
-        model: a model, a PEFT model, or a name, as for `GRPOTrainer`.
-        args: a `GRPOConfig`.
-        sdpo_config: an `SDPOConfig`; `None` means `SDPOConfig()`. With `enabled=False` this is GRPO.
-        **kwargs: everything else `GRPOTrainer` takes.
+        model: a model, a PEFT model, or a name or path.
+        reward_funcs: as for `GRPOTrainer`; functions may also return feedback.
+        args: a `GRPOConfig`; `None` means its defaults.
+        train_dataset: as for `GRPOTrainer`; a column `feedback` is optional.
+        eval_dataset: as for `GRPOTrainer`.
+        processing_class: as for `GRPOTrainer`.
+        reward_processing_classes: as for `GRPOTrainer`.
+        callbacks: as for `GRPOTrainer`.
+        optimizers: as for `GRPOTrainer`.
+        sdpo_config: an `SDPOConfig`; `None` means its defaults. With `enabled=False` this is GRPO.
+        **kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
-        ValueError: an empty dataset, a prompt that does not end with a user turn, no pad token, K beyond the
-            vocabulary, a batch that the group does not divide, a term or mask that this loss does not have,
-            FSDP 1.
-        TypeError: `args`, `sdpo_config` or a reward function of the wrong kind.
+        ValueError: an empty dataset, a prompt that does not end with a user turn, no pad token, K larger than the
+            vocabulary, a batch size that is no multiple of the group size, a term or mask that this loss does not
+            have, FSDP 1.
+        TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
+
+    Source: SDPO, arXiv 2601.20802.
+
+    Example:
+        A run of two steps, with a reward function that returns feedback::
+
+            trainer = SDPOTrainer(model, judge, GRPOConfig(max_steps=2), dataset, sdpo_config=SDPOConfig(alpha=1.0))
+            trainer.train()
+
+        >>> import inspect
+        >>> list(inspect.signature(SDPOTrainer).parameters)[:4]
+        ['model', 'reward_funcs', 'args', 'train_dataset']
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
     _name = "SDPO"
-    _unwrapped_from: Any = None
-    _rest_of_step: ExitStack | None = None
 
     def __init__(
-        self, model: Any = None, args: Any = None, sdpo_config: SDPOConfig | None = None, **kwargs: Any
+        self,
+        model: Any = None,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = None,
+        *,
+        sdpo_config: SDPOConfig | None = None,
+        **kwargs: Any,
     ) -> None:
         if trl.GRPOTrainer is not _BASE:
             raise RuntimeError(
                 "trl.GRPOTrainer was patched after sdpo_rl.SDPOTrainer was imported, so training would run "
                 f"unpatched. Import in this order:\n{unsloth_compat.IMPORT_ORDER}"
             )
-        _validate.check_keywords(kwargs, _BASE, own=("sdpo_config",))
-        if sdpo_config is not None and not isinstance(sdpo_config, SDPOConfig):
-            raise TypeError(f"sdpo_config must be an SDPOConfig, got {type(sdpo_config).__name__}")
-        if model is None:
-            raise TypeError("model must be a model or a model's name, got None")
-        self.sdpo_config = sdpo_config or SDPOConfig()
-        if args is None:
+        named = {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "reward_processing_classes": reward_processing_classes,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+        }
+        kwargs |= {name: value for name, value in named.items() if value is not None}
+        if args is None and model is not None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
-        _validate.check_arguments(args)
-        if _IS_UNSLOTH:
-            unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
-        rewards = kwargs.get("reward_funcs")
-        _validate.check_reward_functions(rewards)
-        if self.sdpo_config.enabled:
-            _validate.check_groups(args)
-            _validate.check_objective(args)
-            if kwargs.get("environment_factory") is None:  # an environment may bring the prompts itself
-                _validate.check_dataset(kwargs.get("train_dataset"), "train_dataset")
-                _validate.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
-            _validate.check_tokenizer(kwargs.get("processing_class"))
-            if not isinstance(model, str):
-                _validate.check_vocabulary(self.sdpo_config, model)
+        self.sdpo_config = SDPOConfig() if sdpo_config is None else sdpo_config
+        self._check_arguments(model, reward_funcs, args, kwargs)
         self._feedback = FeedbackCollector()
-        if rewards is not None:
-            listed = rewards if isinstance(rewards, list) else [rewards]
+        if reward_funcs is not None:
+            listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             kwargs["reward_funcs"] = [self._feedback.wrap(reward) for reward in listed]
+        self._unwrapped_cache: tuple[Any, Any] = (None, None)
+        self._step_stack: ExitStack | None = None
         super().__init__(model=model, args=args, **kwargs)
+        self._turns = GenerationTurns(self.accelerator.device)
         if not self.sdpo_config.enabled:
             return
         _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
         shards.check_strategy(
             self.accelerator,
-            generate_every=self.args.steps_per_generation * self.num_iterations,
+            generate_every=self._generate_every,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
+        self._rollout: Rollout | None = None
         self._teacher = TeacherStore(self._unwrapped, self.sdpo_config, seed=self.args.seed)
+        self._generations_done = 0  # with a teacher update
+        self._transform = head_transform(self._unwrapped.config)
+        self._fused: bool | None = None  # unknown until the first forward
         self._window = StepWindow()
-        self._window_index = 0
-        self._window_loss: Tensor | float = 0.0
-        self._counted: Any = None
+        self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._eval_loss = MetricSums()
         self._diagnostics = Diagnostics(self.sdpo_config)
-        self._transform = step_forward.head_transform(self._unwrapped.config)
-        if self.sdpo_config.loss_backend == "logits":
-            self._fused = False
-        self._rollout: Rollout | None = None
-        self._generations_done = 0
-        self.add_callback(BeforeTraining(lambda: self._teacher.on_train_begin(self._unwrapped)))
-        self.add_callback(AfterOptimizerStep(self._after_optimizer_step))
+        self._epochs_done = 0  # before the checkpoint
+        self.add_callback(
+            _TrainingHooks(
+                begin=lambda: self._teacher.on_train_begin(self._unwrapped), step_end=self._update_teacher
+            )
+        )
         warn_if_slow(self)
+
+    def _check_arguments(self, model: Any, reward_funcs: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        config = self.sdpo_config
+        _validate.check_keywords(kwargs, _BASE, own=("sdpo_config",))
+        if not isinstance(config, SDPOConfig):
+            raise TypeError(f"sdpo_config must be an SDPOConfig, got {type(config).__name__}")
+        if model is None:
+            raise TypeError("model must be a model or a model's name, got None")
+        _validate.check_arguments(args)
+        if _IS_UNSLOTH:
+            unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
+        _validate.check_reward_functions(reward_funcs)
+        if not config.enabled:
+            return
+        _validate.check_groups(args)
+        _validate.check_objective(args)
+        if kwargs.get("environment_factory") is None:  # an environment may return the prompts itself
+            _validate.check_dataset(kwargs.get("train_dataset"), "train_dataset")
+            _validate.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
+        _validate.check_tokenizer(kwargs.get("processing_class"))
+        if not isinstance(model, str):
+            _validate.check_vocabulary(config, model)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -161,7 +211,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             [row.get("feedback") for row in inputs],
             environment_feedback(getattr(self, "environments", None) or []),
         )
-        # Also a batch without any: the columns of the table must stay of one length.
+        # Also for a batch without any: the columns of the table must have one length.
         if hasattr(self, "_log_completion_extra"):
             self._log_completion_extra("feedback", feedback)
         if not self.sdpo_config.enabled:
@@ -181,8 +231,9 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
         _validate.check_rows(inputs)
-        # Nothing here has a gradient. GRPOTrainer would switch checkpointing off and on twice, while the GPU waits.
-        with nullcontext() if _IS_UNSLOTH else step_forward.activations_kept(self._unwrapped):
+        # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
+        toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
+        with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
         if rollout is None:
@@ -195,7 +246,7 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             self.sdpo_config,
             self._reprompter(),
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
-            context_length=self._context_length,
+            context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,
             seed=self._selection_seed,
             gather=gather_object if self.accelerator.num_processes > 1 else list,
@@ -207,187 +258,28 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
         ids, mask = left_pad(context.prompts.ids, pad_id=self._pad_id, device=output["completion_ids"].device)
         output["teacher_prompt_ids"], output["teacher_prompt_mask"] = ids, mask
         output["row_mask"] = torch.tensor(context.prompts.row_mask, device=ids.device)
+        output["loss_mask"] = completion_loss_mask(
+            output["completion_mask"], output["row_mask"], output.get("tool_mask")
+        )
         return output
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
         if self.sdpo_config.enabled and self._mode == "train" and self._buffered_inputs is not self._counted:
             self._counted = self._buffered_inputs
-            counts = torch.stack([self._active_count(batch) for batch in self._buffered_inputs])
-            self._window.set_counts(self.accelerator.reduce(counts, reduction="sum"))
+            aggregation = self.sdpo_config.loss_aggregation
+            counts = [loss_count(batch["loss_mask"], aggregation) for batch in self._buffered_inputs]
+            self._window.set_counts(self.accelerator.reduce(torch.stack(counts), reduction="sum"))
         return inputs
 
-    # --- loss --------------------------------------------------------------------------------------------
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """The self-distillation loss of a micro-batch, over the count of its whole optimizer step."""
-        if not self.sdpo_config.enabled:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:
-            raise ValueError("SDPOTrainer does not return outputs from compute_loss")
-        if self._rest_of_step is not None and self._may_compute_adapters:
-            # Not before: generation, which may merge adapters, and rewards belong to the step, too.
-            self._rest_of_step.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
-        with memory_advice(self), unsloth_compat.logits_not_hidden_states():
-            if _IS_UNSLOTH:
-                inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
-            total = self._distilled_total(model, inputs)
-        if self._mode == "train":
-            denominator = self._window.denominator(
-                step=self._step,
-                index=self._window_index,
-                length=self.current_gradient_accumulation_steps,
-                generate_every=self.args.steps_per_generation * self.num_iterations,
-            )
-        else:
-            count = self._active_count(inputs)
-            self._eval_loss.add({"loss": (total, count)})
-            return total / count.clamp(min=1)
-        # Gradients and logged losses are averaged over ranks, hence the factor.
-        return total * self.accelerator.num_processes / denominator
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """The Trainer's, with the loss of all its tokens together in place of a mean over batches and ranks."""
-        if self.sdpo_config.enabled:
-            self._eval_loss = MetricSums()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        if self.sdpo_config.enabled:
-            means = self._eval_loss.means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
-            output.metrics[f"{metric_key_prefix}_loss"] = means.get("loss", 0.0)
-        return output
-
-    # --- training loop -----------------------------------------------------------------------------------
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch; keeps the place in the optimizer step and, at its end, its true denominator."""
-        with memory_advice(self), ExitStack() as rest:
-            rest.callback(setattr, self, "_rest_of_step", None)
-            self._rest_of_step = rest
-            loss = super().training_step(*args, **kwargs)
-        if not self.sdpo_config.enabled:
-            return loss
-        self._window_index += 1
-        self._window_loss = self._window_loss + loss
-        if self.accelerator.sync_gradients:
-            window_loss, self._window_loss = self._window_loss, 0.0
-            self._window_index = 0
-            correction = self._window.correction()
-            if correction is not None:
-                # The earlier micro-batches have been logged with the estimate; this one makes up for them.
-                loss = loss + window_loss * (correction - 1.0)
-                shards.scale_gradients(self.model, correction)
-        return loss
-
-    def _after_optimizer_step(self) -> None:
-        per_tick = 1
-        if self.sdpo_config.teacher_tick == "generation_batch":
-            generate_every = self.args.steps_per_generation * self.num_iterations
-            per_tick = self._step // generate_every - self._generations_done
-            self._generations_done += per_tick
-        for _ in range(per_tick):
-            self._teacher.tick(self._unwrapped)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's logging, with the means of the tensors that were kept since the last time."""
-        if self.sdpo_config.enabled:
-            mode = self._mode
-            means = self._sums[mode].means(lambda totals: self.accelerator.reduce(totals, reduction="sum"))
-            if (
-                mode == "train"
-                and means
-                and (distance := self._teacher.distance(self._unwrapped)) is not None
-            ):
-                means["self_distillation/teacher_distance"] = distance.item()
-            self._diagnostics.observe_means(means)
-            for name, value in means.items():
-                self._metrics[mode][name].append(value)
-        super().log(logs, *args, **kwargs)
-
-    # --- GRPO without Triton -----------------------------------------------------------------------------
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Any, ...]:
-        method = super()._get_per_token_logps_and_entropies
-        # Unsloth's own version runs on a CPU, and its loss expects its conventions.
-        if _IS_UNSLOTH or input_ids.device.type != "cpu":
-            return method(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        given = (model, input_ids, attention_mask, logits_to_keep)
-        wanted = log_probs_arguments(method, *given, *args, **kwargs)
-        return log_probs_result(method, *plain_log_probs(self, *given, **wanted))
-
-    # --- facts about this run ----------------------------------------------------------------------------
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    @property
-    def _unwrapped(self) -> Any:
-        if self._unwrapped_from is not self.model:
-            self._unwrapped_from, self._unwrapped_model = (
-                self.model,
-                self.accelerator.unwrap_model(self.model),
-            )
-        return self._unwrapped_model
-
-    @property
-    def _may_compute_adapters(self) -> bool:
-        """Whether nobody else compiles or rewrites the model, or keeps products of its forward to use again."""
-        keeps = (self.args.gradient_checkpointing_kwargs or {}).get("context_fn") is not None
-        return not (_IS_UNSLOTH or self.args.torch_compile or keeps)
-
-    @property
-    def _pad_id(self) -> int:
-        processing: Any = self.processing_class
-        return getattr(processing, "tokenizer", processing).pad_token_id
-
-    @property
-    def _selection_seed(self) -> int:
-        # A function of the run's place, so that a resumed run draws what the uninterrupted one drew.
-        place = (self.args.seed, self.state.global_step, self._window_index, self._mode == "eval")
-        return int.from_bytes(hashlib.blake2b(repr(place).encode(), digest_size=8).digest(), "big")
-
-    @property
-    def _context_length(self) -> float:
-        """Tokens that the model can read; reprompt and completion together stay below it."""
-        model = self._unwrapped
-        limits = (
-            getattr(model, "max_seq_length", None),
-            getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        )
-        return min((limit for limit in limits if limit), default=math.inf)
-
-    @property
-    def _row_tools(self) -> list[Any] | None:
-        """The tools of each row of this batch, where environments bring their own."""
-        if getattr(self, "environment_factories", None) is None:
-            return None
-        return [self._env_tools[name] for name in self._batch_environments]
-
     def _reprompter(self) -> Reprompter:
-        config = self.sdpo_config
+        config, row_tools = self.sdpo_config, None
+        if getattr(self, "environment_factories", None) is not None:  # each environment has its own tools
+            row_tools = [self._env_tools[name] for name in self._batch_environments]
         renderer = Renderer(
             tokenizer=self.processing_class,
             tools=getattr(self, "tools", None),
-            row_tools=self._row_tools,
+            row_tools=row_tools,
             chat_template=getattr(self, "chat_template", None),
             template_kwargs={**self.chat_template_kwargs, **config.template_kwargs},
         )
@@ -397,3 +289,283 @@ class SDPOTrainer(MicroBatchLoss, Resuming, Lockstep, _BASE):
             config.environment_feedback_only_without_solution,
             config.reprompt_truncation,
         )
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        return self._turns.turn(super()._generate_single_turn, *args, **kwargs)
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        loop = super()._tool_call_loop
+        if self.use_vllm or self.accelerator.num_processes == 1 or not shards.is_sharded(self._unwrapped):
+            return loop(*args, **kwargs)
+        return self._turns.tool_loop(loop, self._generate_single_turn, *args, **kwargs)
+
+    # --- loss --------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a micro-batch, over the count of its whole optimizer step; in an evaluation, over its own."""
+        if not self.sdpo_config.enabled:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:
+            raise ValueError(
+                "SDPOTrainer.compute_loss: expected return_outputs=False, got True; it has no outputs"
+            )
+        if self._step_stack is not None and self._may_fuse_lora:
+            # Until backward has run; not during the rollout and its rewards, which may merge adapters.
+            self._step_stack.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
+        with memory_advice(self), unsloth_compat.logits_not_hidden_states():
+            if _IS_UNSLOTH:
+                inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
+            output = self._micro_batch_output(model, inputs)
+        self._sums[self._mode].add(output.metrics)
+        if self._mode == "eval":
+            self._eval_loss.add({"loss": (output.total, output.count)})
+            return output.total / output.count.clamp(min=1)
+        denominator = self._window.denominator(
+            step=self._step,
+            length=self.current_gradient_accumulation_steps,
+            generate_every=self._generate_every,
+        )
+        # Gradients and logged losses are averaged over processes, hence the factor.
+        return output.total * self.accelerator.num_processes / denominator
+
+    def _micro_batch_output(self, model: nn.Module, inputs: Any) -> micro_batch.MicroBatchOutput:
+        context = micro_batch.StepContext(
+            config=self.sdpo_config,
+            accelerator=self.accelerator,
+            model=model,
+            unwrapped=self._unwrapped,
+            teacher=self._teacher,
+            temperature=self.temperature,
+            transform=self._transform,
+            router_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else None,
+        )
+        batch = select_rows(inputs, at_least_one=context.in_lockstep)
+        if batch is None:
+            return micro_batch.zero_loss(self._unwrapped)
+        if self._fused is None:
+            self._fused = micro_batch.can_fuse(context, batch)
+        return micro_batch.micro_batch_loss(context, batch, fused=self._fused)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""
+        if not self.sdpo_config.enabled:
+            return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._eval_loss = MetricSums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss.means(self._sum).get("loss", 0.0)
+        return output
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        method = super()._get_per_token_logps_and_entropies
+        # Unsloth's own version runs on a CPU, and its loss expects its conventions.
+        if _IS_UNSLOTH or input_ids.device.type != "cpu":
+            return method(model, input_ids, *args, **kwargs)
+        return log_probs_like(method, self.accelerator, self.temperature, model, input_ids, *args, **kwargs)
+
+    # --- training loop -----------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch; at the end of an optimizer step its gradient gets the true denominator."""
+        with memory_advice(self), ExitStack() as stack:
+            stack.callback(setattr, self, "_step_stack", None)
+            self._step_stack = stack
+            loss = super().training_step(*args, **kwargs)
+        if not self.sdpo_config.enabled:
+            return loss
+        loss, correction = self._window.end_micro_batch(loss, ends_step=self.accelerator.sync_gradients)
+        if correction is not None:
+            shards.scale_gradients(self.model, correction)
+        return loss
+
+    def _update_teacher(self) -> None:
+        ticks = 1
+        if self.sdpo_config.teacher_tick == "generation_batch":
+            ticks = self._step // self._generate_every - self._generations_done
+            self._generations_done += ticks
+        for _ in range(ticks):
+            self._teacher.tick(self._unwrapped)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's logging, with the means of the metrics since the last time."""
+        if self.sdpo_config.enabled:
+            mode = self._mode
+            means = self._sums[mode].means(self._sum)
+            distance = self._teacher.distance(self._unwrapped) if mode == "train" and means else None
+            if distance is not None:
+                means["self_distillation/teacher_distance"] = distance.item()
+            self._diagnostics.observe_means(means)
+            for name, value in means.items():
+                self._metrics[mode][name].append(value)
+        super().log(logs, *args, **kwargs)
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `GRPOTrainer.train`; `True` resumes from the last complete checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder, or `True`.
+            *args: as for `GRPOTrainer.train`.
+            **kwargs: as for `GRPOTrainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
+        """
+        if self.sdpo_config.enabled:
+            self._epochs_done = 0
+            resume_from_checkpoint = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
+            if isinstance(resume_from_checkpoint, str):
+                self._epochs_done = checkpoint.epochs_done(resume_from_checkpoint)
+                if self.sdpo_config.teacher_on_resume == "restore":
+                    checkpoint.check_teacher(resume_from_checkpoint, self._teacher, self._unwrapped)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if self.sdpo_config.enabled:
+            # Every epoch draws its order from one generator, so the epochs before the checkpoint are drawn again.
+            for _ in range(self._epochs_done):
+                next(iter(sampler), None)
+        return sampler
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.sdpo_config.enabled:
+            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                checkpoint.mark_incomplete(folder)
+            self.accelerator.wait_for_everyone()
+            checkpoint.save_teacher(folder, self._teacher, self._unwrapped, writes=self.args.should_save)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.sdpo_config.enabled:
+            progress.save(output_dir, self._run_state(), process=self.accelerator.process_index)
+            # The trainer's state is next and makes the folder complete, so every process must be done.
+            self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.sdpo_config.enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        with checkpoint.trainable_dtypes_preserved(self._unwrapped):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            checkpoint.load_adapter_among_others(resume_from_checkpoint, self._unwrapped)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if self.sdpo_config.enabled and checkpoint_folder is not None:
+            if self.sdpo_config.teacher_on_resume == "restart":
+                self._teacher.restart(self._unwrapped)
+            else:
+                checkpoint.load_teacher(checkpoint_folder, self._teacher, self._unwrapped)
+
+    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
+        super()._load_rng_state(checkpoint_folder)
+        if self.sdpo_config.enabled and checkpoint_folder is not None:
+            self._load_run_state(
+                progress.load(
+                    checkpoint_folder,
+                    process=self.accelerator.process_index,
+                    schedule=self._schedule,
+                    device=self.accelerator.device,
+                )
+            )
+
+    def _run_state(self) -> progress.RunState:
+        return progress.RunState(
+            schedule=self._schedule,
+            step=self._step,
+            batches=self._buffered_inputs if self._step % self._generate_every else None,
+            running_loss={name: float(getattr(self, name)) for name in _RUNNING_LOSS if hasattr(self, name)},
+            metrics=self._metrics["train"],
+            sums=self._sums["train"].state(),
+            diagnostics=self._diagnostics.state(),
+        )
+
+    def _load_run_state(self, state: progress.RunState | None) -> None:
+        if state is None:
+            return
+        self._step = state.step
+        self._generations_done = self._step // self._generate_every
+        if state.batches is not None:
+            self._buffered_inputs = state.batches
+        for name in _RUNNING_LOSS:
+            if name in state.running_loss and hasattr(self, name):
+                value, old = state.running_loss[name], getattr(self, name)
+                setattr(self, name, old.new_tensor(value) if isinstance(old, Tensor) else type(old)(value))
+        self._metrics["train"].update(state.metrics)
+        self._sums["train"].load_state(state.sums)
+        self._diagnostics.load_state(state.diagnostics)
+
+    # --- properties of this run --------------------------------------------------------------------------
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @property
+    def _unwrapped(self) -> Any:
+        wrapped, unwrapped = self._unwrapped_cache
+        if wrapped is not self.model:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            self._unwrapped_cache = self.model, unwrapped
+        return unwrapped
+
+    @property
+    def _may_fuse_lora(self) -> bool:
+        """Whether the option is on, and nobody compiles or rewrites the model or saves products of its forward."""
+        saves_products = (self.args.gradient_checkpointing_kwargs or {}).get("context_fn") is not None
+        return self.sdpo_config.fused_lora_forward and not (
+            _IS_UNSLOTH or self.args.torch_compile or saves_products
+        )
+
+    @property
+    def _generate_every(self) -> int:
+        """Micro-batches from one generation batch to the next."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def _schedule(self) -> dict[str, int]:
+        """What decides which rows a micro-batch contains."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        return {
+            "world_size": self.accelerator.num_processes,
+            **{name: getattr(self.args, name) for name in names},
+            "num_iterations": self.num_iterations,
+            "num_generations": self.num_generations,
+        }
+
+    @property
+    def _pad_id(self) -> int:
+        processing: Any = self.processing_class
+        return getattr(processing, "tokenizer", processing).pad_token_id
+
+    @property
+    def _selection_seed(self) -> int:
+        """A function of the position in the run, so that a resumed run draws what the uninterrupted one drew."""
+        position = (self.args.seed, self.state.global_step, self._window.index, self._mode == "eval")
+        return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big")
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Over all processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+
+class _TrainingHooks(TrainerCallback):
+    """Calls `begin()` once the model is prepared and a checkpoint loaded, `step_end()` after an optimizer step."""
+
+    def __init__(self, *, begin: Callable[[], None], step_end: Callable[[], None]) -> None:
+        self._begin, self._step_end = begin, step_end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first batch."""
+        self._begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before anything is logged, evaluated or saved."""
+        self._step_end()

@@ -1,4 +1,4 @@
-"""What differs between TRL releases, in one place."""
+"""What differs between TRL releases: GRPO's log-probabilities without Triton."""
 
 from __future__ import annotations
 
@@ -13,48 +13,64 @@ from ..step.forward import forward_arguments, router_loss
 
 
 def plain_log_probs(
-    trainer: Any,
+    accelerator: Any,
     model: Any,
     input_ids: Tensor,
     attention_mask: Tensor,
-    keep: int,
+    logits_to_keep: int,
     *,
+    temperature: float,
     batch_size: int | None = None,
     compute_aux_loss: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities and entropies [B, keep] of the last `keep` tokens, at the trainer's temperature.
+    """Log-probabilities and entropies [B, T] of the last T tokens, and the load-balancing loss.
 
-    TRL 1.15 computes them with a Triton kernel alone, so that its GRPO cannot train on a CPU; this is the
-    same quantity in plain torch. The third is the load-balancing loss of a Mixture-of-Experts model.
+    TRL 1.15 computes them with a Triton kernel only, so that its GRPO cannot train on a CPU; this computes the same
+    in plain torch.
+
+    Args:
+        accelerator: for its autocast and the model inside `model`.
+        model: what runs.
+        input_ids: [B, L] int64.
+        attention_mask: [B, L].
+        logits_to_keep: T.
+        temperature: divides the logits.
+        batch_size: rows of one forward; `None` means all.
+        compute_aux_loss: also the load-balancing loss of a Mixture-of-Experts model; `None` is returned otherwise.
     """
     log_probs, entropies, router_losses = [], [], []
     router = {"output_router_logits": True} if compute_aux_loss else {}
-    for start in range(0, len(input_ids), batch_size or len(input_ids)):
-        rows = slice(start, start + (batch_size or len(input_ids)))
-        ids, mask = input_ids[rows], attention_mask[rows]
-        unwrapped = trainer.accelerator.unwrap_model(model)
-        with trainer.accelerator.autocast():
-            arguments = forward_arguments(unwrapped, ids, mask, position_ids(mask), keep + 1)
+    unwrapped = accelerator.unwrap_model(model)
+    size = batch_size or len(input_ids)
+    for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+        arguments = forward_arguments(unwrapped, ids, mask, position_ids(mask), logits_to_keep + 1)
+        with accelerator.autocast():
             outputs = model(**arguments, **router)
-        every = torch.log_softmax(outputs.logits[:, -(keep + 1) : -1].float() / trainer.temperature, dim=-1)
-        log_probs.append(every.gather(-1, ids[:, -keep:, None]).squeeze(-1))
-        entropies.append(-(every.exp() * every).nan_to_num(0.0).sum(-1))
+        logits = outputs.logits[:, -(logits_to_keep + 1) : -1].float() / temperature
+        log_p = logits.log_softmax(dim=-1)
+        log_probs.append(log_p.gather(-1, ids[:, -logits_to_keep:, None]).squeeze(-1))
+        entropies.append(-(log_p.exp() * log_p).nan_to_num(0.0).sum(-1))
         if compute_aux_loss:
             router_losses.append(router_loss(outputs))
     aux_loss = torch.stack(router_losses).mean() if compute_aux_loss else None
     return torch.cat(log_probs), torch.cat(entropies), aux_loss
 
 
-def log_probs_arguments(method: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """What of a call of `_get_per_token_logps_and_entropies` concerns `plain_log_probs`, however it was passed."""
-    given = inspect.signature(method).bind(*args, **kwargs).arguments
-    return {name: given[name] for name in ("batch_size", "compute_aux_loss") if name in given}
-
-
-def log_probs_result(
-    method: Any, log_probs: Tensor, entropies: Tensor | None, aux_loss: Tensor | None
+def log_probs_like(
+    method: Any, accelerator: Any, temperature: float, *args: Any, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """The pair or triple that this release's callers of `_get_per_token_logps_and_entropies` unpack."""
-    if "compute_aux_loss" in inspect.signature(method).parameters:
-        return log_probs, entropies, aux_loss
-    return log_probs, entropies
+    """`plain_log_probs` with the arguments and the result of `_get_per_token_logps_and_entropies`.
+
+    Args:
+        method: this release's, whose callers unpack two or three values.
+        accelerator: the trainer's.
+        temperature: divides the logits.
+        *args: of the call.
+        **kwargs: of the call.
+    """
+    signature = inspect.signature(method)
+    arguments = signature.bind(*args, **kwargs).arguments
+    names = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_aux_loss")
+    used = {name: arguments[name] for name in names if name in arguments}
+    result = plain_log_probs(accelerator, temperature=temperature, **used)
+    return result if "compute_aux_loss" in signature.parameters else result[:2]

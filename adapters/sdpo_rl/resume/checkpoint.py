@@ -1,13 +1,12 @@
-"""What a checkpoint of the Hugging Face Trainer gains from SDPO, and when one may be resumed from.
+"""What SDPO adds to a checkpoint of the Hugging Face Trainer, and which checkpoints can be resumed from.
 
-Everything of ours lies in `checkpoint-N/sdpo/`, because some tools read every `*.safetensors` next to a
-model's own:
+All of it is in the folder `checkpoint-N/sdpo/`, because some tools load every `*.safetensors` beside a model's own:
 
-* `teacher.safetensors`: the whole teacher by parameter name; its metadata hold rule and tick count.
-* `progress-R.safetensors`: where rank R stands within its generation batch (module `progress`).
+* `teacher.safetensors`: the full teacher by parameter name; its metadata has the rule and the number of updates.
+* `progress-R.safetensors`: the progress of process R within its generation batch (module `progress`).
 
-The Trainer writes a folder in place and `trainer_state.json` last, before it deletes an older checkpoint. That
-file is removed before a folder is written again, so a folder is complete exactly if the file is whole.
+The Trainer writes `trainer_state.json` last. That file is removed before a folder is written again, so a folder is
+complete exactly if the file can be parsed.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ TEACHER = "teacher.safetensors"
 
 _STATE = "trainer_state.json"
 _ADAPTER = "adapter_config.json"
-_NAMED = 8
+_MOST_NAMED = 8  # differences in one error message
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
-_WAY_OUT = (
-    "Resume with what the checkpoint was made with, or begin the teacher again from the resumed student with "
+_FIX = (
+    "resume with the configuration of the checkpoint, or start the teacher again from the loaded student with "
     "SDPOConfig(teacher_on_resume='restart')"
 )
 
@@ -52,52 +51,57 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def resolve(choice: Any, output_dir: str | Path) -> Any:
-    """`resume_from_checkpoint` as the Trainer should get it: `True` becomes the last complete folder.
+    """The `resume_from_checkpoint` to pass on to the Trainer: `True` becomes the last complete folder.
+
+    Args:
+        choice: a folder, `True`, or anything else, which is returned.
+        output_dir: of the run.
 
     Raises:
-        ValueError: the chosen folder does not exist, or it, or every one there is, was not finished.
+        ValueError: the folder does not exist or is incomplete, or all checkpoints are.
     """
     if isinstance(choice, (str, os.PathLike)):
-        chosen = Path(choice)
-        if not chosen.is_dir():
-            other = next(filter(is_complete, _checkpoints(Path(output_dir))), None)
-            known = (
-                f"{output_dir} holds no complete checkpoint"
-                if other is None
-                else f"the last complete one of this run is {other}"
+        folder = Path(choice)
+        if not folder.is_dir():
+            other = _last_complete(Path(output_dir))
+            fix = (
+                f"use {other}, the last complete one of this run"
+                if other
+                else f"{output_dir} has no complete checkpoint, start a new run"
             )
-            raise ValueError(f"resume_from_checkpoint={str(choice)!r} is no folder; {known}")
-        if not is_complete(chosen):
-            other = next(filter(is_complete, _checkpoints(chosen.resolve().parent)), None)
+            raise ValueError(f"resume_from_checkpoint: expected a folder, got {str(choice)!r}; {fix}")
+        if not is_complete(folder):
             raise ValueError(
-                f"{chosen} is incomplete: its {_STATE}, which is written last, is missing or cut short, so the "
-                f"run ended while it was being saved. {_instead(other)}"
+                f"resume_from_checkpoint: {folder} is incomplete, the run ended while it was saved: its {_STATE}, "
+                f"written last, is missing or truncated; {_instead(_last_complete(folder.resolve().parent))}"
             )
-        return str(chosen)
+        return str(folder)
     folders = _checkpoints(Path(output_dir)) if choice is True else []
     for folder in folders:
         if is_complete(folder):
             return str(folder)
-        logger.warning("Skipping %s: the run ended while it was being saved.", folder)
+        logger.warning("Skipping %s: the run ended while it was saved.", folder)
     if folders:
-        raise ValueError(f"no checkpoint in {output_dir} is complete. {_instead(None)}")
+        raise ValueError(
+            f"resume_from_checkpoint: expected a complete checkpoint in {output_dir}, got none; {_instead(None)}"
+        )
     return choice
 
 
 def epochs_done(folder: str) -> int:
-    """How often the run had gone through its data."""
+    """The number of complete passes over the data when the checkpoint was saved."""
     state = _trainer_state(folder)
     return 0 if state is None else int(state.get("epoch") or 0)
 
 
-def begin(folder: str) -> None:
-    """Make a folder that is written again incomplete, until the Trainer has written its state."""
+def mark_incomplete(folder: str) -> None:
+    """Make a folder that is written again incomplete until the Trainer has written its state."""
     (Path(folder) / _STATE).unlink(missing_ok=True)
 
 
 @contextmanager
-def dtypes_kept(model: nn.Module) -> Iterator[None]:
-    """What trains keeps its dtype while a checkpoint is loaded; PEFT makes a bfloat16 adapter float32."""
+def trainable_dtypes_preserved(model: nn.Module) -> Iterator[None]:
+    """Trainable parameters keep their dtype while a checkpoint is loaded; PEFT makes a bfloat16 adapter float32."""
     dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
     yield
     for name, p in model.named_parameters():
@@ -105,17 +109,18 @@ def dtypes_kept(model: nn.Module) -> Iterator[None]:
             p.data = p.data.to(dtypes[name])
 
 
-def load_adapter_beside_others(folder: str, model: Any) -> None:
-    """Load the trained adapter, which the Trainer passes over where other adapters lie in subfolders.
+def load_adapter_among_others(folder: str, model: Any) -> None:
+    """Load the trained adapter, which the Trainer skips if the folder has other adapters in subfolders.
 
-    A model may carry further adapters, a frozen copy of its first one, say; its student would start again.
+    A model may have further adapters, a frozen copy of the first, for example; without this the student would start
+    again.
     """
     if (Path(folder) / _ADAPTER).is_file() and any(Path(folder).glob(f"*/{_ADAPTER}")):
         model.load_adapter(folder, model.active_adapters[0], is_trainable=True)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that is there whole or not at all."""
+    """Write a safetensors file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     save_file(dict(tensors), unfinished, metadata)
@@ -124,8 +129,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
 
 def _checkpoints(parent: Path) -> list[Path]:
     """The checkpoint folders, newest first."""
-    found = [path for path in parent.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(Path.is_dir, found), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    folders = [path for path in parent.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(filter(Path.is_dir, folders), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def _last_complete(parent: Path) -> Path | None:
+    return next(filter(is_complete, _checkpoints(parent)), None)
 
 
 def _trainer_state(folder: str | Path) -> dict[str, Any] | None:
@@ -136,14 +145,14 @@ def _trainer_state(folder: str | Path) -> dict[str, Any] | None:
 
 
 def _instead(folder: Path | None) -> str:
-    return "Start afresh" if folder is None else f"The last complete one beside it is {folder}"
+    return "start a new run" if folder is None else f"use {folder}, the last complete one beside it"
 
 
 # --- the teacher ------------------------------------------------------------------------------------------
 
 
 def save_teacher(folder: str, store: TeacherStore, model: nn.Module, *, writes: bool) -> None:
-    """Write the whole teacher from the rank that `writes`; every rank takes part."""
+    """Write the full teacher from the process that `writes`; every process must call this."""
     tensors = store.full_state(model, keep=writes)
     if writes:
         about = {"rule": store.rule, "ticks": store.state.ticks}
@@ -151,15 +160,15 @@ def save_teacher(folder: str, store: TeacherStore, model: nn.Module, *, writes: 
 
 
 def check_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
-    """The checkpoint's teacher could take the place of the run's.
+    """Check that the checkpoint's teacher can replace the run's.
 
     Raises:
-        ValueError: there is none, or its rule, names, shapes or dtypes are others; each difference is named.
+        ValueError: there is none, or its rule, names, shapes or dtypes differ; each difference is named.
     """
     path = Path(folder) / FOLDER / TEACHER
     if not path.is_file():
         raise ValueError(
-            f"{folder} holds no teacher ({FOLDER}/{TEACHER}); SDPOTrainer did not write it. {_WAY_OUT}"
+            f"{folder}: expected a teacher in {FOLDER}/{TEACHER}, got none; SDPOTrainer did not write it: {_FIX}"
         )
     layout = store.layout(model)
     with safe_open(path, "pt") as file:
@@ -167,24 +176,24 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
         differences = [] if rule == store.rule else [f"its rule is {rule!r}, this run's {store.rule!r}"]
         differences += [f"it lacks {name!r}" for name in layout if name not in saved]
         differences += [
-            f"it has {name!r}, which does not train here" for name in sorted(saved - layout.keys())
+            f"it has {name!r}, which is not trainable here" for name in sorted(saved - layout.keys())
         ]
         for name in sorted(saved & layout.keys()):
             shape, dtype = layout[name]
             entry = file.get_slice(name)
-            found_shape, found_dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
-            if shape is not None and found_shape != shape:
-                differences.append(f"its {name!r} has shape {found_shape}, not {shape}")
-            if found_dtype != dtype:
-                differences.append(f"its {name!r} is {found_dtype}, not {dtype}")
+            saved_shape, saved_dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
+            if shape is not None and saved_shape != shape:
+                differences.append(f"its {name!r} has shape {saved_shape}, not {shape}")
+            if saved_dtype != dtype:
+                differences.append(f"its {name!r} is {saved_dtype}, not {dtype}")
     if differences:
-        more = len(differences) - _NAMED
-        listed = "; ".join(differences[:_NAMED]) + (f"; and {more} more" if more > 0 else "")
-        raise ValueError(f"the teacher in {folder} is not this run's: {listed}. {_WAY_OUT}")
+        more = len(differences) - _MOST_NAMED
+        listed = "; ".join(differences[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+        raise ValueError(f"{folder}: expected this run's teacher, got another: {listed}; {_FIX}")
 
 
 def load_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
-    """Take up the checkpoint's teacher, reading one tensor at a time.
+    """Load the checkpoint's teacher, one tensor at a time.
 
     Raises:
         ValueError: as `check_teacher`.

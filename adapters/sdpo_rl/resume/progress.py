@@ -1,15 +1,14 @@
-"""Where a run stands between two optimizer steps, as far as a resumed run needs it to repeat every number.
+"""The state of a run between two optimizer steps that a resumed run needs to repeat every number.
 
-A generation batch may feed several optimizer steps. Its micro-batches, TRL's count of them and the metrics not
-logged yet are in no checkpoint of TRL's. Kept here, in one file per rank:
+A generation batch may feed several optimizer steps. TRL's checkpoints contain neither its micro-batches, nor their
+count, nor the metrics that are not logged yet. These are saved here, in one file per process:
 
-* tensors: the generation batch, if it is not used up, in the smallest integers that hold it; the sums behind
-  the metrics of the steps not logged yet.
-* JSON: TRL's count of micro-batches, the values TRL has gathered but not logged, the Trainer's running loss,
-  what the diagnostics have seen, and the batch sizes under which all this means anything.
+* tensors: the generation batch, if it is not used up, in the smallest integers that hold it; the sums of the
+  metrics that are not logged yet.
+* JSON in the metadata: the rest of `RunState`.
 
-The random generators are the Trainer's to save. The table of completions is not kept: it fills again with the
-next generation batch.
+The Trainer saves the random generators. The table of completions is not saved: it fills again with the next
+generation batch.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,89 +31,100 @@ logger = logging.getLogger("sdpo_rl")
 Batch = dict[str, Any]
 
 _SUMS = "sums/"
-_SMALLER = (torch.uint8, torch.int16, torch.int32)
-# The Trainer's running loss: a tensor, a float and the step they count from.
-_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+_SMALL_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
 
-def save(folder: str, trainer: Any) -> None:
-    """Write this rank's progress."""
-    tensors = {_SUMS + name: pair.cpu() for name, pair in trainer._sums["train"].state().items()}
-    batches = None
-    if trainer._step % _generate_every(trainer) and trainer._buffered_inputs is not None:
-        packed = _pack(trainer._buffered_inputs)
-        if packed is not None:
-            batches = packed[0]
-            tensors |= packed[1]
+@dataclass
+class RunState:
+    """What is saved of one process.
+
+    Attributes:
+        schedule: what decides which rows a micro-batch contains, by name; under another the state means nothing.
+        step: micro-batches so far, TRL's count.
+        batches: the micro-batches of the generation batch; `None` if it is used up.
+        running_loss: the Trainer's loss since the last log, by attribute.
+        metrics: values that TRL has gathered but not logged, by name.
+        sums: sum and weight [2] of metrics that are not logged yet, by name.
+        diagnostics: what the diagnostics have seen, for JSON.
+    """
+
+    schedule: dict[str, int]
+    step: int
+    batches: Sequence[Batch] | None
+    running_loss: dict[str, float]
+    metrics: dict[str, list[float]]
+    sums: dict[str, Tensor]
+    diagnostics: dict[str, Any]
+
+
+def save(folder: str, state: RunState, *, process: int) -> None:
+    """Write one process's state.
+
+    Args:
+        folder: of the checkpoint.
+        state: what to save.
+        process: its index.
+    """
+    tensors = {_SUMS + name: pair.cpu() for name, pair in state.sums.items()}
+    packed = None if state.batches is None else _pack(state.batches)
+    if packed is not None:
+        tensors |= packed[1]
     progress = {
-        "schedule": _schedule(trainer),
-        "step": trainer._step,
-        "batches": batches,
-        "loss": {name: float(getattr(trainer, name)) for name in _LOSS if hasattr(trainer, name)},
-        "metrics": trainer._metrics["train"],
-        "diagnostics": trainer._diagnostics.state(),
+        "schedule": state.schedule,
+        "step": state.step,
+        "batches": None if packed is None else packed[0],
+        "loss": state.running_loss,
+        "metrics": state.metrics,
+        "diagnostics": state.diagnostics,
     }
-    write(_path(folder, trainer), tensors, {"sdpo_progress": json.dumps(progress, default=float)})
+    write(_path(folder, process), tensors, {"sdpo_progress": json.dumps(progress, default=float)})
 
 
-def load(folder: str, trainer: Any) -> None:
-    """Take up this rank's progress, or say why the generation batch begins anew."""
-    path = _path(folder, trainer)
+def load(folder: str, *, process: int, schedule: Mapping[str, int], device: torch.device) -> RunState | None:
+    """One process's state; `None`, with a warning, where the generation batch must start again.
+
+    Args:
+        folder: of the checkpoint.
+        process: its index.
+        schedule: this run's.
+        device: of the tensors.
+    """
+    path = _path(folder, process)
     if not path.is_file():
-        logger.warning("%s is missing; the generation batch and its metrics begin anew.", path)
-        return
-    device = trainer.accelerator.device
+        logger.warning("%s is missing; the generation batch and its metrics start again.", path)
+        return None
     with safe_open(path, "pt") as file:
         progress = json.loads(file.metadata()["sdpo_progress"])
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - no mapping
-    then, now = progress["schedule"], _schedule(trainer)
-    if then != now:
-        changed = ", ".join(
-            f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]
+    saved = progress["schedule"]
+    if saved != schedule:
+        changes = ", ".join(
+            f"{name} {saved.get(name)} -> {value}"
+            for name, value in schedule.items()
+            if saved.get(name) != value
         )
         logger.warning(
-            "Since %s was saved: %s. The generation batch and its metrics begin anew.", folder, changed
+            "Since %s was saved: %s. The generation batch and its metrics start again.", folder, changes
         )
-        return
-    trainer._step = progress["step"]
-    trainer._generations_done = trainer._step // _generate_every(trainer)
-    if progress["batches"] is not None:
-        trainer._buffered_inputs = _unpack(progress["batches"], tensors)
-    for name in _LOSS:
-        if name in progress["loss"] and hasattr(trainer, name):
-            kept, value = getattr(trainer, name), progress["loss"][name]
-            setattr(trainer, name, kept.new_tensor(value) if isinstance(kept, Tensor) else type(kept)(value))
-    trainer._metrics["train"].update(progress["metrics"])
-    trainer._sums["train"].load_state(
-        {name.removeprefix(_SUMS): pair for name, pair in tensors.items() if name.startswith(_SUMS)}
+        return None
+    return RunState(
+        schedule=saved,
+        step=progress["step"],
+        batches=None if progress["batches"] is None else _unpack(progress["batches"], tensors),
+        running_loss=progress["loss"],
+        metrics=progress["metrics"],
+        sums={n.removeprefix(_SUMS): pair for n, pair in tensors.items() if n.startswith(_SUMS)},
+        diagnostics=progress["diagnostics"],
     )
-    trainer._diagnostics.load_state(progress["diagnostics"])
 
 
-def _path(folder: str, trainer: Any) -> Path:
-    return Path(folder) / FOLDER / f"progress-{trainer.accelerator.process_index}.safetensors"
-
-
-def _generate_every(trainer: Any) -> int:
-    return trainer.args.steps_per_generation * trainer.num_iterations
-
-
-def _schedule(trainer: Any) -> dict[str, int]:
-    """What decides which rows a micro-batch holds."""
-    args = trainer.args
-    return {
-        "world_size": trainer.accelerator.num_processes,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "steps_per_generation": args.steps_per_generation,
-        "num_iterations": trainer.num_iterations,
-        "num_generations": trainer.num_generations,
-    }
+def _path(folder: str, process: int) -> Path:
+    return Path(folder) / FOLDER / f"progress-{process}.safetensors"
 
 
 def _pack(batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, Tensor]] | None:
-    """Batches as JSON, in which a tensor is its dtype and stands under `batch/key` among the tensors."""
-    written: list[Batch] = []
+    """Batches as JSON, a tensor as its dtype, and the tensors by `batch/key`; `None` if a value cannot be saved."""
+    entries: list[Batch] = []
     tensors: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         entry: Batch = {}
@@ -125,33 +136,34 @@ def _pack(batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, Tensor]] | N
                 entry[key] = {"value": value}
             else:
                 logger.warning(
-                    "%r of the generation batch is a %s, which a checkpoint does not keep; a run resumed from here "
-                    "samples this generation batch again.",
+                    "%r of the generation batch is a %s, which cannot be saved; a run resumed from here samples "
+                    "this generation batch again.",
                     key,
                     type(value).__name__,
                 )
                 return None
-        written.append(entry)
-    return written, tensors
+        entries.append(entry)
+    return entries, tensors
 
 
-def _unpack(written: Sequence[Batch], tensors: Mapping[str, Tensor]) -> list[Batch]:
+def _unpack(entries: Sequence[Batch], tensors: Mapping[str, Tensor]) -> list[Batch]:
+    """The batches that `_pack` was given."""
     return [
         {
-            key: tensors[f"{index}/{key}"].to(getattr(torch, kept["dtype"]))
-            if "dtype" in kept
-            else kept["value"]
-            for key, kept in entry.items()
+            key: tensors[f"{index}/{key}"].to(getattr(torch, packed["dtype"]))
+            if "dtype" in packed
+            else packed["value"]
+            for key, packed in entry.items()
         }
-        for index, entry in enumerate(written)
+        for index, entry in enumerate(entries)
     ]
 
 
 def _smallest(tensor: Tensor) -> Tensor:
-    """The same numbers in memory of their own, integers in the smallest dtype that holds them."""
+    """A copy with the same numbers, integers in the smallest dtype that holds them."""
     if tensor.dtype in (torch.int64, torch.int32) and tensor.numel():
         low, high = (int(end) for end in tensor.aminmax())
-        for dtype in _SMALLER:
+        for dtype in _SMALL_DTYPES:
             if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
                 return tensor.to(dtype, copy=True).contiguous()
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,20 +1,74 @@
-"""Token rows → padded batches whose padding changes no number."""
+"""Token sequences as padded batches: the loss mask, the rows that run, their columns and their groups.
+
+Every row is ``[left padding | prompt | completion | right padding]``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+Sizes = Sequence[tuple[int, int]]  # prompt and completion tokens of each row
 
-class Reading(NamedTuple):
-    """What a model reads: prompts, padded on the left, beside completions, padded on the right."""
+# Inputs with a column for each completion token, or one for the whole completion.
+_COMPLETION_INPUTS = (
+    "completion_ids",
+    "loss_mask",
+    "old_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+)
 
-    ids: Tensor  # [B, P+T]
-    mask: Tensor  # [B, P+T]
-    sizes: Sequence[tuple[int, int]]  # tokens of each row's prompt and completion
+
+class TokenBatch(NamedTuple):
+    """Prompts, padded on the left, beside completions, padded on the right."""
+
+    ids: Tensor  # [B, P+T] int64
+    mask: Tensor  # [B, P+T] int64
+    sizes: Sizes
+
+    @property
+    def completion_length(self) -> int:
+        """T, the number of completion columns."""
+        return columns(self.sizes)[1]
+
+
+class MicroBatch(NamedTuple):
+    """The rows of a micro-batch that run, for both models, without columns that are padding in every row."""
+
+    student: TokenBatch
+    teacher: TokenBatch
+    completions: dict[str, Tensor]  # [B, T], by the names of the inputs
+
+
+class RowGroup(NamedTuple):
+    """Rows that run together, and the columns that any of them attends."""
+
+    rows: slice
+    columns: slice
+    right: int  # completion columns cut off on the right
+
+
+def completion_loss_mask(
+    completion_mask: Tensor, row_mask: Tensor, tool_mask: Tensor | None = None
+) -> Tensor:
+    """Tokens with a loss [B, T] bool: of the completion, not from a tool, in a row with a teacher signal.
+
+    Args:
+        completion_mask: [B, T], 0 for padding.
+        row_mask: [B] bool, whether the row has a reprompt.
+        tool_mask: [B, T], 0 for tokens from a tool; `None` without tools.
+
+    Example:
+        >>> completion_loss_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([True, False])).tolist()
+        [[True, True, False], [False, False, False]]
+    """
+    mask = completion_mask.bool() & row_mask[:, None]
+    return mask if tool_mask is None else mask & tool_mask.bool()
 
 
 def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -33,7 +87,7 @@ def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions [B, L] that count attended tokens only, so that left padding moves none of them.
+    """Positions [B, L] that count attended tokens only, so that left padding shifts none of them.
 
     Example:
         >>> position_ids(torch.tensor([[0, 0, 1, 1]])).tolist()
@@ -42,8 +96,8 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def columns(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Columns P and T for rows of so many prompt and completion tokens; at least one of each.
+def columns(sizes: Sizes) -> tuple[int, int]:
+    """Columns P and T for rows of these sizes; at least one of each.
 
     Example:
         >>> columns([(3, 0), (2, 5)])
@@ -58,14 +112,97 @@ def compact(
     prompt_mask: Tensor,
     completion_ids: Tensor,
     completion_mask: Tensor,
-    sizes: Sequence[tuple[int, int]],
-) -> Reading:
+    sizes: Sizes,
+) -> TokenBatch:
     """Prompt and completion side by side, without the columns that are padding in every row.
 
-    The prompt is left-padded and the completion right-padded, so the kept columns are a suffix of the prompt and
-    a prefix of the completion.
+    The prompt is left-padded and the completion right-padded, so what remains is a suffix of the prompt's columns
+    and a prefix of the completion's.
     """
     prompt, completion = columns(sizes)
     ids = torch.cat([prompt_ids[:, -prompt:], completion_ids[:, :completion]], dim=1)
     mask = torch.cat([prompt_mask[:, -prompt:], completion_mask[:, :completion]], dim=1)
-    return Reading(ids, mask, sizes)
+    return TokenBatch(ids, mask, sizes)
+
+
+def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch | None:
+    """The rows of a micro-batch that have a loss; `None` without any.
+
+    With `at_least_one` the first row runs where none has a loss, its own prompt being the teacher's too: other
+    processes may have active rows, and the collectives of their forwards need this one.
+    """
+    names = ("prompt_mask", "teacher_prompt_mask", "completion_mask")
+    masks = [inputs[name] for name in ("loss_mask", *names)]
+    # The only read of a micro-batch from the device: each one waits for all the work that was queued.
+    counts = torch.stack([mask.sum(-1) for mask in masks], dim=1).tolist()
+    active = [row for row, (tokens, *_) in enumerate(counts) if tokens]
+    if not active:
+        if not at_least_one:
+            return None
+        active = [0]
+        inputs = {
+            **inputs,
+            **{f"teacher_prompt_{part}": inputs[f"prompt_{part}"] for part in ("ids", "mask")},
+        }
+        counts = [(0, prompt, prompt, completion) for _, prompt, _, completion in counts]
+    index = torch.tensor(active, device=masks[0].device)
+
+    def rows(name: str) -> Tensor:
+        value: Tensor = inputs[name]
+        return value if len(active) == len(counts) else value[index]
+
+    completion_ids, completion_mask = rows("completion_ids"), rows("completion_mask")
+    student, teacher = (
+        compact(
+            rows(f"{prefix}prompt_ids"),
+            rows(f"{prefix}prompt_mask"),
+            completion_ids,
+            completion_mask,
+            [(counts[row][column], counts[row][-1]) for row in active],
+        )
+        for prefix, column in (("", 1), ("teacher_", 2))
+    )
+    length = student.completion_length
+    present = [name for name in _COMPLETION_INPUTS if inputs.get(name) is not None]
+    return MicroBatch(student, teacher, {name: rows(name)[:, :length] for name in present})
+
+
+def row_groups(sizes: Sizes, *, width_limit: float, token_limit: float) -> list[RowGroup]:
+    """Consecutive rows of a `compact` batch, in groups of similar size, each within both limits.
+
+    One row with a long prompt and another with a long completion make a batch that is wider than either; a model
+    with `max_seq_length` then truncates it silently. A forward without gradient also stores one layer's
+    activations of all its tokens, and more tokens than fill the device save no time.
+
+    Args:
+        sizes: prompt and completion tokens of each row.
+        width_limit: columns of a group, tokens.
+        token_limit: rows times columns of a group, tokens. A single row may exceed both limits.
+
+    Example:
+        >>> row_groups([(2, 1), (0, 2)], width_limit=3, token_limit=100)
+        [RowGroup(rows=slice(0, 1, None), columns=slice(0, 3, None), right=1), \
+RowGroup(rows=slice(1, 2, None), columns=slice(2, 4, None), right=0)]
+    """
+    count, (prompt, length) = len(sizes), columns(sizes)
+    width = prompt + length
+    if width <= width_limit and count * width <= token_limit:
+        return [RowGroup(slice(0, count), slice(0, width), 0)]
+    # At least one completion column remains, also in a row without a completion.
+    bounds = [(prompt - before, prompt + max(after, 1)) for before, after in sizes]
+    # Similar numbers of rows in each group: a last one of few rows would leave the device idle.
+    tokens = sum(last - first for first, last in bounds)
+    most = math.ceil(count / max(1, math.ceil(tokens / token_limit)))
+    groups: list[RowGroup] = []
+    start, (first, last) = 0, bounds[0]
+    for row in range(1, count + 1):
+        if row < count:
+            low, high = min(first, bounds[row][0]), max(last, bounds[row][1])
+            rows = row + 1 - start
+            if rows <= most and high - low <= width_limit and rows * (high - low) <= token_limit:
+                first, last = low, high
+                continue
+        groups.append(RowGroup(slice(start, row), slice(first, last), width - last))
+        if row < count:
+            start, (first, last) = row, bounds[row]
+    return groups

@@ -1,48 +1,71 @@
-"""One denominator for a whole optimizer step, whatever its micro-batches and ranks."""
+"""One denominator for a whole optimizer step, whatever its micro-batches and processes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..config import Aggregation
+
+
+def loss_count(loss_mask: Tensor, aggregation: Aggregation) -> Tensor:
+    """What the loss is a mean of, [] int64: the tokens with a loss, or the rows that have one.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
+        >>> loss_count(mask, "token-mean").item(), loss_count(mask, "sequence-mean").item()
+        (3, 2)
+    """
+    return loss_mask.any(-1).sum() if aggregation == "sequence-mean" else loss_mask.sum()
+
 
 class StepWindow:
-    """Active tokens (or rows) of the optimizer step that a micro-batch belongs to.
+    """The count (`loss_count`) of the optimizer step that a micro-batch belongs to, over all processes.
 
     The loss of a micro-batch is its sum over the count of its whole step, so that a step split into any
-    micro-batches gives one loss and one gradient. The counts of a generation batch are known before its first
-    micro-batch. When a step spans several generation batches the later counts are not known yet: all its
-    micro-batches then share one estimate, and `correction` is what the accumulated gradient must be
-    multiplied by once the true count is known.
+    micro-batches has one loss and one gradient. The counts of a generation batch are known before its first
+    micro-batch. If a step spans several generation batches, the later counts are not known yet: all its
+    micro-batches then share one estimate, and the accumulated gradient is multiplied by `correction` once the true
+    count is known.
+
+    Attributes:
+        index: of the next micro-batch in its optimizer step.
     """
 
     def __init__(self) -> None:
+        self.index = 0
+        self._loss: Tensor | float = 0.0  # of the step's micro-batches so far
         self._counts: Tensor | None = None
         self._denominator: Tensor | None = None
         self._seen: Tensor | None = None
         self._exact = True
 
     def set_counts(self, counts: Tensor) -> None:
-        """The counts [M] of the M micro-batches of a new generation batch, summed over ranks."""
+        """The counts [M] of the M micro-batches of a new generation batch, summed over processes."""
         self._counts = counts.to(torch.float32)
 
-    def denominator(self, *, step: int, index: int, length: int, generate_every: int) -> Tensor:
-        """The count to divide by, at least 1.
+    def denominator(self, *, step: int, length: int, generate_every: int) -> Tensor:
+        """The count [] float32 to divide by, at least 1.
 
-        `step` counts micro-batches, `index` is this one's place in its optimizer step of `length`
-        micro-batches, and a new generation batch is made every `generate_every` of them.
+        Args:
+            step: micro-batches before this one.
+            length: micro-batches of the optimizer step.
+            generate_every: micro-batches from one generation batch to the next.
+
+        Raises:
+            RuntimeError: `set_counts` was not called.
         """
         if self._counts is None:
-            raise RuntimeError("set_counts() must come before denominator()")
+            raise RuntimeError("StepWindow: expected set_counts() before denominator()")
         slots = len(self._counts)
-        if index == 0 or self._denominator is None or self._seen is None:
+        if self.index == 0 or self._denominator is None or self._seen is None:
             generation = step // generate_every
             known = [
                 (step + ahead) % slots
                 for ahead in range(length)
                 if (step + ahead) // generate_every == generation
             ]
-            # Not indexed by a list, which would travel to the device and hold everything up behind the forwards.
+            # Not indexed by a list, which would be copied to the device and wait for the forwards.
             total = torch.stack([self._counts[slot] for slot in known]).sum()
             self._exact = len(known) == length
             self._denominator = (total * (length / len(known))).clamp(min=1.0)
@@ -50,8 +73,24 @@ class StepWindow:
         self._seen = self._seen + self._counts[step % slots]
         return self._denominator
 
+    def end_micro_batch(self, loss: Tensor, *, ends_step: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss [] to log, and the factor [] for the step's gradient where it needs one.
+
+        Args:
+            loss: [] of the micro-batch that just ended.
+            ends_step: it was the last of its optimizer step.
+        """
+        self.index += 1
+        self._loss = self._loss + loss
+        if not ends_step:
+            return loss, None
+        step_loss, self._loss, self.index = self._loss, 0.0, 0
+        correction = self.correction()
+        # The earlier micro-batches were logged with the estimate; this one makes up for it.
+        return loss if correction is None else loss + step_loss * (correction - 1.0), correction
+
     def correction(self) -> Tensor | None:
-        """Estimate over true count of the step that just ended; `None` where the count was exact."""
+        """Estimate over true count of the step that just ended, []; `None` if the count was exact."""
         if self._exact or self._denominator is None or self._seen is None:
             return None
         return self._denominator / self._seen.clamp(min=1.0)

@@ -116,7 +116,8 @@ def completion_head(
     def capture(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         linear = linear_head(module)
         # Read inside the forward, where replaced and gathered parameters are in place.
-        weight, bias = linear.weight, linear.bias
+        weight: Tensor = linear.weight
+        bias: Tensor | None = linear.bias
         if params is not None and shards.is_sharded(unwrapped):
             weight, bias = _copy(weight), None if bias is None else _copy(bias)
         captured.append(sdpo.LMHead(args[0][:, -(length + 1) : -1], weight, bias))
@@ -171,7 +172,7 @@ def run_groups(
     """
     if len(groups) == 1 and groups[0].right == 0:
         return forward(arguments, length=length)
-    outputs = []
+    outputs: list[Any] = []
     for group in groups:
         group_length = length - group.right
         group_arguments = {
@@ -180,15 +181,12 @@ def run_groups(
         }
         if "logits_to_keep" in group_arguments:
             group_arguments["logits_to_keep"] = group_length + 1
-        output = forward(group_arguments, length=group_length)
-        padding = (0, 0, 0, group.right)
-        is_head = isinstance(output, sdpo.LMHead)
-        outputs.append(
-            output._replace(hidden=pad(output.hidden, padding)) if is_head else pad(output, padding)
-        )
-    if isinstance(outputs[0], sdpo.LMHead):
-        return outputs[0]._replace(hidden=torch.cat([output.hidden for output in outputs]))
-    return torch.cat(outputs)
+        outputs.append(forward(group_arguments, length=group_length))
+    padding = [(0, 0, 0, group.right) for group in groups]
+    if not isinstance(outputs[0], sdpo.LMHead):
+        return torch.cat([pad(logits, columns) for logits, columns in zip(outputs, padding, strict=True)])
+    hidden = [pad(head.hidden, columns) for head, columns in zip(outputs, padding, strict=True)]
+    return outputs[0]._replace(hidden=torch.cat(hidden))
 
 
 def _run(

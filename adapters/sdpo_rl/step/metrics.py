@@ -1,4 +1,4 @@
-"""Means over micro-batches and ranks that cost no device synchronisation until they are logged."""
+"""Means over micro-batches and processes that do not synchronize with the device until they are logged."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+Metrics = dict[str, tuple[Tensor, Tensor]]  # sum and weight [] by name
+
 
 class MetricSums:
-    """Weighted sums by name: `add` keeps tensors, `means` reduces over ranks once and returns floats.
+    """Weighted sums by name: `add` accumulates tensors, `means` reduces over processes once and returns floats.
 
-    Every rank must add the same names, in any order, with weight zero where it has nothing to say.
+    Every process must add the same names, in any order, with weight zero for nothing.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add `(sum, weight)` pairs of 0-dim tensors."""
-        for name, (total, weight) in values.items():
+    def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Add the sums and the weights."""
+        for name, (total, weight) in metrics.items():
             pair = torch.stack([total.detach().float(), weight.detach().float()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
@@ -28,11 +30,15 @@ class MetricSums:
         return dict(self._sums)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self._sums = dict(state)
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Sum over weight by name, over all ranks; forgets what was added. A name without weight is left out."""
+        """Sum over weight by name, and start again; a name without weight is left out.
+
+        Args:
+            reduce: sums a tensor over all processes.
+        """
         if not self._sums:
             return {}
         names = sorted(self._sums)
