@@ -6,6 +6,7 @@ A message names the argument, says what was expected and what came, and, where t
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -23,33 +24,45 @@ def field(name: str, value: Any, error: type[Exception], *says: str) -> Case:
 
 
 def flag(name: str) -> list[Case]:
-    return [field(name, value, TypeError, "True or False", f"got {value!r}") for value in (1, "yes", None)]
+    return [
+        field(name, value, TypeError, "expected a bool", "True or False", f"got {value!r}")
+        for value in (1, "yes", None)
+    ]
 
 
 def fraction(name: str, meaning: str) -> list[Case]:
-    bad = (3, -0.1, float("nan"), "0.5", True, None)
-    return [field(name, value, ValueError, "a number in [0, 1]", meaning, f"got {value!r}") for value in bad]
+    values = [
+        field(name, value, ValueError, "a number in [0, 1]", meaning, f"got {value!r}")
+        for value in (3, -0.1, math.nan)
+    ]
+    return values + [
+        field(name, value, TypeError, "a number", meaning, f"got {value!r}") for value in ("0.5", True, None)
+    ]
 
 
 def count(name: str) -> list[Case]:
-    return [
-        field(name, value, ValueError, "an integer >= 1", f"got {value!r}")
-        for value in (0, -1, 2.0, "3", True)
+    values = [field(name, value, ValueError, "an int in [1, ", f"got {value!r}", "pass") for value in (0, -1)]
+    return values + [
+        field(name, value, TypeError, "an int", f"got {value!r}", "pass") for value in (2.0, "3", True)
     ]
 
 
 def choice(name: str, *choices: str) -> list[Case]:
-    return [
+    values = [
         field(name, value, ValueError, "one of", *map(repr, choices), f"got {value!r}")
-        for value in ("nonsense", None, choices[0].upper(), 1)
+        for value in ("nonsense", choices[0].upper())
+    ]
+    return values + [
+        field(name, value, TypeError, "one of", *map(repr, choices), f"got {value!r}") for value in (None, 1)
     ]
 
 
 def clip(name: str) -> list[Case]:
-    return [
-        field(name, value, ValueError, "finite number > 0", "None to turn the weights off", f"got {value!r}")
-        for value in (0.0, -1.0, float("inf"), float("nan"), "2")
+    says = ("finite number > 0", "None to turn the weights off")
+    values = [
+        field(name, value, ValueError, *says, f"got {value!r}") for value in (0.0, -1.0, math.inf, math.nan)
     ]
+    return [*values, field(name, "2", TypeError, *says, "got '2'")]
 
 
 def template(name: str, *fields: str) -> list[Case]:
@@ -73,7 +86,7 @@ CONFIG: dict[str, list[Case]] = {
     "enabled": flag("enabled"),
     "fused_lora_forward": flag("fused_lora_forward"),
     "fast_checkpointing_toggle": flag("fast_checkpointing_toggle"),
-    "alpha": fraction("alpha", "0: KL(teacher‖student), 1: KL(student‖teacher)"),
+    "alpha": fraction("alpha", "0 for KL(teacher‖student), 1 for KL(student‖teacher)"),
     "k": count("k"),
     "support": [
         *choice("support", "student", "teacher", "full", "sampled"),
@@ -81,7 +94,7 @@ CONFIG: dict[str, list[Case]] = {
             "support",
             "sampled",
             ValueError,
-            "needs alpha=1.0",
+            "expected alpha=1.0",
             "got alpha=0.5",
             "set alpha=1.0",
         ),
@@ -98,8 +111,9 @@ CONFIG: dict[str, list[Case]] = {
     "teacher_offload": choice("teacher_offload", "none", "cpu"),
     "teacher_on_resume": choice("teacher_on_resume", "restore", "restart"),
     "success_reward_threshold": [
-        field("success_reward_threshold", value, ValueError, "a finite number", f"got {value!r}")
-        for value in (float("nan"), float("inf"), "1", None, True)
+        field("success_reward_threshold", value, error, "a finite number", f"got {value!r}")
+        for error, values in ((ValueError, (math.nan, math.inf)), (TypeError, ("1", None, True)))
+        for value in values
     ],
     "dont_reprompt_on_self_success": flag("dont_reprompt_on_self_success"),
     "demonstration_policy": choice("demonstration_policy", "first", "random", "shortest", "longest", "best"),

@@ -181,7 +181,7 @@ def test_a_way_that_forgets_is_rejected(claim: Claim) -> None:
 def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("alpha: 3\n")
-    with pytest.raises(ValueError, match=r"alpha must be a number in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 1\]"):
         parse(["--config", str(path)])
     path.write_text("alhpa: 0.5\n")
     with pytest.raises(ValueError, match="alhpa"):
@@ -217,14 +217,15 @@ def test_numpy_s_numbers_become_python_s() -> None:
     ],
 )
 def test_other_things_are_no_numbers(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{field} must be"):
+    error = ValueError if isinstance(value, np.floating) and np.isnan(value) else TypeError
+    with pytest.raises(error, match=f"^{field}: expected"):
         SDPOConfig(**{field: value})
 
 
 def test_no_template_arguments_may_be_none() -> None:
     assert SDPOConfig(apply_chat_template_kwargs=None) == SDPOConfig()
     assert parse(["--apply_chat_template_kwargs=null"]) == SDPOConfig()
-    with pytest.raises(TypeError, match=r"apply_chat_template_kwargs must be a dict.*got list"):
+    with pytest.raises(TypeError, match=r"apply_chat_template_kwargs: expected a dict.*got list"):
         SDPOConfig(apply_chat_template_kwargs=[])
 
 
@@ -255,3 +256,51 @@ def test_every_example_loads(path: Path, tmp_path: Path) -> None:
     copy.write_text(yaml.safe_dump({**{k: v for k, v in content.items() if k in known}, **own}))
     config, _ = TrlParser((SDPOConfig, GRPOConfig)).parse_args_and_config(["--config", str(copy)])
     assert isinstance(config, SDPOConfig)
+
+
+def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
+    config = SDPOConfig(distillation_topk=50, distillation_add_tail=False)
+    assert config == SDPOConfig(k=50, tail="renormalize")
+    assert dataclasses.asdict(config).keys() == FIELDS.keys()
+    assert dataclasses.replace(config, alpha=1.0).k == 50
+    assert SDPOConfig.preset("rich_feedback", distillation_topk=7).k == 7
+    assert SDPOConfig(distillation_topk=100, k=100).k == 100
+    for other, own in (
+        ({"distillation_topk": 4}, {"k": 3}),
+        ({"distillation_add_tail": True}, {"tail": "renormalize"}),
+    ):
+        with pytest.raises(ValueError, match="name the same option"):
+            SDPOConfig(**other, **own)
+    with pytest.raises(TypeError, match="distillation_add_tail: expected a bool, got 1"):
+        SDPOConfig(distillation_add_tail=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"support": "full", "k": 7}, ["k=7"]),
+        ({"support": "sampled", "alpha": 1.0, "tail": "renormalize"}, ["tail='renormalize'"]),
+        ({"teacher_mode": "frozen", "teacher_update_rate": 0.1}, ["teacher_update_rate=0.1"]),
+        ({"teacher_mode": "live", "teacher_offload": "cpu"}, ["teacher_offload='cpu'"]),
+        ({"trust_region_coef": 0.3}, ["trust_region_coef=0.3"]),
+        ({"teacher_mode": "trust_region", "trust_region_coef": 0.3}, []),
+        ({"support": "full", "enabled": False, "k": 7}, []),
+        ({}, []),
+    ],
+)
+def test_a_setting_without_effect_is_named_once(
+    options: dict[str, Any], named: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    SDPOConfig(**options)
+    assert [message.partition(" ")[0] for message in caplog.messages] == named
+
+
+def test_one_renormalized_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="k: expected at least 2 with tail='renormalize', got 1"):
+        SDPOConfig(k=1, tail="renormalize")
+
+
+@pytest.mark.parametrize("name", ["tokenize", "return_dict", "add_generation_prompt", "tools"])
+def test_template_arguments_of_the_renderer_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"apply_chat_template_kwargs: .*got {name}, which"):
+        SDPOConfig(apply_chat_template_kwargs={name: True})

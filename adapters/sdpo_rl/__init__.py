@@ -11,23 +11,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SDPOConfig, training_arguments
-    from .diagnose.report import unsloth_report
+    from .diagnose.report import training_report
     from .trainer import SDPOTrainer
 
-__all__ = ["SDPOConfig", "SDPOTrainer", "training_arguments", "unsloth_report"]
+__version__ = "0.1.0"
 
-_HOMES = {
+__all__ = ["SDPOConfig", "SDPOTrainer", "training_arguments", "training_report"]
+
+_MODULES = {
     "SDPOConfig": "config",
     "SDPOTrainer": "trainer",
     "training_arguments": "config",
-    "unsloth_report": "diagnose.report",
+    "training_report": "diagnose.report",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name not in ("trl", "transformers", "accelerate", "datasets", "safetensors"):
+            raise
+        raise ImportError(
+            f'sdpo_rl.{name} needs {error.name}, which is not installed; pip install "sdpo-rl[trl]"'
+        ) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import numbers
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
 from sdpo import Templates
+from sdpo._validate import check_choice, check_flag, check_int, check_real, type_name
 
 Support = Literal["student", "teacher", "full", "sampled"]
 Tail = Literal["bucket", "renormalize"]
@@ -23,7 +25,18 @@ Policy = Literal["first", "random", "shortest", "longest", "best"]
 Truncation = Literal["middle", "left", "right", "error"]
 Backend = Literal["auto", "torch", "triton", "logits"]
 
+logger = logging.getLogger("sdpo_rl")
+
 _TEMPLATES = Templates()
+# Arguments of `apply_chat_template` that the rendering of a reprompt sets itself.
+_OWN_TEMPLATE_ARGUMENTS = (
+    "conversation",
+    "tools",
+    "tokenize",
+    "return_dict",
+    "add_generation_prompt",
+    "chat_template",
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -89,18 +102,32 @@ class SDPOConfig:
             (reference). `GRPOConfig.chat_template_kwargs` already reaches both sides.
         loss_backend: `auto` (default): the fused loss, Triton where it runs, torch elsewhere; `torch`,
             `triton`; `logits` computes whole logits with the readable loss, for unusual heads.
-        loss_chunk_size: tokens projected at a time; `None` (default) chooses from free memory.
+        loss_chunk_size: tokens projected at a time; `None` (default) chooses from the shapes and
+            the device's total memory.
+        fused_lora_forward: compute a plain LoRA layer by one autograd function in a training step; `False` keeps
+            PEFT's forward. Default `True` (ours).
+        fast_checkpointing_toggle: disable gradient checkpointing for a rollout by the flags of the modules;
+            `False` leaves that to TRL. Default `True` (ours).
         diagnostics_patience: generation batches without a single active row before a warning. Default 10.
+
+    `distillation_topk` and `distillation_add_tail`, the names of TRL's SDPO and of the reference, are taken for
+    `k` and `tail` (`True`: `bucket`).
+
+    Raises:
+        TypeError: a value of the wrong type, or an unknown option.
+        ValueError: a value out of range, or options that contradict each other.
+
+    Source: arXiv 2601.20802 v2, and its reference implementation.
 
     Example:
         >>> SDPOConfig(alpha=1.0, k=20).teacher_mode
         'ema'
         >>> SDPOConfig.preset("rich_feedback").teacher_update_rate
         0.01
-        >>> SDPOConfig(alpha=3)
+        >>> SDPOConfig(alpha=3)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: alpha must be a number in [0, 1] (0: KL(teacher‖student), 1: KL(student‖teacher)), got 3
+        ValueError: alpha: expected a number in [0, 1], got 3; pass 0 for KL(teacher‖student), 1 for ...
     """
 
     enabled: bool = _option(True, "Train with SDPO; False is plain GRPO.")
@@ -137,24 +164,47 @@ class SDPOConfig:
         {}, "Chat-template arguments for the reprompt (JSON)."
     )
     loss_backend: Backend = _option("auto", "How the loss is computed.")
-    loss_chunk_size: int | None = _option(None, "Tokens projected at a time; unset: from free memory.")
+    loss_chunk_size: int | None = _option(None, "Tokens of a chunk; unset: from the shapes.")
+    fused_lora_forward: bool = _option(
+        True, "One autograd function per plain LoRA layer; False: PEFT's forward."
+    )
+    fast_checkpointing_toggle: bool = _option(
+        True, "Disable checkpointing for a rollout in one pass; False: TRL's."
+    )
     diagnostics_patience: int = _option(10, "Generation batches without an active row before a warning.")
 
-    def __post_init__(self) -> None:
+    # Names of the first user guide and of TRL's SDPO for `k` and `tail`; taken by the constructor, not
+    # stored: read `k` and `tail`.
+    distillation_topk: InitVar[int | None] = None
+    distillation_add_tail: InitVar[bool | None] = None
+
+    def __post_init__(self, distillation_topk: int | None, distillation_add_tail: bool | None) -> None:
+        self._take_other_names(distillation_topk, distillation_add_tail)
         _flag(self, "enabled", "dont_reprompt_on_self_success")
         _flag(self, "remove_thinking_from_demonstration", "include_environment_feedback")
         _flag(self, "environment_feedback_only_without_solution")
-        _fraction(self, "alpha", "(0: KL(teacher‖student), 1: KL(student‖teacher))")
-        _fraction(self, "teacher_update_rate", "(the weight of the student; 0 freezes the teacher)")
-        _fraction(self, "trust_region_coef", "(the weight of the live student)")
-        _positive_int(self, "k", "num_demonstrations", "max_reprompt_length")
-        _positive_int(self, "diagnostics_patience")
+        _flag(self, "fused_lora_forward", "fast_checkpointing_toggle")
+        _fraction(
+            self, "alpha", "0 for KL(teacher‖student), 1 for KL(student‖teacher), or a weight between them"
+        )
+        _fraction(self, "teacher_update_rate", "the weight of the student; 0 freezes the teacher")
+        _fraction(self, "trust_region_coef", "the weight of the live student")
+        _positive_int(
+            self,
+            k="the number of tokens of a top-K support",
+            num_demonstrations="successes shown per reprompt",
+            max_reprompt_length="tokens of a reprompt",
+            diagnostics_patience="generation batches before a warning",
+        )
         if self.loss_chunk_size is not None:
-            _positive_int(self, "loss_chunk_size")
+            _positive_int(self, loss_chunk_size="tokens of a chunk, or None")
         for name in ("is_clip", "rollout_is_clip"):
             if getattr(self, name) is not None:
-                _number(self, name, "a finite number > 0, or None to turn the weights off", low=0.0)
-        _number(self, "success_reward_threshold", "a finite number")
+                fix = "pass the largest weight, or None to turn the weights off"
+                _number(self, name, expected="a finite number > 0", fix=fix, low=0.0)
+        _number(
+            self, "success_reward_threshold", expected="a finite number", fix="pass the score of a success"
+        )
         _choice(self, "support", get_args(Support))
         _choice(self, "tail", get_args(Tail))
         _choice(self, "loss_aggregation", get_args(Aggregation))
@@ -168,11 +218,50 @@ class SDPOConfig:
         _choice(self, "loss_backend", get_args(Backend))
         if self.support == "sampled" and self.alpha != 1.0:
             raise ValueError(
-                "support='sampled' estimates the gradient of KL(student‖teacher) and "
-                f"needs alpha=1.0, got alpha={self.alpha}; set alpha=1.0 or another support"
+                f"support: expected alpha=1.0 with 'sampled', got alpha={self.alpha}; only "
+                "KL(student‖teacher) has an estimate from the sampled token alone: set alpha=1.0 or another support"
+            )
+        if self.uses_topk and self.k == 1 and self.tail == "renormalize":
+            raise ValueError(
+                "k: expected at least 2 with tail='renormalize', got 1; one renormalized token has probability 1 "
+                "under both models, so the loss would always be 0: raise k, or set tail='bucket'"
             )
         self.apply_chat_template_kwargs = self.template_kwargs
         self.templates()
+        self._warn_of_settings_without_effect()
+
+    def _take_other_names(self, distillation_topk: int | None, distillation_add_tail: bool | None) -> None:
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        if distillation_topk is not None:
+            if self.k not in (default["k"], distillation_topk):
+                raise ValueError(
+                    f"distillation_topk: expected the value of k={self.k!r}, got {distillation_topk!r}; "
+                    "they name the same option, pass k alone"
+                )
+            self.k = distillation_topk
+        if distillation_add_tail is not None:
+            check_flag("distillation_add_tail", distillation_add_tail, meaning="True or False, or tail alone")
+            tail: Tail = "bucket" if distillation_add_tail else "renormalize"
+            if self.tail not in (default["tail"], tail):
+                raise ValueError(
+                    f"distillation_add_tail: expected what tail={self.tail!r} says, got "
+                    f"{distillation_add_tail!r}; they name the same option, pass tail alone"
+                )
+            self.tail = tail
+
+    def _warn_of_settings_without_effect(self) -> None:
+        for name, applies, where in (
+            ("k", self.uses_topk, "support='student' or 'teacher'"),
+            ("tail", self.uses_topk, "support='student' or 'teacher'"),
+            ("teacher_update_rate", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
+            ("teacher_dtype", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
+            ("teacher_offload", self.teacher_mode != "live", "a teacher with weights of its own"),
+            ("trust_region_coef", self.teacher_mode == "trust_region", "teacher_mode='trust_region'"),
+        ):
+            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            value = getattr(self, name)
+            if self.enabled and not applies and value != default:
+                logger.warning("%s=%r has no effect: it applies to %s.", name, value, where)
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
@@ -202,10 +291,15 @@ class SDPOConfig:
             ValueError: an unknown preset, or a bad value.
             TypeError: an unknown field.
         """
-        unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(cls)})
+        known = {f.name for f in dataclasses.fields(cls)} | {"distillation_topk", "distillation_add_tail"}
+        unknown = sorted(set(overrides) - known)
         if unknown:
             raise TypeError(f"SDPOConfig has no field {', '.join(unknown)}")
-        return cls(**{**_lookup(name)[0], **overrides})
+        settings = {**_lookup(name)[0], **overrides}
+        for other, own in (("distillation_topk", "k"), ("distillation_add_tail", "tail")):
+            if overrides.get(other) is not None and own not in overrides:
+                settings.pop(own, None)
+        return cls(**settings)
 
 
 def training_arguments(preset: str) -> dict[str, Any]:
@@ -214,6 +308,17 @@ def training_arguments(preset: str) -> dict[str, Any]:
     Learning rate, warm-up, optimizer, clipping and sampling as the paper's Appendix prints them. Batch sizes
     depend on the machine and stay with the caller: `generalization` and `rich_feedback` use 32 prompts × 8
     completions (`rich_feedback` with mini-batches of one prompt), `test_time` 1 × 16.
+
+    Args:
+        preset: `generalization`, `rich_feedback` or `test_time`.
+
+    Returns:
+        Arguments of `GRPOConfig` by name.
+
+    Raises:
+        ValueError: an unknown preset.
+
+    Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix.
 
     Example:
         >>> training_arguments("generalization")["learning_rate"]
@@ -255,58 +360,57 @@ def _lookup(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return _PRESETS[name]
 
 
+# The rule of the core: a wrong type is a TypeError, a wrong value a ValueError, and the message names the
+# field, what
+# was expected, what came, and the fix. The fields hold Python's own numbers: NumPy's would not go through
+# YAML or JSON.
+
+
 def _flag(config: SDPOConfig, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def _is_number(value: object, kind: type = numbers.Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-# What the fields keep are Python's own numbers: NumPy's would not go through YAML or JSON.
+        check_flag(name, getattr(config, name), meaning="True or False")
 
 
 def _fraction(config: SDPOConfig, name: str, meaning: str) -> None:
+    setattr(config, name, check_real(name, getattr(config, name), low=0.0, high=1.0, meaning=meaning))
+
+
+def _number(config: SDPOConfig, name: str, *, expected: str, fix: str, low: float = -math.inf) -> None:
     value = getattr(config, name)
-    if not _is_number(value) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be a number in [0, 1] {meaning}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type_name(value)}); {fix}")
+    if not math.isfinite(value) or value <= low:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}; {fix}")
     setattr(config, name, float(value))
 
 
-def _number(config: SDPOConfig, name: str, expected: str, low: float = -math.inf) -> None:
-    value = getattr(config, name)
-    if not _is_number(value) or not math.isfinite(value) or value <= low:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-    setattr(config, name, float(value))
-
-
-def _positive_int(config: SDPOConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not _is_number(value, numbers.Integral) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        setattr(config, name, int(value))
+def _positive_int(config: SDPOConfig, **meanings: str) -> None:
+    for name, meaning in meanings.items():
+        value = check_int(name, getattr(config, name), low=1, high=2**31 - 1, meaning=meaning)
+        setattr(config, name, value)
 
 
 def _choice(config: SDPOConfig, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    check_choice(name, getattr(config, name), choices)
 
 
 def _mapping(value: Any) -> dict[str, Any]:
+    name = "apply_chat_template_kwargs"
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"apply_chat_template_kwargs is not valid JSON: {error}") from error
+            raise ValueError(
+                f"{name}: expected valid JSON, got {value!r} ({error}); pass an object"
+            ) from error
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise TypeError(
-            f"apply_chat_template_kwargs must be a dict, JSON or None, got {type(value).__name__}"
+        raise TypeError(f"{name}: expected a dict, JSON or None, got {type_name(value)}; pass a dict")
+    taken = sorted(set(value) & set(_OWN_TEMPLATE_ARGUMENTS))
+    if taken:
+        raise ValueError(
+            f"{name}: expected further arguments of the chat template, got {', '.join(taken)}, which the "
+            "rendering of a reprompt sets itself; remove them (tools and chat template are those of the trainer)"
         )
     return value

@@ -1,4 +1,4 @@
-"""What a trainer is made of: the parts that are TRL's, Unsloth's and this library's, and their versions."""
+"""The report of a trainer: which of its methods are TRL's, Unsloth's and this library's, and the versions."""
 
 from __future__ import annotations
 
@@ -63,39 +63,52 @@ _REPLACED = {
 _OURS = ("SDPOTrainer", "MicroBatchLoss", "Resuming", "Lockstep")
 
 
-class MethodHome(NamedTuple):
+class MethodOwners(NamedTuple):
     """Where a method comes from, outermost first: the classes that define it and their modules' short names."""
 
     name: str
     classes: tuple[str, ...]
 
 
-def method_homes(trainer: Any) -> list[MethodHome]:
+def method_owners(trainer: Any) -> list[MethodOwners]:
     """For each method that matters, the classes of the trainer's resolution order that define it."""
-    homes = []
+    owners = []
     for name in _METHODS:
         classes = tuple(cls.__name__ for cls in type(trainer).__mro__ if name in vars(cls))
         if classes:
-            homes.append(MethodHome(name, classes))
-    return homes
+            owners.append(MethodOwners(name, classes))
+    return owners
 
 
-def unsloth_report(trainer: Any) -> str:
-    """Print, and return, what of Unsloth applies to a trainer, what SDPO replaces and why, and the versions.
+def training_report(trainer: Any) -> str:
+    """Print, and return, how a trainer is set up: what of Unsloth applies, what SDPO replaces and why, the versions.
 
-    Works without Unsloth too, and says so. The last block is what a bug report needs.
+    Works with and without Unsloth. The last block is what a bug report needs.
 
     Args:
         trainer: an `SDPOTrainer` (any `GRPOTrainer` will do).
 
+    Returns:
+        The printed text.
+
     Raises:
         TypeError: something that is not a trainer.
+
+    Source: a choice of this library.
+
+    Example:
+        >>> training_report(3)
+        Traceback (most recent call last):
+            ...
+        TypeError: trainer: expected a built SDPOTrainer, got int; call it with the trainer
     """
     if not hasattr(trainer, "accelerator") or not hasattr(trainer, "args"):
-        raise TypeError(f"trainer must be a built SDPOTrainer, got {type(trainer).__name__}")
+        raise TypeError(
+            f"trainer: expected a built SDPOTrainer, got {type(trainer).__name__}; call it with the trainer"
+        )
     lines = [
         *_section("What applies", _applies(trainer)),
-        *_section("Where each method comes from", _homes(trainer)),
+        *_section("Where each method comes from", _owners(trainer)),
         *_section("For a bug report", _versions(trainer)),
     ]
     text = "\n".join(lines)
@@ -135,8 +148,8 @@ def _applies(trainer: Any) -> Iterator[str]:
     yield f"teacher: {config.teacher_mode}, {count} tensors, {held / 2**20:.1f} MiB; the rest is the student's"
 
 
-def _homes(trainer: Any) -> Iterator[str]:
-    for name, classes in method_homes(trainer):
+def _owners(trainer: Any) -> Iterator[str]:
+    for name, classes in method_owners(trainer):
         own = classes[0] in _OURS and len(classes) > 1
         yield f"{name}: {' → '.join(classes)}" + (
             f"  ({_REPLACED[name]})" if own and name in _REPLACED else ""
