@@ -117,7 +117,7 @@ def observe_recipe() -> dict[str, Any]:
     }
     import sdpo_rl
 
-    seen["report"] = sdpo_rl.unsloth_report(trainer)
+    seen["report"] = sdpo_rl.training_report(trainer)
     seen["out_of_memory"] = run_out_of_memory(trainer)
     return seen
 

@@ -142,7 +142,7 @@ def observe(fast: bool = False, device: str = "cpu", runs: list[str] | None = No
     return {
         "grpo": observe_grpo(),
         "evaluation": observe_evaluation(),
-        "report": sdpo_rl.unsloth_report(trainer),
+        "report": sdpo_rl.training_report(trainer),
         "prediction_step": next(c.__name__ for c in type(trainer).__mro__ if "prediction_step" in vars(c)),
         "without_super": overrides_without_super(type(trainer)),
     }

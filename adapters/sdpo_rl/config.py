@@ -109,9 +109,8 @@ class SDPOConfig:
         fast_checkpointing_toggle: disable gradient checkpointing for a rollout by the flags of the modules;
             `False` leaves that to TRL. Default `True` (ours).
         diagnostics_patience: generation batches without a single active row before a warning. Default 10.
-
-    `distillation_topk` and `distillation_add_tail`, the names of TRL's SDPO and of the reference, are taken for
-    `k` and `tail` (`True`: `bucket`).
+        distillation_topk: the name of `k` in TRL's SDPO and the reference; taken by the constructor, not a field.
+        distillation_add_tail: likewise for `tail`: `True` is `bucket`, `False` is `renormalize`.
 
     Raises:
         TypeError: a value of the wrong type, or an unknown option.

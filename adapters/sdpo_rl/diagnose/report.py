@@ -46,21 +46,17 @@ _UNSLOTHS, _TRLS = "Unsloth's rewritten", "TRL's"
 # Why this library has a method of its own; every other method is inherited as it is.
 _REPLACED = {
     "__init__": "checks the arguments, then calls the one below; adds the teacher",
-    "train": "finds the checkpoint of the teacher, then calls the one below",
-    "training_step": "calls the one below, then keeps the place in the optimizer step",
+    "train": "resolves the checkpoint and its teacher, then calls the one below",
+    "training_step": "calls the one below, then counts the micro-batches of the optimizer step",
     "_prepare_inputs": "calls the one below, then counts the active tokens of the generation batch",
-    "_generate_and_score_completions": "calls the one below, then writes the reprompts beside its rows",
-    "_calculate_rewards": "calls the one below, then keeps scores and feedback",
+    "_generate_and_score_completions": "calls the one below, then adds the teacher's prompts",
+    "_calculate_rewards": "calls the one below, then stores scores and feedback",
     "_get_per_token_logps_and_entropies": "calls the one below, except on a CPU without Unsloth",
     "compute_loss": "the self-distillation loss, chunked; with enabled=False the one below",
-    "evaluation_loop": "calls the one below, then weighs its batches by their tokens",
+    "evaluation_loop": "calls the one below, then weights its batches by their tokens",
     "log": "adds the self-distillation metrics, then calls the one below",
-    "_save_checkpoint": "calls the one below, then writes the teacher beside it",
+    "_save_checkpoint": "calls the one below, then writes the teacher into the same folder",
 }
-
-
-# The trainer and the parts it is made of.
-_OURS = ("SDPOTrainer", "MicroBatchLoss", "Resuming", "Lockstep")
 
 
 class MethodOwners(NamedTuple):
@@ -81,7 +77,7 @@ def method_owners(trainer: Any) -> list[MethodOwners]:
 
 
 def training_report(trainer: Any) -> str:
-    """Print, and return, how a trainer is set up: what of Unsloth applies, what SDPO replaces and why, the versions.
+    """Print, and return, how a trainer is set up: what applies of Unsloth, what SDPO replaces, the versions.
 
     Works with and without Unsloth. The last block is what a bug report needs.
 
@@ -142,17 +138,17 @@ def _applies(trainer: Any) -> Iterator[str]:
     if not config.enabled:
         yield f"loss: {_UNSLOTHS if patched else _TRLS} GRPO (enabled=False)"
         return
-    chunk = config.loss_chunk_size or "chosen from free memory"
-    yield f"loss: SDPO, backend {config.loss_backend}, {chunk} tokens projected at a time"
-    held, count = teacher_bytes(trainer)
-    yield f"teacher: {config.teacher_mode}, {count} tensors, {held / 2**20:.1f} MiB; the rest is the student's"
+    chunk = config.loss_chunk_size or "chosen from the shapes"
+    yield f"loss: SDPO, backend {config.loss_backend}, tokens per chunk: {chunk}"
+    size, count = teacher_bytes(trainer)
+    yield f"teacher: {config.teacher_mode}, {count} tensors, {size / 2**20:.1f} MiB"
 
 
 def _owners(trainer: Any) -> Iterator[str]:
     for name, classes in method_owners(trainer):
-        own = classes[0] in _OURS and len(classes) > 1
+        overridden = classes[0] == "SDPOTrainer" and len(classes) > 1
         yield f"{name}: {' → '.join(classes)}" + (
-            f"  ({_REPLACED[name]})" if own and name in _REPLACED else ""
+            f"  ({_REPLACED[name]})" if overridden and name in _REPLACED else ""
         )
 
 
@@ -197,13 +193,13 @@ def checkpointing(model: Any, args: Any) -> str:
     """`off`, `on`, or `on (unsloth)` where activations are offloaded as well."""
     modules = [m for m in _base(model).modules() if getattr(m, "gradient_checkpointing", False)]
     if not modules:
-        # The training loop switches it on when it starts.
+        # The training loop enables it when it starts.
         return "on" if args.gradient_checkpointing else "off"
     return "on (unsloth)" if modules[0].gradient_checkpointing == "unsloth" else "on"
 
 
 def teacher_bytes(trainer: Any) -> tuple[int, int]:
-    """Bytes and number of the tensors that the teacher holds beside the student's."""
+    """Bytes and number of the tensors of the teacher's state."""
     teacher = getattr(trainer, "_teacher", None)
     tensors = list(teacher.state.params.values()) if teacher is not None else []
     return sum(t.numel() * t.element_size() for t in tensors), len(tensors)
