@@ -20,7 +20,11 @@ LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 FILE = re.compile(
     r"`((?:sdpo|adapters|property_tests|examples|rollout|step|teacher|resume|compat|diagnose)/[\w./]*)`"
 )
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "DEBT.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "DEBT.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
@@ -59,7 +63,7 @@ def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             exec(compiled, module.__dict__)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_named_files_exist(page: Path) -> None:
     assert broken_links(page, page.read_text()) == []
 
