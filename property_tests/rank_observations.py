@@ -147,7 +147,7 @@ def observe_exchange(folder: Path) -> Observed:
                 errors[name] = (shown - expected).abs().max().item()
                 unseen[name] = (own - expected).abs().max().item()
                 gaps[name] = (model(**arguments).logits - own).abs().max().item()
-                # The wrong twin: contents exchanged while units are still gathered.
+                # The counter-example: contents exchanged while units are still gathered.
                 held = shards.local_shards(model)
                 kept = held[name].clone()
                 model(**arguments)
@@ -242,7 +242,7 @@ def observe_resume(folder: Path, name: str, adapter: str) -> Observed:
 
 
 def observe_interrupted(folder: Path, kind: str, adapter: str) -> Observed:
-    """A run, the same cut while DeepSpeed writes the last checkpoint and resumed, and twins that forget."""
+    """A run, the same cut while DeepSpeed writes the last checkpoint and resumed; counter-examples that forget."""
     import deepspeed
 
     from sdpo_rl.resume import progress
@@ -272,14 +272,14 @@ def observe_interrupted(folder: Path, kind: str, adapter: str) -> Observed:
     with strategy(kind):
         trainer = make_trainer(place / "cut", run, batches=2, **DEEPSPEED[kind])
         seen["resumed"] = observe_training(trainer, resume_from_checkpoint=True)
-    twins: dict[str, tuple[Run, Any]] = {
+    counter_examples: dict[str, tuple[Run, Any]] = {
         "teacher": (replace(run, config={"teacher_on_resume": "restart"}), nullcontext()),
         "optimizer": (run, patch.object(engine, "load_checkpoint", forget_optimizer)),
-        "progress": (run, patch.object(progress, "load", lambda *_: None)),
+        "progress": (run, patch.object(progress, "load", lambda *_, **__: None)),
     }
-    for forgotten, (twin, forgetting) in ({} if adapter else twins).items():
+    for forgotten, (counter_example, forgetting) in ({} if adapter else counter_examples).items():
         with strategy(kind), forgetting:
-            trainer = make_trainer(place / forgotten, twin, batches=2, **DEEPSPEED[kind])
+            trainer = make_trainer(place / forgotten, counter_example, batches=2, **DEEPSPEED[kind])
             saved = str(place / "whole" / "checkpoint-3")
             seen["without", forgotten] = observe_training(trainer, resume_from_checkpoint=saved)
     return seen

@@ -1,4 +1,4 @@
-"""Hypothesis strategies shared by the tests, and `Claim`: a property, and a wrong twin that it rejects."""
+"""Hypothesis strategies shared by the tests, and `Claim`: a property, and a counter-example that it rejects."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Claim:
     def holds(self) -> None:
         given(**self.drawn)(lambda **values: self.check(self.right, **values))()
 
-    def rejects_wrong_twin(self) -> None:
+    def rejects_counter_example(self) -> None:
         search = settings(
             max_examples=300,
             derandomize=True,

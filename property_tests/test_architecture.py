@@ -126,7 +126,7 @@ def home_of(name: str, known: dict[str, Path]) -> str:
 
 
 def reached_from(start: str) -> set[str]:
-    """Core modules that `start` needs, directly or not; the package's own front door aside."""
+    """Core modules that `start` needs, directly or not; the package's `__init__` aside."""
     known = modules(CORE)
     seen: set[str] = set()
     waiting = [start]

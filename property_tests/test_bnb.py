@@ -68,7 +68,7 @@ def quantized_names(model: nn.Module) -> set[str]:
 
 
 def train(folder: Path, kind: str, output: Path, *, exact: bool = False, **changes: Any) -> dict[str, Any]:
-    """A short training, with the average made again by hand beside the teacher's.
+    """A short training, with the average computed by hand beside the teacher's.
 
     TRL holds the adapters of a quantized base in bfloat16; `exact` puts them back to float32.
     """

@@ -124,7 +124,7 @@ def test_stopping_between_checkpoints_loses_nothing(
     assert differences(expected, outcome(run(tmp_path / "cut", resume=True, **case))) == []
 
 
-# --- twins: what happens where something is forgotten -----------------------------------------------------
+# --- counter-examples: what happens where something is forgotten ------------------------------------------
 
 
 def forget(*_: Any, **__: Any) -> int:
@@ -135,7 +135,7 @@ def nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-TWINS: dict[str, tuple[Any, str, Any, str, int, str]] = {
+COUNTER_EXAMPLES: dict[str, tuple[Any, str, Any, str, int, str]] = {
     "the teacher": (checkpoint, "load_teacher", forget, "LoRA", 2, "teacher"),
     "the progress": (progress, "load", nothing, "LoRA, within a generation batch", 1, "student"),
     "the epoch": (checkpoint, "epochs_done", forget, "full, in the next epoch", 5, "student"),
@@ -160,15 +160,15 @@ TWINS: dict[str, tuple[Any, str, Any, str, int, str]] = {
 }
 
 
-@pytest.mark.parametrize("forgotten", TWINS)
+@pytest.mark.parametrize("forgotten", COUNTER_EXAMPLES)
 def test_the_comparison_notices_what_is_forgotten(
     tmp_path: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner, attribute, twin, name, step, noticed = TWINS[forgotten]
+    owner, attribute, counter_example, name, step, noticed = COUNTER_EXAMPLES[forgotten]
     case, _ = CASES[name]
     expected = outcome(run(tmp_path / "whole", **case))
-    monkeypatch.setattr(owner, attribute, twin)
-    trainer = resumed(tmp_path / "whole", tmp_path / "twin", step, **case)
+    monkeypatch.setattr(owner, attribute, counter_example)
+    trainer = resumed(tmp_path / "whole", tmp_path / "counter-example", step, **case)
     assert any(difference.startswith(noticed) for difference in differences(expected, outcome(trainer)))
 
 
@@ -177,7 +177,7 @@ def test_the_comparison_notices_a_forgotten_tick(tmp_path: Path) -> None:
     expected = outcome(run(tmp_path / "whole", **case))
     path = tmp_path / "whole" / "checkpoint-3" / "sdpo" / "teacher.safetensors"
     checkpoint.write(path, load_file(path), {"sdpo_teacher": json.dumps({"rule": "ema", "ticks": 0})})
-    trainer = resumed(tmp_path / "whole", tmp_path / "twin", 3, **case)
+    trainer = resumed(tmp_path / "whole", tmp_path / "counter-example", 3, **case)
     assert any(name.startswith("teacher") for name in differences(expected, outcome(trainer)))
 
 
@@ -350,7 +350,7 @@ def test_packing_a_batch_is_exact_and_integers_get_small() -> None:
 
 @pytest.mark.parametrize("claim", PACKING, ids=["rounded", "wide"])
 def test_another_packing_is_rejected(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+    claim.rejects_counter_example()
 
 
 def test_what_cannot_be_kept_is_said_and_sampled_again(

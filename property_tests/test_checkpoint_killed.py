@@ -47,7 +47,7 @@ CUT = Claim(
 
 def test_a_trainer_state_cut_anywhere_is_incomplete() -> None:
     CUT.holds()
-    CUT.rejects_wrong_twin()
+    CUT.rejects_counter_example()
 
 
 def test_the_newest_complete_folder_is_chosen(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_config_survives(claim: Claim) -> None:
 
 @parametrize_claims
 def test_a_way_that_forgets_is_rejected(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+    claim.rejects_counter_example()
 
 
 def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:

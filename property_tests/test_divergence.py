@@ -142,7 +142,7 @@ def property_token_order_means_nothing(jsd: Any, pair: Pair, alpha: float, seed:
     assert_near(jsd(log_p[..., order], log_q[..., order], alpha=alpha), jsd(log_p, log_q, alpha=alpha))
 
 
-def property_slopes_at_the_ends_are_kl(jsd: Any, pair: Pair) -> None:
+def property_derivatives_at_the_ends_are_kl(jsd: Any, pair: Pair) -> None:
     log_p, log_q = normalized(pair)
     forward, reverse = kl_from_torch(log_q, log_p), kl_from_torch(log_p, log_q)
     assert_near(jsd(log_p, log_q, alpha=1e-6) / 1e-6, forward, 1e-3)
@@ -213,7 +213,10 @@ CLAIMS = [
         {"pair": logit_pairs(min_vocabulary=3), "alpha": inner_alphas, "seed": seeds},
     ),
     Claim(
-        property_slopes_at_the_ends_are_kl, generalized_jsd, jsd_with_swapped_arguments, {"pair": mild_pair}
+        property_derivatives_at_the_ends_are_kl,
+        generalized_jsd,
+        jsd_with_swapped_arguments,
+        {"pair": mild_pair},
     ),
     Claim(
         property_near_agreement_jsd_is_a_scaled_kl,
@@ -231,8 +234,8 @@ def test_holds(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
-def test_rejects_its_wrong_twin(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+def test_rejects_its_counter_example(claim: Claim) -> None:
+    claim.rejects_counter_example()
 
 
 @pytest.mark.parametrize(

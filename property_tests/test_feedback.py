@@ -169,8 +169,8 @@ def test_holds(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
-def test_rejects_its_wrong_twin(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+def test_rejects_its_counter_example(claim: Claim) -> None:
+    claim.rejects_counter_example()
 
 
 # --- wrapping ---------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_holds(claim: Claim) -> None:
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{name_of(claim)}-{claim.wrong.__name__}")
 def test_counter_examples_are_rejected(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+    claim.rejects_counter_example()
 
 
 def test_with_reduction_none_the_total_keeps_a_gradient_of_its_own() -> None:

@@ -101,8 +101,8 @@ def property_full_gradient_is_closed_form(loss: Any, pair: Pair, alpha: float) -
             torch.log_softmax(teacher, -1) if alpha == 1.0 else ((1 - alpha) * p + alpha * q).log()
         )
         log_ratio = log_ratio.nan_to_num(0.0)
-        slope = p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
-        expected = slope if alpha == 1.0 else (1 - alpha) * slope
+        derivative = p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
+        expected = derivative if alpha == 1.0 else (1 - alpha) * derivative
     assert_near(gradient(loss, student, teacher, alpha=alpha), expected)
 
 
@@ -157,7 +157,7 @@ def property_topk_gradient_is_numerical(loss: Any, pair: Pair, alpha: float, k: 
     ids = torch.topk(student, k).indices
     got = gradient(loss, student, teacher, k=k, alpha=alpha, tail=tail)
     vocabulary = student.shape[-1]
-    for row, other, chosen, slope in zip(
+    for row, other, chosen, derivative in zip(
         *(x.reshape(-1, x.shape[-1]) for x in (student, teacher, ids, got)), strict=True
     ):
         expected = oracles.numerical_gradient(
@@ -167,7 +167,7 @@ def property_topk_gradient_is_numerical(loss: Any, pair: Pair, alpha: float, k: 
             row.tolist(),
         )
         assert len(expected) == vocabulary
-        assert_near(slope, expected, 1e-6)
+        assert_near(derivative, expected, 1e-6)
 
 
 def topk_loss_blind_to_its_tail(
@@ -405,8 +405,8 @@ def test_holds(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
-def test_rejects_its_wrong_twin(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+def test_rejects_its_counter_example(claim: Claim) -> None:
+    claim.rejects_counter_example()
 
 
 def test_sampled_tokens_that_one_side_excludes() -> None:
@@ -451,10 +451,10 @@ def test_the_gradient_of_a_nearly_certain_token_keeps_its_digits(name: str) -> N
 
 
 def test_without_a_reference_the_digits_are_lost() -> None:
-    def twin(student: Tensor, teacher: Tensor) -> Tensor:
+    def counter_example(student: Tensor, teacher: Tensor) -> Tensor:
         return generalized_jsd(student.log_softmax(-1), teacher.log_softmax(-1), alpha=0.5)
 
-    assert gradient_error(twin) > 1e-3
+    assert gradient_error(counter_example) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_holds(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
-def test_rejects_its_wrong_twin(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+def test_rejects_its_counter_example(claim: Claim) -> None:
+    claim.rejects_counter_example()
 
 
 def test_ranks_meet_once_whatever_the_order_of_names() -> None:
@@ -135,7 +135,7 @@ REPORT = {"seed": seeds, "support": st.just("student")}
 def test_reports() -> None:
     claim = Claim(property_reports_are_means_over_active_tokens, step_metrics, over_all_tokens, REPORT)
     claim.holds()
-    claim.rejects_wrong_twin()
+    claim.rejects_counter_example()
 
 
 def test_no_topk_mass_without_a_topk() -> None:

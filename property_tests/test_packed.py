@@ -84,7 +84,7 @@ def test_holds(claim: Claim) -> None:
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
 def test_rejects_its_counter_example(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+    claim.rejects_counter_example()
 
 
 @given(lengths=st.lists(st.integers(0, 4), max_size=6), padding=st.integers(0, 3))

@@ -146,7 +146,7 @@ def test_the_runs_differ(one: Observed) -> None:
 
 
 def test_a_mean_per_rank_would_be_noticed(two: list[Observed], one: Observed) -> None:
-    """The wrong twin: where one rank has fewer tokens, the mean of the ranks' means is another number."""
+    """The counter-example: where one rank has fewer tokens, the mean of the ranks' means is another number."""
     name = "the second rank has nothing to learn"
     (loss, *_), (expected, *_) = column(two[0]["ddp", name], "loss"), column(one["ddp", name], "loss")
     assert loss == pytest.approx(expected, rel=TOLERANCE)
@@ -280,6 +280,6 @@ def test_every_exchanged_parameter_is_seen_and_goes_back(two: list[Observed], he
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_an_exchange_without_resharding_is_noticed(two: list[Observed], head: str) -> None:
-    """The wrong twin: units that stay gathered after a forward show their old contents."""
+    """The counter-example: units that stay gathered after a forward show their old contents."""
     stale = two[0]["exchange"][head]["stale"]
     assert {name for name, error in stale.items() if error > 1e-2} >= {"model.norm.weight"}

@@ -83,7 +83,7 @@ def test_a_run_cut_while_deepspeed_saves_resumes_from_the_checkpoint_before(
 @pytest.mark.parametrize("forgotten", ["teacher", "optimizer", "progress"])
 @pytest.mark.parametrize("stage", driver.DEEPSPEED)
 def test_the_comparison_notices_what_is_forgotten(seen: dict[str, Any], stage: str, forgotten: str) -> None:
-    """Two steps after the twin went wrong, nothing is what it was."""
+    """Two steps after the counter-example went wrong, nothing is what it was."""
     for rank in ("2-0", "2-1"):
         run = seen[rank]["resume", stage, ""]
         everything = {"student", "teacher", "optimizer", "log"}

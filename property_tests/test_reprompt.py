@@ -106,10 +106,12 @@ def formatted_twice(prompt: str, shown: list[str], hint: str) -> str:
     return frame.format(**values)
 
 
-@pytest.mark.parametrize("twin", [chained_replace, formatted_twice])
-def test_plain_concatenation_rejects_texts_that_are_formatted_again(twin: Callable[..., str]) -> None:
-    assert twin("q", ["s"], "f") == naive_text(DEFAULT_PIECES, "q", ["s"], "f", False)
-    assert twin(*SURE_ROW) != naive_text(DEFAULT_PIECES, *SURE_ROW, False)
+@pytest.mark.parametrize("counter-example", [chained_replace, formatted_twice])
+def test_plain_concatenation_rejects_texts_that_are_formatted_again(
+    counter_example: Callable[..., str],
+) -> None:
+    assert counter_example("q", ["s"], "f") == naive_text(DEFAULT_PIECES, "q", ["s"], "f", False)
+    assert counter_example(*SURE_ROW) != naive_text(DEFAULT_PIECES, *SURE_ROW, False)
 
 
 CASES = {  # rewards of the group, feedback of the row 0 -> shows a demonstration, uses feedback

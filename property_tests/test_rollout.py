@@ -170,8 +170,8 @@ def test_holds(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
-def test_rejects_its_wrong_twin(claim: Claim) -> None:
-    claim.rejects_wrong_twin()
+def test_rejects_its_counter_example(claim: Claim) -> None:
+    claim.rejects_counter_example()
 
 
 def test_a_reprompt_leaves_room_for_its_completion() -> None:

@@ -119,7 +119,7 @@ class Engine:
 
 
 @pytest.mark.parametrize(
-    "synced", [True, False], ids=["as it is", "twin: the engine keeps the first weights"]
+    "synced", [True, False], ids=["as it is", "counter-example: the engine keeps the first weights"]
 )
 def test_an_engine_gets_the_weights_and_its_gap_is_corrected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
@@ -282,7 +282,7 @@ def hand_written_step(
 @pytest.mark.parametrize(
     ("tools_count", "tools_read", "equal"),
     [(False, True, True), (True, True, False), (False, False, False)],
-    ids=["as it is", "twin: tools have a loss", "twin: tools are no context"],
+    ids=["as it is", "counter-example: tools have a loss", "counter-example: tools are no context"],
 )
 @pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}])
 def test_only_the_model_s_own_tokens_have_a_loss(
@@ -436,7 +436,7 @@ def test_what_an_environment_says_is_feedback_for_its_row(tmp_path: Path) -> Non
 
 
 def test_the_tools_of_all_environments_would_be_noticed() -> None:
-    """The wrong twin: one list of tools for every row is another prompt."""
+    """The counter-example: one list of tools for every row is another prompt."""
     tokens = talking.tokenizer()
     assert rendered(tokens, "q", [Shop().buy]) != rendered(tokens, "q", [Shop().buy, Garden().dig])
 
@@ -506,7 +506,7 @@ def test_a_rollout_function_brings_its_mask_and_its_feedback(tmp_path: Path) -> 
 
 
 def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wrong twin: the teacher's completion without the tools' answers."""
+    """The counter-example: the teacher's completion without the tools' answers."""
     true = step_batch.compact
 
     def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, *rest: Any) -> Any:

@@ -102,7 +102,7 @@ def test_rows_count_alike_under_a_mean_of_rows(tmp_path: Path) -> None:
 def test_a_dropped_or_unweighted_router_loss_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wrong twins: no term at all, and one that a micro-batch with few tokens has as much of as any other."""
+    """Counter-examples: no term at all, and one that is equal for micro-batches of few and of many tokens."""
     true = step_forward.router_loss
     monkeypatch.setattr(step_forward, "router_loss", lambda outputs: true(outputs).detach())
     assert step_gap(tmp_path / "dropped", **FOUR) > 1e-3

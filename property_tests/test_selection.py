@@ -154,8 +154,10 @@ def test_a_set_of_own_successes_rejects_other_draws() -> None:
     assert are_sets_of_own_successes(lambda b: select(b, "random"), TIES)
     assert not are_sets_of_own_successes(with_replacement, TIES)
     for name in ("any group", "self flag inverted", "ineligible rows serve", "always one"):
-        twin = WRONG_BATCHES[name]
-        assert not are_sets_of_own_successes(lambda b, twin=twin: select(twin(b), "random"), WITNESS)
+        counter_example = WRONG_BATCHES[name]
+        assert not are_sets_of_own_successes(
+            lambda b, counter_example=counter_example: select(counter_example(b), "random"), WITNESS
+        )
 
 
 def permuted(batch: Batch, order: Sequence[int]) -> Batch:
@@ -250,7 +252,7 @@ def test_random_is_uniform_over_ordered_choices_and_independent_between_rows() -
         assert is_uniform(draws, 12)
     pairs = Counter((result[0][0], result[1][0]) for result in results)
     assert is_uniform(pairs, 16)
-    # The twin that turns one wheel for the whole group: uniform in every row, but the rows move together.
+    # A counter-example with one draw for the whole group: uniform in every row, but the rows move together.
     wheel = Counter(((0 + turn) % 4 + 1, (turn + 1) % 4) for turn in (r[0][0] for r in results))
     assert not is_uniform(wheel, 16)
 
@@ -286,7 +288,7 @@ def test_arrays_are_taken_like_lists_and_compared_in_their_own_dtype(
             assert select_demonstrations(
                 rewards, [0, 0], success_threshold=threshold, exclude_self=True, policy="first", seed=0
             ) == [(1,), (0,)]
-    # The twin that goes through Python floats loses every 0.7 of a float32 reward.
+    # The counter-example that goes through Python floats loses every 0.7 of a float32 reward.
     assert not any(value >= 0.7 for value in torch.tensor([0.7, 0.7]).tolist())
 
 

@@ -1,4 +1,4 @@
-"""Teacher weights against closed forms in float64, with wrong twins that each property rejects."""
+"""Teacher weights against closed forms in float64, with counter-examples that each property rejects."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def closed_form(students: list[Params], rate: float) -> Params:
     }
 
 
-# Wrong twins -------------------------------------------------------------------------------------------------
+# Counter-examples -----------------------------------------------------------------------------------------
 
 
 def by_rule(
@@ -144,9 +144,9 @@ def test_ema_follows_the_closed_form(seed: int, steps: int, dtype: torch.dtype, 
     follows_the_closed_form(ema(update_rate=rate, inplace=True), students, rate)
 
 
-@pytest.mark.parametrize("twin", [swapped, zero_start, plain_bf16])
-def test_the_closed_form_rejects(twin: Callable[[float], Teacher]) -> None:
-    assert rejects(follows_the_closed_form, twin(0.05), walk(0, 12, torch.bfloat16), 0.05)
+@pytest.mark.parametrize("counter-example", [swapped, zero_start, plain_bf16])
+def test_the_closed_form_rejects(counter_example: Callable[[float], Teacher]) -> None:
+    assert rejects(follows_the_closed_form, counter_example(0.05), walk(0, 12, torch.bfloat16), 0.05)
 
 
 def averages_by_name(teacher: Teacher, rate: float) -> None:
@@ -184,8 +184,8 @@ def test_the_fixed_point_rejects() -> None:
     forgetting = by_rule(lambda old, new: 0.9 * old + 0.05 * new)
     # The two-product form of the average: right in exact arithmetic, adrift by a rounding every tick.
     two_products = by_rule(lambda old, new: 0.95 * old + 0.05 * new)
-    for twin in (zero_start(0.05), forgetting, two_products):
-        assert rejects(starts_as_the_student_and_rests_there, twin, student)
+    for counter_example in (zero_start(0.05), forgetting, two_products):
+        assert rejects(starts_as_the_student_and_rests_there, counter_example, student)
 
 
 @given(SEEDS, st.integers(1, 6), st.sampled_from(DTYPES))
@@ -264,7 +264,7 @@ def stays_within_the_bound(teacher: Teacher, rate: float) -> None:
     spacing = 2.0**-8
     bound = spacing * math.sqrt(math.log(2 / 1e-12) / (2 * rate * (2 - rate)))
     assert stray.abs().max() < bound
-    # Unbiased: the mean of independent elements gets closer as their number grows, the twin's does not.
+    # Unbiased: the mean of independent elements gets closer as their number grows, the counter-example's does not.
     assert stray.mean().abs() < bound / math.sqrt(stray.numel())
 
 
@@ -297,8 +297,8 @@ def test_rounding_is_unbiased_on_both_sides_of_zero(value: float, sign: float) -
 def test_unbiasedness_rejects_other_roundings() -> None:
     value = 0.5 + 0.3 / 256
     full = torch.full((2000,), value)
-    for twin in (lambda seed: full.bfloat16(), lambda seed: full.bfloat16() + 1 / 256):
-        assert rejects(rounds_to_a_neighbour_with_the_value_as_mean, value, twin)
+    for counter_example in (lambda seed: full.bfloat16(), lambda seed: full.bfloat16() + 1 / 256):
+        assert rejects(rounds_to_a_neighbour_with_the_value_as_mean, value, counter_example)
 
 
 def test_rounding_depends_on_seed_tick_and_name_and_on_nothing_else() -> None:
@@ -356,9 +356,9 @@ def test_update_and_init_leave_their_inputs_alone(seed: int, dtype: torch.dtype,
         leaves_its_inputs_alone(teacher, walk(seed, 1, dtype))
 
 
-@pytest.mark.parametrize("twin", [aliasing, overwriting])
-def test_purity_rejects(twin: Callable[[float], Teacher]) -> None:
-    assert rejects(leaves_its_inputs_alone, twin(0.05), walk(0, 1, torch.float32))
+@pytest.mark.parametrize("counter-example", [aliasing, overwriting])
+def test_purity_rejects(counter_example: Callable[[float], Teacher]) -> None:
+    assert rejects(leaves_its_inputs_alone, counter_example(0.05), walk(0, 1, torch.float32))
 
 
 def reuses_the_memory_of_the_state(spent: Teacher, fresh: Teacher, students: list[Params]) -> None:
@@ -381,8 +381,8 @@ def test_inplace_gives_the_same_bits_in_the_memory_of_the_state(
 
 def test_inplace_rejects() -> None:
     students, fresh = walk(0, 3, torch.float32), ema(update_rate=0.05)
-    for twin in (fresh, overwriting(0.06), aliasing(0.05)):
-        assert rejects(reuses_the_memory_of_the_state, twin, fresh, students)
+    for counter_example in (fresh, overwriting(0.06), aliasing(0.05)):
+        assert rejects(reuses_the_memory_of_the_state, counter_example, fresh, students)
 
 
 def test_a_refused_update_in_place_changes_nothing() -> None:
@@ -429,8 +429,8 @@ def test_continuation_rejects_checkpoints_that_forget() -> None:
     def in_half(state: TeacherState) -> TeacherState:
         return state._replace(params={n: p.bfloat16().float() for n, p in state.params.items()})
 
-    for twin in (without_ticks, in_half):
-        assert rejects(continues_after, twin, ema(update_rate=0.3))
+    for counter_example in (without_ticks, in_half):
+        assert rejects(continues_after, counter_example, ema(update_rate=0.3))
     assert rejects(continues_after, without_ticks, ema(update_rate=0.3, dtype="bfloat16"))
 
 
@@ -596,8 +596,8 @@ def test_the_geometric_mixture_rejects() -> None:
     def exchanged(reference: Tensor, live_: Tensor, *, coef: float) -> Tensor:
         return torch.lerp(live_, reference, coef)
 
-    for twin in (arithmetic, exchanged):
-        assert rejects(is_the_geometric_mixture, twin, reference, live_, 0.2)
+    for counter_example in (arithmetic, exchanged):
+        assert rejects(is_the_geometric_mixture, counter_example, reference, live_, 0.2)
     reference[:, 0], live_[:, 0] = -math.inf, -math.inf
     is_the_geometric_mixture(trust_region_logits, reference, live_, 0.2)
     assert torch.lerp(reference, live_, 0.2).isnan().any(), "why it is not torch.lerp"

@@ -115,9 +115,9 @@ def test_a_model_by_its_name(tmp_path: Path) -> None:
     assert tokenizer("a{}\n<user>")["input_ids"] == [tiny.VOCABULARY.index(t) for t in [*"a{}\n", "<user>"]]
     trainer = tiny.trainer(tmp_path / "out", start=str(tmp_path / "model"), processing_class=tokenizer)
     trainer.train()
-    twin = tiny.trainer(tmp_path / "twin")
-    twin.train()
-    assert same(trainable(trainer.model), trainable(twin.model))
+    counter_example = tiny.trainer(tmp_path / "counter-example")
+    counter_example.train()
+    assert same(trainable(trainer.model), trainable(counter_example.model))
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_another(tmp_path: Path) -> None:
@@ -644,9 +644,9 @@ def adamw_gap(tmp_path: Path, **changes: Any) -> float:
             first[name] = betas[0] * first[name] + (1 - betas[0]) * gradient
             second[name] = betas[1] * second[name] + (1 - betas[1]) * gradient**2
             shrunk = parameter * (1 - rate * decay * ("bias" not in name and "norm" not in name))
-            slope = first[name] / (1 - betas[0] ** count)
+            derivative = first[name] / (1 - betas[0] ** count)
             size = (second[name] / (1 - betas[1] ** count)).sqrt() + 1e-8
-            hand[name] = shrunk - rate * slope / size
+            hand[name] = shrunk - rate * derivative / size
     return max((hand[name] - p).abs().max().item() for name, p in recorder.steps[-1].after.items())
 
 
@@ -657,7 +657,7 @@ def test_a_step_without_signal_is_a_step_of_adamw(
     """Momentum and weight decay go on, for every parameter."""
     assert adamw_gap(tmp_path / "ours", **split) < 1e-5
     only_the_first_parameter(monkeypatch)
-    assert adamw_gap(tmp_path / "twin", **split) > 1e-3
+    assert adamw_gap(tmp_path / "counter-example", **split) > 1e-3
 
 
 def test_a_frozen_parameter_gets_no_gradient_from_a_step_without_signal(tmp_path: Path) -> None:

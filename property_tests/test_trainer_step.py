@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from sdpo_rl import trainer as trainer_module
-from sdpo_rl.rollout import prompts
+from sdpo_rl.rollout import reprompts
 from sdpo_rl.step import batch as step_batch
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
@@ -303,13 +303,13 @@ def not_divided_by_accumulation(patch: pytest.MonkeyPatch) -> None:
 
 
 def template_applied_twice(patch: pytest.MonkeyPatch) -> None:
-    true = prompts.with_question
-    patch.setattr(prompts, "with_question", lambda prompt, text: true(prompt, f"<user>{text}<bot>"))
+    true = reprompts.with_question
+    patch.setattr(reprompts, "with_question", lambda prompt, text: true(prompt, f"<user>{text}<bot>"))
 
 
 def system_prompt_lost(patch: pytest.MonkeyPatch) -> None:
-    true = prompts.with_question
-    patch.setattr(prompts, "with_question", lambda prompt, text: true(prompt, text)[-1:])
+    true = reprompts.with_question
+    patch.setattr(reprompts, "with_question", lambda prompt, text: true(prompt, text)[-1:])
 
 
 def teacher_without_temperature(patch: pytest.MonkeyPatch) -> None:

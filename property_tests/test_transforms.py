@@ -89,10 +89,10 @@ def check_arithmetic(loss: Loss, dtype: torch.dtype) -> None:
     got, expected = loss(student, teacher), loss(student.double(), teacher.double())
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_near(got, expected, 1e-13 if dtype == torch.float64 else 2e-6)
-    slope = grad(lambda s: loss(s, teacher).sum())(student)
+    derivative = grad(lambda s: loss(s, teacher).sum())(student)
     exact = grad(lambda s: loss(s, teacher.double()).sum())(student.double())
-    assert slope.dtype == dtype
-    assert_near(slope, exact, {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 2e-6))
+    assert derivative.dtype == dtype
+    assert_near(derivative, exact, {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 2e-6))
 
 
 def check_empty_batches(loss: Loss, shape: tuple[int, ...] = (0, 3)) -> None:
@@ -290,12 +290,12 @@ def check_sums(aggregate: Callable[[Tensor, Tensor], sdpo.MaskedSum]) -> None:
     dirty = values.masked_fill(~mask, math.nan)
     means = vmap(lambda v, m: aggregate(v, m).mean())(dirty, mask)
     assert_near(means, torch.stack([aggregate(v, m).mean() for v, m in zip(values, mask, strict=True)]))
-    slopes = vmap(grad(lambda v, m: aggregate(v, m).mean()))(dirty, mask)
+    derivatives = vmap(grad(lambda v, m: aggregate(v, m).mean()))(dirty, mask)
     weights = torch.ones_like(values).requires_grad_()
     for row, active in zip(values * weights, mask, strict=True):
         aggregate(row, active).mean().backward(retain_graph=True)
     assert weights.grad is not None
-    assert_near(slopes * values, weights.grad)
+    assert_near(derivatives * values, weights.grad)
 
 
 def test_sums_under_transforms() -> None:

@@ -242,7 +242,7 @@ def property_old_log_probs_find_their_tokens(
 
 
 def last_columns(inputs: Mapping[str, Any], pad: int) -> Mapping[str, Any]:
-    """The twin that takes them for right-aligned, as if every prompt were as long."""
+    """The counter-example that takes them for right-aligned, as if every prompt were as long."""
     length = inputs["completion_ids"].shape[1]
     return {"old_per_token_logps": inputs["old_per_token_logps"][:, -length:]}
 
@@ -257,7 +257,7 @@ OLD_LOG_PROBS = Claim(
 
 def test_old_log_probs_find_their_tokens() -> None:
     OLD_LOG_PROBS.holds()
-    OLD_LOG_PROBS.rejects_wrong_twin()
+    OLD_LOG_PROBS.rejects_counter_example()
 
 
 def test_a_sampled_pad_token_has_no_old_log_prob() -> None:
@@ -331,7 +331,7 @@ GROUPS = [
 def test_groups_hold_every_attended_token_once() -> None:
     GROUPS[0].holds()
     for claim in GROUPS:
-        claim.rejects_wrong_twin()
+        claim.rejects_counter_example()
 
 
 @given(sizes=some_sizes, width_limit=st.integers(2, 14), token_limit=st.integers(2, 60), states=st.booleans())
@@ -359,7 +359,7 @@ def test_groups_change_no_number(sizes: Sizes, width_limit: int, token_limit: in
         apart, together = apart.hidden, together.hidden
     used = mask[:, -length:].bool()
     assert torch.equal(apart[used], together[used])
-    # A wrong twin: columns cut off on the left instead of the right.
+    # A counter-example: columns cut off on the left instead of the right.
     if any(group.right for group in groups):
         assert not torch.equal(apart.roll(1, 1)[used], together[used])
 
@@ -665,8 +665,8 @@ def test_the_check_knows_all_that_is_inherited() -> None:
 
 
 def test_the_collection_rejects_a_name_that_nobody_listed() -> None:
-    twin = "class SDPOTrainer:\n def train(self, inputs):\n"
-    twin += "  self._ours = super()._a(getattr(self, '_b', self._c))\n"
-    twin += "  return self._ours + self.train.d + inputs['e'] + inputs.get('f')\n"
-    twin += "def load(trainer):\n return trainer._g\n"
-    assert inherited({"twin": twin}) == ({"_a", "_b", "_c", "_g"}, {"e", "f"})
+    counter_example = "class SDPOTrainer:\n def train(self, inputs):\n"
+    counter_example += "  self._ours = super()._a(getattr(self, '_b', self._c))\n"
+    counter_example += "  return self._ours + self.train.d + inputs['e'] + inputs.get('f')\n"
+    counter_example += "def load(trainer):\n return trainer._g\n"
+    assert inherited({"counter-example": counter_example}) == ({"_a", "_b", "_c", "_g"}, {"e", "f"})

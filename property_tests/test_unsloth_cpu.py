@@ -86,7 +86,7 @@ def observe_trainer() -> dict[str, Any]:
 
 
 def old_log_prob_errors(trainer: Any, model: Any, inputs: Any) -> list[float]:
-    """Largest error of the stored old log-probs: by token rank, and (wrong twins) by last and first columns."""
+    """Largest error of the stored old log-probs: by token rank, and (wrong) by last and first columns."""
     import torch
 
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
