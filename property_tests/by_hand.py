@@ -165,6 +165,7 @@ def question_of(prompt: Any) -> str:
 def reprompt(row: Row, method: Method) -> str | None:
     """What the teacher reads instead of the question; `None` without a teacher signal."""
     shown = [peer.text for peer in row.peers if tiny.score(peer.text) >= 1.0 and peer.text.strip()]
+    shown = [text for text in shown if text != row.text]
     shown = shown[: method.shown]
     feedback = tiny.remark(row.text)
     if shown and not method.feedback_too:

@@ -1,4 +1,4 @@
-"""Live feedback: whatever shape a reward function's output has, every text stays with its row."""
+"""Feedback: whatever form a reward function's output has, every text stays with its row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import torch
 from hypothesis import strategies as st
 from strategies import Claim, name_of
 
-from sdpo_rl.rollout.feedback import FeedbackCollector, join_feedback, split_rewards
+from sdpo_rl.rollout.feedback import (
+    FeedbackCollector,
+    column_name,
+    column_texts,
+    join_feedback,
+    split_rewards,
+)
 
 # --- one function's output --------------------------------------------------------------------------------
 
@@ -52,7 +58,7 @@ def test_scores_and_texts_in_two_lists_are_refused_with_the_way_out(rows: int) -
     scores, texts = [1.0] * rows, ["why"] * rows
     for outputs in ((scores, texts), [scores, texts], (torch.tensor(scores), texts)):
         with pytest.raises(
-            ValueError, match=r"'judge'.*pair of lists.*per row.*list\(zip\(scores, texts\)\)"
+            ValueError, match=r"'judge'.*pair per row.*pair of lists.*list\(zip\(scores, texts\)\)"
         ):
             split_rewards("judge", outputs, rows)
 
@@ -60,8 +66,15 @@ def test_scores_and_texts_in_two_lists_are_refused_with_the_way_out(rows: int) -
 def test_two_rows_are_no_pair_of_lists() -> None:
     assert split_rewards("judge", ([1.0, None], [0.0, "why"]), 2) == ([1.0, 0.0], [None, "why"])
     assert split_rewards("judge", torch.tensor([1.0, 0.0]), 2) == ([1.0, 0.0], [None, None])
-    with pytest.raises(ValueError, match="2 items for 8 completions"):
+    with pytest.raises(ValueError, match=r"expected 8 items.*got 2 items"):
         split_rewards("judge", [(1.0, "a"), (0.0, "b")], 8)
+
+
+@pytest.mark.parametrize("score", [float("inf"), -float("inf"), torch.tensor(torch.inf)])
+def test_an_infinite_score_is_refused_with_function_and_row(score: Any) -> None:
+    for item in (score, (score, "why"), {"score": score}):
+        with pytest.raises(ValueError, match=r"'judge', row 1: expected a finite score, got -?inf; clip it"):
+            split_rewards("judge", [0.0, item], 2)
 
 
 # --- several functions, one batch -------------------------------------------------------------------------
@@ -78,7 +91,7 @@ KINDS = ["pairs", "later", "object", "partial", "method", "partial method"]
 
 
 def reward(column: list[str | None], kind: str) -> Any:
-    """A reward function that says the texts of `column`, in one of the ways there are."""
+    """A reward function that returns the texts of `column`, in one of the possible ways."""
 
     def pairs(completions: list[Any], **_: Any) -> list[Any]:
         return [(0.0, text) for text in column]
@@ -87,7 +100,7 @@ def reward(column: list[str | None], kind: str) -> Any:
         await asyncio.sleep(0)
         return [(0.0, text) for text in column]
 
-    class Remembers:
+    class Judge:
         last_feedback: list[str | None] | None = None
 
         def __call__(self, completions: list[Any], **_: Any) -> list[float]:
@@ -97,16 +110,16 @@ def reward(column: list[str | None], kind: str) -> Any:
         def judge(self, completions: list[Any], how: str = "strictly", **_: Any) -> list[float]:
             return self(completions)
 
-    def bound(completions: list[Any], said: Any, **_: Any) -> list[Any]:
-        return [{"score": 0.0, "feedback": text} for text in said]
+    def bound(completions: list[Any], texts: Any, **_: Any) -> list[Any]:
+        return [{"score": 0.0, "feedback": text} for text in texts]
 
     return {
         "pairs": pairs,
         "later": later,
-        "object": Remembers(),
-        "method": Remembers().judge,
-        "partial method": functools.partial(Remembers().judge, how="kindly"),
-        "partial": functools.partial(bound, said=column),
+        "object": Judge(),
+        "method": Judge().judge,
+        "partial method": functools.partial(Judge().judge, how="kindly"),
+        "partial": functools.partial(bound, texts=column),
     }[kind]
 
 
@@ -131,8 +144,8 @@ def property_rows_gather_the_texts_of_all_functions_in_order(
     expected = ["\n\n".join(t for t in row if t and t.strip()) or None for row in rows]
     if static is not None:
         expected = [
-            said if said is not None else (known if known and known.strip() else None)
-            for said, known in zip(expected, static, strict=True)
+            live if live is not None else (text if text and text.strip() else None)
+            for live, text in zip(expected, static, strict=True)
         ]
     assert gather(columns, kinds, static) == expected
 
@@ -207,14 +220,14 @@ def test_reward_models_and_names_pass_through() -> None:
     assert FeedbackCollector().wrap("org/reward-model") == "org/reward-model"
 
 
-def test_a_batch_is_forgotten_once_taken() -> None:
+def test_take_clears_the_texts() -> None:
     collector = FeedbackCollector()
     collector.wrap(reward(["old"], "pairs"))(completions=["!"])
     assert collector.take(1) == ["old"]
     assert collector.take(1) == [None]
 
 
-def test_two_methods_of_one_judge_say_it_once() -> None:
+def test_a_list_that_two_methods_share_counts_once() -> None:
     class Twofold:
         def __init__(self) -> None:
             self.last_feedback: list[str] = []
@@ -238,6 +251,36 @@ def test_two_methods_of_one_judge_say_it_once() -> None:
         assert collector.take(1) == ["off by one\n\ntoo long"]
 
 
+def test_a_function_that_empties_its_completions_is_counted_by_what_it_was_given() -> None:
+    def consuming(completions: list[Any], **_: Any) -> list[Any]:
+        return [(0.0, f"got {completions.pop(0)}") for _ in range(len(completions))]
+
+    collector = FeedbackCollector()
+    assert collector.wrap(consuming)(completions=["a", "b"]) == [0.0, 0.0]
+    assert collector.take(2) == ["got a", "got b"]
+
+
+# --- columns ----------------------------------------------------------------------------------------------
+
+
 def test_a_column_holds_texts() -> None:
-    with pytest.raises(TypeError, match=r"column 'feedback' must hold strings or None, got list in row 1"):
-        FeedbackCollector().take(2, ["fine", ["a", "b"]])
+    with pytest.raises(TypeError, match=r"column 'feedback': expected strings or None, got list in row 1"):
+        column_texts([{"feedback": "fine"}, {"feedback": ["a", "b"]}])
+
+
+def test_feedback_is_a_column_of_either_name() -> None:
+    assert column_texts([{"prompt": "?", "privileged_context": "why"}, {"prompt": "?"}]) == ["why", None]
+    assert column_texts([{"prompt": "?"}]) == [None]
+    assert [column_name(names) for names in (["prompt"], ["feedback"], ["prompt", "privileged_context"])] == [
+        None,
+        "feedback",
+        "privileged_context",
+    ]
+    with pytest.raises(
+        ValueError, match=r"feedback: expected one column.*got feedback and privileged_context"
+    ):
+        column_name(["privileged_context", "prompt", "feedback"])
+
+
+def test_feedback_of_a_rollout_function_precedes_the_dataset_s() -> None:
+    assert column_texts([{"privileged_context": "static", "feedback": "live"}]) == ["live"]

@@ -1,4 +1,4 @@
-"""Prompts and reprompts as tokens: the frame of a conversation is the student's own, and no cut touches it."""
+"""Prompts and reprompts as tokens: a conversation is rendered as the student's, and only inserted texts are cut."""
 
 from __future__ import annotations
 
@@ -14,18 +14,12 @@ import trl
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from strategies import Claim, name_of
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from sdpo import Templates
-from sdpo_rl.rollout.prompts import (
-    CUT_MARKER,
-    Renderer,
-    Reprompter,
-    TeacherPrompts,
-    check_prompts,
-    completion_text,
-    question,
-    with_question,
-)
+from sdpo import Templates, cut_middle
+from sdpo_rl.rollout.prompts import Renderer, check_prompts, completion_text, question, with_question
+from sdpo_rl.rollout.reprompts import CUT_MARKER, Reprompter, TeacherPrompts
 
 TOKENIZER = tiny.tokenizer()
 TEMPLATES = Templates(
@@ -63,7 +57,7 @@ def fit(
 
 
 def cuts_the_tokens_from_the_right(prompt: Any, *args: Any) -> Any:
-    """Keeps any limit, and eats the generation prompt."""
+    """Within any limit, but without the generation prompt."""
     demonstrations, feedback, limit, mode, both = args
     whole = fit(prompt, demonstrations, feedback, 10**6, mode, both)
     cut = len(whole.ids[0]) > limit
@@ -72,7 +66,7 @@ def cuts_the_tokens_from_the_right(prompt: Any, *args: Any) -> Any:
     )
 
 
-def property_the_frame_stays_and_the_limit_holds(
+def property_only_inserted_texts_are_cut_and_the_limit_holds(
     fitting: Fit, prompt: Any, demonstrations: Any, feedback: Any, limit: int, mode: str, both: bool
 ) -> None:
     shown = [text for text in demonstrations if text.strip()]
@@ -91,7 +85,9 @@ def property_the_frame_stays_and_the_limit_holds(
 
     got = fitting(prompt, demonstrations, feedback, limit, mode, both)
     ids, on = got.ids[0], got.row_mask[0]
-    assert (got.has_demonstration, got.uses_feedback) == ([bool(shown)], [remark is not None])
+    inserted = decode(ids).removeprefix(before) if on else ""
+    assert (got.has_demonstration, got.uses_feedback) == (["S" in inserted], ["F" in inserted])
+    assert on == bool(inserted)
     assert on == bool(ids)
     assert not (got.truncated[0] and got.dropped[0])
     if not texts:
@@ -110,23 +106,67 @@ def property_the_frame_stays_and_the_limit_holds(
         assert CUT_MARKER in decode(ids)
     else:
         assert got.dropped[0]
-        room = limit - (len(before + after) - special)
-        assert room < len(texts) * (2 + len(CUT_MARKER) + 1) + len(texts)
+        left = limit - (len(before + after) - special)
+        assert left < len(texts) * (2 + len(CUT_MARKER) + 1) + len(texts)
 
 
 def property_the_named_side_is_cut(fitting: Fit, text: str, limit: int, mode: str) -> None:
-    """One long demonstration: what is left of it is its tail, its head, or both ends."""
+    """Of one long demonstration remains its tail, its head, or both ends."""
     got = fitting("q", [text], None, limit, mode, False)
-    kept = decode(got.ids[0])[len("q|S") : -len("|again")]
+    remainder = decode(got.ids[0])[len("q|S") : -len("|again")]
     assert len(got.ids[0]) == limit
-    head, _, tail = kept.partition(CUT_MARKER)
+    head, _, tail = remainder.partition(CUT_MARKER)
     assert text.startswith(head)
     assert text.endswith(tail)
     assert {"left": head == "", "right": tail == "", "middle": abs(len(head) - len(tail)) <= 1}[mode]
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte, as of characters that a byte-level tokenizer has no token for."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+BYTES = byte_tokenizer()
+
+
+class CutsBytes(Reprompter):
+    """Cuts the tokens wherever the count demands."""
+
+    def _cut(self, ids: list[int], limit: int) -> str:
+        return self._decode(cut_middle(ids, limit, marker=self._encode(CUT_MARKER)))
+
+
+def property_no_character_is_split(
+    reprompter: Callable[..., Reprompter], text: str, limit: int, mode: str
+) -> None:
+    got = reprompter(Renderer(BYTES), TEMPLATES, True, mode)(["q"], [[text]], [None], [limit])
+    assert len(got.ids[0]) <= limit
+    if got.truncated[0]:
+        remainder = BYTES.decode(got.ids[0])[len("q|S") : -len("|again")]
+        head, _, tail = remainder.partition(CUT_MARKER)
+        assert text.startswith(head)
+        assert text.endswith(tail)
+        assert len(got.ids[0]) > limit - 8  # no more than two characters are lost for it
+
+
 CLAIMS = [
-    Claim(property_the_frame_stays_and_the_limit_holds, fit, cuts_the_tokens_from_the_right, cases),
+    Claim(
+        property_no_character_is_split,
+        Reprompter,
+        CutsBytes,
+        {
+            "text": st.text("aäß漢🙂", min_size=20, max_size=30),
+            "limit": st.integers(15, 45),
+            "mode": cases["mode"],
+        },
+    ),
+    Claim(
+        property_only_inserted_texts_are_cut_and_the_limit_holds, fit, cuts_the_tokens_from_the_right, cases
+    ),
     Claim(
         property_the_named_side_is_cut,
         fit,
@@ -150,14 +190,25 @@ def test_rejects_its_counter_example(claim: Claim) -> None:
     claim.rejects_counter_example()
 
 
-def test_too_long_is_an_error_when_asked_for() -> None:
+def test_too_long_can_be_an_error() -> None:
     reprompter = Reprompter(Renderer(TOKENIZER), TEMPLATES, True, "error")
     assert reprompter(["q"], [["abc"]], [None], [13]).row_mask == [True]
-    with pytest.raises(ValueError, match=r"12 tokens.*leaves 11.*max_reprompt_length.*'middle'"):
+    with pytest.raises(ValueError, match=r"max_reprompt_length: .*12 tokens, got 11; raise .*'middle'"):
         reprompter(["q"], [["abc"]], [None], [11])
 
 
-def test_the_tokenizer_is_left_as_it_was() -> None:
+def test_a_demonstration_that_is_cut_away_is_none() -> None:
+    """Equal shares: of a short text beside a long one nothing but the marker would remain."""
+    for mode in ("middle", "left", "right"):
+        got = fit("q", ["ab" * 4], "ba" * 60, 60, mode, True)
+        assert decode(got.ids[0]).startswith("q|Fb" if mode != "left" else "q|F ")
+        assert (got.row_mask, got.truncated, got.dropped) == ([True], [True], [False])
+        assert (got.has_demonstration, got.uses_feedback) == ([False], [True])
+        got = fit("q", ["ab" * 60], "ba" * 4, 60, mode, True)
+        assert (got.has_demonstration, got.uses_feedback) == ([True], [False])
+
+
+def test_the_tokenizer_is_not_changed() -> None:
     tokenizer = tiny.tokenizer(padding_side="right", truncation_side="right")
     before = copy.deepcopy(tokenizer.init_kwargs), tokenizer.padding_side, tokenizer.truncation_side
     Reprompter(Renderer(tokenizer), TEMPLATES, True, "left")([tiny.user("q")], [["a" * 50]], [None], [30])
@@ -180,7 +231,7 @@ def test_rows_without_signal_are_not_rendered() -> None:
 
 
 class Counting:
-    """A tokenizer that knows how many texts it was given."""
+    """A tokenizer that counts the texts it is given."""
 
     def __init__(self) -> None:
         self.texts = 0
@@ -195,11 +246,11 @@ class Counting:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_what_reads_the_same_is_tokenized_once(chat: bool) -> None:
+def test_equal_prompts_are_tokenized_once(chat: bool) -> None:
     def asked(system: str, text: str) -> Any:
         return [{"role": "system", "content": system}, *tiny.user(text)] if chat else system + text
 
-    # Made anew, as a dataset makes them; the same question under other instructions is another prompt.
+    # New objects, as a dataset returns them; the same question after other instructions is another prompt.
     prompts = [asked(*pair) for pair in [("s", "a"), ("t", "a"), ("s", "a"), ("s", "b"), ("t", "a")]]
     counting = Counting()
     rendered = Renderer(counting)(prompts)
@@ -254,7 +305,7 @@ def test_the_student_s_prompts_are_rendered_alike(tmp_path: Path) -> None:
     assert trainer._reprompter().renderer(prompts) == trainer._tokenize_prompts(prompts)[0]
 
 
-def test_own_template_arguments_come_on_top(tmp_path: Path) -> None:
+def test_template_arguments_of_the_teacher_precede(tmp_path: Path) -> None:
     config = tiny.config(apply_chat_template_kwargs={"tag": "teacher"})
     trainer = tiny.trainer(tmp_path, sdpo_config=config, chat_template_kwargs={"tag": "student"})
     assert decode(trainer._reprompter().renderer([tiny.user("q")])[0]).endswith("<bot>teacher")
@@ -275,12 +326,12 @@ def test_tools_reach_the_template() -> None:
     )
 
 
-def test_a_template_of_the_trainer_s_own_replaces_the_tokenizer_s() -> None:
+def test_the_trainer_s_chat_template_replaces_the_tokenizer_s() -> None:
     own = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
     assert decode(Renderer(TOKENIZER, chat_template=own)([tiny.user("q")])[0]) == "[q]"
 
 
-# --- prompts and completions as they come -----------------------------------------------------------------
+# --- prompts and completions -----------------------------------------------------------------------------
 
 
 def test_only_the_last_turn_changes() -> None:
@@ -304,7 +355,7 @@ def test_only_the_last_turn_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "said"),
+    ("completion", "expected"),
     [
         ("plain", "plain"),
         ([{"role": "assistant", "content": "one"}], "one"),
@@ -322,26 +373,27 @@ def test_only_the_last_turn_changes() -> None:
         ([], ""),
     ],
 )
-def test_what_a_completion_says(completion: Any, said: str) -> None:
-    assert completion_text(completion) == said
+def test_the_text_of_a_completion(completion: Any, expected: str) -> None:
+    assert completion_text(completion) == expected
 
 
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
-        ([], TypeError, r"prompt 1 must be a string or a non-empty list of messages with a role, got \[\]"),
-        (7, TypeError, "prompt 1 .* got 7"),
-        ([{"content": "no role"}], TypeError, "prompt 1 .*role"),
-        ([{"role": "assistant", "content": "a"}], ValueError, "prompt 1 ends with a 'assistant' turn.*last"),
-        ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "must be text.*images"),
-        ([{"role": "user", "content": None}], ValueError, "must be text.*got None"),
-        ([{"role": "user"}], ValueError, "must be text.*got None"),
+        ("", ValueError, "prompt 1: expected a non-empty string, got ''; remove"),
+        ([], TypeError, r"prompt 1: expected a string or a non-empty list of messages with a role, got \[\]"),
+        (7, TypeError, "prompt 1: .* got 7"),
+        ([{"content": "no role"}], TypeError, "prompt 1: .*role"),
+        ([{"role": "assistant", "content": "a"}], ValueError, "prompt 1: .*'user'.*got a 'assistant' turn"),
+        ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "prompt 1: expected text.*images"),
+        ([{"role": "user", "content": None}], ValueError, "expected text.*got None"),
+        ([{"role": "user"}], ValueError, "expected text.*got None"),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
             ValueError,
-            r"holds no text.*\[\{'type': 'text'\}\]",
+            r"'text': '\.\.\.'.*got \[\{'type': 'text'\}\]",
         ),
-        ([{"role": "user", "content": [{"text": None}]}], ValueError, "holds no text.*'text': None"),
+        ([{"role": "user", "content": [{"text": None}]}], ValueError, "expected text.*'text': None"),
     ],
 )
 def test_prompts_are_checked(prompt: Any, error: type[Exception], message: str) -> None:

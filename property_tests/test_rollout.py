@@ -1,10 +1,10 @@
-"""Group logic is global: any number of ranks writes the reprompts that one would write, and counts the same."""
+"""Groups are global: any number of processes writes the reprompts that one would write, and counts the same."""
 
 from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Barrier
 from typing import Any
 
@@ -16,7 +16,8 @@ from strategies import Claim, name_of
 
 from sdpo_rl import SDPOConfig
 from sdpo_rl.rollout.demonstrations import Rollout, TeacherContext, teacher_context
-from sdpo_rl.rollout.prompts import Renderer, Reprompter
+from sdpo_rl.rollout.prompts import Renderer
+from sdpo_rl.rollout.reprompts import Reprompter
 
 GROUP = 3
 TOKENIZER = tiny.tokenizer()
@@ -28,6 +29,7 @@ class Batch:
     scores: list[float]
     completions: list[str]
     feedback: list[str | None]
+    has_loss: list[bool]
 
 
 @st.composite
@@ -40,7 +42,8 @@ def batches(draw: st.DrawFn) -> Batch:
     return Batch(
         column(st.sampled_from([0.0, 0.5, 1.0, math.nan])),
         column(texts),
-        column(st.none() | st.sampled_from(["", " ", "got {3}"])),
+        column(st.none() | st.just("got {3}")),
+        column(st.sampled_from([True, True, True, False])),
     )
 
 
@@ -56,15 +59,15 @@ configs = st.builds(
 )
 
 
-def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, deaf: bool = False) -> list[TeacherContext]:
-    """The contexts of all ranks, each in its own thread, meeting only in `gather`."""
+def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, local: bool = False) -> list[TeacherContext]:
+    """The contexts of all processes, each in its own thread, which share nothing but `gather`."""
     rows = len(batch.scores) // ranks
     board: list[list[Any]] = [[] for _ in range(ranks)]
     barrier = Barrier(ranks, timeout=30)
 
     def work(rank: int) -> TeacherContext:
         def gather(own: list[Any]) -> list[Any]:
-            if deaf:
+            if local:
                 return list(own) * ranks
             board[rank] = own
             barrier.wait()
@@ -90,6 +93,7 @@ def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, deaf: bool = False
                 config.environment_feedback_only_without_solution,
                 "middle",
             ),
+            has_loss=batch.has_loss[mine],
             group_size=GROUP,
             context_length=math.inf,
             rank=rank,
@@ -101,7 +105,9 @@ def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, deaf: bool = False
         return list(pool.map(work, range(ranks)))
 
 
-def property_ranks_do_not_matter(world: Any, batch: Batch, config: SDPOConfig, ranks: int) -> None:
+def property_the_number_of_processes_does_not_matter(
+    world: Any, batch: Batch, config: SDPOConfig, ranks: int
+) -> None:
     alone, spread = on_ranks(batch, config, 1)[0], world(batch, config, ranks)
     assert [ids for part in spread for ids in part.prompts.ids] == alone.prompts.ids
     assert [on for part in spread for on in part.prompts.row_mask] == alone.prompts.row_mask
@@ -114,30 +120,39 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
     has, available, used, active, solved = [], [], [], [], []
     for row in range(total):
         group = range(row // GROUP * GROUP, row // GROUP * GROUP + GROUP)
-        said = {}
+        shown = {}
         for peer in group:
             text = batch.completions[peer]
-            said[peer] = text.split("</think>")[-1] if config.remove_thinking_from_demonstration else text
-        peers = [j for j in group if batch.scores[j] >= 1.0 and said[j].strip()]
+            shown[peer] = text.split("</think>")[-1] if config.remove_thinking_from_demonstration else text
+        peers = [j for j in group if batch.scores[j] >= 1.0 and shown[j].strip() and batch.has_loss[j]]
         if config.dont_reprompt_on_self_success:
-            peers = [j for j in peers if j != row]
-        hint = batch.feedback[row]
+            own = batch.completions[row]
+            peers = [j for j in peers if own not in (batch.completions[j], shown[j])]
+        if not batch.has_loss[row]:
+            peers = []
         has.append(bool(peers))
-        available.append(bool(hint and hint.strip()))
+        available.append(batch.feedback[row] is not None)
         alone = not (config.environment_feedback_only_without_solution and peers)
-        used.append(available[-1] and config.include_environment_feedback and alone)
+        use = batch.has_loss[row] and config.include_environment_feedback and alone
+        used.append(available[-1] and use)
         active.append(has[-1] or used[-1])
     for first in range(0, total, GROUP):
         solved.append(any(score >= 1.0 for score in batch.scores[first : first + GROUP]))
     metrics = {k.removeprefix("self_distillation/"): v for k, v in context.metrics.items()}
-    dropped = context.prompts.dropped
-    shown, used = ([on and not lost for on, lost in zip(c, dropped, strict=True)] for c in (has, used))
-    assert metrics["success_sample_fraction"] == pytest.approx(sum(shown) / total)
+    prompts = context.prompts
+    texts = ["".join(tiny.VOCABULARY[i] for i in ids) for ids in prompts.ids]
+    shows = ["Correct solution" in text for text in texts]
+    hints = ["unsuccessful earlier attempt" in text for text in texts]
+    for row in range(total):  # what does not fit is left out
+        cut = prompts.truncated[row] or prompts.dropped[row]
+        assert shows[row] == has[row] or (cut and has[row])
+        assert hints[row] == used[row] or (cut and used[row])
+    assert metrics["success_sample_fraction"] == pytest.approx(sum(shows) / total)
     assert metrics["feedback_available_fraction"] == pytest.approx(sum(available) / total)
-    assert metrics["feedback_used_fraction"] == pytest.approx(sum(used) / total)
+    assert metrics["feedback_used_fraction"] == pytest.approx(sum(hints) / total)
     assert metrics["success_group_fraction"] == pytest.approx(sum(solved) / len(solved))
-    kept = [on and not lost for on, lost in zip(active, dropped, strict=True)]
-    assert context.prompts.row_mask == kept
+    kept = [on and not lost for on, lost in zip(active, prompts.dropped, strict=True)]
+    assert prompts.row_mask == kept
     assert metrics["reprompt_sample_fraction"] == pytest.approx(sum(kept) / total)
     assert metrics["empty_target_batch"] == float(not any(kept))
 
@@ -145,21 +160,35 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
 def one_group(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
     """Takes the whole batch for one group."""
     best = max(score if score == score else 0.0 for score in batch.scores)
-    return on_ranks(Batch([best] * len(batch.scores), batch.completions, batch.feedback), config, ranks)
+    return on_ranks(replace(batch, scores=[best] * len(batch.scores)), config, ranks)
+
+
+def masked_like_others(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
+    """Takes completions without a loss for demonstrations."""
+    return on_ranks(replace(batch, has_loss=[True] * len(batch.scores)), config, ranks)
+
+
+def same_text_like_others(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
+    """Takes a peer with the row's own text for a demonstration."""
+    texts = [f"{text}{i % GROUP}" if text.strip() else text for i, text in enumerate(batch.completions)]
+    return on_ranks(replace(batch, completions=texts), config, ranks)
 
 
 CLAIMS = [
     Claim(
-        property_ranks_do_not_matter,
+        property_the_number_of_processes_does_not_matter,
         on_ranks,
-        lambda batch, config, ranks: on_ranks(batch, config, ranks, deaf=True),
+        lambda batch, config, ranks: on_ranks(batch, config, ranks, local=True),
         {"batch": batches(), "config": configs, "ranks": st.sampled_from([2, 3])},
     ),
-    Claim(
-        property_metrics_and_rows_are_those_of_a_loop,
-        on_ranks,
-        one_group,
-        {"batch": batches(), "config": configs},
+    *(
+        Claim(
+            property_metrics_and_rows_are_those_of_a_loop,
+            on_ranks,
+            counter_example,
+            {"batch": batches(), "config": configs},
+        )
+        for counter_example in (one_group, masked_like_others, same_text_like_others)
     ),
 ]
 
@@ -174,8 +203,8 @@ def test_rejects_its_counter_example(claim: Claim) -> None:
     claim.rejects_counter_example()
 
 
-def test_a_reprompt_leaves_room_for_its_completion() -> None:
-    batch = Batch([1.0, 0.0, 0.0], ["a" * 200, "b", "c" * 40], [None] * 3)
+def test_a_reprompt_leaves_tokens_for_its_completion() -> None:
+    batch = Batch([1.0, 0.0, 0.0], ["a" * 200, "b", "c" * 40], [None] * 3, [True] * 3)
     config = SDPOConfig(demonstration_policy="first")
     rollout = Rollout(
         [tiny.user("q")] * 3,
@@ -186,7 +215,15 @@ def test_a_reprompt_leaves_room_for_its_completion() -> None:
     )
     reprompter = Reprompter(Renderer(TOKENIZER), config.templates(), True, "middle")
     context = teacher_context(
-        rollout, config, reprompter, group_size=3, context_length=150, rank=0, seed=0, gather=list
+        rollout,
+        config,
+        reprompter,
+        has_loss=batch.has_loss,
+        group_size=3,
+        context_length=150,
+        rank=0,
+        seed=0,
+        gather=list,
     )
     sizes = [len(ids) for ids in context.prompts.ids]
     assert sizes[0] == 0

@@ -6,6 +6,7 @@ patched before (`PatchFastRL`) is inherited.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -27,8 +28,9 @@ from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics
 from .resume import checkpoint, progress
 from .rollout.demonstrations import Rollout, teacher_context
-from .rollout.feedback import FeedbackCollector, environment_feedback
-from .rollout.prompts import Renderer, Reprompter
+from .rollout.feedback import FEEDBACK_COLUMNS, FeedbackCollector, column_texts, environment_feedback
+from .rollout.prompts import Renderer
+from .rollout.reprompts import Reprompter
 from .step import forward as step_forward
 from .step import micro_batch
 from .step.batch import completion_loss_mask, left_pad, select_rows
@@ -202,26 +204,35 @@ class SDPOTrainer(_BASE):
 
     # --- rollout -----------------------------------------------------------------------------------------
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.sdpo_config.enabled:  # `remove_unused_columns` keeps these
+            self._signature_columns.extend(set(FEEDBACK_COLUMNS) - set(self._signature_columns))
+
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
+        enabled = self.sdpo_config.enabled
+        if enabled:  # before reward functions, which may change what they are given
+            rollout_prompts, rollout_completions = copy.deepcopy((list(prompts), list(completions)))
+            lengths = [len(ids) for ids in completion_ids_list]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         feedback = self._feedback.take(
-            len(prompts),
-            [row.get("feedback") for row in inputs],
+            len(inputs),
+            column_texts(inputs) if enabled else None,
             environment_feedback(getattr(self, "environments", None) or []),
         )
         # Also for a batch without any: the columns of the table must have one length.
         if hasattr(self, "_log_completion_extra"):
             self._log_completion_extra("feedback", feedback)
-        if not self.sdpo_config.enabled:
+        if not enabled:
             return rewards
         weights = self.reward_weights.to(rewards.device)
         scores = (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), float("nan"))
         self._rollout = Rollout(
-            prompts=list(prompts),
-            completions=list(completions),
-            completion_lengths=[len(ids) for ids in completion_ids_list],
+            prompts=rollout_prompts,
+            completions=rollout_completions,
+            completion_lengths=lengths,
             feedback=feedback,
             scores=scores.float().cpu(),
         )
@@ -245,6 +256,7 @@ class SDPOTrainer(_BASE):
             rollout,
             self.sdpo_config,
             self._reprompter(),
+            has_loss=output["completion_mask"].any(dim=1).tolist(),
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
             context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,

@@ -1,4 +1,4 @@
-"""From a scored rollout to the teacher's prompts: all group logic, over the rows of every rank."""
+"""From a scored rollout to the teacher's prompts: everything about groups, over the rows of all processes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,40 @@ from torch import Tensor
 from sdpo import select_demonstrations
 
 from ..config import SDPOConfig
-from .prompts import Completion, Prompt, Reprompter, TeacherPrompts, completion_text
+from .prompts import Completion, Prompt, completion_text
+from .reprompts import Reprompter, TeacherPrompts
 
 
 class Rollout(NamedTuple):
-    """What one generation batch produced. Lists hold this rank's rows, `scores` the rows of all ranks."""
+    """A generation batch. Lists hold this process's rows, `scores` the rows of all processes.
+
+    Args:
+        prompts: one per row.
+        completions: one per row.
+        completion_lengths: tokens of each completion.
+        feedback: a text that is not blank, or `None`.
+        scores: float32 on the CPU; NaN: no reward function judged the row.
+    """
 
     prompts: list[Prompt]
     completions: list[Completion]
     completion_lengths: list[int]
     feedback: list[str | None]
-    scores: Tensor  # float32 on the CPU; nan: no reward function applied to the row
+    scores: Tensor
 
 
 class Peer(NamedTuple):
-    """A completion as a possible demonstration."""
+    """A completion as a possible demonstration: its text as shown, its whole text, its tokens."""
 
-    text: str
+    demonstration: str
+    completion: str
     length: int
+    is_eligible: bool
 
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """The teacher's prompts of this rank's rows and the batch's statistics, over all ranks."""
+    """The teacher's prompts of this process's rows, and the statistics of the batch over all processes."""
 
     prompts: TeacherPrompts
     metrics: dict[str, float]
@@ -44,88 +55,97 @@ def teacher_context(
     config: SDPOConfig,
     reprompter: Reprompter,
     *,
+    has_loss: Sequence[bool],
     group_size: int,
     context_length: float,
     rank: int,
     seed: int,
     gather: Callable[[list[Any]], list[Any]],
 ) -> TeacherContext:
-    """Choose demonstrations over the global batch, write this rank's reprompts, and count what happened.
+    """Choose demonstrations over the global batch, write this process's reprompts, and count both.
 
-    `gather` concatenates a list over ranks in rank order (the identity on one). Global row i belongs to group
-    i // `group_size`; a rank owns a contiguous slice, so a group may span ranks. `context_length` bounds
-    reprompt plus completion.
+    Global row i belongs to group i // `group_size`; a process has a contiguous slice of the rows, so a group may
+    be on several.
+
+    Args:
+        rollout: the generation batch.
+        config: thresholds, policy and limits.
+        reprompter: writes the prompts.
+        has_loss: False for a completion whose tokens are all masked (`mask_truncated_completions`): it is no
+            demonstration, and has no reprompt.
+        group_size: completions of one prompt.
+        context_length: largest number of tokens of reprompt and completion together.
+        rank: index of this process.
+        seed: of the random policy.
+        gather: concatenates a list over processes in their order (the identity on one).
     """
-    rows = len(rollout.prompts)
-    peers = [Peer(*peer) for peer in gather(_peers(rollout, config))]
-    first = rank * rows
-    chosen = select_demonstrations(
-        rollout.scores,
+    row_count = len(rollout.prompts)
+    peers = [Peer(*peer) for peer in gather(_peers(rollout, config, has_loss))]
+    chosen = _choose(peers, rollout.scores, config, group_size, seed)[rank * row_count :][:row_count]
+    demonstrations = [texts if counts else [] for texts, counts in zip(chosen, has_loss, strict=True)]
+    feedback = [
+        text if counts and config.include_environment_feedback else None
+        for text, counts in zip(rollout.feedback, has_loss, strict=True)
+    ]
+    limits = [
+        int(min(config.max_reprompt_length, context_length - length)) for length in rollout.completion_lengths
+    ]
+    prompts = reprompter(rollout.prompts, demonstrations, feedback, limits)
+    columns = {
+        "success_sample_fraction": prompts.has_demonstration,
+        "feedback_available_fraction": [text is not None for text in rollout.feedback],
+        "feedback_used_fraction": prompts.uses_feedback,
+        "reprompt_sample_fraction": prompts.row_mask,
+        "truncated_reprompt_fraction": prompts.truncated,
+        "dropped_reprompt_fraction": prompts.dropped,
+    }
+    gathered = zip(*gather(list(zip(*columns.values(), strict=True))), strict=True)
+    metrics = {name: _mean(column) for name, column in zip(columns, gathered, strict=True)}
+    # Compared as a tensor: 0.7 rounded to float32 is less than the double 0.7.
+    successes = (rollout.scores >= config.success_reward_threshold).tolist()
+    groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
+    metrics["success_group_fraction"] = _mean([any(group) for group in groups])
+    metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
+    return TeacherContext(prompts, {f"self_distillation/{name}": value for name, value in metrics.items()})
+
+
+def _peers(rollout: Rollout, config: SDPOConfig, has_loss: Sequence[bool]) -> list[Peer]:
+    """This process's completions as possible demonstrations."""
+    whole = [completion_text(completion) for completion in rollout.completions]
+    shown = whole
+    if config.remove_thinking_from_demonstration:
+        shown = [completion_text(completion, thinking=False) for completion in rollout.completions]
+    return [
+        Peer(demonstration, completion, length, counts and bool(demonstration.strip()))
+        for demonstration, completion, length, counts in zip(
+            shown, whole, rollout.completion_lengths, has_loss, strict=True
+        )
+    ]
+
+
+def _choose(
+    peers: Sequence[Peer], scores: Tensor, config: SDPOConfig, group_size: int, seed: int
+) -> list[list[str]]:
+    """The demonstrations of every row of the global batch."""
+    # In the policy's order, all that succeeded: which of them have the row's own text is known by row only.
+    successes = select_demonstrations(
+        scores,
         [row // group_size for row in range(len(peers))],
         success_threshold=config.success_reward_threshold,
         exclude_self=config.dont_reprompt_on_self_success,
         policy=config.demonstration_policy,
         seed=seed,
-        count=config.num_demonstrations,
-        eligible=[bool(peer.text.strip()) for peer in peers],
+        count=group_size,
+        eligible=[peer.is_eligible for peer in peers],
         lengths=[peer.length for peer in peers],
-    )[first : first + rows]
-    feedback = [
-        text if config.include_environment_feedback and text and text.strip() else None
-        for text in rollout.feedback
-    ]
-    limits = [
-        int(min(config.max_reprompt_length, context_length - length)) for length in rollout.completion_lengths
-    ]
-    prompts = reprompter(rollout.prompts, [[peers[i].text for i in row] for row in chosen], feedback, limits)
-    available = [bool(text and text.strip()) for text in rollout.feedback]
-    # A dropped row has no reprompt that could hold a demonstration or feedback.
-    shown, used = (
-        [flag and kept for flag, kept in zip(flags, prompts.row_mask, strict=True)]
-        for flags in (prompts.has_demonstration, prompts.uses_feedback)
     )
-    flags = gather(
-        list(
-            zip(
-                shown,
-                available,
-                used,
-                prompts.row_mask,
-                prompts.truncated,
-                prompts.dropped,
-                strict=True,
-            )
-        )
-    )
-    return TeacherContext(
-        prompts, _metrics(flags, rollout.scores, group_size, config.success_reward_threshold)
-    )
-
-
-def _peers(rollout: Rollout, config: SDPOConfig) -> list[tuple[str, int]]:
-    thinking = not config.remove_thinking_from_demonstration
-    texts = [completion_text(completion, thinking=thinking) for completion in rollout.completions]
-    return list(zip(texts, rollout.completion_lengths, strict=True))
-
-
-def _metrics(
-    flags: Sequence[Sequence[bool]], scores: Tensor, group_size: int, threshold: float
-) -> dict[str, float]:
-    names = (
-        "success_sample_fraction",
-        "feedback_available_fraction",
-        "feedback_used_fraction",
-        "reprompt_sample_fraction",
-        "truncated_reprompt_fraction",
-        "dropped_reprompt_fraction",
-    )
-    metrics = {name: _mean(column) for name, column in zip(names, zip(*flags, strict=True), strict=True)}
-    # Compared as a tensor: 0.7 held in float32 lies below the double 0.7.
-    successes = (scores >= threshold).tolist()
-    groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
-    metrics["success_group_fraction"] = _mean([any(group) for group in groups])
-    metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
-    return {f"self_distillation/{name}": value for name, value in metrics.items()}
+    chosen = []
+    for own, candidates in zip(peers, successes, strict=True):
+        others = [peers[i] for i in candidates]
+        if config.dont_reprompt_on_self_success:
+            others = [peer for peer in others if own.completion not in (peer.completion, peer.demonstration)]
+        chosen.append([peer.demonstration for peer in others[: config.num_demonstrations]])
+    return chosen
 
 
 def _mean(flags: Sequence[bool]) -> float:
