@@ -325,19 +325,23 @@ def teacher_without_temperature(patch: pytest.MonkeyPatch) -> None:
 
 
 def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
+    true = step_batch.left_pad
+
     def left_pad(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        ids, mask = step_batch.left_pad(*args, **kwargs)
+        ids, mask = true(*args, **kwargs)
         return ids, torch.ones_like(mask)
 
-    patch.setattr(trainer_module, "left_pad", left_pad)
+    patch.setattr(step_batch, "left_pad", left_pad)
 
 
 def teacher_reads_the_neighbour(patch: pytest.MonkeyPatch) -> None:
+    true = step_batch.left_pad
+
     def left_pad(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        ids, mask = step_batch.left_pad(*args, **kwargs)
+        ids, mask = true(*args, **kwargs)
         return ids.roll(1, 0), mask.roll(1, 0)
 
-    patch.setattr(trainer_module, "left_pad", left_pad)
+    patch.setattr(step_batch, "left_pad", left_pad)
 
 
 def teacher_never_moves(patch: pytest.MonkeyPatch) -> None:

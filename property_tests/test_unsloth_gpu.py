@@ -83,16 +83,16 @@ def observe_recipe() -> dict[str, Any]:
         "quantized": len(before),
         "batches": [],
     }
-    true, tick = trainer._distilled_total, trainer._teacher.tick
+    true, tick = trainer._micro_batch_output, trainer._teacher.tick
 
     def both_backends(model: Any, inputs: Any) -> Any:
-        total = true(model, inputs)
+        output = true(model, inputs)
         fused, trainer._fused = trainer._fused, False
         with torch.no_grad():
-            seen["batches"].append([float(total.detach()), float(true(model, inputs))])
+            seen["batches"].append([float(output.total.detach()), float(true(model, inputs).total)])
         trainer._fused = fused
         seen["fused"] = fused
-        return total
+        return output
 
     def averaged(model: Any) -> None:
         tick(model)
@@ -103,7 +103,7 @@ def observe_recipe() -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    trainer._distilled_total, trainer._teacher.tick = both_backends, averaged
+    trainer._micro_batch_output, trainer._teacher.tick = both_backends, averaged
     trainer.train()
     after = trainable(model)
     held = trainer._teacher.state.params

@@ -33,7 +33,7 @@ from .rollout.prompts import Renderer
 from .rollout.reprompts import Reprompter
 from .step import forward as step_forward
 from .step import micro_batch
-from .step.batch import completion_loss_mask, left_pad, select_rows
+from .step.batch import select_rows, teacher_inputs
 from .step.denominator import StepWindow, loss_count
 from .step.head import head_transform
 from .step.metrics import MetricSums
@@ -267,13 +267,8 @@ class SDPOTrainer(_BASE):
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
-        ids, mask = left_pad(context.prompts.ids, pad_id=self._pad_id, device=output["completion_ids"].device)
-        output["teacher_prompt_ids"], output["teacher_prompt_mask"] = ids, mask
-        output["row_mask"] = torch.tensor(context.prompts.row_mask, device=ids.device)
-        output["loss_mask"] = completion_loss_mask(
-            output["completion_mask"], output["row_mask"], output.get("tool_mask")
-        )
-        return output
+        prompts = context.prompts
+        return output | teacher_inputs(output, prompts.ids, prompts.row_mask, pad_id=self._pad_id)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)

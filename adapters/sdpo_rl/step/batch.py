@@ -71,6 +71,24 @@ def completion_loss_mask(
     return mask if tool_mask is None else mask & tool_mask.bool()
 
 
+def teacher_inputs(
+    output: Mapping[str, Any], prompt_ids: Sequence[Sequence[int]], row_mask: Sequence[bool], *, pad_id: int
+) -> dict[str, Tensor]:
+    """What a generation batch needs for the teacher: its prompts, and which rows and tokens have a loss.
+
+    Args:
+        output: the generation batch, with `completion_mask` [B, T] and perhaps `tool_mask` [B, T].
+        prompt_ids: tokens of each row's reprompt, B lists.
+        row_mask: whether the row has a reprompt, B flags.
+        pad_id: token id of the padding.
+    """
+    completion_mask = output["completion_mask"]
+    ids, mask = left_pad(prompt_ids, pad_id=pad_id, device=completion_mask.device)
+    rows = torch.tensor(row_mask, device=completion_mask.device)
+    loss_mask = completion_loss_mask(completion_mask, rows, output.get("tool_mask"))
+    return {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask, "row_mask": rows, "loss_mask": loss_mask}
+
+
 def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, P] of rows of different lengths, padded on the left.
 
