@@ -55,9 +55,10 @@ def largest_two_below(
     limit, products_ptr, bias_ptr, c, start, V, scale, softcap, anchor,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, STEP_V: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit below a limit in the block of token c at start, its token id, and the next largest logit.
+    """The two largest logits below a limit in the block of token c that begins at start.
 
-    Limit and logits are less the anchor. STEP_V logits are looked at a time.
+    Returns the largest, its token id and the second largest. Limit and logits are less the anchor. STEP_V logits
+    are loaded at a time.
     """
     largest = tl.full((), -float("inf"), tl.float32)
     second, largest_id = largest, start
@@ -82,11 +83,11 @@ def likeliest_tokens(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, OWNS_SUPPORT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The candidates of token c that are worth recomputing: their number and, in the first so many of
-    MAX_RECOMPUTED slots, their index in the support (−1: outside) and, of those outside, token id and logit.
+    """The likeliest candidates of token c, at most MAX_RECOMPUTED: those worth recomputing.
 
-    A model that does not own the support may have likely tokens outside. They are searched in the blocks whose
-    maximum says so.
+    Returns their number and, in as many slots, the index in the support, −1 if outside. Of those outside also the
+    token id and the logit. A model that does not own the support may have likely tokens outside; they are searched
+    in the blocks whose maximum is likely.
     """
     slots, offs_k, offs_b = tl.arange(0, MAX_RECOMPUTED), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_B)
     index_in_support = tl.full((MAX_RECOMPUTED,), -1, tl.int32)

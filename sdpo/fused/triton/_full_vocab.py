@@ -26,7 +26,7 @@ def full_statistics(
 ):  # fmt: skip
     """The anchor (largest logit), the normalizer relative to it, and the statistics of one model.
 
-    Reads the block sums [C, BLOCKS] and token_logit [C]. Writes anchor and normalizer [C] and the model's rows of
+    Reads the block sums [C, BLOCKS] and token_logit [C]. Writes anchor, normalizer [C] and the model's part of
     stats; all tokens are in the support.
     """
     pid_c = tl.program_id(0).to(tl.int64)

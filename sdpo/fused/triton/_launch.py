@@ -245,7 +245,7 @@ def _select_support(
     token_logit = _token_logits(model, tokens)
     group_v = GROUP_V if k < NARROW_FROM_K else NARROW_GROUP_V
     block_count = triton.cdiv(vocabulary, BLOCK_V)
-    # Including those beyond the vocabulary: a round number keeps the rows of the groups aligned.
+    # Including groups beyond the vocabulary: a round number keeps each token's groups aligned in memory.
     group_count = block_count * (BLOCK_V // group_v)
     blocks, (group_max, group_sumexp) = _BlockSums(*new(3, count, block_count)), new(2, count, group_count)
     _reductions.block_and_group_reductions[(count, block_count)](

@@ -47,7 +47,7 @@ def load_logits(
 
 @triton.jit
 def _last_block_first():
-    """Token and block of a program. The product wrote the last columns last, so they are still in the L2 cache."""
+    """Token and block of a program. The matrix product wrote the last columns last: they may still be in L2."""
     return tl.program_id(0).to(tl.int64), tl.num_programs(1) - 1 - tl.program_id(1)
 
 
@@ -132,11 +132,11 @@ def check_unscaled_grad(
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, OWNS_SUPPORT: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """The origin of each token's unscaled gradient; the gradient is rewritten where the first origin will not do.
+    """The origin of each token's unscaled gradient. Where the sampled token's logit is out of range, log Σ exp over
+    the tokens outside the support takes its place, and the gradient is rewritten.
 
-    The new origin is then log Σ exp over the tokens outside the support. Reads token_logit [C], the first origin,
-    block_max and block_sumexp [C, BLOCKS] and, if the student owns the support, log_outside [C] relative to its
-    largest logit. Writes grad_origin [C] and, seldom, grad_logits [C, V].
+    Reads token_logit [C], block_max and block_sumexp [C, BLOCKS] and, if the student owns the support, log_outside
+    [C] relative to its largest logit. Writes grad_origin [C] and, for a few tokens, grad_logits [C, V].
     """
     pid_c = tl.program_id(0).to(tl.int64)
     offs_b = tl.arange(0, BLOCK_B)

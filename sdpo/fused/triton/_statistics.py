@@ -8,7 +8,7 @@ import triton.language as tl
 from sdpo.fused._types import TokenStats
 from sdpo.fused.triton._math import weighted_exp
 
-# Rows of stats [len(TokenStats), C], by name.
+# Where a statistic is in stats [len(TokenStats), C].
 STAT_PER_TOKEN = tl.constexpr(TokenStats._fields.index("per_token"))
 STAT_WEIGHTS = tl.constexpr(TokenStats._fields.index("weights"))
 STAT_LOG_PROBS = tl.constexpr(TokenStats._fields.index("log_probs"))

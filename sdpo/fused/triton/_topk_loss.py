@@ -1,7 +1,7 @@
 """The loss over a support of K tokens and the tail, once the vocabulary is summed: small kernels on [C, K].
 
-Logits, and log Σ exp outside, are relative to the token's anchor, its largest logit at the support: a float32 near
-50 resolves three digits less than the distances between logits.
+Logits, and log Σ exp outside, are relative to the token's anchor, its largest logit at the support: float32
+resolves logits near 50 with three digits less than the differences between them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def load_support(
 ):  # fmt: skip
     """The anchor of token c and, relative to it, logits [K], the sampled token's, log Σ exp outside, block maxima.
 
-    The support's owner summed its blocks before the support was known, and log_outside [C] apart, relative to its
-    largest logit, which is the anchor. The other model's blocks leave the support out.
+    The blocks of the support's owner include the support; its log_outside [C] is known, relative to its largest
+    logit, which is the anchor. The blocks of the other model leave the support out, and give its log Σ exp outside.
     """
     offs_k = tl.arange(0, BLOCK_K)
     logits = tl.load(support_logits_ptr + c * K + offs_k, mask=offs_k < K, other=-float("inf"))
@@ -64,7 +64,7 @@ def _store_support(
     support_logits_ptr, token_logit_ptr, anchor_ptr, log_outside_ptr, c,
     anchor, logits, token_logit, log_outside, K, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What ``load_support`` returned, over what it read."""
+    """Store what ``load_support`` returned, in place."""
     offs_k = tl.arange(0, BLOCK_K)
     tl.debug_barrier()  # every thread has read before one overwrites
     tl.store(support_logits_ptr + c * K + offs_k, logits, mask=offs_k < K)
@@ -105,7 +105,7 @@ def support_statistics(
     """The normalizer and the statistics of one model.
 
     Reads support_logits [C, K], token_logit, anchor and log_outside [C], and the block sums [C, BLOCKS]. Writes
-    normalizer [C], relative to the anchor, and the model's rows of stats.
+    normalizer [C], relative to the anchor, and the model's part of stats.
     """
     pid_c = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
@@ -117,7 +117,7 @@ def support_statistics(
     normalizer = logaddexp(log_inside, log_outside)
     anchor = tl.load(anchor_ptr + pid_c)
     entropy = entropy_of_blocks(block_max - anchor, block_sumexp, block_moment, normalizer)
-    if not OWNS_SUPPORT:  # whose blocks hold the support, too
+    if not OWNS_SUPPORT:  # the blocks leave the support out
         log_p = logits - normalizer
         p = tl.exp(log_p)
         entropy += tl.sum(tl.where(p > 0.0, -p * log_p, 0.0), 0)
@@ -145,7 +145,7 @@ def sampled_token_terms(log_p, log_q, log_tail_p):
 def topk_terms(
     log_p, log_q, log_tail_p, log_tail_q, alpha, one_minus_alpha, MODE: tl.constexpr, HAS_TAIL: tl.constexpr
 ):  # fmt: skip
-    """The divergence over the support and, with HAS_TAIL, the tail, and its gradient at the support and the tail.
+    """The divergence over the support and, with HAS_TAIL, the tail: value, gradient at the support and of the tail.
 
     With g = ∂/∂log p and G = Σ g over all categories, the gradient is g − G · p.
     """
@@ -201,10 +201,8 @@ def topk_loss(
         value, grad_token, grad_tail = sampled_token_terms(log_prob, teacher_log_prob, log_tail_p)
         grad = tl.where(mask, grad_token, 0.0)
     else:
-        normalizer_p, normalizer_q = (
-            tl.load(student_normalizer_ptr + pid_c),
-            tl.load(teacher_normalizer_ptr + pid_c),
-        )
+        normalizer_p = tl.load(student_normalizer_ptr + pid_c)
+        normalizer_q = tl.load(teacher_normalizer_ptr + pid_c)
         log_p, log_q = logits_p - normalizer_p, logits_q - normalizer_q
         if not HAS_TAIL:
             log_p = log_p - finite_or_zero(logsumexp(logits_p) - normalizer_p)
