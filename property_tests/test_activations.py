@@ -57,24 +57,35 @@ def test_what_was_off_stays_off() -> None:
     assert [vars(module) for module in plain.modules()] == held
 
 
-def test_the_trainer_generates_without_it_and_never_switches_it(tmp_path: Path) -> None:
-    trainer = tiny.trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=REENTRANT)
+@pytest.mark.parametrize("fast", [True, False])
+def test_rollouts_run_without_checkpointing_and_the_fast_toggle_keeps_its_arguments(
+    tmp_path: Path, fast: bool
+) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(fast_checkpointing_toggle=fast),
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=REENTRANT,
+    )
     model: Any = trainer.model
     generate, enable = model.generate, model.gradient_checkpointing_enable
-    seen: list[bool] = []
-    switched: list[Any] = []
+    during: list[bool] = []
+    enabled_with: list[Any] = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        seen.append(model.is_gradient_checkpointing)
+        during.append(model.is_gradient_checkpointing)
         return generate(*args, **kwargs)
 
     def counted(*args: Any, **kwargs: Any) -> None:
-        switched.append(kwargs.get("gradient_checkpointing_kwargs"))
+        enabled_with.append(kwargs.get("gradient_checkpointing_kwargs"))
         enable(*args, **kwargs)
 
     model.generate, model.gradient_checkpointing_enable = watched, counted
     trainer.train()
-    assert seen == [False, False]
+    assert len(during) == 2
     assert model.is_gradient_checkpointing
-    # Once, by the Trainer as training begins; GRPOTrainer, left alone, does it twice for each batch.
-    assert switched == [REENTRANT]
+    # The Trainer enables it as training begins; left alone, GRPOTrainer enables it again for each batch.
+    assert enabled_with[0] == REENTRANT
+    assert (len(enabled_with) == 1) == fast
+    if fast:
+        assert during == [False, False]

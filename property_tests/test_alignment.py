@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import Claim, name_of
 from torch import Tensor
 
-from sdpo_rl.step.batch import compact, left_pad, position_ids
+from sdpo_rl.step.batch import compact, completion_loss_mask, left_pad, position_ids, select_rows
 
 PAD = 0
 CPU = torch.device("cpu")
@@ -81,7 +81,59 @@ def keeps_the_head(
     )
 
 
+def property_rows_with_a_loss_run(
+    select: Any, rows: list[tuple[list[int], list[int], list[int], bool]], at_least_one: bool
+) -> None:
+    """Rows are (prompt, teacher's prompt, completion, whether it has a loss)."""
+    prompt, prompt_mask, completion, completion_mask = batch([(p, c) for p, _, c, _ in rows], 1, 2)
+    teacher, teacher_mask = left_pad([t for _, t, _, _ in rows], pad_id=PAD, device=CPU)
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt_mask,
+        "teacher_prompt_ids": teacher,
+        "teacher_prompt_mask": teacher_mask,
+        "completion_ids": completion,
+        "completion_mask": completion_mask,
+        "loss_mask": completion_loss_mask(completion_mask, torch.tensor([row[-1] for row in rows])),
+        "importance_sampling_ratio": torch.arange(len(rows))[:, None],
+        "old_per_token_logps": None,
+        "max_left_pad": torch.zeros((), device="meta"),
+    }
+    selected = select(inputs, at_least_one=at_least_one)
+    active = [index for index, row in enumerate(rows) if row[-1]]
+    if not active and not at_least_one:
+        assert selected is None
+        return
+    if not active:
+        active, rows = [0], [(rows[0][0], *rows[0][:1], *rows[0][2:])]
+    for tokens, part in ((selected.student, 0), (selected.teacher, 1)):
+        expected = [[*rows[i][part], *rows[i][2]] for i in active]
+        assert [row[m.bool()].tolist() for row, m in zip(tokens.ids, tokens.mask, strict=True)] == expected
+        assert tokens.completion_length == max(len(rows[i][2]) for i in active)
+    completions = selected.completions
+    assert completions.keys() == {"completion_ids", "loss_mask", "importance_sampling_ratio"}
+    assert completions["importance_sampling_ratio"].flatten().tolist() == active
+    assert completions["loss_mask"].sum(-1).tolist() == [len(rows[i][2]) * rows[i][3] for i in active]
+
+
+def weights_of_other_rows(inputs: Any, *, at_least_one: bool) -> Any:
+    ratio = "importance_sampling_ratio"
+    return select_rows({**inputs, ratio: inputs[ratio].roll(1, 0)}, at_least_one=at_least_one)
+
+
+def every_row(inputs: Any, *, at_least_one: bool) -> Any:
+    return select_rows({**inputs, "loss_mask": inputs["completion_mask"].bool()}, at_least_one=at_least_one)
+
+
+tokens = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+SELECTION = {
+    "rows": st.lists(st.tuples(tokens, tokens, tokens, st.booleans()), min_size=1, max_size=4),
+    "at_least_one": st.booleans(),
+}
+
 CLAIMS = [
+    Claim(property_rows_with_a_loss_run, select_rows, weights_of_other_rows, SELECTION),
+    Claim(property_rows_with_a_loss_run, select_rows, every_row, SELECTION),
     Claim(property_rows_come_back, left_pad, right_pad, {"rows": id_rows}),
     Claim(
         property_positions_count_tokens,

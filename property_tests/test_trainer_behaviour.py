@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ import trl
 from by_hand import ByHand, Method, Recorder, trainable
 from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
 from sdpo_rl.step import micro_batch
@@ -98,6 +99,46 @@ def test_disabled_says_nothing_of_its_own_and_needs_no_signal(tmp_path: Path) ->
 
 def test_it_is_a_grpo_trainer(tmp_path: Path) -> None:
     assert isinstance(tiny.trainer(tmp_path), trl.GRPOTrainer)
+
+
+def test_the_positional_order_is_that_of_grpo(tmp_path: Path) -> None:
+    ours, theirs = (list(inspect.signature(cls).parameters) for cls in (SDPOTrainer, trl.GRPOTrainer))
+    positional = ours[: ours.index("sdpo_config")]
+    assert positional == theirs[: len(positional)]
+    assert positional[-1] == "optimizers"
+    assert inspect.signature(SDPOTrainer).parameters["sdpo_config"].kind is inspect.Parameter.KEYWORD_ONLY
+    optimizer = torch.optim.SGD(tiny.model().parameters())
+    given = (
+        tiny.model(), tiny.judge, tiny.arguments(tmp_path), tiny.conversations(4), tiny.conversations(8),
+        tiny.tokenizer(), None, [ProgressCallback()], (optimizer, None),
+    )  # fmt: skip
+    trainer = SDPOTrainer(*given, sdpo_config=tiny.config(k=3))
+    assert trainer.args is given[2]
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (4, 8)
+    assert trainer.processing_class is given[5]
+    assert trainer.optimizer is optimizer
+    assert trainer.sdpo_config.k == 3
+    assert [reward.__name__ for reward in trainer.reward_funcs] == ["judge"]
+    with pytest.raises(TypeError, match="reward_funcs"):
+        SDPOTrainer(tiny.model(), tiny.arguments(tmp_path))
+    with pytest.raises(TypeError, match="args"):
+        SDPOTrainer(tiny.model(), tiny.judge, tiny.config())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_lora_layers_have_the_forward_of_peft_where_the_fused_one_is_off(tmp_path: Path, fused: bool) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(fused_lora_forward=fused),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
+        max_steps=1,
+    )
+    layer = next(m for name, m in trainer.model.named_modules() if name.endswith("q_proj"))
+    replaced: list[bool] = []
+    trainer.model.register_forward_pre_hook(lambda *_: replaced.append("forward" in vars(layer)))
+    trainer.train()
+    assert any(replaced) == fused
+    assert "forward" not in vars(layer)
 
 
 def test_a_trainer_patched_too_late_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,11 +141,12 @@ class SDPOTrainer(_BASE):
             "optimizers": optimizers,
         }
         kwargs |= {name: value for name, value in named.items() if value is not None}
+        _validate.check_reward_functions(reward_funcs)  # first: a config in their position is a common mistake
         if args is None and model is not None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
         self.sdpo_config = SDPOConfig() if sdpo_config is None else sdpo_config
-        self._check_arguments(model, reward_funcs, args, kwargs)
+        self._check_arguments(model, args, kwargs)
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -180,7 +181,7 @@ class SDPOTrainer(_BASE):
         )
         warn_if_slow(self)
 
-    def _check_arguments(self, model: Any, reward_funcs: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _check_arguments(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         config = self.sdpo_config
         _validate.check_keywords(kwargs, _BASE, own=("sdpo_config",))
         if not isinstance(config, SDPOConfig):
@@ -190,7 +191,6 @@ class SDPOTrainer(_BASE):
         _validate.check_arguments(args)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
-        _validate.check_reward_functions(reward_funcs)
         if not config.enabled:
             return
         _validate.check_groups(args)
