@@ -164,8 +164,8 @@ def question_of(prompt: Any) -> str:
 
 def reprompt(row: Row, method: Method) -> str | None:
     """What the teacher reads instead of the question; `None` without a teacher signal."""
-    shown = [peer.text for peer in row.peers if tiny.score(peer.text) >= 1.0 and peer.text.strip()]
-    shown = [text for text in shown if text != row.text]
+    peers = [peer.text for peer in row.peers if any(peer.counts)]
+    shown = [text for text in peers if tiny.score(text) >= 1.0 and text.strip() and text != row.text]
     shown = shown[: method.shown]
     feedback = tiny.remark(row.text)
     if shown and not method.feedback_too:
