@@ -1,9 +1,10 @@
-"""The house: what may import what, what users may rely on, and what no file may mention."""
+"""The architecture: what may import what, what users may rely on, and what no file may mention."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import graphlib
 import importlib
 import importlib.util
 import inspect
@@ -150,6 +151,125 @@ def test_the_core_has_no_cycles(name: str) -> None:
     assert name not in reached_from(name)
 
 
+# What each part may import besides itself, part by part: the arrows point downwards.
+ADAPTER_ARROWS: dict[str, set[str]] = {
+    "config": set(),
+    "rollout": {"config"},
+    "teacher": {"config"},
+    "step": {"config", "teacher"},
+    "resume": {"teacher"},
+    "compat": {"step", "teacher"},
+    "diagnose": {"config", "compat"},
+    "_validate": {"config", "rollout"},
+    "trainer": {"_validate", "compat", "config", "diagnose", "resume", "rollout", "step", "teacher"},
+    "": {"config", "diagnose", "trainer"},  # the package's `__init__`
+}
+_BASE = {"_validate", "_numerics"}
+_PLAIN = {"topk", "divergence", "importance", "aggregate", "metrics"}
+CORE_ARROWS: dict[str, set[str]] = {
+    "_validate": set(),
+    "_numerics": set(),
+    "topk": _BASE,
+    "divergence": _BASE,
+    "importance": _BASE,
+    "aggregate": _BASE,
+    "advantages": _BASE,
+    "teacher": _BASE,
+    "reprompt": _BASE,
+    "weights": _BASE | {"importance"},
+    "metrics": _BASE | {"topk"},
+    "packed": _BASE | {"aggregate"},
+    "terms": _BASE | {"divergence", "importance", "topk"},
+    "parallel": _BASE | {"divergence"},
+    "given": _BASE | {"divergence", "topk"},
+    "loss": _BASE | _PLAIN,
+    "fused": _BASE | {"importance", "metrics"},
+}
+FUSED_ARROWS: dict[str, set[str]] = {
+    "_types": set(),
+    "_validate": {"_types"},
+    "_torch": {"_types"},
+    "triton": {"_types", "_torch"},
+    "_matmul": {"_types", "triton"},
+    "_plan": {"_types", "_validate", "_matmul", "_torch", "triton"},
+    "_chunks": {"_types", "_matmul"},
+    "_autograd": {"_types", "_validate", "_chunks", "triton"},
+    "": {"_autograd", "_plan", "_types", "_validate"},
+}
+
+
+def arrows(package: Path, root: str) -> dict[str, set[str]]:
+    """Parts of a package (its folders and the modules beside them; "" is its `__init__`) and what each imports."""
+    known = modules(package)
+    names = {f"{root}{name.removeprefix(package.name)}": path for name, path in known.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        part = name.removeprefix(root).lstrip(".").split(".")[0]
+        needs = {need for need in imports(name, path) if need == root or need.startswith(f"{root}.")}
+        parts = {home_of(need, names).removeprefix(root).lstrip(".").split(".")[0] for need in needs}
+        found.setdefault(part, set()).update(parts - {part, ""})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("package", "root", "allowed"),
+    [
+        (ADAPTER, "sdpo_rl", ADAPTER_ARROWS),
+        (CORE, "sdpo", CORE_ARROWS | {"": set(CORE_ARROWS) - _BASE}),
+        (CORE / "fused", "sdpo.fused", FUSED_ARROWS),
+    ],
+    ids=["sdpo_rl", "sdpo", "sdpo.fused"],
+)
+def test_every_part_imports_what_it_may(package: Path, root: str, allowed: dict[str, set[str]]) -> None:
+    found = arrows(package, root)
+    assert found.keys() == allowed.keys()
+    wrong = [f"{part} -> {need}" for part, needs in found.items() for need in sorted(needs - allowed[part])]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "allowed", [ADAPTER_ARROWS, CORE_ARROWS, FUSED_ARROWS], ids=["sdpo_rl", "sdpo", "fused"]
+)
+def test_the_allowed_arrows_have_no_cycle(allowed: dict[str, set[str]]) -> None:
+    assert tuple(graphlib.TopologicalSorter(allowed).static_order())
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(
+            allowed | {"_types": {""}, "config": {"trainer"}, "topk": {"loss"}}
+        ).prepare()
+
+
+def undeclared(tree: ast.Module) -> list[str]:
+    """Attributes of `self` that a class without bases uses and never sets or defines."""
+    found = []
+    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.bases):
+        declared = {
+            node.name for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        for node in cls.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            declared |= {target.id for target in targets if isinstance(target, ast.Name)}
+        used = [
+            node
+            for node in ast.walk(cls)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "self"
+        ]
+        declared |= {node.attr for node in used if isinstance(node.ctx, ast.Store)}
+        found += [f"{cls.name}.{node.attr}" for node in used if node.attr not in declared]
+    return found
+
+
+@pytest.mark.parametrize("name", modules(ADAPTER))
+def test_classes_declare_the_attributes_they_use(name: str) -> None:
+    assert undeclared(ast.parse(modules(ADAPTER)[name].read_text())) == []
+
+
+def test_an_undeclared_attribute_is_found() -> None:
+    mixin = "class Mixin:\n    x = 1\n    def f(self):\n        self.y = self.x\n        return self.args"
+    assert undeclared(ast.parse(mixin)) == ["Mixin.args"]
+
+
 @pytest.mark.parametrize("name", modules(ADAPTER))
 def test_optional_libraries_are_not_imported_at_the_top_of_the_adapter(name: str) -> None:
     top = tops(imports(name, modules(ADAPTER)[name], top_level_only=True))
@@ -271,7 +391,7 @@ def test_the_public_api_is_the_one_written_down() -> None:
 
 PROMISED = """
 topk_log_probs gather_log_probs add_tail_bucket renormalize TopK GatheredLogProbs kl_divergence
-generalized_jsd full_distillation_loss topk_distillation_loss sampled_token_distillation_loss
+generalized_jsd distillation_loss fused_distillation_loss LMHead token_statistics mean_metrics
 importance_weights MaskedSum token_sum sequence_sum self_distillation_loss LossOutput Teacher ema
 frozen live select_demonstrations Templates build_reprompts distillation_mask strip_thinking
 """
