@@ -20,4 +20,4 @@ def topk_loss(
 
 
 def sampled_loss(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    return distillation_loss(student, teacher, tokens, support="sampled", alpha=1.0, temperature=1.0)
+    return distillation_loss(student, teacher, tokens=tokens, support="sampled", alpha=1.0, temperature=1.0)

@@ -64,7 +64,7 @@ def parallel(
     return vocab_parallel_distillation_loss(
         student,
         teacher,
-        tokens if support == "sampled" else None,
+        tokens=tokens if support == "sampled" else None,
         support=support,
         k=K if tail else None,
         tail=tail,

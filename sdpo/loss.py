@@ -35,8 +35,8 @@ Tail = Literal["bucket", "renormalize"]
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    tokens: Tensor | None = None,
     *,
+    tokens: Tensor | None = None,
     support: Support,
     k: int | None = None,
     tail: Tail | None = None,

@@ -161,6 +161,7 @@ def mean_metrics(
     per_token: Tensor,
     weights: Tensor,
     statistics: _HasStatistics,
+    *,
     mask: Tensor | None = None,
     **others: Tensor,
 ) -> dict[str, Tensor]:
@@ -194,7 +195,7 @@ def mean_metrics(
         >>> import torch
         >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
         >>> known = token_statistics(student, teacher, torch.tensor([1]), support="full", temperature=1.0)
-        >>> metrics = mean_metrics(torch.tensor([0.1]), torch.ones(1), known, torch.tensor([True]))
+        >>> metrics = mean_metrics(torch.tensor([0.1]), torch.ones(1), known, mask=torch.tensor([True]))
         >>> metrics["active_tokens"].item(), round(metrics["sampled_token_log_ratio"].item(), 4)
         (1, 0.4055)
     """

@@ -33,8 +33,8 @@ AllReduce = Callable[[Tensor, Literal["sum", "max"]], Tensor]
 def vocab_parallel_distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    tokens: Tensor | None = None,
     *,
+    tokens: Tensor | None = None,
     support: Literal["student", "teacher", "full", "sampled"],
     k: int | None = None,
     tail: Literal["bucket", "renormalize"] | None = None,
@@ -49,7 +49,7 @@ def vocab_parallel_distillation_loss(
 
     The value, on every process, is that of the whole vocabulary::
 
-        distillation_loss(torch.cat(all_student_logits, -1), torch.cat(all_teacher_logits, -1), tokens, ...)
+        distillation_loss(torch.cat(all_student_logits, -1), torch.cat(all_teacher_logits, -1), ...)
 
     ``distillation_loss`` itself would normalise each slice by its own sum and choose K tokens of each slice. Here
     the sizes of all slices must add up to ``vocabulary``, so that neither function can be mistaken for the other.

@@ -105,7 +105,7 @@ def from_logits(
     per_token = sdpo.distillation_loss(
         student,
         teacher,
-        targets.tokens if config.support == "sampled" else None,
+        tokens=targets.tokens if config.support == "sampled" else None,
         support=config.support,
         k=k,
         tail=config.tail if config.uses_topk else None,
@@ -125,7 +125,7 @@ def from_logits(
         clipped["is_clip_fraction"] = (ratio > config.is_clip).float()
     mask = targets.loss_mask
     loss = sdpo.self_distillation_loss(per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
-    return loss._replace(metrics=sdpo.mean_metrics(per_token, weights, statistics, mask, **clipped))
+    return loss._replace(metrics=sdpo.mean_metrics(per_token, weights, statistics, mask=mask, **clipped))
 
 
 # Metrics of the core that are logged: always, and with a top-K support.
