@@ -8,7 +8,7 @@ output (``addmm_``), and backward accumulates into one gradient of x.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..teacher import shards
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def fused_lora_forward(model: nn.Module) -> Iterator[None]:
     or disabled. Every other layer keeps PEFT's forward, as does a sharded model, because ZeRO-3 gathers a weight
     for its own module's forward only. Layers are searched on every entry: adapters may be added or deleted.
     """
-    forwards = [] if shards.is_sharded(model) else list(_fused_forwards(model))
+    forwards = [] if shards.is_sharded(model) else _fused_forwards(model)
     try:
         for forward in forwards:
             forward.layer.forward = forward
@@ -40,35 +38,69 @@ def fused_lora_forward(model: nn.Module) -> Iterator[None]:
                 del forward.layer.forward
 
 
-def _fused_forwards(model: nn.Module) -> Iterator[_FusedForward]:
+def _fused_forwards(model: nn.Module) -> list[_FusedForward]:
     """One for each plain LoRA layer."""
     peft: Any = sys.modules.get("peft.tuners.lora.layer")  # imported by whoever built a LoRA layer
     if peft is None or _has_any_global_hook():
-        return
+        return []
     if getattr(peft.Linear.forward, "__globals__", None) is not vars(peft):  # another library replaced it
-        return
-    for module in model.modules():
-        if type(module) is peft.Linear and "forward" not in vars(module):
-            layer: Any = module
-            names = [name for name in layer.active_adapters if name in layer.lora_A]
-            if names and _is_plain(layer, names):
-                yield _FusedForward(layer, names)
+        return []
+    layers = [m for m in model.modules() if type(m) is peft.Linear and "forward" not in vars(m)]
+    return [forward for forward in map(_FusedForward, layers) if forward.is_plain()]
 
 
-def _is_plain(layer: Any, names: Sequence[str]) -> bool:
-    """Whether PEFT computes exactly base_layer(x) + Σ lora_B(lora_A(dropout(x))) * scaling."""
-    if layer.disable_adapters or layer.merged or not hasattr(layer, "lora_variant"):
-        return False
-    return _is_plain_linear(layer.base_layer) and all(
-        name not in layer.lora_variant
-        and isinstance(layer.scaling[name], int | float)
-        and type(layer.lora_dropout[name]) in (nn.Identity, nn.Dropout)
-        and _has_own_forward(layer.lora_dropout[name])
-        and all(
-            _is_plain_linear(part[name]) and part[name].bias is None for part in (layer.lora_A, layer.lora_B)
+class _FusedForward:
+    """The forward of one layer; weights are read at each call, when a teacher's may be in their place."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+        self._base = layer.base_layer
+        self._active_adapters = list(layer.active_adapters)
+        dropouts, lora_a, lora_b = layer.lora_dropout, layer.lora_A, layer.lora_B
+        names = [name for name in self._active_adapters if name in lora_a]
+        self._adapters = [(name, dropouts[name], lora_a[name], lora_b[name]) for name in names]
+
+    def is_plain(self) -> bool:
+        """Whether PEFT computes exactly base_layer(x) + Σ lora_B(lora_A(dropout(x))) * scaling."""
+        layer = self.layer
+        if layer.disable_adapters or layer.merged or not self._adapters or not hasattr(layer, "lora_variant"):
+            return False
+        return _is_plain_linear(self._base) and all(
+            name not in layer.lora_variant
+            and isinstance(layer.scaling[name], int | float)
+            and type(dropout) in (nn.Identity, nn.Dropout)
+            and _has_own_forward(dropout)
+            and _is_plain_linear(a)
+            and _is_plain_linear(b)
+            and a.bias is b.bias is None
+            for name, dropout, a, b in self._adapters
         )
-        for name in names
-    )
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer, weight, bias = self.layer, self._base.weight, self._base.bias
+        factors = [factor.weight for _, _, *ab in self._adapters for factor in ab]  # A and B in turn
+        dtype = _compute_dtype(x, weight, *factors)
+        if (
+            dtype is None
+            or args
+            or kwargs
+            or layer.disable_adapters
+            or layer.merged
+            or layer.active_adapters != self._active_adapters
+            or torch.compiler.is_compiling()  # a compiler fuses these operations itself
+        ):
+            output: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+            return output
+        # Cast outside of the function, so that autograd casts the gradients back.
+        adapters: list[Tensor | None] = []
+        for (_, dropout, *_), a, b in zip(self._adapters, factors[::2], factors[1::2], strict=True):
+            dropped = dropout(x).to(dtype) if dropout.training and type(dropout) is nn.Dropout else None
+            adapters += (dropped, a.to(dtype), b.to(dtype))
+        bias = None if bias is None else bias.to(dtype)
+        scalings = [layer.scaling[name] for name, *_ in self._adapters]
+        operands = (scalings, x.to(dtype), weight.to(dtype), bias, *adapters)
+        output = _FusedLoRA.apply(*operands) if torch.is_grad_enabled() else _forward(*operands)[0]
+        return output
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -83,79 +115,55 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a call runs the class's forward and nothing else."""
-    return "forward" not in vars(module) and not any(getattr(module, name) for name in _HOOKS)
+    return not (
+        "forward" in vars(module)
+        or module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
 
 
-class _FusedForward:
-    """The forward of one layer; weights are read at each call, when a teacher's may be in their place."""
-
-    def __init__(self, layer: Any, names: Sequence[str]) -> None:
-        self.layer = layer
-        self._active_adapters = list(layer.active_adapters)
-        self._adapters = [
-            (name, layer.lora_dropout[name], layer.lora_A[name], layer.lora_B[name]) for name in names
-        ]
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer, base = self.layer, self.layer.base_layer
-        dtype = _compute_dtype(
-            x, [base.weight, *(part.weight for _, _, *ab in self._adapters for part in ab)]
-        )
-        if (
-            dtype is None
-            or args
-            or kwargs
-            or layer.disable_adapters
-            or layer.merged
-            or layer.active_adapters != self._active_adapters
-            or torch.compiler.is_compiling()  # a compiler fuses these operations itself
-        ):
-            output: Tensor = type(layer).forward(layer, x, *args, **kwargs)
-            return output
-        # Cast outside of the function, so that autograd casts the gradients back.
-        adapters: list[Tensor | None] = []
-        for _, dropout, lora_a, lora_b in self._adapters:
-            dropped = dropout(x).to(dtype) if dropout.training and isinstance(dropout, nn.Dropout) else None
-            adapters += (dropped, lora_a.weight.to(dtype), lora_b.weight.to(dtype))
-        scalings = [layer.scaling[name] for name, *_ in self._adapters]
-        bias = None if base.bias is None else base.bias.to(dtype)
-        output = _FusedLoRA.apply(scalings, x.to(dtype), base.weight.to(dtype), bias, *adapters)
-        return output
-
-
-def _compute_dtype(x: Tensor, weights: Sequence[Tensor]) -> torch.dtype | None:
+def _compute_dtype(*tensors: Tensor) -> torch.dtype | None:
     """Dtype of all products; `None` if there are several, which PEFT adds in the widest."""
-    dtypes = {x.dtype, *(weight.dtype for weight in weights)}
-    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype if len(dtypes) == 1 else None
+    dtypes = {tensor.dtype for tensor in tensors}
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        return torch.get_autocast_dtype(device)
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _forward(
+    scalings: list[float], x: Tensor, weight: Tensor, bias: Tensor | None, *adapters: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """x @ W.T + bias + Σ scaling * (x' @ A.T) @ B.T [..., out], and the x' @ A.T [N, r].
+
+    `adapters` are an x', A, B for each scaling; an x' of `None` is x.
+    """
+    output, products = x.new_empty(*x.shape[:-1], len(weight)), []
+    flat_x, flat_output, total = _flat(x), _flat(output), bias
+    # The base product comes last: it is compute-bound, so adding to what is there costs it no time.
+    for scaling, dropped, a, b in zip(scalings, adapters[::3], adapters[1::3], adapters[2::3], strict=True):
+        products.append(nn.functional.linear(flat_x if dropped is None else _flat(dropped), a))
+        total = _addmm(total, products[-1], b.t(), scaling, out=flat_output)
+    _addmm(total, flat_x, weight.t(), out=flat_output)
+    return output, products
 
 
 class _FusedLoRA(torch.autograd.Function):
-    """x @ W.T + bias + Σ scaling * (x' @ A.T) @ B.T [..., out], with one x', A, B per adapter; x' `None`: x."""
+    """`_forward` with its gradients: one node of the autograd graph."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        scalings: list[float],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *adapters: Any,
-    ) -> Tensor:
-        inputs = [x if dropped is None else dropped for dropped in adapters[::3]]
-        weights_a, weights_b = adapters[1::3], adapters[2::3]
-        output = x.new_empty(*x.shape[:-1], len(weight))
-        flat_output, total, products = _flat(output), bias, []
-        # The base product comes last: it is compute-bound, so adding to what is there costs it no time.
-        for scaling, source, a, b in zip(scalings, inputs, weights_a, weights_b, strict=True):
-            products.append(nn.functional.linear(_flat(source), a))
-            total = _addmm(total, products[-1], b.t(), scaling, out=flat_output)
-        _addmm(total, _flat(x), weight.t(), out=flat_output)
+    def forward(ctx: Any, scalings: list[float], x: Tensor, *operands: Any) -> Tensor:
+        weight, _, *adapters = operands
+        output, products = _forward(scalings, x, *operands)
         # Inputs are saved for the gradients of W and A alone.
         _, _, needs_weight, _, *needs = ctx.needs_input_grad
+        inputs = [x if dropped is None else dropped for dropped in adapters[::3]]
         saved = [source if needs_a else None for source, needs_a in zip(inputs, needs[1::3], strict=True)]
-        ctx.save_for_backward(x if needs_weight else None, weight, *saved, *weights_a, *weights_b, *products)
+        ctx.save_for_backward(
+            x if needs_weight else None, weight, *saved, *adapters[1::3], *adapters[2::3], *products
+        )
         ctx.scalings, ctx.shape = scalings, x.shape
         return output
 
