@@ -1,6 +1,6 @@
 """Bad input of a trainer: refused as in test_bad_input.py, and before anything is sampled.
 
-Reward functions speak later: what they say wrongly is refused before a weight has moved.
+What a reward function returns is known later: it is refused before a weight is updated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdpo_rl import SDPOConfig, SDPOTrainer
 # --- the trainer ------------------------------------------------------------------------------------------
 
 
-def silent(**changes: Any) -> Any:
+def without_generate(**changes: Any) -> Any:
     """A model that must not be asked to generate."""
     model = tiny.model(**changes)
 
@@ -33,7 +33,7 @@ def silent(**changes: Any) -> Any:
 
 
 def train(path: Path, **changes: Any) -> None:
-    tiny.trainer(path, **{"start": silent(), **changes}).train()
+    tiny.trainer(path, **{"start": without_generate(), **changes}).train()
 
 
 def ends_with(turn: dict[str, Any]) -> Dataset:
@@ -44,7 +44,7 @@ def regrouped(path: Path) -> None:
     arguments = tiny.arguments(path)
     arguments.num_generations = 3
     SDPOTrainer(
-        model=silent(),
+        model=without_generate(),
         args=arguments,
         processing_class=tiny.tokenizer(),
         reward_funcs=tiny.judge,
@@ -53,7 +53,7 @@ def regrouped(path: Path) -> None:
 
 
 def nothing_trains(path: Path) -> None:
-    model = silent()
+    model = without_generate()
     model.requires_grad_(False)
     train(path, start=model)
 
@@ -68,9 +68,14 @@ def streamed(path: Path) -> None:
     train(path, train_dataset=IterableDataset.from_generator(lambda: iter(rows)))
 
 
+def build(path: Path, **changes: Any) -> None:
+    """The constructor alone."""
+    tiny.trainer(path, **{"start": without_generate(), **changes})
+
+
 def no_dataset(path: Path) -> None:
     SDPOTrainer(
-        model=silent(),
+        model=without_generate(),
         args=tiny.arguments(path),
         processing_class=tiny.tokenizer(),
         reward_funcs=tiny.judge,
@@ -88,7 +93,7 @@ TRAINER = [
         "k beyond the vocabulary",
         lambda path: train(path, sdpo_config=SDPOConfig(k=103)),
         ValueError,
-        ("k", "103", "102", "lower it"),
+        ("k: expected at most 102", "got 103", "lower it"),
     ),
     Case("k beyond the vocabulary of a model by name", by_name, ValueError, ("k", "103", "102")),
     Case("no dataset", no_dataset, ValueError, ("train_dataset",)),
@@ -96,7 +101,7 @@ TRAINER = [
         "empty dataset",
         lambda path: train(path, train_dataset=tiny.conversations(0)),
         ValueError,
-        ("train_dataset", "empty", "at least one row"),
+        ("train_dataset: expected at least one row", "empty", "add rows"),
     ),
     Case(
         "empty evaluation dataset",
@@ -114,13 +119,13 @@ TRAINER = [
         "ends with the assistant",
         lambda path: train(path, train_dataset=ends_with({"role": "assistant", "content": "a"})),
         ValueError,
-        ("train_dataset", "prompt 1", "'assistant'", "must end with one"),
+        ("train_dataset", "prompt 1", "'assistant'", "expected a 'user' turn"),
     ),
     Case(
         "ends with the system",
         lambda path: train(path, eval_dataset=ends_with({"role": "system", "content": "a"})),
         ValueError,
-        ("eval_dataset", "prompt 1", "'system'", "must end with one"),
+        ("eval_dataset", "prompt 1", "'system'", "expected a 'user' turn"),
     ),
     Case("streamed rows that end with the assistant", streamed, ValueError, ("prompt 0", "'assistant'")),
     Case(
@@ -133,20 +138,24 @@ TRAINER = [
         Case(
             f"{name}, before the training",
             lambda path, name=name: tiny.trainer(
-                path, start=silent(), train_dataset=tiny.conversations(4, **{name: [None, "cat", None, None]})
+                path,
+                start=without_generate(),
+                train_dataset=tiny.conversations(4, **{name: [None, "cat", None, None]}),
             ),
             ValueError,
-            ("train_dataset", f"rows carry {name};", "text only", "drop the column", "enabled=False"),
+            ("train_dataset", "expected text", f"rows with {name},", "drop the column", "enabled=False"),
         )
         for name in ("image", "images", "audio", "video")
     ),
     Case(
         "images of an evaluation",
         lambda path: tiny.trainer(
-            path, start=silent(), eval_dataset=tiny.conversations(4, images=[[], ["cat.png"], [], []])
+            path,
+            start=without_generate(),
+            eval_dataset=tiny.conversations(4, images=[[], ["cat.png"], [], []]),
         ),
         ValueError,
-        ("eval_dataset", "rows carry images;", "text only"),
+        ("eval_dataset", "expected text", "rows with images,"),
     ),
     Case(
         "images, row by row",
@@ -154,13 +163,13 @@ TRAINER = [
             path, train_dataset=tiny.conversations(8, image=["cat.png"] * 8).to_iterable_dataset()
         ),
         ValueError,
-        ("rows carry image;", "text only", "drop the column"),
+        ("prompt: expected text", "rows with image,", "drop the column"),
     ),
     Case(
-        "no pad token",
-        lambda path: train(path, processing_class=tiny.tokenizer(pad_token=None)),
+        "neither a pad token nor an end",
+        lambda path: build(path, processing_class=tiny.tokenizer(pad_token=None, eos_token=None)),
         ValueError,
-        ("processing_class", "pad token", "tokenizer.pad_token = tokenizer.eos_token"),
+        ("processing_class", "pad token", "end-of-sequence token", "set `tokenizer.pad_token`"),
     ),
     Case(
         "a batch that the group does not divide",
@@ -172,7 +181,64 @@ TRAINER = [
         "a group that no longer divides the batch",
         regrouped,
         ValueError,
-        ("generation_batch_size (8)", "num_generations (3)", "per_device_train_batch_size"),
+        ("generation_batch_size", "num_generations (3)", "got 8", "per_device_train_batch_size"),
+    ),
+    Case(
+        "more demonstrations than peers",
+        lambda path: build(path, sdpo_config=tiny.config(num_demonstrations=4)),
+        ValueError,
+        ("num_demonstrations: expected at most 3", "of 4 completions", "got 4", "num_generations"),
+    ),
+    Case(
+        "more demonstrations than completions",
+        lambda path: build(
+            path, sdpo_config=tiny.config(num_demonstrations=5, dont_reprompt_on_self_success=False)
+        ),
+        ValueError,
+        ("num_demonstrations: expected at most 4", "got 5"),
+    ),
+    Case(
+        "no temperature",
+        lambda path: build(path, temperature=0.0),
+        ValueError,
+        ("temperature: expected a number > 0", "got 0.0", "set 1.0"),
+    ),
+    Case(
+        "kernels on a CPU",
+        lambda path: build(path, sdpo_config=tiny.config(loss_backend="triton")),
+        ValueError,
+        ("loss_backend", "'triton'", "'auto'"),
+    ),
+    Case(
+        "an empty prompt",
+        lambda path: build(path, train_dataset=Dataset.from_dict({"prompt": ["fine", ""]})),
+        ValueError,
+        ("train_dataset: prompt 1", "non-empty string", "remove the row"),
+    ),
+    Case(
+        "two columns of feedback",
+        lambda path: build(
+            path, train_dataset=tiny.conversations(feedback=["a"] * 8, privileged_context=["b"] * 8)
+        ),
+        ValueError,
+        ("train_dataset: feedback", "one column", "feedback and privileged_context", "drop"),
+    ),
+    Case(
+        "two columns of feedback, row by row",
+        lambda path: train(
+            path,
+            train_dataset=tiny.conversations(
+                feedback=["a"] * 8, privileged_context=["b"] * 8
+            ).to_iterable_dataset(),
+        ),
+        ValueError,
+        ("feedback: expected one column", "feedback and privileged_context", "drop"),
+    ),
+    Case(
+        "a model that is none",
+        lambda path: SDPOTrainer(model={}, args=tiny.arguments(path)),
+        TypeError,
+        ("model", "a model's name", "dict"),
     ),
     Case(
         "a reward that cannot be called",
@@ -181,7 +247,7 @@ TRAINER = [
         ("reward_funcs[1]", "a function", "float"),
     ),
     Case(
-        "no reward in the place of one",
+        "no reward as an item",
         lambda path: train(path, reward_funcs=[tiny.judge, None]),
         TypeError,
         ("reward_funcs[1]", "a function", "NoneType"),
@@ -204,66 +270,82 @@ TRAINER = [
         "lora_ema without adapters",
         lambda path: train(path, sdpo_config=tiny.config(teacher_mode="lora_ema")),
         ValueError,
-        ("teacher_mode='lora_ema'", "adapters", "has none", "peft_config", "teacher_mode='ema'"),
+        ("teacher_mode='lora_ema'", "adapters", "got none", "peft_config", "teacher_mode='ema'"),
     ),
     Case(
         "a KL term that would be dropped",
         lambda path: train(path, beta=0.04),
         ValueError,
-        ("beta=0.04", "KL penalty", "enabled=False"),
+        ("beta: expected 0.0", "got 0.04", "KL penalty", "enabled=False"),
     ),
     Case(
         "an entropy bonus that would be dropped",
         lambda path: train(path, entropy_coef=0.01),
         ValueError,
-        ("entropy_coef=0.01", "entropy bonus", "enabled=False"),
+        ("entropy_coef", "got 0.01", "entropy bonus", "enabled=False"),
     ),
     Case(
         "a loss on some tokens alone",
         lambda path: train(path, top_entropy_quantile=0.2),
         ValueError,
-        ("top_entropy_quantile=0.2", "highest entropy", "top_entropy_quantile=1.0", "enabled=False"),
+        ("top_entropy_quantile", "got 0.2", "highest entropy", "top_entropy_quantile=1.0", "enabled=False"),
     ),
     Case(
         "a second clip",
         lambda path: train(path, delta=4.0),
         ValueError,
-        ("delta=4.0", "is_clip", "delta=None", "enabled=False"),
+        ("delta: expected None", "got 4.0", "is_clip", "delta=None", "enabled=False"),
     ),
     Case(
         "a mask of rows",
         lambda path: train(path, off_policy_mask_threshold=0.5),
         ValueError,
-        ("off_policy_mask_threshold=0.5", "off-policy rows", "enabled=False"),
+        ("off_policy_mask_threshold", "got 0.5", "off-policy rows", "enabled=False"),
     ),
     Case(
         "importance weights of sequences",
         lambda path: train(path, importance_sampling_level="sequence"),
         ValueError,
-        ("importance_sampling_level='sequence'", "whole sequences", "importance_sampling_level='token'"),
+        (
+            "importance_sampling_level",
+            "got 'sequence'",
+            "whole sequences",
+            "importance_sampling_level='token'",
+        ),
     ),
     Case(
-        "rewards in the place of args",
-        lambda path: SDPOTrainer(silent(), tiny.judge),
+        "rewards as args",
+        lambda path: SDPOTrainer(without_generate(), tiny.judge, tiny.judge),
         TypeError,
-        ("args", "GRPOConfig", "function", "reward_funcs=..."),
+        ("args: expected a GRPOConfig", "got function", "(model, reward_funcs, args, train_dataset)"),
+    ),
+    Case(
+        "args as rewards",
+        lambda path: SDPOTrainer(without_generate(), tiny.arguments(path), tiny.judge),
+        TypeError,
+        ("reward_funcs[0]: expected a function", "GRPOConfig", "(model, reward_funcs, args, train_dataset)"),
     ),
     Case("no model", lambda path: SDPOTrainer(args=tiny.arguments(path)), TypeError, ("model", "None")),
-    Case("nothing trains", nothing_trains, ValueError, ("requires_grad", "nothing to train")),
+    Case(
+        "nothing trains",
+        nothing_trains,
+        ValueError,
+        ("model: expected trainable parameters", "requires_grad", "unfreeze"),
+    ),
     Case(
         "an argument that nobody takes",
-        lambda path: SDPOTrainer(model=silent(), args=tiny.arguments(path), sdpo_cfg=SDPOConfig()),
+        lambda path: SDPOTrainer(model=without_generate(), args=tiny.arguments(path), sdpo_cfg=SDPOConfig()),
         TypeError,
-        ("SDPOTrainer", "'sdpo_cfg'", "did you mean sdpo_config?"),
+        ("SDPOTrainer", "'sdpo_cfg'", "expected sdpo_config"),
     ),
     *(
         Case(
-            f"another trainer's word, {name}",
+            f"another trainer's name, {name}",
             lambda path, name=name: SDPOTrainer(
-                model=silent(), args=tiny.arguments(path), reward_funcs=tiny.judge, **{name: None}
+                model=without_generate(), args=tiny.arguments(path), reward_funcs=tiny.judge, **{name: None}
             ),
             TypeError,
-            ("SDPOTrainer", repr(name), "did you mean", *meant),
+            ("SDPOTrainer", repr(name), "expected", *meant),
         )
         for name, *meant in (
             ("config", "sdpo_config", "args"),
@@ -274,8 +356,8 @@ TRAINER = [
         )
     ),
     Case(
-        "a word that is like no other",
-        lambda path: SDPOTrainer(model=silent(), args=tiny.arguments(path), zzz=1),
+        "a name like no other",
+        lambda path: SDPOTrainer(model=without_generate(), args=tiny.arguments(path), zzz=1),
         TypeError,
         ("SDPOTrainer", "'zzz'", "expected one of", "'processing_class'", "'sdpo_config'", "'train_dataset'"),
     ),
@@ -303,7 +385,7 @@ def test_columns_that_hold_no_media_are_accepted(tmp_path: Path, columns: dict[s
 
 
 def test_arrays_are_media_and_empty_ones_are_not(tmp_path: Path) -> None:
-    """Of an array of several numbers the truth cannot be asked."""
+    """An array of several numbers has no truth value."""
     for shape, refused in (((8, 3), True), ((8, 0), False)):
         data = tiny.conversations(image=torch.zeros(shape).tolist()).with_format(
             "numpy", columns=["image"], output_all_columns=True
@@ -337,7 +419,7 @@ def test_terms_and_masks_are_grpo_s_when_disabled(tmp_path: Path) -> None:
         train(tmp_path, sdpo_config=SDPOConfig(enabled=False), top_entropy_quantile=0.2, delta=4.0)
 
 
-# --- reward functions, once they have spoken --------------------------------------------------------------
+# --- what reward functions return -------------------------------------------------------------------------
 
 
 def returning(value: Any) -> Callable[[Path], None]:
@@ -355,17 +437,23 @@ def returning(value: Any) -> Callable[[Path], None]:
     return make
 
 
-def says(text: Any) -> Callable[[int], Any]:
+def returns_text(text: Any) -> Callable[[int], Any]:
     return lambda rows: [(0.0, text)] * rows
 
 
 NAME = "'badly_behaved'"
 REWARDS = [
     Case(
-        "too few", returning(lambda rows: [0.0] * (rows - 1)), ValueError, (NAME, "7 items", "8 completions")
+        "too few",
+        returning(lambda rows: [0.0] * (rows - 1)),
+        ValueError,
+        (NAME, "expected 8 items", "got 7 items"),
     ),
     Case(
-        "too many", returning(lambda rows: [0.0] * (rows + 1)), ValueError, (NAME, "9 items", "8 completions")
+        "too many",
+        returning(lambda rows: [0.0] * (rows + 1)),
+        ValueError,
+        (NAME, "expected 8 items", "got 9 items"),
     ),
     Case(
         "scores, and then texts",
@@ -373,12 +461,23 @@ REWARDS = [
         ValueError,
         (NAME, "pair of lists", "one (score, feedback) pair per row", "list(zip(scores, texts))"),
     ),
+    Case(
+        "infinite",
+        returning(lambda rows: [0.0] * (rows - 1) + [float("inf")]),
+        ValueError,
+        (NAME, "row 7", "a finite score", "got inf", "clip it"),
+    ),
     Case("none at all", returning(None), TypeError, (NAME, "NoneType", "one item per row")),
     Case("one number", returning(1.0), TypeError, (NAME, "float", "one item per row")),
     Case("a text", returning("12345678"), TypeError, (NAME, "str", "one item per row")),
     Case("a mapping", returning({"score": 1.0}), TypeError, (NAME, "dict", "one item per row")),
     Case("texts", returning(lambda rows: ["good"] * rows), TypeError, (NAME, "row 0", "a number", "'good'")),
-    Case("feedback that is no text", returning(says(7)), TypeError, (NAME, "row 0", "string or None", "int")),
+    Case(
+        "feedback that is no text",
+        returning(returns_text(7)),
+        TypeError,
+        (NAME, "row 0", "string or None", "int"),
+    ),
     Case(
         "triples",
         returning(lambda rows: [(1.0, "a", 2)] * rows),
@@ -416,13 +515,13 @@ def test_last_feedback_of_the_wrong_length(tmp_path: Path) -> None:
         judge.last_feedback = ["only one"]  # type: ignore[attr-defined]
         return [0.0] * len(completions)
 
-    with pytest.raises(ValueError, match=r"'judge\.last_feedback' returned 1 items for 8 completions"):
+    with pytest.raises(ValueError, match=r"'judge\.last_feedback': expected 8 items.*got 1 items"):
         tiny.trainer(tmp_path, reward_funcs=judge).train()
 
 
 def test_outputs_are_not_returned(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path)
-    with pytest.raises(ValueError, match="does not return outputs"):
+    with pytest.raises(ValueError, match="expected return_outputs=False"):
         trainer.compute_loss(trainer.model, {}, return_outputs=True)
 
 

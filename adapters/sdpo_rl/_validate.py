@@ -1,21 +1,25 @@
-"""What a trainer refuses when it is built, each with the way out, before a token is generated."""
+"""Validation of a trainer's arguments and of each generation batch, before a token is generated."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
 
+import torch
+
 from .config import SDPOConfig
-from .rollout.feedback import check_column
+from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 
 _ROWS_CHECKED = 1000
 _MEDIA = ("image", "images", "audio", "video")
-# What other trainers call it, where the nearest name would mislead.
-_KEYWORDS = {
+# Names in other trainers, where the nearest name would mislead.
+_OTHER_NAMES = {
     "config": "sdpo_config (for an SDPOConfig) or args (for a GRPOConfig)",
     "dataset": "train_dataset",
     "grpo_config": "args",
@@ -23,8 +27,8 @@ _KEYWORDS = {
     "tokenizer": "processing_class",
     "processor": "processing_class",
 }
-# What `GRPOConfig` can add to GRPO's loss: the value that leaves it out, and what it would be.
-_NOT_OURS: dict[str, tuple[Any, str]] = {
+# Options of `GRPOConfig` that add to GRPO's loss: the value that turns one off, and what it adds.
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "beta": (0.0, "a KL penalty"),
     "entropy_coef": (0.0, "an entropy bonus"),
     "use_adaptive_entropy": (False, "an entropy bonus"),
@@ -35,8 +39,14 @@ _NOT_OURS: dict[str, tuple[Any, str]] = {
 }
 
 
+def check_model(model: Any) -> None:
+    """The model is a model or the name of one."""
+    if not isinstance(model, str) and not hasattr(model, "config"):
+        raise TypeError(f"model: expected a model or a model's name, got {type(model).__name__}; load one")
+
+
 def check_dataset(dataset: Any, name: str) -> None:
-    """A map-style dataset is not empty, has prompts that can be reprompted, no media, and only text as feedback."""
+    """A map-style dataset has rows, prompts of text that end with a user turn, feedback that is text, no media."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return
     if isinstance(dataset, dict):
@@ -44,16 +54,18 @@ def check_dataset(dataset: Any, name: str) -> None:
             check_dataset(part, f"{name}[{key!r}]")
         return
     if len(dataset) == 0:
-        raise ValueError(f"{name} is empty; expected at least one row with a 'prompt'")
+        raise ValueError(f"{name}: expected at least one row with a 'prompt', got an empty dataset; add rows")
     columns = getattr(dataset, "column_names", None)
     if columns is None:
         return
     if "prompt" not in columns:
-        raise ValueError(f"{name} needs a 'prompt' column, got {columns}")
+        raise ValueError(
+            f"{name}: expected a column 'prompt', got {columns}; rename the column of the prompts"
+        )
     try:
         check_prompts(list(islice(dataset["prompt"], _ROWS_CHECKED)))
-        if "feedback" in columns:
-            check_column(islice(dataset["feedback"], _ROWS_CHECKED))
+        if feedback := column_name(columns):
+            check_column(islice(dataset[feedback], _ROWS_CHECKED), feedback)
         _refuse_media(
             media
             for media in _MEDIA
@@ -64,21 +76,20 @@ def check_dataset(dataset: Any, name: str) -> None:
 
 
 def check_tokenizer(processing_class: Any) -> None:
-    """Reprompts are padded on the left, so the tokenizer must name a pad token."""
-    if processing_class is None:
-        return
+    """Batches are padded with the pad token, or, as in TRL, with the end-of-sequence token."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if getattr(tokenizer, "pad_token_id", None) is None:
+    names = ("pad_token", "eos_token")
+    if tokenizer is not None and all(getattr(tokenizer, name, None) is None for name in names):
         raise ValueError(
-            "processing_class has no pad token; set one before building the trainer, for example "
-            "`tokenizer.pad_token = tokenizer.eos_token`"
+            "processing_class: expected a tokenizer with a pad token or an end-of-sequence token, got neither; "
+            "set `tokenizer.pad_token`"
         )
 
 
 def check_keywords(keywords: Iterable[str], trainer: type, own: Iterable[str]) -> None:
-    """Every keyword is one of SDPOTrainer's `own` or one that `trainer`, the class below it, takes."""
+    """Every keyword is one of SDPOTrainer's `own`, or one that `trainer`, its base class, accepts."""
     accepted = set(own)
-    # A constructor that hands on what it does not know is followed by the next one down.
+    # A constructor with **kwargs passes the rest on to the next one.
     for constructor in (vars(cls)["__init__"] for cls in trainer.__mro__ if "__init__" in vars(cls)):
         parameters = inspect.signature(constructor).parameters.values()
         accepted |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -86,54 +97,78 @@ def check_keywords(keywords: Iterable[str], trainer: type, own: Iterable[str]) -
             break
     for name in keywords:
         if name not in accepted:
-            nearest = _KEYWORDS.get(name) or next(iter(get_close_matches(name, accepted, n=1)), None)
+            nearest = _OTHER_NAMES.get(name) or next(iter(get_close_matches(name, accepted, n=1)), None)
+            expected = nearest or f"one of {sorted(accepted - {'self'})}"
             raise TypeError(
-                f"SDPOTrainer takes no keyword {name!r}; "
-                + (
-                    f"did you mean {nearest}?"
-                    if nearest
-                    else f"expected one of {sorted(accepted - {'self'})}"
-                )
+                f"SDPOTrainer: expected {expected}, got the keyword {name!r}; rename or remove it"
             )
 
 
-def check_groups(args: Any) -> None:
-    """Groups tile the generation batch: `num_generations` divides it."""
-    batch, group = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
-    if batch and group and batch % group:
-        raise ValueError(
-            f"generation_batch_size ({batch}) must be divisible by num_generations ({group}); change one of "
-            "per_device_train_batch_size, gradient_accumulation_steps or num_generations"
+def check_arguments(args: Any) -> None:
+    """`args` is a `GRPOConfig`."""
+    if not hasattr(args, "num_generations"):
+        raise TypeError(
+            f"args: expected a GRPOConfig, got {type(args).__name__}; the order is "
+            "SDPOTrainer(model, reward_funcs, args, train_dataset)"
         )
 
 
-def check_arguments(args: Any) -> None:
-    """`args` is a `GRPOConfig`; GRPOTrainer takes its rewards in this place."""
-    if not hasattr(args, "num_generations"):
-        raise TypeError(
-            f"args must be a GRPOConfig, got {type(args).__name__}; pass everything by name: "
-            "SDPOTrainer(model=..., args=GRPOConfig(...), reward_funcs=...)"
+def check_sampling(args: Any, config: SDPOConfig) -> None:
+    """Whole groups in a generation batch, with enough completions to show, sampled at a temperature above 0."""
+    batch, group = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
+    if batch and group and batch % group:
+        raise ValueError(
+            f"generation_batch_size: expected a multiple of num_generations ({group}), got {batch}; change one of "
+            "per_device_train_batch_size, gradient_accumulation_steps or num_generations"
+        )
+    if group:
+        peers = group - 1 if config.dont_reprompt_on_self_success else group
+        if config.num_demonstrations > peers:
+            raise ValueError(
+                f"num_demonstrations: expected at most {peers}, of {group} completions of a prompt, got "
+                f"{config.num_demonstrations}; lower it, or raise num_generations"
+            )
+    if args.temperature <= 0:
+        raise ValueError(
+            f"temperature: expected a number > 0, got {args.temperature}; logits are divided by it, and greedy "
+            "completions of one prompt are all alike: set 1.0"
+        )
+
+
+def check_backend(config: SDPOConfig, device: torch.device) -> None:
+    """The Triton kernels, if they are asked for, run on the device."""
+    if config.loss_backend != "triton":
+        return
+    problem = ""
+    if importlib.util.find_spec("triton") is None:
+        problem = "triton is not installed"
+    elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        problem = "the model is on a CPU, where they run with TRITON_INTERPRET=1 alone"
+    if problem:
+        raise ValueError(
+            f"loss_backend: expected a backend that can run here, got 'triton', but {problem}; set it to 'auto'"
         )
 
 
 def check_objective(args: Any) -> None:
-    """No option asks for a term or a mask that this loss does not have: it would be dropped in silence."""
-    for name, (off, what) in _NOT_OURS.items():
+    """No option asks for a term or a mask that this loss does not have."""
+    for name, (off, what) in _UNSUPPORTED.items():
         value = getattr(args, name, off)
         if value not in (off, None):
             raise ValueError(
-                f"{name}={value!r} asks for {what}, which the self-distillation loss does not have; leave it at "
-                f"{name}={off!r}, or set SDPOConfig(enabled=False)"
+                f"{name}: expected {off!r}, got {value!r}, {what}, which the self-distillation loss does not have; "
+                f"set {name}={off!r}, or SDPOConfig(enabled=False)"
             )
 
 
 def check_vocabulary(config: SDPOConfig, model: Any) -> None:
-    """K fits into the model's vocabulary."""
+    """K is at most the size of the model's vocabulary."""
     text_config = model.config.get_text_config()
     vocabulary = getattr(text_config, "vocab_size", None)
     if vocabulary is not None and config.uses_topk and config.k > vocabulary:
         raise ValueError(
-            f"k ({config.k}) exceeds the model's vocabulary ({vocabulary}); lower it, or set support='full'"
+            f"k: expected at most {vocabulary}, the model's vocabulary, got {config.k}; lower it, or set "
+            "support='full'"
         )
 
 
@@ -144,26 +179,27 @@ def check_reward_functions(reward_funcs: Any) -> None:
     for index, reward in enumerate(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]):
         if not isinstance(reward, str) and not callable(reward):
             raise TypeError(
-                f"reward_funcs[{index}] must be a function, a reward model or a model's name, got "
-                f"{type(reward).__name__}"
+                f"reward_funcs[{index}]: expected a function, a reward model or a model's name, got "
+                f"{type(reward).__name__}; the order is SDPOTrainer(model, reward_funcs, args, train_dataset)"
             )
 
 
 def check_rows(rows: Sequence[Any]) -> None:
-    """The rows of a generation batch: text prompts that end with a user turn, feedback that is text, no media."""
+    """A generation batch has prompts of text that end with a user turn, feedback that is text, and no media."""
     _refuse_media(media for media in _MEDIA if any(_holds_media(row.get(media)) for row in rows))
     check_prompts([row["prompt"] for row in rows if "prompt" in row])
-    check_column(row.get("feedback") for row in rows)
+    if feedback := column_name(name for row in rows for name in row):
+        check_column((row.get(feedback) for row in rows), feedback)
 
 
 def _refuse_media(names: Iterable[str]) -> None:
     if media := sorted(names):
         raise ValueError(
-            f"rows carry {', '.join(media)}; SDPO reprompts text only: drop the column, or set "
-            "SDPOConfig(enabled=False)"
+            f"prompt: expected text alone, got rows with {', '.join(media)}, which cannot be reprompted; drop the "
+            "column, or set SDPOConfig(enabled=False)"
         )
 
 
 def _holds_media(value: Any) -> bool:
-    """Neither nothing nor an empty list; of arrays the truth is not asked."""
+    """Neither `None` nor empty; an array has no truth value."""
     return value is not None and getattr(value, "__len__", lambda: 1)() > 0

@@ -141,8 +141,10 @@ class SDPOTrainer(_BASE):
             "optimizers": optimizers,
         }
         kwargs |= {name: value for name, value in named.items() if value is not None}
-        _validate.check_reward_functions(reward_funcs)  # first: a config in their position is a common mistake
-        if args is None and model is not None:
+        _validate.check_model(model)
+        # Before the rest: a config in their position is a common mistake.
+        _validate.check_reward_functions(reward_funcs)
+        if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
         self.sdpo_config = SDPOConfig() if sdpo_config is None else sdpo_config
@@ -158,6 +160,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return
         _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
+        _validate.check_backend(self.sdpo_config, self.accelerator.device)
         shards.check_strategy(
             self.accelerator,
             generate_every=self._generate_every,
@@ -185,15 +188,13 @@ class SDPOTrainer(_BASE):
         config = self.sdpo_config
         _validate.check_keywords(kwargs, _BASE, own=("sdpo_config",))
         if not isinstance(config, SDPOConfig):
-            raise TypeError(f"sdpo_config must be an SDPOConfig, got {type(config).__name__}")
-        if model is None:
-            raise TypeError("model must be a model or a model's name, got None")
+            raise TypeError(f"sdpo_config: expected an SDPOConfig, got {type(config).__name__}; make one")
         _validate.check_arguments(args)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         if not config.enabled:
             return
-        _validate.check_groups(args)
+        _validate.check_sampling(args, config)
         _validate.check_objective(args)
         if kwargs.get("environment_factory") is None:  # an environment may return the prompts itself
             _validate.check_dataset(kwargs.get("train_dataset"), "train_dataset")
