@@ -1,4 +1,4 @@
-"""Runs that save checkpoints, and what they leave behind to compare."""
+"""Runs that save checkpoints, and the results of a run to compare."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def prompt_tuned() -> nn.Module:
 
 
 def quantized_lora() -> nn.Module:
-    """An adapter over a 4-bit base that every run quantizes anew from the same numbers."""
+    """An adapter over a 4-bit base that every run quantizes from the same numbers."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     with tempfile.TemporaryDirectory() as folder:
         tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(folder)
@@ -54,7 +54,7 @@ def quantized_lora() -> nn.Module:
 def build(
     folder: Path, start: Callable[[], nn.Module] = tiny.model, sdpo: dict | None = None, **changes: Any
 ) -> Any:
-    """Two micro-batches an optimizer step, four steps an epoch, a line in the log every third."""
+    """Two micro-batches per optimizer step, four steps per epoch, one log entry every third step."""
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -76,7 +76,7 @@ def run(folder: Path, resume: Any = None, **case: Any) -> Any:
 
 
 def outcome(trainer: Any) -> dict[str, Any]:
-    """Everything that a run leaves behind, flat, without what a clock said."""
+    """All results of a run by name, without times."""
     result: dict[str, Any] = {
         f"student {name}": p.detach().clone() for name, p in trainer._unwrapped.named_parameters()
     }
@@ -108,7 +108,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def resumed(source: Path, folder: Path, step: int, **case: Any) -> Any:
-    """A run that finds nothing but `checkpoint-step` of the run in `source`."""
+    """A run that resumes from a copy of `checkpoint-step` of the run in `source`."""
     name = f"checkpoint-{step}"
     shutil.copytree(source / name, folder / name)
     return run(folder, resume=True, **case)

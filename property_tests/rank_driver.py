@@ -1,4 +1,4 @@
-"""The runs of several ranks, each in a fresh process that talks over gloo, and the trainers they build.
+"""Runs of several ranks, each in a new process that communicates over gloo, and the trainers they build.
 
 A rank runs rank_observations.py; test_ranks.py and test_ranks_deepspeed.py read what it saw.
 
@@ -116,11 +116,11 @@ DEEPSPEED_RUNS = [
 ]
 
 
-# --- in the process that tests ----------------------------------------------------------------------------
+# --- in the testing process -------------------------------------------------------------------------------
 
 
 def launch(folder: Path, library: str) -> None:
-    """One rank, then two, each process leaving `WORLD-RANK.pt` in the folder."""
+    """Run one rank, then two; each process writes `WORLD-RANK.pt` to the folder."""
     for world in (1, 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -182,7 +182,7 @@ def rank() -> int:
 
 @contextmanager
 def strategy(name: str) -> Iterator[None]:
-    """Trainers made inside run under this strategy. Accelerate shards on accelerators alone, hence the seams."""
+    """Trainers built inside use this strategy. Accelerate shards on accelerators only, hence the replacements."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -218,8 +218,8 @@ def strategy(name: str) -> Iterator[None]:
         SDPOTrainer.create_accelerator_and_postprocess = create
 
 
-def said(row: int, batch: int, succeeds: bool) -> str:
-    """A completion that `tiny.score` calls a success or not."""
+def completion(row: int, batch: int, succeeds: bool) -> str:
+    """A completion that `tiny.score` scores as a success or not."""
     import tiny
 
     text = "".join(
@@ -228,14 +228,14 @@ def said(row: int, batch: int, succeeds: bool) -> str:
     return text if tiny.score(text) == float(succeeds) else text + "a"
 
 
-def write_down_rollouts(trainer: Any, run: Run, batches: int = 0) -> None:
-    """Replace sampling; `batches` are behind us."""
+def replace_sampling(trainer: Any, run: Run, batches: int = 0) -> None:
+    """Replace sampling; `batches` is the number of earlier generation batches."""
     import tiny
 
     def generate(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
         nonlocal batches
         rows = range(rank() * len(prompt_ids), (rank() + 1) * len(prompt_ids))
-        texts = [said(row, batches, batches not in run.silent and run.succeeds(row)) for row in rows]
+        texts = [completion(row, batches, batches not in run.silent and run.succeeds(row)) for row in rows]
         batches += 1
         return [[*map(tiny.VOCABULARY.index, text), tiny.VOCABULARY.index(tiny.EOS)] for text in texts], None
 
@@ -243,7 +243,7 @@ def write_down_rollouts(trainer: Any, run: Run, batches: int = 0) -> None:
 
 
 def in_rank_order(batch: dict[str, Any]) -> dict[str, Any]:
-    """In place of TRL's shuffle: micro-batches take the same rows on one rank as on two."""
+    """Replaces TRL's shuffle: micro-batches have the same rows on one rank as on two."""
     from torch import Tensor
 
     rows = len(batch["prompt_ids"])
@@ -298,5 +298,5 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
         peft_config=adapter if run.adapter else None,
         **settings,
     )
-    write_down_rollouts(trainer, run, batches)
+    replace_sampling(trainer, run, batches)
     return trainer

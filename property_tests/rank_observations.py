@@ -1,9 +1,9 @@
-"""What a rank does and sees, in a process that rank_driver.py starts.
+"""What a rank runs and records, in a process that rank_driver.py starts.
 
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER torch
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER deepspeed
 
-What it saw lies in the folder afterwards, as `WORLD-RANK.pt`.
+The result is written to the folder as `WORLD-RANK.pt`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def whole_gradient(parameter: Any) -> Any:
 
 
 def moments(trainer: Any) -> list[Any]:
-    """What the optimizer remembers; under ZeRO this rank's part of it."""
+    """The state of the optimizer; under ZeRO this rank's part."""
     import torch
 
     optimizer = trainer.optimizer
@@ -62,7 +62,7 @@ def fixed_batch(unwrapped: Any) -> dict[str, Any]:
 
 
 def observe_run(folder: Path, run: Run, **changes: Any) -> Observed:
-    """Losses and gradients of every step, and afterwards the teacher as its forward shows it."""
+    """Losses and gradients of every step, and the logits of student and teacher afterwards."""
     return observe_training(make_trainer(folder, run, **changes))
 
 
@@ -115,7 +115,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
 
 
 def observe_exchange(folder: Path) -> Observed:
-    """One parameter after the other replaced, right after a forward that leaves the outer units gathered."""
+    """One parameter after the other replaced, after a forward that leaves the outer units gathered."""
     import tiny
     import torch
     from torch.func import functional_call
@@ -187,7 +187,7 @@ def observe_evaluation(folder: Path) -> Observed:
 
 
 def observe_experts(folder: Path, run: Run) -> Observed:
-    """A rank's rows are a micro-batch of one rank: experts are balanced over each of them."""
+    """A rank's rows are a micro-batch on one rank: the router loss is that of each of them."""
     if world_size() > 1:
         return observe_run(folder, run, router_aux_loss_coef=0.5)
     halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -286,7 +286,7 @@ def observe_interrupted(folder: Path, kind: str, adapter: str) -> Observed:
 
 
 def observe_more_ranks(folder: Path) -> Observed:
-    """A run that one rank saves between two generation batches, and whoever comes later resumes."""
+    """A run that one rank saves between two generation batches and two ranks resume."""
     run = Run(
         {
             "max_steps": 4,
@@ -305,8 +305,8 @@ def observe_more_ranks(folder: Path) -> Observed:
 
 
 def observe_turns(folder: Path) -> Observed:
-    """Tools that the rows of the first rank alone call; every turn of a sharded model gathers its weights."""
-    import talking
+    """Tools that only rows of the first rank call; every turn of a sharded model gathers its weights."""
+    import scripted_turns
     import tiny
     import torch
     from datasets import Dataset
@@ -314,24 +314,24 @@ def observe_turns(folder: Path) -> Observed:
     from sdpo_rl import SDPOTrainer
     from sdpo_rl import trainer as trainer_module
 
-    chatty = [talking.call("multiply", '{"a": 6, "b": 7}')] * 2 + [f"it is 42{talking.END}"]
-    silent = [f"it is 41{talking.END}"]
+    chatty = [scripted_turns.call("multiply", '{"a": 6, "b": 7}')] * 2 + [f"it is 42{scripted_turns.END}"]
+    silent = [f"it is 41{scripted_turns.END}"]
     scripts = [chatty if rank() == 0 and row % 2 else silent for row in range(4)]
     turns: list[int] = []
 
     with strategy("fsdp2"):
         trainer = SDPOTrainer(
-            model=talking.model(),
+            model=scripted_turns.model(),
             args=tiny.arguments(
                 folder / "turns", per_device_train_batch_size=4, max_steps=1, max_completion_length=400
             ),
             sdpo_config=tiny.config(),
-            processing_class=talking.tokenizer(),
+            processing_class=scripted_turns.tokenizer(),
             reward_funcs=[lambda completions, **_: [float("42" in c[-1]["content"]) for c in completions]],
-            tools=[talking.multiply],
+            tools=[scripted_turns.multiply],
             train_dataset=Dataset.from_dict({"prompt": [tiny.user("6x7?")] * 2}),
         )
-        say = talking.script(trainer.processing_class, scripts)
+        say = scripted_turns.script(trainer.processing_class, scripts)
 
         def turn(self: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
             turns.append(len(prompt_ids))

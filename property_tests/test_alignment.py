@@ -1,4 +1,4 @@
-"""Padding: every id comes back from its row, and nothing but padding goes."""
+"""Padding: every token is found again in its row, and only padding is removed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def right_pad(rows: list[list[int]], *, pad_id: int, device: Any) -> tuple[Tenso
 
 
 def property_positions_count_tokens(positions: Any, rows: list[list[int]], columns: int) -> None:
-    """Whatever the padding, a row's tokens stand at 0, 1, 2, …"""
+    """A row's tokens have positions 0, 1, 2, … whatever the padding."""
     _, mask = left_pad(rows, pad_id=PAD, device=CPU)
     mask = torch.cat([torch.zeros(len(mask), columns, dtype=torch.long), mask], dim=1)
     got = positions(mask)
@@ -44,7 +44,7 @@ def property_positions_count_tokens(positions: Any, rows: list[list[int]], colum
 
 
 def batch(rows: list[tuple[list[int], list[int]]], left: int, right: int) -> tuple[Tensor, ...]:
-    """Prompts and completions with superfluous columns of padding, as a slice of a larger batch has them."""
+    """Prompts and completions with extra columns of padding, as in a slice of a larger batch."""
     prompt, prompt_mask = left_pad([p for p, _ in rows], pad_id=PAD, device=CPU)
     completion, completion_mask = right_pad([c for _, c in rows], pad_id=PAD, device=CPU)
     wider = torch.nn.functional.pad

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from by_hand import ByHand, Method, Recorder, trainable
 from peft import LoraConfig, get_peft_model
+from reference_step import Method, Recorder, ReferenceStep, trainable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -141,16 +141,16 @@ def test_a_step_equals_the_hand_written_one(folder: Path, tmp_path: Path) -> Non
     """The first step over NF4: rows alone, without padding, the divergence from its definition."""
     run = train(folder, "nf4", tmp_path, exact=True)
     step = run["recorder"].steps[0]
-    by_hand = ByHand.__new__(ByHand)
+    reference_step = ReferenceStep.__new__(ReferenceStep)
     student = get_peft_model(quantized(folder, "nf4"), lora())
     # In evaluation mode bitsandbytes repacks a 4-bit layer on a CPU, and it passes no gradient then.
     student.train()
     for name, parameter in student.named_parameters():
         if "lora_" in name:
             parameter.data = step.before[name].clone()
-    by_hand.student = by_hand.teacher = by_hand.sampler = student
-    by_hand.method = Method(rate=RATE)
-    _, gradients = by_hand.step(step.rows, stale=False)
+    reference_step.student = reference_step.teacher = reference_step.sampler = student
+    reference_step.method = Method(rate=RATE)
+    _, gradients = reference_step.step(step.rows, stale=False)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     gap = torch.stack(
         [(gradient - step.gradients[name]).norm() for name, gradient in gradients.items()]

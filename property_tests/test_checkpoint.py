@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not: to the last bit, wherever it stopped."""
+"""A run that was interrupted and resumed equals the uninterrupted one bit for bit."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
-    # What transformers and PEFT say when they save a tiny model that has no home on the Hub.
+    # Transformers and PEFT warn when they save a model that is not on the Hub.
     pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning"),
 ]
 
@@ -96,10 +96,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("start", [tiny.model, lora])
 @pytest.mark.parametrize("moment", ["on_substep_end", "on_pre_optimizer_step", "reward"])
-def test_stopping_between_checkpoints_loses_nothing(
+def test_a_run_that_stops_between_checkpoints_resumes_exactly(
     tmp_path: Path, moment: str, start: Callable[[], nn.Module]
 ) -> None:
-    """In the middle of an accumulation, before the optimizer's step, and while the rollout is being scored."""
+    """During accumulation, before the optimizer step, and while the rollout is scored."""
     case: dict[str, Any] = {"start": start, **HALF_BATCH}
     expected = outcome(run(tmp_path / "whole", **case))
     trainer = build(tmp_path / "cut", **case)
@@ -161,7 +161,7 @@ COUNTER_EXAMPLES: dict[str, tuple[Any, str, Any, str, int, str]] = {
 
 
 @pytest.mark.parametrize("forgotten", COUNTER_EXAMPLES)
-def test_the_comparison_notices_what_is_forgotten(
+def test_the_comparison_detects_what_is_forgotten(
     tmp_path: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, attribute, counter_example, name, step, noticed = COUNTER_EXAMPLES[forgotten]
@@ -172,7 +172,7 @@ def test_the_comparison_notices_what_is_forgotten(
     assert any(difference.startswith(noticed) for difference in differences(expected, outcome(trainer)))
 
 
-def test_the_comparison_notices_a_forgotten_tick(tmp_path: Path) -> None:
+def test_the_comparison_detects_a_forgotten_update_count(tmp_path: Path) -> None:
     case, _ = CASES["full, bfloat16 teacher"]
     expected = outcome(run(tmp_path / "whole", **case))
     path = tmp_path / "whole" / "checkpoint-3" / "sdpo" / "teacher.safetensors"
@@ -221,14 +221,14 @@ def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:
     assert "; and " in refused(tmp_path, sdpo={"teacher_dtype": "bfloat16"})
 
 
-def test_lora_ema_is_no_other_rule_than_ema(tmp_path: Path) -> None:
+def test_lora_ema_has_the_rule_of_ema(tmp_path: Path) -> None:
     run(tmp_path, start=lora, max_steps=1)
     trainer = run(tmp_path, start=lora, max_steps=2, resume=True, sdpo={"teacher_mode": "lora_ema"})
     assert trainer._teacher.state.ticks == 2
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_restart_begins_from_the_student_that_was_loaded(tmp_path: Path, enabled: bool) -> None:
+def test_restart_starts_from_the_loaded_student(tmp_path: Path, enabled: bool) -> None:
     run(tmp_path, max_steps=2, sdpo={"enabled": enabled})
     student = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     again = {"teacher_mode": "frozen", "teacher_on_resume": "restart"}
@@ -238,7 +238,7 @@ def test_restart_begins_from_the_student_that_was_loaded(tmp_path: Path, enabled
         assert torch.equal(weight, student[name])
 
 
-def test_another_schedule_begins_the_generation_batch_anew(
+def test_another_schedule_starts_the_generation_batch_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(tmp_path, max_steps=1, **HALF_BATCH)
@@ -252,7 +252,7 @@ def test_another_schedule_begins_the_generation_batch_anew(
     assert "progress-0.safetensors is missing" in caplog.text
 
 
-# --- what lies in the folder ------------------------------------------------------------------------------
+# --- contents of the folder ------------------------------------------------------------------------------
 
 
 def test_a_full_checkpoint_is_a_plain_model(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_the_teacher_file_is_a_state_dict(tmp_path: Path) -> None:
         assert torch.equal(weight, trainer._teacher.state.params[name])
 
 
-def test_a_used_up_generation_batch_is_not_kept(tmp_path: Path) -> None:
+def test_a_used_up_generation_batch_is_not_saved(tmp_path: Path) -> None:
     run(tmp_path, max_steps=2, logging_steps=1, **HALF_BATCH)
     kept = []
     for step in (1, 2):
@@ -304,7 +304,7 @@ def test_a_used_up_generation_batch_is_not_kept(tmp_path: Path) -> None:
     assert kept[1] == set()
 
 
-def property_packing_is_exact_and_integers_get_small(
+def property_packing_is_exact_and_stores_small_integers(
     pack: Any, rows: list[int], scale: int, dtype: torch.dtype
 ) -> None:
     values = torch.tensor([value >> max(62 - scale, 0) for value in rows]).to(dtype)
@@ -321,17 +321,17 @@ def property_packing_is_exact_and_integers_get_small(
     assert len(set(addresses)) == len(addresses)
 
 
-def packed_as(kept: Callable[[Tensor], Tensor]) -> Any:
+def packed_as(convert: Callable[[Tensor], Tensor]) -> Any:
     def pack(batches: Any) -> Any:
         written, tensors = progress._pack(batches)
-        return written, {name: kept(tensor) for name, tensor in tensors.items()}
+        return written, {name: convert(tensor) for name, tensor in tensors.items()}
 
     return pack
 
 
 PACKING = [
     Claim(
-        property_packing_is_exact_and_integers_get_small,
+        property_packing_is_exact_and_stores_small_integers,
         progress._pack,
         packed_as(wrong),
         {
@@ -344,7 +344,7 @@ PACKING = [
 ]
 
 
-def test_packing_a_batch_is_exact_and_integers_get_small() -> None:
+def test_packing_a_batch_is_exact_and_stores_small_integers() -> None:
     PACKING[0].holds()
 
 
@@ -353,7 +353,7 @@ def test_another_packing_is_rejected(claim: Claim) -> None:
     claim.rejects_counter_example()
 
 
-def test_what_cannot_be_kept_is_said_and_sampled_again(
+def test_a_batch_that_cannot_be_saved_is_warned_about_and_sampled_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = build(tmp_path, max_steps=2, **HALF_BATCH)

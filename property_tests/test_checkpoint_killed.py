@@ -1,4 +1,4 @@
-"""A folder that a killed process leaves is incomplete: it is refused by name, and skipped when resuming."""
+"""A checkpoint of a killed process is incomplete: it is refused by name, and skipped with `True`."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def test_the_newest_complete_folder_is_chosen(tmp_path: Path) -> None:
 
 
 def die_writing(path: Path) -> None:
-    """As much of a file as a killed process leaves."""
+    """Write a part of a file and kill the process."""
     Path(path).write_bytes(b"half of")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_in(owner: Any, name: str, at: Callable[..., Path | None]) -> None:
-    """The function dies in place of writing the file that `at` sees in its arguments."""
+    """Kill the process instead of calling a function, if `at` returns the file that it would write."""
     original = getattr(owner, name)
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ KILLED: dict[str, Any] = {"steps_per_generation": 4, "max_steps": 4, "save_total
 
 
 def be_killed(folder: str) -> None:
-    """In a process of its own: for every moment one child that is killed there, while it saves its third step."""
+    """In a separate process: for every moment a child that is killed at it, while it saves its third step."""
     for moment in MOMENTS:
         child = os.fork()
         if not child:
@@ -142,13 +142,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unkilled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return outcome(run(tmp_path_factory.mktemp("unkilled"), **KILLED))
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return outcome(run(tmp_path_factory.mktemp("uninterrupted"), **KILLED))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
-    killed: Path, unkilled: dict[str, Any], moment: str, caplog: pytest.LogCaptureFixture
+def test_a_run_killed_while_saving_resumes_from_the_previous_checkpoint(
+    killed: Path, uninterrupted: dict[str, Any], moment: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = killed / moment
     trap = get_last_checkpoint(str(folder))
@@ -160,11 +160,11 @@ def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
     with caplog.at_level(logging.WARNING, "sdpo_rl"):
         trainer = run(folder, resume=True, **KILLED)
     assert f"Skipping {trap}" in caplog.text
-    assert differences(unkilled, outcome(trainer)) == []
+    assert differences(uninterrupted, outcome(trainer)) == []
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_a_folder_that_is_written_again_is_incomplete_meanwhile(
+def test_a_folder_is_incomplete_while_it_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path, max_steps=2)

@@ -1,4 +1,4 @@
-"""Hidden states and head: together they are the model's own logits, under its own or under other weights."""
+"""Hidden states times LM head are the model's own logits, with its own weights or with others."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def layer_twice() -> nn.Module:
 
 
 def parameter_twice() -> nn.Module:
-    """Two modules of one layer hold the same parameter, each in a place of its own."""
+    """Two modules share one parameter."""
     model = build("Llama", num_key_value_heads=2)
     model.model.layers[1].self_attn.k_proj.weight = model.model.layers[1].self_attn.v_proj.weight
     return model
 
 
 def tied_tokens() -> nn.Module:
-    """A few trained rows of a tied embedding: the head wraps the same rows."""
+    """A few trainable rows of a tied embedding; the head wraps the same rows."""
     config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6])
     return get_peft_model(build("Qwen2", tie_word_embeddings=True), config).eval()
 
@@ -148,7 +148,7 @@ def test_states_through_the_head_are_the_model_s_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_other_weights_are_the_other_model_and_leave_this_one_alone(name: str) -> None:
+def test_replaced_weights_are_those_of_the_other_model_and_do_not_change_this_one(name: str) -> None:
     model, other = MODELS[name](), MODELS[name]()
     for parameter in other.parameters():
         if parameter.requires_grad:
@@ -168,8 +168,8 @@ def every_name(model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
     return {n: (p, p.detach().clone()) for n, p in model.named_parameters(remove_duplicate=False)}
 
 
-def unmoved(model: nn.Module, before: dict[str, tuple[nn.Parameter, Tensor]]) -> bool:
-    """Under every name the very same parameter, with the very same bits."""
+def unchanged(model: nn.Module, before: dict[str, tuple[nn.Parameter, Tensor]]) -> bool:
+    """Every name has the same parameter object, with the same bits."""
     now = dict(model.named_parameters(remove_duplicate=False))
     return now.keys() == before.keys() and all(
         now[n] is p and torch.equal(p.detach().view(torch.uint8), bits.view(torch.uint8))
@@ -178,7 +178,7 @@ def unmoved(model: nn.Module, before: dict[str, tuple[nn.Parameter, Tensor]]) ->
 
 
 class BrokenError(Exception):
-    """What a forward stops with in the middle."""
+    """Raised in the middle of a forward."""
 
 
 def break_down(*_: Any) -> None:
@@ -188,7 +188,7 @@ def break_down(*_: Any) -> None:
 @pytest.mark.parametrize("breaks", [False, True], ids=["", "breaks down"])
 @pytest.mark.parametrize("name", [*MODELS, *WRAPPED])
 @torch.no_grad()
-def test_a_forward_with_other_weights_gives_the_very_parameters_back(name: str, breaks: bool) -> None:
+def test_a_forward_with_replaced_weights_restores_the_parameters(name: str, breaks: bool) -> None:
     model = {**MODELS, **WRAPPED}[name]()
     before = every_name(model)
     params = {n: p.detach() + 1.0 for n, p in model.named_parameters() if p.requires_grad}
@@ -200,15 +200,15 @@ def test_a_forward_with_other_weights_gives_the_very_parameters_back(name: str, 
                 forward(model, model, arguments(model), length=LENGTH, params=params)
         else:
             forward(model, model, arguments(model), length=LENGTH, params=params)
-        assert unmoved(model, before)
+        assert unchanged(model, before)
 
 
-def test_the_comparison_rejects_a_parameter_that_came_back_as_a_tensor() -> None:
+def test_the_comparison_rejects_a_parameter_restored_as_a_tensor() -> None:
     model = layer_twice()
     before = every_name(model)
     params = {n: p.detach() + 1.0 for n, p in model.named_parameters()}
     torch.func.functional_call(model, params, kwargs=arguments(model), tie_weights=True)
-    assert not unmoved(model, before)
+    assert not unchanged(model, before)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -244,8 +244,8 @@ def recurrent_gemma() -> nn.Module:
     return transformers.RecurrentGemmaForCausalLM(config).eval()
 
 
-def louder(model: nn.Module, factor: float) -> nn.Module:
-    """The same with larger logits, where rounding takes more."""
+def with_larger_logits(model: nn.Module, factor: float) -> nn.Module:
+    """The model with larger logits, which round more."""
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(factor)
     return model
@@ -257,7 +257,7 @@ def matches(model: nn.Module, *, autocast: bool = False) -> bool:
 
 
 def changing(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A model that does something to its logits that its configuration does not say."""
+    """A model that changes its logits in a way that its configuration does not declare."""
 
     class Changing(type(model)):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -271,14 +271,14 @@ def changing(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
 
 ROUNDING: dict[str, Callable[[], nn.Module]] = {
     **MODELS,
-    "recurrent gemma, soft-capped": lambda: louder(recurrent_gemma(), 20.0),
+    "recurrent gemma, soft-capped": lambda: with_larger_logits(recurrent_gemma(), 20.0),
     "granite, divided by three": lambda: build("Granite", logits_scaling=3.0),
     "cohere, odd scale": lambda: build("Cohere", logit_scale=0.3),
-    "large logits": lambda: louder(build("Qwen2", tie_word_embeddings=False), 300.0),
-    "large logits, soft-capped": lambda: louder(
+    "large logits": lambda: with_larger_logits(build("Qwen2", tie_word_embeddings=False), 300.0),
+    "large logits, soft-capped": lambda: with_larger_logits(
         build("Gemma2", head_dim=8, final_logit_softcapping=30.0), 50.0
     ),
-    "large logits, divided": lambda: louder(build("Granite", logits_scaling=7.0), 300.0),
+    "large logits, divided": lambda: with_larger_logits(build("Granite", logits_scaling=7.0), 300.0),
 }
 
 
@@ -289,7 +289,7 @@ def test_rounding_is_no_undeclared_change(name: str, kind: str) -> None:
     if kind in ("bfloat16", "float16"):
         model = model.to(getattr(torch, kind))
     if kind == "autocast, as float32":
-        # Accelerate returns a prepared model's outputs so.
+        # Accelerate converts the outputs of a prepared model to float32.
         model = changing(model, Tensor.float)
     assert matches(model, autocast=kind.startswith("autocast"))
 
@@ -304,21 +304,21 @@ UNDECLARED: dict[str, Callable[[Tensor], Tensor]] = {
         logits * torch.tensor([1.01] * (logits.shape[1] - 1) + [1.0])[:, None]
     ),
     "an impossible token": lambda logits: logits.index_fill(-1, torch.tensor([4]), float("-inf")),
-    "no number": lambda logits: logits.index_fill(-1, torch.tensor([4]), float("nan")),
+    "not a number": lambda logits: logits.index_fill(-1, torch.tensor([4]), float("nan")),
     "cut-off padding": lambda logits: logits[..., :-3],
     "one position alone": lambda logits: logits[:, -1:],
 }
 
 
 @pytest.mark.parametrize("change", UNDECLARED)
-def test_an_undeclared_change_is_noticed(change: str) -> None:
+def test_an_undeclared_change_is_detected(change: str) -> None:
     model = build("Qwen2", tie_word_embeddings=False)
     assert matches(model)
     assert not matches(changing(model, UNDECLARED[change]))
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast", "autocast, as float32"])
-def test_an_undeclared_scale_is_noticed_in_low_precision(kind: str) -> None:
+def test_an_undeclared_scale_is_detected_in_low_precision(kind: str) -> None:
     model = build("Qwen2", tie_word_embeddings=False)
     if kind in ("bfloat16", "float16"):
         model = model.to(getattr(torch, kind))
@@ -327,7 +327,7 @@ def test_an_undeclared_scale_is_noticed_in_low_precision(kind: str) -> None:
     assert not matches(changing(model, lambda logits: last(logits * 1.029)), autocast=autocast)
 
 
-def test_a_head_s_own_impossible_tokens_are_recognised() -> None:
+def test_impossible_tokens_of_the_head_are_recognised() -> None:
     model = phi_with_bias()
     with torch.no_grad():
         model.lm_head.bias[[3, 30]] = float("-inf")
@@ -336,7 +336,7 @@ def test_a_head_s_own_impossible_tokens_are_recognised() -> None:
     assert not matches(finite)
 
 
-def test_a_head_that_is_passed_by_is_no_match() -> None:
+def test_a_head_that_is_not_used_does_not_match() -> None:
     model = build("Qwen2", tie_word_embeddings=False)
     head, model.lm_head.forward = model.lm_head.weight, lambda hidden: hidden @ head.T
     assert matches(model)
@@ -353,7 +353,7 @@ def test_the_head_never_sees_more_than_one_position() -> None:
     assert seen == [1]
 
 
-def test_hooks_are_gone_afterwards_also_after_an_error() -> None:
+def test_hooks_are_removed_also_after_an_error() -> None:
     model = build("Qwen2")
     completion_head(model, model, arguments(model), length=LENGTH)
     beyond = {**arguments(model), "input_ids": torch.full((2, 7), VOCABULARY)}
@@ -397,8 +397,8 @@ def test_an_adapted_head_is_refused(config: PeftConfig) -> None:
         linear_head(model.get_output_embeddings())
 
 
-class Low(nn.Linear):
-    """An adapter that is a linear layer itself."""
+class LowRankLinear(nn.Linear):
+    """An adapter that is a subclass of nn.Linear."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -408,8 +408,8 @@ class Low(nn.Linear):
         return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T
 
 
-def test_an_adapter_that_is_a_linear_layer_is_no_plain_head() -> None:
-    assert plain_head(Low()) is None
+def test_an_adapter_that_is_a_linear_layer_is_not_a_plain_head() -> None:
+    assert plain_head(LowRankLinear()) is None
     assert plain_head(nn.Linear(2, 2)) is not None
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from by_hand import Recorder
 from lora_cases import Operations, count_fused
 from peft import LoraConfig, PeftModel, get_peft_model
+from reference_step import Recorder
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 

@@ -1,4 +1,4 @@
-"""Metrics: means that no split changes, and warnings that come when they should and only then."""
+"""Metrics: means that do not depend on micro-batches, and the conditions of the warnings."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def identity(totals: Tensor) -> Tensor:
 
 
 def property_a_mean_is_weighted_and_split_does_not_matter(sums: Any, table: Any, cuts: list[int]) -> None:
-    kept = sums()
+    metric_sums = sums()
     edges = sorted({0, len(table), *(c for c in cuts if c < len(table))})
     for start, end in itertools.pairwise(edges):
         part = table[start:end]
         total = sum(value * weight for value, weight in part)
-        kept.add({"m": (torch.tensor(total), torch.tensor(sum(w for _, w in part)))})
+        metric_sums.add({"m": (torch.tensor(total), torch.tensor(sum(w for _, w in part)))})
     weight = sum(w for _, w in table)
-    got = kept.means(identity)
+    got = metric_sums.means(identity)
     if weight == 0:
         assert got == {}
     else:
         assert got["m"] == pytest.approx(sum(v * w for v, w in table) / weight, rel=1e-5, abs=1e-5)
-    assert kept.means(identity) == {}
+    assert metric_sums.means(identity) == {}
 
 
 class MeanOfMeans(MetricSums):
@@ -70,14 +70,14 @@ def test_rejects_its_counter_example(claim: Claim) -> None:
     claim.rejects_counter_example()
 
 
-def test_ranks_meet_once_whatever_the_order_of_names() -> None:
+def test_processes_reduce_once_in_any_order_of_names() -> None:
     one, two = MetricSums(), MetricSums()
     one.add({"a": (torch.tensor(1.0), torch.tensor(1)), "b": (torch.tensor(4.0), torch.tensor(2))})
     two.add({"b": (torch.tensor(2.0), torch.tensor(1)), "a": (torch.tensor(0.0), torch.tensor(0))})
-    meetings: list[Tensor] = []
-    two.means(lambda totals: meetings.append(totals) or totals)
-    assert one.means(lambda totals: totals + meetings[0]) == {"a": 1.0, "b": 2.0}
-    assert len(meetings) == 1
+    reductions: list[Tensor] = []
+    two.means(lambda totals: reductions.append(totals) or totals)
+    assert one.means(lambda totals: totals + reductions[0]) == {"a": 1.0, "b": 2.0}
+    assert len(reductions) == 1
 
 
 # --- what a micro-batch reports ---------------------------------------------------------------------------
@@ -151,7 +151,7 @@ SIDES: list[Literal["student", "teacher"]] = ["student", "teacher"]
 
 @pytest.mark.parametrize("support", SIDES)
 def test_a_small_tail_is_not_lost_in_rounding(support: Any) -> None:
-    """1 − mass would be 0, or of either sign."""
+    """1 − mass would be 0 or negative."""
     student, teacher = torch.tensor([[[40.0, 38.0, 5.0, 4.0]]]), torch.tensor([[[38.0, 40.0, 3.0, 7.0]]])
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
     config = SDPOConfig(k=2, support=support)
@@ -179,7 +179,7 @@ def test_a_small_tail_is_not_lost_in_rounding(support: Any) -> None:
 
 @pytest.mark.parametrize("support", SIDES)
 def test_the_masses_are_those_of_the_support(support: Any) -> None:
-    """Disjoint tops: each side has little of the other's."""
+    """The top tokens of the two models are disjoint."""
     student, teacher = (
         torch.tensor([[[5.0, 4.0, 0.0, 0.0, 1.0]]]),
         torch.tensor([[[0.0, 0.0, 5.0, 4.0, 1.0]]]),
@@ -193,7 +193,7 @@ def test_the_masses_are_those_of_the_support(support: Any) -> None:
         assert total.item() == pytest.approx(logits.softmax(-1)[..., top].sum().item(), rel=1e-5)
 
 
-def test_a_trust_region_of_impossible_tokens_is_a_number() -> None:
+def test_a_trust_region_with_impossible_tokens_is_finite() -> None:
     logits = torch.tensor([[[1.0, 0.0, -math.inf, 2.0, -math.inf]]])
     other = torch.tensor([[[0.0, 1.0, -math.inf, -math.inf, 2.0]]])
     targets = Targets(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), None, None)
@@ -210,7 +210,7 @@ def test_a_trust_region_of_impossible_tokens_is_a_number() -> None:
     assert student.grad.isfinite().all()
 
 
-# --- the gap to the inference engine ----------------------------------------------------------------------
+# --- weights of the inference engine ----------------------------------------------------------------------
 
 
 def test_rollout_weights() -> None:
@@ -246,35 +246,35 @@ def warnings(
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_healthy_run_is_silent(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_good_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(caplog, [({}, [10, 20])] * 20) == []
 
 
-def test_nothing_to_learn_from_is_said_once_per_patience(caplog: pytest.LogCaptureFixture) -> None:
+def test_batches_without_signal_are_warned_about_once_per_patience(caplog: pytest.LogCaptureFixture) -> None:
     empty = ({"self_distillation/empty_target_batch": 1.0}, [5])
-    said = warnings(caplog, [empty, empty, ({}, [5]), empty, empty])
-    assert said == []
-    said = warnings(caplog, [empty] * 7)
-    assert len(said) == 2
-    assert "success_reward_threshold=1" in said[0]
-    assert "for 3 generation batches" in said[0]
+    messages = warnings(caplog, [empty, empty, ({}, [5]), empty, empty])
+    assert messages == []
+    messages = warnings(caplog, [empty] * 7)
+    assert len(messages) == 2
+    assert "success_reward_threshold=1" in messages[0]
+    assert "for 3 generation batches" in messages[0]
 
 
-def test_truncation_and_dropped_rows_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncation_and_dropped_rows_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     often = {"self_distillation/truncated_reprompt_fraction": 0.5}
-    said = warnings(
+    messages = warnings(
         caplog, [(often, [5])] * 3 + [({"self_distillation/dropped_reprompt_fraction": 0.1}, [5])] * 3
     )
-    assert [("max_reprompt_length" in message) for message in said] == [True, True]
+    assert [("max_reprompt_length" in message) for message in messages] == [True, True]
 
 
-def test_shrinking_completions_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    said = warnings(caplog, [({}, [100, 300])] * 5 + [({}, [30, 40])] * 3)
-    assert len(said) == 1
-    assert "from 200 to 35 tokens" in said[0]
+def test_shrinking_completions_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    messages = warnings(caplog, [({}, [100, 300])] * 5 + [({}, [30, 40])] * 3)
+    assert len(messages) == 1
+    assert "from 200 to 35 tokens" in messages[0]
 
 
-def test_a_small_top_k_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_small_top_k_mass_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     watch = Diagnostics(SDPOConfig())
     for mass in (0.95, 0.5, 0.4):
         watch.observe_means({"self_distillation/student_topk_mass": mass})
@@ -283,6 +283,6 @@ def test_a_small_top_k_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_divergence_that_is_no_number_stops_the_run(value: float) -> None:
+def test_a_divergence_that_is_not_finite_stops_the_run(value: float) -> None:
     with pytest.raises(FloatingPointError, match=f"became {value}"):
         Diagnostics(SDPOConfig()).observe_means({"self_distillation/divergence": value})

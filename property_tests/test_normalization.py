@@ -119,8 +119,8 @@ def test_counts_come_first() -> None:
         StepWindow().denominator(step=0, length=1, generate_every=1)
 
 
-class Travels(TorchDispatchMode):
-    """What must bring numbers to the device, or wait for those that are there."""
+class Transfers(TorchDispatchMode):
+    """Records operations that copy values to the device, or wait for values on it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,17 +133,17 @@ class Travels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_denominator_waits_for_no_number() -> None:
-    """It is made when the forwards are under way: who waits then, waits for all of them."""
+def test_the_denominator_does_not_synchronize() -> None:
+    """It is computed while the forwards are queued, and would wait for all of them."""
     window, counts = StepWindow(), torch.tensor([1, 2, 3, 4])
     window.set_counts(counts)
-    with Travels() as travels:
+    with Transfers() as transfers:
         known = window.denominator(step=2, length=2, generate_every=4)
         window.end_micro_batch(known, ends_step=False)
         window.denominator(step=3, length=4, generate_every=4)
         window.end_micro_batch(known, ends_step=True)
-    assert travels.seen == []
+    assert transfers.seen == []
     assert known.tolist() == 7.0
-    with Travels() as travels:
+    with Transfers() as transfers:
         counts[[2, 3]].sum()
-    assert travels.seen
+    assert transfers.seen

@@ -1,4 +1,4 @@
-"""Two ranks do what one does: the same losses, gradients and teacher, under DDP and under FSDP2.
+"""Two ranks have the losses, gradients and teacher of one, under DDP and under FSDP2.
 
 The ranks run in fresh processes (see rank_driver.py); the tests read what these saw. That one rank does what
 the paper says is shown in test_trainer_step.py.
@@ -29,7 +29,7 @@ Observed = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all ranks saw; parallel test workers share one launch."""
+    """The results of all ranks; parallel test workers share one launch."""
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
     with FileLock(f"{shared}.lock"):
@@ -49,7 +49,7 @@ def two(folder: Path) -> list[Observed]:
 
 
 def gradient_gap(ours: list[Observed], theirs: list[Observed]) -> float:
-    """Relative, one length for all parameters, the largest over the steps."""
+    """Relative to the norm over all parameters, the largest over the steps."""
     largest = 0.0
     for mine, reference in zip(ours, theirs, strict=True):
         assert mine.keys() == reference.keys()
@@ -67,7 +67,7 @@ def column(seen: Observed, name: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("strategy", "name"), BOTH, ids=[f"{s}: {n}" for s, n in BOTH])
-def test_two_ranks_do_what_one_does(one: Observed, two: list[Observed], strategy: str, name: str) -> None:
+def test_two_ranks_train_as_one_does(one: Observed, two: list[Observed], strategy: str, name: str) -> None:
     expected = one["ddp", name]
     for rank in two:
         seen = rank[strategy, name]
@@ -80,7 +80,7 @@ def test_two_ranks_do_what_one_does(one: Observed, two: list[Observed], strategy
 
 
 @pytest.mark.parametrize(("strategy", "name"), BOTH, ids=[f"{s}: {n}" for s, n in BOTH])
-def test_ranks_agree_to_the_bit_and_get_their_student_back(
+def test_ranks_agree_bit_for_bit_and_the_student_is_restored(
     two: list[Observed], strategy: str, name: str
 ) -> None:
     first, second = (rank[strategy, name] for rank in two)
@@ -122,7 +122,7 @@ def test_two_ranks_balance_experts_as_two_micro_batches_do(
 
 
 def test_the_runs_differ(one: Observed) -> None:
-    """Equality above would mean little among runs that do nothing, or all the same."""
+    """Equality above would mean little if runs did nothing, or all the same."""
     runs = {name: one["ddp", name] for name in driver.RUNS}
     silent = "nobody has anything to learn"
     for name, run in runs.items():
@@ -145,7 +145,7 @@ def test_the_runs_differ(one: Observed) -> None:
     assert column(runs[silent], "loss") == [0.0] * driver.STEPS
 
 
-def test_a_mean_per_rank_would_be_noticed(two: list[Observed], one: Observed) -> None:
+def test_a_mean_per_rank_is_another_number(two: list[Observed], one: Observed) -> None:
     """The counter-example: where one rank has fewer tokens, the mean of the ranks' means is another number."""
     name = "the second rank has nothing to learn"
     (loss, *_), (expected, *_) = column(two[0]["ddp", name], "loss"), column(one["ddp", name], "loss")
@@ -153,7 +153,7 @@ def test_a_mean_per_rank_would_be_noticed(two: list[Observed], one: Observed) ->
     assert loss / 2 != pytest.approx(expected, rel=0.1)
 
 
-def test_what_would_train_wrongly_is_refused() -> None:
+def test_unsupported_strategies_are_refused() -> None:
     def accelerator(kind: str, fsdp_version: int | None = None) -> Any:
         plugin = None if fsdp_version is None else SimpleNamespace(fsdp_version=fsdp_version)
         return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), distributed_type=kind)
@@ -182,7 +182,7 @@ def test_a_teacher_follows_its_model_to_another_device() -> None:
     assert distance.device.type == "meta"
 
 
-def test_an_offloaded_teacher_stays_where_it_is() -> None:
+def test_an_offloaded_teacher_stays_on_the_cpu() -> None:
     model = tiny.model(tie_word_embeddings=False)
     store = TeacherStore(model, tiny.config(teacher_offload="cpu"), seed=0)
     store.on_train_begin(model)
@@ -190,19 +190,19 @@ def test_an_offloaded_teacher_stays_where_it_is() -> None:
     assert {tensor.device.type for tensor in store.state.params.values()} == {"cpu"}
 
 
-# --- what crosses ranks -----------------------------------------------------------------------------------
+# --- rows across ranks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_demonstrations_cross_ranks(two: list[Observed], strategy: str) -> None:
     """One group of eight rows, four on each rank; its only success is row 6, on the second rank."""
-    demonstration = driver.said(6, 0, True)
+    demonstration = driver.completion(6, 0, True)
     question = "say 0"
     shown = f"{question}\nCorrect solution:\n\n{demonstration}\n\nCorrectly solve the original question."
     remarks = [
         f"{question}\nThe following is feedback from your unsuccessful earlier attempt:\n\n{tiny.remark(text)}\n\n"
         "Correctly solve the original question."
-        for text in (driver.said(row, 0, row == 6) for row in range(8))
+        for text in (driver.completion(row, 0, row == 6) for row in range(8))
     ]
     first, second = (rank[strategy, "a group on both ranks"]["prompts"][0] for rank in two)
     questions = {text.split("\n")[0] for text in (*first, *second) if text}
@@ -217,7 +217,7 @@ def test_feedback_stays_with_its_row_on_its_rank(two: list[Observed], one: Obser
     for name in ("tied", "trust region", "a step over two generation batches", "a group on both ranks"):
         for batch, everything in enumerate(one["ddp", name]["prompts"]):
             assert [*chain(*(rank["ddp", name]["prompts"][batch] for rank in two))] == everything
-    remark = tiny.remark(driver.said(5, 0, False))  # the second group has no success
+    remark = tiny.remark(driver.completion(5, 0, False))  # the second group has no success
     assert f"unsuccessful earlier attempt:\n\n{remark}\n\n" in two[1]["ddp", "tied"]["prompts"][0][1]
 
 
@@ -231,7 +231,7 @@ def test_ranks_draw_different_rollouts_and_wait_for_the_longest(two: list[Observ
 
 
 def test_a_rank_waits_while_another_calls_tools(two: list[Observed]) -> None:
-    """Two rows of the first rank take two more turns; the second rank says a word at each, for company."""
+    """Two rows of the first rank take two more turns; the second rank generates one row at each."""
     assert [rank["turns"]["turns"] for rank in two] == [[4, 2, 2], [4, 1, 1]]
     assert two[0]["turns"]["loss"] == two[1]["turns"]["loss"] > 0
 
@@ -267,7 +267,7 @@ def test_two_ranks_resume_what_one_rank_saved(one: Observed, two: list[Observed]
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
-def test_every_exchanged_parameter_is_seen_and_goes_back(two: list[Observed], head: str) -> None:
+def test_every_replaced_parameter_is_used_and_restored(two: list[Observed], head: str) -> None:
     names = {name for name, _ in tiny.model(tie_word_embeddings=head == "tied").named_parameters()}
     for rank in two:
         seen = rank["exchange"][head]
@@ -279,7 +279,7 @@ def test_every_exchanged_parameter_is_seen_and_goes_back(two: list[Observed], he
 
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
-def test_an_exchange_without_resharding_is_noticed(two: list[Observed], head: str) -> None:
-    """The counter-example: units that stay gathered after a forward show their old contents."""
+def test_a_replacement_without_resharding_is_detected(two: list[Observed], head: str) -> None:
+    """The counter-example: units that stay gathered after a forward have their old values."""
     stale = two[0]["exchange"][head]["stale"]
     assert {name for name, error in stale.items() if error > 1e-2} >= {"model.norm.weight"}

@@ -1,4 +1,4 @@
-"""Two ranks under DeepSpeed do what one rank does without it, also where the run was cut and resumed.
+"""Two ranks under DeepSpeed train as one rank without it, also after an interruption.
 
 Skipped where DeepSpeed is not installed. It keeps the gradients to itself: what is compared is the loss of every
 step and, as steps of plain gradient descent add them up, the student and the teacher afterwards.
@@ -51,7 +51,7 @@ def test_deepspeed_trains_as_one_rank_does(seen: dict[str, Any], stage: str, nam
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    """What two runs do not have in common, to the last bit and but for the clock."""
+    """The parts in which two runs differ in any bit, except times."""
     logs = [
         [{name: value for name, value in line.items() if name != "step_time"} for line in run["log"]]
         for run in (one, other)
@@ -66,10 +66,10 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("adapter", ["", "lora"], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", driver.DEEPSPEED)
-def test_a_run_cut_while_deepspeed_saves_resumes_from_the_checkpoint_before(
+def test_a_run_interrupted_while_deepspeed_saves_resumes_from_the_previous_checkpoint(
     seen: dict[str, Any], stage: str, adapter: str
 ) -> None:
-    """The checkpoint before lies within a generation batch, the cut one has half of DeepSpeed's files."""
+    """The previous checkpoint is within a generation batch, the incomplete one has a part of DeepSpeed's files."""
     for rank in ("2-0", "2-1"):
         run = seen[rank]["resume", stage, adapter]
         assert {"global_step5", "sdpo"} < set(run["left"])
@@ -82,7 +82,7 @@ def test_a_run_cut_while_deepspeed_saves_resumes_from_the_checkpoint_before(
 
 @pytest.mark.parametrize("forgotten", ["teacher", "optimizer", "progress"])
 @pytest.mark.parametrize("stage", driver.DEEPSPEED)
-def test_the_comparison_notices_what_is_forgotten(seen: dict[str, Any], stage: str, forgotten: str) -> None:
+def test_the_comparison_detects_what_is_forgotten(seen: dict[str, Any], stage: str, forgotten: str) -> None:
     """Two steps after the counter-example went wrong, nothing is what it was."""
     for rank in ("2-0", "2-1"):
         run = seen[rank]["resume", stage, ""]

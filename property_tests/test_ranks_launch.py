@@ -1,4 +1,4 @@
-"""The launch files in examples/accelerate are what Accelerate reads, and the script runs on two ranks."""
+"""Accelerate reads the launch files in examples/accelerate, and the script runs on two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts of more than one turn, of environments and of inference engines, each against what a reader expects."""
+"""Rollouts with tools, with environments and with inference engines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import talking
+import scripted_turns
 import tiny
 import torch
-from by_hand import Method, Row, compare
 from datasets import Dataset
+from reference_step import Method, Row, compare
 from torch import Tensor, nn
 
 from sdpo_rl import SDPOTrainer
@@ -25,12 +25,12 @@ TOLERANCE = 3e-6
 
 @pytest.fixture(autouse=True)
 def experimental(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL warns that environments and rollout functions are young; here warnings are errors."""
+    """TRL warns that environments and rollout functions are experimental, and warnings are errors here."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 # --- inference engines ------------------------------------------------------------------------------------
-# A token's weight is exp(gap) up to the clip, `engine_gap` being what the hand-written step reads.
+# A token's weight is exp(gap) up to the clip; the reference reads the gap in `engine_gap`.
 
 NAN = float("nan")
 
@@ -55,7 +55,7 @@ def ratio_by_sequence(output: dict[str, Any], batch: list[Row]) -> None:
 
 @pytest.mark.parametrize("ratios", [ratio_by_token, ratio_by_sequence])
 @pytest.mark.parametrize("split", [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}])
-def test_the_engine_s_ratio_weighs_every_token(
+def test_the_engine_ratio_weights_every_token(
     tmp_path: Path, ratios: Callable[..., None], split: dict[str, int]
 ) -> None:
     trainer = tiny.trainer(tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5), **split)
@@ -67,12 +67,12 @@ def test_the_engine_s_ratio_weighs_every_token(
     "wrong", [Method(engine_clip=2.6), Method(engine_clip=1.0)], ids=["not clipped", "clipped at one"]
 )
 @pytest.mark.parametrize("ratios", [ratio_by_token, ratio_by_sequence])
-def test_another_clip_is_noticed(tmp_path: Path, ratios: Callable[..., None], wrong: Method) -> None:
+def test_another_clip_is_detected(tmp_path: Path, ratios: Callable[..., None], wrong: Method) -> None:
     trainer = tiny.trainer(tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5))
     assert compare(trainer, tiny.model(), wrong, alter=ratios).gradient > 1000 * TOLERANCE
 
 
-def test_the_engine_s_ratio_can_be_ignored(tmp_path: Path) -> None:
+def test_the_engine_ratio_can_be_ignored(tmp_path: Path) -> None:
     def unread(output: dict[str, Any], batch: list[Row]) -> None:
         ratio_by_token(output, batch)
         for row in batch:
@@ -83,11 +83,11 @@ def test_the_engine_s_ratio_can_be_ignored(tmp_path: Path) -> None:
 
 
 class Engine:
-    """Stands in for TRL's vLLM engine: other weights unless told, and log-probabilities off by a known gap."""
+    """Replaces TRL's vLLM engine: its own weights until a sync, and log-probabilities off by a known gap."""
 
     def __init__(self, model: Any, max_completion_length: int, **settings: Any) -> None:
         self.trained, self.length, self.settings = model, max_completion_length, settings
-        # A new one: a copy would go on with the forward that was put on this model.
+        # A new one: a copy would have the forward that was replaced on this model.
         self.own = tiny.model()
         self.calls: list[str] = []
         self.gaps: list[list[float]] = []
@@ -121,7 +121,7 @@ class Engine:
 @pytest.mark.parametrize(
     "synced", [True, False], ids=["as it is", "counter-example: the engine keeps the first weights"]
 )
-def test_an_engine_gets_the_weights_and_its_gap_is_corrected(
+def test_an_engine_receives_the_weights_and_its_gap_is_corrected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
 ) -> None:
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
@@ -147,15 +147,15 @@ def test_an_engine_gets_the_weights_and_its_gap_is_corrected(
 
 QUESTION, OTHER = "6x7?", "2x3?"
 SCRIPTS = [
-    [talking.call("multiply", '{"a": 6, "b": 7}'), f"it is 42{talking.END}"],
-    [f"it is 13{talking.END}"],
-    [talking.call("multiply", '{"a": 6, "c": 7}'), f"it is 0{talking.END}"],
+    [scripted_turns.call("multiply", '{"a": 6, "b": 7}'), f"it is 42{scripted_turns.END}"],
+    [f"it is 13{scripted_turns.END}"],
+    [scripted_turns.call("multiply", '{"a": 6, "c": 7}'), f"it is 0{scripted_turns.END}"],
     [
-        talking.call("multiply", '{"a": 6, "b": 6}'),
-        talking.call("multiply", '{"a": 36, "b": 1}'),
-        f"it is 36{talking.END}",
+        scripted_turns.call("multiply", '{"a": 6, "b": 6}'),
+        scripted_turns.call("multiply", '{"a": 36, "b": 1}'),
+        f"it is 36{scripted_turns.END}",
     ],
-    *[[f"it is {n}{talking.END}"] for n in range(4)],
+    *[[f"it is {n}{scripted_turns.END}"] for n in range(4)],
 ]
 ERROR = "{'error': \"multiply() got an unexpected keyword argument 'c'\"}"
 RESULTS = [["42"], [], [ERROR], ["36", "36"], [], [], [], []]
@@ -180,23 +180,23 @@ def tool_trainer(folder: Path, scripts: list[list[str]] = SCRIPTS, **options: An
     }
     settings: dict[str, Any] = {
         "reward_funcs": product,
-        "tools": [talking.multiply],
+        "tools": [scripted_turns.multiply],
         "train_dataset": Dataset.from_dict({"prompt": [tiny.user(QUESTION), tiny.user(OTHER)]}),
         **options,
     }
     trainer = SDPOTrainer(
-        model=talking.model(),
+        model=scripted_turns.model(),
         args=tiny.arguments(folder, **changes),
         sdpo_config=tiny.config(support="full", alpha=1.0),
-        processing_class=talking.tokenizer(),
+        processing_class=scripted_turns.tokenizer(),
         **settings,
     )
-    talking.read_out(trainer, scripts)
+    scripted_turns.replace_sampling(trainer, scripts)
     return trainer
 
 
 def watch(trainer: Any) -> list[dict[str, Any]]:
-    """The generation batches, as the loss will read them."""
+    """The generation batches that the loss gets."""
     batches: list[dict[str, Any]] = []
     generate = trainer._generate_and_score_completions
 
@@ -212,7 +212,7 @@ def expected_parts(row: int) -> list[tuple[str, bool]]:
     """A completion as (text, whether the model wrote it)."""
     parts = [(SCRIPTS[row][0], True)]
     for result, turn in zip(RESULTS[row], SCRIPTS[row][1:], strict=True):
-        parts += [(talking.RESULT.format(result), False), (turn, True)]
+        parts += [(scripted_turns.RESULT.format(result), False), (turn, True)]
     return parts
 
 
@@ -231,7 +231,7 @@ def rendered(tokens: Any, question: str, tools: list[Any]) -> list[int]:
     ]
 
 
-def test_the_teacher_reads_the_same_tokens_and_a_transcript(tmp_path: Path) -> None:
+def test_the_teacher_gets_the_same_tokens_and_a_transcript(tmp_path: Path) -> None:
     trainer = tool_trainer(tmp_path)
     (batches, tokens) = watch(trainer), trainer.processing_class
     trainer.train()
@@ -246,13 +246,13 @@ def test_the_teacher_reads_the_same_tokens_and_a_transcript(tmp_path: Path) -> N
         assert batch["tool_mask"][row][: len(ids)].bool().tolist() == written
         reprompt = expected_reprompt(row)
         reads = batch["teacher_prompt_ids"][row][batch["teacher_prompt_mask"][row].bool()].tolist()
-        assert reads == ([] if reprompt is None else rendered(tokens, reprompt, [talking.multiply]))
+        assert reads == ([] if reprompt is None else rendered(tokens, reprompt, [scripted_turns.multiply]))
 
 
-def hand_written_step(
+def reference_gradient(
     model: nn.Module, tokens: Any, *, tools_count: bool, tools_read: bool
 ) -> dict[str, Tensor]:
-    """Gradient of Σ KL(student‖teacher) over the model's own tokens; teacher and student still have one weight."""
+    """Gradient of Σ KL(student‖teacher) over the model's own tokens; teacher and student have the same weights."""
     losses = []
     for row in range(1, 8):
         parts = [part for part in expected_parts(row) if part[1] or tools_read]
@@ -270,8 +270,8 @@ def hand_written_step(
             .double()
             .log_softmax(-1)
             for prompt in (
-                rendered(tokens, question, [talking.multiply]),
-                rendered(tokens, reprompt, [talking.multiply]),
+                rendered(tokens, question, [scripted_turns.multiply]),
+                rendered(tokens, reprompt, [scripted_turns.multiply]),
             )
         )
         losses.append((log_p.exp() * (log_p - log_q.detach())).sum(-1)[counts])
@@ -292,7 +292,9 @@ def test_only_the_model_s_own_tokens_have_a_loss(
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     tokens = trainer.processing_class
-    expected = hand_written_step(talking.model(), tokens, tools_count=tools_count, tools_read=tools_read)
+    expected = reference_gradient(
+        scripted_turns.model(), tokens, tools_count=tools_count, tools_read=tools_read
+    )
     moved = {name: start[name] - p.detach() for name, p in trainer.model.named_parameters()}
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     gap = torch.stack([(moved[name] - g).norm() for name, g in expected.items()]).norm()
@@ -329,7 +331,7 @@ def test_a_transcript_of_turns(thinking: bool) -> None:
     assert completion_text(completion, thinking=thinking) == "\n".join(lines)
 
 
-def test_a_thought_that_never_ends_hides_its_own_turn_alone() -> None:
+def test_an_unclosed_thought_hides_its_own_turn_only() -> None:
     turns = [
         {"role": "assistant", "content": "<think>cut", "tool_calls": []},
         {"role": "tool", "name": "t", "content": "4"},
@@ -342,7 +344,7 @@ def test_a_thought_that_never_ends_hides_its_own_turn_alone() -> None:
 
 
 class Shop:
-    """An environment that says what went wrong."""
+    """An environment with feedback in an attribute."""
 
     feedback: str | None
 
@@ -363,7 +365,7 @@ class Shop:
 
 
 class Garden:
-    """Another one, whose feedback is a property, with an observation in front."""
+    """An environment with feedback in a property, and an observation before the prompt."""
 
     def reset(self, **_: Any) -> str:
         return " It rains."
@@ -386,15 +388,15 @@ def both(environments: list[Any], **_: Any) -> list[Any]:
 
 
 ENVIRONMENT_SCRIPTS = [
-    [talking.call("buy", '{"item": "tea"}'), f"no tea{talking.END}"],
-    [talking.call("buy", '{"item": "jam"}'), f"no jam{talking.END}"],
-    [f"nothing{talking.END}"],
-    [f"no{talking.END}"],
-    *[[talking.call("dig", f'{{"depth": {n}}}'), f"deep{talking.END}"] for n in range(4)],
+    [scripted_turns.call("buy", '{"item": "tea"}'), f"no tea{scripted_turns.END}"],
+    [scripted_turns.call("buy", '{"item": "jam"}'), f"no jam{scripted_turns.END}"],
+    [f"nothing{scripted_turns.END}"],
+    [f"no{scripted_turns.END}"],
+    *[[scripted_turns.call("dig", f'{{"depth": {n}}}'), f"deep{scripted_turns.END}"] for n in range(4)],
 ]
 
 
-def test_what_an_environment_says_is_feedback_for_its_row(tmp_path: Path) -> None:
+def test_the_feedback_of_an_environment_is_that_of_its_row(tmp_path: Path) -> None:
     dataset = Dataset.from_dict(
         {
             "prompt": [tiny.user("shop?"), tiny.user("dig?")],
@@ -435,9 +437,9 @@ def test_what_an_environment_says_is_feedback_for_its_row(tmp_path: Path) -> Non
             assert asked == rendered(tokens, questions[row], tools[row])
 
 
-def test_the_tools_of_all_environments_would_be_noticed() -> None:
+def test_the_tools_of_all_environments_are_another_prompt() -> None:
     """The counter-example: one list of tools for every row is another prompt."""
-    tokens = talking.tokenizer()
+    tokens = scripted_turns.tokenizer()
     assert rendered(tokens, "q", [Shop().buy]) != rendered(tokens, "q", [Shop().buy, Garden().dig])
 
 
@@ -451,14 +453,14 @@ def test_feedback_is_no_tool() -> None:
     assert environment_feedback([Garden(), object()]) == ["roots everywhere", None]
 
 
-def test_an_environment_may_own_the_prompts(tmp_path: Path) -> None:
+def test_an_environment_may_return_the_prompts(tmp_path: Path) -> None:
     class Quiz(Garden):
         def reset(self, **_: Any) -> str:
             return "What now?"
 
     trainer = tool_trainer(
         tmp_path,
-        [[f"hm{talking.END}"]] * 8,
+        [[f"hm{scripted_turns.END}"]] * 8,
         tools=None,
         reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
         train_dataset=None,
@@ -471,10 +473,10 @@ def test_an_environment_may_own_the_prompts(tmp_path: Path) -> None:
     assert "roots everywhere" in text
 
 
-def test_a_rollout_function_brings_its_mask_and_its_feedback(tmp_path: Path) -> None:
+def test_mask_and_feedback_of_a_rollout_function(tmp_path: Path) -> None:
     """TRL's `rollout_func`: `env_mask` marks the model's tokens, any other key is a column of the rows."""
-    tokens = talking.tokenizer()
-    said = tokens(f"abcdef{talking.END}")["input_ids"]
+    tokens = scripted_turns.tokenizer()
+    said = tokens(f"abcdef{scripted_turns.END}")["input_ids"]
 
     def rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         ids = [rendered(tokens, prompt[-1]["content"], []) for prompt in prompts]
@@ -505,11 +507,13 @@ def test_a_rollout_function_brings_its_mask_and_its_feedback(tmp_path: Path) -> 
 # --- planted errors ---------------------------------------------------------------------------------------
 
 
-def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_with_other_tool_tokens_is_detected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The counter-example: the teacher's completion without the tools' answers."""
     true = step_batch.compact
 
-    def deaf(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, *rest: Any) -> Any:
+    def without_tool_results(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, *rest: Any) -> Any:
         return true(prompt_ids, prompt_mask, torch.where(ids > 100, 0, ids), *rest)
 
     def losses() -> list[float]:
@@ -518,5 +522,5 @@ def test_a_teacher_with_other_tool_tokens_is_noticed(tmp_path: Path, monkeypatch
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
     expected = losses()
-    monkeypatch.setattr(step_batch, "compact", deaf)
+    monkeypatch.setattr(step_batch, "compact", without_tool_results)
     assert losses() != pytest.approx(expected, rel=1e-3)

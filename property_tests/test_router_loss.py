@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from by_hand import ByHand, Method, Recorder, Row, render, trainable
+from reference_step import Method, Recorder, ReferenceStep, Row, render, trainable
 from torch import Tensor, nn
 
 from sdpo_rl import SDPOTrainer
@@ -26,7 +26,7 @@ def logs(trainer: Any, name: str) -> list[float]:
 
 
 def balance(model: nn.Module, rows: list[Row]) -> Tensor:
-    """Experts · Σ (share of tokens that take an expert) · (its mean probability), every row run alone."""
+    """Experts · Σ (fraction of tokens routed to an expert) · (its mean probability), every row run alone."""
     config, probabilities = model.config, []
     for row in rows:
         ids = torch.tensor([render(row.prompt, row.prompt[-1]["content"], Method()) + row.completion])
@@ -42,7 +42,7 @@ def signal(row: Row) -> bool:
 
 
 def step_gap(tmp_path: Path, *, backend: str = "torch", mean: bool = False, **changes: Any) -> float:
-    """How far the gradients of two steps are from the divergence's and the router loss's own, by hand."""
+    """Largest relative error of the gradients of two steps; the reference is divergence plus router loss."""
     trainer = tiny.trainer(
         tmp_path,
         start=tiny.experts(),
@@ -58,24 +58,24 @@ def step_gap(tmp_path: Path, *, backend: str = "torch", mean: bool = False, **ch
     trainer.train()
     assert trainer._fused == (backend == "torch")
     method = Method(sequence_mean=mean)
-    # Parity's rewards come without feedback.
-    hand, error = ByHand(tiny.experts(), method), 0.0
+    # `tiny.parity` returns no feedback.
+    reference, error = ReferenceStep(tiny.experts(), method), 0.0
     size = trainer.args.per_device_train_batch_size
     teacher = recorder.steps[0].before
     for step, logged in zip(recorder.steps, logs(trainer, "aux_loss"), strict=True):
-        hand.student.load_state_dict(step.before, strict=False)
-        hand.teacher.load_state_dict(teacher, strict=False)
+        reference.student.load_state_dict(step.before, strict=False)
+        reference.teacher.load_state_dict(teacher, strict=False)
         active = [row for row in step.rows if signal(row)]
         assert 0 < len(active) < len(step.rows)
-        _, gradients = hand.step(active, stale=False)
+        _, gradients = reference.step(active, stale=False)
         micro_batches = [step.rows[i : i + size] for i in range(0, len(step.rows), size)]
         parts = [[row for row in rows if signal(row)] for rows in micro_batches]
         counts = [float(len(rows) if mean else sum(sum(r.counts) for r in rows)) for rows in parts]
         router = torch.stack(
-            [balance(hand.student, rows) * n for rows, n in zip(parts, counts, strict=True) if n]
+            [balance(reference.student, rows) * n for rows, n in zip(parts, counts, strict=True) if n]
         ).sum() / sum(counts)
         assert logged == pytest.approx(router.item(), rel=1e-5)
-        named = dict(hand.student.named_parameters())
+        named = dict(reference.student.named_parameters())
         own = torch.autograd.grad(COEFFICIENT * router, list(named.values()), allow_unused=True)
         for name, gradient in zip(named, own, strict=True):
             if gradient is not None:
@@ -95,11 +95,11 @@ def test_a_step_has_the_router_loss_of_its_active_rows(
     assert step_gap(tmp_path, backend=backend, **split) < TOLERANCE
 
 
-def test_rows_count_alike_under_a_mean_of_rows(tmp_path: Path) -> None:
+def test_rows_have_equal_weight_under_sequence_mean(tmp_path: Path) -> None:
     assert step_gap(tmp_path, mean=True, **FOUR) < TOLERANCE
 
 
-def test_a_dropped_or_unweighted_router_loss_is_noticed(
+def test_a_dropped_or_unweighted_router_loss_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counter-examples: no term at all, and one that is equal for micro-batches of few and of many tokens."""
@@ -180,16 +180,16 @@ def test_grpo_on_a_cpu_has_its_router_loss(tmp_path: Path) -> None:
     assert losses[COEFFICIENT] - losses[0.0] == pytest.approx(COEFFICIENT * router, rel=1e-5)
 
 
-def test_a_model_that_keeps_its_router_loss_to_itself_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_returns_no_router_loss_is_refused(tmp_path: Path) -> None:
     start = tiny.experts()
 
-    class Silent(type(start)):  # type: ignore[misc]
+    class WithoutRouterLoss(type(start)):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             outputs = super().forward(*args, **kwargs)
             outputs.aux_loss = None
             return outputs
 
-    start.__class__ = Silent
+    start.__class__ = WithoutRouterLoss
     with pytest.raises(
         ValueError, match=r"returns aux_loss, got none; set GRPOConfig\(router_aux_loss_coef=0\.0\)"
     ):

@@ -1,4 +1,4 @@
-"""What GRPO's users take for granted, and what the trainer promises beside its loss."""
+"""What users of GRPO expect, and what the trainer promises besides its loss."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import pytest
 import tiny
 import torch
 import trl
-from by_hand import ByHand, Method, Recorder, trainable
 from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from reference_step import Method, Recorder, ReferenceStep, trainable
 from transformers import ProgressCallback, TrainerCallback
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
@@ -50,7 +50,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 @pytest.mark.parametrize("split", [{}, FOUR], ids=["one micro-batch", "four"])
-def test_disabled_is_grpo_by_hand(tmp_path: Path, loss_type: str, split: dict[str, Any]) -> None:
+def test_disabled_is_grpo(tmp_path: Path, loss_type: str, split: dict[str, Any]) -> None:
     """On-policy the ratio is 1, and the loss −A·log p: a mean per row and then over rows, or over all tokens."""
     trainer = tiny.trainer(
         tmp_path,
@@ -82,7 +82,7 @@ def test_disabled_is_grpo_by_hand(tmp_path: Path, loss_type: str, split: dict[st
             assert (gradient - step.gradients[name]).norm() < 1e-5 * norm, name
 
 
-def test_disabled_says_nothing_of_its_own_and_needs_no_signal(tmp_path: Path) -> None:
+def test_disabled_logs_nothing_of_sdpo_and_needs_no_signal(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path,
         sdpo_config=SDPOConfig(enabled=False, k=10**6),
@@ -147,7 +147,7 @@ def test_a_trainer_patched_too_late_is_refused(tmp_path: Path, monkeypatch: pyte
         tiny.trainer(tmp_path)
 
 
-# --- ways to build one ------------------------------------------------------------------------------------
+# --- constructor ------------------------------------------------------------------------------------------
 
 
 def test_a_model_by_its_name(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_callbacks_are_called(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [8, 4, 2])
-def test_evaluation_is_the_mean_divergence_and_moves_nothing(tmp_path: Path, rows: int) -> None:
+def test_evaluation_is_the_mean_divergence_and_changes_no_weight(tmp_path: Path, rows: int) -> None:
     trainer = tiny.trainer(
         tmp_path,
         eval_dataset=tiny.conversations(4),
@@ -215,13 +215,13 @@ def test_evaluation_is_the_mean_divergence_and_moves_nothing(tmp_path: Path, row
     trainer.compute_loss = watched
     before, teacher = trainable(trainer.model), dict(trainer._teacher.state.params)
     result = trainer.evaluate()
-    hand = ByHand(tiny.model(), Method())
+    reference = ReferenceStep(tiny.model(), Method())
     assert len(recorder.evaluated) == 8
     assert all(len(row.peers) == 1 for row in recorder.evaluated)
-    loss, _ = hand.step(recorder.evaluated, stale=False)
+    loss, _ = reference.step(recorder.evaluated, stale=False)
     assert result["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert result[f"eval_{PREFIX}divergence"] == pytest.approx(loss, rel=1e-5)
-    # Batches differ in their tokens: the mean of their means is another number.
+    # Batches differ in their tokens, so the mean of their means differs.
     assert len(by_batch) == 8 // rows
     assert (sum(by_batch) / len(by_batch) == pytest.approx(loss, rel=1e-4)) == (rows == 8)
     assert same(before, trainable(trainer.model))
@@ -242,70 +242,70 @@ def test_evaluation_without_a_signal_is_zero(tmp_path: Path) -> None:
 # --- feedback ---------------------------------------------------------------------------------------------
 
 
-def said(text: str) -> str | None:
+def feedback_on(text: str) -> str | None:
     """Feedback that names its completion; none for some."""
     return f"about [{text}]{{x}}" if len(text) % 3 else None
 
 
 def pairs(completions: list[Any], **_: Any) -> list[Any]:
-    return [(0.0, said(text)) for text in texts(completions)]
+    return [(0.0, feedback_on(text)) for text in texts(completions)]
 
 
 def mappings(completions: list[Any], **_: Any) -> list[Any]:
-    return [{"score": 0.0, "feedback": said(text)} for text in texts(completions)]
+    return [{"score": 0.0, "feedback": feedback_on(text)} for text in texts(completions)]
 
 
 def not_applicable(completions: list[Any], **_: Any) -> list[Any]:
-    return [(None, said(text)) for text in texts(completions)]
+    return [(None, feedback_on(text)) for text in texts(completions)]
 
 
 def mixed(completions: list[Any], **_: Any) -> list[Any]:
-    return [0.0 if said(text) is None else (0.0, said(text)) for text in texts(completions)]
+    return [0.0 if feedback_on(text) is None else (0.0, feedback_on(text)) for text in texts(completions)]
 
 
 async def later(completions: list[Any], **_: Any) -> list[Any]:
-    return [(0.0, said(text)) for text in texts(completions)]
+    return [(0.0, feedback_on(text)) for text in texts(completions)]
 
 
-class Remembering:
-    """Floats from the call, texts in an attribute."""
+class WithLastFeedback:
+    """Returns floats, and has the texts in an attribute."""
 
     last_feedback: list[str | None]
 
     def __call__(self, completions: list[Any], **_: Any) -> list[float]:
-        self.last_feedback = [said(text) for text in texts(completions)]
+        self.last_feedback = [feedback_on(text) for text in texts(completions)]
         return [0.0] * len(completions)
 
 
 def first_half(completions: list[Any], **_: Any) -> list[Any]:
-    return [(0.0, (said(text) or "")[: len(text) // 2]) for text in texts(completions)]
+    return [(0.0, (feedback_on(text) or "")[: len(text) // 2]) for text in texts(completions)]
 
 
-SAYING: dict[str, tuple[Callable[[], Any], Callable[[str], str | None]]] = {
-    "pairs": (lambda: pairs, said),
-    "mappings": (lambda: mappings, said),
-    "no score": (lambda: [not_applicable, never], said),
-    "mixed": (lambda: mixed, said),
-    "async": (lambda: later, said),
-    "attribute": (Remembering, said),
-    "beside a function that says nothing": (lambda: [never, pairs], said),
-    "two that speak": (
+FEEDBACK_SOURCES: dict[str, tuple[Callable[[], Any], Callable[[str], str | None]]] = {
+    "pairs": (lambda: pairs, feedback_on),
+    "mappings": (lambda: mappings, feedback_on),
+    "no score": (lambda: [not_applicable, never], feedback_on),
+    "mixed": (lambda: mixed, feedback_on),
+    "async": (lambda: later, feedback_on),
+    "attribute": (WithLastFeedback, feedback_on),
+    "beside a function without feedback": (lambda: [never, pairs], feedback_on),
+    "two functions with feedback": (
         lambda: [pairs, mappings],
-        lambda text: None if said(text) is None else f"{said(text)}\n\n{said(text)}",
+        lambda text: None if feedback_on(text) is None else f"{feedback_on(text)}\n\n{feedback_on(text)}",
     ),
     "floats": (lambda: never, lambda text: None),
 }
 
 
 def feedback_of(ids: list[int], marker: str = "earlier attempt:\n\n") -> str | None:
-    """What a teacher's prompt says of the attempt."""
+    """The feedback in a teacher's prompt."""
     text = "".join(tiny.VOCABULARY[i] for i in ids)
     return text.split(marker)[1].split("\n\nCorrectly solve")[0] if marker in text else None
 
 
-@pytest.mark.parametrize("name", SAYING)
+@pytest.mark.parametrize("name", FEEDBACK_SOURCES)
 def test_feedback_reaches_its_row_and_the_table(tmp_path: Path, name: str) -> None:
-    make, expected = SAYING[name]
+    make, expected = FEEDBACK_SOURCES[name]
     trainer = tiny.trainer(tmp_path, reward_funcs=make(), log_completions=True, max_steps=1, **FOUR)
     recorder = Recorder(trainer)
     contexts: list[list[int]] = []
@@ -323,7 +323,7 @@ def test_feedback_reaches_its_row_and_the_table(tmp_path: Path, name: str) -> No
         assert (text if isinstance(text, str) else None) == expected(tiny.text_of(list(completion)))
 
 
-def test_a_static_column_counts_where_nothing_live_came(tmp_path: Path) -> None:
+def test_a_dataset_column_is_used_for_rows_without_live_feedback(tmp_path: Path) -> None:
     data = tiny.conversations(8, feedback=[f"static {i}" if i % 2 else None for i in range(8)])
     trainer = tiny.trainer(tmp_path, reward_funcs=pairs, train_dataset=data, max_steps=4)
     recorder = Recorder(trainer)
@@ -335,9 +335,9 @@ def test_a_static_column_counts_where_nothing_live_came(tmp_path: Path) -> None:
         ):
             number = int(row.prompt[-1]["content"].split()[-1])
             static = f"static {number}" if number % 2 else None
-            expected = said(row.text) or static
+            expected = feedback_on(row.text) or static
             assert feedback_of(ids[mask.bool()].tolist()) == expected
-            checked["live" if said(row.text) else static is not None] += 1
+            checked["live" if feedback_on(row.text) else static is not None] += 1
 
     recorder._alter = watch
     trainer.train()
@@ -347,7 +347,7 @@ def test_a_static_column_counts_where_nothing_live_came(tmp_path: Path) -> None:
 def test_the_table_stays_aligned_when_a_batch_has_no_feedback(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def moody(completions: list[Any], **_: Any) -> list[Any]:
+    def sometimes_feedback(completions: list[Any], **_: Any) -> list[Any]:
         calls.append(len(completions))
         if len(calls) in (1, 4):
             return [(0.0, "about " + text) for text in texts(completions)]
@@ -355,7 +355,7 @@ def test_the_table_stays_aligned_when_a_batch_has_no_feedback(tmp_path: Path) ->
 
     trainer = tiny.trainer(
         tmp_path,
-        reward_funcs=moody,
+        reward_funcs=sometimes_feedback,
         log_completions=True,
         max_steps=4,
         eval_dataset=tiny.conversations(1),
@@ -379,7 +379,7 @@ def test_feedback_is_logged_under_grpo_too(tmp_path: Path) -> None:
     )
     trainer.train()
     table = pandas.read_parquet(next((tmp_path / "completions").glob("*.parquet")))
-    expected = [said(tiny.text_of(list(completion))) for completion in table["completion"]]
+    expected = [feedback_on(tiny.text_of(list(completion))) for completion in table["completion"]]
     assert [text if isinstance(text, str) else None for text in table["feedback"]] == expected
 
 
@@ -396,7 +396,7 @@ def test_feedback_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_the_threshold_is_reached_by_a_reward_that_equals_it(tmp_path: Path) -> None:
-    """0.7 in float32 lies below the double 0.7."""
+    """0.7 in float32 is less than the double 0.7."""
 
     def constant(completions: list[Any], **_: Any) -> list[float]:
         return [0.7 for _ in completions]
@@ -498,7 +498,7 @@ def test_the_teacher_s_distance_is_that_of_its_weights(tmp_path: Path) -> None:
     assert logs(trainer, f"{PREFIX}teacher_distance") == pytest.approx([(gap / norm).item()], rel=1e-5)
 
 
-def test_nothing_to_learn_from_is_said_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_signal_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
         tiny.trainer(
             tmp_path, sdpo_config=tiny.config(diagnostics_patience=2), reward_funcs=never, max_steps=2
@@ -506,7 +506,7 @@ def test_nothing_to_learn_from_is_said_aloud(tmp_path: Path, caplog: pytest.LogC
     assert "No row had a teacher signal for 2 generation batches" in caplog.text
 
 
-# --- the teacher's clock ----------------------------------------------------------------------------------
+# --- teacher updates --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_one_tick_per_finished_generation_batch(
     assert trainer._teacher.state.ticks == ticks
 
 
-def test_the_teacher_starts_as_the_student_and_holds_only_what_trains(tmp_path: Path) -> None:
+def test_the_teacher_starts_as_the_student_and_has_only_trainable_parameters(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
     held, own = trainer._teacher.state.params, trainable(trainer.model)
     assert held.keys() == own.keys()
@@ -542,7 +542,7 @@ def test_the_teacher_starts_as_the_student_and_holds_only_what_trains(tmp_path: 
     assert any(tensor.abs().sum() > 0 for tensor in held.values())
 
 
-def test_the_teacher_reads_without_dropout_and_modes_come_back(tmp_path: Path) -> None:
+def test_the_teacher_runs_without_dropout_and_modes_are_restored(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5), max_steps=1
     )
@@ -565,13 +565,13 @@ def test_the_teacher_reads_without_dropout_and_modes_come_back(tmp_path: Path) -
     assert layer.training
 
 
-# --- what waits for the device ----------------------------------------------------------------------------
+# --- device synchronization -------------------------------------------------------------------------------
 
-READS = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+SYNCHRONIZING = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
-def reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the adapter itself reads of tensors from now on; on a GPU it would wait for each."""
+def synchronizations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The methods by which the adapter reads values of tensors from now on; each waits for a GPU."""
     seen: list[str] = []
 
     def watched(name: str) -> Callable[..., Any]:
@@ -584,14 +584,14 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return read
 
-    for name in READS:
+    for name in SYNCHRONIZING:
         monkeypatch.setattr(torch.Tensor, name, watched(name))
     return seen
 
 
 @pytest.mark.parametrize("together", [10**6, 100], ids=["one teacher's forward", "several"])
 @pytest.mark.parametrize("active", [8, 3, 0])
-def test_a_micro_batch_is_read_once(
+def test_a_micro_batch_synchronizes_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, active: int, together: int
 ) -> None:
     trainer = tiny.trainer(tmp_path, max_steps=1, reward_funcs=lambda completions, **_: [(0.0, "no")] * 8)
@@ -600,7 +600,7 @@ def test_a_micro_batch_is_read_once(
     inputs["loss_mask"] &= (torch.arange(8) < active)[:, None]
     monkeypatch.setattr(micro_batch, "_TEACHER_TOKENS", together)
     monkeypatch.setattr(micro_batch, "_TEACHER_WIDTH", 32)
-    seen = reading(monkeypatch)
+    seen = synchronizations(monkeypatch)
     trainer.compute_loss(trainer.model, inputs)
     trainer._teacher.tick(trainer._unwrapped)
     assert seen == ["tolist"]
@@ -638,7 +638,7 @@ def test_rows_without_signal_cost_no_forward(tmp_path: Path, split: dict[str, An
     assert sum(seen) == 2 * active
 
 
-def test_a_step_without_signal_is_a_zero_that_changes_nothing(tmp_path: Path) -> None:
+def test_a_step_without_signal_has_loss_zero_and_changes_nothing(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, reward_funcs=never, weight_decay=0.0, max_steps=2, **FOUR)
     recorder, seen, before = Recorder(trainer), rows_forwarded(trainer), trainable(trainer.model)
     trainer.train()
@@ -677,25 +677,25 @@ def adamw_gap(tmp_path: Path, **changes: Any) -> float:
     recorder = Recorder(trainer)
     trainer.train()
     assert [loss > 0 for loss in logs(trainer, "loss")] == [False, True, False, True]
-    hand = recorder.steps[0].before
-    first, second = ({name: torch.zeros_like(p) for name, p in hand.items()} for _ in betas)
+    reference = recorder.steps[0].before
+    first, second = ({name: torch.zeros_like(p) for name, p in reference.items()} for _ in betas)
     for count, step in enumerate(recorder.steps, start=1):
-        for name, parameter in hand.items():
+        for name, parameter in reference.items():
             gradient = step.gradients[name]
             first[name] = betas[0] * first[name] + (1 - betas[0]) * gradient
             second[name] = betas[1] * second[name] + (1 - betas[1]) * gradient**2
             shrunk = parameter * (1 - rate * decay * ("bias" not in name and "norm" not in name))
             derivative = first[name] / (1 - betas[0] ** count)
             size = (second[name] / (1 - betas[1] ** count)).sqrt() + 1e-8
-            hand[name] = shrunk - rate * derivative / size
-    return max((hand[name] - p).abs().max().item() for name, p in recorder.steps[-1].after.items())
+            reference[name] = shrunk - rate * derivative / size
+    return max((reference[name] - p).abs().max().item() for name, p in recorder.steps[-1].after.items())
 
 
 @pytest.mark.parametrize("split", [{}, FOUR], ids=["one micro-batch", "four"])
 def test_a_step_without_signal_is_a_step_of_adamw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: dict[str, Any]
 ) -> None:
-    """Momentum and weight decay go on, for every parameter."""
+    """Momentum and weight decay continue, for every parameter."""
     assert adamw_gap(tmp_path / "ours", **split) < 1e-5
     only_the_first_parameter(monkeypatch)
     assert adamw_gap(tmp_path / "counter-example", **split) > 1e-3
@@ -716,7 +716,7 @@ def test_a_frozen_parameter_gets_no_gradient_from_a_step_without_signal(tmp_path
         assert torch.equal(parameter, before[name]) == ("lora_A" not in name)
 
 
-def test_signal_comes_back_after_an_empty_batch(tmp_path: Path) -> None:
+def test_a_step_after_one_without_signal(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def second_time(completions: list[Any], **_: Any) -> list[Any]:
@@ -757,7 +757,7 @@ def test_a_reprompt_never_exceeds_its_limit_or_the_model(tmp_path: Path) -> None
         assert logs(trainer, f"{PREFIX}truncated_reprompt_fraction") == [1.0]
 
 
-def test_a_question_that_leaves_no_room_teaches_nothing(tmp_path: Path) -> None:
+def test_a_row_whose_question_fills_the_limit_is_dropped(tmp_path: Path) -> None:
     data = Dataset.from_dict({"prompt": [tiny.user("why " * 30)] * 4})
     trainer = tiny.trainer(
         tmp_path, sdpo_config=tiny.config(max_reprompt_length=100), train_dataset=data, max_steps=1
@@ -787,8 +787,8 @@ IN_THE_HEAD: dict[str, tuple[Callable[[], PeftConfig], bool]] = {
 
 
 def with_an_adapted_head(folder: Path, name: str, backend: str, patch: pytest.MonkeyPatch) -> Any:
-    # TRL refuses some of these for its own loss's sake, as its releases and their patched copies do or do not.
-    patch.setattr("trl.trainer.grpo_trainer.BaseTunerLayer", type("None of them", (), {}), raising=False)
+    # Some releases of TRL refuse some of these for the sake of its own loss.
+    patch.setattr("trl.trainer.grpo_trainer.BaseTunerLayer", type("NoTunerLayer", (), {}), raising=False)
     make, tied = IN_THE_HEAD[name]
     torch.manual_seed(0)
     model = get_peft_model(tiny.model(tie_word_embeddings=tied), make())
@@ -816,7 +816,7 @@ def test_an_adapted_head_is_trained_with_whole_logits(
 
 
 @pytest.mark.parametrize("name", IN_THE_HEAD)
-def test_a_backend_that_was_asked_for_refuses_an_adapted_head(
+def test_an_explicit_backend_refuses_an_adapted_head(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = with_an_adapted_head(tmp_path, name, "torch", monkeypatch)

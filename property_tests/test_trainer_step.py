@@ -1,7 +1,7 @@
-"""An optimizer step of the trainer against the same step written by hand.
+"""An optimizer step of the trainer against the same step of `reference_step`.
 
 Sums, batches, padding, accumulation and the teacher's clock are the trainer's; loss and gradient must be those
-of `by_hand`, which has none of them.
+of `reference_step`, which has none of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from by_hand import Method, Row, compare
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from reference_step import Method, Row, compare
 from torch import Tensor, nn
 
 from sdpo_rl import trainer as trainer_module
@@ -33,11 +33,11 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_p
 # --- equality ---------------------------------------------------------------------------------------------
 
 
-def blank(lora: bool = False) -> nn.Module:
+def fresh_model(lora: bool = False) -> nn.Module:
     return get_peft_model(tiny.model(), copy.deepcopy(LORA)) if lora else tiny.model()
 
 
-def talk() -> Dataset:
+def multi_turn() -> Dataset:
     """A system prompt and an earlier exchange before the question."""
     return Dataset.from_dict(
         {
@@ -107,8 +107,8 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Method]] = {
     "frozen teacher": ({"teacher_mode": "frozen"}, Method(teacher="frozen")),
     "live teacher": ({"teacher_mode": "live"}, Method(teacher="live")),
     "trust region": ({"teacher_mode": "trust_region"}, Method(teacher="trust_region")),
-    "teacher that is the student after every tick": ({"teacher_update_rate": 1.0}, Method(rate=1.0)),
-    "teacher at rest in CPU memory": ({"teacher_offload": "cpu"}, Method()),
+    "teacher equal to the student after every update": ({"teacher_update_rate": 1.0}, Method(rate=1.0)),
+    "offloaded teacher": ({"teacher_offload": "cpu"}, Method()),
     "two demonstrations": ({"num_demonstrations": 2}, Method(shown=2)),
     "feedback beside a demonstration": (
         {"environment_feedback_only_without_solution": False},
@@ -123,7 +123,7 @@ def test_a_step_is_the_same_however_it_is_split(tmp_path: Path, split: str, back
     trainer = tiny.trainer(
         tmp_path, sdpo_config=tiny.config(loss_backend=backend), **{"max_steps": 4, **ACCUMULATION[split]}
     )
-    difference = compare(trainer, blank())
+    difference = compare(trainer, fresh_model())
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
 
@@ -139,13 +139,13 @@ def test_every_objective(tmp_path: Path, objective: str, backend: str) -> None:
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
     )
-    difference = compare(trainer, blank(), method)
+    difference = compare(trainer, fresh_model(), method)
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["torch", "logits"])
-def test_the_temperature_divides_both_sides(tmp_path: Path, backend: str) -> None:
+def test_the_temperature_divides_the_logits_of_both_models(tmp_path: Path, backend: str) -> None:
     trainer = tiny.trainer(
         tmp_path,
         sdpo_config=tiny.config(loss_backend=backend),
@@ -153,7 +153,7 @@ def test_the_temperature_divides_both_sides(tmp_path: Path, backend: str) -> Non
         num_iterations=2,
         max_steps=3,
     )
-    assert compare(trainer, blank(), Method(temperature=0.6)).gradient < TOLERANCE
+    assert compare(trainer, fresh_model(), Method(temperature=0.6)).gradient < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -163,14 +163,14 @@ def test_the_importance_weights(tmp_path: Path, changes: dict[str, Any]) -> None
     trainer = tiny.trainer(
         tmp_path, sdpo_config=tiny.config(**changes), num_iterations=3, max_steps=5, learning_rate=0.05
     )
-    assert compare(trainer, blank(), Method(clip=changes["is_clip"])).gradient < TOLERANCE
+    assert compare(trainer, fresh_model(), Method(clip=changes["is_clip"])).gradient < TOLERANCE
 
 
-def test_the_teacher_may_tick_with_the_optimizer(tmp_path: Path) -> None:
+def test_the_teacher_may_be_updated_after_every_optimizer_step(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path, sdpo_config=tiny.config(teacher_tick="optimizer_step"), num_iterations=2, max_steps=4
     )
-    assert compare(trainer, blank(), Method(tick_every_step=True)).gradient < TOLERANCE
+    assert compare(trainer, fresh_model(), Method(tick_every_step=True)).gradient < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["torch", "logits"])
@@ -187,24 +187,24 @@ def test_adapters_and_checkpointing(tmp_path: Path, lora: bool, checkpointing: b
         max_steps=3,
         learning_rate=0.05,
     )
-    assert compare(trainer, blank(lora)).gradient < TOLERANCE
+    assert compare(trainer, fresh_model(lora)).gradient < TOLERANCE
 
 
-def test_plain_prompts_stay_plain(tmp_path: Path) -> None:
-    assert compare(tiny.trainer(tmp_path, train_dataset=tiny.plain()), blank()).gradient < TOLERANCE
+def test_plain_prompts(tmp_path: Path) -> None:
+    assert compare(tiny.trainer(tmp_path, train_dataset=tiny.plain()), fresh_model()).gradient < TOLERANCE
 
 
-def test_system_prompt_and_earlier_turns_stay(tmp_path: Path) -> None:
-    assert compare(tiny.trainer(tmp_path, train_dataset=talk()), blank()).gradient < TOLERANCE
+def test_system_prompt_and_earlier_turns_are_kept(tmp_path: Path) -> None:
+    assert compare(tiny.trainer(tmp_path, train_dataset=multi_turn()), fresh_model()).gradient < TOLERANCE
 
 
 def test_chat_template_arguments_reach_the_teacher(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, chat_template_kwargs={"tag": "ok:"})
-    assert compare(trainer, blank(), Method(tag="ok:")).gradient < TOLERANCE
+    assert compare(trainer, fresh_model(), Method(tag="ok:")).gradient < TOLERANCE
 
 
 def tool_tokens(output: dict[str, Any], batch: list[Row]) -> None:
-    """Every third token came from a tool."""
+    """Every third token is from a tool."""
     mask = torch.ones_like(output["completion_mask"])
     mask[:, ::3] = 0
     output["tool_mask"] = mask
@@ -214,7 +214,7 @@ def tool_tokens(output: dict[str, Any], batch: list[Row]) -> None:
 
 
 def engine_log_probs(output: dict[str, Any], batch: list[Row]) -> None:
-    """An inference engine that disagrees, and could not score every fourth token."""
+    """An inference engine with other log-probabilities, which could not score every fourth token."""
     old = output["old_per_token_logps"]
     gap = torch.linspace(-1.0, 1.5, old.numel()).view_as(old)
     gap[:, ::4] = 0.0
@@ -225,25 +225,25 @@ def engine_log_probs(output: dict[str, Any], batch: list[Row]) -> None:
 
 def test_tokens_from_tools_have_no_loss(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, **FOUR)
-    difference = compare(trainer, blank(), alter=tool_tokens)
+    difference = compare(trainer, fresh_model(), alter=tool_tokens)
     assert max(difference.gradient, difference.loss) < TOLERANCE
 
 
-def test_the_inference_engine_is_corrected_for(tmp_path: Path) -> None:
+def test_the_difference_to_the_inference_engine_is_corrected(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5), num_iterations=2, max_steps=3
     )
-    difference = compare(trainer, blank(), Method(engine_clip=1.5), alter=engine_log_probs)
+    difference = compare(trainer, fresh_model(), Method(engine_clip=1.5), alter=engine_log_probs)
     assert difference.gradient < TOLERANCE
 
 
 def test_cut_off_completions_have_no_loss_when_masked(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, mask_truncated_completions=True, max_completion_length=4, **FOUR)
-    difference = compare(trainer, blank())
+    difference = compare(trainer, fresh_model())
     assert max(difference.gradient, difference.loss) < TOLERANCE
 
 
-def test_evaluation_in_between_changes_no_step(tmp_path: Path) -> None:
+def test_an_evaluation_between_steps_changes_no_step(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path,
         eval_dataset=tiny.conversations(2),
@@ -253,7 +253,7 @@ def test_evaluation_in_between_changes_no_step(tmp_path: Path) -> None:
         max_steps=3,
         **FOUR,
     )
-    difference = compare(trainer, blank())
+    difference = compare(trainer, fresh_model())
     assert max(difference.gradient, difference.loss) < TOLERANCE
 
 
@@ -281,7 +281,7 @@ def test_a_vocabulary_with_impossible_tokens(tmp_path: Path, teacher: Any, backe
 
 
 # --- planted errors ---------------------------------------------------------------------------------------
-# Each is a fault that some implementation had; the comparison that passes above must notice it.
+# Each is an error that some implementation had; the comparison above must detect it.
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -316,12 +316,17 @@ def teacher_without_temperature(patch: pytest.MonkeyPatch) -> None:
     for name in ("from_logits", "fused"):
         true = getattr(step_loss, name)
 
-        def forgetful(config: Any, p: Any, q: Any, *args: Any, true: Any = true, **kwargs: Any) -> Any:
-            warm = kwargs["temperature"]
-            q = [x._replace(hidden=x.hidden * warm) if hasattr(x, "hidden") else x * warm for x in q]
+        def without_temperature(
+            config: Any, p: Any, q: Any, *args: Any, true: Any = true, **kwargs: Any
+        ) -> Any:
+            temperature = kwargs["temperature"]
+            q = [
+                x._replace(hidden=x.hidden * temperature) if hasattr(x, "hidden") else x * temperature
+                for x in q
+            ]
             return true(config, p, q, *args, **kwargs)
 
-        patch.setattr(step_loss, name, forgetful)
+        patch.setattr(step_loss, name, without_temperature)
 
 
 def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
@@ -334,7 +339,7 @@ def padding_is_attended(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step_batch, "left_pad", left_pad)
 
 
-def teacher_reads_the_neighbour(patch: pytest.MonkeyPatch) -> None:
+def teacher_prompt_of_the_next_row(patch: pytest.MonkeyPatch) -> None:
     true = step_batch.left_pad
 
     def left_pad(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -344,11 +349,11 @@ def teacher_reads_the_neighbour(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step_batch, "left_pad", left_pad)
 
 
-def teacher_never_moves(patch: pytest.MonkeyPatch) -> None:
+def teacher_is_never_updated(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainer_module.TeacherStore, "tick", lambda self, model: None)
 
 
-def teacher_moves_with_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
+def teacher_is_updated_by_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
     true = trainer_module.SDPOTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -391,12 +396,12 @@ ERRORS: list[tuple[Plant, dict[str, Any], Method]] = [
     (each_micro_batch_by_its_own_count, FOUR, Method()),
     (not_divided_by_accumulation, FOUR, Method()),
     (template_applied_twice, {}, Method()),
-    (system_prompt_lost, {"train_dataset": talk()}, Method()),
+    (system_prompt_lost, {"train_dataset": multi_turn()}, Method()),
     (teacher_without_temperature, {"temperature": 0.6}, Method(temperature=0.6)),
     (padding_is_attended, {}, Method()),
-    (teacher_reads_the_neighbour, {}, Method()),
-    (teacher_never_moves, {}, Method()),
-    (teacher_moves_with_every_micro_batch, FOUR, Method()),
+    (teacher_prompt_of_the_next_row, {}, Method()),
+    (teacher_is_never_updated, {}, Method()),
+    (teacher_is_updated_by_every_micro_batch, FOUR, Method()),
     (teacher_is_the_student, {}, Method()),
     (importance_weights_forgotten, {"num_iterations": 2}, Method()),
     (one_position_late, {}, Method()),
@@ -405,9 +410,9 @@ ERRORS: list[tuple[Plant, dict[str, Any], Method]] = [
 
 
 @pytest.mark.parametrize(("plant", "changes", "method"), ERRORS, ids=[plant.__name__ for plant, *_ in ERRORS])
-def test_the_comparison_notices(
+def test_the_comparison_detects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant, changes: dict[str, Any], method: Method
 ) -> None:
     plant(monkeypatch)
     trainer = tiny.trainer(tmp_path, **{"max_steps": 4, **changes})
-    assert compare(trainer, blank(), method).gradient > 1000 * TOLERANCE
+    assert compare(trainer, fresh_model(), method).gradient > 1000 * TOLERANCE

@@ -1,4 +1,4 @@
-"""What the trainer relies on in Unsloth's rewritten `GRPOTrainer`, run for real on a CPU.
+"""What the trainer relies on in Unsloth's rewritten `GRPOTrainer`, tested with that trainer on a CPU.
 
 The `observe` functions run in a fresh process (see unsloth_driver.py); the tests read what they saw.
 """
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.
 
 
 def observe_trainer() -> dict[str, Any]:
-    """One run with row keys added, a linear loss on the second trainer, and every call noted."""
+    """A run with row keys added, and one with a linear loss; all calls are recorded."""
     import torch
     import trl
     from unsloth import FastLanguageModel, PatchFastRL
@@ -183,7 +183,7 @@ def test_the_right_order_and_what_it_refuses(facts: dict[str, Any]) -> None:
     test_unsloth_compat.check_order(facts["order"])
 
 
-def test_trl_hands_out_the_rewritten_class(trainer_facts: dict[str, Any]) -> None:
+def test_trl_exports_the_rewritten_class(trainer_facts: dict[str, Any]) -> None:
     assert trainer_facts["mro"][:3] == ["UnslothGRPOTrainer", "_UnslothGRPOTrainer", "_BaseTrainer"]
     assert "GRPOTrainer" not in trainer_facts["mro"]
     assert trainer_facts["second_patch_keeps_class"]
@@ -195,7 +195,7 @@ def test_only_compute_loss_is_called(trainer_facts: dict[str, Any]) -> None:
     assert trainer_facts["inner_loss_calls"] == 0
 
 
-def test_row_keys_travel_with_their_rows(trainer_facts: dict[str, Any]) -> None:
+def test_row_keys_stay_with_their_rows(trainer_facts: dict[str, Any]) -> None:
     first_batch = trainer_facts["steps"][:2]
     assert sorted(row for step in first_batch for row in step["rows"]) == list(range(8))
     assert [row for step in first_batch for row in step["rows"]] != list(range(8)), "rows are shuffled"
@@ -222,7 +222,7 @@ def check_padding(errors: dict[str, float]) -> None:
     assert max(exact.values()) < 1e-5, exact
     for name, error in errors.items():
         if "interior" in name and "positions=False" in name:
-            assert error > 1e-2, f"{name}: interior pads went unnoticed"
+            assert error > 1e-2, f"{name}: interior pads had no effect"
 
 
 def test_ragged_rows_equal_rows_alone(padding_errors: dict[str, float]) -> None:

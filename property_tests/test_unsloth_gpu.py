@@ -1,4 +1,4 @@
-"""FastLanguageModel on a GPU: a 4-bit base, its kernels, its attention, and a card that is too small.
+"""FastLanguageModel on a GPU: a 4-bit base, its kernels, its attention, and too little memory.
 
 Each observation is a fresh process, as in test_unsloth_cpu.py.
 """
@@ -67,8 +67,8 @@ def fingerprint(model: Any) -> list[int]:
 
 
 def observe_recipe() -> dict[str, Any]:
-    """A short training on a 4-bit base, with what the teacher held and what moved."""
-    from by_hand import trainable
+    """A short training on a 4-bit base, with the teacher and the changes of weights."""
+    from reference_step import trainable
 
     tiny.remark = long_remark
     model = quantized_model()
@@ -99,7 +99,7 @@ def observe_recipe() -> dict[str, Any]:
         for name, tensor in trainable(model).items():
             average[name] = 0.7 * average[name] + 0.3 * tensor.float()
 
-    # Dropout would draw anew for the second backend.
+    # Dropout would have another mask for the second backend.
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -123,7 +123,7 @@ def observe_recipe() -> dict[str, Any]:
 
 
 def run_out_of_memory(trainer: Any) -> list[str]:
-    """The message, and the kind of its cause, when the card is full in the middle of a loss."""
+    """The message, and the class of its cause, when memory runs out during a loss."""
     batch = trainer._buffered_inputs[0]
     trainer.model.train()
     torch.cuda.empty_cache()
@@ -146,7 +146,7 @@ def run_out_of_memory(trainer: Any) -> list[str]:
 def observe_grpo() -> dict[str, float]:
     """`enabled=False` against Unsloth's own trainer, and that one against itself."""
     import trl
-    from by_hand import trainable
+    from reference_step import trainable
 
     after = {}
     for name in ("base", "again", "ours"):
@@ -207,7 +207,7 @@ def test_the_teacher_is_the_average_of_the_adapters_alone(recipe: dict[str, Any]
     assert recipe["teacher_behind"] > 1e-5
 
 
-def test_nothing_quantized_moves(recipe: dict[str, Any]) -> None:
+def test_quantized_weights_do_not_change(recipe: dict[str, Any]) -> None:
     assert recipe["quantized"] == 2 * len(driver.PROJECTIONS)
     assert recipe["base_untouched"]
 
@@ -218,7 +218,7 @@ def test_fused_loss_and_whole_logits_agree(recipe: dict[str, Any]) -> None:
         assert fused == pytest.approx(whole, rel=0.05, abs=1e-3)
 
 
-def test_a_full_card_is_explained(recipe: dict[str, Any]) -> None:
+def test_an_out_of_memory_error_has_advice(recipe: dict[str, Any]) -> None:
     message, cause, trace = recipe["out_of_memory"]
     assert cause == "OutOfMemoryError", trace
     for word in ("per_device_train_batch_size=2", "max_completion_length=16", "loss_chunk_size"):
@@ -232,7 +232,7 @@ def test_the_report_names_the_parts(recipe: dict[str, Any]) -> None:
 
 def test_grpo_is_unsloths_own(tmp_path: Path) -> None:
     moved = driver.run("test_unsloth_gpu:observe_grpo", tmp_path, gpu=True)
-    # Twice the same program may differ on a GPU; ours may not differ more.
+    # Two runs of one program may differ on a GPU; ours may not differ more.
     assert moved["ours"] <= 2 * moved["again"] + 1e-6
 
 

@@ -1,4 +1,4 @@
-"""SDPO steps over Unsloth's real rewritten trainer, against the same steps by hand in plain transformers.
+"""SDPO steps over Unsloth's rewritten trainer, against the same steps of `reference_step` in plain transformers.
 
 A fresh process patches TRL, trains and writes down rows, weights, gradients and losses. This process, which has
 never seen Unsloth, does each step again: every row alone, no padding, the divergence from its definition.
@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import by_hand as hand
 import pytest
+import reference_step as reference
 import tiny
 import torch
 import unsloth_driver as driver
@@ -31,32 +31,32 @@ def long_remark(text: str) -> str:
     return "" if tiny.score(text) else "no, " * (1 + 13 * (sum(map(ord, text)) % 5)) + "see {above}"
 
 
-# Changes of the GRPOConfig, of the SDPOConfig, of the method by hand.
-RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], hand.Method]] = {
+# Changes of the GRPOConfig, of the SDPOConfig, and the method of the reference.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], reference.Method]] = {
     "two micro-batches": (
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {},
-        hand.Method(),
+        reference.Method(),
     ),
     "one row at a time": (
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
         {},
-        hand.Method(),
+        reference.Method(),
     ),
     "whole logits": (
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {"loss_backend": "logits"},
-        hand.Method(),
+        reference.Method(),
     ),
     "two passes": (
         {"num_iterations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {"alpha": 1.0},
-        hand.Method(alpha=1.0),
+        reference.Method(alpha=1.0),
     ),
     "checkpointing": (
         {"gradient_checkpointing": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {},
-        hand.Method(),
+        reference.Method(),
     ),
 }
 
@@ -65,7 +65,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], hand.Method]] = {
 
 
 def start_model(*, fast: bool, device: str) -> Any:
-    """Random adapters over the same random base; `fast` is the real FastLanguageModel."""
+    """Random adapters over the same random base; with `fast`, by FastLanguageModel."""
     base = tiny.model(tie_word_embeddings=False)
     if fast:
         from unsloth import FastLanguageModel
@@ -85,7 +85,7 @@ def start_model(*, fast: bool, device: str) -> Any:
         model = driver.bind_modes(get_peft_model(base, lora()))
     model._unsloth_user_float32 = True
     if device != "cpu":
-        # Unsloth's way to say: no autocast. Else it trains under bfloat16, which a GPU has.
+        # Turns Unsloth's autocast off; otherwise it trains under bfloat16 on a GPU.
         os.environ["UNSLOTH_MIXED_PRECISION"] = "bfloat16"
     driver.randomize_lora(model)
     return model
@@ -102,10 +102,10 @@ def sdpo_trainer(changes: dict[str, Any], options: dict[str, Any], *, fast: bool
 
 
 def record(changes: dict[str, Any], options: dict[str, Any], file: Path, *, fast: bool, device: str) -> Any:
-    """Train, and write what is needed to do it again."""
+    """Train, and save what the reference needs."""
     tiny.remark = long_remark
     trainer = sdpo_trainer(changes, options, fast=fast, device=device)
-    recorder = hand.Recorder(trainer)
+    recorder = reference.Recorder(trainer)
     trainer.train()
     for step in recorder.steps:
         for weights in (step.before, step.gradients, step.after):
@@ -126,7 +126,7 @@ def record(changes: dict[str, Any], options: dict[str, Any], file: Path, *, fast
 
 
 def observe(fast: bool = False, device: str = "cpu", runs: list[str] | None = None) -> dict[str, Any]:
-    """Every run, and with the plain model the planted errors and GRPO too."""
+    """All runs; with the plain model also the planted errors and GRPO."""
     for name in runs or RUNS:
         changes, options, _ = RUNS[name]
         trainer = record(changes, options, Path(f"{name}.pt"), fast=fast, device=device)
@@ -149,7 +149,7 @@ def observe(fast: bool = False, device: str = "cpu", runs: list[str] | None = No
 
 
 def overrides_without_super(cls: type) -> list[str]:
-    """Methods of a class that replace one below them and never call it."""
+    """Methods of a class that override an inherited one and never call it."""
     theirs = [base for base in cls.__mro__ if not base.__module__.startswith("sdpo_rl")]
     return sorted(
         name
@@ -193,7 +193,7 @@ PLANTED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 
 def observe_grpo() -> dict[str, Any]:
-    """`enabled=False` and Unsloth's own trainer, from the same start; and one that differs, to see a difference."""
+    """`enabled=False` and Unsloth's own trainer, from the same start, and a third that must differ."""
     import trl
 
     seen: dict[str, Any] = {}
@@ -216,7 +216,7 @@ def observe_grpo() -> dict[str, Any]:
             trainer = SDPOTrainer(sdpo_config=tiny.config(enabled=name == "enabled"), **shared)
         losses = name_losses(trainer)
         trainer.train()
-        after[name] = hand.trainable(trainer.model)
+        after[name] = reference.trainable(trainer.model)
         seen[name] = losses
     for name in ("ours", "enabled"):
         seen[f"{name} moved apart"] = max(
@@ -226,7 +226,7 @@ def observe_grpo() -> dict[str, Any]:
 
 
 def name_losses(trainer: Any) -> list[str]:
-    """The names of the losses' gradient functions, all the way down, one string a step."""
+    """The names of all gradient functions of each step's loss."""
     names: list[str] = []
     true = trainer.compute_loss
 
@@ -248,7 +248,7 @@ def name_losses(trainer: Any) -> list[str]:
 
 
 def observe_evaluation() -> dict[str, Any]:
-    """An evaluation in the middle of a training, by Unsloth's own loop."""
+    """An evaluation during training, by Unsloth's own loop."""
     trainer = tiny.trainer(
         Path("out"), start=start_model(fast=False, device="cpu"), eval_dataset=tiny.conversations(2),
         max_steps=2, optim="adamw_torch", eval_strategy="steps", eval_steps=1,
@@ -259,33 +259,33 @@ def observe_evaluation() -> dict[str, Any]:
     }
 
 
-# --- the same steps by hand -------------------------------------------------------------------------------
+# --- the same steps of the reference ----------------------------------------------------------------------
 
 
 def lora() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
 
 
-def blank() -> Any:
+def fresh_model() -> Any:
     return get_peft_model(tiny.model(tie_word_embeddings=False), lora())
 
 
-def differences(file: Path, method: hand.Method) -> hand.Difference:
+def differences(file: Path, method: reference.Method) -> reference.Difference:
     """Relative errors of gradients and logged losses, the largest over the steps."""
     data = torch.load(file, weights_only=False)
-    by_hand = hand.ByHand(blank(), method)
+    reference_step = reference.ReferenceStep(fresh_model(), method)
     stale = data["accumulation"] % data["generate_every"] != 0
     teacher = data["steps"][0].before
     micro_batches = ticks = 0
     gradient_error = loss_error = 0.0
     for number, step in enumerate(data["steps"], start=1):
-        by_hand.student.load_state_dict(step.before, strict=False)
-        by_hand.teacher.load_state_dict(teacher, strict=False)
+        reference_step.student.load_state_dict(step.before, strict=False)
+        reference_step.teacher.load_state_dict(teacher, strict=False)
         for row in step.rows:
-            # Unsloth scores a row that sampled the pad token as another sequence; such a row weighs 1.
+            # Unsloth scores a row that sampled the pad token as another sequence; such a row has weight 1.
             if PAD in row.completion:
                 row.sampled_with = step.before
-        loss, gradients = by_hand.step(step.rows, stale=stale)
+        loss, gradients = reference_step.step(step.rows, stale=stale)
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
         gap = torch.stack([(g - step.gradients[name]).norm() for name, g in gradients.items()]).norm()
         gradient_error = max(gradient_error, (gap / norm).item())
@@ -298,7 +298,7 @@ def differences(file: Path, method: hand.Method) -> hand.Difference:
                 for name, old in teacher.items()
             }
         ticks = due
-    return hand.Difference(gradient_error, loss_error)
+    return reference.Difference(gradient_error, loss_error)
 
 
 # --- tests ------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_a_step_equals_plain_transformers(folder: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("seen")
-def test_the_rows_are_what_the_comparison_needs(folder: Path) -> None:
+def test_the_rows_have_what_the_comparison_needs(folder: Path) -> None:
     rows = [row for name in RUNS for step in torch.load(folder / f"{name}.pt", weights_only=False)["steps"]
             for row in step.rows]  # fmt: skip
     assert len({len(row.prompt_ids) for row in rows}) > 2, "ragged prompts"
@@ -338,7 +338,7 @@ def test_the_rows_are_what_the_comparison_needs(folder: Path) -> None:
 
 @pytest.mark.usefixtures("seen", "_remarks")
 @pytest.mark.parametrize("name", PLANTED)
-def test_the_comparison_notices(folder: Path, name: str) -> None:
+def test_the_comparison_detects(folder: Path, name: str) -> None:
     assert differences(folder / f"{name}.pt", RUNS["two passes"][2]).gradient > 100 * TOLERANCE
 
 
@@ -357,8 +357,8 @@ def test_evaluation_is_unsloths_own(seen: dict[str, Any]) -> None:
     assert evaluation["eval_self_distillation/reprompt_sample_fraction"] > 0.0
 
 
-def test_nothing_of_unsloths_is_cut_off(seen: dict[str, Any]) -> None:
-    """Each method of ours calls the one below it: vLLM's sleep and wake-up, mode switches, evaluation stay."""
+def test_every_override_calls_the_inherited_method(seen: dict[str, Any]) -> None:
+    """So vLLM's sleep and wake-up, mode switches and evaluation remain Unsloth's."""
     assert seen["without_super"] == []
     assert seen["prediction_step"] == "_UnslothGRPOTrainer"
 

@@ -1,4 +1,4 @@
-"""A language model small enough for a test: characters as tokens, two layers, and rewards that only count."""
+"""A language model small enough for a test: characters as tokens, two layers, rewards that depend on the text."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
 
 
 def model(seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
-    """Random weights, wide enough apart that the context changes the predictions."""
+    """Random weights, large enough that the context changes the predictions."""
     return _model(Qwen2Config, Qwen2ForCausalLM, seed, **changes)
 
 
 def experts(seed: int = 0, **changes: Any) -> Qwen3MoeForCausalLM:
-    """The same with four experts a layer, of which every token takes two."""
+    """A Mixture-of-Experts model with four experts a layer, two of them per token."""
     routed = {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
     return _model(Qwen3MoeConfig, Qwen3MoeForCausalLM, seed, **routed, **changes)
 
@@ -77,10 +77,10 @@ def _model(config_class: Any, model_class: Any, seed: int, **changes: Any) -> An
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = model_class(config_class(**{**settings, **changes}))
+        model = model_class(config_class(**{**settings, **changes}))
     # Every sixth character also ends a completion, so that completions differ in length.
-    made.generation_config.eos_token_id = [1, *range(6, len(VOCABULARY), 6)]
-    return made
+    model.generation_config.eos_token_id = [1, *range(6, len(VOCABULARY), 6)]
+    return model
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -96,22 +96,22 @@ def conversations(rows: int = 8, **columns: list[Any]) -> Dataset:
 
 
 def plain(rows: int = 8) -> Dataset:
-    """The same questions as bare strings."""
+    """The same questions as strings."""
     return Dataset.from_dict({"prompt": ["say " + "no " * (i % 3) + f"{i}: " for i in range(rows)]})
 
 
 def text_of(completion: str | list[dict[str, str]]) -> str:
-    """What a completion says, plain or conversational."""
+    """The text of a completion, plain or conversational."""
     return completion if isinstance(completion, str) else completion[0]["content"]
 
 
 def score(text: str) -> float:
-    """1 for about half of all texts, decided by the text alone."""
+    """1 for about half of all texts, a function of the text."""
     return float(sum(map(ord, text)) % 2)
 
 
 def remark(text: str) -> str:
-    """Feedback on a failed attempt; nothing on a success."""
+    """Feedback on a failed attempt; empty for a success."""
     return "" if score(text) else f"not {text[:3]}{{}}"
 
 
@@ -126,7 +126,7 @@ def judge(completions: list[Any], **_: Any) -> list[tuple[float, str]]:
 
 
 def arguments(output: Path, **changes: Any) -> GRPOConfig:
-    """A quiet run on the CPU: two prompts per generation batch, every step logged, no clipping, constant rate."""
+    """A run on the CPU: two prompts per generation batch, every step logged, no clipping, constant rate."""
     settings: dict[str, Any] = {
         "use_cpu": True,
         "bf16": False,
@@ -148,7 +148,7 @@ def arguments(output: Path, **changes: Any) -> GRPOConfig:
 
 
 def config(**changes: Any) -> SDPOConfig:
-    """SDPO with a support smaller than the vocabulary and a policy that a reader can follow."""
+    """SDPO with a support smaller than the vocabulary and a deterministic choice of demonstrations."""
     settings: dict[str, Any] = {
         "k": 20,
         "demonstration_policy": "first",
@@ -173,7 +173,7 @@ def trainer(
     **changes: Any,
 ) -> SDPOTrainer:
     """A trainer over the tiny model (or `start`); further keywords change its `GRPOConfig`."""
-    made = SDPOTrainer(
+    trainer = SDPOTrainer(
         model=model() if start is None else start,
         args=arguments(output, **changes),
         sdpo_config=sdpo_config or config(),
@@ -185,5 +185,5 @@ def trainer(
         callbacks=callbacks,
         tools=tools,
     )
-    made.remove_callback(PrinterCallback)
-    return made
+    trainer.remove_callback(PrinterCallback)
+    return trainer

@@ -33,7 +33,7 @@ ENVIRONMENT = {
 }
 
 
-# --- the test's side --------------------------------------------------------------------------------------
+# --- in the testing process --------------------------------------------------------------------------------------
 
 
 def python() -> str:
@@ -79,7 +79,7 @@ def run(
     return json.loads(results[-1][len(MARK) :])
 
 
-# --- the fresh process's side -----------------------------------------------------------------------------
+# --- in the new process -----------------------------------------------------------------------------
 
 
 def patch(*, interpreter: bool = False, gpu: bool = False) -> Any:
@@ -104,7 +104,7 @@ def patch(*, interpreter: bool = False, gpu: bool = False) -> Any:
 
 
 class OneDevice(list[Any]):
-    """A per-device table that a CPU tensor's device index, `None`, can read too."""
+    """A per-device table that can also be indexed by a CPU tensor's device index, `None`."""
 
     def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(index if isinstance(index, int | slice) else 0)
@@ -193,7 +193,7 @@ def lora_model(tokens: Any, *, seed: int = 0) -> Any:
 
 
 def bind_modes(model: Any) -> Any:
-    """Make a float32 model one that Unsloth's trainer takes for its own: its mode switches are bound to it."""
+    """Bind Unsloth's mode switches to a float32 model, so that its trainer accepts the model."""
     from unsloth.models.llama import FastLlamaModel
 
     model.for_training = functools.partial(FastLlamaModel.for_training, model)
@@ -232,7 +232,7 @@ def fast_model(
 
 
 def randomize_lora(model: Any, *, scale: float = 0.3, seed: int = 1) -> None:
-    """LoRA starts at B = 0, where the adapter has no say; move it away from there."""
+    """LoRA starts at B = 0, where the adapter has no effect; change it."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

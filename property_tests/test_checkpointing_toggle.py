@@ -1,4 +1,4 @@
-"""A batch is generated without gradient checkpointing, which is then as it was."""
+"""Gradient checkpointing is disabled for a rollout and restored afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def checkpointed(**arguments: Any) -> Any:
 
 
 def state(model: nn.Module) -> list[tuple[bool, Any]]:
-    """Whether a layer recomputes, and by which function, for all that can."""
+    """For every layer with checkpointing: whether it is on, and its function."""
     return [
         (module.gradient_checkpointing, getattr(module, "_gradient_checkpointing_func", None))
         for module in model.modules()
@@ -29,7 +29,7 @@ def state(model: nn.Module) -> list[tuple[bool, Any]]:
     ]
 
 
-def test_it_is_off_inside_and_as_it_was_afterwards() -> None:
+def test_it_is_off_inside_and_restored_afterwards() -> None:
     model = checkpointed(**REENTRANT)
     before = state(model)
     assert before

@@ -1,4 +1,4 @@
-"""Tool-calling rollouts from a script: a tokenizer whose template knows tools, and turns written down by row."""
+"""Tool-calling rollouts from a script: a tokenizer with a template for tools, and the turns of each row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(**changes: Any) -> Qwen2ForCausalLM:
-    """The tiny model with room for a tool's description."""
+    """The tiny model with a context for a tool's description."""
     size = len(tiny.VOCABULARY) + len(_MARKS) + len(_WORDS)
     settings = {"vocab_size": size, "max_position_embeddings": 2048, "eos_token_id": len(tiny.VOCABULARY) + 1}
     return tiny.model(**{**settings, **changes})
@@ -49,33 +49,33 @@ def call(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>{END}'
 
 
-def read_out(trainer: Any, scripts: Sequence[Sequence[str]]) -> None:
-    """Every row says its turns one after the other, instead of sampling."""
+def replace_sampling(trainer: Any, scripts: Sequence[Sequence[str]]) -> None:
+    """Let every row generate its scripted turns one after the other."""
     trainer._generate_single_turn = script(trainer.processing_class, scripts)
 
 
 def script(encode: Any, scripts: Sequence[Sequence[str]]) -> Callable[..., tuple[list[list[int]], None]]:
-    """The turns of all rows, in place of `_generate_single_turn`; a row it does not know falls silent."""
-    so_far: list[list[int]] = []
+    """A replacement of `_generate_single_turn` with the turns of all rows; an unknown row has an empty turn."""
+    transcripts: list[list[int]] = []
     turns: list[int] = []
 
     def generate(prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
         if len(prompt_ids) == len(scripts):
-            so_far[:], turns[:] = [[] for _ in scripts], [0] * len(scripts)
+            transcripts[:], turns[:] = [[] for _ in scripts], [0] * len(scripts)
             rows: list[int | None] = list(range(len(scripts)))
         else:
-            free = dict(enumerate(so_far))  # rows may have said the same so far
+            unmatched = dict(enumerate(transcripts))  # several rows may have the same transcript
             rows = []
             for ids in prompt_ids:
-                rows.append(next((row for row, past in free.items() if ids[: len(past)] == past), None))
-                free.pop(rows[-1], None)
-        said = []
+                rows.append(next((row for row, past in unmatched.items() if ids[: len(past)] == past), None))
+                unmatched.pop(rows[-1], None)
+        outputs = []
         for row, ids in zip(rows, prompt_ids, strict=True):
             if row is None:
-                said.append(encode(END)["input_ids"])
+                outputs.append(encode(END)["input_ids"])
                 continue
-            said.append(encode(scripts[row][turns[row]])["input_ids"])
-            so_far[row], turns[row] = ids + said[-1], turns[row] + 1
-        return said, None
+            outputs.append(encode(scripts[row][turns[row]])["input_ids"])
+            transcripts[row], turns[row] = ids + outputs[-1], turns[row] + 1
+        return outputs, None
 
     return generate

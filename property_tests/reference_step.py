@@ -1,8 +1,8 @@
-"""An optimizer step of the trainer, written again by hand.
+"""A reference for an optimizer step of the trainer, in plain PyTorch.
 
-This side knows the paper and nothing of the library: it takes the sampled completions, tokenizes characters
-itself, runs every row alone and without padding, takes the divergence from its definition in float64 and lets
-autograd do the rest. `compare` trains and returns how far the trainer's steps are from these.
+It uses nothing of the library: it takes the sampled completions, tokenizes characters itself, runs every row alone
+and without padding, computes the divergence from its definition in float64 and differentiates it with autograd.
+`compare` trains and returns the largest difference between the trainer's steps and the reference.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def trainable(model: nn.Module) -> Weights:
 
 
 class Recorder(TrainerCallback):
-    """Rows as they were sampled, and for each optimizer step its rows, its gradients and the weights around it.
+    """Records the sampled rows, and for each optimizer step its rows, gradients, and weights before and after.
 
-    `alter` may change a generation batch before the trainer goes on with it, and must note it in the rows.
+    `alter` may change a generation batch before the trainer uses it, and must record the change in the rows.
     """
 
     def __init__(self, trainer: Any, alter: Alteration | None = None) -> None:
@@ -113,12 +113,12 @@ class Recorder(TrainerCallback):
         self.steps[-1].after = trainable(self._model)
 
 
-# --- the step by hand -------------------------------------------------------------------------------------
+# --- the reference step -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Method:
-    """The objective, in the paper's words."""
+    """The objective."""
 
     alpha: float = 0.5
     k: int | None = 20  # None: the whole vocabulary
@@ -163,7 +163,7 @@ def question_of(prompt: Any) -> str:
 
 
 def reprompt(row: Row, method: Method) -> str | None:
-    """What the teacher reads instead of the question; `None` without a teacher signal."""
+    """The teacher's question; `None` without a teacher signal."""
     peers = [peer.text for peer in row.peers if any(peer.counts)]
     shown = [text for text in peers if tiny.score(text) >= 1.0 and text.strip() and text != row.text]
     shown = shown[: method.shown]
@@ -219,8 +219,8 @@ def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.detach().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
-class ByHand:
-    """The same training step, one row at a time."""
+class ReferenceStep:
+    """The training step, one row at a time."""
 
     def __init__(self, blank: nn.Module, method: Method) -> None:
         self.student, self.teacher, self.sampler = blank, copy.deepcopy(blank), copy.deepcopy(blank)
@@ -240,7 +240,7 @@ class ByHand:
             return completion_logits(self.teacher, context, row, self.method)
 
     def step(self, rows: list[Row], *, stale: bool) -> tuple[float, Weights]:
-        """Loss and gradient; `stale`: the rows were sampled with weights that the student has left."""
+        """Loss and gradient; `stale`: the rows were sampled with earlier weights of the student."""
         method, losses = self.method, []
         for row in rows:
             text = reprompt(row, method)
@@ -270,7 +270,7 @@ class ByHand:
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative to the hand-written step, the largest over all steps."""
+    """Relative to the reference, the largest over all steps."""
 
     gradient: float
     loss: float
@@ -279,24 +279,24 @@ class Difference:
 def compare(
     trainer: Any, blank: nn.Module, method: Method = DEFAULT, *, alter: Alteration | None = None
 ) -> Difference:
-    """Train, then do every step again by hand on `blank`, a model of the same shape."""
+    """Train, then compute every step by the reference on `blank`, a model of the same shape."""
     recorder = Recorder(trainer, alter)
     trainer.train()
-    hand = ByHand(blank, method)
+    reference = ReferenceStep(blank, method)
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     stale = trainer.args.gradient_accumulation_steps % generate_every != 0
     teacher = recorder.steps[0].before
-    hand.first.load_state_dict(teacher, strict=False)
+    reference.first.load_state_dict(teacher, strict=False)
     micro_batches = ticks = 0
     logged = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     gradient_error = loss_error = 0.0
     for number, step in enumerate(recorder.steps, start=1):
         assert all(row.prompt_ids == render(row.prompt, question_of(row.prompt), method) for row in step.rows)
-        hand.student.load_state_dict(step.before, strict=False)
-        hand.teacher.load_state_dict(teacher, strict=False)
-        loss, gradients = hand.step(step.rows, stale=stale)
+        reference.student.load_state_dict(step.before, strict=False)
+        reference.teacher.load_state_dict(teacher, strict=False)
+        loss, gradients = reference.step(step.rows, stale=stale)
         assert gradients.keys() == step.gradients.keys()
-        # One length for all: a parameter whose own gradient vanishes has no relative error.
+        # Relative to the norm of all: a parameter whose own gradient vanishes has no relative error.
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
         gap = torch.stack([(g - step.gradients[name]).norm() for name, g in gradients.items()]).norm()
         gradient_error = max(gradient_error, (gap / norm).item())
