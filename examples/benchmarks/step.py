@@ -125,7 +125,8 @@ def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any
     rows = 4 * options.rows
     prompts = ["the quick brown fox jumps over the lazy dog. " * 3] * rows
     feedback = ["" if half and row % 2 else FEEDBACK for row in range(rows)]
-    dataset = Dataset.from_dict({"prompt": prompts, "feedback": feedback, "privileged_context": feedback})
+    column = "privileged_context" if arm == "trl-sdpo" else "feedback"
+    dataset = Dataset.from_dict({"prompt": prompts, column: feedback})
     common: dict[str, Any] = dict(
         per_device_train_batch_size=options.rows,
         num_generations=2,
