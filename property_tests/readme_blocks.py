@@ -1,4 +1,4 @@
-"""README.md and docs/: the Python blocks run, in order, one namespace per page; links and named files exist.
+"""README.md and docs/: the Python blocks run, in order, one namespace per page; what the pages name exists.
 
     pytest property_tests/readme_blocks.py
 
@@ -7,6 +7,7 @@ Blocks run in an empty directory. A fence that says ```python no-run is only com
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import types
@@ -72,3 +73,32 @@ def test_a_broken_link_is_found() -> None:
     exist = "[c](docs/method.md#a-training-step) `sdpo/topk.py`"
     text = f"[a](docs/none.md) [b](docs/method.md#none) {exist} `step/none.py`"
     assert broken_links(ROOT / "README.md", text) == ["docs/none.md#", "docs/method.md#none", "step/none.py"]
+
+
+def messages(folder: Path) -> list[str]:
+    """The string literals of a package; `{}` for what an f-string inserts."""
+    found = []
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "{}" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def unknown_messages(quotes: list[str]) -> list[str]:
+    """Quoted messages, with `...` for what varies, that no string of the trainer contains."""
+    known = messages(ROOT / "adapters" / "sdpo_rl")
+    return [
+        quote
+        for quote in quotes
+        if not any(all(part.strip() in text for part in quote.split("...")) for text in known)
+    ]
+
+
+def test_the_unsloth_guide_quotes_messages_that_exist() -> None:
+    section = (ROOT / "docs" / "unsloth.md").read_text().partition("## Troubleshooting")[2]
+    quotes = re.findall(r"^\| `([^`]*)` \|", section, re.MULTILINE)
+    assert len(quotes) == 6
+    assert unknown_messages([*quotes, "the model must be unloaded"]) == ["the model must be unloaded"]
