@@ -428,7 +428,7 @@ def test_out_of_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         trainer.train()
     message = str(caught.value)
     assert message.startswith(str(original))
-    assert message.count("What decides") == 1
+    assert message.count("What determines") == 1
     assert caught.value.__cause__ is original
     for setting in (
         "gradient checkpointing is off",
@@ -469,13 +469,13 @@ def test_advice_follows_the_settings(tmp_path: Path) -> None:
 
 FAST: dict[str, Any] = {
     "backend": "auto", "precision": "4-bit", "checkpointing": "on (unsloth)", "unsloth": True,
-    "weight_bytes": 5, "card_bytes": 24,
+    "weight_bytes": 5, "gpu_bytes": 24,
 }  # fmt: skip
 
 
 def test_a_fast_run_is_left_in_peace() -> None:
     assert advice.slow_reasons(**FAST) == []
-    assert advice.slow_reasons(**FAST | {"precision": "bfloat16", "card_bytes": 80, "weight_bytes": 14}) == []
+    assert advice.slow_reasons(**FAST | {"precision": "bfloat16", "gpu_bytes": 80, "weight_bytes": 14}) == []
 
 
 @pytest.mark.parametrize(
@@ -485,7 +485,7 @@ def test_a_fast_run_is_left_in_peace() -> None:
         ({"backend": "torch"}, ["loss_backend='torch'", "kernels"]),
         ({"precision": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
         ({"precision": "bfloat16", "weight_bytes": 14, "unsloth": False}, ["58%", "BitsAndBytesConfig"]),
-        ({"card_bytes": 192}, ["gradient checkpointing", "3%"]),
+        ({"gpu_bytes": 192}, ["gradient checkpointing", "3%"]),
     ],
 )
 def test_every_reason_says_what_to_do(change: dict[str, Any], words: list[str]) -> None:

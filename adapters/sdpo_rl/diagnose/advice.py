@@ -1,4 +1,4 @@
-"""What to do about too little memory and too slow a run, said with the settings of the run at hand."""
+"""What to change when memory runs out or a run is slow, by the settings of that run."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from .report import base_precision, checkpointing
 
 logger = logging.getLogger("sdpo_rl")
 
-# Shares of a card: above the first an unquantized base crowds out the rest, below the second there is room to
-# keep activations instead of computing them twice.
-_CROWDED = 0.5
-_ROOMY = 0.05
+# Weights as a fraction of the GPU's memory: above the first, an unquantized base leaves too little for batches;
+# below the second, activations fit without gradient checkpointing.
+_LARGE_WEIGHTS = 0.5
+_SMALL_WEIGHTS = 0.05
 
 
 class OutOfMemoryAdviceError(torch.cuda.OutOfMemoryError):
-    """The GPU's memory ran out; the message names the settings that decide how much is needed."""
+    """The GPU's memory ran out; the message names the settings that determine how much a step needs."""
 
 
 @contextmanager
 def memory_advice(trainer: Any) -> Iterator[None]:
-    """Let an out-of-memory error say what to change; the original error is its cause."""
+    """Add what to change to an out-of-memory error; the original error is its cause."""
     try:
         yield
     except OutOfMemoryAdviceError:
         raise
     except torch.cuda.OutOfMemoryError as error:
-        # The first sentence stays as it is: tools that retry with smaller batches look for it.
+        # The original message comes first: tools that retry with smaller batches search for it.
         raise OutOfMemoryAdviceError(f"{error}\n{advice(trainer)}") from error
 
 
 def advice(trainer: Any) -> str:
-    """The settings that decide a step's memory, most effective first."""
+    """The settings that determine a step's memory, most effective first."""
     args, config = trainer.args, trainer.sdpo_config
     model = trainer.accelerator.unwrap_model(trainer.model)
     unsloth = hasattr(model, "for_training")
@@ -54,7 +54,7 @@ def advice(trainer: Any) -> str:
         lines.append('gradient checkpointing is on; use_gradient_checkpointing="unsloth" also offloads')
     if base_precision(model) not in ("4-bit", "8-bit"):
         lines.append(
-            f"the base is held in {base_precision(model)}: load_in_4bit=True takes a quarter of bf16"
+            f"the base is stored in {base_precision(model)}: load_in_4bit=True needs a quarter of bf16"
         )
     batch = args.per_device_train_batch_size
     lines.append(
@@ -73,59 +73,59 @@ def advice(trainer: Any) -> str:
     if config.enabled:
         lines.append(f"max_reprompt_length={config.max_reprompt_length}: lower it")
         if config.loss_backend == "logits":
-            lines.append("loss_backend='logits' holds whole logits: set it to 'auto'")
+            lines.append("loss_backend='logits' stores whole logits: set it to 'auto'")
         else:
             lines.append(f"loss_chunk_size={config.loss_chunk_size}: try 128")
         if config.teacher_mode != "live" and config.teacher_offload == "none":
-            lines.append("teacher_offload='none': 'cpu' keeps the averaged weights out of the GPU")
-    return "What decides the memory of a step here:\n" + "\n".join(f"  - {line}" for line in lines)
+            lines.append("teacher_offload='none': 'cpu' stores the averaged weights outside the GPU")
+    return "What determines the memory of a step:\n" + "\n".join(f"  - {line}" for line in lines)
 
 
 def warn_if_slow(trainer: Any) -> None:
     """One warning with every setting that makes a run slower than it needs to be, if there is any."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     reasons = slow_reasons(
         backend=trainer.sdpo_config.loss_backend,
         precision=base_precision(model),
         checkpointing=checkpointing(model, trainer.args),
         unsloth=hasattr(model, "for_training"),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        card_bytes=card,
+        gpu_bytes=gpu_bytes,
     )
     if reasons:
         logger.warning("This run is slower than it needs to be:\n%s", "\n".join(f"  - {r}" for r in reasons))
 
 
 def slow_reasons(
-    *, backend: str, precision: str, checkpointing: str, unsloth: bool, weight_bytes: int, card_bytes: int
+    *, backend: str, precision: str, checkpointing: str, unsloth: bool, weight_bytes: int, gpu_bytes: int
 ) -> list[str]:
-    """Why a run is slow, each reason with what to do. `card_bytes` is 0 without a GPU.
+    """Why a run is slow, each reason with what to change. `gpu_bytes` is 0 without a GPU.
 
     Example:
         >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True,
-        ...              weight_bytes=5, card_bytes=24)
-        ["loss_backend='logits' computes and holds whole logits; 'auto' computes them in chunks"]
+        ...              weight_bytes=5, gpu_bytes=24)
+        ["loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"]
     """
     reasons = []
     if backend == "logits":
         reasons.append(
-            "loss_backend='logits' computes and holds whole logits; 'auto' computes them in chunks"
+            "loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"
         )
-    if not card_bytes:
+    if not gpu_bytes:
         return reasons
-    share = weight_bytes / card_bytes
+    fraction = weight_bytes / gpu_bytes
     if backend == "torch":
         reasons.append("loss_backend='torch' on a GPU; 'auto' uses the kernels")
-    if precision not in ("4-bit", "8-bit") and share > _CROWDED:
+    if precision not in ("4-bit", "8-bit") and fraction > _LARGE_WEIGHTS:
         how = "FastLanguageModel.from_pretrained(..., load_in_4bit=True)" if unsloth else "BitsAndBytesConfig"
         reasons.append(
-            f"the base is held in {precision} and fills {share:.0%} of the card, so batches must be small; "
+            f"the base is stored in {precision} and fills {fraction:.0%} of the GPU, so batches must be small; "
             f"quantize it: {how}"
         )
-    if checkpointing != "off" and share < _ROOMY:
+    if checkpointing != "off" and fraction < _SMALL_WEIGHTS:
         reasons.append(
             f"gradient checkpointing is {checkpointing} and computes every layer twice, though the weights "
-            f"fill only {share:.0%} of the card; turn it off if a step fits without"
+            f"fill only {fraction:.0%} of the GPU; turn it off if a step fits without"
         )
     return reasons

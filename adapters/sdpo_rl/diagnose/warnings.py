@@ -1,7 +1,8 @@
-"""Known ways in which a run goes wrong, said aloud once each."""
+"""What the log warns about: settings without effect, and known ways in which a run fails."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -11,68 +12,98 @@ from ..config import SDPOConfig
 
 logger = logging.getLogger("sdpo_rl")
 
-_OFTEN = 0.25
-_COLLAPSE = 0.25
+# Options of `GRPOConfig` that shape GRPO's loss and nothing else.
+_GRPO_LOSS_OPTIONS = ("loss_type", "epsilon", "epsilon_high", "scale_rewards", "multi_objective_aggregation")
+# Fraction of the rows with a cut reprompt, from which on it is a warning.
+_MANY_TRUNCATED = 0.25
+# Mean completion length relative to that of the first batches, below which completions have collapsed.
+_COLLAPSED_LENGTH = 0.25
 _BASELINE_BATCHES = 5
-_LOW_MASS = 0.9
+# Probability of the top-K tokens under the student, below which the support misses too much.
+_LOW_TOPK_MASS = 0.9
+
+
+def warn_of_grpo_options(args: Any) -> None:
+    """One warning with every option of GRPO's loss that is not at its default, if there is any."""
+    # Not of the fields: Unsloth's configuration has a constructor with other defaults.
+    parameters = inspect.signature(type(args)).parameters
+    changed = [
+        f"{name}={getattr(args, name)!r}"
+        for name in _GRPO_LOSS_OPTIONS
+        if name in parameters and getattr(args, name) != parameters[name].default
+    ]
+    if changed:
+        logger.warning(
+            "%s: no effect, the self-distillation loss replaces GRPO's; remove it.", ", ".join(changed)
+        )
 
 
 class Diagnostics:
-    """Watches a run's own metrics and warns when they show a known failure."""
+    """Reads the metrics of a run, and warns when they show a known failure."""
 
     def __init__(self, config: SDPOConfig) -> None:
         self._config = config
-        self._empty = 0
-        self._lengths: list[float] = []
-        self._said: set[str] = set()
+        self._empty_batches = 0  # in succession
+        self._lengths: list[float] = []  # mean completion lengths of the first batches
+        self._warned: set[str] = set()
 
     def state(self) -> dict[str, Any]:
-        """What was seen and said so far, as JSON knows it."""
-        return {"empty": self._empty, "lengths": list(self._lengths), "said": sorted(self._said)}
+        """The observations and warnings so far, in JSON's types."""
+        return {
+            "empty_batches": self._empty_batches,
+            "lengths": list(self._lengths),
+            "warned": sorted(self._warned),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self._empty, self._lengths, self._said = state["empty"], list(state["lengths"]), set(state["said"])
+        """Continue from `state()`."""
+        self._empty_batches = state["empty_batches"]
+        self._lengths, self._warned = list(state["lengths"]), set(state["warned"])
 
     def observe_batch(self, metrics: Mapping[str, float], completion_lengths: Sequence[int]) -> None:
-        """Look at one generation batch."""
-        self._empty = self._empty + 1 if metrics["self_distillation/empty_target_batch"] else 0
-        if self._empty and self._empty % self._config.diagnostics_patience == 0:
+        """Check one generation batch: its metrics, and the tokens of each completion."""
+        self._empty_batches = (
+            self._empty_batches + 1 if metrics["self_distillation/empty_target_batch"] else 0
+        )
+        if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
             logger.warning(
                 "No row had a teacher signal for %d generation batches: no completion reached "
-                "success_reward_threshold=%g with a peer to learn from, and no feedback came. Nothing is being "
-                "learned; lower the threshold, raise num_generations, or return feedback from a reward function.",
-                self._empty,
+                "success_reward_threshold=%g beside another completion of its prompt, and there was no feedback. "
+                "Nothing is learned; lower the threshold, raise num_generations, or return feedback from a reward "
+                "function.",
+                self._empty_batches,
                 self._config.success_reward_threshold,
             )
-        if metrics["self_distillation/truncated_reprompt_fraction"] > _OFTEN:
-            self._once(
+        truncated = metrics["self_distillation/truncated_reprompt_fraction"]
+        if truncated > _MANY_TRUNCATED:
+            self._warn_once(
                 "truncated",
-                f"{metrics['self_distillation/truncated_reprompt_fraction']:.0%} of the rows had their "
-                "demonstration or feedback cut; raise max_reprompt_length or shorten the feedback.",
+                f"{truncated:.0%} of the rows had their demonstration or feedback cut; raise max_reprompt_length, "
+                "or shorten the feedback.",
             )
         if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
-            self._once(
+            self._warn_once(
                 "dropped",
-                "Some prompts are so long that no demonstration or feedback fits beside them; these rows teach "
-                "nothing. Raise max_reprompt_length or lower max_completion_length.",
+                "Some prompts are so long that no demonstration or feedback fits beside them; these rows have no "
+                "loss. Raise max_reprompt_length or lower max_completion_length.",
             )
         self._lengths.append(sum(completion_lengths) / max(len(completion_lengths), 1))
         if len(self._lengths) > _BASELINE_BATCHES:
-            baseline = sum(self._lengths[:_BASELINE_BATCHES]) / _BASELINE_BATCHES
-            if self._lengths[-1] < _COLLAPSE * baseline:
-                self._once(
+            *first, last = self._lengths
+            baseline = sum(first) / _BASELINE_BATCHES
+            if last < _COLLAPSED_LENGTH * baseline:
+                self._warn_once(
                     "collapse",
-                    f"Completions shrank from {baseline:.0f} to {self._lengths[-1]:.0f} tokens. If their quality "
-                    "fell too, lower the learning rate or the teacher_update_rate.",
+                    f"Completions shrank from {baseline:.0f} to {last:.0f} tokens. If they became worse too, lower "
+                    "the learning rate or the teacher_update_rate.",
                 )
-            del self._lengths[_BASELINE_BATCHES:]
+            self._lengths = first
 
     def observe_means(self, means: Mapping[str, float]) -> None:
-        """Look at what is about to be logged.
+        """Check the means that are about to be logged.
 
         Raises:
-            FloatingPointError: the divergence is not a number, so that no zero is logged in its place.
+            FloatingPointError: the divergence is not finite; the Trainer would log a loss of 0 in its place.
         """
         divergence = means.get("self_distillation/divergence")
         if divergence is not None and not math.isfinite(divergence):
@@ -81,14 +112,14 @@ class Diagnostics:
                 "the learning rate, check gradient clipping, and resume from the last checkpoint"
             )
         mass = means.get("self_distillation/student_topk_mass")
-        if mass is not None and mass < _LOW_MASS:
-            self._once(
+        if mass is not None and mass < _LOW_TOPK_MASS:
+            self._warn_once(
                 "mass",
-                f"The top {self._config.k} tokens hold {mass:.0%} of the student's probability; "
-                "raise k, or set support='full'.",
+                f"The top {self._config.k} tokens have {mass:.0%} of the student's probability; raise k, or set "
+                "support='full'.",
             )
 
-    def _once(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
             logger.warning(message)
