@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -37,6 +37,34 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "importance_sampling_level": ("token", "importance weights of whole sequences"),
     "delta": (None, "a second bound of the importance weights (here there is one, SDPOConfig.is_clip)"),
 }
+
+
+def check_construction(
+    model: Any, args: Any, config: SDPOConfig, keywords: Mapping[str, Any], *, trainer: type
+) -> None:
+    """Everything that can be checked before the trainer is built.
+
+    Args:
+        model: the model, or its name.
+        args: the GRPOConfig.
+        config: the SDPOConfig; with `enabled=False` only types and keywords are checked.
+        keywords: the other arguments, by name.
+        trainer: the class below SDPOTrainer.
+    """
+    check_keywords(keywords, trainer, own=("sdpo_config",))
+    if not isinstance(config, SDPOConfig):
+        raise TypeError(f"sdpo_config: expected an SDPOConfig, got {type(config).__name__}; make one")
+    check_arguments(args)
+    if not config.enabled:
+        return
+    check_sampling(args, config)
+    check_objective(args)
+    if keywords.get("environment_factory") is None:  # an environment may return the prompts itself
+        check_dataset(keywords.get("train_dataset"), "train_dataset")
+        check_dataset(keywords.get("eval_dataset"), "eval_dataset")
+    check_tokenizer(keywords.get("processing_class"))
+    if not isinstance(model, str):
+        check_vocabulary(config, model)
 
 
 def check_model(model: Any) -> None:

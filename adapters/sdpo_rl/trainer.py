@@ -25,7 +25,7 @@ from .compat.generation import GenerationTurns
 from .compat.trl import log_probs_like
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
-from .diagnose.warnings import Diagnostics
+from .diagnose.warnings import Diagnostics, warn_of_grpo_options
 from .resume import checkpoint, progress
 from .rollout.demonstrations import Rollout, teacher_context
 from .rollout.feedback import FEEDBACK_COLUMNS, FeedbackCollector, column_texts, environment_feedback
@@ -148,7 +148,9 @@ class SDPOTrainer(_BASE):
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
         self.sdpo_config = SDPOConfig() if sdpo_config is None else sdpo_config
-        self._check_arguments(model, args, kwargs)
+        _validate.check_construction(model, args, self.sdpo_config, kwargs, trainer=_BASE)
+        if _IS_UNSLOTH:
+            unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -183,25 +185,7 @@ class SDPOTrainer(_BASE):
             )
         )
         warn_if_slow(self)
-
-    def _check_arguments(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        config = self.sdpo_config
-        _validate.check_keywords(kwargs, _BASE, own=("sdpo_config",))
-        if not isinstance(config, SDPOConfig):
-            raise TypeError(f"sdpo_config: expected an SDPOConfig, got {type(config).__name__}; make one")
-        _validate.check_arguments(args)
-        if _IS_UNSLOTH:
-            unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
-        if not config.enabled:
-            return
-        _validate.check_sampling(args, config)
-        _validate.check_objective(args)
-        if kwargs.get("environment_factory") is None:  # an environment may return the prompts itself
-            _validate.check_dataset(kwargs.get("train_dataset"), "train_dataset")
-            _validate.check_dataset(kwargs.get("eval_dataset"), "eval_dataset")
-        _validate.check_tokenizer(kwargs.get("processing_class"))
-        if not isinstance(model, str):
-            _validate.check_vocabulary(config, model)
+        warn_of_grpo_options(self.args)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
