@@ -143,13 +143,13 @@ class TeacherStore:
     def full_state(self, model: nn.Module, *, keep: bool) -> Tensors:
         """The full tensors in CPU memory on the ranks with `keep`, {} on the others; every rank must call it."""
         self._student(model)
-        kept: Tensors = {}
+        full: Tensors = {}
         sharded = shards.is_sharded(model)
         for name, shard in self.state.params.items():
             tensor = shards.full_tensors(model, {name: shard})[name] if sharded else shard
             if keep:
-                kept[name] = tensor.detach().cpu().contiguous()
-        return kept
+                full[name] = tensor.detach().cpu().contiguous()
+        return full
 
     def load(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, ticks: int) -> None:
         """Load what `full_state` returned, one tensor at a time."""
@@ -207,7 +207,7 @@ def _cast_like(params: Tensors, student: Tensors) -> Tensors:
 
 
 def _move_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor on the parameter's device; a moved one is cast at once, so that it is never there twice."""
+    """The tensor on the parameter's device; a moved one is cast at once, so that two copies of all never exist."""
     if tensor.device == parameter.device:
         return tensor
     # Moved before it is cast: only a plain copy from pinned memory is asynchronous.
