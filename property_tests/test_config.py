@@ -1,4 +1,4 @@
-"""The configuration: its published defaults and presets, and its way through YAML and the command line."""
+"""The configuration: published defaults and presets, validation, YAML and the command line."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def through_the_command_line(fields: Fields) -> SDPOConfig:
 
 
 def leaving_out(left_out: Callable[[Any], bool], way: Callable[[Fields], SDPOConfig]) -> Any:
-    """A way that takes some values for no values, and so for the defaults."""
+    """A way that treats some values as missing, and so as the defaults."""
     return lambda fields: way({name: value for name, value in fields.items() if not left_out(value)})
 
 
@@ -174,11 +174,11 @@ def test_a_config_survives(claim: Claim) -> None:
 
 
 @parametrize_claims
-def test_a_way_that_forgets_is_rejected(claim: Claim) -> None:
+def test_a_way_that_drops_values_is_rejected(claim: Claim) -> None:
     claim.rejects_counter_example()
 
 
-def test_an_error_in_yaml_is_the_config_s_own(tmp_path: Path) -> None:
+def test_an_error_in_yaml_is_that_of_the_constructor(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("alpha: 3\n")
     with pytest.raises(ValueError, match=r"alpha: expected a number in \[0, 1\]"):
@@ -216,13 +216,13 @@ def test_numpy_s_numbers_become_python_s() -> None:
         ("k", np.array([5])),
     ],
 )
-def test_other_things_are_no_numbers(field: str, value: Any) -> None:
+def test_other_types_are_refused(field: str, value: Any) -> None:
     error = ValueError if isinstance(value, np.floating) and np.isnan(value) else TypeError
     with pytest.raises(error, match=f"^{field}: expected"):
         SDPOConfig(**{field: value})
 
 
-def test_no_template_arguments_may_be_none() -> None:
+def test_template_arguments_may_be_none() -> None:
     assert SDPOConfig(apply_chat_template_kwargs=None) == SDPOConfig()
     assert parse(["--apply_chat_template_kwargs=null"]) == SDPOConfig()
     with pytest.raises(TypeError, match=r"apply_chat_template_kwargs: expected a dict.*got list"):
@@ -265,6 +265,9 @@ def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
     assert dataclasses.replace(config, alpha=1.0).k == 50
     assert SDPOConfig.preset("rich_feedback", distillation_topk=7).k == 7
     assert SDPOConfig(distillation_topk=100, k=100).k == 100
+    assert dataclasses.replace(SDPOConfig(), distillation_topk=7).k == 7
+    assert not hasattr(config, "distillation_topk")
+    assert not hasattr(SDPOConfig, "distillation_add_tail")
     for other, own in (
         ({"distillation_topk": 4}, {"k": 3}),
         ({"distillation_add_tail": True}, {"tail": "renormalize"}),
@@ -300,7 +303,25 @@ def test_one_renormalized_token_is_refused() -> None:
         SDPOConfig(k=1, tail="renormalize")
 
 
-@pytest.mark.parametrize("name", ["tokenize", "return_dict", "add_generation_prompt", "tools"])
+def test_a_derived_configuration_has_fields_of_its_own() -> None:
+    @dataclasses.dataclass
+    class Derived(SDPOConfig):
+        remark: str = ""
+
+    derived = Derived(remark="mine", k=7)
+    assert (derived.k, derived.remark) == (7, "mine")
+    with pytest.raises(ValueError, match="k: expected an int"):
+        Derived(k=0)
+
+
+def test_an_unknown_preset_or_field_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"preset: expected one of .*'test_time'.*got 'nonsense'"):
+        SDPOConfig.preset("nonsense")
+    with pytest.raises(TypeError, match="expected names of its fields, got alhpa; remove"):
+        SDPOConfig.preset("test_time", alhpa=1.0)
+
+
+@pytest.mark.parametrize("name", ["tokenize", "return_dict", "add_generation_prompt", "tools", "padding"])
 def test_template_arguments_of_the_renderer_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"apply_chat_template_kwargs: .*got {name}, which"):
         SDPOConfig(apply_chat_template_kwargs={name: True})

@@ -28,15 +28,22 @@ Backend = Literal["auto", "torch", "triton", "logits"]
 logger = logging.getLogger("sdpo_rl")
 
 _TEMPLATES = Templates()
-# Arguments of `apply_chat_template` that the rendering of a reprompt sets itself.
-_OWN_TEMPLATE_ARGUMENTS = (
+# Arguments of `apply_chat_template` itself, which the rendering of a reprompt sets or leaves at their defaults.
+_RENDERER_ARGUMENTS = (
     "conversation",
     "tools",
-    "tokenize",
-    "return_dict",
-    "add_generation_prompt",
     "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
 )
+# Names of TRL's SDPO for fields of this class.
+_OTHER_NAMES = {"distillation_topk": "k", "distillation_add_tail": "tail"}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -54,13 +61,13 @@ class SDPOConfig:
     *reference* the authors' published code, *ours* a choice of this library.
 
     Args:
-        enabled: `False` is GRPO, untouched. Default `True`.
+        enabled: `False` is GRPO, unchanged. Default `True`.
         alpha: 0 is KL(teacher‖student), 1 is KL(student‖teacher), between them the generalized
             Jensen–Shannon divergence. Default 0.5 (paper §3).
         k: K of the top-K supports. Default 100 (paper §3).
         support: tokens that the divergence is taken over: the top-K of the `student` (default, paper §3) or of
             the `teacher`, the `full` vocabulary, or the `sampled` token (needs `alpha=1`; paper Prop. 2.1).
-        tail: `bucket` (default, reference) keeps the mass outside the top-K as one more category;
+        tail: `bucket` (default, reference) adds the mass outside the top-K as one more category;
             `renormalize` renormalizes over the K.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
@@ -69,30 +76,32 @@ class SDPOConfig:
         loss_aggregation: `token-mean` (default, reference) over all active tokens of the optimizer step, or
             `sequence-mean` over its active rows.
         teacher_mode: `ema` (default, reference), `frozen`, `trust_region` (best in paper Table 4), `live`,
-            or `lora_ema`: `ema` that insists on adapters.
+            or `lora_ema`: `ema` that requires adapters.
         teacher_update_rate: weight of the *student* in the moving average. Default 0.05 (paper §3).
         trust_region_coef: weight of the live student's logits in the `trust_region` teacher. Default 0.5
             (ours; the paper does not print its value).
         teacher_tick: when the average moves: once per `generation_batch` (default, reference), or per
             `optimizer_step`.
-        teacher_dtype: dtype of the averaged weights: `float32` (default, ours: a bfloat16 average stands
-            still at small rates), or `bfloat16` with seeded stochastic rounding. Of a bfloat16 model that
+        teacher_dtype: dtype of the averaged weights: `float32` (default, ours: a bfloat16 average does not
+            change at small rates), or `bfloat16` with seeded stochastic rounding. Of a bfloat16 model that
             trains whole, float32 is two copies in bytes, and a third during the teacher's forward; bfloat16
             is one. Of adapters, megabytes.
-        teacher_offload: `none` (default) or `cpu`: where the averaged weights rest between forwards.
-        teacher_on_resume: `restore` (default) demands a teacher in the checkpoint; `restart` begins again
+        teacher_offload: `none` (default) or `cpu`: where the averaged weights are stored between forwards.
+        teacher_on_resume: `restore` (default) requires a teacher in the checkpoint; `restart` starts one
             from the loaded student.
         success_reward_threshold: a completion whose score reaches it is a success. Default 1.0
             (reference's README).
-        dont_reprompt_on_self_success: a row is never its own demonstration. Default `True` (paper's runs).
-        demonstration_policy: which success serves: `random` (default, ours: seeded, no length bias), `first`
-            (reference), `shortest`, `longest`, `best`.
-        num_demonstrations: successes shown per reprompt. Default 1 (paper).
+        dont_reprompt_on_self_success: a demonstration never has the text of the row's own completion.
+            Default `True` (paper's runs).
+        demonstration_policy: which success is shown: `random` (default, ours: seeded, no length bias),
+            `first` (reference), `shortest`, `longest`, `best`.
+        num_demonstrations: largest number of successes in a reprompt. Default 1 (paper).
         remove_thinking_from_demonstration: strip `<think>…</think>`. Default `True` (paper's runs).
-        include_environment_feedback: use the texts the reward functions return. Default `True` (paper §4).
+        include_environment_feedback: use the texts that reward functions, environments or the dataset's column
+            `feedback` (`privileged_context` in TRL's SDPO) give. Default `True` (paper §4).
         environment_feedback_only_without_solution: feedback is shown only where no demonstration exists.
             Default `True` (paper's runs).
-        max_reprompt_length: tokens of a reprompt. Default 10240 (reference).
+        max_reprompt_length: largest number of tokens of a reprompt. Default 10240 (reference).
         reprompt_truncation: where a too long demonstration or feedback is cut: `middle` (default, ours),
             `left`, `right`; `error` raises with the sizes. The question is never cut.
         reprompt_template: default as in the paper's runs; fields `{prompt}`, `{solution}`, `{feedback}`.
@@ -101,9 +110,9 @@ class SDPOConfig:
         apply_chat_template_kwargs: extra chat-template arguments for the reprompt alone. Default `{}`
             (reference). `GRPOConfig.chat_template_kwargs` already reaches both sides.
         loss_backend: `auto` (default): the fused loss, Triton where it runs, torch elsewhere; `torch`,
-            `triton`; `logits` computes whole logits with the readable loss, for unusual heads.
-        loss_chunk_size: tokens projected at a time; `None` (default) chooses from the shapes and
-            the device's total memory.
+            `triton`; `logits` computes whole logits with the plain loss, for unusual heads.
+        loss_chunk_size: tokens whose logits exist at the same time; `None` (default): chosen from the shapes
+            and the device's total memory.
         fused_lora_forward: compute a plain LoRA layer by one autograd function in a training step; `False` keeps
             PEFT's forward. Default `True` (ours).
         fast_checkpointing_toggle: disable gradient checkpointing for a rollout by the flags of the modules;
@@ -172,12 +181,15 @@ class SDPOConfig:
     )
     diagnostics_patience: int = _option(10, "Generation batches without an active row before a warning.")
 
-    # Names of the first user guide and of TRL's SDPO for `k` and `tail`; taken by the constructor, not
-    # stored: read `k` and `tail`.
     distillation_topk: InitVar[int | None] = None
     distillation_add_tail: InitVar[bool | None] = None
 
-    def __post_init__(self, distillation_topk: int | None, distillation_add_tail: bool | None) -> None:
+    # Defaults for a dataclass derived from this one, whose constructor does not have the two.
+    def __post_init__(
+        self,
+        distillation_topk: int | None = None,  # noqa: RUF033
+        distillation_add_tail: bool | None = None,  # noqa: RUF033
+    ) -> None:
         self._take_other_names(distillation_topk, distillation_add_tail)
         _flag(self, "enabled", "dont_reprompt_on_self_success")
         _flag(self, "remove_thinking_from_demonstration", "include_environment_feedback")
@@ -264,7 +276,7 @@ class SDPOConfig:
 
     @property
     def template_kwargs(self) -> dict[str, Any]:
-        """`apply_chat_template_kwargs` as a mapping; on the command line it is JSON, and `None` is none."""
+        """`apply_chat_template_kwargs` as a mapping: parsed if it is JSON (command line); `None` is empty."""
         return _mapping(self.apply_chat_template_kwargs)
 
     def templates(self) -> Templates:
@@ -286,19 +298,32 @@ class SDPOConfig:
         rate .01. `test_time` (§5): as `rich_feedback`. `training_arguments(name)` gives the matching part
         of `GRPOConfig`.
 
+        Args:
+            name: `generalization`, `rich_feedback` or `test_time`.
+            **overrides: arguments of the constructor, in place of the preset's.
+
+        Returns:
+            A new configuration.
+
         Raises:
             ValueError: an unknown preset, or a bad value.
             TypeError: an unknown field.
         """
-        known = {f.name for f in dataclasses.fields(cls)} | {"distillation_topk", "distillation_add_tail"}
-        unknown = sorted(set(overrides) - known)
+        unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(cls)} - set(_OTHER_NAMES))
         if unknown:
-            raise TypeError(f"SDPOConfig has no field {', '.join(unknown)}")
-        settings = {**_lookup(name)[0], **overrides}
-        for other, own in (("distillation_topk", "k"), ("distillation_add_tail", "tail")):
-            if overrides.get(other) is not None and own not in overrides:
-                settings.pop(own, None)
-        return cls(**settings)
+            raise TypeError(
+                f"SDPOConfig: expected names of its fields, got {', '.join(unknown)}; remove them"
+            )
+        renamed = {_OTHER_NAMES[other] for other in _OTHER_NAMES if overrides.get(other) is not None}
+        preset = {field: value for field, value in _lookup(name)[0].items() if field not in renamed}
+        return cls(**{**preset, **overrides})
+
+
+# Arguments of the constructor alone: without these they would be attributes with stale values, which
+# `dataclasses.replace` passes on.
+for _name in _OTHER_NAMES:
+    delattr(SDPOConfig, _name)
+    del SDPOConfig.__dataclass_fields__[_name]
 
 
 def training_arguments(preset: str) -> dict[str, Any]:
@@ -355,14 +380,12 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def _lookup(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if name not in _PRESETS:
-        raise ValueError(f"unknown preset {name!r}; expected one of {', '.join(map(repr, _PRESETS))}")
+        raise ValueError(f"preset: expected one of {tuple(_PRESETS)}, got {name!r}; pass one of these names")
     return _PRESETS[name]
 
 
-# The rule of the core: a wrong type is a TypeError, a wrong value a ValueError, and the message names the
-# field, what
-# was expected, what came, and the fix. The fields hold Python's own numbers: NumPy's would not go through
-# YAML or JSON.
+# As in the core: a wrong type is a TypeError, a wrong value a ValueError, and the message has the name, what was
+# expected, what came, and the fix. Fields hold Python's own numbers: NumPy's do not go through YAML or JSON.
 
 
 def _flag(config: SDPOConfig, *names: str) -> None:
@@ -406,10 +429,10 @@ def _mapping(value: Any) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise TypeError(f"{name}: expected a dict, JSON or None, got {type_name(value)}; pass a dict")
-    taken = sorted(set(value) & set(_OWN_TEMPLATE_ARGUMENTS))
+    taken = sorted(set(value) & set(_RENDERER_ARGUMENTS))
     if taken:
         raise ValueError(
-            f"{name}: expected further arguments of the chat template, got {', '.join(taken)}, which the "
-            "rendering of a reprompt sets itself; remove them (tools and chat template are those of the trainer)"
+            f"{name}: expected variables of the chat template, got {', '.join(taken)}, which the rendering of a "
+            "reprompt sets itself; remove them (tools and chat template are those of the trainer)"
         )
     return value
