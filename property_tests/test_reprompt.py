@@ -106,7 +106,7 @@ def formatted_twice(prompt: str, shown: list[str], hint: str) -> str:
     return frame.format(**values)
 
 
-@pytest.mark.parametrize("counter-example", [chained_replace, formatted_twice])
+@pytest.mark.parametrize("counter_example", [chained_replace, formatted_twice])
 def test_plain_concatenation_rejects_texts_that_are_formatted_again(
     counter_example: Callable[..., str],
 ) -> None:

@@ -144,7 +144,7 @@ def test_ema_follows_the_closed_form(seed: int, steps: int, dtype: torch.dtype, 
     follows_the_closed_form(ema(update_rate=rate, inplace=True), students, rate)
 
 
-@pytest.mark.parametrize("counter-example", [swapped, zero_start, plain_bf16])
+@pytest.mark.parametrize("counter_example", [swapped, zero_start, plain_bf16])
 def test_the_closed_form_rejects(counter_example: Callable[[float], Teacher]) -> None:
     assert rejects(follows_the_closed_form, counter_example(0.05), walk(0, 12, torch.bfloat16), 0.05)
 
@@ -356,7 +356,7 @@ def test_update_and_init_leave_their_inputs_alone(seed: int, dtype: torch.dtype,
         leaves_its_inputs_alone(teacher, walk(seed, 1, dtype))
 
 
-@pytest.mark.parametrize("counter-example", [aliasing, overwriting])
+@pytest.mark.parametrize("counter_example", [aliasing, overwriting])
 def test_purity_rejects(counter_example: Callable[[float], Teacher]) -> None:
     assert rejects(leaves_its_inputs_alone, counter_example(0.05), walk(0, 1, torch.float32))
 

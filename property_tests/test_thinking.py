@@ -40,7 +40,7 @@ def test_thinking_equals_bracket_rewriting(text: str) -> None:
     assert strip_thinking(text) == naive_strip(text)
 
 
-@pytest.mark.parametrize("counter-example", [regex_strip, closed_only_strip, str.strip])
+@pytest.mark.parametrize("counter_example", [regex_strip, closed_only_strip, str.strip])
 def test_bracket_rewriting_rejects_simpler_rules(counter_example: Callable[[str], str]) -> None:
     witnesses = ["<think>a", "a</think>b", "<think>a<think>b</think>c</think>d", "a <think>b</think>", " a"]
     assert any(counter_example(text) != naive_strip(text) for text in witnesses)
