@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -325,3 +328,28 @@ def test_an_unknown_preset_or_field_is_refused() -> None:
 def test_template_arguments_of_the_renderer_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"apply_chat_template_kwargs: .*got {name}, which"):
         SDPOConfig(apply_chat_template_kwargs={name: True})
+
+
+# --- without TRL ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["trl", "transformers", "accelerate"])
+def test_a_missing_library_is_named_with_the_extra_to_install(missing: str) -> None:
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+from sdpo_rl import SDPOConfig, training_arguments
+print(SDPOConfig().k, len(training_arguments("test_time")) > 0)
+try:
+    from sdpo_rl import SDPOTrainer
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    )
+    config, error = result.stdout.splitlines()
+    assert config == "100 True"
+    assert error.startswith("ImportError sdpo_rl.SDPOTrainer needs ")
+    assert error.endswith('which is not installed; pip install "sdpo-rl[trl]"')

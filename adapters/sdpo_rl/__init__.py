@@ -1,7 +1,7 @@
 """SDPO for TRL: `from sdpo_rl import SDPOTrainer, SDPOConfig`.
 
-Importing this package binds nothing heavy. `SDPOTrainer` is built over whatever `trl.GRPOTrainer` is when the
-name is first used, so Unsloth's `PatchFastRL` can run before it.
+Importing this package imports no library. `SDPOTrainer` derives from whatever `trl.GRPOTrainer` is when the name is
+first used, so Unsloth's `PatchFastRL` can run before it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _MODULES = {
     "training_arguments": "config",
     "training_report": "diagnose.report",
 }
+# What the extra `trl` installs.
+_EXTRA = ("trl", "transformers", "accelerate", "datasets", "safetensors")
 
 
 def __getattr__(name: str) -> Any:
@@ -32,7 +34,7 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f".{_MODULES[name]}", __name__)
     except ModuleNotFoundError as error:
-        if error.name not in ("trl", "transformers", "accelerate", "datasets", "safetensors"):
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         raise ImportError(
             f'sdpo_rl.{name} needs {error.name}, which is not installed; pip install "sdpo-rl[trl]"'
