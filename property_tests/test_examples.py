@@ -17,7 +17,7 @@ HERE = {
 # The benchmark has one shape for CPUs, which takes half a minute.
 SMALL_LOSS = """
 import loss_peers
-loss_peers.SHAPES["cpu"] = [loss_peers.Shape(64, 32, 4096, head_learns) for head_learns in (False, True)]
+loss_peers.SHAPES["cpu"] = [loss_peers.Shape(64, 32, 4096, trainable_head) for trainable_head in (False, True)]
 import loss
 raise SystemExit(loss.main())
 """
