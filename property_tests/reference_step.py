@@ -31,6 +31,7 @@ class Row:
     completion: list[int]
     counts: list[bool]  # by token: has a loss
     sampled_with: Weights = field(repr=False)
+    masked: bool = False  # by `mask_truncated_completions`: no demonstration
     peers: list[Row] = field(default_factory=list, repr=False)
     engine_gap: list[float] | None = None  # by token: trainer's minus inference engine's log-probability
 
@@ -81,7 +82,16 @@ class Recorder(TrainerCallback):
             ids = output["completion_ids"][i]
             length = int((counts if counts.any() else ids != 0).nonzero()[-1]) + 1
             prompt_ids = output["prompt_ids"][i][output["prompt_mask"][i].bool()].tolist()
-            batch.append(Row(row["prompt"], prompt_ids, ids[:length].tolist(), counts[:length].tolist(), now))
+            batch.append(
+                Row(
+                    row["prompt"],
+                    prompt_ids,
+                    ids[:length].tolist(),
+                    counts[:length].tolist(),
+                    now,
+                    masked=not counts.any(),
+                )
+            )
         training = self._model.training
         size = self._trainer.num_generations if training else self._trainer.num_generations_eval
         for i, row in enumerate(batch):
@@ -164,7 +174,7 @@ def question_of(prompt: Any) -> str:
 
 def reprompt(row: Row, method: Method) -> str | None:
     """The teacher's question; `None` without a teacher signal."""
-    peers = [peer.text for peer in row.peers if any(peer.counts)]
+    peers = [peer.text for peer in row.peers if not peer.masked]
     shown = [text for text in peers if tiny.score(text) >= 1.0 and text.strip() and text != row.text]
     shown = shown[: method.shown]
     feedback = tiny.remark(row.text)
