@@ -225,6 +225,44 @@ def test_rewards_are_blended_with_advantages_of_every_vocabulary_token() -> None
         assert torch.equal(blend_advantages(reward, logits, reward_weight=1.0), spread.expand(2, 3, 4))
 
 
-def test_lists_of_rewards_and_groups() -> None:
-    got = group_normalized_advantages([1, 0.0, 5.0, 5.0], [7, 7, 3, 3], scale_by_std=False, eps=1e-4)
-    assert got.tolist() == [0.5, -0.5, 0.0, 0.0]
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+def test_lists_of_rewards_and_groups(default: torch.dtype) -> None:
+    """In float32 whatever torch's default: in bfloat16 these rewards would be equal."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = group_normalized_advantages([0.7001, 0.7, 5, 5.0], (7, 7, 3, 3), scale_by_std=False, eps=1e-4)
+        empty = group_normalized_advantages([], [], scale_by_std=True, eps=1e-4)
+    finally:
+        torch.set_default_dtype(before)
+    expected = torch.tensor([5e-5, -5e-5, 0.0, 0.0])
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=0)
+    assert (empty.shape, empty.dtype) == ((0,), torch.float32)
+    rewards = torch.tensor([0.7001, 0.7], dtype=torch.bfloat16)
+    assert (group_normalized_advantages(rewards, [7, 7], scale_by_std=False, eps=1e-4) == 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("rewards", "groups", "message"),
+    [
+        ([None, 1.0], [0, 0], r"rewards\[0\]: expected a number, got None \(NoneType\); convert the entry"),
+        ([1.0, "1"], [0, 0], r"rewards\[1\]: expected a number, got '1' \(str\)"),
+        ([1.0, 0.0], ["a", "a"], r"group_ids\[0\]: expected an int, got 'a' \(str\)"),
+        ([1.0, 0.0], [0, True], r"group_ids\[1\]: expected an int, got True \(bool\)"),
+        ([1.0, 0.0], [0, 0.5], r"group_ids\[1\]: expected an int, got 0\.5 \(float\)"),
+    ],
+)
+def test_entries_of_lists_are_checked(rewards: Any, groups: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        group_normalized_advantages(rewards, groups, scale_by_std=True, eps=1e-4)
+
+
+def test_rewards_and_groups_are_on_one_device() -> None:
+    with pytest.raises(ValueError, match=r"group_ids: expected a tensor on cpu \(the device of rewards\)"):
+        group_normalized_advantages(
+            torch.zeros(2), torch.zeros(2, dtype=torch.long, device="meta"), scale_by_std=True, eps=1e-4
+        )
+    listed = group_normalized_advantages(
+        [1.0, 0.0], torch.zeros(2, dtype=torch.long, device="meta"), scale_by_std=True, eps=1e-4
+    )
+    assert listed.device.type == "meta"

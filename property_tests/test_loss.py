@@ -26,7 +26,9 @@ from strategies import (
 from torch import Tensor
 
 from sdpo import (
+    Templates,
     add_tail_bucket,
+    build_reprompts,
     distillation_loss,
     generalized_jsd,
     self_distillation_loss,
@@ -543,8 +545,22 @@ def test_a_weight_of_zero_silences_an_infinite_loss() -> None:
 def test_the_row_mask_is_a_tensor_or_a_sequence(row_mask: Any) -> None:
     loss = self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask=row_mask)
     assert (loss.total.item(), loss.count.item()) == (2.0, 2)
-    with pytest.raises(TypeError, match="row_mask: expected a tensor of bool dtype"):
-        self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask=[1, 0])
+    for entries, said in (
+        ([True, 1], r"\[1\]: expected a bool, got 1 \(int\)"),
+        ([None, True], r"\[0\]: .* None"),
+    ):
+        with pytest.raises(TypeError, match=f"row_mask{said}"):
+            self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask=entries)
+    with pytest.raises(TypeError, match="row_mask: expected a tensor of bool dtype, got str"):
+        self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask="ab")  # type: ignore[arg-type]
+
+
+def test_a_batch_without_rows_has_a_loss_of_zero() -> None:
+    built = build_reprompts([], [], [], templates=Templates(), feedback_only_without_solution=True)
+    loss = self_distillation_loss(
+        torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.bool), row_mask=built.row_mask
+    )
+    assert (loss.mean().item(), loss.count.item()) == (0.0, 0)
 
 
 def test_temperature_divides_both_sides() -> None:

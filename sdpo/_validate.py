@@ -8,8 +8,9 @@ what came, and the fix.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ _FIX: dict[Kind, str] = {
     "integer": "convert it with `.long()`",
     "bool": "convert it with `.bool()`",
 }
+# Python's types of the entries of a sequence, and the dtype of the tensor made of it.
+_SCALARS: dict[Kind, tuple[type, torch.dtype]] = {
+    "floating": (Real, torch.float32),
+    "integer": (Integral, torch.int64),
+    "bool": (bool, torch.bool),
+}
+_SCALAR_NAMES: dict[Kind, str] = {"floating": "a number", "integer": "an int", "bool": "a bool"}
 
 
 def type_name(value: object) -> str:
@@ -48,6 +56,23 @@ def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> 
             f"{name}: expected at least {min_ndim} dimension(s), got shape {tuple(value.shape)}; "
             "add the missing one with `.unsqueeze`"
         )
+
+
+def tensor_from_sequence(name: str, value: object, kind: Kind, *, device: torch.device | None) -> Any:
+    """A sequence of Python scalars as a tensor [N] of the dtype family ``kind``; anything else as it is.
+
+    The dtype does not depend on torch's default. ``check_tensor`` is to check the result.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return value
+    scalar, dtype = _SCALARS[kind]
+    for index, entry in enumerate(value):
+        if not isinstance(entry, scalar) or (kind == "integer" and isinstance(entry, bool)):
+            raise TypeError(
+                f"{name}[{index}]: expected {_SCALAR_NAMES[kind]}, got {entry!r} ({type_name(entry)}); "
+                "convert the entry, or pass a tensor"
+            )
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def check_distribution(name: str, value: object) -> None:

@@ -9,12 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
 from sdpo._numerics import common_support, log_softmax, upcast, zero_where_not
-from sdpo._validate import check_device, check_distribution, check_flag, check_real, check_shape, check_tensor
+from sdpo._validate import (
+    check_device,
+    check_distribution,
+    check_flag,
+    check_real,
+    check_shape,
+    check_tensor,
+    tensor_from_sequence,
+)
 
 
 def group_normalized_advantages(
@@ -37,11 +44,11 @@ def group_normalized_advantages(
         eps: added to the standard deviation, in [0, 1].
 
     Returns:
-        [N] standard deviations, or the unit of the rewards; float32 (float64 for float64 input).
+        [N] standard deviations, or the unit of the rewards; float32 (float64 for a float64 tensor).
 
     Raises:
         TypeError: rewards are not floating, group_ids not integer, scale_by_std not a bool, eps not a number.
-        ValueError: the shapes differ, rewards are not one-dimensional, or eps is outside [0, 1].
+        ValueError: the shapes or devices differ, rewards are not one-dimensional, or eps is outside [0, 1].
 
     Gradient: none.
 
@@ -53,16 +60,18 @@ def group_normalized_advantages(
         >>> group_normalized_advantages(rewards, groups, scale_by_std=False, eps=1e-4).tolist()
         [0.5, -0.5, 0.0, 0.0]
     """
-    if isinstance(rewards, (list, tuple)):
-        rewards = torch.tensor(rewards, dtype=torch.get_default_dtype())
-    if isinstance(group_ids, (list, tuple)):
-        group_ids = torch.tensor(group_ids, device=getattr(rewards, "device", None))
+    # A list goes to the device of the other argument.
+    devices = [value.device for value in (rewards, group_ids) if isinstance(value, Tensor)]
+    device = devices[0] if devices else None
+    rewards = tensor_from_sequence("rewards", rewards, "floating", device=device)
+    group_ids = tensor_from_sequence("group_ids", group_ids, "integer", device=device)
     check_tensor("rewards", rewards, "floating", min_ndim=1)
     assert isinstance(rewards, Tensor)
     check_shape("rewards", rewards, rewards.shape[:1], like="one dimension")
     check_tensor("group_ids", group_ids, "integer")
     assert isinstance(group_ids, Tensor)
     check_shape("group_ids", group_ids, rewards.shape, like="the shape of rewards")
+    check_device("group_ids", group_ids, rewards, like="the device of rewards")
     check_flag("scale_by_std", scale_by_std, meaning="True to divide by the group's standard deviation")
     eps = check_real("eps", eps, low=0.0, high=1.0, meaning="a small stabiliser, for example 1e-4")
     rewards = upcast(rewards).detach()
@@ -180,9 +189,8 @@ def blend_advantages(
 ) -> Tensor:
     """Hybrid of reward and self-distillation advantages.
 
-    Formula: ``λ·reward_advantages + (1−λ)·distillation_advantages`` with λ = ``reward_weight``. A side of
-        weight 0 has
-    no effect, whatever it holds. Distillation advantages of −inf (tokens that the teacher excludes) stay −inf.
+    Formula: ``λ·reward_advantages + (1−λ)·distillation_advantages`` with λ = ``reward_weight``. A side of weight 0
+    has no effect, whatever its values. Otherwise advantages of −inf (tokens that the teacher excludes) stay −inf.
 
     Args:
         reward_advantages: [B] or [B, T] floating.

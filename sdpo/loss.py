@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sdpo._validate import (
     check_shape,
     check_support,
     check_tensor,
+    tensor_from_sequence,
 )
 from sdpo.aggregate import MaskedSum, token_sum
 from sdpo.divergence import generalized_jsd
@@ -175,12 +175,14 @@ def self_distillation_loss(
 ) -> LossOutput:
     """Sum of a per-token loss over the active tokens: tokens with loss in rows with a teacher signal.
 
-    Formula: with ``active = loss_mask & row_mask[:, None]``, the total is ``(weights *
-        per_token)[active].sum()`` and
-    the count ``active.sum()``. The objective of a step is Σ total / Σ count over its micro-batches and
-    processes;
-    ``.mean()`` divides where there is one of each. Values at inactive positions, even NaN or inf, reach
-    neither the total nor the gradient, and a weight of 0 silences even an infinite loss.
+    The same numbers as::
+
+        active = loss_mask & row_mask[:, None]
+        total, count = (weights * per_token)[active].sum(), active.sum()
+
+    The objective of a step is Σ total / Σ count over its micro-batches and processes; ``.mean()`` divides where
+    there is one of each. Values at inactive positions, even NaN or inf, reach neither the total nor the gradient,
+    and a weight of 0 removes even an infinite loss.
 
     Args:
         per_token: [B, T] floating, nats; of ``distillation_loss``, say.
@@ -212,8 +214,7 @@ def self_distillation_loss(
     check_tensor("per_token", per_token, "floating", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, per_token.shape, like="the shape of per_token")
-    if isinstance(row_mask, (list, tuple)):
-        row_mask = torch.tensor(row_mask, device=loss_mask.device)
+    row_mask = tensor_from_sequence("row_mask", row_mask, "bool", device=loss_mask.device)
     check_tensor("row_mask", row_mask, "bool")
     assert isinstance(row_mask, Tensor)
     check_shape("row_mask", row_mask, per_token.shape[:-1], like="one entry per row of per_token")
