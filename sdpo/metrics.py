@@ -91,9 +91,8 @@ def token_statistics(
         student_logits: [..., V] floating; -inf allowed.
         teacher_logits: [..., V] floating; -inf allowed.
         tokens: [...] integer, sampled token ids in [0, V).
-        support: ``"student"`` or ``"teacher"``: the top K of that model; ``"full"``: the vocabulary, whose
-            mass is 1;
-            ``"sampled"``: the sampled token alone.
+        support: ``"student"`` or ``"teacher"``: the top K of that model; ``"full"``: the vocabulary, whose mass
+            is 1; ``"sampled"``: the sampled token alone.
         k: number of tokens of a top-K support, in [1, V]; None for the other supports.
         temperature: divides both models' logits, > 0.
 
@@ -184,8 +183,8 @@ def mean_metrics(
         Scalars [] by name, detached; all 0 where no token is active.
 
     Raises:
-        TypeError: mask is not bool.
-        ValueError: mask has another shape than per_token.
+        TypeError: per_token is not floating, or mask not bool.
+        ValueError: weights, a statistic, one of ``others`` or mask has another shape than per_token.
 
     Gradient: none.
 
@@ -199,6 +198,8 @@ def mean_metrics(
         >>> metrics["active_tokens"].item(), round(metrics["sampled_token_log_ratio"].item(), 4)
         (1, 0.4055)
     """
+    check_tensor("per_token", per_token, "floating")
+    check_shape("log_probs", statistics.log_probs, per_token.shape, like="the shape of per_token")
     log_ratio = statistics.teacher_log_probs - statistics.log_probs
     values = {
         "divergence": per_token,
@@ -213,6 +214,8 @@ def mean_metrics(
         "sampled_token_agreement": (log_ratio >= 0.0).to(per_token.dtype),
         **others,
     }
+    for name, value in values.items():
+        check_shape(name, value, per_token.shape, like="the shape of per_token")
     # One stack and one sum: on a GPU every operation is a launch.
     stacked = torch.stack([*values.values()]).detach()
     if mask is None:

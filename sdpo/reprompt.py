@@ -103,8 +103,8 @@ def select_demonstrations(
     Candidates of row i: ``{j : group[j] = group[i], reward[j] >= success_threshold, eligible[j]}``, without i
     itself if exclude_self. Row i gets the first ``count`` of them (or all there are) in the order of policy:
     "first" by index; "shortest" and "longest" by lengths, then index; "best" by falling reward, then index;
-    "random" by a hash of (seed, which rows of the group succeeded, i's rank in the group, j's rank), so that
-    over seeds every ordered choice is equally likely. Pass a new seed per batch.
+    "random" by a hash of (seed, which rows of the group succeeded, i's position in the group, j's position),
+    so that over seeds every ordered choice is equally likely. Pass a new seed per batch.
 
     Invariant exactly, for every policy: renaming the groups; adding, removing, moving or interleaving other
     groups (the indices follow their rows). Reordering rows *within* a group permutes the result exactly under
@@ -119,9 +119,8 @@ def select_demonstrations(
         policy: ``"first"``, ``"random"``, ``"shortest"``, ``"longest"`` or ``"best"``.
         seed: of ``"random"``; a new number per batch.
         count: largest number of demonstrations per row.
-        eligible: [B] bools; False may not serve although successful (its text is empty without its thinking,
-            say).
-            None: all may.
+        eligible: [B] bools; a row with False is no demonstration although successful (its text may be empty
+            without its thinking). None: all may be.
         lengths: [B] numbers, for ``"shortest"`` and ``"longest"``.
 
     Returns:
@@ -153,7 +152,7 @@ def select_demonstrations(
     check_int("count", count, low=1, high=2**31 - 1, meaning="how many demonstrations a row may have")
     if policy in ("shortest", "longest") and (lengths is None or any(math.isnan(size) for size in sizes)):
         raise ValueError(f"lengths: policy {policy!r} needs one number per row, got {lengths}; count tokens")
-    # 0.7 held in float32 lies below the double 0.7; an array's comparison rounds the threshold to its dtype.
+    # 0.7 in float32 lies below the double 0.7; an array's comparison rounds the threshold to its dtype.
     successes = (
         (rewards >= success_threshold).tolist()
         if _is_array(rewards)
@@ -171,15 +170,15 @@ def select_demonstrations(
     }
     chosen: list[tuple[int, ...]] = [()] * rows
     for group_rows in members.values():
-        rank = {row: position for position, row in enumerate(group_rows)}
+        position = {row: index for index, row in enumerate(group_rows)}
         candidates = [row for row in group_rows if successes[row] and usable[row]]
-        content = f"{seed}|{len(group_rows)}|{[rank[row] for row in candidates]}"
+        content = f"{seed}|{len(group_rows)}|{[position[row] for row in candidates]}"
         if policy != "random":
             candidates.sort(key=order[policy])
         for row in group_rows:
             pool = [peer for peer in candidates if not (exclude_self and peer == row)]
             if policy == "random":
-                draws = {peer: _draw(f"{content}|{rank[row]}|{rank[peer]}") for peer in pool}
+                draws = {peer: _draw(f"{content}|{position[row]}|{position[peer]}") for peer in pool}
                 pool.sort(key=draws.__getitem__)
             chosen[row] = tuple(pool[:count])
     return chosen

@@ -85,10 +85,9 @@ def ema(
     (Azuma-Hoeffding; u is the bfloat16 spacing there). Noise instead of bias, but still noise, the more the
     smaller r: hence not the default. float64 parameters keep a float64 state.
 
-    inplace=True lets ``update`` write into the tensors of the state it is given, which must not be used
-    afterwards: no more is allocated than the largest parameter takes in float32, or 64 MiB; of a bfloat16
-        state four times 64 MiB. The
-    default leaves its inputs alone, as ``torch.func`` demands.
+    inplace=True lets ``update`` write into the tensors of the state it is given, which must not be used afterwards:
+    no more is allocated than the largest parameter takes in float32, or 64 MiB; of a bfloat16 state four times
+    64 MiB. The default leaves its inputs alone, as ``torch.func`` demands.
 
     Args:
         update_rate: r, the weight of the student, in [0, 1].

@@ -104,7 +104,7 @@ def fused_distillation_loss(
 
         logits(h, W, b) = softcap * tanh(logit_scale * (h @ W.T + b) / softcap)    # without softcap: no tanh
         p, q = logits(*student), logits(*teacher).detach()
-        per_token = distillation_loss(p, q, tokens, support=support, k=k, tail=tail, alpha=alpha,
+        per_token = distillation_loss(p, q, tokens=tokens, support=support, k=k, tail=tail, alpha=alpha,
                                       temperature=temperature)
         log_probs = log_softmax(p / temperature)[tokens]
         weights = importance_weights(log_probs, old_log_probs, clip=is_clip) * weights
