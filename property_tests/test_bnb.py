@@ -70,7 +70,7 @@ def quantized_names(model: nn.Module) -> set[str]:
 def train(folder: Path, kind: str, output: Path, *, exact: bool = False, **changes: Any) -> dict[str, Any]:
     """A short training, with the average computed by hand beside the teacher's.
 
-    TRL holds the adapters of a quantized base in bfloat16; `exact` puts them back to float32.
+    TRL holds the adapters of a quantized base in bfloat16; `exact` converts them to float32.
     """
     model = get_peft_model(quantized(folder, kind), lora())
     settings = {"max_steps": 3, "learning_rate": 0.02, "optim": "adamw_torch"}
@@ -101,7 +101,7 @@ def run(
     return train(folder, request.param, tmp_path_factory.mktemp("run"))
 
 
-def test_the_adapters_learn_and_nothing_quantized_moves(run: dict[str, Any]) -> None:
+def test_the_adapters_train_and_nothing_quantized_changes(run: dict[str, Any]) -> None:
     model = run["model"]
     quantized = quantized_names(model)
     assert len(quantized) == 2 * len(LINEAR)
@@ -112,19 +112,21 @@ def test_the_adapters_learn_and_nothing_quantized_moves(run: dict[str, Any]) -> 
         assert torch.equal(tensor, run["before"][name]), name
 
 
-def test_the_teacher_is_the_average_by_hand(run: dict[str, Any]) -> None:
-    held = run["trainer"]._teacher.state.params
-    assert set(held) == set(run["start"])
-    assert all("lora_" in name for name in held)
-    assert not set(held) & quantized_names(run["model"])
-    for name, tensor in held.items():
+def test_the_teacher_is_the_average_of_the_students(run: dict[str, Any]) -> None:
+    averaged = run["trainer"]._teacher.state.params
+    assert set(averaged) == set(run["start"])
+    assert all("lora_" in name for name in averaged)
+    assert not set(averaged) & quantized_names(run["model"])
+    for name, tensor in averaged.items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, run["average"][name], rtol=1e-5, atol=1e-7)
-    apart = max(float((held[name] - tensor).abs().max()) for name, tensor in trainable(run["model"]).items())
-    assert apart > 1e-3, "the student itself would pass for its average"
+    distance = max(
+        float((averaged[name] - tensor).abs().max()) for name, tensor in trainable(run["model"]).items()
+    )
+    assert distance > 1e-3, "the student itself would pass as its average"
 
 
-def test_the_head_stays_whole_and_the_loss_is_fused(run: dict[str, Any]) -> None:
+def test_the_head_is_not_quantized_and_the_loss_is_fused(run: dict[str, Any]) -> None:
     head = run["model"].get_output_embeddings()
     assert type(head) is nn.Linear
     assert head.weight.is_floating_point()
@@ -189,7 +191,7 @@ def test_a_quantized_head_falls_back_or_is_refused_by_name(folder: Path, tmp_pat
 def test_training_a_quantized_weight_is_refused_by_name(folder: Path) -> None:
     model = quantized(folder, "nf4")
     weight = model.model.layers[0].self_attn.q_proj.weight
-    weight.__class__ = _Learning
+    weight.__class__ = _Trainable
     try:
         with pytest.raises(TypeError, match=r"q_proj\.weight"):
             TeacherStore(model, tiny.config(), seed=0)
@@ -197,7 +199,7 @@ def test_training_a_quantized_weight_is_refused_by_name(folder: Path) -> None:
         weight.__class__ = bitsandbytes.nn.Params4bit
 
 
-class _Learning(bitsandbytes.nn.Params4bit):
-    """A quantized weight that claims to learn, which autograd itself refuses for integers."""
+class _Trainable(bitsandbytes.nn.Params4bit):
+    """A quantized weight with requires_grad, which autograd itself refuses for integers."""
 
     requires_grad = True  # type: ignore[assignment]

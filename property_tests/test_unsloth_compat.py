@@ -1,4 +1,4 @@
-"""What is refused under Unsloth, in the right order and the wrong one; what is said about memory and speed."""
+"""Unsloth: import order, refusals, row groups; the advice about memory and speed; the report; the upgrade check."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ del os.environ["UNSLOTH_ALLOW_CPU"]
 """
 
 
-# --- import order: the guide's own lines, in fresh processes ----------------------------------------------
+# --- import order: the lines of the guide, in fresh processes ---------------------------------------------
 
 
 def run_lines(lines: str, cwd: Path) -> str:
@@ -77,25 +77,25 @@ def observe_order() -> str:
     """What the guide's lines, every refused construction and the upgrade check print; runs in a fresh process."""
     from sdpo_rl.compat import upgrade_check
 
-    said = io.StringIO()
+    printed = io.StringIO()
     scope: dict[str, Any] = {}
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(printed):
         exec(RIGHT_ORDER, scope)
         print("MRO", *(cls.__name__ for cls in scope["SDPOTrainer"].__mro__))
         print("CHUNKS", hasattr(tiny.arguments(Path("out")), "unsloth_num_chunks"))
         exec(REFUSALS, scope)
         print("EXIT", upgrade_check.main())
-    return said.getvalue()
+    return printed.getvalue()
 
 
-def check_order(said: str) -> None:
-    assert "MRO SDPOTrainer " in said
-    assert " UnslothGRPOTrainer _UnslothGRPOTrainer" in said
-    assert "CHUNKS True" in said
-    assert "EXIT 0" in said, said[-4000:]
-    assert "GRPOConfig.unsloth_num_chunks" in said, "the upgrade check looks at the rewritten trainer"
+def check_order(printed: str) -> None:
+    assert "MRO SDPOTrainer " in printed
+    assert " UnslothGRPOTrainer _UnslothGRPOTrainer" in printed
+    assert "CHUNKS True" in printed
+    assert "EXIT 0" in printed, printed[-4000:]
+    assert "GRPOConfig.unsloth_num_chunks" in printed, "the upgrade check is of the rewritten trainer"
     for name, words in REFUSED.items():
-        message = said.split(f"BEGIN {name}\n")[1].split("END")[0]
+        message = printed.split(f"BEGIN {name}\n")[1].split("END")[0]
         for word in words:
             assert word in message, name
 
@@ -137,7 +137,7 @@ REFUSED = {
 
 @needs_unsloth
 def test_the_wrong_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
-    said = run_lines(
+    printed = run_lines(
         # The name must be used before the patch: importing the package alone binds nothing.
         FIRST.format(early="from sdpo_rl import SDPOTrainer, SDPOConfig")
         + WRONG_ORDER
@@ -145,7 +145,7 @@ def test_the_wrong_order_is_refused_with_the_right_one(tmp_path: Path) -> None:
         tmp_path,
     )
     for line in unsloth_compat.IMPORT_ORDER.splitlines():
-        assert line in said
+        assert line in printed
 
 
 def test_the_order_in_the_messages_is_the_guides() -> None:
@@ -165,7 +165,7 @@ def usable() -> dict[str, Any]:
     }
 
 
-def test_what_is_right_is_not_refused() -> None:
+def test_the_right_construction_is_not_refused() -> None:
     unsloth_compat.check_construction(**usable())
 
 
@@ -321,10 +321,10 @@ GROUPS = [
     Claim(
         property_groups_hold_every_attended_token_once,
         step_batch.row_groups,
-        wrong,
+        counter_example,
         {"sizes": some_sizes, "width_limit": st.integers(4, 14), "token_limit": st.integers(4, 60)},
     )
-    for wrong in (all_rows_at_once, cut_to_the_width)
+    for counter_example in (all_rows_at_once, cut_to_the_width)
 ]
 
 
@@ -342,26 +342,28 @@ def test_groups_change_no_number(sizes: Sizes, width_limit: int, token_limit: in
     weight = torch.ones(1, 1)
     widths = []
 
-    def forward(own: dict[str, Any], *, length: int) -> Any:
-        widths.append(own["input_ids"].numel())
-        assert own["logits_to_keep"] == length + 1
-        assert own["use_cache"] is False
-        # The value at a column is its own token and the sum of all that the row attends up to it.
-        seen = torch.stack([own["input_ids"], (own["input_ids"] * own["attention_mask"]).cumsum(1)], -1)
+    def forward(inputs: dict[str, Any], *, length: int) -> Any:
+        widths.append(inputs["input_ids"].numel())
+        assert inputs["logits_to_keep"] == length + 1
+        assert inputs["use_cache"] is False
+        # The value at a column: its token, and the sum of the tokens that the row attends up to it.
+        seen = torch.stack(
+            [inputs["input_ids"], (inputs["input_ids"] * inputs["attention_mask"]).cumsum(1)], -1
+        )
         hidden = seen.float()[:, -(length + 1) : -1]
         return sdpo.LMHead(hidden, weight) if states else hidden
 
     groups = step_batch.row_groups(sizes, width_limit=width_limit, token_limit=token_limit)
-    apart = step_forward.run_groups(forward, arguments, groups, length=length)
+    grouped = step_forward.run_groups(forward, arguments, groups, length=length)
     assert len(widths) == len(groups)
     together = forward(arguments, length=length)
     if states:
-        apart, together = apart.hidden, together.hidden
+        grouped, together = grouped.hidden, together.hidden
     used = mask[:, -length:].bool()
-    assert torch.equal(apart[used], together[used])
+    assert torch.equal(grouped[used], together[used])
     # A counter-example: columns cut off on the left instead of the right.
     if any(group.right for group in groups):
-        assert not torch.equal(apart.roll(1, 1)[used], together[used])
+        assert not torch.equal(grouped.roll(1, 1)[used], together[used])
 
 
 def test_rows_alike_are_shared_out_evenly() -> None:
@@ -375,8 +377,8 @@ def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.
     groups: list[int] = []
 
     def tight(sizes: Sizes, *, width_limit: float, token_limit: float) -> Any:
-        own = max(map(sum, sizes))
-        made = step_batch.row_groups(sizes, width_limit=own, token_limit=2 * own)
+        longest = max(map(sum, sizes))
+        made = step_batch.row_groups(sizes, width_limit=longest, token_limit=2 * longest)
         groups.append(len(made))
         return made
 
@@ -398,7 +400,7 @@ def mixed() -> Any:
     )
 
 
-def test_a_prompt_too_long_for_the_model_teaches_nothing(tmp_path: Path) -> None:
+def test_a_prompt_too_long_for_the_model_is_dropped(tmp_path: Path) -> None:
     """Prompt and completion beyond `max_seq_length`: the row is left out and counted, nothing is cut off."""
     trainer = tiny.trainer(tmp_path, train_dataset=mixed(), max_steps=2, learning_rate=0.0)
     trainer.model.max_seq_length = 80
@@ -473,7 +475,7 @@ FAST: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_fast_run_is_left_in_peace() -> None:
+def test_a_fast_run_has_no_reasons() -> None:
     assert advice.slow_reasons(**FAST) == []
     assert advice.slow_reasons(**FAST | {"precision": "bfloat16", "gpu_bytes": 80, "weight_bytes": 14}) == []
 
@@ -488,7 +490,7 @@ def test_a_fast_run_is_left_in_peace() -> None:
         ({"gpu_bytes": 192}, ["gradient checkpointing", "3%"]),
     ],
 )
-def test_every_reason_says_what_to_do(change: dict[str, Any], words: list[str]) -> None:
+def test_every_reason_has_a_fix(change: dict[str, Any], words: list[str]) -> None:
     (reason,) = advice.slow_reasons(**FAST | change)
     for word in words:
         assert word in reason
@@ -526,7 +528,7 @@ def test_the_report_works_without_unsloth(tmp_path: Path, capsys: pytest.Capture
     assert f"teacher: ema, 4 tensors, {held:.1f} MiB" in text
 
 
-def test_the_report_wants_a_trainer() -> None:
+def test_the_report_needs_a_trainer() -> None:
     with pytest.raises(TypeError, match="built SDPOTrainer, got int"):
         training_report(3)
 

@@ -1,22 +1,23 @@
-"""Which of the private things that the trainer relies on in TRL and Unsloth changed in the installed versions.
+"""Checks whether the installed TRL, Unsloth, transformers and accelerate still have what the trainer relies on.
 
     python -m sdpo_rl.compat.upgrade_check
 
-prints one line per expectation with the reason for it, and exits with 1 if one of them broke. Where Unsloth is
-installed and can be imported, the trainer that is looked at is the one it has rewritten; `UNSLOTH_ALLOW_CPU=1`
-makes that possible without a GPU. Otherwise it is TRL's own.
+prints one line per expectation with the reason for it, and exits with 1 if one does not hold. Where Unsloth is
+installed and can be imported, the trainer it has rewritten is checked; `UNSLOTH_ALLOW_CPU=1` makes that possible
+without a GPU. Otherwise it is TRL's own.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -26,29 +27,68 @@ _BOTH, _TRL, _UNSLOTH = "TRL and Unsloth", "TRL", "Unsloth"
 
 
 class Method(NamedTuple):
-    """A method the trainer overrides or calls, the parameters it relies on, and why."""
+    """A method that the trainer overrides or calls, and the parameters it relies on."""
 
     name: str
     parameters: tuple[str, ...]
     reason: str
     where: str = _BOTH
 
+    def __str__(self) -> str:
+        return f"GRPOTrainer.{self.name}({', '.join(self.parameters)})"
+
+    def problem(self, trainer: type, config: type) -> str:
+        """What is wrong; empty: nothing."""
+        definitions = _definitions(trainer, self.name)
+        if not definitions:
+            return "gone"
+        accepted: set[str] = set()
+        for definition in definitions:
+            parameters = inspect.signature(definition).parameters
+            accepted |= set(parameters)
+            # A method with **kwargs passes the rest on to the next definition.
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                break
+        missing = [name for name in self.parameters if name not in accepted]
+        if not missing:
+            return ""
+        return f"no parameter {', '.join(missing)}; it has {', '.join(sorted(accepted - {'self'}))}"
+
 
 class Text(NamedTuple):
-    """Words that a method's source must contain: keys, attributes and calls that nothing else shows."""
+    """Words that a method's source must contain: keys, attributes and calls that are not visible otherwise."""
 
     method: str
     words: tuple[str, ...]
     reason: str
     where: str = _BOTH
 
+    def __str__(self) -> str:
+        return f"GRPOTrainer.{self.method} mentions {', '.join(self.words)}"
+
+    def problem(self, trainer: type, config: type) -> str:
+        """What is wrong; empty: nothing."""
+        definitions = _definitions(trainer, self.method)
+        if not definitions:
+            return "gone"
+        source = "\n".join(inspect.getsource(each) for each in definitions if inspect.isfunction(each))
+        missing = [word for word in self.words if word not in source]
+        return f"no longer mentions {', '.join(missing)}" if missing else ""
+
 
 class Attribute(NamedTuple):
-    """Something the trainer has: assigned to `self` in one of its classes, or defined in one."""
+    """An attribute of the trainer: assigned to `self` in one of its classes, or defined in one."""
 
     name: str
     reason: str
     where: str = _BOTH
+
+    def __str__(self) -> str:
+        return f"GRPOTrainer.{self.name}"
+
+    def problem(self, trainer: type, config: type) -> str:
+        """What is wrong; empty: nothing."""
+        return "" if self.name in _attributes(trainer) else "gone"
 
 
 class Field(NamedTuple):
@@ -58,9 +98,16 @@ class Field(NamedTuple):
     reason: str
     where: str = _BOTH
 
+    def __str__(self) -> str:
+        return f"GRPOConfig.{self.name}"
+
+    def problem(self, trainer: type, config: type) -> str:
+        """What is wrong; empty: nothing."""
+        return "" if self.name in {field.name for field in dataclasses.fields(config)} else "gone"
+
 
 class Finding(NamedTuple):
-    """One expectation and how it was found; `problem` is empty where it holds."""
+    """An expectation, and what is wrong with it; `problem` is empty where it holds."""
 
     expectation: str
     reason: str
@@ -73,41 +120,42 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Method(
         "_calculate_rewards",
         ("inputs", "prompts", "completions", "completion_ids_list"),
-        "raw rewards and feedback are taken here",
+        "scores and feedback are collected here",
     ),
-    Method("_generate_and_score_completions", ("inputs",), "the reprompts are added to what it returns"),
+    Method("_generate_and_score_completions", ("inputs",), "the teacher's prompts are added to its output"),
+    Method("_set_signature_columns_if_needed", (), "the dataset's column of feedback is not removed"),
     Method("_prepare_inputs", ("generation_batch",), "active tokens are counted once per generation batch"),
     Method(
         "compute_loss",
         ("model", "inputs", "return_outputs", "num_items_in_batch"),
-        "the self-distillation loss takes its place",
+        "the self-distillation loss replaces it",
     ),
     Method(
-        "training_step", ("model", "inputs", "num_items_in_batch"), "keeps the place in an optimizer step"
+        "training_step", ("model", "inputs", "num_items_in_batch"), "micro-batches of a step are counted here"
     ),
     Method(
         "_get_per_token_logps_and_entropies",
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
         "computed in plain torch on a CPU",
     ),
-    Method("_generate_single_turn", (), "ranks generate together"),
-    Method("_tool_call_loop", (), "every rank goes along to the end of it"),
-    Method("train", ("resume_from_checkpoint",), "the checkpoint is looked at before the run begins"),
+    Method("_generate_single_turn", (), "sharded processes generate together"),
+    Method("_tool_call_loop", (), "sharded processes leave it together"),
+    Method("train", ("resume_from_checkpoint",), "the checkpoint is validated before the run begins"),
     Method("_get_output_dir", ("trial",), "the teacher is saved in the checkpoint's folder"),
-    Method("_get_train_sampler", (), "a resumed run draws the order of the uninterrupted one"),
-    Method("_save_checkpoint", ("model", "trial"), "the teacher is saved beside the student"),
-    Method("_save_rng_state", ("output_dir",), "the place in the run is saved"),
-    Method("_load_rng_state", ("checkpoint",), "the place in the run is restored"),
+    Method("_get_train_sampler", (), "a resumed run has the row order of the uninterrupted one"),
+    Method("_save_checkpoint", ("model", "trial"), "the teacher is saved with the student"),
+    Method("_save_rng_state", ("output_dir",), "the progress of the run is saved"),
+    Method("_load_rng_state", ("checkpoint",), "the progress of the run is restored"),
     Method("_load_from_checkpoint", ("resume_from_checkpoint", "model"), "adapters are restored"),
     Method("_load_optimizer_and_scheduler", ("checkpoint",), "the teacher is restored"),
     Method("prediction_step", ("model", "inputs", "prediction_loss_only"), "evaluation is inherited"),
     Method(
         "evaluation_loop",
         ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
-        "the loss of an evaluation is that of all its tokens together",
+        "the loss of an evaluation is the mean over all its tokens",
     ),
     Method("log", ("logs",), "the self-distillation metrics are added"),
-    Method("_log_completion_extra", (), "feedback shows in the completions table"),
+    Method("_log_completion_extra", (), "the completions table has a column of feedback"),
     Text(
         "_generate_and_score_completions",
         ('"prompt_ids"', '"prompt_mask"', '"completion_ids"', '"completion_mask"', '"advantages"'),
@@ -116,12 +164,12 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Text(
         "_generate_and_score_completions",
         ('"old_per_token_logps"', '"sampling_per_token_logps"', "self._calculate_rewards("),
-        "log-probabilities for the weights, and the call that hands over the rewards",
+        "log-probabilities for the weights, and the call that computes the rewards",
     ),
     Text(
         "_generate_and_score_completions",
         ('"tool_mask"', '"importance_sampling_ratio"'),
-        "tokens that are not the model's own, and the weights for the inference engine",
+        "tokens that the model did not sample, and the weights of the inference engine",
     ),
     Text(
         "_prepare_inputs",
@@ -133,12 +181,14 @@ EXPECTATIONS: tuple[Expectation, ...] = (
         ("self.num_generations", "self.num_generations_eval", "self.reward_weights", "self._metrics"),
         "groups, score weights and metrics",
     ),
-    Text("_prepare_inputs", ("steps_per_generation",), "how long a generation batch lasts"),
-    Text("__init__", ("self.temperature", "self.chat_template_kwargs"), "what student and teacher share"),
+    Text("_prepare_inputs", ("steps_per_generation",), "how many micro-batches a generation batch has"),
+    Text(
+        "__init__", ("self.temperature", "self.chat_template_kwargs"), "settings of student and teacher alike"
+    ),
     Text(
         "_compute_loss",
         ("current_gradient_accumulation_steps",),
-        "the caller divides by the accumulation itself",
+        "the loss is divided by the accumulation steps here",
         _TRL,
     ),
     Text("compute_loss", ("max_left_pad",), "old log-probabilities are packed to the left", _UNSLOTH),
@@ -159,31 +209,32 @@ EXPECTATIONS: tuple[Expectation, ...] = (
                 "num_generations_eval",
                 "num_iterations",
             ),
-            "where the run stands within a generation batch": ("_buffered_inputs", "_step"),
-            "an optimizer step has so many micro-batches": ("current_gradient_accumulation_steps",),
+            "the position within a generation batch": ("_buffered_inputs", "_step"),
+            "the number of micro-batches of an optimizer step": ("current_gradient_accumulation_steps",),
             "metrics are logged with the others, and saved": ("_metrics",),
             "the running loss is saved": ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
-            "scores are weighed as rewards are": ("reward_weights",),
+            "scores are weighted as rewards are": ("reward_weights",),
             "student and teacher share temperature and chat template": (
                 "temperature",
                 "chat_template",
                 "chat_template_kwargs",
             ),
-            "the reprompt names the tools that the prompt named": (
+            "the teacher's prompt has the tools of the student's": (
                 "tools",
                 "environment_factories",
                 "_env_tools",
                 "_batch_environments",
             ),
-            "environments speak of their episodes": ("environments",),
-            "who generates": ("use_vllm",),
+            "environments return feedback": ("environments",),
+            "the dataset's column of feedback is not removed": ("_signature_columns",),
+            "whether the model itself generates": ("use_vllm",),
             "experts are balanced as in GRPO": ("aux_loss_enabled", "router_aux_loss_coef"),
-            "a sharded model is loaded otherwise": ("is_fsdp_enabled",),
+            "a sharded model is loaded differently": ("is_fsdp_enabled",),
         }.items()
         for name in names
     ),
     *(
-        Field(name, "read to count, group or name things")
+        Field(name, "read by the trainer")
         for name in (
             "num_generations",
             "num_iterations",
@@ -201,111 +252,70 @@ EXPECTATIONS: tuple[Expectation, ...] = (
 
 
 def check(trainer: type, config: type, expectations: Sequence[Expectation], unsloth: bool) -> list[Finding]:
-    """Hold a trainer class and its config class against the expectations that concern them."""
-    attributes = _attributes(trainer)
-    looks: dict[type, Callable[[Any], str]] = {
-        Method: lambda e: _method_problem(trainer, e),
-        Text: lambda e: _text_problem(trainer, e),
-        Attribute: lambda e: "" if e.name in attributes else "gone",
-        Field: lambda e: "" if e.name in {f.name for f in dataclasses.fields(config)} else "gone",
-    }
-    findings = []
-    for expected in expectations:
-        if expected.where != _BOTH and (expected.where == _UNSLOTH) is not unsloth:
-            continue
-        findings.append(Finding(_describe(expected), expected.reason, looks[type(expected)](expected)))
-    return findings
+    """Compare a trainer class and its config class with the expectations that concern them.
 
-
-def _describe(expected: Expectation) -> str:
-    if isinstance(expected, Method):
-        return f"GRPOTrainer.{expected.name}({', '.join(expected.parameters)})"
-    if isinstance(expected, Text):
-        return f"GRPOTrainer.{expected.method} mentions {', '.join(expected.words)}"
-    return f"{'GRPOTrainer' if isinstance(expected, Attribute) else 'GRPOConfig'}.{expected.name}"
+    Args:
+        trainer: `trl.GRPOTrainer`, Unsloth's or TRL's own.
+        config: `trl.GRPOConfig`.
+        expectations: what to compare with.
+        unsloth: whether the classes are Unsloth's.
+    """
+    where = (_BOTH, _UNSLOTH if unsloth else _TRL)
+    return [
+        Finding(str(expected), expected.reason, expected.problem(trainer, config))
+        for expected in expectations
+        if expected.where in where
+    ]
 
 
 def _definitions(trainer: type, name: str) -> list[Any]:
-    """Every definition of a method, outermost first, without what decorators put around it."""
+    """Every definition of a method, outermost first, without decorators."""
     return [inspect.unwrap(vars(cls)[name]) for cls in trainer.__mro__ if name in vars(cls)]
 
 
+@functools.cache
 def _attributes(trainer: type) -> set[str]:
-    """What the trainer's classes define, and what their methods assign to `self`."""
-    found: set[str] = set()
+    """Names that the trainer's classes define, and that their methods assign to `self`."""
+    names: set[str] = set()
     for cls in trainer.__mro__[:-1]:
-        found |= set(vars(cls))
+        names |= set(vars(cls))
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                found |= (
-                    {node.attr} if isinstance(node.value, ast.Name) and node.value.id == "self" else set()
-                )
-    return found
-
-
-def _method_problem(trainer: type, expected: Method) -> str:
-    definitions = _definitions(trainer, expected.name)
-    if not definitions:
-        return "gone"
-    named: set[str] = set()
-    for definition in definitions:
-        parameters = inspect.signature(definition).parameters
-        named |= set(parameters)
-        # What a wrapper passes on has its names in the definition below.
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break
-    missing = [name for name in expected.parameters if name not in named]
-    return (
-        f"no parameter {', '.join(missing)}; it has {', '.join(sorted(named - {'self'}))}" if missing else ""
-    )
-
-
-def _text_problem(trainer: type, expected: Text) -> str:
-    definitions = _definitions(trainer, expected.method)
-    if not definitions:
-        return "gone"
-    sources = "\n".join(
-        inspect.getsource(definition) for definition in definitions if inspect.isfunction(definition)
-    )
-    missing = [word for word in expected.words if word not in sources]
-    return f"no longer mentions {', '.join(missing)}" if missing else ""
+            match node:
+                case ast.Attribute(ast.Name("self"), name, ast.Store()):
+                    names.add(name)
+    return names
 
 
 def check_models() -> list[Finding]:
-    """What the forwards rely on in transformers, PEFT and accelerate."""
-    transformers = importlib.import_module("transformers")
-    accelerate = importlib.import_module("accelerate")
-    causal = transformers.Qwen2ForCausalLM
+    """What the forwards rely on in transformers and accelerate."""
+    causal = importlib.import_module("transformers").Qwen2ForCausalLM
+    accelerator = importlib.import_module("accelerate").Accelerator
+    names: tuple[str, ...] = ("logits_to_keep", "position_ids", "attention_mask")
     parameters = inspect.signature(causal.forward).parameters
-    missing = [
-        name for name in ("logits_to_keep", "position_ids", "attention_mask") if name not in parameters
-    ]
-    found = [
+    missing = [name for name in names if name not in parameters]
+    findings = [
         Finding(
-            "Qwen2ForCausalLM.forward(logits_to_keep, position_ids, attention_mask)",
-            "the head sees completion positions alone",
+            f"Qwen2ForCausalLM.forward({', '.join(names)})",
+            "the head is applied to completion positions alone",
             f"no parameter {', '.join(missing)}" if missing else "",
         )
     ]
     for owner, names, reason in (
-        (causal, ("get_output_embeddings",), "the head is found by it"),
-        (accelerate.Accelerator, ("unwrap_model", "autocast", "reduce"), "ranks and precision"),
+        (causal, ("get_output_embeddings",), "finds the head"),
+        (accelerator, ("unwrap_model", "autocast", "reduce"), "processes and precision"),
     ):
-        gone = [name for name in names if not hasattr(owner, name)]
-        found.append(
-            Finding(
-                f"{owner.__name__}.{', '.join(names)}", reason, f"gone: {', '.join(gone)}" if gone else ""
-            )
-        )
-    return found
+        missing = [name for name in names if not hasattr(owner, name)]
+        problem = f"gone: {', '.join(missing)}" if missing else ""
+        findings.append(Finding(f"{owner.__name__}.{', '.join(names)}", reason, problem))
+    return findings
 
 
 def patch_with_unsloth() -> str:
-    """Import Unsloth and let it patch TRL; why not, where that cannot be done."""
+    """Import Unsloth and let it patch TRL. Returns why not, where that cannot be done; else nothing."""
     if importlib.util.find_spec("unsloth") is None:
         return "not installed"
     if not importlib.import_module("torch").cuda.is_available() and "UNSLOTH_ALLOW_CPU" not in os.environ:
-        return "no GPU; set UNSLOTH_ALLOW_CPU=1 to look at it all the same"
+        return "no GPU; set UNSLOTH_ALLOW_CPU=1 to check it without one"
     unsloth = importlib.import_module("unsloth")
     # The import needs the variable; PatchFastRL does nothing while it is set.
     os.environ.pop("UNSLOTH_ALLOW_CPU", None)
@@ -314,14 +324,14 @@ def patch_with_unsloth() -> str:
 
 
 def main() -> int:
-    """Print the table; 1 if an expectation broke."""
+    """Print the table. Returns the exit status: 1 if an expectation does not hold, else 0."""
     skipped = patch_with_unsloth()
     trl = importlib.import_module("trl")
     findings = check(trl.GRPOTrainer, trl.GRPOConfig, EXPECTATIONS, unsloth=is_unsloth(trl.GRPOTrainer))
     findings += check_models()
     if not skipped and not is_unsloth(trl.GRPOTrainer):
         findings.append(
-            Finding("PatchFastRL rewrites trl.GRPOTrainer", "the trainer is built over it", "it did not")
+            Finding("PatchFastRL rewrites trl.GRPOTrainer", "the trainer derives from it", "it did not")
         )
     for name in ("trl", "transformers", "peft", "accelerate", "torch", "unsloth"):
         print(f"{name} {_version(name)}")
@@ -331,7 +341,7 @@ def main() -> int:
         else:
             print(f"ok     {finding.expectation}: {finding.reason}")
     if skipped:
-        print(f"Unsloth's trainer not looked at: {skipped}")
+        print(f"Unsloth's trainer is not checked: {skipped}")
     broken = sum(bool(finding.problem) for finding in findings)
     print(f"{len(findings) - broken} of {len(findings)} expectations hold")
     return 1 if broken else 0
