@@ -60,7 +60,8 @@ class SDPOTrainer(_BASE):
     They may have an attribute `last_feedback`, may be async, and may return `None` for rows they do not judge. An
     environment (`environment_factory`) has an attribute or property `feedback`, read when its episode is scored and
     cleared by its `reset`; a method of that name would be offered to the model as a tool. A dataset column
-    `feedback`, or one that a `rollout_func` returns, is used for rows without live feedback.
+    `feedback` (or `privileged_context`, its name in TRL's SDPO), or one that a `rollout_func` returns, is used for
+    rows without live feedback.
 
     **Tools.** The teacher gets the same turns, tool results included, and only tokens of the model have a loss. A
     demonstration is then a transcript: texts, `name(arguments)` for each call, and the results.
@@ -80,7 +81,7 @@ class SDPOTrainer(_BASE):
         model: a model, a PEFT model, or a name or path.
         reward_funcs: as for `GRPOTrainer`; functions may also return feedback.
         args: a `GRPOConfig`; `None` means its defaults.
-        train_dataset: as for `GRPOTrainer`; a column `feedback` is optional.
+        train_dataset: as for `GRPOTrainer`; a column `feedback` or `privileged_context` is optional.
         eval_dataset: as for `GRPOTrainer`.
         processing_class: as for `GRPOTrainer`.
         reward_processing_classes: as for `GRPOTrainer`.
@@ -91,9 +92,10 @@ class SDPOTrainer(_BASE):
 
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
-        ValueError: an empty dataset, a prompt that does not end with a user turn, no pad token, K larger than the
-            vocabulary, a batch size that is no multiple of the group size, a term or mask that this loss does not
-            have, FSDP 1.
+        ValueError: an empty dataset or prompt, a prompt that does not end with a user turn, two columns of feedback,
+            neither a pad token nor an end-of-sequence token, K larger than the vocabulary, a batch size that is no
+            multiple of the group size, more demonstrations than a group can have, a temperature of 0, a term or mask
+            that this loss does not have, a loss backend that cannot run on the device, FSDP 1.
         TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
 
     Source: SDPO, arXiv 2601.20802.
