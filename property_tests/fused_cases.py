@@ -83,7 +83,7 @@ class Case:
         student, teacher = self.logits("student"), self.logits("teacher")
         names = ("support", "k", "tail", "alpha", "temperature")
         divergence = sdpo.distillation_loss(
-            student, teacher, t["tokens"], **{name: s[name] for name in names}
+            student, teacher, tokens=t["tokens"], **{name: s[name] for name in names}
         )
         weights = torch.ones_like(divergence).detach()
         if "old_log_probs" in t:
