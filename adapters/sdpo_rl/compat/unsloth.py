@@ -1,4 +1,4 @@
-"""Unsloth's rewritten `GRPOTrainer`: what it does otherwise than TRL's, and what it must be told in time."""
+"""Where Unsloth's rewritten `GRPOTrainer` differs from TRL's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ def is_unsloth(trainer_class: type) -> bool:
 
 
 def check_construction(model: Any, args: Any, peft_config: Any) -> None:
-    """Refuse what Unsloth's trainer ignores silently or fails on much later.
+    """Refuse what Unsloth's trainer ignores silently, or fails on much later.
+
+    Args:
+        model: the trainer's.
+        args: the trainer's.
+        peft_config: the trainer's.
 
     Raises:
         ValueError: `peft_config`, a model's name, a model that Unsloth did not load, a `GRPOConfig` that was
@@ -33,36 +38,38 @@ def check_construction(model: Any, args: Any, peft_config: Any) -> None:
     """
     if peft_config is not None:
         raise ValueError(
-            "Unsloth's trainer ignores peft_config and would train the whole model; add the adapter with "
-            "`model = FastLanguageModel.get_peft_model(model, r=16, ...)` and drop peft_config"
+            "peft_config: expected None, got one; Unsloth's trainer ignores peft_config and would train the whole "
+            "model: add the adapter with `model = FastLanguageModel.get_peft_model(model, r=16, ...)`"
         )
     if isinstance(model, str):
         raise ValueError(
-            f"under Unsloth the model must be loaded first, got the name {model!r}; use "
-            f"`model, tokenizer = FastLanguageModel.from_pretrained({model!r}, ...)` and pass the model"
+            f"model: expected a loaded model under Unsloth, got the name {model!r}; pass the model of "
+            f"`model, tokenizer = FastLanguageModel.from_pretrained({model!r}, ...)`"
         )
     if not hasattr(model, "for_training"):
         raise ValueError(
-            f"this {type(model).__name__} was not loaded by Unsloth (it has no for_training), and Unsloth's "
-            "generation would fail on it; load it with FastLanguageModel.from_pretrained, or do not patch TRL"
+            f"model: expected one loaded by Unsloth, got a {type(model).__name__} without for_training, on which "
+            "its generation fails; load it with FastLanguageModel.from_pretrained, or do not patch TRL"
         )
     if not hasattr(args, "unsloth_num_chunks"):
         raise ValueError(
-            "args is a GRPOConfig from before the patch: it has no unsloth_num_chunks, and Unsloth's loss would "
-            f"fail on it. Import in this order, then make the config again:\n{IMPORT_ORDER}"
+            "args: expected a GRPOConfig imported after the patch, got one from before: it has no "
+            "unsloth_num_chunks, which Unsloth's loss needs; import in this order, then make the config again:\n"
+            f"{IMPORT_ORDER}"
         )
     limit, length = getattr(model, "max_seq_length", None), args.max_completion_length
     if limit is not None and length is not None and length >= limit:
         raise ValueError(
-            f"max_completion_length={length} leaves no room for a prompt in the model's max_seq_length={limit}, "
-            "and Unsloth cuts longer sequences off silently; lower the one, or load the model with a larger "
-            "max_seq_length (prompt + completion, and reprompt + completion, must fit)"
+            f"max_completion_length: expected less than the model's max_seq_length={limit}, got "
+            f"max_completion_length={length}, which leaves no room for a prompt, and Unsloth truncates longer "
+            "sequences silently; lower it, or load the model with a larger max_seq_length (prompt + completion, "
+            "and reprompt + completion, must fit)"
         )
 
 
 @contextmanager
 def logits_not_hidden_states() -> Iterator[None]:
-    """Forwards return logits whatever an earlier, interrupted pass of Unsloth left in the environment."""
+    """Forwards return logits, even if an interrupted pass of Unsloth left its variable set in the environment."""
     before = os.environ.get(_HIDDEN_STATES)
     os.environ[_HIDDEN_STATES] = "0"
     try:
@@ -75,11 +82,15 @@ def logits_not_hidden_states() -> Iterator[None]:
 
 
 def align_old_log_probs(inputs: Mapping[str, Any], pad_id: int) -> dict[str, Any]:
-    """The inputs with `old_per_token_logps` [B, T] under the completion's columns.
+    """The inputs with `old_per_token_logps` [B, T] in the columns of the completion.
 
-    Unsloth packs each row to the left, by pad id, into a wider tensor. A token's column there is its rank among
-    the row's tokens that are not the pad token. A row that sampled the pad token was scored as another sequence;
-    its entries become NaN, which weighs 1.
+    Unsloth packs each row to the left, by pad id, into a wider tensor. The column of a token there is its position
+    among the row's tokens that are not the pad token. A row that sampled the pad token was scored as another
+    sequence; its entries become NaN, which has weight 1.
+
+    Args:
+        inputs: of a micro-batch, with `prompt_ids` [B, P], `completion_ids` and `completion_mask` [B, T].
+        pad_id: token id of the padding.
     """
     old = inputs.get("old_per_token_logps")
     if old is None:
@@ -87,9 +98,9 @@ def align_old_log_probs(inputs: Mapping[str, Any], pad_id: int) -> dict[str, Any
     completion, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
     ids = torch.cat([inputs["prompt_ids"], completion], dim=1)
     length = completion.shape[1]
-    rank = (ids != pad_id).cumsum(dim=1) - 1 - (ids.shape[1] - old.shape[1])
-    columns = rank[:, -length:]
-    inside = (columns >= 0) & (columns < old.shape[1])
+    position = (ids != pad_id).cumsum(dim=1) - 1 - (ids.shape[1] - old.shape[1])
+    columns = position[:, -length:]
+    valid = (columns >= 0) & (columns < old.shape[1])
     aligned: Tensor = old.gather(1, columns.clamp(0, old.shape[1] - 1))
-    wrong = ((completion == pad_id) & mask).any(dim=1, keepdim=True) | ~inside
+    wrong = ((completion == pad_id) & mask).any(dim=1, keepdim=True) | ~valid
     return {**inputs, "old_per_token_logps": aligned.masked_fill(wrong, float("nan"))}
