@@ -92,10 +92,10 @@ class SDPOTrainer(_BASE):
 
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
-        ValueError: an empty dataset or prompt, a prompt that does not end with a user turn, two columns of feedback,
-            neither a pad token nor an end-of-sequence token, K larger than the vocabulary, a batch size that is no
-            multiple of the group size, more demonstrations than a group can have, a temperature of 0, a term or mask
-            that this loss does not have, a loss backend that cannot run on the device, FSDP 1.
+        ValueError: an empty dataset or prompt, a prompt that does not end with a user turn, two columns of
+            feedback, neither a pad token nor an end-of-sequence token, K larger than the vocabulary, a batch size
+            that is no multiple of the group size, more demonstrations than a group can have, a temperature of 0, a
+            term or mask that this loss does not have, a loss backend that cannot run on the device, FSDP 1.
         TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
 
     Source: SDPO, arXiv 2601.20802.
