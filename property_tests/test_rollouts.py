@@ -448,7 +448,9 @@ def test_feedback_is_no_tool() -> None:
         def feedback(self) -> str:
             return "offered to the model"
 
-    with pytest.raises(TypeError, match=r"Method_\.feedback: expected a string or None, got method.*property"):
+    with pytest.raises(
+        TypeError, match=r"Method_\.feedback: expected a string or None, got method.*property"
+    ):
         environment_feedback([Shop.__new__(Garden), Method_()])
     assert environment_feedback([Garden(), object()]) == ["roots everywhere", None]
 

@@ -110,7 +110,7 @@ def trl_topk(x: Inputs) -> Tensor:
         teacher = (x.teacher_hidden @ x.weight.t()) / TEMPERATURE
     student = (x.hidden @ x.weight.t()) / TEMPERATURE
     per_token: Tensor = compute_topk_self_distillation_loss(
-        student, teacher, k=K, distillation_alpha=ALPHA, tail="bucket"
+        student, teacher, distillation_topk=K, distillation_alpha=ALPHA, distillation_add_tail=True
     )
     return per_token
 
