@@ -43,7 +43,7 @@ def demo_mean(arm: str) -> dict[int, float]:
 
 def loss(shape: int) -> dict[str, dict[str, float]]:
     """Results by name; `over` is the time over that of the matrix products alone."""
-    rows = {row["name"]: row for row in record("loss-h200")["shapes"][shape]["results"] if "ms" in row}
+    rows = {row["name"]: row for row in record("loss-h100")["shapes"][shape]["results"] if "ms" in row}
     return {name: row | {"over": row["ms"] / rows["floor"]["ms"]} for name, row in rows.items()}
 
 
@@ -81,7 +81,6 @@ def readme_loss() -> Iterator[str]:
         "**`sdpo.fused_distillation_loss`**": "fused",
         "TRL's SDPO, top-K": "TRL SDPO",
         "log-softmax, top-K": "log-softmax, top-K",
-        "Liger's JSD (full vocabulary)": "Liger JSD",
         "TRL's chunked divergence (full vocabulary)": "TRL chunked divergence",
     }
     for label, name in labels.items():
@@ -95,7 +94,7 @@ def readme_loss() -> Iterator[str]:
 
 def readme_step() -> Iterator[str]:
     for name, label in {"7b": "Qwen2.5-7B", "0.5b": "Qwen2.5-0.5B"}.items():
-        known = record(f"step-{name}-h200")
+        known = record(f"step-{name}-h100")
         ratios, rows = known["ratios"], known["options"]["rows"]
         yield (
             f"| {label}, {rows} | {ratios['time sdpo/trl-sdpo']:.2f} | {ratios['memory sdpo/trl-sdpo']:.2f} | "
@@ -107,7 +106,7 @@ def readme_step() -> Iterator[str]:
 
 
 def readme_accuracy() -> Iterator[str]:
-    known = record("loss-accuracy-h200")
+    known = record("loss-accuracy-h100")
     ours = [known[level]["errors"]["fused"] for level in LEVELS]
     peers = [
         known[level]["errors"][name]

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/loss.py                                  # every shape of this device
     python examples/benchmarks/loss.py --shapes 0 --names fused plain   # a few of them
-    python examples/benchmarks/loss.py --output examples/benchmarks/records/loss-h200.json
+    python examples/benchmarks/loss.py --output examples/benchmarks/records/loss-h100.json
 
 Floor: the matrix products alone, in the chunks of the fused loss. Memory: the peak above that of the inputs, and
 the same less the returned gradients, which no implementation avoids. On a CPU the fused loss is compared with the

@@ -1,6 +1,6 @@
 """Errors of the loss and its gradient on bf16 inputs, against float64: the fused loss and two simple peers.
 
-    python examples/benchmarks/loss_accuracy.py --output examples/benchmarks/records/loss-accuracy-h200.json
+    python examples/benchmarks/loss_accuracy.py --output examples/benchmarks/records/loss-accuracy-h100.json
 
 The reference is the plain loss in float64 on the same bf16 inputs. Logits of standard deviation 1 (`flat`), 4
 (`ordinary`), and `peaked` ones with almost no probability outside the 100 likeliest tokens. Relative errors: of a

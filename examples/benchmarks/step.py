@@ -1,7 +1,7 @@
 """A whole optimizer step in one run: this library's SDPO, TRL's experimental SDPO, and GRPO.
 
-    python examples/benchmarks/step.py --shape 0.5b --rows 56 --steps 6 --repeat 3 \\
-        --output examples/benchmarks/records/step-0.5b-h200.json
+    python examples/benchmarks/step.py --shape 0.5b --rows 32 --steps 5 --repeat 3 \\
+        --output examples/benchmarks/records/step-0.5b-h100.json
 
 Random weights of a published shape, LoRA on bf16, and given completions, because generation would hide the
 difference. Every row has a short feedback text, so a teacher prompt is about as long as the student's. Arms:
