@@ -22,6 +22,7 @@ from reference_step import Method, Recorder, ReferenceStep, trainable
 from transformers import ProgressCallback, TrainerCallback
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
+from sdpo_rl.step import batch as step_batch
 from sdpo_rl.step import micro_batch
 
 FOUR: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
@@ -636,6 +637,26 @@ def test_rows_without_signal_cost_no_forward(tmp_path: Path, split: dict[str, An
     active = sum(round(8 * part) for part in logs(trainer, f"{PREFIX}reprompt_sample_fraction"))
     assert 0 < active < 32
     assert sum(seen) == 2 * active
+
+
+def test_the_loss_mask_is_computed_once_per_generation_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    true = step_batch.completion_loss_mask
+
+    def counted(completion_mask: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls.append(len(completion_mask))
+        return true(completion_mask, *args)
+
+    monkeypatch.setattr(step_batch, "completion_loss_mask", counted)
+    trainer = tiny.trainer(
+        tmp_path, eval_dataset=tiny.conversations(2), num_iterations=2, max_steps=4, **FOUR
+    )
+    trainer.train()
+    assert calls == [8, 8]
+    trainer.evaluate()
+    assert calls == [8, 8, 8]
 
 
 def test_a_step_without_signal_has_loss_zero_and_changes_nothing(tmp_path: Path) -> None:

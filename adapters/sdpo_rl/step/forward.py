@@ -211,13 +211,15 @@ def _run(
 
 def _every_slot(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`params` with a name for every parameter slot: a tied parameter has one in each module that holds it."""
-    by_id = {id(p): params[name] for name, p in model.named_parameters() if name in params}
-    return {
-        f"{prefix}.{name}" if prefix else name: by_id[id(p)]
-        for prefix, module in model.named_modules()
-        for name, p in module._parameters.items()
-        if id(p) in by_id
-    }
+    slots: dict[str, Tensor] = {}
+    first_names: dict[int, str] = {}  # of each parameter, as in `named_parameters`
+    for prefix, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            name = f"{prefix}.{key}" if prefix else key
+            first = first_names.setdefault(id(parameter), name)
+            if parameter is not None and first in params:
+                slots[name] = params[first]
+    return slots
 
 
 def router_loss(outputs: Any) -> Tensor:
