@@ -175,7 +175,8 @@ def question_of(prompt: Any) -> str:
 def reprompt(row: Row, method: Method) -> str | None:
     """The teacher's question; `None` without a teacher signal."""
     peers = [peer.text for peer in row.peers if not peer.masked]
-    shown = [text for text in peers if tiny.score(text) >= 1.0 and text.strip() and text != row.text]
+    shown = [text for text in peers if tiny.score(text) >= 1.0 and text.strip()]
+    shown.sort(key=lambda text: text == row.text)
     shown = shown[: method.shown]
     feedback = tiny.remark(row.text)
     if shown and not method.feedback_too:

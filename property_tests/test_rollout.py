@@ -14,7 +14,9 @@ import torch
 from hypothesis import strategies as st
 from strategies import Claim, name_of
 
+from sdpo import select_demonstrations
 from sdpo_rl import SDPOConfig
+from sdpo_rl.rollout import demonstrations
 from sdpo_rl.rollout.demonstrations import Rollout, TeacherContext, teacher_context
 from sdpo_rl.rollout.prompts import Renderer
 from sdpo_rl.rollout.reprompts import Reprompter
@@ -126,8 +128,7 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
             shown[peer] = text.split("</think>")[-1] if config.remove_thinking_from_demonstration else text
         peers = [j for j in group if batch.scores[j] >= 1.0 and shown[j].strip() and batch.has_loss[j]]
         if config.dont_reprompt_on_self_success:
-            own = batch.completions[row]
-            peers = [j for j in peers if own not in (batch.completions[j], shown[j])]
+            peers = [j for j in peers if j != row]
         if not batch.has_loss[row]:
             peers = []
         has.append(bool(peers))
@@ -168,10 +169,45 @@ def masked_like_others(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
     return on_ranks(replace(batch, has_loss=[True] * len(batch.scores)), config, ranks)
 
 
-def same_text_like_others(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
-    """Takes a peer with the row's own text for a demonstration."""
-    texts = [f"{text}{i % GROUP}" if text.strip() else text for i, text in enumerate(batch.completions)]
-    return on_ranks(replace(batch, completions=texts), config, ranks)
+def property_peers_with_the_row_s_own_text_come_last(world: Any, batch: Batch, config: SDPOConfig) -> None:
+    config = replace(config, dont_reprompt_on_self_success=True, max_reprompt_length=10240)
+    (context,) = world(batch, config, 1)
+    for row, ids in enumerate(context.prompts.ids):
+        group = set(range(row // GROUP * GROUP, row // GROUP * GROUP + GROUP)) - {row}
+        peers = [batch.completions[j] for j in group if batch.scores[j] >= 1.0 and batch.has_loss[j]]
+        shown = {text: text.split("</think>")[-1] for text in peers}
+        if not config.remove_thinking_from_demonstration:
+            shown = {text: text for text in peers}
+        own = batch.completions[row]
+        others = [shown[text] for text in peers if shown[text].strip() and own not in (text, shown[text])]
+        prompt = "".join(tiny.VOCABULARY[i] for i in ids)
+        got = [section.partition("\n")[0] for section in prompt.split("Correct solution:\n\n")[1:]]
+        if batch.has_loss[row]:
+            assert sum(text in others for text in got) == min(len(others), config.num_demonstrations)
+
+
+def by_index_alone(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
+    """A peer with the row's own text is like any other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            demonstrations,
+            "_choose",
+            lambda peers, scores, config, group_size, seed: [
+                [peers[i].demonstration for i in chosen]
+                for chosen in select_demonstrations(
+                    scores,
+                    [row // group_size for row in range(len(peers))],
+                    success_threshold=config.success_reward_threshold,
+                    exclude_self=True,
+                    policy=config.demonstration_policy,
+                    seed=seed,
+                    count=config.num_demonstrations,
+                    eligible=[peer.is_eligible for peer in peers],
+                    lengths=[peer.length for peer in peers],
+                )
+            ],
+        )
+        return on_ranks(batch, config, ranks)
 
 
 CLAIMS = [
@@ -188,7 +224,13 @@ CLAIMS = [
             counter_example,
             {"batch": batches(), "config": configs},
         )
-        for counter_example in (one_group, masked_like_others, same_text_like_others)
+        for counter_example in (one_group, masked_like_others)
+    ),
+    Claim(
+        property_peers_with_the_row_s_own_text_come_last,
+        on_ranks,
+        by_index_alone,
+        {"batch": batches(), "config": configs},
     ),
 ]
 

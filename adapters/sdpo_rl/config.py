@@ -91,8 +91,8 @@ class SDPOConfig:
             from the loaded student.
         success_reward_threshold: a completion whose score reaches it is a success. Default 1.0
             (reference's README).
-        dont_reprompt_on_self_success: a demonstration never has the text of the row's own completion.
-            Default `True` (paper's runs).
+        dont_reprompt_on_self_success: a row is never its own demonstration, and a peer with the same text is one
+            only if no other has succeeded. Default `True` (paper's runs).
         demonstration_policy: which success is shown: `random` (default, ours: seeded, no length bias),
             `first` (reference), `shortest`, `longest`, `best`.
         num_demonstrations: largest number of successes in a reprompt. Default 1 (paper).

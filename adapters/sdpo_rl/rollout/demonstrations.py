@@ -126,8 +126,11 @@ def _peers(rollout: Rollout, config: SDPOConfig, has_loss: Sequence[bool]) -> li
 def _choose(
     peers: Sequence[Peer], scores: Tensor, config: SDPOConfig, group_size: int, seed: int
 ) -> list[list[str]]:
-    """The demonstrations of every row of the global batch."""
-    # In the policy's order, all that succeeded: which of them have the row's own text is known by row only.
+    """The demonstrations of every row of the global batch.
+
+    Where a row may not be its own demonstration, peers with its text come last. They are not left out: where only
+    one text is right, the rows that are right would have no loss, and the run would lose what it has learned.
+    """
     successes = select_demonstrations(
         scores,
         [row // group_size for row in range(len(peers))],
@@ -143,7 +146,7 @@ def _choose(
     for own, candidates in zip(peers, successes, strict=True):
         others = [peers[i] for i in candidates]
         if config.dont_reprompt_on_self_success:
-            others = [peer for peer in others if own.completion not in (peer.completion, peer.demonstration)]
+            others.sort(key=lambda peer: own.completion in (peer.completion, peer.demonstration))
         chosen.append([peer.demonstration for peer in others[: config.num_demonstrations]])
     return chosen
 
