@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sdpo", "sdpo_rl")
@@ -39,11 +41,50 @@ def documented_arguments(text: str) -> list[str]:
     return re.findall(r"^ {4}\*{0,2}(\w+)(?: \([^)]*\))?:", text, re.M)
 
 
+ENTRY = re.compile(r" *\*{0,2}\w+(, \w+)*: ")
+
+
+def paragraphs(doc: str) -> list[list[str]]:
+    """Paragraphs of prose up to the example; an entry of a section is one, a literal block is none."""
+    found: list[list[str]] = [[]]
+    literal = False
+    for line in inspect.cleandoc(doc).partition("\nExample:")[0].splitlines():
+        literal = literal and not (line.strip() and not line.startswith(" "))
+        if literal or not line.strip() or re.fullmatch(r"\w+:", line):
+            found.append([])
+        elif ENTRY.match(line):
+            found.append([line])
+        else:
+            found[-1].append(line)
+        literal = literal or line.endswith("::")
+    return [lines for lines in found if lines]
+
+
+def badly_wrapped(doc: str) -> list[str]:
+    """Lines with another indentation than their paragraph, or so short that the next word would fit."""
+    found = []
+    for lines in paragraphs(doc):
+        indents = [len(line) - len(line.lstrip()) for line in lines]
+        hanging = indents[0] + 4 if ENTRY.match(lines[0]) and indents[0] else indents[0]
+        found += [line for line, indent in zip(lines[1:], indents[1:], strict=True) if indent != hanging]
+        found += [
+            line
+            for line, following in itertools.pairwise(lines)
+            if not line.endswith((".", ":")) and len(line) + 1 + len(following.split()[0]) < 80
+        ]
+    return list(dict.fromkeys(found))
+
+
 def parameters(value: Any) -> list[str]:
     if inspect.isclass(value) and issubclass(value, tuple):
         return list(value._fields)  # type: ignore[attr-defined]
     names = [name for name in inspect.signature(value).parameters if name not in ("self", "cls")]
     return [name for name in names if not name.startswith("_")]
+
+
+def body_of(function: Any) -> str:
+    """Source of a function without its docstring."""
+    return inspect.getsource(function).replace(function.__doc__ or "", "")
 
 
 def complaints(value: Any, *, tensors: bool) -> list[str]:
@@ -67,7 +108,13 @@ def complaints(value: Any, *, tensors: bool) -> list[str]:
         texts_alone = str(inspect.signature(value).return_annotation).startswith(("list", "None"))
         if tensors and not texts_alone and "Tensor" in str(inspect.signature(value)):
             needed.append("Gradient")
+        if re.search(r"\braise\b|\bcheck_\w+\(", body_of(value)):
+            needed.append("Raises")
     lines += [f"no {name}" for name in needed if name not in found]
+    ordered = [name for name in SECTIONS if name in found]
+    if [name for name in found if name != "Summary"] != ordered:
+        lines.append(f"the sections are not in the order {', '.join(ordered)}")
+    lines += [f"badly wrapped: {line!r}" for line in badly_wrapped(doc)]
     if "Example" in found and ">>>" not in found["Example"] and ">>>" not in doc:
         lines.append("the example has no doctest")
     return lines
@@ -92,17 +139,13 @@ def test_public_methods_are_documented() -> None:
     assert bare == []
 
 
-def planted(x: Any, *, k: int) -> None:
-    """A function.
-
-    Args:
-        x: [N] a tensor.
-        z: no parameter.
-    """
-
-
 def good(x: Any, *, k: int) -> int:
     """A function of one line.
+
+    Its formula is in a literal block::
+
+        a = x[k]
+            .sum()
 
     Args:
         x: [N] a tensor, of which
@@ -112,20 +155,102 @@ def good(x: Any, *, k: int) -> int:
     Returns:
         A number.
 
+    Raises:
+        ValueError: k is not positive.
+
+    Gradient: none.
+
     Source: nowhere.
 
     Example:
         >>> 1
         1
     """
+    if k < 1:
+        raise ValueError(k)
     return k
 
 
-def test_the_check_finds_what_is_missing() -> None:
+def of_tensors(x: Tensor) -> Tensor:
+    return x
+
+
+def returns_nothing(x: Any) -> None:
+    return None
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+GOOD = inspect.cleandoc(good.__doc__ or "")
+PLANTED: dict[str, tuple[Any, str, list[str]]] = {
+    "a parameter": (good, GOOD.replace("    k: a number.\n", ""), ["Args lacks k"]),
+    "a stale name": (
+        good,
+        GOOD.replace("    k: a number.\n", "    k: a number.\n    z: another.\n"),
+        ["Args names z, which is no parameter"],
+    ),
+    "a renamed one": (
+        good,
+        GOOD.replace("    k: a", "    n: a"),
+        ["Args lacks k", "Args names n, which is no parameter"],
+    ),
+    "Returns": (good, GOOD.replace("Returns:\n    A number.\n\n", ""), ["no Returns"]),
+    "Raises": (good, GOOD.replace("Raises:\n    ValueError: k is not positive.\n\n", ""), ["no Raises"]),
+    "Source": (good, GOOD.replace("Source: nowhere.\n\n", ""), ["no Source"]),
+    "Example": (good, GOOD.partition("Example:")[0], ["no Example"]),
+    "a doctest": (good, GOOD.partition(">>>")[0] + "text", ["the example has no doctest"]),
+    "everything": (
+        good,
+        "",
+        ["no summary", "the summary is not one sentence on one line: ''", "Args lacks x"],
+    ),
+    "a summary of one line": (
+        good,
+        GOOD.replace("A function of one line.", "A function\nof two lines."),
+        ["the summary is not one sentence on one line: 'A function'"],
+    ),
+    "the order": (
+        good,
+        GOOD.replace("Source: nowhere.\n\n", "").replace("Args:", "Source: nowhere.\n\nArgs:", 1),
+        ["the sections are not in the order Args, Returns, Raises, Gradient, Source, Example"],
+    ),
+    "a line's indentation": (
+        good,
+        GOOD.replace("Its formula is", f"Its formula, {'at great length, ' * 5}\n    is as it\nstands"),
+        ["badly wrapped: '    is as it'"],
+    ),
+    "a full line": (
+        good,
+        GOOD.replace("Its formula is", "Its formula\nis"),
+        ["badly wrapped: 'Its formula'"],
+    ),
+    "Gradient": (
+        of_tensors,
+        "Tensors.\n\nArgs:\n    x: [N].\n\nReturns:\n    [N].\n\nSource: nowhere.\n\nExample:\n    >>> 1\n    1",
+        ["no Gradient"],
+    ),
+    "a field": (Pair, "Two ints.\n\nArgs:\n    first: one.\n\nSource: nowhere.", ["Args lacks second"]),
+}
+
+
+@pytest.mark.parametrize("missing", PLANTED)
+def test_the_check_finds_what_is_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, doc, expected = PLANTED[missing]
+    monkeypatch.setattr(value, "__doc__", doc)
+    assert complaints(value, tensors=True)[: len(expected)] == expected
+
+
+def test_the_check_accepts_a_good_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
     assert complaints(good, tensors=True) == []
-    assert complaints(planted, tensors=True) == [
-        "Args lacks k", "Args names z, which is no parameter", "no Source", "no Example",
-    ]  # fmt: skip
+    monkeypatch.setattr(
+        returns_nothing,
+        "__doc__",
+        "Nothing.\n\nArgs:\n    x: anything.\n\nSource: nowhere.\n\nExample:\n    >>> 1\n    1",
+    )
+    assert complaints(returns_nothing, tensors=True) == []
 
 
 def test_the_version_is_that_of_the_distribution() -> None:

@@ -83,9 +83,9 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-probabilities, entropies and the probability on a support, from the logits of both models.
 
-    Naively: ``log_p = log_softmax(student_logits / temperature)``; the sampled token is read from it, the
-        entropy is
-    ``-(p * log_p).sum(-1)``, and the mass is ``p`` summed over the support. The same for the teacher.
+    Naively: ``log_p = log_softmax(student_logits / temperature)``, of which the sampled token's entry is returned;
+    the entropy is ``-(exp(log_p) * log_p).sum(-1)``, and the mass ``exp(log_p)`` summed over the support. The same
+    for the teacher.
 
     Args:
         student_logits: [..., V] floating; -inf allowed.

@@ -151,7 +151,7 @@ def fused_distillation_loss(
         backend: "torch" runs anywhere, "triton" is the kernels, "auto" the kernels on a GPU where they apply.
 
     Returns:
-        FusedOutput: total, count, per-token statistics, and the metrics of ``mean_metrics`` with
+        FusedOutput with total, count, per-token statistics, and the metrics of ``mean_metrics`` with
         ``is_clip_fraction`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token).
 
     Raises:
