@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def masked_mean(student: Tensor, teacher: Tensor) -> Tensor:
-    """The whole way, from logits [..., V] to nats per position again, so that it fits among the others."""
+    """The whole loss of each position, from logits [..., V] to nats [...], as the other functions here."""
     per_token = topk_loss(student, teacher, k=2, alpha=0.5, tail="bucket").unsqueeze(-1)
     everything = torch.ones_like(per_token, dtype=torch.bool)
     log_probs = sdpo.topk_log_probs(student, k=1).log_probs
@@ -146,7 +146,7 @@ def test_hard_logits_in_float32(k: int, alpha: float) -> None:
     check_hard_logits(lambda s, t: topk_loss(s, t, k=k, alpha=alpha, tail="bucket"))
 
 
-def with_a_learning_teacher(student: Tensor, teacher: Tensor) -> Tensor:
+def with_a_trainable_teacher(student: Tensor, teacher: Tensor) -> Tensor:
     return sdpo.generalized_jsd(student.log_softmax(-1), teacher.log_softmax(-1), alpha=0.5)
 
 
@@ -168,7 +168,7 @@ def already_summed(student: Tensor, teacher: Tensor) -> Tensor:
     return full_loss(student, teacher, alpha=0.5).sum()
 
 
-def by_the_book(student: Tensor, teacher: Tensor) -> Tensor:
+def of_textbook_formulas(student: Tensor, teacher: Tensor) -> Tensor:
     """Right wherever every token is possible."""
     p, q = student.float().softmax(-1), teacher.detach().float().softmax(-1)
     return (p * (p / q).log()).sum(-1)
@@ -177,15 +177,15 @@ def by_the_book(student: Tensor, teacher: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("check", "wrong"),
     [
-        (check_grad_is_backward, with_a_learning_teacher),
-        (check_grad_is_backward, by_the_book),
+        (check_grad_is_backward, with_a_trainable_teacher),
+        (check_grad_is_backward, of_textbook_formulas),
         (check_vmap_is_a_loop, of_its_surroundings),
         (check_vmap_is_a_loop, from_its_mean),
         (check_gradients_per_position, from_its_mean),
         (lambda loss: check_arithmetic(loss, torch.bfloat16), rounded_on_the_way),
         (lambda loss: check_arithmetic(loss, torch.float16), rounded_on_the_way),
         (check_empty_batches, already_summed),
-        (check_hard_logits, by_the_book),
+        (check_hard_logits, of_textbook_formulas),
     ],
 )
 def test_wrong_losses_are_rejected(check: Callable[[Loss], None], wrong: Loss) -> None:
@@ -282,7 +282,7 @@ def test_the_whole_way_under_transforms(dtype: torch.dtype) -> None:
     gradients = vmap(grad(masked_mean))(student, teacher)
     assert gradients.isfinite().all()
     assert gradients.shape == student.shape
-    assert vmap(grad(lambda s, t: by_the_book(s, t).mean()))(student, teacher).isnan().any()
+    assert vmap(grad(lambda s, t: of_textbook_formulas(s, t).mean()))(student, teacher).isnan().any()
 
 
 def check_sums(aggregate: Callable[[Tensor, Tensor], sdpo.MaskedSum]) -> None:
