@@ -46,11 +46,11 @@ def forgets_rows_without_score(name: str, outputs: Any, count: int) -> Any:
 
 
 def property_blank_texts_do_not_count(join: Any, column: Any) -> None:
-    kept = [text for text in column if text is not None and not text.isspace() and text]
+    shown = [text for text in column if text is not None and not text.isspace() and text]
     joined = join(column)
-    assert (joined is None) == (not kept)
-    if kept:
-        assert joined.split("\n\n") == kept
+    assert (joined is None) == (not shown)
+    if shown:
+        assert joined.split("\n\n") == shown
 
 
 @pytest.mark.parametrize("rows", [2, 3, 8])

@@ -152,10 +152,10 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
     assert metrics["feedback_available_fraction"] == pytest.approx(sum(available) / total)
     assert metrics["feedback_used_fraction"] == pytest.approx(sum(hints) / total)
     assert metrics["success_group_fraction"] == pytest.approx(sum(solved) / len(solved))
-    kept = [on and not lost for on, lost in zip(active, prompts.dropped, strict=True)]
-    assert prompts.row_mask == kept
-    assert metrics["reprompt_sample_fraction"] == pytest.approx(sum(kept) / total)
-    assert metrics["empty_target_batch"] == float(not any(kept))
+    expected = [on and not lost for on, lost in zip(active, prompts.dropped, strict=True)]
+    assert prompts.row_mask == expected
+    assert metrics["reprompt_sample_fraction"] == pytest.approx(sum(expected) / total)
+    assert metrics["empty_target_batch"] == float(not any(expected))
 
 
 def one_group(batch: Batch, config: SDPOConfig, ranks: int) -> Any:

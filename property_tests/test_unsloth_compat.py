@@ -297,12 +297,12 @@ def property_groups_hold_every_attended_token_once(
     assert [g.rows.start for g in groups] == [0, *(g.rows.stop for g in groups[:-1])]
     assert groups[-1].rows.stop == len(mask)
     for group in groups:
-        kept = mask[group.rows, group.columns]
-        assert kept.sum() == mask[group.rows].sum()
+        columns = mask[group.rows, group.columns]
+        assert columns.sum() == mask[group.rows].sum()
         assert group.columns.stop + group.right == mask.shape[1]
-        if len(kept) > 1:
-            assert kept.shape[1] <= width_limit
-            assert kept.numel() <= token_limit
+        if len(columns) > 1:
+            assert columns.shape[1] <= width_limit
+            assert columns.numel() <= token_limit
 
 
 def all_rows_at_once(sizes: Sizes, **limits: float) -> list[step_batch.RowGroup]:
@@ -372,7 +372,7 @@ def test_rows_alike_are_shared_out_evenly() -> None:
 
 
 def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every forward held to what its longest row needs: several groups, the same parameters."""
+    """Every forward limited to its longest row: several groups, the same parameters."""
     after: list[list[Tensor]] = []
     groups: list[int] = []
 
@@ -524,8 +524,8 @@ def test_the_report_works_without_unsloth(tmp_path: Path, capsys: pytest.Capture
         "python " + sys.version.split()[0],
     ):
         assert part in text
-    held = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) * 4 / 2**20
-    assert f"teacher: ema, 4 tensors, {held:.1f} MiB" in text
+    mebibytes = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) * 4 / 2**20
+    assert f"teacher: ema, 4 tensors, {mebibytes:.1f} MiB" in text
 
 
 def test_the_report_needs_a_trainer() -> None:

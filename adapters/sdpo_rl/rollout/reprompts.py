@@ -147,11 +147,11 @@ class Reprompter:
         if len(ids) <= limit:
             return self._decode(ids)
         marker = self._encode(CUT_MARKER)
-        kept = limit - len(marker)
-        if kept <= 0:
+        remaining = limit - len(marker)
+        if remaining <= 0:
             return ""
-        tail_length = {"left": kept, "middle": kept // 2, "right": 0}[self.truncation]
-        head, tail = ids[: kept - tail_length], ids[len(ids) - tail_length :]
+        tail_length = {"left": remaining, "middle": remaining // 2, "right": 0}[self.truncation]
+        head, tail = ids[: remaining - tail_length], ids[len(ids) - tail_length :]
         # A character's bytes may be several tokens. No character has more than four.
         while head and self._decode(head[-4:]).endswith(_REPLACEMENT):
             head = head[:-1]
