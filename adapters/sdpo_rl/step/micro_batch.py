@@ -24,8 +24,8 @@ from .metrics import Metrics
 
 logger = logging.getLogger("sdpo_rl")
 
-# A teacher forward of this many tokens fills a device with a model of this hidden size (7B); more would only cost
-# memory for activations. A smaller model takes more tokens to fill it.
+# With a model of hidden size 3584 (7B), a teacher forward of 8192 tokens keeps a GPU busy; more tokens would only
+# cost memory for activations. The number of tokens grows as the hidden size falls.
 _TEACHER_TOKENS, _TEACHER_WIDTH = 8192, 3584
 
 
@@ -60,7 +60,7 @@ class StepContext:
 
 
 class MicroBatchOutput(NamedTuple):
-    """Add totals and counts over micro-batches and processes, then divide."""
+    """Sums, not means: add totals and counts over micro-batches and processes, then divide."""
 
     total: Tensor  # [] sum over the tokens with a loss, carries the gradient
     count: Tensor  # type: ignore[assignment]  # [] what the loss is a mean of; shadows tuple.count on purpose
@@ -76,8 +76,8 @@ def micro_batch_loss(context: StepContext, batch: MicroBatch, *, fused: bool) ->
         fused: compute the loss from hidden states and head (see `can_fuse`) instead of whole logits.
 
     Returns:
-        total, count and metrics. The load-balancing loss of a Mixture-of-Experts model is part of the total,
-        multiplied by the count, so that the step's is the same however its rows are split.
+        total, count and metrics. The load-balancing loss of a Mixture-of-Experts model is added to the total, times
+        the count: divided by the counts of a step it is the mean over micro-batches, weighted by their counts.
     """
     config, length = context.config, batch.student.completion_length
     forward: Any = step_forward.completion_head if fused else step_forward.completion_logits
@@ -85,8 +85,8 @@ def micro_batch_loss(context: StepContext, batch: MicroBatch, *, fused: bool) ->
     router_losses: list[Tensor] | None = None if context.router_loss_coef is None else []
     targets = step_loss.loss_targets(config, batch.completions)
     training = context.unwrapped.training
-    # The teacher first, so that the student's graph never sees other weights; in evaluation mode, because dropout
-    # would be noise in the target.
+    # The teacher first: its weights replace the student's in the same model, which must not happen between the
+    # student's forward and backward. In evaluation mode, because dropout would add noise to the target.
     with torch.no_grad(), context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         width = getattr(context.unwrapped.config.get_text_config(), "hidden_size", _TEACHER_WIDTH)
         run_teacher = _runner(context, batch.teacher, length, _TEACHER_TOKENS * _TEACHER_WIDTH // width)
@@ -110,7 +110,10 @@ def micro_batch_loss(context: StepContext, batch: MicroBatch, *, fused: bool) ->
 def _runner(
     context: StepContext, tokens: TokenBatch, length: int, token_limit: float = math.inf
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Runs a forward over these tokens, in groups of rows that the model and the limit allow."""
+    """A function that runs a forward over these tokens, in groups of rows within context length and token limit.
+
+    In lockstep all rows are one group: processes could form different numbers of groups.
+    """
     width_limit = step_forward.context_length(context.unwrapped)
     if context.in_lockstep:
         token_limit = math.inf
@@ -163,10 +166,11 @@ def can_fuse(context: StepContext, batch: MicroBatch) -> bool:
 
 
 def zero_loss(model: nn.Module) -> MicroBatchOutput:
-    """Total 0 with a gradient of exactly 0 for every trainable parameter, without a forward.
+    """The output of a micro-batch without loss tokens, without a forward: total 0, which sends gradients of 0.
 
-    An optimizer skips a parameter without a gradient, but moves one whose gradient is 0, by momentum and weight
-    decay, as after a forward with a loss of 0.
+    Trainable parameters without a gradient get a zero one, because an optimizer skips a parameter whose gradient
+    is None but applies momentum and weight decay where it is 0, as after a forward with a loss of 0. Existing
+    gradients stay.
     """
     total: Tensor = _Zero.apply(*(p for p in model.parameters() if p.requires_grad))
     return MicroBatchOutput(total, total.new_zeros(()), {})

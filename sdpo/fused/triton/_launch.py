@@ -1,8 +1,13 @@
 """One chunk of the fused loss through the kernels: what ``sdpo.fused._torch.chunk_loss`` computes, in fewer passes.
 
-With a support of K tokens, its owner's vocabulary is reduced to blocks and groups, and the support is selected from
-the groups. The other model's logits are gathered there, and its vocabulary is reduced without them. Small kernels
-on [C, K] follow, and a pass for the gradient outside the support, unless the reduction wrote it (``_reductions``).
+A model owns the support if the support is its own top K. The owner's vocabulary is reduced to blocks and groups,
+and the support is selected from the groups. The other model's logits are gathered there and masked in its
+products, so that the reduction of its vocabulary that follows covers the tokens outside alone. Small kernels on
+[C, K] follow, and a pass for the gradient outside the support.
+
+That last pass is not needed where the gradient of the logits is UNSCALED_GRAD_DTYPE: the student's reduction then
+writes the *unscaled gradient* exp(z − origin) of every token, and the row scale, a factor per token that is known
+later, turns it into the gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ FULL_BLOCK_V, FULL_NUM_WARPS = 8192, 8
 BLOCK_D = 256
 # Tokens per program of the kernel on [C].
 BLOCK_C = 256
-# Programs per token of the pass that rewrites an unscaled gradient: few, as hardly a token needs it.
+# Programs per token of the pass that rewrites the unscaled gradient with another origin: few, since it is rarely
+# needed.
 REWRITE_PROGRAMS = 4
 # Neighbouring logits that form a group of the top-K selection; groups are narrower from NARROW_FROM_K on, so that
 # the logits of K groups fit the registers of a program.
@@ -36,7 +42,7 @@ GROUPS_PER_REGION, PARTS_PER_GROUP = 8, 4
 
 
 class _Factors(NamedTuple):
-    """What 16-bit products were computed from, and how the exact products become logits."""
+    """A model's 16-bit hidden states and weight: top logits are recomputed from them as scale · (h·w + bias)."""
 
     hidden: Tensor  # [C, D]
     weight: Tensor  # [V, D]
@@ -83,9 +89,9 @@ class _Support(NamedTuple):
 
     logits: Tensor  # [C, K]
     token_logit: Tensor  # [C] of the sampled token
-    blocks: _BlockSums  # of the whole vocabulary if the model owns the support, else of the tokens outside
-    log_outside: Tensor  # [C] of the owner: log Σ exp over the tokens outside, relative to its largest logit
-    owns_support: bool
+    blocks: _BlockSums  # of the whole vocabulary if owns_support, else of the tokens outside the support
+    log_outside: Tensor  # [C] log Σ exp over the tokens outside, relative to max; set by the owner
+    owns_support: bool  # the support is this model's top K
     grad_origin: Tensor | None  # [C] logit that the unscaled gradient is relative to, if it was written
 
 
@@ -140,6 +146,7 @@ def _topk_chunk_loss(
     grad_scale = _token_weights(tokens, objective, stats)
 
     (count, k), vocabulary = ids.shape, student.products.shape[1]
+    # An unscaled gradient takes the support's in place, in [C, V]; else it is [C, K] and scattered below.
     grad_support, grad_tail = unscaled_grad, torch.empty_like(grad_scale)
     if grad_support is None:
         grad_support = torch.empty_like(p.logits, dtype=None if values is None else values.dtype)
@@ -210,6 +217,8 @@ def _full_chunk_loss(
         "BLOCK_V": FULL_BLOCK_V,
         "num_warps": FULL_NUM_WARPS,
     }
+    # Per block of the vocabulary: the divergence, Σ of its derivative g w.r.t. log p, and Σ g and Σ p over the
+    # tokens with p ≤ 1/2.
     block_value, block_g, block_unlikely_g, block_unlikely_p = new(4, *grid)
     _full_vocab.full_divergence[grid](
         **both,
@@ -288,7 +297,7 @@ def _select_support(
 def _gather_support(
     model: _Model, tokens: Tensor, ids: Tensor, unscaled_grad: Tensor | None = None
 ) -> _Support:
-    """A model's logits at ids [C, K] that it did not select; writes ``unscaled_grad`` [C, V]."""
+    """A model's logits at ids [C, K] that it did not select; masks its products there, writes ``unscaled_grad``."""
     count, k = ids.shape
     new = model.products.new_empty
     logits, token_logit, log_outside = new(count, k), new(count), new(count)
@@ -304,7 +313,10 @@ def _gather_support(
 
 
 def _with_grad_origin(model: _Model, support: _Support, unscaled_grad: Tensor | None) -> _Support:
-    """With the logits [C] that ``unscaled_grad`` [C, V], if there is one, is relative to."""
+    """The support with the origin of each token's unscaled gradient, which is rewritten where it is out of range.
+
+    Without ``unscaled_grad`` [C, V] the support is returned as it is.
+    """
     if unscaled_grad is None:
         return support
     blocks, grad_origin = support.blocks, torch.empty_like(support.token_logit)
@@ -366,7 +378,7 @@ def _normalize(
 
 
 def _recomputes_top_logits(objective: Objective) -> bool:
-    """Whether top logits are recomputed where their factors are known."""
+    """Whether the largest logits are recomputed; the surrogate of a sampled token promises no such accuracy."""
     return objective.support != "sampled"
 
 
@@ -420,16 +432,17 @@ def _model(model: ModelChunk, objective: Objective) -> _Model:
     if model.hidden is not None and model.weight is not None and model.weight.itemsize == 2:
         factors = _Factors(model.hidden, model.weight, bias, scale)
     if model.accumulation_bias != 0.0:
-        # scale · (products / (1 − accumulation_bias) + bias)
-        shrunk = 1.0 - model.accumulation_bias
-        bias = None if bias is None else bias.float() * shrunk
-        scale /= shrunk
+        # Tensor cores return products times this factor f:
+        # scale · (products / f + b) = (scale / f) · (products + f · b).
+        shrinkage = 1.0 - model.accumulation_bias
+        bias = None if bias is None else bias.float() * shrinkage
+        scale /= shrinkage
     softcap = None if softcap is None else softcap / objective.temperature
     return _Model(model.products, bias, scale, softcap, factors)
 
 
 def _teacher(teacher: ModelChunk, objective: Objective) -> _Model:
-    """The teacher; of a trust region whose centre has products of its own, the mixed logits as they are."""
+    """The teacher; of a trust region with a reference's own products, the mixed logits, which need no mapping."""
     if teacher.reference is None or objective.trust_region_coef is None:
         return _model(teacher, objective)
     logits = teacher_logits(teacher, objective)
@@ -454,5 +467,5 @@ def _support_warps(k: int) -> int:
 
 
 def _selection_warps(block: int) -> int:
-    """Warps of the selection: 2048 keys each, as far as 4 to 16 warps allow."""
+    """Warps of the selection: one per 2048 keys, at least 4 and at most 16."""
     return min(16, max(4, block // 2048))
