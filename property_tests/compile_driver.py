@@ -73,7 +73,7 @@ def launch_all(
         grad_logits = GradLogits(torch.zeros(C, V, dtype=grad_dtype), row_scale)
     stats = torch.zeros(len(TokenStats._fields), C)
     tokens = TokenInputs(torch.zeros(C, dtype=torch.int64), weight, weight, weight, loss_scale)
-    _launch.chunk_loss(model(), model(), tokens, make_objective(**objective), stats, grad_logits)
+    _launch.chunk_loss(model, model, tokens, make_objective(**objective), stats, grad_logits)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import sdpo
 from sdpo.fused import _torch
-from sdpo.fused._types import ChunkLoss, GradLogits, ModelChunk, Objective, TokenInputs, TokenStats
+from sdpo.fused._types import ChunkLoss, GradLogits, ModelChunk, Objective, Project, TokenInputs, TokenStats
 
 TRAINABLE = ("student_hidden", "student_weight", "student_bias")
 HEAD_PARTS = ("hidden", "weight", "bias")
@@ -196,13 +197,23 @@ def token_inputs(tokens: Tensor) -> TokenInputs:
     return TokenInputs(tokens, None, None, None, None)
 
 
+def projections(*models: ModelChunk, shared_buffer: bool = False) -> list[Project]:
+    """Functions that compute the models' products: copies, in one buffer that the later overwrites if shared."""
+    buffers = [torch.empty_like(models[0].products)] * 2 if shared_buffer else [None] * 2
+
+    def project(model: ModelChunk, buffer: Tensor | None) -> ModelChunk:
+        products = model.products.clone() if buffer is None else buffer.copy_(model.products)
+        return model._replace(products=products)
+
+    return [partial(project, model, buffer) for model, buffer in zip(models, buffers, strict=True)]
+
+
 def chunk_stats(
     chunk_loss: ChunkLoss, student: ModelChunk, teacher: ModelChunk, tokens: Tensor, objective: Objective
 ) -> TokenStats:
     """A backend's statistics without a gradient, in float64. It overwrites the products, so it gets copies."""
     stats = torch.empty(len(TokenStats._fields), len(tokens), dtype=student.products.dtype)
-    models = (model._replace(products=model.products.clone()) for model in (student, teacher))
-    chunk_loss(*models, token_inputs(tokens), objective, stats, None)
+    chunk_loss(*projections(student, teacher), token_inputs(tokens), objective, stats, None)
     return TokenStats(*stats.double())
 
 
@@ -212,6 +223,7 @@ def chunk_grad(
     dtype: torch.dtype,
     row_scale: Tensor | None = None,
     tokens: Tensor | None = None,
+    shared_buffer: bool = False,
     **objective: Any,
 ) -> Tensor:
     """A backend's gradient [C, V] for student's and teacher's logits [C, V], written in ``dtype``, as float64."""
@@ -220,7 +232,9 @@ def chunk_grad(
     working = torch.float64 if dtype == torch.float64 else torch.float32
     stats = torch.empty(len(TokenStats._fields), count, dtype=working)
     tokens = torch.arange(count) if tokens is None else tokens
-    models = (ModelChunk(products.to(working, copy=True), None) for products in logits)
+    models = projections(
+        *(ModelChunk(products.to(working), None) for products in logits), shared_buffer=shared_buffer
+    )
     chunk_loss(*models, token_inputs(tokens), make_objective(**objective), stats, grad_logits)
     return grad_logits.values.double()
 
@@ -237,6 +251,21 @@ def certain_student_logits() -> tuple[Tensor, Tensor]:
     student[:, 0] = 20.0
     teacher[:, :2] = 20.0
     return student, teacher
+
+
+def shared_buffer_error(chunk_loss: ChunkLoss, dtype: torch.dtype, **objective: Any) -> float:
+    """Error of the gradient in ``dtype`` with both models' products in one buffer, against float64."""
+    logits, row_scale = independent_logits(6, 507, 3.0), torch.ones(6)
+    exact = chunk_grad(_torch.chunk_loss, logits, torch.float64, **objective)
+    ours = chunk_grad(
+        chunk_loss,
+        logits,
+        dtype,
+        None if dtype == torch.float32 else row_scale,
+        shared_buffer=True,
+        **objective,
+    )
+    return relative_error(row_scale[:, None] * ours, exact)
 
 
 def certain_student_error(chunk_loss: ChunkLoss, **objective: Any) -> float:

@@ -25,6 +25,7 @@ from fused_cases import (
     make_case,
     per_token_error,
     relative_error,
+    shared_buffer_error,
 )
 from torch import Tensor
 
@@ -219,6 +220,14 @@ def main() -> None:
     results["row scale"] = bf16_length_errors(_launch.chunk_loss, k=100)[0]
     results["row scale, full"] = bf16_length_errors(_launch.chunk_loss, support="full")[0]
     results |= elementwise() | inexact_products() | unscaled_grad()
+    results["shared buffer, teacher's support"] = shared_buffer_error(
+        _launch.chunk_loss, torch.float32, support="teacher", k=20
+    )
+    results["bf16 gradient, shared buffer"] = shared_buffer_error(_launch.chunk_loss, torch.bfloat16, k=20)
+    # In other formats the gradient needs the student's products again.
+    results["wrong: shared buffer, float32 gradient"] = shared_buffer_error(
+        _launch.chunk_loss, torch.float32, k=20
+    )
     results["hidden NaN"] = hidden_nan_share(_launch.chunk_loss)
     results["selection"] = selection_error(ties_to_the_last=False)
     results["wrong: selection, ties to the last"] = selection_error(ties_to_the_last=True)

@@ -71,7 +71,7 @@ def test_kernels_equal_the_torch_backend(errors: dict[str, float]) -> None:
 @needs_triton
 def test_counter_examples_are_rejected(errors: dict[str, float]) -> None:
     counter_examples = {name: error for name, error in errors.items() if name.startswith("wrong: ")}
-    assert len(counter_examples) == 9
+    assert len(counter_examples) == 10
     assert all(error > 1e-2 for error in counter_examples.values())
 
 
@@ -103,6 +103,24 @@ def test_reasons_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> 
         assert "1025" in str(kernels.missing(gpu, torch.float32, make_objective(k=1025)))
     monkeypatch.setattr(kernels, "_is_installed", lambda: False)
     assert "not installed" in str(kernels.missing(gpu, torch.float32, make_objective(k=20)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "grad_dtype", "expected"),
+    [
+        ({"k": 20}, torch.bfloat16, True),
+        ({"k": 20}, torch.float16, False),
+        ({"k": 20, "tail": "renormalize"}, torch.bfloat16, False),
+        ({"k": 20, "support": "teacher"}, torch.float32, True),
+        ({"support": "sampled"}, torch.float16, True),
+        ({"support": "full"}, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_when_the_models_share_a_buffer(
+    objective: dict[str, Any], grad_dtype: torch.dtype, expected: bool
+) -> None:
+    assert kernels.can_share_buffer(make_objective(**objective), grad_dtype) == expected
 
 
 def test_auto_means_torch_on_a_cpu() -> None:

@@ -8,6 +8,7 @@ weight if it is trainable. Nothing is computed twice, and no [N, V] tensor ever 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple, overload
 
 import torch
@@ -97,7 +98,8 @@ class _ChunkLoop:
             self.grad_bias = torch.zeros(self.vocabulary, dtype=self.working, device=self.device)
 
         self.chunk_size = max(1, min(plan.chunk_size, self.count))
-        self.student_products, self.teacher_products = (self.products_buffer() for _ in range(2))
+        self.student_products = self.products_buffer()
+        self.teacher_products = self.student_products if plan.shared_buffer else self.products_buffer()
         self.reference_products = self.products_buffer() if plan.separate_reference else None
         self.block_size = self.chunk_size
         self.grad_values, self.row_scale = self.student_products, None
@@ -117,11 +119,10 @@ class _ChunkLoop:
         """Compute all chunks."""
         for block in _slices(0, self.count, self.block_size):
             for chunk in _slices(block.start, block.stop, self.chunk_size):
-                student, teacher = self.project_student(chunk), self.project_teacher(chunk)
                 grad_logits = self.grad_logits(chunk, block) if self.needs_grad else None
                 self.plan.chunk_loss(
-                    student,
-                    teacher,
+                    partial(self.project_student, chunk),
+                    partial(self.project_teacher, chunk),
                     self.token_inputs(chunk),
                     self.objective,
                     self.stats[:, chunk],
@@ -194,7 +195,7 @@ class _ChunkLoop:
             return
         weight = self.cast_weight(self.operands.student.weight, self.dtype)
         out = total[chunk] if active is None else total.new_empty(chunk.stop - chunk.start, total.shape[1])
-        # The teacher's products are not needed any more.
+        # No products are needed any more.
         grad_hidden_from_logits(
             grad_logits.values, weight, out, grad_logits.row_scale, scratch=self.teacher_products
         )

@@ -10,17 +10,18 @@ from sdpo.fused import triton as kernels
 from sdpo.fused._matmul import autocast_dtype, grad_logits_dtype, operand_dtype, working_dtype
 from sdpo.fused._types import ChunkLoss, Objective, Operands, Plan
 
-# Bytes of a chunk's buffers. On a GPU: enough to occupy its tensor cores (768 tokens with a vocabulary of 150k),
-# and at most this share of its memory. The chunk size follows the shapes and the device, not the free memory:
-# the same inputs give the same bits.
+# Bytes of a chunk's buffers. On a GPU: enough to occupy its tensor cores (768 to 1536 tokens with a vocabulary of
+# 150k), and at most this share of its memory. The chunk size follows the shapes and the device, not the free
+# memory: the same inputs give the same bits.
 _GPU_BYTES, _GPU_SHARE = 1344 * 2**20, 32
 _CPU_BYTES = 96 * 2**20
 _MAX_TOKENS = 7680
 # The tiles of the products are 128, 192 or 256 tokens high: a multiple of 768 leaves no partial tile.
 _TILE_MULTIPLES = 768, 128
 # Chunks whose logit gradients are collected for one product with the hidden states, if the head is trainable: each
-# such product reads and writes the gradient of the whole weight.
-_CHUNKS_PER_GRAD_BLOCK = 4
+# such product reads and writes the gradient of the whole weight. Chunks are larger, and fewer of them are collected,
+# where both models share a buffer.
+_CHUNKS_PER_GRAD_BLOCK, _SHARED_CHUNKS_PER_GRAD_BLOCK = 4, 2
 # Tensors [C, V] that the torch backend allocates beside the products; with a full support the categories of its
 # divergence are the whole vocabulary.
 _TORCH_BUFFERS, _TORCH_BUFFERS_FULL = 1, 8
@@ -36,21 +37,27 @@ def make_plan(operands: Operands, objective: Objective, *, chunk_size: int | Non
     device, autocast = hidden.device, autocast_dtype(hidden.device)
     dtype = operand_dtype(hidden, weight, autocast)
     chunk_loss = _choose_backend(backend, device, working_dtype(dtype), objective)
+    gradient = grad_logits_dtype(device, dtype)
+    shared_buffer = chunk_loss is kernels.chunk_loss and kernels.can_share_buffer(objective, gradient)
     separate_reference = operands.reference is not None and not _shares_product(operands, objective)
     if chunk_size is None:
-        working, gradient = working_dtype(dtype).itemsize, grad_logits_dtype(device, dtype).itemsize
+        working = working_dtype(dtype).itemsize
         # A gradient in the working dtype overwrites the student's products.
-        per_logit = working * (2 + separate_reference) + (gradient if gradient < working else 0)
+        per_logit = working * (2 - shared_buffer + separate_reference)
+        if gradient.itemsize < working:
+            per_logit += gradient.itemsize
         if chunk_loss is _torch.chunk_loss:
             per_logit += working * (_TORCH_BUFFERS_FULL if objective.support == "full" else _TORCH_BUFFERS)
         chunk_size = fitting_chunk_size(per_logit * weight.shape[0], device)
     else:
         meaning = "a number of tokens, or None for a choice"
         chunk_size = check_int("chunk_size", chunk_size, low=1, high=2**31, meaning=meaning)
+    chunks_per_block = _SHARED_CHUNKS_PER_GRAD_BLOCK if shared_buffer else _CHUNKS_PER_GRAD_BLOCK
     return Plan(
         chunk_loss=chunk_loss,
         chunk_size=chunk_size,
-        grad_block_size=chunk_size * (_CHUNKS_PER_GRAD_BLOCK if grad_weight else 1),
+        grad_block_size=chunk_size * (chunks_per_block if grad_weight else 1),
+        shared_buffer=shared_buffer,
         separate_reference=separate_reference,
         autocast_dtype=autocast,
         grad_hidden=grad_hidden,

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
-from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs, TokenStats
+from sdpo.fused._types import GradLogits, ModelChunk, Objective, Project, TokenInputs, TokenStats
 from sdpo.importance import importance_weights
 
 
 def chunk_loss(
-    student: ModelChunk,
-    teacher: ModelChunk,
+    project_student: Project,
+    project_teacher: Project,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -38,6 +38,7 @@ def chunk_loss(
     The gradient is that of Σ weights · per_token w.r.t. the student's products. The products of both models are
     overwritten; ``grad_logits.values`` may be the student's.
     """
+    student, teacher = project_student(), project_teacher()
     z_student = logits_from_products(student.products, student.bias, student.accumulation_bias, objective)
     z_teacher = teacher_logits(teacher, objective)
     support = select_support(z_student, z_teacher, tokens.tokens, objective)

@@ -127,8 +127,10 @@ class Operands(NamedTuple):
         return cls(student, teacher, None if tensors[6] is None else reference, *tensors[9:])
 
 
-# Fills stats [len(TokenStats), C] and, unless None, the gradient w.r.t. the logits.
-ChunkLoss = Callable[[ModelChunk, ModelChunk, TokenInputs, Objective, Tensor, GradLogits | None], None]
+# Computes a model's products. With one buffer for both models (Plan.shared_buffer) it overwrites the other's.
+Project = Callable[[], ModelChunk]
+# Projects student and teacher, fills stats [len(TokenStats), C] and, unless None, the gradient w.r.t. the logits.
+ChunkLoss = Callable[[Project, Project, TokenInputs, Objective, Tensor, GradLogits | None], None]
 
 
 class Plan(NamedTuple):
@@ -137,6 +139,7 @@ class Plan(NamedTuple):
     chunk_loss: ChunkLoss
     chunk_size: int  # tokens whose logits exist at a time
     grad_block_size: int  # tokens whose logit gradients are collected for one product with the hidden states
+    shared_buffer: bool  # the backend reads one model's products before it projects the other
     separate_reference: bool  # the trust region's centre needs products of its own
     autocast_dtype: torch.dtype | None  # dtype of the products under torch.autocast
     grad_hidden: bool  # compute the gradient of the student's hidden states

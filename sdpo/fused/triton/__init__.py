@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo.fused._types import GradLogits, ModelChunk, Objective, TokenInputs
+from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, Objective, Project, TokenInputs
 
 # The blocks of a wider support would not fit the registers of one program.
 MAX_K = 1024
@@ -32,9 +32,19 @@ def missing(device: torch.device, working: torch.dtype, objective: Objective) ->
     return None
 
 
+def can_share_buffer(objective: Objective, grad_dtype: torch.dtype) -> bool:
+    """Whether both models' products may share a buffer: those computed first are reduced before the others exist.
+
+    With support "student" they are read again at the end, unless the reduction writes their gradient.
+    """
+    if objective.support == "student":
+        return objective.tail == "bucket" and grad_dtype == UNSCALED_GRAD_DTYPE
+    return objective.support != "full"
+
+
 def chunk_loss(
-    student: ModelChunk,
-    teacher: ModelChunk,
+    student: Project,
+    teacher: Project,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,

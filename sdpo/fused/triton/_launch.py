@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from sdpo.fused._torch import row_scale, teacher_logits
-from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, ModelChunk, Objective, TokenInputs
+from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, ModelChunk, Objective, Project, TokenInputs
 from sdpo.fused.triton import _exact_logits, _full_vocab, _math, _reductions, _statistics, _topk, _topk_loss
 
 # The sizes and warps below were tuned on an H200.
@@ -105,8 +105,8 @@ class _NormalizedSupport(NamedTuple):
 
 
 def chunk_loss(
-    student: ModelChunk,
-    teacher: ModelChunk,
+    project_student: Project,
+    project_teacher: Project,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -115,12 +115,12 @@ def chunk_loss(
     """Fill ``stats`` [len(TokenStats), C] and, unless None, the gradient w.r.t. the student's products."""
     fill = _full_chunk_loss if objective.support == "full" else _topk_chunk_loss
     with torch.cuda.device_of(stats):
-        fill(_model(student, objective), _teacher(teacher, objective), tokens, objective, stats, grad_logits)
+        fill(project_student, project_teacher, tokens, objective, stats, grad_logits)
 
 
 def _topk_chunk_loss(
-    student: _Model,
-    teacher: _Model,
+    project_student: Project,
+    project_teacher: Project,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -131,18 +131,25 @@ def _topk_chunk_loss(
     has_tail = objective.tail != "renormalize"
     is_unscaled = has_tail and values is not None and values.dtype == UNSCALED_GRAD_DTYPE
     unscaled_grad = values if is_unscaled else None
+    # One model is read to the end before the other is projected, because the other may overwrite its products.
     if objective.support == "student":
+        student = _model(project_student(), objective)
         ids, student_support = _select_support(student, tokens.tokens, objective, unscaled_grad)
+        p = _normalize(student, student_support, ids, tokens.tokens, objective, stats, is_teacher=False)
+        teacher = _teacher(project_teacher(), objective)
         teacher_support = _gather_support(teacher, tokens.tokens, ids)
+        q = _normalize(teacher, teacher_support, ids, tokens.tokens, objective, stats, is_teacher=True)
     else:
+        teacher = _teacher(project_teacher(), objective)
         if objective.support == "teacher":
             ids, teacher_support = _select_support(teacher, tokens.tokens, objective)
         else:
             ids = tokens.tokens[:, None]
             teacher_support = _gather_support(teacher, tokens.tokens, ids)
+        q = _normalize(teacher, teacher_support, ids, tokens.tokens, objective, stats, is_teacher=True)
+        student = _model(project_student(), objective)
         student_support = _gather_support(student, tokens.tokens, ids, unscaled_grad)
-    p = _normalize(student, student_support, ids, tokens.tokens, objective, stats, is_teacher=False)
-    q = _normalize(teacher, teacher_support, ids, tokens.tokens, objective, stats, is_teacher=True)
+        p = _normalize(student, student_support, ids, tokens.tokens, objective, stats, is_teacher=False)
     grad_scale = _token_weights(tokens, objective, stats)
 
     (count, k), vocabulary = ids.shape, student.products.shape[1]
@@ -178,14 +185,15 @@ def _topk_chunk_loss(
 
 
 def _full_chunk_loss(
-    student: _Model,
-    teacher: _Model,
+    project_student: Project,
+    project_teacher: Project,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
     grad_logits: GradLogits | None,
 ) -> None:
     """The loss over the full vocabulary."""
+    student, teacher = _model(project_student(), objective), _teacher(project_teacher(), objective)
     count, vocabulary = student.products.shape
     grid = (count, triton.cdiv(vocabulary, FULL_BLOCK_V))
     new = student.products.new_empty
