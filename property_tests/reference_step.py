@@ -8,8 +8,10 @@ and without padding, computes the divergence from its definition in float64 and 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 
 import tiny
@@ -33,6 +35,7 @@ class Row:
     sampled_with: Weights = field(repr=False)
     masked: bool = False  # by `mask_truncated_completions`: no demonstration
     peers: list[Row] = field(default_factory=list, repr=False)
+    batch: list[Row] = field(default_factory=list, repr=False)  # its generation batch
     engine_gap: list[float] | None = None  # by token: trainer's minus inference engine's log-probability
 
     @property
@@ -97,6 +100,7 @@ class Recorder(TrainerCallback):
         for i, row in enumerate(batch):
             group = i // size * size
             row.peers = [peer for peer in batch[group : group + size] if peer is not row]
+            row.batch = batch
         if training:
             output["row_id"] = torch.arange(len(inputs)) + len(self.rows)
             if self._alter is not None:
@@ -139,10 +143,14 @@ class Method:
     clip: float | None = 2.0
     engine_clip: float = 2.0
     sequence_mean: bool = False
+    batch_token_mean: bool = False
+    pass_rate: bool = False  # weights of rows
+    confidence: float | None = None  # β of the weights of tokens
     teacher: str = "ema"
     rate: float = 0.3
     tick_every_step: bool = False
     shown: int = 1
+    feedback: bool = True
     feedback_too: bool = False
     system: str = ""  # what the chat template puts first
     tag: str = ""  # what it puts last
@@ -178,7 +186,7 @@ def reprompt(row: Row, method: Method) -> str | None:
     shown = [text for text in peers if tiny.score(text) >= 1.0 and text.strip()]
     shown.sort(key=lambda text: text == row.text)
     shown = shown[: method.shown]
-    feedback = tiny.remark(row.text)
+    feedback = tiny.remark(row.text) if method.feedback else ""
     if shown and not method.feedback_too:
         feedback = ""
     if not shown and not feedback:
@@ -230,6 +238,12 @@ def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.detach().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
+def undecided(row: Row) -> float:
+    """√(p(1−p)) of the pass rate p of a row's group."""
+    rate = mean(float(tiny.score(one.text) >= 1.0) for one in [row, *row.peers])
+    return math.sqrt(rate * (1.0 - rate))
+
+
 class ReferenceStep:
     """The training step, one row at a time."""
 
@@ -271,9 +285,16 @@ class ReferenceStep:
                 loss = loss * gap.exp().clamp(max=method.clip)
             if row.engine_gap is not None:
                 loss = loss * torch.tensor(row.engine_gap).double().exp().clamp(max=method.engine_clip)
-            loss = loss[torch.tensor(row.counts)]
+            counts = torch.tensor(row.counts)
+            if method.pass_rate:
+                loss = loss * undecided(row) / mean(map(undecided, row.batch))
+            if method.confidence is not None:
+                weights = (method.confidence * (q * q.log()).sum(-1)).exp()
+                loss = loss * weights / weights[counts].mean()
+            loss = loss[counts]
             losses.append(loss.mean()[None] if method.sequence_mean else loss)
-        loss = torch.cat(losses).mean()
+        loss = torch.cat(losses)
+        loss = loss.sum() / sum(sum(row.counts) for row in rows) if method.batch_token_mean else loss.mean()
         named = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(loss, list(named.values()))
         return loss.item(), dict(zip(named, gradients, strict=True))

@@ -102,7 +102,15 @@ CONFIG: dict[str, list[Case]] = {
     "tail": choice("tail", "bucket", "renormalize"),
     "is_clip": clip("is_clip"),
     "rollout_is_clip": clip("rollout_is_clip"),
-    "loss_aggregation": choice("loss_aggregation", "token-mean", "sequence-mean"),
+    "loss_aggregation": choice("loss_aggregation", "token-mean", "batch-token-mean", "sequence-mean"),
+    "row_weights": choice("row_weights", "none", "pass_rate"),
+    "token_weights": choice("token_weights", "none", "confidence"),
+    "token_weights_beta": [
+        field(
+            "token_weights_beta", value, error, "finite number > 0", "the published value", f"got {value!r}"
+        )
+        for value, error in ((0.0, ValueError), (math.inf, ValueError), ("1", TypeError), (True, TypeError))
+    ],
     "teacher_mode": choice("teacher_mode", "ema", "frozen", "trust_region", "live", "lora_ema"),
     "teacher_update_rate": fraction("teacher_update_rate", "the weight of the student"),
     "trust_region_coef": fraction("trust_region_coef", "the weight of the live student"),

@@ -15,7 +15,9 @@ from sdpo._validate import check_choice, check_flag, check_int, check_real, type
 
 Support = Literal["student", "teacher", "full", "sampled"]
 Tail = Literal["bucket", "renormalize"]
-Aggregation = Literal["token-mean", "sequence-mean"]
+Aggregation = Literal["token-mean", "batch-token-mean", "sequence-mean"]
+RowWeights = Literal["none", "pass_rate"]
+TokenWeights = Literal["none", "confidence"]
 TeacherMode = Literal["ema", "frozen", "trust_region", "live", "lora_ema"]
 TeacherTick = Literal["generation_batch", "optimizer_step"]
 TeacherDtype = Literal["float32", "bfloat16"]
@@ -73,8 +75,16 @@ class SDPOConfig:
             (reference).
         rollout_is_clip: the same for π_old/π_rollout, when the inference engine reports its own
             log-probabilities; `None` turns it off. Default 2.0 (reference).
-        loss_aggregation: `token-mean` (default, reference) over all active tokens of the optimizer step, or
-            `sequence-mean` over its active rows.
+        loss_aggregation: `token-mean` (default, reference) over all active tokens of the optimizer step,
+            `batch-token-mean` over all its completion tokens, with or without a teacher signal, or `sequence-mean`
+            over its active rows. Where few rows have a signal, the first and the last give each of them a larger
+            share of the step; with `batch-token-mean` the loss shrinks with the share of active tokens.
+        row_weights: `none` (default), or `pass_rate` (SC-SDPO, arXiv 2605.27765): √(p(1−p)) of the pass rate p of
+            the row's group, over its mean in the generation batch.
+        token_weights: `none` (default), or `confidence` (SRPO, arXiv 2604.02288 §3.2): exp(−β·H) of the teacher's
+            entropy H, over its mean in the row. SRPO's mean is that of the batch; a row's does not depend on how a
+            step is split. With a trainable LM head the fused loss then computes its chunks twice.
+        token_weights_beta: β of `token_weights`. Default `None`: 1 for `confidence` (SRPO §4.1).
         teacher_mode: `ema` (default, reference), `frozen`, `trust_region` (best in paper Table 4), `live`,
             or `lora_ema`: `ema` that requires adapters.
         teacher_update_rate: weight of the *student* in the moving average. Default 0.05 (paper §3).
@@ -146,6 +156,11 @@ class SDPOConfig:
     is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio student/old.")
     rollout_is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio old/rollout.")
     loss_aggregation: Aggregation = _option("token-mean", "What the loss is a mean of.")
+    row_weights: RowWeights = _option("none", "Weights of rows: none, or by the pass rate of their group.")
+    token_weights: TokenWeights = _option("none", "Weights of tokens: none, or by the teacher's confidence.")
+    token_weights_beta: float | None = _option(
+        None, "How fast a token's weight changes; unset: as published."
+    )
     teacher_mode: TeacherMode = _option("ema", "Which weights read the reprompt.")
     teacher_update_rate: float = _option(0.05, "Weight of the student in the moving average.")
     trust_region_coef: float = _option(0.5, "Weight of the live student in the trust-region teacher.")
@@ -219,6 +234,11 @@ class SDPOConfig:
         _choice(self, "support", get_args(Support))
         _choice(self, "tail", get_args(Tail))
         _choice(self, "loss_aggregation", get_args(Aggregation))
+        _choice(self, "row_weights", get_args(RowWeights))
+        _choice(self, "token_weights", get_args(TokenWeights))
+        if self.token_weights_beta is not None:
+            fix = "pass the factor of the teacher's entropy, or None for the published value"
+            _number(self, "token_weights_beta", expected="a finite number > 0", fix=fix, low=0.0)
         _choice(self, "teacher_mode", get_args(TeacherMode))
         _choice(self, "teacher_tick", get_args(TeacherTick))
         _choice(self, "teacher_dtype", get_args(TeacherDtype))
@@ -264,6 +284,7 @@ class SDPOConfig:
         for name, applies, where in (
             ("k", self.uses_topk, "support='student' or 'teacher'"),
             ("tail", self.uses_topk, "support='student' or 'teacher'"),
+            ("token_weights_beta", self.token_weights != "none", "token_weights='confidence'"),
             ("teacher_update_rate", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_dtype", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_offload", self.teacher_mode != "live", "a teacher with weights of its own"),
@@ -289,6 +310,11 @@ class SDPOConfig:
     def uses_topk(self) -> bool:
         """Whether the support is the top-K of a model, so that `k` and `tail` apply."""
         return self.support in ("student", "teacher")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether weights of the tokens depend on what both models say about them."""
+        return self.token_weights != "none"
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SDPOConfig:

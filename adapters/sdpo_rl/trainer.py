@@ -54,7 +54,8 @@ class SDPOTrainer(_BASE):
 
         divergence(model(token | prompt), teacher(token | prompt, a peer's success or feedback on the attempt))
 
-    and the loss of a step its mean over the tokens (or rows) with a loss, by `SDPOConfig.loss_aggregation`.
+    and the loss of a step its mean by `SDPOConfig.loss_aggregation`: over the tokens or rows with a loss, or over
+    all completion tokens. `row_weights` and `token_weights` weigh its rows and tokens.
 
     **Feedback.** Reward functions return floats, `(score, feedback)` pairs or `{"score": ..., "feedback": ...}`.
     They may have an attribute `last_feedback`, may be async, and may return `None` for rows they do not judge. An
@@ -255,14 +256,16 @@ class SDPOTrainer(_BASE):
         if mode == "train":
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
         prompts = context.prompts
-        return output | teacher_inputs(output, prompts.ids, prompts.row_mask, pad_id=self._pad_id)
+        return output | teacher_inputs(
+            output, prompts.ids, prompts.row_mask, row_weights=context.row_weights, pad_id=self._pad_id
+        )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
         if self.sdpo_config.enabled and self._mode == "train" and self._buffered_inputs is not self._counted:
             self._counted = self._buffered_inputs
             aggregation = self.sdpo_config.loss_aggregation
-            counts = [loss_count(batch["loss_mask"], aggregation) for batch in self._buffered_inputs]
+            counts = [loss_count(batch, aggregation) for batch in self._buffered_inputs]
             self._window.set_counts(self.accelerator.reduce(torch.stack(counts), reduction="sum"))
         return inputs
 
@@ -335,12 +338,13 @@ class SDPOTrainer(_BASE):
             transform=self._transform,
             router_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else None,
         )
+        count = loss_count(inputs, self.sdpo_config.loss_aggregation)
         batch = select_rows(inputs, at_least_one=context.in_lockstep)
         if batch is None:
-            return micro_batch.zero_loss(self._unwrapped)
+            return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         if self._fused is None:
             self._fused = micro_batch.can_fuse(context, batch)
-        return micro_batch.micro_batch_loss(context, batch, fused=self._fused)
+        return micro_batch.micro_batch_loss(context, batch, count, fused=self._fused)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sdpo import select_demonstrations
+from sdpo import pass_rate_weights, select_demonstrations
 
 from ..config import SDPOConfig
 from .prompts import Completion, Prompt, completion_text
@@ -44,9 +45,16 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """The teacher's prompts of this process's rows, and the statistics of the batch over all processes."""
+    """What a generation batch needs for its loss besides what TRL computes.
+
+    Attributes:
+        prompts: the teacher's prompts of this process's rows.
+        row_weights: one per row of this process; `None`: all weigh the same.
+        metrics: statistics of the batch over all processes, by name.
+    """
 
     prompts: TeacherPrompts
+    row_weights: list[float] | None
     metrics: dict[str, float]
 
 
@@ -102,11 +110,18 @@ def teacher_context(
     gathered = zip(*gather(list(zip(*columns.values(), strict=True))), strict=True)
     metrics = {name: _mean(column) for name, column in zip(columns, gathered, strict=True)}
     # Compared as a tensor: 0.7 rounded to float32 is less than the double 0.7.
-    successes = (rollout.scores >= config.success_reward_threshold).tolist()
+    success = rollout.scores >= config.success_reward_threshold
+    successes = success.tolist()
     groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
     metrics["success_group_fraction"] = _mean([any(group) for group in groups])
     metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
-    return TeacherContext(prompts, {f"self_distillation/{name}": value for name, value in metrics.items()})
+    row_weights = None
+    if config.row_weights == "pass_rate":
+        weights = pass_rate_weights(success, torch.arange(len(success)) // group_size)
+        row_weights = weights[rank * row_count :][:row_count].tolist()
+    return TeacherContext(
+        prompts, row_weights, {f"self_distillation/{name}": value for name, value in metrics.items()}
+    )
 
 
 def _peers(rollout: Rollout, config: SDPOConfig, has_loss: Sequence[bool]) -> list[Peer]:

@@ -18,6 +18,7 @@ Sizes = Sequence[tuple[int, int]]  # prompt and completion tokens of each row
 _COMPLETION_INPUTS = (
     "completion_ids",
     "loss_mask",
+    "row_weights",
     "old_per_token_logps",
     "sampling_per_token_logps",
     "importance_sampling_ratio",
@@ -71,22 +72,43 @@ def completion_loss_mask(
     return mask if tool_mask is None else mask & tool_mask.bool()
 
 
+def sampled_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """Completion tokens [B, T] bool that the model sampled, in rows with a teacher signal and without."""
+    mask: Tensor = inputs["completion_mask"].bool()
+    tool_mask = inputs.get("tool_mask")
+    return mask if tool_mask is None else mask & tool_mask.bool()
+
+
 def teacher_inputs(
-    output: Mapping[str, Any], prompt_ids: Sequence[Sequence[int]], row_mask: Sequence[bool], *, pad_id: int
+    output: Mapping[str, Any],
+    prompt_ids: Sequence[Sequence[int]],
+    row_mask: Sequence[bool],
+    *,
+    row_weights: Sequence[float] | None,
+    pad_id: int,
 ) -> dict[str, Tensor]:
-    """What a generation batch needs for the teacher: its prompts, and which rows and tokens have a loss.
+    """What a generation batch needs for its loss: the teacher's prompts, and which rows and tokens have a loss.
 
     Args:
         output: the generation batch, with `completion_mask` [B, T] and perhaps `tool_mask` [B, T].
         prompt_ids: tokens of each row's reprompt, B lists.
         row_mask: whether the row has a reprompt, B flags.
+        row_weights: one per row; `None`: all weigh the same, and the batch gets none.
         pad_id: token id of the padding.
     """
     completion_mask = output["completion_mask"]
     ids, mask = left_pad(prompt_ids, pad_id=pad_id, device=completion_mask.device)
     rows = torch.tensor(row_mask, device=completion_mask.device)
     loss_mask = completion_loss_mask(completion_mask, rows, output.get("tool_mask"))
-    return {"teacher_prompt_ids": ids, "teacher_prompt_mask": mask, "row_mask": rows, "loss_mask": loss_mask}
+    inputs = {
+        "teacher_prompt_ids": ids,
+        "teacher_prompt_mask": mask,
+        "row_mask": rows,
+        "loss_mask": loss_mask,
+    }
+    if row_weights is not None:
+        inputs["row_weights"] = torch.tensor(row_weights, device=ids.device)[:, None]
+    return inputs
 
 
 def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

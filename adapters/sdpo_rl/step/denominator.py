@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..config import Aggregation
+from .batch import sampled_mask
 
 
-def loss_count(loss_mask: Tensor, aggregation: Aggregation) -> Tensor:
-    """What the loss is a mean of, [] int64: the tokens with a loss, or the rows that have one.
+def loss_count(inputs: Mapping[str, Any], aggregation: Aggregation) -> Tensor:
+    """What the loss is a mean of, [] int64: the tokens with a loss, the sampled tokens, or the rows with a loss.
+
+    Args:
+        inputs: of a micro-batch, with `loss_mask` and `completion_mask` [B, T], and perhaps `tool_mask` [B, T].
+        aggregation: `token-mean`, `batch-token-mean` or `sequence-mean`.
 
     Example:
         >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
-        >>> loss_count(mask, "token-mean").item(), loss_count(mask, "sequence-mean").item()
-        (3, 2)
+        >>> inputs = {"loss_mask": mask, "completion_mask": torch.ones(3, 2, dtype=torch.long)}
+        >>> [loss_count(inputs, name).item() for name in ("token-mean", "batch-token-mean", "sequence-mean")]
+        [3, 6, 2]
     """
+    if aggregation == "batch-token-mean":
+        return sampled_mask(inputs).sum()
+    loss_mask: Tensor = inputs["loss_mask"]
     return loss_mask.any(-1).sum() if aggregation == "sequence-mean" else loss_mask.sum()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 import sdpo
 
 from ..config import SDPOConfig
+from . import token_weights
 from .head import HeadTransform
 
 
@@ -21,12 +22,14 @@ class Targets(NamedTuple):
     loss_mask: Tensor
     old_log_probs: Tensor | None
     weights: Tensor | None
+    row_weights: Tensor | None = None  # part of the weights
 
 
 def loss_targets(config: SDPOConfig, completions: Mapping[str, Tensor]) -> Targets:
     """The targets of a micro-batch from its completions [B, T], by the names of TRL's inputs.
 
-    The weights are those of the rollout times, for `sequence-mean`, one over the row's tokens; `None`: all ones.
+    The weights are the product of those of the rollout, those of the rows and, for `sequence-mean`, one over the
+    row's tokens; `None`: all ones.
     """
     mask = completions["loss_mask"]
     weights = None
@@ -37,7 +40,12 @@ def loss_targets(config: SDPOConfig, completions: Mapping[str, Tensor]) -> Targe
     if config.loss_aggregation == "sequence-mean":
         per_row = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape)
         weights = per_row if weights is None else weights * per_row
-    return Targets(completions["completion_ids"], mask, completions.get("old_per_token_logps"), weights)
+    row_weights = completions.get("row_weights")
+    if row_weights is not None:
+        row_weights = row_weights.expand(mask.shape)
+        weights = row_weights if weights is None else weights * row_weights
+    old_log_probs = completions.get("old_per_token_logps")
+    return Targets(completions["completion_ids"], mask, old_log_probs, weights, row_weights)
 
 
 def rollout_weights(completions: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
@@ -63,11 +71,11 @@ def fused(
     *,
     temperature: float,
     transform: HeadTransform,
-) -> sdpo.FusedOutput:
+) -> sdpo.FusedOutput | sdpo.LossOutput:
     """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region."""
     reference = teachers[0] if len(teachers) == 2 else None
     old_log_probs = targets.old_log_probs if config.is_clip is not None else None
-    return sdpo.fused_distillation_loss(
+    output = sdpo.fused_distillation_loss(
         student,
         teachers[-1],
         targets.tokens,
@@ -84,9 +92,18 @@ def fused(
         logit_scale=transform.logit_scale,
         reference=reference,
         trust_region_coef=None if reference is None else config.trust_region_coef,
+        reduction="none" if config.weighs_tokens else "sum",
         chunk_size=config.loss_chunk_size,
         backend="auto" if config.loss_backend == "logits" else config.loss_backend,
     )
+    if not config.weighs_tokens:
+        return output
+    mask = targets.loss_mask
+    weights = token_weights.distillation_weights(config, output, mask)
+    loss = sdpo.self_distillation_loss(
+        output.per_token, mask, row_mask=mask.any(dim=-1), weights=output.weights * weights
+    )
+    return loss._replace(metrics=output.metrics | {"token_weight": _mean(weights, mask)})
 
 
 def from_logits(
@@ -124,8 +141,16 @@ def from_logits(
         ratio = (statistics.log_probs - targets.old_log_probs).exp()
         clipped["is_clip_fraction"] = (ratio > config.is_clip).float()
     mask = targets.loss_mask
+    others = clipped
+    if config.weighs_tokens:
+        others = clipped | {"token_weight": token_weights.distillation_weights(config, statistics, mask)}
+        weights = weights * others["token_weight"]
     loss = sdpo.self_distillation_loss(per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
-    return loss._replace(metrics=sdpo.mean_metrics(per_token, weights, statistics, mask=mask, **clipped))
+    return loss._replace(metrics=sdpo.mean_metrics(per_token, weights, statistics, mask=mask, **others))
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return sdpo.token_sum(values.detach(), mask).mean()
 
 
 # Metrics of the core that are logged: always, and with a top-K support.
@@ -148,5 +173,10 @@ def step_metrics(
         names += _LOGGED_WITH_TOPK
     if targets.old_log_probs is not None and config.is_clip is not None:
         names.append("is_clip_fraction")
+    if config.weighs_tokens:
+        names.append("token_weight")
     count = output.metrics["active_tokens"]
-    return {f"self_distillation/{name}": (output.metrics[name] * count, count) for name in names}
+    means = {name: output.metrics[name] for name in names}
+    if targets.row_weights is not None:
+        means["row_weight"] = _mean(targets.row_weights, targets.loss_mask)
+    return {f"self_distillation/{name}": (mean * count, count) for name, mean in means.items()}

@@ -19,7 +19,6 @@ from . import forward as step_forward
 from . import head as step_head
 from . import loss as step_loss
 from .batch import MicroBatch, TokenBatch, position_ids, row_groups
-from .denominator import loss_count
 from .metrics import Metrics
 
 logger = logging.getLogger("sdpo_rl")
@@ -63,16 +62,19 @@ class MicroBatchOutput(NamedTuple):
     """Sums, not means: add totals and counts over micro-batches and processes, then divide."""
 
     total: Tensor  # [] sum over the tokens with a loss, carries the gradient
-    count: Tensor  # type: ignore[assignment]  # [] what the loss is a mean of; shadows tuple.count on purpose
+    count: Tensor  # type: ignore[assignment]  # [] see `loss_count`; shadows tuple.count on purpose
     metrics: Metrics
 
 
-def micro_batch_loss(context: StepContext, batch: MicroBatch, *, fused: bool) -> MicroBatchOutput:
+def micro_batch_loss(
+    context: StepContext, batch: MicroBatch, count: Tensor, *, fused: bool
+) -> MicroBatchOutput:
     """The divergence between student and teacher, summed over the tokens of a micro-batch that have a loss.
 
     Args:
         context: of the step.
         batch: the rows that run.
+        count: what the loss is a mean of, [] (see `loss_count`), of all rows of the micro-batch.
         fused: compute the loss from hidden states and head (see `can_fuse`) instead of whole logits.
 
     Returns:
@@ -98,7 +100,7 @@ def micro_batch_loss(context: StepContext, batch: MicroBatch, *, fused: bool) ->
         student = _runner(context, batch.student, length)(partial(forward, router_losses=router_losses))
         compute = partial(step_loss.fused, transform=context.transform) if fused else step_loss.from_logits
         output = compute(config, student, teachers, targets, temperature=context.temperature)
-    total, count = output.total, loss_count(targets.loss_mask, config.loss_aggregation)
+    total = output.total
     metrics = step_loss.step_metrics(config, output, targets)
     if router_losses and context.router_loss_coef is not None:
         router_total = torch.stack(router_losses).mean().to(total.device) * count

@@ -1,0 +1,128 @@
+"""The options of the trainer's loss against `reference_step`, in one micro-batch and in four."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from reference_step import Method, Recorder, compare, reprompt, undecided
+
+import sdpo
+from sdpo_rl.rollout import demonstrations
+from sdpo_rl.step import token_weights
+
+TOLERANCE = 5e-6
+SPLITS: dict[str, dict[str, Any]] = {
+    "one micro-batch": {},
+    "four micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+}
+OPTIONS: dict[str, tuple[dict[str, Any], Method]] = {
+    "batch-token-mean": ({"loss_aggregation": "batch-token-mean"}, Method(batch_token_mean=True)),
+    "pass rate": ({"row_weights": "pass_rate"}, Method(pass_rate=True)),
+    "confidence": ({"token_weights": "confidence"}, Method(confidence=1.0)),
+    "confidence of a sequence mean": (
+        {"token_weights": "confidence", "token_weights_beta": 0.3, "loss_aggregation": "sequence-mean"},
+        Method(confidence=0.3, sequence_mean=True),
+    ),
+    "both weights": (
+        {"token_weights": "confidence", "row_weights": "pass_rate", "loss_aggregation": "batch-token-mean"},
+        Method(confidence=1.0, pass_rate=True, batch_token_mean=True),
+    ),
+}
+
+
+def sparse(method: Method) -> Method:
+    """Without feedback: a group without a success has no teacher signal."""
+    return replace(method, feedback=False)
+
+
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option(tmp_path: Path, option: str, split: str, backend: str) -> None:
+    changes, method = OPTIONS[option]
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(**changes, loss_backend=backend),
+        reward_funcs=tiny.parity,
+        max_steps=3,
+        **SPLITS[split],
+    )
+    difference = compare(trainer, tiny.model(), sparse(method))
+    assert difference.gradient < TOLERANCE
+    assert difference.loss < TOLERANCE
+    assert trainer._fused == (backend == "torch")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_ignored_option_is_detected(tmp_path: Path, option: str) -> None:
+    _, method = OPTIONS[option]
+    trainer = tiny.trainer(tmp_path, max_steps=3, reward_funcs=tiny.parity)
+    assert compare(trainer, tiny.model(), sparse(method)).gradient > 1000 * TOLERANCE
+
+
+# --- planted errors ---------------------------------------------------------------------------------------
+
+
+def pass_rate_of_pairs_of_groups(patch: pytest.MonkeyPatch) -> None:
+    true = demonstrations.pass_rate_weights
+    patch.setattr(demonstrations, "pass_rate_weights", lambda success, groups: true(success, groups // 2))
+
+
+def confidence_over_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        token_weights,
+        "distillation_weights",
+        lambda config, found, mask: sdpo.confidence_weights(found.teacher_entropy, mask, beta=1.0),
+    )
+
+
+def confidence_of_the_student(patch: pytest.MonkeyPatch) -> None:
+    true = token_weights.distillation_weights
+
+    def of_the_student(config: Any, found: Any, mask: Any) -> Any:
+        return true(config, found._replace(teacher_entropy=found.student_entropy), mask)
+
+    patch.setattr(token_weights, "distillation_weights", of_the_student)
+
+
+ERRORS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
+    (pass_rate_of_pairs_of_groups, "pass rate"),
+    (confidence_over_the_micro_batch, "confidence"),
+    (confidence_of_the_student, "confidence"),
+]
+
+
+@pytest.mark.parametrize(("plant", "option"), ERRORS, ids=[plant.__name__ for plant, _ in ERRORS])
+def test_the_comparison_detects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[pytest.MonkeyPatch], None], option: str
+) -> None:
+    plant(monkeypatch)
+    changes, method = OPTIONS[option]
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=tiny.config(**changes), reward_funcs=tiny.parity, max_steps=2
+    )
+    assert compare(trainer, tiny.model(), sparse(method)).gradient > 1000 * TOLERANCE
+
+
+# --- metrics ----------------------------------------------------------------------------------------------
+
+
+def test_mean_weights_are_logged(tmp_path: Path) -> None:
+    config = tiny.config(token_weights="confidence", row_weights="pass_rate")
+    trainer = tiny.trainer(
+        tmp_path, sdpo_config=config, reward_funcs=tiny.judge, **SPLITS["four micro-batches"]
+    )
+    recorder = Recorder(trainer)
+    trainer.train()
+    for step, entry in zip(recorder.steps, trainer.state.log_history, strict=False):
+        rows = [row for row in step.rows if reprompt(row, Method()) is not None]
+        scale = sum(undecided(row) for row in step.rows) / len(step.rows)
+        weighted = sum(undecided(row) / scale * len(row.completion) for row in rows)
+        expected = weighted / sum(len(row.completion) for row in rows)
+        assert entry["self_distillation/row_weight"] == pytest.approx(expected, rel=1e-5)
+        assert entry["self_distillation/token_weight"] == pytest.approx(1.0, rel=1e-5)
