@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from reference_step import Method, Recorder, compare, reprompt, undecided
+from reference_step import Method, Recorder, ReferenceStep, compare, reprompt, undecided
 
 import sdpo
 from sdpo_rl.rollout import demonstrations
@@ -126,3 +126,25 @@ def test_mean_weights_are_logged(tmp_path: Path) -> None:
         expected = weighted / sum(len(row.completion) for row in rows)
         assert entry["self_distillation/row_weight"] == pytest.approx(expected, rel=1e-5)
         assert entry["self_distillation/token_weight"] == pytest.approx(1.0, rel=1e-5)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [8, 2])
+def test_an_evaluation_counts_all_completion_tokens(tmp_path: Path, rows: int) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(loss_aggregation="batch-token-mean"),
+        reward_funcs=tiny.parity,
+        eval_dataset=tiny.conversations(4),
+        num_generations_eval=2,
+        per_device_eval_batch_size=rows,
+    )
+    recorder = Recorder(trainer)
+    result = trainer.evaluate()
+    method = sparse(Method(batch_token_mean=True))
+    silent = [row for row in recorder.evaluated if reprompt(row, method) is None]
+    assert 0 < len(silent) < 8
+    loss, _ = ReferenceStep(tiny.model(), method).step(recorder.evaluated, stale=False)
+    assert result["eval_loss"] == pytest.approx(loss, rel=1e-5)
