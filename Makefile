@@ -13,10 +13,14 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo checkpoint test test-thorough test-gpu test-deepspeed check format wheel bench clean
+.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed check format wheel bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
+
+# A pretrained model on whatever device is there: make demo-llm MODEL=Qwen/Qwen2.5-Coder-0.5B-Instruct
+demo-llm: $(READY)
+	HF_HUB_OFFLINE=0 $(BIN)/python examples/private_api/run.py --model "$(MODEL)" --output output/private_api
 
 checkpoint: $(READY)
 	$(BIN)/python examples/demo/pretrain.py --output examples/demo/checkpoint

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from programs import EXAMPLES, run
 
-# Tested in test_demo_*.py and test_ranks_launch.py.
-ELSEWHERE = {"accelerate", "demo"}
+# Tested in test_demo_*.py, test_private_api.py and test_ranks_launch.py.
+ELSEWHERE = {"accelerate", "demo", "private_api"}
 HERE = {
     *("own_loop.py", "tools.py", "unsloth_7b_24gb.py"),
     *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "recipe", "step")),

@@ -1,0 +1,289 @@
+"""One run on the private API: a pretrained model, one arm, one seed; writes the curve and the log as JSON.
+
+    python examples/private_api/train.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --question learns --arm SDPO
+
+`--model` is a hub id or a folder. About 3 GB of a GPU per 100 million parameters with full fine-tuning (float32
+weights, bfloat16 autocast); without a GPU it runs on the CPU. `run.py` runs several arms and seeds, and writes the
+report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import trl
+from arms import GROUP, QUESTIONS, SDPO_SETTINGS, Arm, arms
+from evaluation import Score, answer_ids, evaluate, prompt_ids
+from tasks import ShuffledInterpreter, Task, draw_task, held_out_tasks, interpreter, judge, training_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+import sdpo_rl
+from sdpo_rl import SDPOConfig, SDPOTrainer
+
+MAX_COMPLETION = 24  # tokens; a right call has about ten
+WARMUP_STEPS = 5
+SHOWN = 6  # held-out tasks whose replies are kept, before and after training
+# Metrics of each step that a record keeps: what shows whether a run learns, and whether it is about to collapse.
+LOGGED = (
+    "reward",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "grad_norm",
+    "self_distillation/divergence",
+    "self_distillation/student_entropy",
+    "self_distillation/teacher_entropy",
+    "self_distillation/sampled_token_agreement",
+    "self_distillation/success_sample_fraction",
+    "self_distillation/reprompt_sample_fraction",
+    "self_distillation/teacher_distance",
+)
+
+
+class Curve(TrainerCallback):
+    """Evaluates the model every few steps, and keeps the log."""
+
+    def __init__(self, evaluate: Callable[[], Score], samples_per_step: int, every: int) -> None:
+        self.points: list[tuple[int, float, float]] = []  # samples, probability, accuracy
+        self.log: list[dict[str, float]] = []
+        self._evaluate, self._samples, self._every = evaluate, samples_per_step, every
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The first point, before any step."""
+        self.evaluate(0)
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """A point every few steps, and at the end."""
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self.evaluate(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        """The metrics of a step."""
+        if "reward" in logs:
+            self.log.append({name: round(float(logs[name]), 6) for name in LOGGED if name in logs})
+
+    def evaluate(self, step: int) -> None:
+        """One point of the curve."""
+        probability, accuracy = self._evaluate()
+        self.points.append((step * self._samples, float(f"{probability:.4g}"), round(accuracy, 4)))
+        reward = f", reward {self.log[-1]['reward']:.2f}" if self.log else ""
+        print(
+            f"{self.points[-1][0]:6d} samples: held-out {accuracy:.2f}, p {probability:.3f}{reward}",
+            flush=True,
+        )
+
+
+def run_arm(
+    model: Any, tokenizer: Any, arm: Arm, *, seed: int, samples: int, points: int, tasks: list[Task]
+) -> Curve:
+    """Train with one arm; the model is changed in place.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer, with a chat template.
+        arm: what to run.
+        seed: of the prompts, the sampling and the shuffling.
+        samples: completions to draw in total.
+        points: evaluations after the first one.
+        tasks: held-out tasks to evaluate on.
+
+    Returns:
+        The curve and the log of the run.
+    """
+    steps = max(1, samples // arm.samples_per_step)
+    curve = Curve(
+        lambda: evaluate(model, tokenizer, tasks), arm.samples_per_step, every=max(1, steps // points)
+    )
+    if arm.method == "supervised":
+        supervise(model, tokenizer, arm, seed=seed, steps=steps, curve=curve)
+        return curve
+    reward = ShuffledInterpreter(seed) if arm.shuffled_feedback else interpreter
+    settings = {"enabled": False} if arm.method == "grpo" else {**SDPO_SETTINGS, **arm.settings}
+    with TemporaryDirectory() as folder:
+        trainer = SDPOTrainer(
+            model=model,
+            args=grpo_config(arm, seed=seed, steps=steps, folder=folder),
+            sdpo_config=SDPOConfig(**settings),
+            processing_class=tokenizer,
+            reward_funcs=[reward],
+            train_dataset=datasets.Dataset.from_list(
+                training_rows(seed, steps * arm.samples_per_step // GROUP)
+            ),
+            callbacks=[curve],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    return curve
+
+
+def grpo_config(arm: Arm, *, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
+    """One batch of new samples and one AdamW step on it, `steps` times."""
+    return trl.GRPOConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=arm.samples_per_step,
+        num_generations=GROUP,
+        max_completion_length=MAX_COMPLETION,
+        temperature=1.0,
+        learning_rate=arm.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=WARMUP_STEPS,
+        weight_decay=0.01,
+        seed=seed,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+    )
+
+
+def supervise(model: Any, tokenizer: Any, arm: Arm, *, seed: int, steps: int, curve: Curve) -> None:
+    """The upper bound: cross-entropy on the right call, as many prompts and steps as the other arms have."""
+    torch.manual_seed(seed)
+    rng = random.Random(f"train {seed}")
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arm.learning_rate, weight_decay=0.01)
+    curve.evaluate(0)
+    model.train()
+    for step in range(1, steps + 1):
+        batch = [draw_task(rng, "train") for _ in range(arm.samples_per_step // GROUP)]
+        rows = [(prompt_ids(tokenizer, task), answer_ids(tokenizer, task)) for task in batch]
+        width = max(len(prompt + answer) for prompt, answer in rows)
+        ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for row, (prompt, answer) in enumerate(rows):
+            ids[row, : len(prompt + answer)] = torch.tensor(prompt + answer)
+            labels[row, len(prompt) : len(prompt + answer)] = torch.tensor(answer)
+            mask[row, : len(prompt + answer)] = 1
+        for group in optimizer.param_groups:
+            group["lr"] = arm.learning_rate * min(1.0, step / WARMUP_STEPS)
+        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+            loss = model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.on_step_end(None, transformers.TrainerState(global_step=step, max_steps=steps))
+
+
+@torch.no_grad()
+def replies(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """What greedy decoding replies to some tasks, and how the interpreter judges it."""
+    rows = []
+    for task in tasks:
+        prompt = torch.tensor([prompt_ids(tokenizer, task)], device=next(model.parameters()).device)
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=MAX_COMPLETION,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        reply = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        score, feedback = judge(reply, task.function, task.argument)
+        rows.append(
+            {
+                "question": task.prompt[-1]["content"],
+                "reply": reply,
+                "score": score,
+                "feedback": feedback,
+                "answer": task.answer,
+            }
+        )
+    return rows
+
+
+def weights_hash(folder: Path) -> str | None:
+    """SHA-256 of a model folder's weights; `None` for a hub id."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One run on the private API.")
+    parser.add_argument("--model", required=True, help="a hub id, or a folder")
+    parser.add_argument("--question", choices=QUESTIONS, default="learns")
+    parser.add_argument("--arm", required=True, help="the name of one of the question's arms")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=9600, help="completions to draw")
+    parser.add_argument("--points", type=int, default=30, help="evaluations after the first one")
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file")
+    options = parser.parse_args()
+    by_name = {arm.name: arm for arm in arms(options.question)}
+    if options.arm not in by_name:
+        parser.error(f"--arm: expected one of {', '.join(by_name)}, got {options.arm!r}")
+    arm = by_name[options.arm]
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    transformers.set_seed(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
+    # Sampling is from the model's own distribution: penalties of a chat model's settings would change it.
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    tasks = held_out_tasks()
+    before = replies(model, tokenizer, tasks[:SHOWN])
+    start = time.perf_counter()
+    curve = run_arm(
+        model,
+        tokenizer,
+        arm,
+        seed=options.seed,
+        samples=options.samples,
+        points=options.points,
+        tasks=tasks,
+    )
+    seconds = round(time.perf_counter() - start, 1)
+    record = {
+        "question": options.question,
+        "arm": arm.name,
+        "method": arm.method,
+        "seed": options.seed,
+        "learning_rate": arm.learning_rate,
+        "samples_per_step": arm.samples_per_step,
+        "settings": {**SDPO_SETTINGS, **arm.settings} if arm.method == "sdpo" else {},
+        "model": Path(options.model).name,
+        "weights_sha256": weights_hash(Path(options.model)),
+        "before": before,
+        "after": replies(model, tokenizer, tasks[:SHOWN]),
+        "seconds": seconds,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "python": platform.python_version(),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl, sdpo_rl)},
+        "points": curve.points,
+        "log": curve.log,
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()
