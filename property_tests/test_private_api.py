@@ -1,4 +1,4 @@
-"""The private API: its interpreter, its tasks, the exact evaluation, the controls, and a small run of every arm."""
+"""The private API and the house style: interpreter, sandbox, tasks, evaluation, control, and small runs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ sys.path.insert(0, str(EXAMPLES / "private_api"))
 
 import arms
 import evaluation
+import house_style
 import kit
-import tasks
+import report
+import sandbox
+from environment import Environment, Reward
+from kit_task import KIT, judge
 
 HERE = EXAMPLES / "private_api"
 SPECIAL = ["<pad>", "<eos>", "<system>", "<user>", "<assistant>"]
@@ -58,12 +62,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_function_runs_on_the_argument_of_a_task() -> None:
-    rng = random.Random(0)
-    drawn = [tasks.draw_task(rng, split) for _ in range(200) for split in ("train", "test")]
-    assert {task.function for task in drawn} == set(kit.FUNCTIONS)
-    for task in drawn:
-        assert tasks.judge(task.answer, task.function, task.argument) == (1.0, None)
+TASKS = pytest.mark.parametrize("task", [KIT, house_style.HOUSE_STYLE], ids=lambda task: task.name)
+
+
+@TASKS
+def test_every_answer_is_right_and_an_empty_one_is_not(task: Environment) -> None:
+    questions = {q.answer: q for split in ("train", "test") for q in drawn(task, split, 60)}
+    for question in list(questions.values())[:40]:
+        assert task.judge(question.answer, **question.columns) == (1.0, None)
+        score, feedback = task.judge("", **question.columns)
+        assert score == 0.0
+        assert feedback
+
+
+def drawn(task: Environment, split: str, count: int) -> list:
+    rng = random.Random(split)
+    return [task.draw(rng, split) for _ in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -98,49 +112,113 @@ def test_what_is_not_one_call_with_a_literal_is_reported(source: str, message: s
 
 @given(st.text(max_size=60) | st.text("kit.peak([]){}:;lambda_x0'\"\\", max_size=60))
 def test_any_text_gets_a_score_and_one_line_of_feedback(text: str) -> None:
-    verdict = tasks.judge(text, "peak", "[3, 1]")
+    verdict = judge(text, "peak", "[3, 1]")
     assert (verdict.score == 1.0) == (verdict.feedback is None)
     if verdict.feedback is not None:
         assert "kit.peak(argument) returns the largest number of a list" in verdict.feedback
 
 
 def test_a_value_of_another_type_is_wrong() -> None:
-    assert tasks.judge("kit.stern([True])", "girth", "[1]").score == 0.0
-    assert tasks.judge("kit.girth([1])", "girth", "[1]").score == 1.0
+    assert judge("kit.stern([True])", "girth", "[1]").score == 0.0
+    assert judge("kit.girth([1])", "girth", "[1]").score == 1.0
 
 
-def test_the_splits_share_no_phrasing_and_no_argument() -> None:
-    rng = random.Random(1)
-    train = [tasks.draw_task(rng, "train") for _ in range(3000)]
-    test = tasks.held_out_tasks()
-    assert len(test) == 96
-    assert not {task.phrasing for task in train} & {task.phrasing for task in test}
-    assert not {task.argument for task in train} & {task.argument for task in test}
-    assert test == tasks.held_out_tasks()
+@TASKS
+def test_the_splits_share_no_question_and_no_answer(task: Environment) -> None:
+    train, test = drawn(task, "train", 2000), task.held_out(96)
+    for part in (lambda q: q.prompt[-1]["content"], lambda q: q.answer):
+        assert not {part(question) for question in train} & {part(question) for question in test}
+    assert test == task.held_out(96)
+    assert task.training(0, 8) != task.training(1, 8)
 
 
 def test_no_prompt_names_a_function() -> None:
-    prompts = [" ".join(turn["content"] for turn in task.prompt) for task in tasks.held_out_tasks()]
+    prompts = [" ".join(turn["content"] for turn in question.prompt) for question in KIT.held_out(96)]
     assert not any(f"kit.{name}" in prompt for prompt in prompts for name in kit.FUNCTIONS)
 
 
+def test_no_prompt_mentions_the_house_style() -> None:
+    prompts = [" ".join(turn["content"] for turn in q.prompt) for q in house_style.HOUSE_STYLE.held_out(96)]
+    assert not any(
+        word in prompt for prompt in prompts for word in ("'number'", "'text'", "'list'", "yes", "tuple")
+    )
+
+
 def test_the_control_keeps_scores_and_moves_feedback() -> None:
-    columns = {"function": ["peak", "shout", "girth", "peak"], "argument": ["[1]", "'A'", "[2]", "[3]"]}
-    completions = [
-        [{"content": reply}] for reply in ("kit.a([1])", "kit.b('A')", "kit.girth([2])", "kit.c([3])")
+    columns = [
+        {"function": name, "argument": value}
+        for name, value in (("peak", "[1]"), ("shout", "'A'"), ("girth", "[2]"), ("peak", "[3]"))
     ]
-    true = tasks.interpreter(completions, **columns)
-    shuffled = tasks.ShuffledInterpreter(3)(completions, **columns)
-    assert [v.score for v in shuffled] == [v.score for v in true] == [0.0, 0.0, 1.0, 0.0]
-    assert sorted(v.feedback or "" for v in shuffled) == sorted(v.feedback or "" for v in true)
-    assert shuffled != true
-    assert shuffled[2].feedback is None
+    replies = ("kit.a([1])", "kit.b('A')", "kit.girth([2])", "kit.c([3])")
+    completions = [[{"content": reply}] for reply in replies]
+    true = Reward(KIT)(completions, columns=columns)
+    for seed in range(8):
+        shuffled = Reward(KIT, shuffle=True, seed=seed)(completions, columns=columns)
+        assert [v.score for v in shuffled] == [v.score for v in true] == [0.0, 0.0, 1.0, 0.0]
+        assert sorted(v.feedback or "" for v in shuffled) == sorted(v.feedback or "" for v in true)
+        assert all(a.feedback != b.feedback for a, b in zip(shuffled, true, strict=True) if a.feedback)
 
 
-def test_the_evaluation_equals_one_token_at_a_time(model_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("while True: pass", "TimeoutError"),
+        ("return [0] * 10**9", "MemoryError"),
+        ("return f(x)", "RecursionError"),
+        ("return 10 ** 10 ** 8", "TimeoutError"),
+        ("return open('/etc/passwd').read()", "NameError: name 'open' is not defined"),
+        ("return ().__class__", "the name __class__ is not allowed"),
+        ("return (y for y in [1]).gi_frame", "the name gi_frame is not allowed"),
+        ("return [g.f_back for g in [x]]", "the name f_back is not allowed"),
+        ("import os", "Import is not allowed"),
+        ("from os import path", "ImportFrom is not allowed"),
+        ("class A: pass", "ClassDef is not allowed"),
+        ("match x:\n        case object(__class__=c): return c", "Match is not allowed"),
+        ("return (lambda _: 1)(x)", "the name _ is not allowed"),
+        ("return eval('1')", "NameError: name 'eval' is not defined"),
+        ("return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+        ("return 'x' * 500", "AssertionError: f(1) returned 'xxx"),
+        ("raise Exception('a' * 10**6)", "Exception: aaa"),
+        ("return", "AssertionError: f(1) returned None, expected 2"),
+        ("return 2.0", "AssertionError: f(1) returned 2.0, expected 2"),
+    ],
+)
+def test_hostile_and_wrong_functions_are_contained(body: str, message: str) -> None:
+    outcome = sandbox.run_tests(f"def f(x):\n    {body}", "f", [sandbox.Case([1], 2)])
+    assert not outcome.passed
+    assert outcome.message is not None
+    assert message in outcome.message
+    assert len(outcome.message) < 250
+
+
+def test_a_function_cannot_write_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second barrier alone: with every builtin and no check of the source."""
+    monkeypatch.setattr(sandbox, "refuse", lambda *_: None)
+    monkeypatch.setattr(sandbox, "BUILTINS", ["open", "__import__"])
+    target = tmp_path / "written"
+    case = [sandbox.Case([], None)]
+    sandbox.run_tests(f"def f():\n    open({str(target)!r}, 'w').write('x' * 100)", "f", case)
+    assert not target.exists() or target.read_text() == ""
+    assert not sandbox.run_tests("def f():\n    __import__('os').environ['HOME']", "f", case).passed
+
+
+def test_what_is_not_one_function_of_the_name_is_refused() -> None:
+    for source in (
+        "f = len",
+        "def g(x): return x",
+        "def f(x): return x\nf(1)",
+        "@len\ndef f(x): return x",
+        "def f(",
+    ):
+        assert not sandbox.run_tests(source, "f", [sandbox.Case([1], 1)]).passed
+
+
+def test_the_evaluation_equals_one_token_at_a_time(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Qwen2ForCausalLM.from_pretrained(model_folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    chosen = tasks.held_out_tasks()[:3]
+    chosen = KIT.held_out(3)
     probabilities, found = [], []
     for task in chosen:
         ids, answer = evaluation.prompt_ids(tokenizer, task), evaluation.answer_ids(tokenizer, task)
@@ -153,7 +231,8 @@ def test_the_evaluation_equals_one_token_at_a_time(model_folder: Path) -> None:
             ids = [*ids, token]
         probabilities.append(probability)
         found.append(greedy)
-    score = evaluation.evaluate(model, tokenizer, chosen, batch_size=2)
+    monkeypatch.setattr(evaluation, "BATCH", 2)
+    score = evaluation.evaluate(model, tokenizer, KIT, chosen)
     assert score.probability == pytest.approx(sum(probabilities) / 3, rel=1e-4)
     assert score.accuracy == sum(found) / 3
     assert 0 < score.probability < 1
@@ -184,13 +263,14 @@ def test_a_small_run_of_every_method_and_its_report(model_folder: Path, tmp_path
     page = (tmp_path / "out" / "report.html").read_text()
     assert "src=" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
-    # A second call repeats nothing.
+    # A second call repeats nothing; another task has records of its own.
     assert "done" in run(tmp_path, str(HERE / "run.py"), *arguments, *chosen)
+    other = ("--task", "house_style", "--arms", "SDPO")
+    assert "SDPO, seed 0: done" in run(tmp_path, str(HERE / "run.py"), *arguments, *other)
+    assert len(list((tmp_path / "out" / "records").glob("*.json"))) == 5
 
 
 def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
-    import report
-
     row = {
         "question": "q",
         "reply": "<script>alert(1)</script>",
@@ -200,6 +280,7 @@ def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     }
     records = [
         {
+            "task": "kit",
             "arm": arm,
             "seed": seed,
             "points": [[0, 0.0, 0.0], [64, 0.1 * seed, 0.5]],

@@ -1,4 +1,4 @@
-"""Exact evaluation: the probability of the right call, and whether greedy decoding gives it, without sampling.
+"""Evaluation on held-out questions: exact where a question has one right answer, by greedy decoding where not.
 
 A module of `train.py`; nothing to run.
 """
@@ -6,59 +6,100 @@ A module of `train.py`; nothing to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from tasks import Task
+from environment import Environment, Question
+
+BATCH = 48  # questions a forward
 
 
 class Score(NamedTuple):
-    """Means over the tasks."""
+    """Means over the questions."""
 
-    probability: float  # of sampling the right call at temperature 1
-    accuracy: float  # share of tasks that greedy decoding answers with the right call
+    probability: float  # of sampling `Question.answer` at temperature 1
+    accuracy: float  # share of questions that greedy decoding answers right
 
 
-def prompt_ids(tokenizer: Any, task: Task) -> list[int]:
-    """Token ids of a task's conversation, up to where the model continues."""
-    text = tokenizer.apply_chat_template(task.prompt, tokenize=False, add_generation_prompt=True)
+def prompt_ids(tokenizer: Any, question: Question) -> list[int]:
+    """Token ids of a conversation, up to where the model continues."""
+    text = tokenizer.apply_chat_template(question.prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def answer_ids(tokenizer: Any, task: Task) -> list[int]:
-    """Token ids of the right call and of the end of the turn."""
-    return [*tokenizer(task.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+def answer_ids(tokenizer: Any, question: Question) -> list[int]:
+    """Token ids of the right answer and of the end of the turn."""
+    return [*tokenizer(question.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+def evaluate(model: Any, tokenizer: Any, environment: Environment, questions: Sequence[Question]) -> Score:
+    """Probability of the right answers, and greedy accuracy.
+
+    Where a question has one right answer, both are exact and need one forward: greedy decoding gives the answer iff
+    each of its tokens is the argmax. Another spelling of the same answer counts as wrong. Otherwise greedy
+    completions are judged.
+    """
+    training, _ = model.training, model.eval()
+    scores = forced(model, tokenizer, questions)
+    if not environment.one_answer:
+        texts = complete(model, tokenizer, environment, questions)
+        verdicts = [environment.judge(text, **q.columns) for text, q in zip(texts, questions, strict=True)]
+        scores = Score(scores.probability, fmean(verdict.score for verdict in verdicts))
+    model.train(training)
+    return scores
 
 
 @torch.no_grad()
-def evaluate(model: Any, tokenizer: Any, tasks: Sequence[Task], *, batch_size: int = 48) -> Score:
-    """Teacher-force each right call: one forward gives its probability and whether greedy decoding finds it.
-
-    ``p(answer | prompt) = prod_t p(y_t | prompt, y_<t)``. Greedy decoding gives the answer iff every ``y_t`` is the
-    argmax. Another spelling of the same call counts as wrong, so both are lower bounds.
-    """
-    rows = [(prompt_ids(tokenizer, task), answer_ids(tokenizer, task)) for task in tasks]
+def forced(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
+    """``p(answer | prompt) = prod_t p(y_t | prompt, y_<t)``, and whether every ``y_t`` is the argmax."""
+    rows = [(prompt_ids(tokenizer, question), answer_ids(tokenizer, question)) for question in questions]
     device = next(model.parameters()).device
-    training, _ = model.training, model.eval()
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     probabilities: list[float] = []
     found: list[bool] = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
         # Padding is on the right, where causal attention never reaches.
         ids = torch.tensor(
             [prompt + answer + [0] * (width - len(prompt + answer)) for prompt, answer in batch]
         )
         mask = torch.tensor([[1] * len(p + a) + [0] * (width - len(p + a)) for p, a in batch])
-        with autocast:
+        with autocast(device):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         for row, (prompt, answer) in zip(logits, batch, strict=True):
             log_probs = row[len(prompt) - 1 : len(prompt + answer) - 1].float().log_softmax(-1).cpu()
             target = torch.tensor(answer)
             probabilities.append(log_probs.gather(-1, target[:, None]).sum().exp().item())
             found.append(bool((log_probs.argmax(-1) == target).all()))
-    model.train(training)
     return Score(fmean(probabilities), fmean(found))
+
+
+@torch.no_grad()
+def complete(
+    model: Any, tokenizer: Any, environment: Environment, questions: Sequence[Question]
+) -> list[str]:
+    """Greedy completions."""
+    device = next(model.parameters()).device
+    texts: list[str] = []
+    for start in range(0, len(questions), BATCH):
+        rows = [prompt_ids(tokenizer, question) for question in questions[start : start + BATCH]]
+        width, pad = max(map(len, rows)), tokenizer.eos_token_id
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        with autocast(device):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=environment.max_completion,
+                pad_token_id=pad,
+            )
+        texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return texts
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 on a GPU, as in training."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()

@@ -1,7 +1,6 @@
 """The private module `kit`, and an interpreter that runs one call of it: nothing a model writes is evaluated.
 
-To train on your own tools, replace `FUNCTIONS` by them and `run` by what executes a completion; `tasks.py` has the
-prompts. A module of `train.py`; nothing to run.
+A module of `kit_task.py`, which has the prompts; nothing to run.
 """
 
 from __future__ import annotations

@@ -24,6 +24,18 @@ from matplotlib import pyplot
 
 Run = dict[str, Any]
 PROBABILITY, ACCURACY = 1, 2  # columns of a run's points, after the samples
+TITLES = {
+    "kit": (
+        "A private API from its error messages",
+        "The model has never seen the module kit. The interpreter's message on a wrong call says the right name. "
+        "Held-out questions use other words and other arguments.",
+    ),
+    "house_style": (
+        "A house style from failed assertions",
+        "Hidden tests expect a style that no prompt mentions; the feedback is the failed assertion. Held-out "
+        "questions ask for other functions.",
+    ),
+}
 COLORS = ("#0b7a57", "#d0582a", "#4a6fb5", "#8a8a8a", "#8b4fa3", "#b38600", "#3b3b3b", "#c2185b")
 
 
@@ -63,7 +75,7 @@ def summary(runs: Sequence[Run]) -> str:
 
 
 def plot(runs: Sequence[Run], column: int, label: str) -> str:
-    """Curves over samples as SVG: a thin line per seed, a thick one for their mean. Without a date: runs give one file."""
+    """Curves over samples as SVG, the same for the same runs: a thin line per seed, a thick one for their mean."""
     with matplotlib.rc_context({"svg.hashsalt": "private_api", "svg.fonttype": "none", "font.size": 10}):
         figure, axes = pyplot.subplots(figsize=(8.4, 4.0), layout="constrained")
         for color, (arm, group) in zip(COLORS * len(runs), by_arm(runs).items(), strict=False):
@@ -88,7 +100,7 @@ def plot(runs: Sequence[Run], column: int, label: str) -> str:
 
 PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>A private API from its error messages</title><style>
+<title>{{ title }}</title><style>
 :root { color-scheme: light dark; }
 body { max-width: 880px; margin: 40px auto; padding: 0 16px; font: 16px/1.5 system-ui, sans-serif; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 12px 0 28px; }
@@ -97,10 +109,9 @@ th:first-child, td:first-child, .text td, .text th { text-align: left; }
 svg { width: 100%; height: auto; background: #fff; } code { font-size: 13px; white-space: pre-wrap; }
 .right { color: #0b7a57; } .wrong { color: #c2411c; } footer { font-size: 13px; opacity: .7; }
 </style></head><body>
-<h1>A private API from its error messages</h1>
-<p>The model has never seen the module <code>kit</code>. The interpreter's message on a wrong call says the right
-name. Accuracy: share of {{ count }} held-out questions, in other words and with other arguments, that greedy
-decoding answers with the right call. {{ seeds }} seed{{ "s" if seeds > 1 }}; thin lines are seeds.</p>
+<h1>{{ title }}</h1>
+<p>{{ lead }} Accuracy: share of held-out questions that greedy decoding answers right.
+{{ seeds }} seed{{ "s" if seeds > 1 }}; thin lines are seeds.</p>
 {{ accuracy_plot | safe }}
 <table><tr><th>held-out accuracy</th>{% for s in ticks %}<th>{{ s }}</th>{% endfor %}</tr>
 {% for arm, values in rows %}<tr><td>{{ arm }}</td>{% for v in values %}<td>{{ "%.2f" % v }}</td>{% endfor %}</tr>
@@ -125,12 +136,13 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     accuracy = plot(runs, ACCURACY, "held-out accuracy")
     first = runs[0]
     page = PAGE.render(
-        count=96,
+        title=TITLES[first["task"]][0],
+        lead=TITLES[first["task"]][1],
         seeds=len({run["seed"] for run in runs}),
         ticks=ticks,
         rows=rows,
         accuracy_plot=accuracy,
-        probability_plot=plot(runs, PROBABILITY, "probability of the right call"),
+        probability_plot=plot(runs, PROBABILITY, "probability of the right answer"),
         examples=[
             (arm, list(zip(group[0]["before"], group[0]["after"], strict=True)))
             for arm, group in by_arm(runs).items()

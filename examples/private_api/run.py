@@ -24,9 +24,9 @@ from report import summary, write_report
 TRAIN = Path(__file__).with_name("train.py")
 
 
-def record_path(folder: Path, question: str, arm: Arm, seed: int) -> Path:
+def record_path(folder: Path, task: str, question: str, arm: Arm, seed: int) -> Path:
     """Where the record of a run is written."""
-    name = re.sub(r"[^\w.=]+", "-", f"{question} {arm.name} {seed}").strip("-")
+    name = re.sub(r"[^\w.=]+", "-", f"{task} {question} {arm.name} {seed}").strip("-")
     return folder / "records" / f"{name}.json"
 
 
@@ -49,6 +49,7 @@ def run_one(path: Path, arguments: list[str]) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Several arms and seeds on the private API, and a report.")
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
+    parser.add_argument("--task", choices=("kit", "house_style"), default="kit")
     parser.add_argument("--question", choices=QUESTIONS, default="learns")
     parser.add_argument("--arms", nargs="+", help="some of the question's arms; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -69,17 +70,11 @@ def main() -> int:
         running = []
         for seed in options.seeds:
             for arm in chosen:
-                paths.append(record_path(options.output, options.question, arm, seed))
+                paths.append(record_path(options.output, options.task, options.question, arm, seed))
                 arguments = [
-                    *("--model", options.model, "--question", options.question, "--arm", arm.name),
-                    *(
-                        "--seed",
-                        str(seed),
-                        "--samples",
-                        str(options.samples),
-                        "--points",
-                        str(options.points),
-                    ),
+                    *("--model", options.model, "--task", options.task),
+                    *("--question", options.question, "--arm", arm.name, "--seed", str(seed)),
+                    *("--samples", str(options.samples), "--points", str(options.points)),
                 ]
                 running.append((f"{arm.name}, seed {seed}", pool.submit(run_one, paths[-1], arguments)))
         failures = 0

@@ -13,10 +13,8 @@ import argparse
 import hashlib
 import json
 import platform
-import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,14 +24,17 @@ import torch
 import transformers
 import trl
 from arms import GROUP, QUESTIONS, SDPO_SETTINGS, Arm, arms
-from evaluation import Score, answer_ids, evaluate, prompt_ids
-from tasks import ShuffledInterpreter, Task, draw_task, held_out_tasks, interpreter, judge, training_rows
+from environment import Environment, Question, Reward
+from evaluation import Score, answer_ids, autocast, complete, evaluate, prompt_ids
+from house_style import HOUSE_STYLE
+from kit_task import KIT
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import sdpo_rl
 from sdpo_rl import SDPOConfig, SDPOTrainer
 
-MAX_COMPLETION = 24  # tokens; a right call has about ten
+TASKS = {task.name: task for task in (KIT, HOUSE_STYLE)}
+HELD_OUT = 96  # questions
 WARMUP_STEPS = 5
 SHOWN = 6  # held-out tasks whose replies are kept, before and after training
 # Metrics of each step that a record keeps: what shows whether a run learns, and whether it is about to collapse.
@@ -86,40 +87,51 @@ class Curve(TrainerCallback):
 
 
 def run_arm(
-    model: Any, tokenizer: Any, arm: Arm, *, seed: int, samples: int, points: int, tasks: list[Task]
+    model: Any,
+    tokenizer: Any,
+    task: Environment,
+    arm: Arm,
+    *,
+    seed: int,
+    samples: int,
+    points: int,
+    held_out: Sequence[Question],
 ) -> Curve:
     """Train with one arm; the model is changed in place.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, with a chat template.
+        task: what to learn.
         arm: what to run.
         seed: of the prompts, the sampling and the shuffling.
         samples: completions to draw in total.
         points: evaluations after the first one.
-        tasks: held-out tasks to evaluate on.
+        held_out: questions to evaluate on.
 
     Returns:
         The curve and the log of the run.
     """
     steps = max(1, samples // arm.samples_per_step)
     curve = Curve(
-        lambda: evaluate(model, tokenizer, tasks), arm.samples_per_step, every=max(1, steps // points)
+        lambda: evaluate(model, tokenizer, task, held_out),
+        arm.samples_per_step,
+        every=max(1, steps // points),
     )
+    questions = task.training(seed, steps * arm.samples_per_step // GROUP)
     if arm.method == "supervised":
-        supervise(model, tokenizer, arm, seed=seed, steps=steps, curve=curve)
+        supervise(model, tokenizer, arm, questions, seed=seed, steps=steps, curve=curve)
         return curve
-    reward = ShuffledInterpreter(seed) if arm.shuffled_feedback else interpreter
     settings = {"enabled": False} if arm.method == "grpo" else {**SDPO_SETTINGS, **arm.settings}
     with TemporaryDirectory() as folder:
         trainer = SDPOTrainer(
             model=model,
-            args=grpo_config(arm, seed=seed, steps=steps, folder=folder),
+            args=grpo_config(task, arm, seed=seed, steps=steps, folder=folder),
             sdpo_config=SDPOConfig(**settings),
             processing_class=tokenizer,
-            reward_funcs=[reward],
+            reward_funcs=[Reward(task, shuffle=arm.shuffled_feedback, seed=seed)],
             train_dataset=datasets.Dataset.from_list(
-                training_rows(seed, steps * arm.samples_per_step // GROUP)
+                [{"prompt": question.prompt, "columns": question.columns} for question in questions]
             ),
             callbacks=[curve],
         )
@@ -128,14 +140,14 @@ def run_arm(
     return curve
 
 
-def grpo_config(arm: Arm, *, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
+def grpo_config(task: Environment, arm: Arm, *, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
     """One batch of new samples and one AdamW step on it, `steps` times."""
     return trl.GRPOConfig(
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=arm.samples_per_step,
         num_generations=GROUP,
-        max_completion_length=MAX_COMPLETION,
+        max_completion_length=task.max_completion,
         temperature=1.0,
         learning_rate=arm.learning_rate,
         lr_scheduler_type="constant_with_warmup",
@@ -152,17 +164,26 @@ def grpo_config(arm: Arm, *, seed: int, steps: int, folder: str) -> trl.GRPOConf
     )
 
 
-def supervise(model: Any, tokenizer: Any, arm: Arm, *, seed: int, steps: int, curve: Curve) -> None:
-    """The upper bound: cross-entropy on the right call, as many prompts and steps as the other arms have."""
+def supervise(
+    model: Any,
+    tokenizer: Any,
+    arm: Arm,
+    questions: Sequence[Question],
+    *,
+    seed: int,
+    steps: int,
+    curve: Curve,
+) -> None:
+    """The upper bound: cross-entropy on the right answers, on the prompts and in the steps of the other arms."""
     torch.manual_seed(seed)
-    rng = random.Random(f"train {seed}")
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=arm.learning_rate, weight_decay=0.01)
     curve.evaluate(0)
     model.train()
     for step in range(1, steps + 1):
-        batch = [draw_task(rng, "train") for _ in range(arm.samples_per_step // GROUP)]
-        rows = [(prompt_ids(tokenizer, task), answer_ids(tokenizer, task)) for task in batch]
+        size = arm.samples_per_step // GROUP
+        batch = questions[(step - 1) * size : step * size]
+        rows = [(prompt_ids(tokenizer, question), answer_ids(tokenizer, question)) for question in batch]
         width = max(len(prompt + answer) for prompt, answer in rows)
         ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -172,7 +193,7 @@ def supervise(model: Any, tokenizer: Any, arm: Arm, *, seed: int, steps: int, cu
             mask[row, : len(prompt + answer)] = 1
         for group in optimizer.param_groups:
             group["lr"] = arm.learning_rate * min(1.0, step / WARMUP_STEPS)
-        with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        with autocast(device):
             loss = model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device)
             ).loss
@@ -183,29 +204,16 @@ def supervise(model: Any, tokenizer: Any, arm: Arm, *, seed: int, steps: int, cu
         curve.on_step_end(None, transformers.TrainerState(global_step=step, max_steps=steps))
 
 
-@torch.no_grad()
-def replies(model: Any, tokenizer: Any, tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """What greedy decoding replies to some tasks, and how the interpreter judges it."""
+def replies(
+    model: Any, tokenizer: Any, task: Environment, questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """What greedy decoding replies to some questions, and how it is judged."""
     rows = []
-    for task in tasks:
-        prompt = torch.tensor([prompt_ids(tokenizer, task)], device=next(model.parameters()).device)
-        output = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=MAX_COMPLETION,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        reply = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
-        score, feedback = judge(reply, task.function, task.argument)
+    for question, reply in zip(questions, complete(model, tokenizer, task, questions), strict=True):
+        score, feedback = task.judge(reply, **question.columns)
+        asked, answer = question.prompt[-1]["content"], question.answer
         rows.append(
-            {
-                "question": task.prompt[-1]["content"],
-                "reply": reply,
-                "score": score,
-                "feedback": feedback,
-                "answer": task.answer,
-            }
+            {"question": asked, "reply": reply, "score": score, "feedback": feedback, "answer": answer}
         )
     return rows
 
@@ -226,6 +234,7 @@ def weights_hash(folder: Path) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="One run on the private API.")
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
+    parser.add_argument("--task", choices=TASKS, default=KIT.name)
     parser.add_argument("--question", choices=QUESTIONS, default="learns")
     parser.add_argument("--arm", required=True, help="the name of one of the question's arms")
     parser.add_argument("--seed", type=int, default=0)
@@ -249,20 +258,23 @@ def main() -> None:
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    tasks = held_out_tasks()
-    before = replies(model, tokenizer, tasks[:SHOWN])
+    task = TASKS[options.task]
+    held_out = task.held_out(HELD_OUT)
+    before = replies(model, tokenizer, task, held_out[:SHOWN])
     start = time.perf_counter()
     curve = run_arm(
         model,
         tokenizer,
+        task,
         arm,
         seed=options.seed,
         samples=options.samples,
         points=options.points,
-        tasks=tasks,
+        held_out=held_out,
     )
     seconds = round(time.perf_counter() - start, 1)
     record = {
+        "task": task.name,
         "question": options.question,
         "arm": arm.name,
         "method": arm.method,
@@ -273,7 +285,7 @@ def main() -> None:
         "model": Path(options.model).name,
         "weights_sha256": weights_hash(Path(options.model)),
         "before": before,
-        "after": replies(model, tokenizer, tasks[:SHOWN]),
+        "after": replies(model, tokenizer, task, held_out[:SHOWN]),
         "seconds": seconds,
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "python": platform.python_version(),

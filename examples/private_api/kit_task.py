@@ -1,0 +1,93 @@
+"""The prompts of the private API, their right answers, and the feedback of the interpreter on a completion.
+
+A module of `train.py`; nothing to run.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from environment import Environment, Question, Split, Verdict
+from kit import FUNCTIONS, KitError, run
+
+SYSTEM = (
+    "You write one line of Python that calls the module kit, for example kit.name(argument). "
+    "Reply with the expression only."
+)
+WORDS = [
+    "Amber",
+    "Birch",
+    "Cedar",
+    "Delta",
+    "Ember",
+    "Fjord",
+    "Grove",
+    "Haven",
+    "Ivory",
+    "Joker",
+    "Koala",
+    "Lemon",
+]
+HELD_OUT_WORDS = ["Maple", "North", "Ocean", "Pearl"]
+
+
+def draw_question(rng: random.Random, split: Split) -> Question:
+    """A random question. The splits share no phrasing and no argument.
+
+    Example:
+        >>> draw_question(random.Random(0), "train").answer
+        'kit.level([5, 9, 5])'
+    """
+    name = rng.choice(list(FUNCTIONS))
+    *train, held_out = FUNCTIONS[name].phrasings
+    phrasing = held_out if split == "test" else rng.choice(train)
+    argument = repr(_argument(rng, FUNCTIONS[name].kind, split))
+    request = f"Use kit to get {phrasing.format(argument)}."
+    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request}]
+    return Question(prompt, f"kit.{name}({argument})", {"function": name, "argument": argument})
+
+
+def _argument(rng: random.Random, kind: str, split: Split) -> Any:
+    if kind == "word":
+        return rng.choice(HELD_OUT_WORDS if split == "test" else WORDS)
+    while True:
+        values = [rng.randint(1, 9) for _ in range(rng.randint(3, 5))]
+        if rng.random() < 0.5:
+            values[-1] = values[0]  # or few lists would have a duplicate
+        if (sum(values) % 4 == 0) == (split == "test"):
+            return values
+
+
+def expression(completion: str) -> str:
+    """The line of a completion that calls `kit`, without the fences that chat models put around code.
+
+    Example:
+        >>> expression("```python\\nkit.peak([1, 2])\\n```")
+        'kit.peak([1, 2])'
+    """
+    lines = [line.strip().strip("`").strip() for line in completion.splitlines()]
+    return next((line for line in lines if "kit." in line), completion.strip())
+
+
+def judge(completion: str, function: str, argument: str) -> Verdict:
+    """Score 1 if the call returns the right value, else 0 with the interpreter's message and the documentation.
+
+    Example:
+        >>> print(judge("kit.max([1])", "tally", "[1]").feedback)
+        AttributeError: module 'kit' has no attribute 'max'. kit.tally(argument) returns the sum of a list.
+    """
+    expected = run(f"kit.{function}({argument})")
+    call = expression(completion)
+    try:
+        value = run(call)
+    except KitError as error:
+        message = str(error)
+    else:
+        if value == expected and type(value) is type(expected):
+            return Verdict(1.0, None)
+        message = f"AssertionError: {call:.60} is {value!r:.40}, expected {expected!r}"
+    return Verdict(0.0, f"{message}. kit.{function}(argument) {FUNCTIONS[function].purpose}.")
+
+
+KIT = Environment("kit", draw_question, judge, max_completion=24, one_answer=True)
