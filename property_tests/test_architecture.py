@@ -162,6 +162,8 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "diagnose": {"config", "compat"},
     "_validate": {"config", "rollout"},
     "trainer": {"_validate", "compat", "config", "diagnose", "resume", "rollout", "step", "teacher"},
+    "cli": {"compat", "config", "trainer"},
+    "__main__": {"cli"},
     "": {"config", "diagnose", "trainer"},  # the package's `__init__`
 }
 _BASE = {"_validate", "_numerics"}

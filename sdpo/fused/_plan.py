@@ -19,8 +19,7 @@ _MAX_TOKENS = 7680
 # The tiles of the products are 128, 192 or 256 tokens high: a multiple of 768 leaves no partial tile.
 _TILE_MULTIPLES = 768, 128
 # Chunks whose logit gradients are collected for one product with the hidden states, if the head is trainable: each
-# such product reads and writes the gradient of the whole weight. Chunks are larger, and fewer of them are collected,
-# where both models share a buffer.
+# such product reads and writes the gradient of the whole weight. With a shared buffer the chunks are larger.
 _CHUNKS_PER_GRAD_BLOCK, _SHARED_CHUNKS_PER_GRAD_BLOCK = 4, 2
 # Tensors [C, V] that the torch backend allocates beside the products; with a full support the categories of its
 # divergence are the whole vocabulary.

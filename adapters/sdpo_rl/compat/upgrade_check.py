@@ -323,8 +323,8 @@ def patch_with_unsloth() -> str:
     return ""
 
 
-def main() -> int:
-    """Print the table. Returns the exit status: 1 if an expectation does not hold, else 0."""
+def check_installation() -> tuple[list[Finding], str]:
+    """All findings on what is installed, and why Unsloth's trainer is not checked; empty where it is."""
     skipped = patch_with_unsloth()
     trl = importlib.import_module("trl")
     findings = check(trl.GRPOTrainer, trl.GRPOConfig, EXPECTATIONS, unsloth=is_unsloth(trl.GRPOTrainer))
@@ -333,6 +333,12 @@ def main() -> int:
         findings.append(
             Finding("PatchFastRL rewrites trl.GRPOTrainer", "the trainer derives from it", "it did not")
         )
+    return findings, skipped
+
+
+def main() -> int:
+    """Print the table. Returns the exit status: 1 if an expectation does not hold, else 0."""
+    findings, skipped = check_installation()
     for name in ("trl", "transformers", "peft", "accelerate", "torch", "unsloth"):
         print(f"{name} {_version(name)}")
     for finding in findings:

@@ -1,0 +1,73 @@
+"""The command line `sdpo`: one module for each command.
+
+    train     train by a recipe, a YAML file (`train`, and `recipe` for what it may hold)
+    init      write a recipe and a reward file to start from
+    doctor    check the installation
+
+A user's mistake ends a command with one line on standard error and the exit code 2; a failed check with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+_COMMANDS = {
+    "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
+    "init": "write a recipe and a reward file to start from",
+    "doctor": "check versions, GPU and known conflicts of the installation",
+}
+# What the extra `peft` installs.
+_EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml")
+
+
+class UserError(Exception):
+    """A mistake in the arguments or the recipe; the message says what to change."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; `None`: those of the process.
+
+    Returns:
+        The exit code: 0, 1 for a check that failed, 2 for a mistake in the arguments or the recipe.
+    """
+    parser = argparse.ArgumentParser(
+        prog="sdpo",
+        description="Self-Distillation Policy Optimization for TRL.",
+        epilog="\n".join(f"  {name:8} {text}" for name, text in _COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions of both packages")
+    parser.add_argument("command", nargs="?", choices=_COMMANDS, metavar="command", help="one of those below")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    # What follows the command is the command's own.
+    split = next((i + 1 for i, value in enumerate(arguments) if value in _COMMANDS), len(arguments))
+    options = parser.parse_args(arguments[:split])
+    if options.version:
+        import sdpo
+        import sdpo_rl
+
+        print(f"sdpo {sdpo.__version__}, sdpo_rl {sdpo_rl.__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        run = importlib.import_module(f".{options.command}", __name__).run
+        return int(run(arguments[split:]))
+    except UserError as error:
+        print(f"sdpo {options.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        print(
+            f'sdpo {options.command}: it needs {error.name}, which is not installed; pip install "sdpo-rl[peft]"',
+            file=sys.stderr,
+        )
+        return 2

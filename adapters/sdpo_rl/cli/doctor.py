@@ -1,0 +1,116 @@
+"""`sdpo doctor`: versions against the tested ranges, devices, and known conflicts, each with its fix."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+_EXTRAS = ("", "trl", "peft", "bnb", "triton", "unsloth")
+
+
+class Check(NamedTuple):
+    """One finding; `fix` is empty where there is nothing to do."""
+
+    status: str
+    text: str
+    fix: str = ""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the findings; returns 1 if one is a problem."""
+    parser = argparse.ArgumentParser(
+        prog="sdpo doctor", description="Check versions, GPU and known conflicts of the installation."
+    )
+    parser.add_argument("--quiet", action="store_true", help="print problems only")
+    quiet = parser.parse_args(list(arguments)).quiet
+    checks = [*packages(), *device(), *conflicts(), *expectations()]
+    for check in checks:
+        if check.status == PROBLEM or not quiet:
+            print(f"{check.status:8}{check.text}" + (f"\n{'':8}→ {check.fix}" if check.fix else ""))
+    return int(any(check.status == PROBLEM for check in checks))
+
+
+def packages() -> Iterator[Check]:
+    """Every dependency against the range that this library declares; only the required ones must be there."""
+    yield Check(OK, f"python {platform.python_version()}, sdpo-rl {version('sdpo-rl')}")
+    seen = {"sdpo-rl"}
+    for extra in _EXTRAS:
+        for need in map(Requirement, requires("sdpo-rl") or []):
+            applies = need.marker is None or need.marker.evaluate({"extra": extra})
+            if applies and need.name not in seen:
+                seen.add(need.name)
+                yield _package(need, extra)
+
+
+def _package(need: Requirement, extra: str) -> Check:
+    try:
+        found = version(need.name)
+    except PackageNotFoundError:
+        if extra not in ("", "trl"):
+            return Check(NOTE, f"{need.name} is not installed (extra {extra})")
+        return Check(PROBLEM, f"{need.name} is not installed", f'pip install "sdpo-rl[{extra or "trl"}]"')
+    if need.specifier.contains(found, prereleases=True):
+        return Check(OK, f"{need.name} {found} (range {need.specifier})")
+    problem = f"{need.name} {found} is outside the range {need.specifier}"
+    return Check(PROBLEM, problem, f'pip install "{need.name}{need.specifier}"')
+
+
+def device() -> Iterator[Check]:
+    """The GPU, and whether the kernels can run on it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Check(NOTE, "no GPU that torch can use: training runs on the CPU, without the kernels")
+        return
+    properties = torch.cuda.get_device_properties(0)
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    yield Check(OK, f"{torch.cuda.device_count()} × {properties.name}, {memory}, CUDA {torch.version.cuda}")
+    if importlib.util.find_spec("triton") is None:
+        yield Check(PROBLEM, "no Triton: the loss runs in plain torch, which is slower", "pip install triton")
+    if not torch.cuda.is_bf16_supported():
+        yield Check(NOTE, "this GPU has no bfloat16: train with fp16=True")
+
+
+def conflicts() -> Iterator[Check]:
+    """Combinations that do not work."""
+    if importlib.util.find_spec("unsloth") is not None:
+        yield Check(NOTE, "Unsloth: import it and call PatchFastRL before sdpo_rl; see docs/unsloth.md")
+    if _has("vllm") and _has("trl"):
+        from trl.import_utils import is_vllm_available
+
+        if not is_vllm_available():
+            problem = f"vllm {version('vllm')} is not a release that this TRL takes"
+            yield Check(PROBLEM, problem, 'pip install "trl[vllm]"')
+    if _has("deepspeed"):
+        yield Check(NOTE, "DeepSpeed ZeRO-3 computes whole logits: more memory than the other strategies")
+
+
+def expectations() -> Iterator[Check]:
+    """Whether the installed TRL still has what the trainer relies on."""
+    if not _has("trl"):
+        return
+    from ..compat.upgrade_check import check_installation
+
+    findings, skipped = check_installation()
+    problems = [finding for finding in findings if finding.problem]
+    for finding in problems:
+        yield Check(
+            PROBLEM, f"{finding.expectation}: {finding.problem}", f"it is needed because {finding.reason}"
+        )
+    if not problems:
+        yield Check(
+            OK, f"trl {version('trl')} has everything that SDPOTrainer relies on ({len(findings)} checks)"
+        )
+    if skipped and _has("unsloth"):
+        yield Check(NOTE, f"Unsloth's trainer was not checked: {skipped}")
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,197 @@
+"""A recipe: everything about a run, from a YAML file and from options."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from trl import GRPOConfig, ModelConfig, TrlParser
+
+from ..config import SDPOConfig, training_arguments
+from . import UserError
+
+# Readers of `datasets` by the ending of a file.
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class RunArguments:
+    """What a run needs besides the fields of `GRPOConfig`, `ModelConfig` and `SDPOConfig`."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "A hub id, or a file: .json, .jsonl, .csv, .parquet."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, with eval_strategy."}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "As dataset, for the evaluation."})
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Reward functions: file.py:function or module:function."}
+    )
+    environment: str | None = field(
+        default=None, metadata={"help": "An environment factory: file.py:name or module:name."}
+    )
+    tools: list[str] = field(
+        default_factory=list, metadata={"help": "Tools of the model: file.py:function or module:function."}
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={"help": "Settings of the paper: generalization, rich_feedback or test_time."},
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
+    quiet: bool = field(default=False, metadata={"help": "No progress bar, warnings and errors only."})
+
+
+class Recipe(NamedTuple):
+    """The parsed parts of a run."""
+
+    run: RunArguments
+    training: GRPOConfig
+    model: ModelConfig
+    sdpo: SDPOConfig
+
+
+def parse(arguments: Sequence[str]) -> Recipe:
+    """Options over the YAML file of ``--config`` over the preset over the defaults.
+
+    Raises:
+        UserError: an unknown field, a bad value, a file that cannot be read.
+    """
+    parser = TrlParser((RunArguments, GRPOConfig, ModelConfig, SDPOConfig), prog="sdpo train")
+    parser.add_argument("--config", help="a YAML file with any of these fields")
+    known, _ = parser.parse_known_args(list(arguments))
+    values = _read(known.config)
+    if (preset := known.preset or values.get("preset")) is not None:
+        _set_defaults(parser, _preset(preset))
+    if unknown := _set_defaults(parser, values):
+        raise UserError(
+            f"{known.config}: expected fields of GRPOConfig, ModelConfig, SDPOConfig or of the run, got "
+            f"{', '.join(unknown)}; sdpo train --help lists them"
+        )
+    for action in parser._actions:
+        if action.dest == "config":
+            parser._remove_action(action)
+            del parser._option_string_actions["--config"]
+            break
+    return Recipe(*_dataclasses(parser, _without_config(arguments)))
+
+
+def _dataclasses(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
+    try:
+        return tuple(parser.parse_args_into_dataclasses(args=arguments))
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def _read(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--config: expected a YAML file, got {path!r} ({error}); correct the path or the file"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"--config: expected a mapping in {path}, got {type(values).__name__}; write name: value lines"
+        )
+    return values
+
+
+def _preset(name: str) -> dict[str, Any]:
+    try:
+        config = SDPOConfig.preset(name)
+        arguments = training_arguments(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    default = SDPOConfig()
+    changed = {f.name: getattr(config, f.name) for f in fields(config)}
+    return arguments | {k: v for k, v in changed.items() if v != getattr(default, k)}
+
+
+def _set_defaults(parser: TrlParser, values: dict[str, Any]) -> list[str]:
+    """Make these the defaults of the parser; the names that are no field."""
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults_with_config(**{name: value for name, value in values.items() if name in known})
+    return sorted(set(values) - known)
+
+
+def _without_config(arguments: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in arguments:
+        if skip or argument == "--config" or argument.startswith("--config="):
+            skip = argument == "--config"
+            continue
+        kept.append(argument)
+    return kept
+
+
+def load_object(where: str, what: str) -> Any:
+    """What ``file.py:name``, ``module:name`` or ``module.name`` stands for.
+
+    Raises:
+        UserError: there is no such file, module or name.
+    """
+    source, _, name = where.rpartition(":") if ":" in where else where.rpartition(".")
+    if not source:
+        raise UserError(
+            f"{what}: expected file.py:name or module:name, got {where!r}; say where it is defined"
+        )
+    if source.endswith(".py"):
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(f"{what}: expected a file, got {source!r}; there is none in {Path.cwd()}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Found by the file's own imports, as when Python runs the file.
+        sys.path.insert(0, str(path.parent.resolve()))
+        sys.modules.setdefault(path.stem, module)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, os.getcwd())
+        try:
+            module = importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            if error.name is None or not source.startswith(error.name):
+                raise
+            raise UserError(
+                f"{what}: expected a module, got {source!r}, which cannot be imported; pass file.py:name for a file"
+            ) from error
+    if not hasattr(module, name):
+        names = sorted(
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        )
+        raise UserError(f"{what}: expected a name of {source}, got {name!r}; it has {', '.join(names)}")
+    return getattr(module, name)
+
+
+def load_rows(where: str, split: str, config: str | None = None) -> Any:
+    """A dataset from the hub or from a file.
+
+    Raises:
+        UserError: there is no such file, or its ending is not known.
+    """
+    from datasets import load_dataset
+
+    path = Path(where)
+    if path.suffix in FORMATS:
+        if not path.is_file():
+            raise UserError(f"dataset: expected a file or a hub id, got {where!r}; there is no such file")
+        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    if path.exists():
+        raise UserError(
+            f"dataset: expected a file that ends in {', '.join(FORMATS)}, got {where!r}; convert it"
+        )
+    return load_dataset(where, config, split=split)

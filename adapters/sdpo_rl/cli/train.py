@@ -1,0 +1,127 @@
+"""`sdpo train`: one run by a recipe; under `accelerate launch` on several GPUs.
+
+sdpo train --config recipe.yaml --learning_rate 1e-5
+accelerate launch -m sdpo_rl train --config recipe.yaml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import transformers
+import yaml
+from trl import get_peft_config, get_quantization_config
+
+from ..trainer import SDPOTrainer
+from . import UserError
+from .recipe import Recipe, load_object, load_rows, parse
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train by a recipe; returns the exit code."""
+    recipe = parse(arguments)
+    if recipe.run.quiet:
+        recipe.training.disable_tqdm = True
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        logging.getLogger("sdpo_rl").setLevel(logging.WARNING)
+    trainer = build(recipe)
+    main_process = trainer.accelerator.is_main_process
+    if recipe.run.dry_run:
+        if main_process:
+            print(resolved(recipe))
+            print(f"{len(trainer.train_dataset)} rows; nothing was trained (dry_run).")
+        return 0
+    if recipe.run.quiet:
+        trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trainer.save_model()
+    if main_process:
+        print(f"Saved to {trainer.args.output_dir}.")
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=recipe.run.dataset)
+    return 0
+
+
+def build(recipe: Recipe) -> SDPOTrainer:
+    """The trainer of a recipe.
+
+    Raises:
+        UserError: something is missing or cannot be loaded, or the trainer refuses a setting.
+    """
+    run, model = recipe.run, recipe.model
+    if model.model_name_or_path is None:
+        raise UserError(
+            "model_name_or_path: expected a hub id or a folder, got nothing; add it to the recipe"
+        )
+    if run.dataset is None:
+        raise UserError("dataset: expected a hub id or a file, got nothing; add it to the recipe")
+    if not run.reward_funcs and run.environment is None:
+        raise UserError("reward_funcs: expected at least one, got none; add reward_funcs: [file.py:function]")
+    rewards = [load_object(where, "reward_funcs") for where in run.reward_funcs]
+    extra: dict[str, Any] = {}
+    if run.environment is not None:
+        extra["environment_factory"] = load_object(run.environment, "environment")
+    if run.tools:
+        extra["tools"] = [load_object(where, "tools") for where in run.tools]
+    rows = load_rows(run.dataset, run.train_split, run.dataset_config)
+    if run.eval_dataset is not None or run.eval_split is not None:
+        extra["eval_dataset"] = load_rows(
+            run.eval_dataset or run.dataset, run.eval_split or run.train_split, run.dataset_config
+        )
+    recipe.training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(recipe.training.model_init_kwargs or {}),
+    }
+    if (quantization := get_quantization_config(model)) is not None:
+        recipe.training.model_init_kwargs["quantization_config"] = quantization
+    try:
+        return SDPOTrainer(
+            model=model.model_name_or_path,
+            reward_funcs=rewards,
+            args=recipe.training,
+            train_dataset=rows,
+            sdpo_config=recipe.sdpo,
+            peft_config=get_peft_config(model),
+            **extra,
+        )
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def resolved(recipe: Recipe) -> str:
+    """The configuration as YAML: of `SDPOConfig` everything, of the others what is not a default."""
+    parts = {"run": recipe.run, "GRPOConfig": recipe.training, "ModelConfig": recipe.model}
+    text = []
+    for title, part in {**parts, "SDPOConfig": recipe.sdpo}.items():
+        values = {item.name: _plain(getattr(part, item.name)) for item in dataclasses.fields(part)}
+        if part is not recipe.sdpo:
+            default = {item.name: _default(item) for item in dataclasses.fields(part)}
+            values = {name: value for name, value in values.items() if value != default[name]}
+        text.append(f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
+    return "\n".join(text)
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    if item.default_factory is not dataclasses.MISSING:
+        return _plain(item.default_factory())
+    return _plain(item.default)
+
+
+def _plain(value: Any) -> Any:
+    """A value that YAML can hold: an enumeration's value, and the text of what it does not know."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,234 @@
+"""The command line: every command on tiny models, what a terminal shows, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from sdpo_rl.cli import UserError, doctor, main, recipe
+
+ROOT = Path(__file__).parents[1]
+ON_CPU = ("--use_cpu", "true", "--bf16", "false", "--report_to", "none")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `sdpo init` wrote, for the tiny model and a short run."""
+    assert main(["init", str(tmp_path)]) == 0
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    values = yaml.safe_load(path.read_text())
+    values |= {
+        "model_name_or_path": str(model_folder),
+        "max_steps": 2,
+        "max_completion_length": 4,
+        "per_device_train_batch_size": 8,
+        "use_peft": False,
+        "k": 8,
+    }
+    path.write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "adapters")))
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def sdpo(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sdpo_rl", *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_train_writes_a_model_and_quiet_shows_no_progress(project: Path) -> None:
+    done = sdpo("train", "--config", "recipe.yaml", "--quiet", *ON_CPU, folder=project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == "Saved to output.\n"
+    assert "it/s]" not in done.stderr
+    assert (project / "output" / "model.safetensors").exists()
+
+
+def test_a_person_sees_progress_in_a_terminal(project: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))  # a terminal without a width gets no bar
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdpo_rl", "train", "--config", "recipe.yaml", *ON_CPU],
+        cwd=project,
+        env=environment(),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    seen = b""
+    try:
+        while block := os.read(ours, 4096):
+            seen += block
+    except OSError:  # the terminal closes with the process
+        pass
+    os.close(ours)
+    assert process.wait() == 0, seen.decode()[-3000:]
+    text = seen.decode()
+    assert "2/2" in text
+    assert "'reward'" in text
+    assert "Saved to output." in text
+
+
+def test_a_dry_run_trains_nothing_and_prints_what_would_run(project: Path) -> None:
+    done = sdpo("train", "--config", "recipe.yaml", "--alpha", "0.25", "--dry_run", *ON_CPU, folder=project)
+    assert done.returncode == 0, done.stderr[-3000:]
+    values: dict = {}
+    for part in done.stdout.split("# ")[1:]:
+        values |= yaml.safe_load(part.split("\n", 1)[1].split("64 rows")[0]) or {}
+    assert (values["alpha"], values["k"], values["max_steps"]) == (0.25, 8, 2)
+    assert "64 rows; nothing was trained" in done.stdout
+    assert not (project / "output" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "missing.yaml"), "--config: expected a YAML file, got 'missing.yaml'"),
+        (("--config", "recipe.yaml", "--alpha", "7"), "alpha: expected a number in [0, 1], got 7.0"),
+        (
+            ("--config", "recipe.yaml", "--dataset", "no.jsonl"),
+            "expected a file or a hub id, got 'no.jsonl'",
+        ),
+        (
+            ("--config", "recipe.yaml", "--dataset", "rewards.py"),
+            "dataset: expected a file that ends in .json",
+        ),
+        (("--config", "recipe.yaml", "--reward_funcs", "rewards.py:jud"), "got 'jud'; it has check, judge"),
+        (
+            ("--config", "recipe.yaml", "--reward_funcs", "no.py:judge"),
+            "expected a file, got 'no.py'",
+        ),
+        (("--config", "recipe.yaml", "--reward_funcs", "no_such:judge"), "expected a module, got 'no_such'"),
+        (
+            ("--config", "recipe.yaml", "--reward_funcs", "judge"),
+            "expected file.py:name or module:name",
+        ),
+        (("--config", "recipe.yaml", "--preset", "fast"), "preset: expected one of"),
+        (("--config", "recipe.yaml", "--frobnicate", "3"), "--frobnicate"),
+        (("--config", "recipe.yaml", "--beta", "0.1", *ON_CPU), "beta"),
+        (("--config", "wrong.yaml"), "wrong.yaml: expected fields of GRPOConfig, ModelConfig, SDPOConfig"),
+        (("--config", "list.yaml"), "--config: expected a mapping in list.yaml, got list"),
+        (("--model_name_or_path", "x"), "dataset: expected a hub id or a file, got nothing"),
+        ((), "model_name_or_path: expected a hub id or a folder, got nothing"),
+        (
+            ("--model_name_or_path", "x", "--dataset", "tasks.jsonl"),
+            "expected at least one, got none",
+        ),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_the_fix(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    (project / "wrong.yaml").write_text("aplha: 0.5\n")
+    (project / "list.yaml").write_text("- 1\n")
+    device = () if ON_CPU[0] in arguments else ("--use_cpu", "true", "--bf16", "false")
+    capsys.readouterr()
+    assert main(["train", *arguments, *device]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sdpo train: ")
+    assert message in error
+
+
+def test_options_over_the_file_over_the_preset_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("preset: rich_feedback\nk: 7\nlearning_rate: 3.0e-6\nuse_cpu: true\nbf16: false\n")
+    parsed = recipe.parse(["--config", str(path), "--learning_rate", "2e-6"])
+    assert (parsed.sdpo.alpha, parsed.sdpo.teacher_update_rate, parsed.sdpo.k) == (1.0, 0.01, 7)
+    assert (parsed.training.learning_rate, parsed.training.num_generations) == (2e-6, 8)
+    parsed = recipe.parse([f"--config={path}", "--preset", "generalization", "--k", "9"])
+    assert (parsed.sdpo.alpha, parsed.sdpo.k, parsed.sdpo.include_environment_feedback) == (0.5, 9, False)
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a file that datasets leaves open
+def test_local_files_are_read_by_their_ending(tmp_path: Path, ending: str) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": "a", "answer": "b"}] * 3)
+    path = tmp_path / f"rows.{ending}"
+    if ending == "parquet":
+        rows.to_parquet(str(path))
+    else:
+        lines = {"json": json.dumps(rows.to_list()), "csv": "prompt,answer\n" + "a,b\n" * 3}
+        path.write_text(lines.get(ending, '{"prompt": "a", "answer": "b"}\n' * 3))
+    assert recipe.load_rows(str(path), "train").to_list() == rows.to_list()
+
+
+def test_objects_are_found_in_files_and_modules(tmp_path: Path) -> None:
+    (tmp_path / "neighbour.py").write_text("VALUE = 3\n")
+    (tmp_path / "mine.py").write_text("from neighbour import VALUE\n\ndef judge():\n    return VALUE\n")
+    assert recipe.load_object(f"{tmp_path}/mine.py:judge", "reward_funcs")() == 3
+    assert recipe.load_object("json:dumps", "reward_funcs") is json.dumps
+    assert recipe.load_object("json.dumps", "reward_funcs") is json.dumps
+    with pytest.raises(UserError, match="reward_funcs: expected a name of json, got 'nope'"):
+        recipe.load_object("json:nope", "reward_funcs")
+
+
+def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rewards.py").write_text("mine")
+    assert main(["init", str(tmp_path)]) == 2
+    assert "expected a folder without rewards.py" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["rewards.py"]
+    assert (tmp_path / "rewards.py").read_text() == "mine"
+
+
+def test_doctor_finds_this_installation_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    done = sdpo("doctor", folder=ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "torch" in done.stdout
+    assert "problem" not in done.stdout
+    assert sdpo("doctor", "--quiet", folder=ROOT).stdout == ""
+
+
+def test_doctor_names_what_is_wrong_and_the_fix(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "1.2.0" if name == "trl" else real(name))
+    problems = [check for check in doctor.packages() if check.status == doctor.PROBLEM]
+    assert [check.text.split(" is outside")[0] for check in problems] == ["trl 1.2.0"]
+    assert problems[0].fix.startswith('pip install "trl')
+    monkeypatch.setattr(doctor, "expectations", lambda: iter(()))
+    assert main(["doctor"]) == 1
+    assert "problem trl 1.2.0" in capsys.readouterr().out
+
+
+def test_without_a_command_the_help_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in ("train", "init", "doctor"))
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "sdpo 0.1.0, sdpo_rl 0.1.0\n"
+    with pytest.raises(SystemExit):
+        main(["frobnicate"])
