@@ -56,7 +56,7 @@ def test_it_contains_the_two_packages_only(wheel: Path) -> None:
         if path.suffix == ".py" or path.name == "py.typed"
     }
     assert {"sdpo/py.typed", "sdpo_rl/py.typed"} <= expected
-    about = {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
+    about = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}
     (folder,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
     assert sorted(names) == sorted(expected | {f"{folder}/{name}" for name in about})
 
