@@ -11,7 +11,17 @@ from torch import Tensor
 
 import sdpo
 from sdpo.fused import _torch
-from sdpo.fused._types import ChunkLoss, GradLogits, ModelChunk, Objective, Project, TokenInputs, TokenStats
+from sdpo.fused._types import (
+    ChunkLoss,
+    GradLogits,
+    ModelChunk,
+    Objective,
+    PolicyInputs,
+    Project,
+    Surrogate,
+    TokenInputs,
+    TokenStats,
+)
 
 TRAINABLE = ("student_hidden", "student_weight", "student_bias")
 HEAD_PARTS = ("hidden", "weight", "bias")
@@ -92,10 +102,25 @@ class Case:
             weights = sdpo.importance_weights(log_probs, t["old_log_probs"], clip=s["is_clip"])
         return divergence, weights * t.get("weights", torch.ones_like(weights))
 
+    def plain_policy_loss(self) -> Tensor:
+        """Clipped surrogate of every token, masked or not; without a known old policy the ratio is 1."""
+        t, s = self.tensors, self.scalars
+        log_probs = self.log_probs("student").gather(-1, t["tokens"][..., None])[..., 0]
+        on_policy = log_probs.detach()
+        old = t.get("old_log_probs", on_policy)
+        old = torch.where(old.isnan(), on_policy, old)
+        return sdpo.clipped_policy_gradient(
+            log_probs, old, t["advantages"], clip_low=s["clip_low"], clip_high=s["clip_high"]
+        )
+
     def plain_total(self) -> Tensor:
         divergence, weights = self.plain_per_token()
         mask = self.tensors["loss_mask"]
-        return (weights[mask] * divergence[mask]).sum()
+        if "advantages" not in self.tensors:
+            return (weights[mask] * divergence[mask]).sum()
+        share = self.tensors.get("policy_weight", self.scalars.get("policy_weight"))
+        policy = self.tensors.get("weights", torch.ones_like(divergence)) * self.plain_policy_loss()
+        return (share * policy + (1.0 - share) * weights * divergence)[mask].sum()
 
 
 def make_case(
@@ -137,6 +162,30 @@ def make_case(
     if scalars.get("support") == "sampled":
         defaults["alpha"] = 1.0
     return Case(tensors, defaults).with_(**scalars)
+
+
+def with_policy(case: Case, seed: int = 0, *, weight: float | None = None, **scalars: Any) -> Case:
+    """The case with a policy gradient near on-policy, its weight a number or, if None, a tensor [...].
+
+    Half of the sampled tokens are the student's likeliest.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    shape = case.tensors["tokens"].shape
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    log_probs = case.log_probs("student").detach()
+    likeliest = torch.rand(shape, generator=rng) < 0.5
+    tokens = torch.where(likeliest, log_probs.argmax(-1), case.tensors["tokens"])
+    old = log_probs.gather(-1, tokens[..., None])[..., 0] + 0.4 * normal()
+    return case.with_(
+        tokens=tokens,
+        old_log_probs=old.masked_fill(torch.rand(shape, generator=rng) < 0.2, float("nan")),
+        advantages=normal(),
+        policy_weight=torch.rand(shape, generator=rng, dtype=torch.float64) if weight is None else weight,
+        **({"clip_low": 0.2, "clip_high": 0.28} | scalars),
+    )
 
 
 def make_objective(**changes: Any) -> Objective:
@@ -193,8 +242,11 @@ def multiply_by_the_mask(case: Case, **options: Any) -> Result:
 # --- one chunk: a backend is called with logits or products ----------------------------------------------------
 
 
-def token_inputs(tokens: Tensor) -> TokenInputs:
-    return TokenInputs(tokens, None, None, None, None)
+def token_inputs(tokens: Tensor, *, policy: bool = False) -> TokenInputs:
+    """Sampled tokens without weights; with ``policy`` each has an on-policy gradient of a weight of its own."""
+    count = len(tokens)
+    inputs = PolicyInputs(torch.ones(count), torch.linspace(0.5, 2.0, count)) if policy else None
+    return TokenInputs(tokens, None, None, None, None, inputs)
 
 
 def projections(*models: ModelChunk, shared_buffer: bool = False) -> list[Project]:
@@ -223,7 +275,9 @@ def chunk_grad(
     dtype: torch.dtype,
     row_scale: Tensor | None = None,
     tokens: Tensor | None = None,
+    *,
     shared_buffer: bool = False,
+    policy: bool = False,
     **objective: Any,
 ) -> Tensor:
     """A backend's gradient [C, V] for student's and teacher's logits [C, V], written in ``dtype``, as float64."""
@@ -235,7 +289,10 @@ def chunk_grad(
     models = projections(
         *(ModelChunk(products.to(working), None) for products in logits), shared_buffer=shared_buffer
     )
-    chunk_loss(*models, token_inputs(tokens), make_objective(**objective), stats, grad_logits)
+    if policy:
+        objective |= {"surrogate": Surrogate("clipped", 0.2, 0.2, (1.0, 1.0))}
+    inputs = token_inputs(tokens, policy=policy)
+    chunk_loss(*models, inputs, make_objective(**objective), stats, grad_logits)
     return grad_logits.values.double()
 
 

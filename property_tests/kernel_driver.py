@@ -26,6 +26,7 @@ from fused_cases import (
     per_token_error,
     relative_error,
     shared_buffer_error,
+    with_policy,
 )
 from torch import Tensor
 
@@ -66,7 +67,8 @@ def outputs(case: Case, backend: str) -> tuple[list[Tensor], list[Tensor]]:
     # Where the tail is nearly everything its logarithm is close to 0: compare the masses.
     tail_masses = [out.student_log_tail.exp(), out.teacher_log_tail.exp()]
     left_out = ("count", "metrics", "student_log_tail", "teacher_log_tail")
-    fields = tail_masses + [getattr(out, name) for name in out._fields if name not in left_out]
+    values = [getattr(out, name) for name in out._fields if name not in left_out]
+    fields = tail_masses + [value for value in values if value is not None]
 
     def finite(values: Sequence[Tensor]) -> list[Tensor]:
         """Large numbers in place of NaN and infinities: they must agree, and a norm needs finite numbers."""
@@ -147,6 +149,23 @@ def selection_error(*, ties_to_the_last: bool) -> float:
     return wrong / total
 
 
+def policy_gradients() -> dict[str, float]:
+    """A policy gradient beside the divergence, with a gradient of the logits in float32 and in bf16."""
+    names = ("jsd", "one token", "reverse", "soft-cap", "teacher's support", "sampled", "full jsd")
+    cases = {name: with_policy(make_case(1, n=5, v=507, **CASES[name])) for name in names}
+    results = {f"policy, {name}": error(case) for name, case in cases.items()}
+    results["policy alone"] = error(with_policy(make_case(1, n=5, v=507), weight=1.0))
+    cispo = with_policy(make_case(1, n=5, v=507), surrogate="cispo", clip_low=1.0)
+    results["policy, cispo"] = error(cispo)
+    for name in ("jsd", "reverse", "soft-cap", "teacher's support", "sampled"):
+        scalars = CASES[name]
+        results[f"bf16 gradient, policy, {name}"] = bf16_grad_error(_launch.chunk_loss, **scalars, policy=True)
+    results["wrong: policy of another token"] = error(
+        cases["jsd"].with_(tokens=cases["jsd"].tensors["tokens"].roll(1)), cases["jsd"]
+    )
+    return results
+
+
 def elementwise() -> dict[str, float]:
     values = torch.randn(3, 5001, generator=torch.Generator().manual_seed(11)).half()
     partials, row_scale = torch.randn(3, 4, 1030), torch.rand(4)
@@ -219,6 +238,7 @@ def main() -> None:
     results["certain student, full"] = certain_student_error(_launch.chunk_loss, support="full")
     results["row scale"] = bf16_length_errors(_launch.chunk_loss, k=100)[0]
     results["row scale, full"] = bf16_length_errors(_launch.chunk_loss, support="full")[0]
+    results |= policy_gradients()
     results |= elementwise() | inexact_products() | unscaled_grad()
     results["shared buffer, teacher's support"] = shared_buffer_error(
         _launch.chunk_loss, torch.float32, support="teacher", k=20

@@ -190,12 +190,13 @@ CORE_ARROWS: dict[str, set[str]] = {
 FUSED_ARROWS: dict[str, set[str]] = {
     "_types": set(),
     "_validate": {"_types"},
-    "_torch": {"_types"},
-    "triton": {"_types", "_torch"},
+    "_policy": {"_types"},
+    "_torch": {"_types", "_policy"},
+    "triton": {"_types", "_torch", "_policy"},
     "_matmul": {"_types", "triton"},
     "_plan": {"_types", "_validate", "_matmul", "_torch", "triton"},
     "_chunks": {"_types", "_matmul"},
-    "_autograd": {"_types", "_validate", "_chunks", "triton"},
+    "_autograd": {"_types", "_validate", "_chunks", "_policy", "triton"},
     "": {"_autograd", "_plan", "_types", "_validate"},
 }
 

@@ -4,6 +4,7 @@ The logits of a whole batch are the largest tensor of a training step, and a div
 several more. Here the logits of a few hundred tokens exist at a time, and their gradient is computed with them.
 
     _validate, _plan    arguments; backend and chunk size
+    _policy             the policy gradient of a token
     _autograd           the autograd functions
     _chunks, _matmul    the loop over chunks; its matrix products
     _torch, triton/     the loss of one chunk and the gradient of its logits, in plain torch and in kernels
@@ -18,10 +19,17 @@ import torch
 from torch import Tensor
 
 from sdpo._validate import check_choice
-from sdpo.fused._autograd import per_token_loss, total_loss
+from sdpo.fused._autograd import per_token_loss, policy_clipped, total_loss
 from sdpo.fused._plan import make_plan
-from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail, TokenStats
-from sdpo.fused._validate import check_head, check_objective, check_operands, find_active, refuse_vmap
+from sdpo.fused._types import LMHead, Objective, Operands, Support, SurrogateKind, Tail, TokenStats
+from sdpo.fused._validate import (
+    check_head,
+    check_objective,
+    check_operands,
+    check_surrogate,
+    find_active,
+    refuse_vmap,
+)
 from sdpo.metrics import mean_metrics
 
 
@@ -32,10 +40,13 @@ class FusedOutput(NamedTuple):
     (float64 for float64 inputs), log-probabilities and divergences in nats.
 
     Args:
-        total: [] Σ weights · per_token over the active tokens.
+        total: [] Σ weights · per_token + policy_weights · policy_loss over the active tokens.
         count: [] int64, number of active tokens.
         per_token: divergence of a token, unweighted.
-        weights: importance weight × the caller's weight, without unit.
+        weights: importance weight × the caller's weight × (1 − policy_weight), without unit.
+        policy_loss: surrogate of the policy gradient, unweighted, in units of the advantage; None without
+            advantages, or with a policy_weight of 0.0.
+        policy_weights: the caller's weight × policy_weight, without unit; None likewise.
         log_probs: student's log-probability of the sampled token.
         teacher_log_probs: teacher's log-probability of the sampled token.
         student_entropy: entropy of the student over the full vocabulary.
@@ -46,7 +57,8 @@ class FusedOutput(NamedTuple):
         teacher_log_tail: teacher's log-probability outside the support; −inf if nothing is outside.
         metrics: detached scalars: means over the active tokens, and ``active_tokens``.
 
-    Gradient: ``total`` carries it, ``per_token`` only with ``reduction="none"``; all other fields carry none.
+    Gradient: ``total`` carries it, ``per_token`` and ``policy_loss`` only with ``reduction="none"``; all other
+    fields carry none.
 
     Source: SDPO, arXiv 2601.20802, section 2.
     """
@@ -55,6 +67,8 @@ class FusedOutput(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # shadows tuple.count on purpose
     per_token: Tensor
     weights: Tensor
+    policy_loss: Tensor | None
+    policy_weights: Tensor | None
     log_probs: Tensor
     teacher_log_probs: Tensor
     student_entropy: Tensor
@@ -90,6 +104,12 @@ def fused_distillation_loss(
     old_log_probs: Tensor | None = None,
     is_clip: float | None = None,
     weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    policy_weight: float | Tensor | None = None,
+    surrogate: SurrogateKind = "clipped",
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    sapo_temperatures: tuple[float, float] | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reference: LMHead | None = None,
@@ -190,6 +210,15 @@ def fused_distillation_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         trust_region_coef=trust_region_coef,
+        surrogate=check_surrogate(
+            advantages=advantages,
+            policy_weight=policy_weight,
+            old_log_probs=old_log_probs,
+            surrogate=surrogate,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            sapo_temperatures=sapo_temperatures,
+        ),
     )
     check_choice("reduction", reduction, ("sum", "none"))
     operands = check_operands(
@@ -200,6 +229,8 @@ def fused_distillation_loss(
         loss_mask=loss_mask,
         old_log_probs=old_log_probs,
         weights=weights,
+        advantages=advantages,
+        policy_weight=policy_weight,
         objective=objective,
     )
     return _evaluate(operands, objective, loss_mask, reduction, chunk_size, backend)
@@ -218,8 +249,8 @@ def _evaluate(
     refuse_vmap(*operands.flatten(), loss_mask)
     plan = make_plan(operands, objective, chunk_size=chunk_size, backend=backend)
     operands = find_active(operands, loss_mask)
-    loss = per_token_loss if reduction == "none" else total_loss
-    total, per_token, stats = loss(operands, objective, plan)
+    compute = per_token_loss if reduction == "none" else total_loss
+    loss = compute(operands, objective, plan)
 
     def scatter(values: Tensor) -> Tensor:
         """Values [..., n] of the active tokens, in the shape of the mask; zeros elsewhere."""
@@ -228,19 +259,31 @@ def _evaluate(
             values = zeros.index_copy(-1, operands.active, values)
         return values.unflatten(-1, loss_mask.shape)
 
-    stats = stats.detach()
-    fields = TokenStats(*scatter(stats).unbind())._asdict() | {"per_token": scatter(per_token)}
+    stats = loss.stats.detach()
+    fields = TokenStats(*scatter(stats).unbind())._asdict() | {"per_token": scatter(loss.per_token)}
     del fields["clipped"]
-    metrics = _metrics(TokenStats(*stats.unbind()))
-    return FusedOutput(total=total, count=metrics["active_tokens"], metrics=metrics, **fields)
+    policy_weights, policy_metrics = operands.of_active(operands.policy_weights), {}
+    clipped = policy_clipped(stats, operands, objective)
+    if loss.policy_loss is not None and clipped is not None:
+        policy_metrics = {"policy_loss": loss.policy_loss, "policy_clip_fraction": clipped}
+    metrics = _metrics(TokenStats(*stats.unbind()), policy_metrics)
+    return FusedOutput(
+        total=loss.total,
+        count=metrics["active_tokens"],
+        policy_loss=None if loss.policy_loss is None else scatter(loss.policy_loss),
+        policy_weights=None if policy_weights is None else scatter(policy_weights),
+        metrics=metrics,
+        **fields,
+    )
 
 
-def _metrics(stats: TokenStats) -> dict[str, Tensor]:
-    """Means over the active tokens."""
+def _metrics(stats: TokenStats, others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over the active tokens, of ``others`` too."""
     return mean_metrics(
         stats.per_token,
         stats.weights,
         stats,
         is_clip_fraction=stats.clipped,
         sampled_token_overlap=(stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
+        **others,
     )

@@ -3,35 +3,68 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from sdpo.fused import triton as kernels
-from sdpo.fused._chunks import loss_and_grads
+from sdpo.fused._chunks import GradWeights, loss_and_grads
+from sdpo.fused._policy import PolicyTerm, policy_term
 from sdpo.fused._types import Objective, Operands, Plan, TokenStats
 from sdpo.fused._validate import unsupported
 
 _PER_TOKEN = TokenStats._fields.index("per_token")
 _WEIGHTS = TokenStats._fields.index("weights")
+_LOG_PROBS = TokenStats._fields.index("log_probs")
 
 
-def total_loss(operands: Operands, objective: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Total [] with gradient; per-token losses [n] and statistics [len(TokenStats), n] without."""
-    total, stats = _TotalLoss.apply(objective, plan, *operands.flatten())[:2]
-    return total, stats[_PER_TOKEN], stats
+class Loss(NamedTuple):
+    """The loss of all active tokens: the total with gradient; the losses of each token with one, or without."""
+
+    total: Tensor  # []
+    per_token: Tensor  # [n] divergence, unweighted
+    policy_loss: Tensor | None  # [n] policy loss, unweighted; None without a policy gradient
+    stats: Tensor  # [len(TokenStats), n] without gradient
 
 
-def per_token_loss(operands: Operands, objective: Objective, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Total [] and per-token losses [n] with gradient; statistics [len(TokenStats), n] without."""
-    per_token, stats = _PerTokenLoss.apply(objective, plan, *operands.flatten())[:2]
-    return _weighted_sum(per_token, stats[_WEIGHTS]), per_token, stats
+def total_loss(operands: Operands, objective: Objective, plan: Plan) -> Loss:
+    """The loss, of which only the total has a gradient."""
+    total, stats, policy_loss = _TotalLoss.apply(objective, plan, *operands.flatten())[:3]
+    return Loss(total, stats[_PER_TOKEN], policy_loss, stats)
 
 
-def _weighted_sum(per_token: Tensor, weights: Tensor) -> Tensor:
-    """Σ weights · per_token, in which a weight of 0 removes even an infinite loss."""
-    return (weights * per_token.masked_fill(weights == 0.0, 0.0)).sum()
+def per_token_loss(operands: Operands, objective: Objective, plan: Plan) -> Loss:
+    """The loss, with gradients of the total and of the losses of each token."""
+    per_token, policy_loss, stats = _PerTokenLoss.apply(objective, plan, *operands.flatten())[:3]
+    return Loss(_total(per_token, policy_loss, stats, operands), per_token, policy_loss, stats)
+
+
+def policy_clipped(stats: Tensor, operands: Operands, objective: Objective) -> Tensor | None:
+    """1 for each active token [n] whose ratio the surrogate clips; None without a policy gradient."""
+    term = _policy_term(stats, operands, objective)
+    return None if term is None else term.clipped
+
+
+def _policy_term(stats: Tensor, operands: Operands, objective: Objective) -> PolicyTerm | None:
+    """The policy loss of the active tokens [n] from their statistics; None without a policy gradient."""
+    if operands.advantages is None or objective.surrogate is None:
+        return None
+    advantages, old = operands.of_active(operands.advantages), operands.of_active(operands.old_log_probs)
+    return policy_term(stats[_LOG_PROBS], old, advantages, objective.surrogate)
+
+
+def _total(per_token: Tensor, policy_loss: Tensor | None, stats: Tensor, operands: Operands) -> Tensor:
+    """Σ weights · per_token + policy_weights · policy_loss over the active tokens."""
+    total = _weighted_sum(per_token, stats[_WEIGHTS])
+    if policy_loss is None or operands.policy_weights is None:
+        return total
+    return total + _weighted_sum(policy_loss, operands.of_active(operands.policy_weights))
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Σ weights · values, in which a weight of 0 removes even an infinite value."""
+    return (weights * values.masked_fill(weights == 0.0, 0.0)).sum()
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -47,21 +80,24 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 class _TotalLoss(_FirstDerivative):
-    """Σ weights · per_token, whose gradients are outputs of the forward pass."""
+    """The total, whose gradients are outputs of the forward pass."""
 
     @staticmethod
     def forward(objective: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        stats, *grads = loss_and_grads(Operands.unflatten(tensors), objective, plan)
-        return _weighted_sum(stats[_PER_TOKEN], stats[_WEIGHTS]), stats, *grads
+        operands = Operands.unflatten(tensors)
+        stats, *grads = loss_and_grads(operands, objective, plan)
+        term = _policy_term(stats, operands, objective)
+        policy_loss = None if term is None else term.loss
+        return _total(stats[_PER_TOKEN], policy_loss, stats, operands), stats, policy_loss, *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        total, stats, *grads = output
+        total, *others = output
         ctx.input_dtypes = _dtypes(inputs)
-        ctx.mark_non_differentiable(*(tensor for tensor in (stats, *grads) if tensor is not None))
+        ctx.mark_non_differentiable(*(tensor for tensor in others if tensor is not None))
         # Else autograd would allocate zeros for the gradients of these outputs.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, *grads)
+        ctx.save_for_backward(total, *others[2:])
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -75,31 +111,33 @@ class _TotalLoss(_FirstDerivative):
 
 
 class _PerTokenLoss(_FirstDerivative):
-    """The per-token losses. What multiplies each of them is known in backward only.
+    """The losses of each token. What multiplies each of them is known in backward only.
 
     Then the hidden gradient of each token is multiplied by its factor. The gradient of a head sums over the tokens,
-    so with a trainable head all chunks are computed a second time, with the factors as weights.
+    and with a policy gradient each token has two factors: in both cases all chunks are computed a second time, with
+    the factors as weights.
     """
 
     @staticmethod
     def forward(objective: Objective, plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         operands = Operands.unflatten(tensors)
-        plan = plan._replace(
-            grad_hidden=plan.grad_hidden and not _trains_head(plan), grad_weight=False, grad_bias=False
-        )
+        grad_hidden = plan.grad_hidden and not _is_computed_twice(plan, objective)
+        plan = plan._replace(grad_hidden=grad_hidden, grad_weight=False, grad_bias=False)
         tokens = operands.tokens if operands.active is None else operands.active
         ones = torch.ones_like(tokens, dtype=torch.float32)
-        out = loss_and_grads(operands, objective, plan, grad_weights=ones)
-        return out.stats[_PER_TOKEN].clone(), out.stats, out.grad_hidden
+        out = loss_and_grads(operands, objective, plan, GradWeights(ones, None))
+        term = _policy_term(out.stats, operands, objective)
+        policy_loss = None if term is None else term.loss
+        return out.stats[_PER_TOKEN].clone(), policy_loss, out.stats, out.grad_hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.objective, ctx.plan, *tensors = inputs
-        per_token, stats, grad_hidden = output
+        per_token, _, stats, grad_hidden = output
         ctx.input_dtypes = _dtypes(inputs)
         ctx.mark_non_differentiable(*(tensor for tensor in (stats, grad_hidden) if tensor is not None))
         ctx.set_materialize_grads(False)
-        if not _trains_head(ctx.plan):
+        if not _is_computed_twice(ctx.plan, ctx.objective):
             ctx.save_for_backward(per_token, grad_hidden, Operands.unflatten(tensors).active)
             return
         # Tensors created in torch.inference_mode cannot be saved, their copies can.
@@ -107,19 +145,26 @@ class _PerTokenLoss(_FirstDerivative):
         ctx.save_for_backward(per_token, *saved)
 
     @staticmethod
-    def backward(ctx: Any, grad_per_token: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_per_token: Tensor | None, grad_policy_loss: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         per_token, *saved = ctx.saved_tensors
-        if grad_per_token is None:
+        present = [grad for grad in (grad_per_token, grad_policy_loss) if grad is not None]
+        if not present:
             return _input_grads([None, None, None], ctx.input_dtypes)
         with torch.no_grad():
-            if _trains_head(ctx.plan):
-                out = loss_and_grads(Operands.unflatten(saved), ctx.objective, ctx.plan, grad_per_token)
+            factors = torch.zeros_like(present[0]) if grad_per_token is None else grad_per_token
+            if _is_computed_twice(ctx.plan, ctx.objective):
+                if ctx.objective.surrogate is not None and grad_policy_loss is None:
+                    grad_policy_loss = torch.zeros_like(factors)
+                grad_weights = GradWeights(factors, grad_policy_loss)
+                out = loss_and_grads(Operands.unflatten(saved), ctx.objective, ctx.plan, grad_weights)
                 grads = [out.grad_hidden, out.grad_weight, out.grad_bias]
             else:
                 grad_hidden, active = saved
-                grads = [_scaled_tokens(grad_hidden, active, grad_per_token), None, None]
+                grads = [_scaled_tokens(grad_hidden, active, factors), None, None]
             input_grads = _input_grads(grads, ctx.input_dtypes)
-        return _refuse_second_derivatives(input_grads, per_token, grad_per_token)
+        return _refuse_second_derivatives(input_grads, per_token, torch.stack(present))
 
 
 for _function in (_TotalLoss, _PerTokenLoss):
@@ -156,8 +201,9 @@ def _refuse_second_derivatives(
     return _SecondDerivative.apply(result, grad_result, *grads) if torch.is_grad_enabled() else grads
 
 
-def _trains_head(plan: Plan) -> bool:
-    return plan.grad_weight or plan.grad_bias
+def _is_computed_twice(plan: Plan, objective: Objective) -> bool:
+    """Whether the gradients of the losses of each token are computed in backward, not in forward."""
+    return plan.grad_weight or plan.grad_bias or objective.surrogate is not None
 
 
 def _scaled_tokens(grad_hidden: Tensor | None, active: Tensor | None, factors: Tensor) -> Tensor | None:

@@ -32,13 +32,14 @@ from sdpo.fused._types import (
     Objective,
     Operands,
     Plan,
+    PolicyInputs,
     TokenInputs,
     TokenStats,
 )
 
 
 class LossAndGrads(NamedTuple):
-    """Statistics of the active tokens and the gradients of Σ weights · per_token; None where not asked for."""
+    """Statistics of the active tokens and the gradients of the total; None where not asked for."""
 
     stats: Tensor  # [len(TokenStats), n]
     grad_hidden: Tensor | None  # [N, D], zero at inactive positions
@@ -46,13 +47,17 @@ class LossAndGrads(NamedTuple):
     grad_bias: Tensor | None  # [V]
 
 
-def loss_and_grads(
-    operands: Operands, objective: Objective, plan: Plan, grad_weights: Tensor | None = None
-) -> LossAndGrads:
-    """Go through all active tokens once.
+class GradWeights(NamedTuple):
+    """Weights [n] that replace those of the loss in the gradients (not in the statistics)."""
 
-    ``grad_weights`` [n] replace the loss weights in the gradients (not in the statistics).
-    """
+    per_token: Tensor  # of the divergence
+    policy_loss: Tensor | None  # None without a policy gradient
+
+
+def loss_and_grads(
+    operands: Operands, objective: Objective, plan: Plan, grad_weights: GradWeights | None = None
+) -> LossAndGrads:
+    """Go through all active tokens once."""
     with torch.no_grad(), torch.autocast(operands.student.hidden.device.type, enabled=False):
         return _ChunkLoop(operands, objective, plan, grad_weights).run()
 
@@ -65,7 +70,7 @@ class _ChunkLoop:
     """
 
     def __init__(
-        self, operands: Operands, objective: Objective, plan: Plan, grad_weights: Tensor | None
+        self, operands: Operands, objective: Objective, plan: Plan, grad_weights: GradWeights | None
     ) -> None:
         self.operands, self.objective, self.plan, self.grad_weights = operands, objective, plan, grad_weights
         hidden, weight, _ = operands.student
@@ -179,9 +184,20 @@ class _ChunkLoop:
             tokens=self.active_tokens(ops.tokens, chunk),
             old_log_probs=self.active_tokens(ops.old_log_probs, chunk),
             weights=self.active_tokens(ops.weights, chunk),
-            grad_weights=None if self.grad_weights is None else self.grad_weights[chunk].contiguous(),
+            grad_weights=None if self.grad_weights is None else self.grad_weights.per_token[chunk].contiguous(),
             loss_scale=self.loss_scale,
+            policy=self.policy_inputs(chunk),
         )
+
+    def policy_inputs(self, chunk: slice) -> PolicyInputs | None:
+        """The policy gradient's share of ``token_inputs``."""
+        ops = self.operands
+        if ops.advantages is None or ops.policy_weights is None:
+            return None
+        weights = self.active_tokens(ops.policy_weights, chunk)
+        if self.grad_weights is not None and self.grad_weights.policy_loss is not None:
+            weights = self.grad_weights.policy_loss[chunk].contiguous()
+        return PolicyInputs(self.active_tokens(ops.advantages, chunk), weights)
 
     def grad_logits(self, tokens: slice, block: slice) -> GradLogits:
         """Where the gradient of ``tokens``, some of a block, is written."""
@@ -245,12 +261,19 @@ class _ChunkLoop:
         """The scale of fp16 gradients; None where they have the range of float32."""
         if self.grad_dtype != torch.float16:
             return None
-        weights, bound = self.grad_weights, 1.0
+        everything = slice(0, self.count)
+        weights = None if self.grad_weights is None else self.grad_weights.per_token
+        bound = 1.0
         if weights is None:
-            weights = self.active_tokens(self.operands.weights, slice(0, self.count))
+            weights = self.active_tokens(self.operands.weights, everything)
             bound = 1.0 if self.objective.is_clip is None else self.objective.is_clip
         if weights is None:
             weights = torch.ones(1, device=self.device)
+        policy = self.policy_inputs(everything)
+        if policy is not None:
+            # A ratio of 1; larger ones, which negative advantages do not clip, use the headroom above the target.
+            weights = weights.abs() * bound + (policy.grad_weights * policy.advantages).abs()
+            bound = 1.0
         return fp16_loss_scale(weights, bound)
 
     def products_buffer(self) -> Tensor:

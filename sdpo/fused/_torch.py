@@ -9,7 +9,8 @@ grad_j = g_j − G·p_j,
     ∂L/∂z_v = grad_v                               v inside the support
     ∂L/∂z_v = grad_tail · softmax_outside(z)_v     v outside
 
-Nothing is divided by a nearly empty tail, and the tail is never computed as 1 − Σp.
+Nothing is divided by a nearly empty tail, and the tail is never computed as 1 − Σp. The policy gradient has the same
+form, but for the sampled token where it is outside the support: its gradient is written by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
+from sdpo.fused._policy import policy_scale
 from sdpo.fused._types import GradLogits, ModelChunk, Objective, Project, TokenInputs, TokenStats
 from sdpo.importance import importance_weights
 
@@ -63,9 +65,16 @@ def chunk_loss(
         scale = scale if tokens.loss_scale is None else scale * tokens.loss_scale
         # d logits / d products, but for the soft-cap.
         scale = (scale * (objective.logit_scale / objective.temperature))[:, None]
+        grad_inside, grad_tail = grad_inside * scale, grad_tail * scale[:, 0]
+        slope, at_token = policy_scale(log_token_p, tokens, objective), None
+        if slope is not None:
+            grad_inside, grad_tail, grad_token = _add_policy_gradient(
+                slope, grad_inside, grad_tail, support == token, log_p, log_tail_p, log_token_p
+            )
+            at_token = token, softcap_backward_(grad_token, token_student, objective)[:, None]
         softmax_outside = softcap_backward_(p.outside, z_student, objective)
-        grad_inside = softcap_backward_(grad_inside * scale, p.inside + p.anchor, objective)
-        _write_grad_logits(grad_logits, support, grad_inside, grad_tail[:, None] * scale, softmax_outside)
+        grad_inside = softcap_backward_(grad_inside, p.inside + p.anchor, objective)
+        _write_grad_logits(grad_logits, support, grad_inside, grad_tail[:, None], softmax_outside, at_token)
     torch.stack(
         TokenStats(
             per_token=per_token,
@@ -263,17 +272,51 @@ def _loss_weights(log_probs: Tensor, tokens: TokenInputs, objective: Objective) 
     return weights, clipped
 
 
+def _add_policy_gradient(
+    slope: Tensor,
+    grad_inside: Tensor,
+    grad_tail: Tensor,
+    is_token: Tensor,
+    log_p: Tensor,
+    log_tail_p: Tensor,
+    log_token_p: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add slope · (1[v = y] − p_v): the gradient on the support [C, K], of the tail [C] and at the sampled token [C].
+
+    The last is 0 where ``is_token`` [C, K] finds the sampled token y in the support.
+    """
+    outside = ~is_token.any(dim=1) & ~log_token_p.isneginf()
+    # The token's share of the divergence's tail, and 1 − p.
+    share = (log_token_p - log_tail_p).masked_fill(~outside, -math.inf).exp()
+    grad_token = (grad_tail * share - slope * log_token_p.expm1()).masked_fill(~outside, 0.0)
+    p, p_tail = log_p.exp(), log_tail_p.exp()
+    # On the support 1 − p is the sum of all others: no difference of near equals where p is close to 1.
+    others = p.masked_fill(is_token, 0.0).sum(dim=1) + p_tail
+    policy = slope[:, None] * torch.where(is_token, others[:, None], -p)
+    return grad_inside + policy, grad_tail - slope * p_tail, grad_token
+
+
 def _write_grad_logits(
-    grad_logits: GradLogits, support: Tensor, inside: Tensor, tail: Tensor, softmax_outside: Tensor
+    grad_logits: GradLogits,
+    support: Tensor,
+    inside: Tensor,
+    tail: Tensor,
+    softmax_outside: Tensor,
+    token: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Write a gradient from its values inside [C, K] and its tail [C, 1] times the softmax outside [C, V]."""
+    """Write a gradient from its values inside [C, K] and its tail [C, 1] times the softmax outside [C, V].
+
+    ``token``, ids [C, 1] and values [C, 1], overwrites the tail at these ids, and is overwritten by the support.
+    """
     values = grad_logits.values
     torch.mul(softmax_outside, tail, out=values)
-    rounded = inside.to(values.dtype)
-    values.scatter_(1, support, rounded)
+    entries = [(support, inside)] if token is None else [token, (support, inside)]
+    for ids, exact in entries:
+        values.scatter_(1, ids, exact.to(values.dtype))
     if grad_logits.row_scale is not None:
-        projection = (inside * rounded.to(inside.dtype)).sum(dim=1)
-        grad_logits.row_scale.copy_(row_scale(inside.square().sum(dim=1), projection))
+        exact = torch.cat([exact for _, exact in entries], dim=1)
+        projection = (exact * exact.to(values.dtype).to(exact.dtype)).sum(dim=1)
+        grad_logits.row_scale.copy_(row_scale(exact.square().sum(dim=1), projection))
 
 
 def row_scale(norm_squared: Tensor, projection: Tensor) -> Tensor:

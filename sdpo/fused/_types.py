@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 Support = Literal["student", "teacher", "full", "sampled"]
 Tail = Literal["bucket", "renormalize"]
+SurrogateKind = Literal["clipped", "cispo", "sapo"]
 
 # The gradient of the logits may be written before the scale of its row is known only in this 16-bit format: it has
 # the range of float32.
@@ -43,6 +44,16 @@ class LMHead(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Surrogate:
+    """The policy loss as a function of the ratio to the old policy, and its Python scalars."""
+
+    kind: SurrogateKind
+    clip_low: float  # half-widths of the range of the ratio
+    clip_high: float
+    sapo_temperatures: tuple[float, float]  # of positive and of other advantages; only "sapo" reads them
+
+
+@dataclass(frozen=True)
 class Objective:
     """The Python scalars of the objective, the same for every chunk."""
 
@@ -55,6 +66,7 @@ class Objective:
     softcap: float | None
     logit_scale: float
     trust_region_coef: float | None
+    surrogate: Surrogate | None = None  # of the policy gradient; None: there is none
 
 
 class ModelChunk(NamedTuple):
@@ -71,6 +83,13 @@ class ModelChunk(NamedTuple):
     reference_bias: Tensor | None = None  # [V]
 
 
+class PolicyInputs(NamedTuple):
+    """What a chunk's policy gradient needs beside its log-probabilities."""
+
+    advantages: Tensor  # [C]
+    grad_weights: Tensor  # [C] weights of the policy loss in the gradient
+
+
 class TokenInputs(NamedTuple):
     """The tokens of a chunk, and the weights that are known before its logits are."""
 
@@ -79,6 +98,7 @@ class TokenInputs(NamedTuple):
     weights: Tensor | None  # [C] the caller's weights
     grad_weights: Tensor | None  # [C] weights of the gradient; None: the weights of the loss
     loss_scale: Tensor | None  # [] factor on the gradient of the logits, against underflow in fp16
+    policy: PolicyInputs | None = None
 
 
 class GradLogits(NamedTuple):
@@ -113,7 +133,17 @@ class Operands(NamedTuple):
     tokens: Tensor  # [N] int64
     active: Tensor | None  # [n] int64, positions where the loss mask is true; None: all N
     old_log_probs: Tensor | None  # [N]
-    weights: Tensor | None  # [N]
+    weights: Tensor | None  # [N] factors of the divergence besides the importance weight
+    advantages: Tensor | None  # [N] of the policy gradient; None: there is none
+    policy_weights: Tensor | None  # [N] factors of the policy loss; None likewise
+
+    @overload
+    def of_active(self, values: Tensor) -> Tensor: ...
+    @overload
+    def of_active(self, values: None) -> None: ...
+    def of_active(self, values: Tensor | None) -> Tensor | None:
+        """Of values [N, ...], those of the active tokens."""
+        return values if values is None or self.active is None else values.index_select(0, self.active)
 
     def flatten(self) -> tuple[Tensor | None, ...]:
         """All tensors, the student's hidden, weight and bias first."""

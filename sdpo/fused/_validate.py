@@ -7,8 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from sdpo._numerics import upcast
 from sdpo._validate import (
     check_alpha,
+    check_choice,
     check_device,
     check_real,
     check_shape,
@@ -16,7 +18,7 @@ from sdpo._validate import (
     check_tensor,
     type_name,
 )
-from sdpo.fused._types import LMHead, Objective, Operands, Support, Tail
+from sdpo.fused._types import LMHead, Objective, Operands, Support, Surrogate, SurrogateKind, Tail
 
 
 def check_head(name: str, head: object, vocabulary: int | None = None) -> LMHead:
@@ -53,6 +55,7 @@ def check_objective(
     softcap: float | None,
     logit_scale: float,
     trust_region_coef: float | None,
+    surrogate: Surrogate | None,
 ) -> Objective:
     """Validate the scalars of the objective."""
     alpha = check_alpha(alpha)
@@ -79,7 +82,51 @@ def check_objective(
         softcap=softcap,
         logit_scale=_check_positive("logit_scale", logit_scale, "the factor of the logits"),
         trust_region_coef=trust_region_coef,
+        surrogate=surrogate,
     )
+
+
+def check_surrogate(
+    *,
+    advantages: Tensor | None,
+    policy_weight: float | Tensor | None,
+    old_log_probs: Tensor | None,
+    surrogate: SurrogateKind,
+    clip_low: float | None,
+    clip_high: float | None,
+    sapo_temperatures: tuple[float, float] | None,
+) -> Surrogate | None:
+    """Validate the scalars of the policy gradient; None without one, or with one of weight 0."""
+    check_choice("surrogate", surrogate, ("clipped", "cispo", "sapo"))
+    clips = {"clip_low": (clip_low, 1.0), "clip_high": (clip_high, math.inf)}
+    takes_clips, takes_temperatures = surrogate != "sapo", surrogate == "sapo"
+    if advantages is None:
+        if surrogate != "clipped":
+            raise ValueError(f"surrogate: expected advantages with {surrogate!r}, got None; pass advantages")
+        takes_clips = takes_temperatures = False
+    owner = f"surrogate={surrogate!r}" if advantages is not None else "no advantages"
+    for name, value, taken in (
+        *((name, value, takes_clips) for name, (value, _) in clips.items()),
+        ("sapo_temperatures", sapo_temperatures, takes_temperatures),
+    ):
+        if value is not None and not taken:
+            raise ValueError(f"{name}: expected None with {owner}, got {value!r}; leave it out")
+    if advantages is None:
+        return None
+    half_widths = [1.0, math.inf]
+    # On-policy the ratio is 1, whatever its range.
+    if takes_clips and not (old_log_probs is None and clip_low is clip_high is None):
+        meaning = "a half-width, for example 0.2"
+        half_widths = [
+            check_real(name, value, low=0.0, high=high, meaning=meaning)
+            for name, (value, high) in clips.items()
+        ]
+    temperatures = (1.0, 1.0)
+    if takes_temperatures:
+        temperatures = _check_sapo_temperatures(sapo_temperatures)
+    if not isinstance(policy_weight, Tensor) and policy_weight == 0.0:
+        return None
+    return Surrogate(surrogate, *half_widths, temperatures)
 
 
 def check_operands(
@@ -91,9 +138,14 @@ def check_operands(
     loss_mask: Tensor,
     old_log_probs: Tensor | None,
     weights: Tensor | None,
+    advantages: Tensor | None,
+    policy_weight: float | Tensor | None,
     objective: Objective,
 ) -> Operands:
-    """Validate the tensors and flatten their leading dimensions; every token counts as active."""
+    """Validate the tensors and flatten their leading dimensions; every token counts as active.
+
+    Without a surrogate the operands have no advantages.
+    """
     check_tensor("tokens", tokens, "integer", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, tokens.shape, like="the shape of tokens")
@@ -101,7 +153,9 @@ def check_operands(
         if value is not None:
             check_tensor(name, value, "floating")
             check_shape(name, value, tokens.shape, like="the shape of tokens")
-    _check_together("old_log_probs", old_log_probs, "is_clip", objective.is_clip, "importance weights")
+    if advantages is None or old_log_probs is None:
+        _check_together("old_log_probs", old_log_probs, "is_clip", objective.is_clip, "importance weights")
+    _check_together("advantages", advantages, "policy_weight", policy_weight, "a policy gradient")
     coef = objective.trust_region_coef
     _check_together("reference", reference, "trust_region_coef", coef, "a trust-region teacher")
     vocabulary = student.weight.shape[0]
@@ -115,12 +169,25 @@ def check_operands(
         f"{name}.{part}": value for name, head in heads.items() for part, value in head._asdict().items()
     }
     parts |= {"tokens": tokens, "loss_mask": loss_mask, "old_log_probs": old_log_probs, "weights": weights}
+    parts |= {"advantages": advantages}
+    parts |= {"policy_weight": policy_weight} if isinstance(policy_weight, Tensor) else {}
     for name, value in parts.items():
         if value is not None:
             check_device(name, value, student.hidden, like="the device of student.hidden")
     if reference is not None and coef in (0.0, 1.0):
         # At either end of the trust region one of the two models is the teacher.
         teacher, reference = (reference if coef == 0.0 else teacher), None
+    weights = None if weights is None else weights.flatten()
+    policy_weights = None
+    if advantages is not None:
+        advantages = _check_per_token("advantages", advantages, loss_mask, math.inf)
+        share = _check_policy_weight(policy_weight, loss_mask)
+        if objective.surrogate is None:
+            advantages = None
+        else:
+            dtype = torch.promote_types(student.hidden.dtype, student.weight.dtype)
+            factors = loss_mask.new_ones(tokens.numel(), dtype=dtype) if weights is None else weights
+            weights, policy_weights = (upcast(factors) * part for part in (1.0 - share, share))
     return Operands(
         student=_flatten_tokens(student),
         teacher=_flatten_tokens(teacher),
@@ -128,7 +195,9 @@ def check_operands(
         tokens=tokens.flatten().long(),
         active=None,
         old_log_probs=None if old_log_probs is None else old_log_probs.flatten(),
-        weights=None if weights is None else weights.flatten(),
+        weights=weights,
+        advantages=advantages,
+        policy_weights=policy_weights,
     )
 
 
@@ -158,6 +227,51 @@ def refuse_vmap(*tensors: Tensor | None) -> None:
             if functorch.is_batchedtensor(tensor):
                 raise unsupported("torch.func.vmap")
             tensor = functorch.get_unwrapped(tensor)
+
+
+def _check_sapo_temperatures(temperatures: object) -> tuple[float, float]:
+    """Return the temperatures of positive and of other advantages."""
+    if not isinstance(temperatures, tuple) or len(temperatures) != 2:
+        raise TypeError(
+            f"sapo_temperatures: expected a tuple of two numbers with surrogate='sapo', got {temperatures!r}; "
+            "pass those of positive and of other advantages, for example (1.0, 1.05)"
+        )
+    meaning = "a temperature, for example 1.0"
+    positive, other = (
+        _check_positive(f"sapo_temperatures[{i}]", value, meaning) for i, value in enumerate(temperatures)
+    )
+    return positive, other
+
+
+def _check_policy_weight(policy_weight: object, loss_mask: Tensor) -> float | Tensor:
+    """Return the share of the policy gradient, a float or [N]."""
+    if not isinstance(policy_weight, Tensor):
+        meaning = "the share of the policy gradient, or a tensor of it per token"
+        return check_real("policy_weight", policy_weight, low=0.0, high=1.0, meaning=meaning)
+    return _check_per_token("policy_weight", policy_weight, loss_mask, 1.0)
+
+
+def _check_per_token(name: str, values: Tensor, loss_mask: Tensor, high: float) -> Tensor:
+    """Return values per token, or per row, as [N] in the working precision, detached.
+
+    ``high`` is 1 for numbers in [0, 1], inf for any finite ones. Values of active tokens are checked on a CPU.
+    """
+    check_tensor(name, values, "floating")
+    if values.ndim == loss_mask.ndim - 1:
+        check_shape(name, values, loss_mask.shape[:-1], like="one per row")
+        values = values[..., None].expand(loss_mask.shape)
+    check_shape(name, values, loss_mask.shape, like="one per row or the shape of tokens")
+    values, low = upcast(values).detach(), 0.0 if high == 1.0 else -math.inf
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if values.device.type == "cpu" and not (is_wrapped(values) or is_wrapped(loss_mask)):
+        wrong = loss_mask & ~((values >= low) & (values <= high) & values.isfinite())
+        if wrong.any():
+            expected = "numbers in [0, 1]" if high == 1.0 else "finite numbers"
+            raise ValueError(
+                f"{name}: expected {expected} where loss_mask is true, got {float(values[wrong][0])}; "
+                "mask such positions"
+            )
+    return values.flatten()
 
 
 def _check_positive(name: str, value: object, meaning: str) -> float:

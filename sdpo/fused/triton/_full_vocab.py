@@ -109,14 +109,16 @@ def sum_blocks(
 def full_grad(
     student_products_ptr, student_bias_ptr, student_anchor_ptr, student_normalizer_ptr,
     teacher_products_ptr, teacher_bias_ptr, teacher_anchor_ptr, teacher_normalizer_ptr,
-    sum_g_ptr, unlikely_g_ptr, unlikely_p_ptr, grad_scale_ptr,
+    sum_g_ptr, unlikely_g_ptr, unlikely_p_ptr, grad_scale_ptr, tokens_ptr, policy_scale_ptr,
     grad_logits_ptr, block_square_ptr, block_along_ptr,
     V, student_scale, student_softcap, teacher_scale, teacher_softcap, alpha, one_minus_alpha,
     STUDENT_HAS_BIAS: tl.constexpr, STUDENT_HAS_SOFTCAP: tl.constexpr,
     TEACHER_HAS_BIAS: tl.constexpr, TEACHER_HAS_SOFTCAP: tl.constexpr,
-    MODE: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
+    MODE: tl.constexpr, HAS_POLICY: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write grad_logits [C, V] = (g − G · p) · grad_scale through the soft-cap.
+
+    With HAS_POLICY the gradient has one more term, policy_scale [C] · (1[v = y] − p) with y of tokens [C].
 
     Reads what ``full_divergence`` read, and sum_g, unlikely_g, unlikely_p and grad_scale [C]. With HAS_ROW_SCALE it
     also writes, per block [C, blocks], the gradient's square and its product with the rounded gradient.
@@ -138,6 +140,10 @@ def full_grad(
     # Σ p of the others it is a sum over the others alone.
     certain_grad = g * tl.load(unlikely_p_ptr + pid_c) - tl.load(unlikely_g_ptr + pid_c) * p
     grad = tl.where(p > 0.5, certain_grad, grad) * tl.load(grad_scale_ptr + pid_c)
+    if HAS_POLICY:
+        others = tl.where(p > 0.5, tl.load(unlikely_p_ptr + pid_c), 1.0 - p)
+        is_token = offs_v == tl.load(tokens_ptr + pid_c)
+        grad += tl.load(policy_scale_ptr + pid_c) * tl.where(is_token, others, -p)
     grad = softcap_backward(grad, logits, student_softcap, STUDENT_HAS_SOFTCAP)
     rounded = grad.to(grad_logits_ptr.dtype.element_ty)
     tl.store(grad_logits_ptr + pid_c * V + offs_v, rounded, mask=offs_v < V)

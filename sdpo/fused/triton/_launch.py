@@ -19,8 +19,17 @@ import torch
 import triton
 from torch import Tensor
 
+from sdpo.fused._policy import policy_scale
 from sdpo.fused._torch import row_scale, teacher_logits
-from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, ModelChunk, Objective, Project, TokenInputs
+from sdpo.fused._types import (
+    UNSCALED_GRAD_DTYPE,
+    GradLogits,
+    ModelChunk,
+    Objective,
+    Project,
+    TokenInputs,
+    TokenStats,
+)
 from sdpo.fused.triton import _exact_logits, _full_vocab, _math, _reductions, _statistics, _topk, _topk_loss
 
 # The sizes and warps below were tuned on an H200.
@@ -128,8 +137,9 @@ def _topk_chunk_loss(
 ) -> None:
     """The loss over the top-K of one model, or over the sampled token."""
     values, row_scale_out = (None, None) if grad_logits is None else grad_logits
-    has_tail = objective.tail != "renormalize"
-    is_unscaled = has_tail and values is not None and values.dtype == UNSCALED_GRAD_DTYPE
+    has_tail, has_policy = objective.tail != "renormalize", values is not None and tokens.policy is not None
+    has_grad_outside = has_tail or has_policy
+    is_unscaled = has_grad_outside and values is not None and values.dtype == UNSCALED_GRAD_DTYPE
     unscaled_grad = values if is_unscaled else None
     # One model is read to the end before the other is projected, because the other may overwrite its products.
     if objective.support == "student":
@@ -157,21 +167,26 @@ def _topk_chunk_loss(
     grad_support, grad_tail = unscaled_grad, torch.empty_like(grad_scale)
     if grad_support is None:
         grad_support = torch.empty_like(p.logits, dtype=None if values is None else values.dtype)
+    grad_token = None
+    if has_policy and not is_unscaled:
+        grad_token = grad_support.new_empty(count)
     _topk_loss.topk_loss[(count,)](
         ids_ptr=ids, student_logits_ptr=p.logits, student_anchor_ptr=p.anchor,
         student_log_outside_ptr=p.log_outside, student_normalizer_ptr=p.normalizer,
         teacher_logits_ptr=q.logits, teacher_normalizer_ptr=q.normalizer, grad_scale_ptr=grad_scale,
-        grad_origin_ptr=student_support.grad_origin, stats_ptr=stats, grad_support_ptr=grad_support,
-        grad_tail_ptr=grad_tail, row_scale_ptr=row_scale_out,
+        grad_origin_ptr=student_support.grad_origin, tokens_ptr=tokens.tokens,
+        policy_scale_ptr=_policy_scale(tokens, objective, stats) if has_policy else None,
+        stats_ptr=stats, grad_support_ptr=grad_support, grad_tail_ptr=grad_tail, grad_token_ptr=grad_token,
+        row_scale_ptr=row_scale_out,
         V=vocabulary, K=k, stride_stats=stats.stride(0), alpha=objective.alpha,
         one_minus_alpha=1 - objective.alpha, softcap=student.softcap or 1.0,
-        MODE=_mode(objective), HAS_TAIL=has_tail, HAS_SOFTCAP=student.softcap is not None,
+        MODE=_mode(objective), HAS_TAIL=has_tail, HAS_SOFTCAP=student.softcap is not None, HAS_POLICY=has_policy,
         HAS_ROW_SCALE=row_scale_out is not None, UNSCALED_GRAD=is_unscaled, BLOCK_K=_block(k),
         num_warps=_support_warps(k),
     )  # fmt: skip
     if values is None or is_unscaled:
         return
-    if has_tail:
+    if has_grad_outside:
         _reductions.write_tail_grad[(count, triton.cdiv(vocabulary, BLOCK_V))](
             **student.kernel_args(),
             anchor_ptr=p.anchor, log_outside_ptr=p.log_outside, grad_tail_ptr=grad_tail, grad_logits_ptr=values,
@@ -180,8 +195,9 @@ def _topk_chunk_loss(
     else:
         values.zero_()
     _reductions.scatter_support_grad[(count,)](
-        ids, grad_support, values, vocabulary, k, BLOCK_K=_block(k), num_warps=1
-    )
+        ids, tokens.tokens, grad_support, grad_token, values, vocabulary, k,
+        HAS_POLICY=has_policy, BLOCK_K=_block(k), num_warps=1,
+    )  # fmt: skip
 
 
 def _full_chunk_loss(
@@ -245,8 +261,9 @@ def _full_chunk_loss(
     _full_vocab.full_grad[grid](
         **both,
         sum_g_ptr=sum_g, unlikely_g_ptr=unlikely_g, unlikely_p_ptr=unlikely_p, grad_scale_ptr=grad_scale,
+        tokens_ptr=tokens.tokens, policy_scale_ptr=_policy_scale(tokens, objective, stats),
         grad_logits_ptr=grad_logits.values, block_square_ptr=block_square, block_along_ptr=block_along,
-        HAS_ROW_SCALE=grad_logits.row_scale is not None,
+        HAS_POLICY=tokens.policy is not None, HAS_ROW_SCALE=grad_logits.row_scale is not None,
     )  # fmt: skip
     if grad_logits.row_scale is not None:
         grad_logits.row_scale.copy_(row_scale(block_square.sum(dim=1), block_along.sum(dim=1)))
@@ -431,6 +448,11 @@ def _token_weights(tokens: TokenInputs, objective: Objective, stats: Tensor) -> 
         HAS_LOSS_SCALE=tokens.loss_scale is not None, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return grad_scale
+
+
+def _policy_scale(tokens: TokenInputs, objective: Objective, stats: Tensor) -> Tensor | None:
+    """``policy_scale`` from the log-probabilities in ``stats``."""
+    return policy_scale(stats[TokenStats._fields.index("log_probs")], tokens, objective)
 
 
 def _model(model: ModelChunk, objective: Objective) -> _Model:

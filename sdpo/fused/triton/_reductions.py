@@ -187,11 +187,22 @@ def write_tail_grad(
 
 
 @triton.jit
-def scatter_support_grad(ids_ptr, grad_support_ptr, grad_logits_ptr, V, K, BLOCK_K: tl.constexpr):
-    """Write grad_support [C, K] into grad_logits [C, V] at ids [C, K]."""
+def scatter_support_grad(
+    ids_ptr, tokens_ptr, grad_support_ptr, grad_token_ptr, grad_logits_ptr,
+    V, K,
+    HAS_POLICY: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write grad_support [C, K] into grad_logits [C, V] at ids [C, K].
+
+    With HAS_POLICY also grad_token [C] at tokens [C], where they are outside the support.
+    """
     pid_c = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask = offs_k < K
     ids = tl.load(ids_ptr + pid_c * K + offs_k, mask=mask, other=0)
     grad = tl.load(grad_support_ptr + pid_c * K + offs_k, mask=mask)
     tl.store(grad_logits_ptr + pid_c * V + ids, grad, mask=mask)
+    if HAS_POLICY:
+        token = tl.load(tokens_ptr + pid_c)
+        is_outside = tl.sum((mask & (ids == token)).to(tl.int32), 0) == 0
+        tl.store(grad_logits_ptr + pid_c * V + token, tl.load(grad_token_ptr + pid_c), mask=is_outside)

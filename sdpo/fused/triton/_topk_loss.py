@@ -170,13 +170,27 @@ def topk_terms(
 
 
 @triton.jit
+def add_policy_gradient(
+    policy_scale, grad, grad_tail, is_token, token_is_outside, log_p, log_tail_p, log_token_p
+):  # fmt: skip
+    """As ``_add_policy_gradient`` in sdpo.fused._torch: the gradient at the support, of the tail, at the token."""
+    share = tl.exp(tl.where(token_is_outside, log_token_p - log_tail_p, 0.0))
+    grad_token = grad_tail * share + policy_scale * (1.0 - tl.exp(log_token_p))
+    grad_token = tl.where(token_is_outside, grad_token, 0.0)
+    p, p_tail = tl.exp(log_p), tl.exp(log_tail_p)
+    others = tl.sum(tl.where(is_token, 0.0, p), 0) + p_tail
+    grad += policy_scale * tl.where(is_token, others, -p)
+    return grad, grad_tail - policy_scale * p_tail, grad_token
+
+
+@triton.jit
 def topk_loss(
     ids_ptr, student_logits_ptr, student_anchor_ptr, student_log_outside_ptr, student_normalizer_ptr,
-    teacher_logits_ptr, teacher_normalizer_ptr, grad_scale_ptr, grad_origin_ptr,
-    stats_ptr, grad_support_ptr, grad_tail_ptr, row_scale_ptr,
+    teacher_logits_ptr, teacher_normalizer_ptr, grad_scale_ptr, grad_origin_ptr, tokens_ptr, policy_scale_ptr,
+    stats_ptr, grad_support_ptr, grad_tail_ptr, grad_token_ptr, row_scale_ptr,
     V, K, stride_stats, alpha, one_minus_alpha, softcap,
-    MODE: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    UNSCALED_GRAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    MODE: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_POLICY: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, UNSCALED_GRAD: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The divergence of each token, the gradient at its support and of its tail, and the row scale.
 
@@ -185,6 +199,9 @@ def topk_loss(
 
     With UNSCALED_GRAD, grad_support is grad_logits [C, V], which holds exp(logits − grad_origin). The factor that
     makes this the gradient of the tail goes into row_scale, and the gradient at the support is divided by it.
+
+    With HAS_POLICY the gradient is also that of the policy loss. Reads tokens and policy_scale [C]. Writes the
+    gradient at a sampled token outside the support to grad_token [C] or, with UNSCALED_GRAD, to grad_logits.
     """
     pid_c = tl.program_id(0).to(tl.int64)
     stats_ptr += pid_c
@@ -214,13 +231,26 @@ def topk_loss(
 
     anchor = tl.load(student_anchor_ptr + pid_c)
     grad_scale = tl.load(grad_scale_ptr + pid_c)
-    grad = softcap_backward(grad * grad_scale, logits_p + anchor, softcap, HAS_SOFTCAP)
+    grad *= grad_scale
     grad_tail *= grad_scale
+    grad_token = tl.zeros_like(grad_tail)
+    if HAS_POLICY:
+        normalizer = tl.load(student_normalizer_ptr + pid_c)
+        token, log_token_p = tl.load(tokens_ptr + pid_c), tl.load(stats_ptr + STAT_LOG_PROBS * stride_stats)
+        is_token = tl.load(ids_ptr + pid_c * K + offs_k, mask=mask, other=-1) == token
+        token_is_outside = (tl.sum(is_token.to(tl.int32), 0) == 0) & (log_token_p > -float("inf"))
+        grad, grad_tail, grad_token = add_policy_gradient(
+            tl.load(policy_scale_ptr + pid_c), grad, grad_tail, is_token, token_is_outside, logits_p - normalizer,
+            log_tail_p, log_token_p,
+        )  # fmt: skip
+        grad_token = softcap_backward(grad_token, log_token_p + normalizer + anchor, softcap, HAS_SOFTCAP)
+    grad = softcap_backward(grad, logits_p + anchor, softcap, HAS_SOFTCAP)
     factor = tl.zeros_like(grad_scale) + 1.0
     if UNSCALED_GRAD:
         log_outside = tl.load(student_log_outside_ptr + pid_c)
         factor = weighted_exp(grad_tail, tl.load(grad_origin_ptr + pid_c) - anchor - log_outside)
-        min_factor = tl.maximum(tl.max(tl.abs(grad), 0) * MIN_FACTOR_SHARE, MIN_FACTOR)
+        largest = tl.maximum(tl.max(tl.abs(grad), 0), tl.abs(grad_token))
+        min_factor = tl.maximum(largest * MIN_FACTOR_SHARE, MIN_FACTOR)
         factor = tl.where(tl.abs(factor) < min_factor, min_factor, factor)
         offs = pid_c * V + tl.load(ids_ptr + pid_c * K + offs_k, mask=mask, other=0)
     else:
@@ -228,8 +258,18 @@ def topk_loss(
         tl.store(grad_tail_ptr + pid_c, grad_tail)
     rounded = (grad / factor).to(grad_support_ptr.dtype.element_ty)
     tl.store(grad_support_ptr + offs, rounded, mask=mask)
+    rounded_token = (grad_token / factor).to(grad_support_ptr.dtype.element_ty)
+    if HAS_POLICY:
+        if UNSCALED_GRAD:
+            tl.store(grad_support_ptr + pid_c * V + token, rounded_token, mask=token_is_outside)
+        else:
+            tl.store(grad_token_ptr + pid_c, rounded_token)
     if HAS_ROW_SCALE:
-        # As `row_scale` in sdpo.fused._torch, over the support.
+        # As `row_scale` in sdpo.fused._torch, over the support and a sampled token outside.
         along = tl.sum(grad * (rounded.to(tl.float32) * factor), 0)
-        row_scale = tl.sum(grad * grad, 0) / tl.where(along > 0.0, along, 1.0)
+        square = tl.sum(grad * grad, 0)
+        if HAS_POLICY:
+            along += grad_token * (rounded_token.to(tl.float32) * factor)
+            square += grad_token * grad_token
+        row_scale = square / tl.where(along > 0.0, along, 1.0)
         tl.store(row_scale_ptr + pid_c, tl.where(along > 0.0, row_scale, 1.0) * factor)
