@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdpo.fused._types import GradLogits, ModelChunk, TokenInputs, TokenStats
+from sdpo.fused._types import GradLogits, ModelChunk, PolicyInputs, Surrogate, TokenInputs, TokenStats
 from sdpo.fused.triton import _elementwise, _launch
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -53,7 +53,12 @@ def triton_type(value: Tensor | float) -> str:
 
 
 def launch_all(
-    grad_dtype: torch.dtype | None, *, bias: bool = False, weighted: bool = False, **objective: Any
+    grad_dtype: torch.dtype | None,
+    *,
+    bias: bool = False,
+    weighted: bool = False,
+    policy: bool = False,
+    **objective: Any,
 ) -> None:
     """Launch what one chunk launches, with a gradient of ``grad_dtype``."""
 
@@ -72,7 +77,10 @@ def launch_all(
         row_scale = None if grad_dtype == torch.float32 else torch.ones(C)
         grad_logits = GradLogits(torch.zeros(C, V, dtype=grad_dtype), row_scale)
     stats = torch.zeros(len(TokenStats._fields), C)
-    tokens = TokenInputs(torch.zeros(C, dtype=torch.int64), weight, weight, weight, loss_scale)
+    inputs = PolicyInputs(torch.ones(C), torch.ones(C)) if policy else None
+    if policy:
+        objective |= {"surrogate": Surrogate("clipped", 0.2, 0.2, (1.0, 1.0))}
+    tokens = TokenInputs(torch.zeros(C, dtype=torch.int64), weight, weight, weight, loss_scale, inputs)
     _launch.chunk_loss(model, model, tokens, make_objective(**objective), stats, grad_logits)
 
 
@@ -86,6 +94,9 @@ def main() -> None:
     launch_all(torch.bfloat16, support="full")
     launch_all(torch.float32, support="full", bias=True, softcap=30.0, alpha=0.0, weighted=True)
     launch_all(None, k=K)
+    launch_all(torch.bfloat16, k=K, policy=True)
+    launch_all(torch.float16, k=K, tail="renormalize", softcap=30.0, weighted=True, policy=True)
+    launch_all(torch.bfloat16, support="full", policy=True)
     _elementwise.scaled(torch.zeros(9).bfloat16(), torch.ones(()))
     _elementwise.sum_partials(torch.zeros(3, C, D), torch.ones(C), torch.zeros(C, D).bfloat16())
     _elementwise.sum_partials(torch.zeros(1, C, D), None, torch.zeros(C, D))

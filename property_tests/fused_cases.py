@@ -39,10 +39,12 @@ class Case:
         """The case with other arguments; None removes a tensor, a support without k and tail removes those."""
         others = {name: value for name, value in self.tensors.items() if name not in changes}
         tensors = {name: value for name, value in changes.items() if isinstance(value, Tensor)}
-        scalars = {name: value for name, value in changes.items() if name not in self.tensors | tensors}
+        removed = {name for name, value in changes.items() if value is None and name in self.tensors}
+        scalars = {name: value for name, value in changes.items() if name not in removed | tensors.keys()}
         if scalars.get("support") in ("full", "sampled"):
             scalars = {"k": None, "tail": None} | scalars
-        return replace(self, tensors=others | tensors, scalars=self.scalars | scalars)
+        kept = {name: value for name, value in self.scalars.items() if name not in tensors}
+        return replace(self, tensors=others | tensors, scalars=kept | scalars)
 
     def cast(self, dtype: torch.dtype, device: str = "cpu") -> Case:
         def moved(value: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class Case:
             student, teacher, tokens=t["tokens"], **{name: s[name] for name in names}
         )
         weights = torch.ones_like(divergence).detach()
-        if "old_log_probs" in t:
+        if "old_log_probs" in t and s.get("is_clip") is not None:
             log_probs = self.log_probs("student").gather(-1, t["tokens"][..., None])[..., 0]
             weights = sdpo.importance_weights(log_probs, t["old_log_probs"], clip=s["is_clip"])
         return divergence, weights * t.get("weights", torch.ones_like(weights))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import Case, make_case, relative_error
+from fused_cases import Case, make_case, relative_error, with_policy
 
 import sdpo
 from sdpo.fused import _chunks
@@ -52,6 +52,35 @@ def check(case: Case, dtype: torch.dtype, **options: Any) -> None:
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
 def test_kernels_give_the_plain_numbers(scalars: dict[str, Any], dtype: torch.dtype) -> None:
     check(make_case(1, n=33, d=64, v=1003, **scalars), dtype, backend="triton", chunk_size=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scalars", SCALARS, ids=str)
+def test_kernels_give_the_plain_policy_gradient(scalars: dict[str, Any], dtype: torch.dtype) -> None:
+    # The ratio of a token is the exponential of what its old log-probability, rounded as well, leaves.
+    case = with_policy(make_case(1, n=33, d=64, v=1003, **scalars))
+    check(case, dtype, backend="triton", chunk_size=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scalars", [{"k": 100}, {"support": "full"}], ids=str)
+def test_kernels_give_the_plain_policy_gradient_alone(scalars: dict[str, Any], dtype: torch.dtype) -> None:
+    case = with_policy(make_case(2, n=130, d=128, v=50257, **scalars), weight=1.0)
+    check(case, dtype, backend="triton")
+
+
+@pytest.mark.parametrize("scalars", [{"k": 100}, {"support": "teacher"}, {"support": "full"}], ids=str)
+def test_a_policy_weight_of_0_changes_no_bit(scalars: dict[str, Any]) -> None:
+    case = make_case(14, n=130, d=64, v=5000, weights=False, **scalars)
+    scored = with_policy(case, weight=0.0).cast(torch.bfloat16, "cuda")
+    plain = case.with_(tokens=scored.tensors["tokens"].cpu()).cast(torch.bfloat16, "cuda")
+
+    def numbers(case: Case) -> list[torch.Tensor]:
+        case, leaves = case.leaves()
+        out = case.fused(backend="triton")
+        return [out.total, out.per_token, *torch.autograd.grad(out.total, leaves)]
+
+    assert all(torch.equal(*pair) for pair in zip(numbers(scored), numbers(plain), strict=True))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

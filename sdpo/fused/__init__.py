@@ -120,7 +120,7 @@ def fused_distillation_loss(
 ) -> FusedOutput:
     """Self-distillation loss from hidden states and LM heads, in the memory of one chunk of logits.
 
-    The same numbers as::
+    With ``advantages`` the policy gradient comes from the same pass. Without, the same numbers as::
 
         logits(h, W, b) = softcap * tanh(logit_scale * (h @ W.T + b) / softcap)    # without softcap: no tanh
         p, q = logits(*student), logits(*teacher).detach()
@@ -139,6 +139,20 @@ def fused_distillation_loss(
     c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias is teacher.bias`` and
     there is no soft-cap, both share one product (two if the weight has 16 bits).
 
+    With ``advantages`` A and ``policy_weight`` λ the total is, where ``ratio`` is exp(log_probs − old_log_probs), its
+    exponent bounded by ±20, and 1 where ``old_log_probs`` is NaN or not given::
+
+        total = (weights * (λ * policy_loss + (1 - λ) * importance_weights * per_token))[loss_mask].sum()
+        clipped     policy_loss = -min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A)
+        cispo       policy_loss = -stop_gradient(clamp(ratio, 1 - clip_low, 1 + clip_high)) * A * log_probs
+        sapo        policy_loss = -4 / t * sigmoid(t * (ratio - 1)) * A    # t of positive or of other advantages
+
+    The importance weights multiply the divergence only. TRL's ``loss_type`` is a surrogate and weights, with B rows of
+    L tokens each and T tokens in the batch: grpo, 1 / (B·L); bnpo and dapo, 1 / T; dr_grpo, 1 / (B·max_length); luspo,
+    1 / B; sapo with the weights of grpo, cispo with those of dapo, clip_low 1 and clip_high ``epsilon_high`` − 1. The
+    mean of bnpo is over a micro-batch. Not supported: ratios of sequences (GSPO, vespo) and ``delta``. Any other
+    objective whose derivative d w.r.t. log_probs is known has the gradient of A = −d without ``old_log_probs``.
+
     The same inputs give the same bits on one device. Under ``torch.autocast`` the products run in autocast's dtype.
     ``torch.compile`` of a caller breaks its graph here.
 
@@ -154,36 +168,50 @@ def fused_distillation_loss(
         alpha: in [0, 1]: 0 for KL(teacher‖student), 1 for KL(student‖teacher), between them the generalized JSD.
         temperature: > 0, divides the logits of both models: the sampling temperature of the rollout.
         loss_mask: [...] bool, true where a token has a loss.
-        old_log_probs: [...] floating, the student's log-probabilities at rollout in nats, for importance weights
-            truncated at ``is_clip``; NaN gives weight 1. None: no importance weights; then ``is_clip`` is None too.
-        is_clip: > 0, the largest importance weight. None if and only if ``old_log_probs`` is.
+        old_log_probs: [...] floating, the student's log-probabilities at rollout in nats, for importance weights and
+            the ratio of the policy gradient; NaN gives 1. None: no importance weights, and a ratio of 1.
+        is_clip: > 0, the largest importance weight. None for no importance weights; needed with ``old_log_probs``
+            unless there are ``advantages``.
         weights: [...] floating, further factors of each token: rollout correction, row weights, 1/length for a mean
             over sequences. None: 1.
+        advantages: [...], or one per row, floating and finite, of the policy gradient. None: no policy gradient.
+        policy_weight: λ in [0, 1], a number or a floating tensor [...], or one per row: the share of the policy
+            gradient. With the number 0 nothing of it is computed. None if and only if ``advantages`` is.
+        surrogate: the policy loss: "clipped" of PPO and GRPO, "cispo" or "sapo".
+        clip_low: in [0, 1], the lower half-width of the ratio's range, for example 0.2. None with "sapo", without
+            ``advantages``, or, since it has no effect, without ``old_log_probs``.
+        clip_high: in [0, inf], the upper half-width. None as ``clip_low``.
+        sapo_temperatures: > 0, those of positive and of other advantages, for example (1.0, 1.05). None unless
+            ``surrogate`` is "sapo".
         softcap: > 0, bound of the logits (Gemma 2's final soft-cap). None: no bound.
         logit_scale: > 0, factor of the logits before the soft-cap.
         reference: LMHead of a trust region's centre, with the shapes of ``teacher``. None for any other teacher.
         trust_region_coef: c in [0, 1], the weight of the live model. None if and only if ``reference`` is.
-        reduction: with "sum" ``total`` alone has a gradient, with "none" ``per_token`` too, for callers that reduce
-            it themselves; backward then computes all chunks a second time if the head is trainable. Differentiate
-            one of the two: their sum counts twice.
+        reduction: with "sum" ``total`` alone has a gradient, with "none" ``per_token`` and ``policy_loss`` too, for
+            callers that reduce them themselves; backward then computes all chunks a second time if the head is
+            trainable or there is a policy gradient. Differentiate the total or the others: their sum counts twice.
         chunk_size: number of tokens whose logits exist at a time. None: chosen by the shapes and the device's total
             memory.
         backend: "torch" runs anywhere, "triton" is the kernels, "auto" the kernels on a GPU where they apply.
 
     Returns:
         FusedOutput with total, count, per-token statistics, and the metrics of ``mean_metrics`` with
-        ``is_clip_fraction`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token).
+        ``is_clip_fraction`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token); with a policy
+        gradient also ``policy_loss`` and ``policy_clip_fraction`` (tokens whose ratio the range stopped, or with
+        "cispo" limited; 0 with "sapo").
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, tensors on several devices, scalars out of range, arguments that exclude
-            or need each other, a backend that cannot run here; on a CPU also an active token outside [0, V).
+            or need each other, a backend that cannot run here; on a CPU also an active token outside [0, V), an
+            advantage that is not finite, or a policy weight outside [0, 1].
         NotImplementedError: under ``torch.func.vmap``, and for forward-mode or second derivatives.
 
     Gradient: from ``total`` to student.hidden, student.weight and student.bias; first derivatives in reverse mode
     (``torch.func.grad`` included). It is computed in the forward pass and scaled in backward.
 
-    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
+    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation). Policy losses: ``clipped_policy_gradient``;
+    CISPO, arXiv 2506.13585; SAPO, arXiv 2511.20347; each as in TRL.
 
     Example:
         >>> import torch

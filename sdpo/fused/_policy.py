@@ -1,6 +1,6 @@
-"""The policy gradient of a token, from the log-probability of the sampled token: value, slope, and what was clipped.
+"""The policy loss of a token, a function of the log-probability of the sampled token, and its derivative.
 
-Its gradient w.r.t. the logits z needs no more than the slope s = ∂loss/∂log p(y) and the probabilities p,
+Its gradient w.r.t. the logits z needs no more than the derivative s = ∂loss/∂log p(y) and the probabilities p,
 
     ∂loss/∂z_v = s · (1[v = y] − p_v)
 
@@ -22,7 +22,7 @@ class PolicyTerm(NamedTuple):
     """The policy loss of each token, [...] each, without gradient."""
 
     loss: Tensor
-    slope: Tensor  # its derivative w.r.t. the log-probability of the sampled token
+    derivative: Tensor  # that w.r.t. the log-probability of the sampled token
     clipped: Tensor  # 1 where the range of the ratio took effect
 
 
@@ -44,26 +44,26 @@ def policy_term(
     if surrogate.kind == "clipped":
         loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
         clipped = ((ratio > high) & (advantages > 0.0)) | ((ratio < low) & (advantages < 0.0))
-        slope = (-ratio * advantages).masked_fill(clipped | ~follows, 0.0)
+        derivative = (-ratio * advantages).masked_fill(clipped | ~follows, 0.0)
     elif surrogate.kind == "cispo":
-        slope = (-ratio.clamp(low, high) * advantages).masked_fill(~possible, 0.0)
-        loss = slope * log_probs.masked_fill(~possible, 0.0)
+        derivative = (-ratio.clamp(low, high) * advantages).masked_fill(~possible, 0.0)
+        loss = derivative * log_probs.masked_fill(~possible, 0.0)
         clipped = (ratio < low) | (ratio > high)
     else:
         positive, negative = surrogate.sapo_temperatures
-        temperature = torch.where(advantages > 0.0, positive, negative)
+        temperature = torch.full_like(ratio, negative).masked_fill(advantages > 0.0, positive)
         gate = torch.sigmoid(temperature * (ratio - 1.0))
         loss = -(4.0 / temperature) * gate * advantages
-        slope = (-4.0 * gate * (1.0 - gate) * ratio * advantages).masked_fill(~follows, 0.0)
+        derivative = (-4.0 * gate * (1.0 - gate) * ratio * advantages).masked_fill(~follows, 0.0)
         clipped = torch.zeros_like(ratio)
-    return PolicyTerm(loss, slope, clipped.to(log_probs.dtype))
+    return PolicyTerm(loss, derivative, clipped.to(log_probs.dtype))
 
 
 def policy_scale(log_probs: Tensor, tokens: TokenInputs, objective: Objective) -> Tensor | None:
-    """All factors [C] of 1[v = y] − p_v in each token's gradient w.r.t. the products; None without a policy gradient."""
+    """All factors [C] of 1[v = y] − p_v in the gradient w.r.t. the products; None without a policy gradient."""
     if tokens.policy is None or objective.surrogate is None:
         return None
     term = policy_term(log_probs, tokens.old_log_probs, tokens.policy.advantages, objective.surrogate)
-    scale = term.slope * tokens.policy.grad_weights.to(term.slope.dtype)
+    scale = term.derivative * tokens.policy.grad_weights.to(term.derivative.dtype)
     scale = scale if tokens.loss_scale is None else scale * tokens.loss_scale
     return scale * (objective.logit_scale / objective.temperature)

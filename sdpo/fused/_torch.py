@@ -66,10 +66,10 @@ def chunk_loss(
         # d logits / d products, but for the soft-cap.
         scale = (scale * (objective.logit_scale / objective.temperature))[:, None]
         grad_inside, grad_tail = grad_inside * scale, grad_tail * scale[:, 0]
-        slope, at_token = policy_scale(log_token_p, tokens, objective), None
-        if slope is not None:
+        of_policy, at_token = policy_scale(log_token_p, tokens, objective), None
+        if of_policy is not None:
             grad_inside, grad_tail, grad_token = _add_policy_gradient(
-                slope, grad_inside, grad_tail, support == token, log_p, log_tail_p, log_token_p
+                of_policy, grad_inside, grad_tail, support == token, log_p, log_tail_p, log_token_p
             )
             at_token = token, softcap_backward_(grad_token, token_student, objective)[:, None]
         softmax_outside = softcap_backward_(p.outside, z_student, objective)
@@ -273,7 +273,7 @@ def _loss_weights(log_probs: Tensor, tokens: TokenInputs, objective: Objective) 
 
 
 def _add_policy_gradient(
-    slope: Tensor,
+    scale: Tensor,
     grad_inside: Tensor,
     grad_tail: Tensor,
     is_token: Tensor,
@@ -281,19 +281,19 @@ def _add_policy_gradient(
     log_tail_p: Tensor,
     log_token_p: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add slope · (1[v = y] − p_v): the gradient on the support [C, K], of the tail [C] and at the sampled token [C].
+    """Add scale · (1[v = y] − p_v): the gradient on the support [C, K], of the tail [C] and at the sampled token [C].
 
     The last is 0 where ``is_token`` [C, K] finds the sampled token y in the support.
     """
     outside = ~is_token.any(dim=1) & ~log_token_p.isneginf()
     # The token's share of the divergence's tail, and 1 − p.
     share = (log_token_p - log_tail_p).masked_fill(~outside, -math.inf).exp()
-    grad_token = (grad_tail * share - slope * log_token_p.expm1()).masked_fill(~outside, 0.0)
+    grad_token = (grad_tail * share - scale * log_token_p.expm1()).masked_fill(~outside, 0.0)
     p, p_tail = log_p.exp(), log_tail_p.exp()
     # On the support 1 − p is the sum of all others: no difference of near equals where p is close to 1.
     others = p.masked_fill(is_token, 0.0).sum(dim=1) + p_tail
-    policy = slope[:, None] * torch.where(is_token, others[:, None], -p)
-    return grad_inside + policy, grad_tail - slope * p_tail, grad_token
+    policy = scale[:, None] * torch.where(is_token, others[:, None], -p)
+    return grad_inside + policy, grad_tail - scale * p_tail, grad_token
 
 
 def _write_grad_logits(

@@ -97,6 +97,7 @@ def check_surrogate(
     sapo_temperatures: tuple[float, float] | None,
 ) -> Surrogate | None:
     """Validate the scalars of the policy gradient; None without one, or with one of weight 0."""
+    _check_together("advantages", advantages, "policy_weight", policy_weight, "a policy gradient")
     check_choice("surrogate", surrogate, ("clipped", "cispo", "sapo"))
     clips = {"clip_low": (clip_low, 1.0), "clip_high": (clip_high, math.inf)}
     takes_clips, takes_temperatures = surrogate != "sapo", surrogate == "sapo"
@@ -155,7 +156,6 @@ def check_operands(
             check_shape(name, value, tokens.shape, like="the shape of tokens")
     if advantages is None or old_log_probs is None:
         _check_together("old_log_probs", old_log_probs, "is_clip", objective.is_clip, "importance weights")
-    _check_together("advantages", advantages, "policy_weight", policy_weight, "a policy gradient")
     coef = objective.trust_region_coef
     _check_together("reference", reference, "trust_region_coef", coef, "a trust-region teacher")
     vocabulary = student.weight.shape[0]
