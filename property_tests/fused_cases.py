@@ -67,7 +67,9 @@ class Case:
         if "reference_hidden" in tensors and "reference_weight" not in tensors:
             shared = {f"reference_{part}": tensors.get(f"teacher_{part}") for part in HEAD_PARTS[1:]}
             tensors |= {name: value for name, value in shared.items() if value is not None}
-        heads = {}
+        heads: dict[str, Any] = {}
+        if "teacher_ids" in tensors:
+            heads["teacher"] = sdpo.TeacherTopK(tensors.pop("teacher_ids"), tensors.pop("teacher_log_probs"))
         for model in ("student", "teacher", "reference"):
             if f"{model}_hidden" in tensors:
                 parts = (tensors.pop(f"{model}_{part}", None) for part in HEAD_PARTS)
@@ -93,11 +95,19 @@ class Case:
     def plain_per_token(self) -> tuple[Tensor, Tensor]:
         """Divergence and weight of every token, masked or not."""
         t, s = self.tensors, self.scalars
-        student, teacher = self.logits("student"), self.logits("teacher")
-        names = ("support", "k", "tail", "alpha", "temperature")
-        divergence = sdpo.distillation_loss(
-            student, teacher, tokens=t["tokens"], **{name: s[name] for name in names}
+        student, options = (
+            self.logits("student"),
+            {name: s[name] for name in ("tail", "alpha", "temperature")},
         )
+        if s["support"] == "given":
+            divergence = sdpo.given_topk_distillation_loss(
+                student, t["teacher_ids"], t["teacher_log_probs"], **options
+            )
+        else:
+            options |= {"support": s["support"], "k": s["k"]}
+            divergence = sdpo.distillation_loss(
+                student, self.logits("teacher"), tokens=t["tokens"], **options
+            )
         weights = torch.ones_like(divergence).detach()
         if "old_log_probs" in t and s.get("is_clip") is not None:
             log_probs = self.log_probs("student").gather(-1, t["tokens"][..., None])[..., 0]
@@ -164,6 +174,17 @@ def make_case(
     if scalars.get("support") == "sampled":
         defaults["alpha"] = 1.0
     return Case(tensors, defaults).with_(**scalars)
+
+
+def with_given_teacher(case: Case, k: int, tail: str = "bucket") -> Case:
+    """The case with the top K of its teacher, as a server gives them, in place of the teacher."""
+    log_probs = case.log_probs("teacher").detach()
+    ids = log_probs.topk(k, dim=-1).indices
+    tensors = {name: value for name, value in case.tensors.items() if not name.startswith("teacher")}
+    return Case(
+        tensors | {"teacher_ids": ids, "teacher_log_probs": log_probs.gather(-1, ids)},
+        case.scalars | {"support": "given", "k": None, "tail": tail},
+    )
 
 
 def with_policy(case: Case, seed: int = 0, *, weight: float | None = None, **scalars: Any) -> Case:

@@ -26,6 +26,7 @@ from fused_cases import (
     per_token_error,
     relative_error,
     shared_buffer_error,
+    with_given_teacher,
     with_policy,
 )
 from torch import Tensor
@@ -159,10 +160,28 @@ def policy_gradients() -> dict[str, float]:
     results["policy, cispo"] = error(cispo)
     for name in ("jsd", "reverse", "soft-cap", "teacher's support", "sampled"):
         scalars = CASES[name]
-        results[f"bf16 gradient, policy, {name}"] = bf16_grad_error(_launch.chunk_loss, **scalars, policy=True)
+        results[f"bf16 gradient, policy, {name}"] = bf16_grad_error(
+            _launch.chunk_loss, **scalars, policy=True
+        )
     results["wrong: policy of another token"] = error(
         cases["jsd"].with_(tokens=cases["jsd"].tensors["tokens"].roll(1)), cases["jsd"]
     )
+    return results
+
+
+def given_teachers() -> dict[str, float]:
+    """A teacher whose top K are given, in which the sampled tokens may or may not be."""
+    results = {}
+    for name in ("jsd", "forward", "soft-cap", "temperature and scale"):
+        results[f"given, {name}"] = error(with_given_teacher(make_case(1, n=5, v=507, **CASES[name]), k=20))
+    case = make_case(1, n=5, v=507, alpha=1.0)
+    results["given, one token"] = error(with_given_teacher(case, k=1))
+    results["given, renormalized"] = error(with_given_teacher(case, k=33, tail="renormalize"))
+    results["given, policy"] = error(with_policy(with_given_teacher(case, k=20)))
+    results["given, all tokens"] = error(with_given_teacher(make_case(7, n=5, v=33), k=33))
+    given = with_given_teacher(case, k=20)
+    other = given.with_(teacher_ids=(given.tensors["teacher_ids"] + 1) % 507)
+    results["wrong: given, other ids"] = error(other, given)
     return results
 
 
@@ -238,7 +257,7 @@ def main() -> None:
     results["certain student, full"] = certain_student_error(_launch.chunk_loss, support="full")
     results["row scale"] = bf16_length_errors(_launch.chunk_loss, k=100)[0]
     results["row scale, full"] = bf16_length_errors(_launch.chunk_loss, support="full")[0]
-    results |= policy_gradients()
+    results |= policy_gradients() | given_teachers()
     results |= elementwise() | inexact_products() | unscaled_grad()
     results["shared buffer, teacher's support"] = shared_buffer_error(
         _launch.chunk_loss, torch.float32, support="teacher", k=20

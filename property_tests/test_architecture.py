@@ -185,14 +185,15 @@ CORE_ARROWS: dict[str, set[str]] = {
     "parallel": _BASE | {"divergence"},
     "given": _BASE | {"divergence", "topk"},
     "loss": _BASE | _PLAIN,
-    "fused": _BASE | {"importance", "metrics"},
+    "fused": _BASE | {"given", "importance", "metrics"},
 }
 FUSED_ARROWS: dict[str, set[str]] = {
     "_types": set(),
     "_validate": {"_types"},
     "_policy": {"_types"},
-    "_torch": {"_types", "_policy"},
-    "triton": {"_types", "_torch", "_policy"},
+    "_given": {"_types"},
+    "_torch": {"_types", "_given", "_policy"},
+    "triton": {"_types", "_torch", "_given", "_policy"},
     "_matmul": {"_types", "triton"},
     "_plan": {"_types", "_validate", "_matmul", "_torch", "triton"},
     "_chunks": {"_types", "_matmul"},

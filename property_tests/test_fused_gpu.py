@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import Case, make_case, relative_error, with_policy
+from fused_cases import Case, make_case, relative_error, with_given_teacher, with_policy
 
 import sdpo
 from sdpo.fused import _chunks
@@ -67,6 +67,14 @@ def test_kernels_give_the_plain_policy_gradient(scalars: dict[str, Any], dtype: 
 def test_kernels_give_the_plain_policy_gradient_alone(scalars: dict[str, Any], dtype: torch.dtype) -> None:
     case = with_policy(make_case(2, n=130, d=128, v=50257, **scalars), weight=1.0)
     check(case, dtype, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_kernels_give_the_plain_loss_of_a_served_teacher(tail: str, dtype: torch.dtype) -> None:
+    case = with_given_teacher(make_case(15, n=33, d=64, v=1003, softcap=20.0), 20, tail)
+    check(case, dtype, backend="triton", chunk_size=16)
+    check(with_policy(case), dtype, backend="triton", chunk_size=16)
 
 
 @pytest.mark.parametrize("scalars", [{"k": 100}, {"support": "teacher"}, {"support": "full"}], ids=str)

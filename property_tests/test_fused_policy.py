@@ -31,7 +31,11 @@ from sdpo.fused._policy import policy_term
 from sdpo.fused._types import Surrogate
 
 SUPPORTS: list[dict[str, Any]] = [
-    *({"support": owner, "tail": tail} for owner in ("student", "teacher") for tail in ("bucket", "renormalize")),
+    *(
+        {"support": owner, "tail": tail}
+        for owner in ("student", "teacher")
+        for tail in ("bucket", "renormalize")
+    ),
     {"support": "full"},
     {"support": "sampled"},
 ]
@@ -129,7 +133,9 @@ def without_a_range(case: Case, factor: float, **options: Any) -> Result:
     return fused_with_policy(case.with_(clip_low=1.0, clip_high=math.inf), factor, **options)
 
 
-def property_per_token_losses_let_the_caller_reduce(implementation: Callable[..., Tensor], case: Case) -> None:
+def property_per_token_losses_let_the_caller_reduce(
+    implementation: Callable[..., Tensor], case: Case
+) -> None:
     rng = torch.Generator().manual_seed(0)
     a, b = torch.rand(2, *case.tensors["tokens"].shape, generator=rng, dtype=torch.float64)
     leafed, leaves = case.leaves()
@@ -271,7 +277,9 @@ def test_importance_weights_are_of_the_divergence_only() -> None:
 
 def test_one_advantage_and_one_weight_per_row() -> None:
     case = with_policy(make_case(5, n=(3, 4), v=64))
-    rows = case.with_(advantages=torch.arange(3.0).double() - 1.0, policy_weight=torch.tensor([0.0, 0.5, 1.0]))
+    rows = case.with_(
+        advantages=torch.arange(3.0).double() - 1.0, policy_weight=torch.tensor([0.0, 0.5, 1.0])
+    )
     spread = {name: rows.tensors[name][:, None].expand(3, 4) for name in ("advantages", "policy_weight")}
     assert_same(fused(rows), fused(rows.with_(**spread)), 0.0)
     assert relative_error(fused(rows)["total"], fused(case)["total"]) > 1e-3
@@ -280,7 +288,9 @@ def test_one_advantage_and_one_weight_per_row() -> None:
 def test_masked_tokens_are_never_read() -> None:
     case = with_policy(make_case(6, n=20, v=64))
     mask = case.tensors["loss_mask"]
-    poison = {name: case.tensors[name].masked_fill(~mask, math.nan) for name in ("advantages", "policy_weight")}
+    poison = {
+        name: case.tensors[name].masked_fill(~mask, math.nan) for name in ("advantages", "policy_weight")
+    }
     assert_same(fused(case.with_(**poison)), fused(case), 0.0)
 
 
@@ -406,7 +416,11 @@ def trl_loss(loss_type: str, log_probs: Tensor, case: Case) -> Tensor:
         aux_loss_enabled=False,
         _entropy_bonus_enabled=False,
         _metrics={"train": {}},
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (log_probs, torch.zeros_like(log_probs), None),
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
+            log_probs,
+            torch.zeros_like(log_probs),
+            None,
+        ),
     )
     trainer._metrics["train"] = _Lists()
     inputs = {
@@ -482,8 +496,16 @@ BAD_POLICY: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"clip_high": None}, TypeError, "clip_high: expected"),
     ({"surrogate": "gspo"}, ValueError, r"surrogate: expected one of \('clipped', 'cispo', 'sapo'\)"),
     ({"surrogate": "sapo"}, ValueError, "clip_low: expected None with surrogate='sapo'"),
-    ({"sapo_temperatures": (1.0, 1.0)}, ValueError, "sapo_temperatures: expected None with surrogate='clipped'"),
-    ({"surrogate": "sapo", "clip_low": None, "clip_high": None}, TypeError, "sapo_temperatures: expected a tuple"),
+    (
+        {"sapo_temperatures": (1.0, 1.0)},
+        ValueError,
+        "sapo_temperatures: expected None with surrogate='clipped'",
+    ),
+    (
+        {"surrogate": "sapo", "clip_low": None, "clip_high": None},
+        TypeError,
+        "sapo_temperatures: expected a tuple",
+    ),
     (
         {"surrogate": "sapo", "clip_low": None, "clip_high": None, "sapo_temperatures": (1.0, 0.0)},
         ValueError,

@@ -39,7 +39,7 @@ from sdpo.advantages import (
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
 from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss
-from sdpo.given import check_teacher_topk, given_topk_distillation_loss, safe_tail
+from sdpo.given import TeacherTopK, check_teacher_topk, given_topk_distillation_loss, safe_tail
 from sdpo.importance import importance_weights
 from sdpo.loss import LossOutput, distillation_loss, self_distillation_loss
 from sdpo.metrics import TokenStatistics, mean_metrics, token_statistics
@@ -95,6 +95,7 @@ __all__ = [
     "Reprompts",
     "Teacher",
     "TeacherState",
+    "TeacherTopK",
     "Templates",
     "TokenStatistics",
     "TopK",

@@ -7,7 +7,7 @@ that were rounded on their way may leave less than nothing. The student is read 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,26 @@ from sdpo.topk import GatheredLogProbs, add_tail_bucket, gather_log_probs, renor
 MASS_TOLERANCE = 0.01
 # What 1 − Σp of float32 log-probabilities cannot tell from 0.
 SMALLEST_TAIL = 1e-6
+
+
+class TeacherTopK(NamedTuple):
+    """The top K tokens of a served teacher at each position: the ``teacher`` of ``fused_distillation_loss``.
+
+    Args:
+        ids: [..., K] int64 or int32, distinct along K, in [0, V) of the student.
+        log_probs: [..., K] floating, their log-probabilities in nats, normalised over the full vocabulary, at the
+            temperature of the rollout.
+
+    Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation), with the teacher's support.
+
+    Example:
+        >>> import torch
+        >>> teacher = TeacherTopK(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.3]]).log())
+        >>> check_teacher_topk(*teacher, vocabulary=5)
+    """
+
+    ids: Tensor
+    log_probs: Tensor
 
 
 def check_teacher_topk(ids: Tensor, log_probs: Tensor, vocabulary: int) -> None:
@@ -198,11 +218,16 @@ def given_topk_distillation_loss(
     teacher = safe_tail(teacher_log_probs.detach())
     if tail == "renormalize":
         return generalized_jsd(renormalize(student.log_probs), renormalize(teacher.log_probs), alpha=alpha)
+    log_q = teacher_categories(teacher, student.log_tail)
+    return generalized_jsd(add_tail_bucket(*student), log_q, alpha=alpha)
+
+
+def teacher_categories(teacher: GatheredLogProbs, student_log_tail: Tensor) -> Tensor:
+    """Log-probabilities [..., K + 1] of the K tokens and their tail, as they are compared with a student's."""
     # What rounding left of 1 must make no divergence infinite, in either direction.
     log_tail = teacher.log_tail.clamp(min=math.log(SMALLEST_TAIL))
-    log_tail = log_tail.masked_fill(student.log_tail.isneginf(), -math.inf)
-    log_q = renormalize(add_tail_bucket(teacher.log_probs, log_tail))
-    return generalized_jsd(add_tail_bucket(*student), log_q, alpha=alpha)
+    log_tail = log_tail.masked_fill(student_log_tail.isneginf(), -math.inf)
+    return renormalize(add_tail_bucket(teacher.log_probs, log_tail))
 
 
 def _readable(tensor: Tensor) -> bool:

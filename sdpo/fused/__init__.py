@@ -7,6 +7,7 @@ several more. Here the logits of a few hundred tokens exist at a time, and their
     _policy             the policy gradient of a token
     _autograd           the autograd functions
     _chunks, _matmul    the loop over chunks; its matrix products
+    _given              the distribution of a teacher whose top K are given
     _torch, triton/     the loss of one chunk and the gradient of its logits, in plain torch and in kernels
     _types              what these modules exchange
 """
@@ -27,9 +28,11 @@ from sdpo.fused._validate import (
     check_objective,
     check_operands,
     check_surrogate,
+    check_teacher,
     find_active,
     refuse_vmap,
 )
+from sdpo.given import TeacherTopK
 from sdpo.metrics import mean_metrics
 
 
@@ -37,7 +40,9 @@ class FusedOutput(NamedTuple):
     """The loss of one micro-batch and statistics of its tokens: add totals and counts, then divide.
 
     Per-token fields have the shape [...] of ``tokens`` and are 0 where ``loss_mask`` is false. They are float32
-    (float64 for float64 inputs), log-probabilities and divergences in nats.
+    (float64 for float64 inputs), log-probabilities and divergences in nats. With support "given" the teacher's mass
+    outside the K tokens, 1e-6 at least, counts as spread evenly over all others: so does teacher_entropy, an upper
+    bound then, and teacher_log_probs of a token that is not among the K.
 
     Args:
         total: [] Σ weights · per_token + policy_weights · policy_loss over the active tokens.
@@ -92,7 +97,7 @@ class FusedOutput(NamedTuple):
 
 def fused_distillation_loss(
     student: LMHead,
-    teacher: LMHead,
+    teacher: LMHead | TeacherTopK,
     tokens: Tensor,
     *,
     support: Support,
@@ -139,19 +144,24 @@ def fused_distillation_loss(
     c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias is teacher.bias`` and
     there is no soft-cap, both share one product (two if the weight has 16 bits).
 
-    With ``advantages`` A and ``policy_weight`` λ the total is, where ``ratio`` is exp(log_probs − old_log_probs), its
-    exponent bounded by ±20, and 1 where ``old_log_probs`` is NaN or not given::
+    With ``advantages`` A and ``policy_weight`` λ, where ``ratio`` is exp(log_probs − old_log_probs), its exponent
+    bounded by ±20, and 1 where ``old_log_probs`` is NaN or not given::
 
+        clipped    policy_loss = -min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A)
+        cispo      policy_loss = -stop_gradient(clamp(ratio, 1 - clip_low, 1 + clip_high)) * A * log_probs
+        sapo       policy_loss = -4 / t * sigmoid(t * (ratio - 1)) * A    # t of positive or of other advantages
         total = (weights * (λ * policy_loss + (1 - λ) * importance_weights * per_token))[loss_mask].sum()
-        clipped     policy_loss = -min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A)
-        cispo       policy_loss = -stop_gradient(clamp(ratio, 1 - clip_low, 1 + clip_high)) * A * log_probs
-        sapo        policy_loss = -4 / t * sigmoid(t * (ratio - 1)) * A    # t of positive or of other advantages
 
-    The importance weights multiply the divergence only. TRL's ``loss_type`` is a surrogate and weights, with B rows of
-    L tokens each and T tokens in the batch: grpo, 1 / (B·L); bnpo and dapo, 1 / T; dr_grpo, 1 / (B·max_length); luspo,
-    1 / B; sapo with the weights of grpo, cispo with those of dapo, clip_low 1 and clip_high ``epsilon_high`` − 1. The
-    mean of bnpo is over a micro-batch. Not supported: ratios of sequences (GSPO, vespo) and ``delta``. Any other
-    objective whose derivative d w.r.t. log_probs is known has the gradient of A = −d without ``old_log_probs``.
+    The loss types of TRL are a surrogate and ``weights``, with B rows of L tokens each and T tokens in the batch::
+
+        grpo, sapo     1 / (B * L)
+        bnpo           1 / T, of the micro-batch
+        dapo, cispo    1 / T, of the optimizer step; cispo with clip_low 1 and clip_high epsilon_high - 1
+        dr_grpo        1 / (B * max_completion_length)
+        luspo          1 / B
+
+    Ratios of whole sequences (GSPO, vespo) and ``delta`` are not supported. Any objective whose derivative d w.r.t.
+    log_probs is known before the call has the gradient of A = −d without ``old_log_probs``.
 
     The same inputs give the same bits on one device. Under ``torch.autocast`` the products run in autocast's dtype.
     ``torch.compile`` of a caller breaks its graph here.
@@ -159,17 +169,20 @@ def fused_distillation_loss(
     Args:
         student: LMHead of hidden [..., D], weight [V, D] and bias [V] or None, floating.
         teacher: LMHead of hidden [..., D'], weight [V, D'] and bias [V] or None, floating; D' may differ from D.
+            With support "given" a TeacherTopK of ids and log_probs [..., K], as ``given_topk_distillation_loss``
+            takes them; ``temperature``, ``softcap`` and ``logit_scale`` are of the student alone then.
         tokens: [...] int64 or int32, the sampled tokens. Where ``loss_mask`` is false any id will do.
         support: the tokens on which the models are compared: the K likeliest of the "student" or the "teacher", the
-            "full" vocabulary, or the "sampled" token, a surrogate for the reverse divergence (alpha 1).
+            "full" vocabulary, the "sampled" token, a surrogate for the reverse divergence (alpha 1), or the "given"
+            tokens of a served teacher.
         k: number of tokens in [1, V] with support "student" or "teacher", else None.
         tail: the probability outside the support becomes one more category ("bucket"), or the models are
             conditioned on the support ("renormalize"). None with support "full" and "sampled".
         alpha: in [0, 1]: 0 for KL(teacher‖student), 1 for KL(student‖teacher), between them the generalized JSD.
         temperature: > 0, divides the logits of both models: the sampling temperature of the rollout.
         loss_mask: [...] bool, true where a token has a loss.
-        old_log_probs: [...] floating, the student's log-probabilities at rollout in nats, for importance weights and
-            the ratio of the policy gradient; NaN gives 1. None: no importance weights, and a ratio of 1.
+        old_log_probs: [...] floating, the student's log-probabilities at rollout in nats, for importance weights
+            and the ratio of the policy gradient; NaN gives 1. None: no importance weights, and a ratio of 1.
         is_clip: > 0, the largest importance weight. None for no importance weights; needed with ``old_log_probs``
             unless there are ``advantages``.
         weights: [...] floating, further factors of each token: rollout correction, row weights, 1/length for a mean
@@ -196,15 +209,15 @@ def fused_distillation_loss(
 
     Returns:
         FusedOutput with total, count, per-token statistics, and the metrics of ``mean_metrics`` with
-        ``is_clip_fraction`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token); with a policy
-        gradient also ``policy_loss`` and ``policy_clip_fraction`` (tokens whose ratio the range stopped, or with
-        "cispo" limited; 0 with "sapo").
+        ``is_clip_fraction`` and ``sampled_token_overlap`` (min(p, q) / max(p, q) of the sampled token). With a
+        policy gradient also ``policy_loss`` and ``policy_clip_fraction``, the share of tokens whose gradient the
+        ratio's range stops, with "cispo" limits; 0 with "sapo".
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes that do not fit, tensors on several devices, scalars out of range, arguments that exclude
             or need each other, a backend that cannot run here; on a CPU also an active token outside [0, V), an
-            advantage that is not finite, or a policy weight outside [0, 1].
+            advantage that is not finite, a policy weight outside [0, 1], or what ``check_teacher_topk`` refuses.
         NotImplementedError: under ``torch.func.vmap``, and for forward-mode or second derivatives.
 
     Gradient: from ``total`` to student.hidden, student.weight and student.bias; first derivatives in reverse mode
@@ -229,6 +242,7 @@ def fused_distillation_loss(
     """
     objective = check_objective(
         vocabulary=check_head("student", student).weight.shape[0],
+        given_k=check_teacher(teacher, support),
         support=support,
         k=k,
         tail=tail,

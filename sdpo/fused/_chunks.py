@@ -36,6 +36,7 @@ from sdpo.fused._types import (
     TokenInputs,
     TokenStats,
 )
+from sdpo.given import TeacherTopK
 
 
 class LossAndGrads(NamedTuple):
@@ -146,9 +147,15 @@ class _ChunkLoop:
         """The student's products [C, V]."""
         return self.project(self.operands.student, chunk, self.student_products)
 
-    def project_teacher(self, chunk: slice) -> ModelChunk:
-        """The teacher's products [C, V]; of a trust region, those of its centre too, or of both models mixed."""
-        teacher, reference = self.operands.teacher, self.operands.reference
+    def project_teacher(self, chunk: slice) -> ModelChunk | TeacherTopK:
+        """The teacher's products [C, V]; of a trust region, those of its centre too, or of both models mixed.
+
+        Of a teacher whose top K are given, those [C, K].
+        """
+        teacher, reference, topk = self.operands.teacher, self.operands.reference, self.operands.teacher_topk
+        if teacher is None:
+            assert topk is not None
+            return TeacherTopK(*(self.active_tokens(values, chunk) for values in topk))
         if reference is None:
             return self.project(teacher, chunk, self.teacher_products)
         if self.reference_products is not None:
@@ -184,7 +191,9 @@ class _ChunkLoop:
             tokens=self.active_tokens(ops.tokens, chunk),
             old_log_probs=self.active_tokens(ops.old_log_probs, chunk),
             weights=self.active_tokens(ops.weights, chunk),
-            grad_weights=None if self.grad_weights is None else self.grad_weights.per_token[chunk].contiguous(),
+            grad_weights=None
+            if self.grad_weights is None
+            else self.grad_weights.per_token[chunk].contiguous(),
             loss_scale=self.loss_scale,
             policy=self.policy_inputs(chunk),
         )

@@ -37,7 +37,9 @@ def make_plan(operands: Operands, objective: Objective, *, chunk_size: int | Non
     dtype = operand_dtype(hidden, weight, autocast)
     chunk_loss = _choose_backend(backend, device, working_dtype(dtype), objective)
     gradient = grad_logits_dtype(device, dtype)
-    shared_buffer = chunk_loss is kernels.chunk_loss and kernels.can_share_buffer(objective, gradient)
+    is_torch, is_given = chunk_loss is _torch.chunk_loss, operands.teacher is None
+    # There is one model to project if the other's top K are given.
+    shared_buffer = is_given or (not is_torch and kernels.can_share_buffer(objective, gradient))
     separate_reference = operands.reference is not None and not _shares_product(operands, objective)
     if chunk_size is None:
         working = working_dtype(dtype).itemsize
@@ -45,8 +47,9 @@ def make_plan(operands: Operands, objective: Objective, *, chunk_size: int | Non
         per_logit = working * (2 - shared_buffer + separate_reference)
         if gradient.itemsize < working:
             per_logit += gradient.itemsize
-        if chunk_loss is _torch.chunk_loss:
-            per_logit += working * (_TORCH_BUFFERS_FULL if objective.support == "full" else _TORCH_BUFFERS)
+        if is_torch:
+            buffers = _TORCH_BUFFERS_FULL if objective.support == "full" else _TORCH_BUFFERS + is_given
+            per_logit += working * buffers
         chunk_size = fitting_chunk_size(per_logit * weight.shape[0], device)
     else:
         meaning = "a number of tokens, or None for a choice"
@@ -90,6 +93,7 @@ def _choose_backend(
 def _shares_product(operands: Operands, objective: Objective) -> bool:
     """Whether a trust region's logits are those of its mixed hidden states, as through one linear head."""
     teacher, reference = operands.teacher, operands.reference
+    assert teacher is not None
     assert reference is not None
     same_head = reference.weight is teacher.weight and reference.bias is teacher.bias
     return same_head and objective.softcap is None

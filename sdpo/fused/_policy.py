@@ -29,7 +29,7 @@ class PolicyTerm(NamedTuple):
 def policy_term(
     log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor, surrogate: Surrogate
 ) -> PolicyTerm:
-    """The surrogate of tokens with log-probabilities [...]; without ``old_log_probs`` on-policy, with a ratio of 1."""
+    """The surrogate of tokens with log-probabilities [...]; without ``old_log_probs`` of a ratio of 1."""
     advantages = advantages.to(log_probs.dtype)
     possible = ~log_probs.isneginf()
     log_ratio = torch.zeros_like(log_probs)

@@ -9,8 +9,8 @@ grad_j = g_j − G·p_j,
     ∂L/∂z_v = grad_v                               v inside the support
     ∂L/∂z_v = grad_tail · softmax_outside(z)_v     v outside
 
-Nothing is divided by a nearly empty tail, and the tail is never computed as 1 − Σp. The policy gradient has the same
-form, but for the sampled token where it is outside the support: its gradient is written by itself.
+Nothing is divided by a nearly empty tail, and the tail is never computed as 1 − Σp. The policy gradient has the
+same form, but for the sampled token where it is outside the support: its gradient is written by itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import logaddexp, logsumexp
+from sdpo.fused._given import given_at_support
 from sdpo.fused._policy import policy_scale
-from sdpo.fused._types import GradLogits, ModelChunk, Objective, Project, TokenInputs, TokenStats
+from sdpo.fused._types import (
+    AtSupport,
+    GradLogits,
+    ModelChunk,
+    Objective,
+    Project,
+    ProjectTeacher,
+    TokenInputs,
+    TokenStats,
+)
+from sdpo.given import TeacherTopK
 from sdpo.importance import importance_weights
 
 
 def chunk_loss(
     project_student: Project,
-    project_teacher: Project,
+    project_teacher: ProjectTeacher,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -40,53 +51,53 @@ def chunk_loss(
     The gradient is that of Σ weights · per_token w.r.t. the student's products. The products of both models are
     overwritten; ``grad_logits.values`` may be the student's.
     """
-    student, teacher = project_student(), project_teacher()
+    student, teacher, token = project_student(), project_teacher(), tokens.tokens[:, None]
     z_student = logits_from_products(student.products, student.bias, student.accumulation_bias, objective)
-    z_teacher = teacher_logits(teacher, objective)
-    support = select_support(z_student, z_teacher, tokens.tokens, objective)
-    token = tokens.tokens[:, None]
-    token_student, token_teacher = z_student.gather(1, token)[:, 0], z_teacher.gather(1, token)[:, 0]
-    q = split_at_support(z_teacher, support)
-    p = split_at_support(z_student, support, scratch=z_teacher)
-
-    log_p, log_q = p.inside - p.normalizer[:, None], q.inside - q.normalizer[:, None]
-    log_tail_p, log_tail_q = p.log_outside - p.normalizer, q.log_outside - q.normalizer
-    log_token_p = token_student - p.anchor[:, 0] - p.normalizer
-    log_token_q = token_teacher - q.anchor[:, 0] - q.normalizer
-    if objective.support == "sampled":
-        per_token, grad_inside, grad_tail = _sampled_token(log_token_p, log_token_q, log_tail_p)
+    token_student = z_student.gather(1, token)
+    if isinstance(teacher, TeacherTopK):
+        support = teacher.ids
+        p_split = split_at_support(z_student, support, scratch=torch.empty_like(z_student))
+        p = _at_support(p_split, token_student)
+        q = given_at_support(teacher, tokens.tokens, p.log_tail, z_student.shape[1])
     else:
-        per_token, grad_inside, grad_tail = _divergence_on_support(
-            log_p, log_q, log_tail_p, log_tail_q, objective
-        )
-    weights, clipped = _loss_weights(log_token_p, tokens, objective)
+        z_teacher = teacher_logits(teacher, objective)
+        support = select_support(z_student, z_teacher, tokens.tokens, objective)
+        token_teacher = z_teacher.gather(1, token)
+        q = _at_support(split_at_support(z_teacher, support), token_teacher)
+        p_split = split_at_support(z_student, support, scratch=z_teacher)
+        p = _at_support(p_split, token_student)
+    if objective.support == "sampled":
+        per_token, grad_inside, grad_tail = _sampled_token(p.token_log_prob, q.token_log_prob, p.log_tail)
+    else:
+        per_token, grad_inside, grad_tail = _divergence_on_support(p, q, objective)
+    weights, clipped = _loss_weights(p.token_log_prob, tokens, objective)
     if grad_logits is not None:
         scale = weights if tokens.grad_weights is None else tokens.grad_weights.to(weights.dtype)
         scale = scale if tokens.loss_scale is None else scale * tokens.loss_scale
         # d logits / d products, but for the soft-cap.
         scale = (scale * (objective.logit_scale / objective.temperature))[:, None]
         grad_inside, grad_tail = grad_inside * scale, grad_tail * scale[:, 0]
-        of_policy, at_token = policy_scale(log_token_p, tokens, objective), None
+        of_policy, at_token = policy_scale(p.token_log_prob, tokens, objective), None
         if of_policy is not None:
             grad_inside, grad_tail, grad_token = _add_policy_gradient(
-                of_policy, grad_inside, grad_tail, support == token, log_p, log_tail_p, log_token_p
+                of_policy, grad_inside, grad_tail, support == token, p
             )
-            at_token = token, softcap_backward_(grad_token, token_student, objective)[:, None]
-        softmax_outside = softcap_backward_(p.outside, z_student, objective)
-        grad_inside = softcap_backward_(grad_inside, p.inside + p.anchor, objective)
+            at_token = token, softcap_backward_(grad_token[:, None], token_student, objective)
+        softmax_outside = softcap_backward_(p_split.outside, z_student, objective)
+        grad_inside = softcap_backward_(grad_inside, p_split.inside + p_split.anchor, objective)
         _write_grad_logits(grad_logits, support, grad_inside, grad_tail[:, None], softmax_outside, at_token)
     torch.stack(
         TokenStats(
             per_token=per_token,
             weights=weights,
-            log_probs=log_token_p,
-            teacher_log_probs=log_token_q,
+            log_probs=p.token_log_prob,
+            teacher_log_probs=q.token_log_prob,
             student_entropy=p.entropy,
             teacher_entropy=q.entropy,
-            student_topk_mass=(p.log_inside - p.normalizer).exp(),
-            teacher_topk_mass=(q.log_inside - q.normalizer).exp(),
-            student_log_tail=log_tail_p,
-            teacher_log_tail=log_tail_q,
+            student_topk_mass=p.log_mass.exp(),
+            teacher_topk_mass=q.log_mass.exp(),
+            student_log_tail=p.log_tail,
+            teacher_log_tail=q.log_tail,
             clipped=clipped,
         ),
         out=stats,
@@ -182,6 +193,17 @@ def split_at_support(logits: Tensor, support: Tensor, scratch: Tensor | None = N
     return SupportSplit(anchor, inside, log_inside, log_outside, normalizer, normalizer - mean, outside)
 
 
+def _at_support(split: SupportSplit, token_logit: Tensor) -> AtSupport:
+    """Normalize a split distribution; ``token_logit`` [C, 1] is the sampled token's."""
+    return AtSupport(
+        log_probs=split.inside - split.normalizer[:, None],
+        log_tail=split.log_outside - split.normalizer,
+        log_mass=split.log_inside - split.normalizer,
+        token_log_prob=(token_logit - split.anchor)[:, 0] - split.normalizer,
+        entropy=split.entropy,
+    )
+
+
 def divergence_and_grad(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """JSD_α of normalized log-probabilities [C, M], p the student's: value [C] and gradient g − G·p [C, M].
 
@@ -230,13 +252,12 @@ def _log_over_mixture(delta: Tensor, weight: float) -> Tensor:
     return -torch.where(near, small, ((1 - weight) + weight * delta.exp()).log())
 
 
-def _divergence_on_support(
-    log_p: Tensor, log_q: Tensor, log_tail_p: Tensor, log_tail_q: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor]:
+def _divergence_on_support(p: AtSupport, q: AtSupport, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence [C], its gradient on the support [C, K] and of the tail [C]."""
+    log_p, log_q = p.log_probs, q.log_probs
     if objective.tail == "bucket":
-        log_p = torch.cat([log_p, log_tail_p[:, None]], dim=1)
-        log_q = torch.cat([log_q, log_tail_q[:, None]], dim=1)
+        log_p = torch.cat([log_p, p.log_tail[:, None]], dim=1)
+        log_q = torch.cat([log_q, q.log_tail[:, None]], dim=1)
         per_token, grad = divergence_and_grad(log_p, log_q, objective.alpha)
         return per_token, grad[:, :-1], grad[:, -1]
     if objective.tail == "renormalize":
@@ -273,23 +294,18 @@ def _loss_weights(log_probs: Tensor, tokens: TokenInputs, objective: Objective) 
 
 
 def _add_policy_gradient(
-    scale: Tensor,
-    grad_inside: Tensor,
-    grad_tail: Tensor,
-    is_token: Tensor,
-    log_p: Tensor,
-    log_tail_p: Tensor,
-    log_token_p: Tensor,
+    scale: Tensor, grad_inside: Tensor, grad_tail: Tensor, is_token: Tensor, student: AtSupport
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add scale · (1[v = y] − p_v): the gradient on the support [C, K], of the tail [C] and at the sampled token [C].
+    """Add scale · (1[v = y] − p_v): the gradient on the support [C, K], of the tail [C] and at token y [C].
 
     The last is 0 where ``is_token`` [C, K] finds the sampled token y in the support.
     """
-    outside = ~is_token.any(dim=1) & ~log_token_p.isneginf()
+    log_token = student.token_log_prob
+    outside = ~is_token.any(dim=1) & ~log_token.isneginf()
     # The token's share of the divergence's tail, and 1 − p.
-    share = (log_token_p - log_tail_p).masked_fill(~outside, -math.inf).exp()
-    grad_token = (grad_tail * share - scale * log_token_p.expm1()).masked_fill(~outside, 0.0)
-    p, p_tail = log_p.exp(), log_tail_p.exp()
+    share = (log_token - student.log_tail).masked_fill(~outside, -math.inf).exp()
+    grad_token = (grad_tail * share - scale * log_token.expm1()).masked_fill(~outside, 0.0)
+    p, p_tail = student.log_probs.exp(), student.log_tail.exp()
     # On the support 1 − p is the sum of all others: no difference of near equals where p is close to 1.
     others = p.masked_fill(is_token, 0.0).sum(dim=1) + p_tail
     policy = scale[:, None] * torch.where(is_token, others[:, None], -p)

@@ -12,7 +12,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-Support = Literal["student", "teacher", "full", "sampled"]
+from sdpo.given import TeacherTopK
+
+Support = Literal["student", "teacher", "full", "sampled", "given"]
 Tail = Literal["bucket", "renormalize"]
 SurrogateKind = Literal["clipped", "cispo", "sapo"]
 
@@ -58,7 +60,7 @@ class Objective:
     """The Python scalars of the objective, the same for every chunk."""
 
     support: Support
-    k: int | None  # an int in [1, V) with support "student" or "teacher", else None
+    k: int | None  # an int in [1, V) with support "student" or "teacher", in [1, V] with "given", else None
     tail: Tail | None  # likewise
     alpha: float
     is_clip: float | None
@@ -108,6 +110,16 @@ class GradLogits(NamedTuple):
     row_scale: Tensor | None  # [C] working dtype, with 16-bit values; None: 1
 
 
+class AtSupport(NamedTuple):
+    """One model's distribution at a support of K tokens and the tail."""
+
+    log_probs: Tensor  # [C, K]
+    log_tail: Tensor  # [C] outside the support; −inf if nothing is outside
+    log_mass: Tensor  # [C] on the support
+    token_log_prob: Tensor  # [C] of the sampled token
+    entropy: Tensor  # [C] over the full vocabulary
+
+
 class TokenStats(NamedTuple):
     """Statistics of a chunk's tokens, [C] each in the working dtype, without gradient."""
 
@@ -128,8 +140,9 @@ class Operands(NamedTuple):
     """The tensors of the fused loss, their leading dimensions flattened to N."""
 
     student: LMHead  # hidden [N, D]
-    teacher: LMHead  # hidden [N, D'] with the teacher's own hidden size D'
+    teacher: LMHead | None  # hidden [N, D'] with the teacher's own hidden size D'; None: its top K are given
     reference: LMHead | None  # the trust region's centre, hidden [N, D']
+    teacher_topk: TeacherTopK | None  # [N, K]; None: there is a teacher
     tokens: Tensor  # [N] int64
     active: Tensor | None  # [n] int64, positions where the loss mask is true; None: all N
     old_log_probs: Tensor | None  # [N]
@@ -147,20 +160,27 @@ class Operands(NamedTuple):
 
     def flatten(self) -> tuple[Tensor | None, ...]:
         """All tensors, the student's hidden, weight and bias first."""
-        reference = (None, None, None) if self.reference is None else self.reference
-        return (*self.student, *self.teacher, *reference, *self[3:])
+        teacher, reference = (
+            (None,) * 3 if head is None else head for head in (self.teacher, self.reference)
+        )
+        topk = (None, None) if self.teacher_topk is None else self.teacher_topk
+        return (*self.student, *teacher, *reference, *topk, *self[4:])
 
     @classmethod
     def unflatten(cls, tensors: Sequence[Any]) -> Operands:
         """The inverse of ``flatten``."""
-        student, teacher, reference = (LMHead(*tensors[i : i + 3]) for i in (0, 3, 6))
-        return cls(student, teacher, None if tensors[6] is None else reference, *tensors[9:])
+        student = LMHead(*tensors[:3])
+        teacher, reference = (None if tensors[i] is None else LMHead(*tensors[i : i + 3]) for i in (3, 6))
+        topk = None if tensors[9] is None else TeacherTopK(*tensors[9:11])
+        return cls(student, teacher, reference, topk, *tensors[11:])
 
 
 # Computes a model's products. With one buffer for both models (Plan.shared_buffer) it overwrites the other's.
 Project = Callable[[], ModelChunk]
+# The teacher's products, or what is given of it.
+ProjectTeacher = Callable[[], ModelChunk | TeacherTopK]
 # Projects student and teacher, fills stats [len(TokenStats), C] and, unless None, the gradient w.r.t. the logits.
-ChunkLoss = Callable[[Project, Project, TokenInputs, Objective, Tensor, GradLogits | None], None]
+ChunkLoss = Callable[[Project, ProjectTeacher, TokenInputs, Objective, Tensor, GradLogits | None], None]
 
 
 class Plan(NamedTuple):

@@ -12,6 +12,7 @@ from sdpo._validate import (
     check_alpha,
     check_choice,
     check_device,
+    check_int,
     check_real,
     check_shape,
     check_support,
@@ -19,6 +20,7 @@ from sdpo._validate import (
     type_name,
 )
 from sdpo.fused._types import LMHead, Objective, Operands, Support, Surrogate, SurrogateKind, Tail
+from sdpo.given import TeacherTopK, check_teacher_topk
 
 
 def check_head(name: str, head: object, vocabulary: int | None = None) -> LMHead:
@@ -43,9 +45,28 @@ def check_head(name: str, head: object, vocabulary: int | None = None) -> LMHead
     return head
 
 
+def check_teacher(teacher: object, support: object) -> int | None:
+    """Demand the kind of teacher that the support needs; the number of its ids, if they are given."""
+    if support != "given":
+        if isinstance(teacher, TeacherTopK):
+            raise TypeError(
+                f"teacher: expected an LMHead with support={support!r}, got a TeacherTopK; pass support='given'"
+            )
+        return None
+    if not isinstance(teacher, TeacherTopK):
+        raise TypeError(
+            f"teacher: expected a TeacherTopK with support='given', got {type_name(teacher)}; "
+            "pass sdpo.TeacherTopK(ids, log_probs)"
+        )
+    check_tensor("teacher.ids", teacher.ids, "integer", min_ndim=2)
+    check_tensor("teacher.log_probs", teacher.log_probs, "floating")
+    return teacher.ids.shape[-1]
+
+
 def check_objective(
     *,
     vocabulary: int,
+    given_k: int | None,
     support: Support,
     k: int | None,
     tail: Tail | None,
@@ -57,10 +78,19 @@ def check_objective(
     trust_region_coef: float | None,
     surrogate: Surrogate | None,
 ) -> Objective:
-    """Validate the scalars of the objective."""
+    """Validate the scalars of the objective; ``given_k`` is the number of the teacher's ids, if they are given."""
     alpha = check_alpha(alpha)
-    check_support(support, k, tail, alpha, vocabulary=vocabulary)
-    if k == vocabulary:
+    check_choice("support", support, ("student", "teacher", "full", "sampled", "given"))
+    if support == "given":
+        if k is not None:
+            raise ValueError(
+                f"k: expected None with support='given', got {k!r}; it is the number of the teacher's ids"
+            )
+        check_choice("tail", tail, ("bucket", "renormalize"))
+        k = check_int("teacher.ids.shape[-1]", given_k, low=1, high=vocabulary, meaning="1 to V distinct ids")
+    else:
+        check_support(support, k, tail, alpha, vocabulary=vocabulary)
+    if k == vocabulary and support != "given":
         # A support of all V tokens has no order and no tail.
         support, k, tail = "full", None, None
     if is_clip is not None:
@@ -99,41 +129,35 @@ def check_surrogate(
     """Validate the scalars of the policy gradient; None without one, or with one of weight 0."""
     _check_together("advantages", advantages, "policy_weight", policy_weight, "a policy gradient")
     check_choice("surrogate", surrogate, ("clipped", "cispo", "sapo"))
-    clips = {"clip_low": (clip_low, 1.0), "clip_high": (clip_high, math.inf)}
-    takes_clips, takes_temperatures = surrogate != "sapo", surrogate == "sapo"
-    if advantages is None:
-        if surrogate != "clipped":
-            raise ValueError(f"surrogate: expected advantages with {surrogate!r}, got None; pass advantages")
-        takes_clips = takes_temperatures = False
-    owner = f"surrogate={surrogate!r}" if advantages is not None else "no advantages"
-    for name, value, taken in (
-        *((name, value, takes_clips) for name, (value, _) in clips.items()),
-        ("sapo_temperatures", sapo_temperatures, takes_temperatures),
+    if advantages is None and surrogate != "clipped":
+        raise ValueError(f"surrogate: expected advantages with {surrogate!r}, got None; pass advantages")
+    has_range = advantages is not None and surrogate != "sapo"
+    has_temperatures = advantages is not None and surrogate == "sapo"
+    owner = "no advantages" if advantages is None else f"surrogate={surrogate!r}"
+    for name, value, allowed in (
+        ("clip_low", clip_low, has_range),
+        ("clip_high", clip_high, has_range),
+        ("sapo_temperatures", sapo_temperatures, has_temperatures),
     ):
-        if value is not None and not taken:
+        if value is not None and not allowed:
             raise ValueError(f"{name}: expected None with {owner}, got {value!r}; leave it out")
-    if advantages is None:
-        return None
-    half_widths = [1.0, math.inf]
+    low, high, temperatures = 1.0, math.inf, (1.0, 1.0)
     # On-policy the ratio is 1, whatever its range.
-    if takes_clips and not (old_log_probs is None and clip_low is clip_high is None):
+    if has_range and not (old_log_probs is None and clip_low is clip_high is None):
         meaning = "a half-width, for example 0.2"
-        half_widths = [
-            check_real(name, value, low=0.0, high=high, meaning=meaning)
-            for name, (value, high) in clips.items()
-        ]
-    temperatures = (1.0, 1.0)
-    if takes_temperatures:
+        low = check_real("clip_low", clip_low, low=0.0, high=1.0, meaning=meaning)
+        high = check_real("clip_high", clip_high, low=0.0, high=math.inf, meaning=meaning)
+    if has_temperatures:
         temperatures = _check_sapo_temperatures(sapo_temperatures)
-    if not isinstance(policy_weight, Tensor) and policy_weight == 0.0:
+    if advantages is None or (not isinstance(policy_weight, Tensor) and policy_weight == 0.0):
         return None
-    return Surrogate(surrogate, *half_widths, temperatures)
+    return Surrogate(surrogate, low, high, temperatures)
 
 
 def check_operands(
     *,
     student: LMHead,
-    teacher: LMHead,
+    teacher: LMHead | TeacherTopK,
     reference: LMHead | None,
     tokens: Tensor,
     loss_mask: Tensor,
@@ -159,7 +183,17 @@ def check_operands(
     coef = objective.trust_region_coef
     _check_together("reference", reference, "trust_region_coef", coef, "a trust-region teacher")
     vocabulary = student.weight.shape[0]
-    heads = {"student": student, "teacher": check_head("teacher", teacher, vocabulary)}
+    heads, topk = {"student": student}, None
+    if isinstance(teacher, TeacherTopK):
+        topk = teacher._replace(ids=teacher.ids.long())
+        if reference is not None:
+            raise ValueError("reference: expected None with support='given', got an LMHead; leave it out")
+        for name, value in topk._asdict().items():
+            expected = (*tokens.shape, topk.ids.shape[-1])
+            check_shape(f"teacher.{name}", value, expected, like="tokens, then K")
+            check_device(f"teacher.{name}", value, student.hidden, like="the device of student.hidden")
+    else:
+        heads["teacher"] = check_head("teacher", teacher, vocabulary)
     if reference is not None:
         heads["reference"] = check_head("reference", reference, vocabulary)
     for name, head in heads.items():
@@ -176,7 +210,7 @@ def check_operands(
             check_device(name, value, student.hidden, like="the device of student.hidden")
     if reference is not None and coef in (0.0, 1.0):
         # At either end of the trust region one of the two models is the teacher.
-        teacher, reference = (reference if coef == 0.0 else teacher), None
+        heads["teacher"], reference = (reference if coef == 0.0 else heads["teacher"]), None
     weights = None if weights is None else weights.flatten()
     policy_weights = None
     if advantages is not None:
@@ -190,8 +224,9 @@ def check_operands(
             weights, policy_weights = (upcast(factors) * part for part in (1.0 - share, share))
     return Operands(
         student=_flatten_tokens(student),
-        teacher=_flatten_tokens(teacher),
+        teacher=None if topk is not None else _flatten_tokens(heads["teacher"]),
         reference=None if reference is None else _flatten_tokens(reference),
+        teacher_topk=None if topk is None else TeacherTopK(*(values.flatten(0, -2) for values in topk)),
         tokens=tokens.flatten().long(),
         active=None,
         old_log_probs=None if old_log_probs is None else old_log_probs.flatten(),
@@ -207,8 +242,14 @@ def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
     This waits for the device, which has nothing to do until the first product: what can come before it, does.
     """
     active = loss_mask.flatten().nonzero().flatten()
-    _check_token_ids(operands.tokens, active, operands.student.weight.shape[0])
-    return operands if active.shape[0] == loss_mask.numel() else operands._replace(active=active)
+    vocabulary, topk = operands.student.weight.shape[0], operands.teacher_topk
+    _check_token_ids(operands.tokens, active, vocabulary)
+    if active.shape[0] != loss_mask.numel():
+        operands = operands._replace(active=active)
+    if topk is not None:
+        ids, log_probs = (operands.of_active(values) for values in topk)
+        check_teacher_topk(ids, log_probs, vocabulary)
+    return operands
 
 
 def unsupported(transform: str) -> NotImplementedError:

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, Objective, Project, TokenInputs
+from sdpo.fused._types import UNSCALED_GRAD_DTYPE, GradLogits, Objective, Project, ProjectTeacher, TokenInputs
 
 # The blocks of a wider support would not fit the registers of one program.
 MAX_K = 1024
@@ -44,7 +44,7 @@ def can_share_buffer(objective: Objective, grad_dtype: torch.dtype) -> bool:
 
 def chunk_loss(
     student: Project,
-    teacher: Project,
+    teacher: ProjectTeacher,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,

@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sdpo.fused._given import given_at_support
 from sdpo.fused._policy import policy_scale
 from sdpo.fused._torch import row_scale, teacher_logits
 from sdpo.fused._types import (
@@ -27,10 +28,12 @@ from sdpo.fused._types import (
     ModelChunk,
     Objective,
     Project,
+    ProjectTeacher,
     TokenInputs,
     TokenStats,
 )
 from sdpo.fused.triton import _exact_logits, _full_vocab, _math, _reductions, _statistics, _topk, _topk_loss
+from sdpo.given import TeacherTopK
 
 # The sizes and warps below were tuned on an H200.
 # Logits per program, and its warps, of a pass over one model's vocabulary, and of one over both models'.
@@ -115,7 +118,7 @@ class _NormalizedSupport(NamedTuple):
 
 def chunk_loss(
     project_student: Project,
-    project_teacher: Project,
+    project_teacher: ProjectTeacher,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -129,7 +132,7 @@ def chunk_loss(
 
 def _topk_chunk_loss(
     project_student: Project,
-    project_teacher: Project,
+    project_teacher: ProjectTeacher,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -149,6 +152,13 @@ def _topk_chunk_loss(
         teacher = _teacher(project_teacher(), objective)
         teacher_support = _gather_support(teacher, tokens.tokens, ids)
         q = _normalize(teacher, teacher_support, ids, tokens.tokens, objective, stats, is_teacher=True)
+    elif objective.support == "given":
+        topk, student = project_teacher(), _model(project_student(), objective)
+        assert isinstance(topk, TeacherTopK)
+        ids = topk.ids
+        student_support = _gather_support(student, tokens.tokens, ids, unscaled_grad)
+        p = _normalize(student, student_support, ids, tokens.tokens, objective, stats, is_teacher=False)
+        q = _given(topk, tokens.tokens, student.products.shape[1], stats)
     else:
         teacher = _teacher(project_teacher(), objective)
         if objective.support == "teacher":
@@ -202,7 +212,7 @@ def _topk_chunk_loss(
 
 def _full_chunk_loss(
     project_student: Project,
-    project_teacher: Project,
+    project_teacher: ProjectTeacher,
     tokens: TokenInputs,
     objective: Objective,
     stats: Tensor,
@@ -402,6 +412,18 @@ def _normalize(
     return _NormalizedSupport(support.logits, anchor, support.log_outside, normalizer)
 
 
+def _given(teacher: TeacherTopK, tokens: Tensor, vocabulary: int, stats: Tensor) -> _NormalizedSupport:
+    """A teacher whose top K are given; its part of ``stats``, of which the student's is there."""
+    rows = TokenStats(*stats.unbind())
+    q = given_at_support(teacher, tokens, rows.student_log_tail, vocabulary)
+    rows.teacher_log_probs.copy_(q.token_log_prob)
+    rows.teacher_entropy.copy_(q.entropy)
+    rows.teacher_topk_mass.copy_(q.log_mass.exp())
+    rows.teacher_log_tail.copy_(q.log_tail)
+    zeros = torch.zeros_like(q.log_mass)
+    return _NormalizedSupport(q.log_probs, anchor=zeros, log_outside=q.log_tail, normalizer=zeros)
+
+
 def _recomputes_top_logits(objective: Objective) -> bool:
     """Whether the largest logits are recomputed; the surrogate of a sampled token promises no such accuracy."""
     return objective.support != "sampled"
@@ -471,8 +493,9 @@ def _model(model: ModelChunk, objective: Objective) -> _Model:
     return _Model(model.products, bias, scale, softcap, factors)
 
 
-def _teacher(teacher: ModelChunk, objective: Objective) -> _Model:
+def _teacher(teacher: ModelChunk | TeacherTopK, objective: Objective) -> _Model:
     """The teacher; of a trust region with a reference's own products, the mixed logits, which need no mapping."""
+    assert isinstance(teacher, ModelChunk)
     if teacher.reference is None or objective.trust_region_coef is None:
         return _model(teacher, objective)
     logits = teacher_logits(teacher, objective)
