@@ -334,6 +334,27 @@ def test_metrics_of_the_policy_gradient() -> None:
     )
 
 
+def losses(case: Case, hidden: Tensor) -> Tensor:
+    """The total, made of the losses of each token."""
+    out = case.with_(student_hidden=hidden).fused(backend="torch", reduction="none")
+    return (out.weights * out.per_token + out.policy_weights * out.policy_loss).sum()
+
+
+def test_under_functional_transforms() -> None:
+    case = with_policy(make_case(10, n=9, v=64))
+    hidden, expected = case.tensors["student_hidden"], fused(case)["student_hidden"]
+    total = torch.func.grad(lambda h: case.with_(student_hidden=h).fused(backend="torch").total)
+    assert relative_error(total(hidden), expected) < 1e-12
+    assert relative_error(torch.func.grad(lambda h: losses(case, h))(hidden), expected) < 1e-12
+    leaf = hidden.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(losses(case, leaf), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="a second derivative"):
+        gradient.sum().backward()
+    batch = case.tensors["advantages"].expand(2, 9)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.func.vmap(lambda advantages: case.with_(advantages=advantages).fused().total)(batch)
+
+
 # ---- surrogates ----------------------------------------------------------------------------------------------
 
 

@@ -56,13 +56,14 @@ def test_kernels_equal_the_torch_backend(errors: dict[str, float]) -> None:
     assert len(checks) > 30
     # float32 against float64. Where models nearly agree the rounding of the logits shows; a gradient is rounded to
     # the dtype of its leaf. The interpreter truncates to bf16 instead of rounding: the tail, which does not enter
-    # the row scale, is always a little too small.
+    # the row scale, is always a little too small. A given teacher's tail is 1 − Σp of float32 numbers.
     leaf_rounding = {f"{dtype} gradient": torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
     larger = {
         "nearly agreeing models": 2e-4,
         "certain student": 1e-4,
         "row scale": 2e-4,
         "bf16 gradient": 2**-7,
+        "given": 1e-4,
     } | leaf_rounding
     allowed = {name: larger.get(name.split(", ")[0], 2e-5) for name in checks}
     assert not {name: error for name, error in checks.items() if not error < allowed[name]}

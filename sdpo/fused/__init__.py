@@ -41,8 +41,8 @@ class FusedOutput(NamedTuple):
 
     Per-token fields have the shape [...] of ``tokens`` and are 0 where ``loss_mask`` is false. They are float32
     (float64 for float64 inputs), log-probabilities and divergences in nats. With support "given" the teacher's mass
-    outside the K tokens, 1e-6 at least, counts as spread evenly over all others: so does teacher_entropy, an upper
-    bound then, and teacher_log_probs of a token that is not among the K.
+    outside the K tokens, 1e-6 at least, is taken as spread evenly over all other tokens: for teacher_entropy, which
+    is an upper bound then, and for teacher_log_probs of a token that is not among the K.
 
     Args:
         total: [] Σ weights · per_token + policy_weights · policy_loss over the active tokens.
