@@ -82,6 +82,14 @@ RUNS = {
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         {"loss_aggregation": "sequence-mean"},
     ),
+    "a GRPO part": Run(
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"grpo_weight": 0.5}
+    ),
+    "routing, and a rank without a distilled row": Run(
+        config={"routing": "srpo", "loss_aggregation": "batch-token-mean", "token_weights": "confidence"},
+        succeeds=lambda row: row in (1, 2),
+        feedback=False,
+    ),
     "trust region": Run(config={"teacher_mode": "trust_region"}),
     "live": Run(config={"teacher_mode": "live"}),
     "checkpointed": Run({"gradient_checkpointing": True}),
@@ -98,6 +106,7 @@ SHARDED_RUNS = [
     "nobody has anything to learn",
     "steps without signal around one with",
     "a group on both ranks",
+    "routing, and a rank without a distilled row",
     "trust region",
     "live",
     "ranks that start apart",

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from statistics import mean
+from dataclasses import dataclass, field, replace
+from statistics import mean, stdev
 from typing import Any
 
 import tiny
@@ -146,6 +146,12 @@ class Method:
     batch_token_mean: bool = False
     pass_rate: bool = False  # weights of rows
     confidence: float | None = None  # β of the weights of tokens
+    gate: float | None = None  # β of the other weights of tokens
+    grpo: float = 0.0  # λ
+    grpo_final: float | None = None  # λ of the last step
+    routed: bool = False
+    epsilon: float = 0.2
+    evidence: tuple[float, float] | None = None  # mix and clip
     teacher: str = "ema"
     rate: float = 0.3
     tick_every_step: bool = False
@@ -238,6 +244,17 @@ def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.detach().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
+def advantage(row: Row) -> float:
+    """The score relative to the group, in its standard deviations."""
+    scores = [tiny.score(one.text) for one in [row, *row.peers]]
+    return (scores[0] - mean(scores)) / (stdev(scores) + 1e-4)
+
+
+def policy_loss(log_ratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
+
+
 def undecided(row: Row) -> float:
     """√(p(1−p)) of the pass rate p of a row's group."""
     rate = mean(float(tiny.score(one.text) >= 1.0) for one in [row, *row.peers])
@@ -266,26 +283,44 @@ class ReferenceStep:
 
     def step(self, rows: list[Row], *, stale: bool) -> tuple[float, Weights]:
         """Loss and gradient; `stale`: the rows were sampled with earlier weights of the student."""
-        method, losses = self.method, []
+        method, losses, policy = self.method, [], []
         for row in rows:
             text = reprompt(row, method)
-            if text is None or not any(row.counts):
+            if not any(row.counts):
                 continue
-            tokens = torch.tensor(row.completion)
-            context = render(row.prompt, text, method)
+            is_routed = method.routed and (text is None or tiny.score(row.text) >= 1.0)
+            text = None if is_routed else text
+            if text is None and method.grpo == 0.0 and not is_routed:
+                continue
+            counts, tokens = torch.tensor(row.counts), torch.tensor(row.completion)
             prompt = render(row.prompt, question_of(row.prompt), method)
             logits = completion_logits(self.student, prompt, row, method)
-            q = self.teacher_logits(context, row).softmax(-1)
-            loss = per_token_loss(logits.softmax(-1), q, tokens, method)
-            if stale and method.clip is not None:
+            log_probs = logits.log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            gap = log_probs - log_probs.detach()
+            if stale:
                 self.sampler.load_state_dict(row.sampled_with, strict=False)
                 with torch.no_grad():
                     old = completion_logits(self.sampler, prompt, row, method)
-                gap = sampled_log_probs(logits, tokens) - sampled_log_probs(old, tokens)
-                loss = loss * gap.exp().clamp(max=method.clip)
+                gap = log_probs - sampled_log_probs(old, tokens)
+            advantages = torch.full_like(gap, advantage(row))
+            if text is not None:
+                q = self.teacher_logits(render(row.prompt, text, method), row).softmax(-1)
+                evidence = sampled_log_probs(q.log(), tokens) - log_probs.detach()
+                if method.evidence is not None:
+                    mix, clip = method.evidence
+                    moved = (advantages.sign() * evidence).exp().clamp(1 - clip, 1 + clip)
+                    advantages = advantages * (1 - mix + mix * moved)
+            if is_routed or method.grpo:
+                policy.append(policy_loss(gap, advantages, method.epsilon)[counts])
+            if text is None:
+                continue
+            loss = per_token_loss(logits.softmax(-1), q, tokens, method)
+            if stale and method.clip is not None:
+                loss = loss * gap.detach().exp().clamp(max=method.clip)
+            if method.gate is not None:
+                loss = loss * (method.gate * evidence).sigmoid()
             if row.engine_gap is not None:
                 loss = loss * torch.tensor(row.engine_gap).double().exp().clamp(max=method.engine_clip)
-            counts = torch.tensor(row.counts)
             if method.pass_rate:
                 loss = loss * undecided(row) / mean(map(undecided, row.batch))
             if method.confidence is not None:
@@ -293,8 +328,11 @@ class ReferenceStep:
                 loss = loss * weights / weights[counts].mean()
             loss = loss[counts]
             losses.append(loss.mean()[None] if method.sequence_mean else loss)
-        loss = torch.cat(losses)
-        loss = loss.sum() / sum(sum(row.counts) for row in rows) if method.batch_token_mean else loss.mean()
+        loss, count = torch.cat([torch.zeros(0), *losses]), sum(sum(row.counts) for row in rows)
+        loss = loss.sum() / (count if method.batch_token_mean else max(len(loss), 1))
+        if policy:
+            share, other = (1.0, 1.0) if method.routed else (method.grpo, 1.0 - method.grpo)
+            loss = other * loss + share * torch.cat(policy).sum() / count
         named = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(loss, list(named.values()))
         return loss.item(), dict(zip(named, gradients, strict=True))
@@ -326,13 +364,20 @@ def compare(
         assert all(row.prompt_ids == render(row.prompt, question_of(row.prompt), method) for row in step.rows)
         reference.student.load_state_dict(step.before, strict=False)
         reference.teacher.load_state_dict(teacher, strict=False)
+        if method.grpo_final is not None:
+            progress = (number - 1) / (len(recorder.steps) - 1)
+            reference.method = replace(
+                method, grpo=method.grpo + progress * (method.grpo_final - method.grpo)
+            )
         loss, gradients = reference.step(step.rows, stale=stale)
         assert gradients.keys() == step.gradients.keys()
         # Relative to the norm of all: a parameter whose own gradient vanishes has no relative error.
         norm = torch.stack([g.norm() for g in gradients.values()]).norm()
         gap = torch.stack([(g - step.gradients[name]).norm() for name, g in gradients.items()]).norm()
-        gradient_error = max(gradient_error, (gap / norm).item())
-        loss_error = max(loss_error, abs(logged[number] - loss) / loss if not method.sampled else 0.0)
+        gradient_error = max(gradient_error, (gap / norm.clamp(min=1e-30)).item())
+        # A policy loss may vanish while its gradient does not.
+        scale = max(abs(loss), 0.1) if method.grpo or method.routed else loss
+        loss_error = max(loss_error, abs(logged[number] - loss) / scale if not method.sampled else 0.0)
         micro_batches += step.micro_batches
         due = number if method.tick_every_step else micro_batches // generate_every
         for _ in range(due - ticks):

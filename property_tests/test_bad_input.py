@@ -104,7 +104,51 @@ CONFIG: dict[str, list[Case]] = {
     "rollout_is_clip": clip("rollout_is_clip"),
     "loss_aggregation": choice("loss_aggregation", "token-mean", "batch-token-mean", "sequence-mean"),
     "row_weights": choice("row_weights", "none", "pass_rate"),
-    "token_weights": choice("token_weights", "none", "confidence"),
+    "grpo_weight": [
+        *fraction("grpo_weight", "GRPO's share of the loss"),
+        Case(
+            "grpo_weight: with routing",
+            lambda: SDPOConfig(grpo_weight=0.5, routing="srpo"),
+            ValueError,
+            ("grpo_weight: expected its default with routing='srpo'", "got 0.5", "routing='none'"),
+        ),
+    ],
+    "grpo_weight_final": [
+        field("grpo_weight_final", 1.5, ValueError, "[0, 1]", "got 1.5", "in the last step"),
+        field("grpo_weight_final", "1", TypeError, "got '1'"),
+        Case(
+            "grpo_weight_final: with routing",
+            lambda: SDPOConfig(grpo_weight_final=0.0, routing="srpo"),
+            ValueError,
+            ("grpo_weight_final: expected its default with routing='srpo'", "got 0.0", "remove it"),
+        ),
+    ],
+    "routing": choice("routing", "none", "srpo"),
+    "token_weights": [
+        *choice("token_weights", "none", "confidence", "gate", "evidence"),
+        *(
+            field(
+                "token_weights",
+                name,
+                ValueError,
+                "without GRPO's part",
+                repr(name),
+                "set grpo_weight above 0",
+            )
+            for name in ("gate", "evidence")
+        ),
+        Case(
+            "token_weights: evidence of rows without a teacher",
+            lambda: SDPOConfig(token_weights="evidence", routing="srpo"),
+            ValueError,
+            ("token_weights", "routing='srpo'", "got 'evidence'", "grpo_weight=1.0"),
+        ),
+    ],
+    "evidence_mix": fraction("evidence_mix", "the teacher's share of the advantages"),
+    "evidence_clip": [
+        field("evidence_clip", value, ValueError, "(0, 1]", "how far an advantage may change")
+        for value in (0.0, 1.5, math.nan)
+    ],
     "token_weights_beta": [
         field(
             "token_weights_beta", value, error, "finite number > 0", "the published value", f"got {value!r}"

@@ -276,7 +276,47 @@ TRAINER = [
         "a KL term that would be dropped",
         lambda path: train(path, beta=0.04),
         ValueError,
-        ("beta: expected 0.0", "got 0.04", "KL penalty", "enabled=False"),
+        ("beta: expected 0.0", "got 0.04", "KL penalty", "grpo_weight", "enabled=False"),
+    ),
+    Case(
+        "a KL penalty in a fused loss",
+        lambda path: train(path, beta=0.04, sdpo_config=tiny.config(grpo_weight=0.5, loss_backend="torch")),
+        ValueError,
+        ("loss_backend: expected 'auto' or 'logits' with beta=0.04", "got 'torch'", "set beta=0.0"),
+    ),
+    Case(
+        "a GRPO part with weights of whole sequences",
+        lambda path: train(path, loss_type="vespo", sdpo_config=tiny.config(grpo_weight=0.5)),
+        ValueError,
+        ("loss_type: expected one of", "got 'vespo'", "whole sequences", "enabled=False"),
+    ),
+    Case(
+        "a largest ratio below 1",
+        lambda path: train(path, loss_type="cispo", sdpo_config=tiny.config(routing="srpo")),
+        ValueError,
+        ("epsilon_high: expected at least 1 with loss_type='cispo'", "got 0.2", "5.0"),
+    ),
+    Case(
+        "a GRPO part in a step over two generation batches",
+        lambda path: train(
+            path,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=4,
+            steps_per_generation=2,
+            sdpo_config=tiny.config(grpo_weight=0.5),
+        ),
+        ValueError,
+        (
+            "steps_per_generation: expected a multiple of gradient_accumulation_steps (4)",
+            "got 2",
+            "change one",
+        ),
+    ),
+    Case(
+        "an entropy bonus beside a GRPO part",
+        lambda path: train(path, entropy_coef=0.01, sdpo_config=tiny.config(grpo_weight=0.5)),
+        ValueError,
+        ("entropy_coef", "got 0.01", "entropy bonus", "enabled=False"),
     ),
     Case(
         "an entropy bonus that would be dropped",

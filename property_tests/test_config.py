@@ -289,6 +289,7 @@ def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
         ({"teacher_mode": "frozen", "teacher_update_rate": 0.1}, ["teacher_update_rate=0.1"]),
         ({"teacher_mode": "live", "teacher_offload": "cpu"}, ["teacher_offload='cpu'"]),
         ({"token_weights_beta": 2.0}, ["token_weights_beta=2.0"]),
+        ({"evidence_mix": 0.1, "evidence_clip": 0.3}, ["evidence_mix=0.1", "evidence_clip=0.3"]),
         ({"trust_region_coef": 0.3}, ["trust_region_coef=0.3"]),
         ({"teacher_mode": "trust_region", "trust_region_coef": 0.3}, []),
         ({"support": "full", "enabled": False, "k": 7}, []),

@@ -138,6 +138,8 @@ def test_the_runs_differ(one: Observed) -> None:
         "micro-batches",
         "a step over two generation batches",
         "sequence mean",
+        "a GRPO part",
+        "routing, and a rank without a distilled row",
         "trust region",
         "live",
     ):

@@ -109,9 +109,9 @@ def test_a_dropped_or_unweighted_router_loss_is_detected(
     monkeypatch.undo()
     counted = SDPOTrainer._micro_batch_output
 
-    def uniform(self: Any, model: Any, inputs: Any) -> MicroBatchOutput:
+    def uniform(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> MicroBatchOutput:
         coefficient, self.router_aux_loss_coef = self.router_aux_loss_coef, 0.0
-        output = counted(self, model, inputs)
+        output = counted(self, model, inputs, *args, **kwargs)
         self.router_aux_loss_coef = coefficient
         ids, mask = (
             torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], 1)[inputs["row_mask"]]

@@ -28,6 +28,21 @@ OPTIONS: dict[str, tuple[dict[str, Any], Method]] = {
         {"token_weights": "confidence", "token_weights_beta": 0.3, "loss_aggregation": "sequence-mean"},
         Method(confidence=0.3, sequence_mean=True),
     ),
+    "a GRPO part": ({"grpo_weight": 0.3}, Method(grpo=0.3)),
+    "GRPO alone": ({"grpo_weight": 1.0}, Method(grpo=1.0)),
+    "a changing GRPO part": (
+        {"grpo_weight": 0.0, "grpo_weight_final": 0.8, "loss_aggregation": "batch-token-mean"},
+        Method(grpo=0.0, grpo_final=0.8, batch_token_mean=True),
+    ),
+    "routing": (
+        {"routing": "srpo", "loss_aggregation": "batch-token-mean", "token_weights": "confidence"},
+        Method(routed=True, batch_token_mean=True, confidence=1.0),
+    ),
+    "gate": ({"grpo_weight": 0.5, "token_weights": "gate"}, Method(grpo=0.5, gate=5.0)),
+    "evidence": (
+        {"grpo_weight": 0.9, "token_weights": "evidence", "evidence_clip": 0.4},
+        Method(grpo=0.9, evidence=(0.5, 0.4)),
+    ),
     "both weights": (
         {"token_weights": "confidence", "row_weights": "pass_rate", "loss_aggregation": "batch-token-mean"},
         Method(confidence=1.0, pass_rate=True, batch_token_mean=True),

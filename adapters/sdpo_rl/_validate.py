@@ -16,6 +16,8 @@ from .config import SDPOConfig
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 
+# The values of `loss_type` whose loss is a weighted sum over tokens.
+POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 _ROWS_CHECKED = 1000
 _MEDIA = ("image", "images", "audio", "video")
 # Names in other trainers, where the nearest name would mislead.
@@ -27,7 +29,8 @@ _OTHER_NAMES = {
     "tokenizer": "processing_class",
     "processor": "processing_class",
 }
-# Options of `GRPOConfig` that add to GRPO's loss: the value that turns one off, and what it adds.
+# Options of `GRPOConfig` that add to GRPO's loss: the value that turns one off, and what it adds. `beta` is refused
+# without a part of the loss that is GRPO's, the others always.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "beta": (0.0, "a KL penalty"),
     "entropy_coef": (0.0, "an entropy bonus"),
@@ -58,7 +61,9 @@ def check_construction(
     if not config.enabled:
         return
     check_sampling(args, config)
-    check_objective(args)
+    check_objective(args, config)
+    if config.has_policy_loss:
+        check_policy(args, config)
     if keywords.get("environment_factory") is None:  # an environment may return the prompts itself
         check_dataset(keywords.get("train_dataset"), "train_dataset")
         check_dataset(keywords.get("eval_dataset"), "eval_dataset")
@@ -178,15 +183,47 @@ def check_backend(config: SDPOConfig, device: torch.device) -> None:
         )
 
 
-def check_objective(args: Any) -> None:
+def check_objective(args: Any, config: SDPOConfig) -> None:
     """No option asks for a term or a mask that this loss does not have."""
     for name, (off, what) in _UNSUPPORTED.items():
         value = getattr(args, name, off)
-        if value not in (off, None):
-            raise ValueError(
-                f"{name}: expected {off!r}, got {value!r}, {what}, which the self-distillation loss does not have; "
-                f"set {name}={off!r}, or SDPOConfig(enabled=False)"
-            )
+        if value in (off, None) or (name == "beta" and config.has_policy_loss):
+            continue
+        part = "" if name != "beta" else ", SDPOConfig(grpo_weight=...) for a part that has it"
+        raise ValueError(
+            f"{name}: expected {off!r}, got {value!r}, {what}, which the self-distillation loss does not have; "
+            f"set {name}={off!r}{part}, or SDPOConfig(enabled=False)"
+        )
+
+
+def check_policy(args: Any, config: SDPOConfig) -> None:
+    """GRPO's part of the loss can be computed per token, over steps whose tokens are known when they begin."""
+    if args.loss_type not in POLICY_LOSS_TYPES:
+        raise ValueError(
+            f"loss_type: expected one of {POLICY_LOSS_TYPES} for GRPO's part of the loss, got {args.loss_type!r}, "
+            "whose weights are those of whole sequences; set one of them, or SDPOConfig(enabled=False)"
+        )
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if args.loss_type == "cispo" and high < 1.0:
+        raise ValueError(
+            f"epsilon_high: expected at least 1 with loss_type='cispo', whose largest ratio it is, got {high}; "
+            "set it to 5.0, for example"
+        )
+    if args.beta != 0.0 and config.loss_backend in ("torch", "triton"):
+        raise ValueError(
+            f"loss_backend: expected 'auto' or 'logits' with beta={args.beta}, got {config.loss_backend!r}; the "
+            "fused loss has no KL penalty: change it, or set beta=0.0"
+        )
+    generate_every, accumulation = (
+        args.steps_per_generation * args.num_iterations,
+        args.gradient_accumulation_steps,
+    )
+    if generate_every % accumulation:
+        raise ValueError(
+            f"steps_per_generation: expected a multiple of gradient_accumulation_steps ({accumulation}) with "
+            f"GRPO's part of the loss, got {args.steps_per_generation}; the divergence's denominator of a step "
+            "over several generation batches is known only at its end: change one of the two"
+        )
 
 
 def check_vocabulary(config: SDPOConfig, model: Any) -> None:

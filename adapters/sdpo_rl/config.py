@@ -17,7 +17,8 @@ Support = Literal["student", "teacher", "full", "sampled"]
 Tail = Literal["bucket", "renormalize"]
 Aggregation = Literal["token-mean", "batch-token-mean", "sequence-mean"]
 RowWeights = Literal["none", "pass_rate"]
-TokenWeights = Literal["none", "confidence"]
+TokenWeights = Literal["none", "confidence", "gate", "evidence"]
+Routing = Literal["none", "srpo"]
 TeacherMode = Literal["ema", "frozen", "trust_region", "live", "lora_ema"]
 TeacherTick = Literal["generation_batch", "optimizer_step"]
 TeacherDtype = Literal["float32", "bfloat16"]
@@ -79,12 +80,25 @@ class SDPOConfig:
             `batch-token-mean` over all its completion tokens, with or without a teacher signal, or `sequence-mean`
             over its active rows. Where few rows have a signal, the first and the last give each of them a larger
             share of the step; with `batch-token-mean` the loss shrinks with the share of active tokens.
+        grpo_weight: λ of λ·GRPO + (1−λ)·SDPO (paper §4.5, where .9 helped a 0.6B model), each part with its own
+            mean: GRPO's by `GRPOConfig.loss_type`, SDPO's by `loss_aggregation`. Default 0.0: no GRPO. At 1 the
+            divergence is still measured; `enabled=False` is GRPO without a teacher.
+        grpo_weight_final: λ of the last optimizer step, to which it changes linearly. Default `None`: constant.
+        routing: `none` (default), or `srpo` (SRPO, arXiv 2604.02288 §3.1): failed rows with a teacher signal have
+            SDPO's loss alone, all others GRPO's alone. SRPO's denominator is `loss_aggregation="batch-token-mean"`
+            with `loss_type="dapo"`, GRPOConfig's default.
         row_weights: `none` (default), or `pass_rate` (SC-SDPO, arXiv 2605.27765): √(p(1−p)) of the pass rate p of
-            the row's group, over its mean in the generation batch.
-        token_weights: `none` (default), or `confidence` (SRPO, arXiv 2604.02288 §3.2): exp(−β·H) of the teacher's
-            entropy H, over its mean in the row. SRPO's mean is that of the batch; a row's does not depend on how a
-            step is split. With a trainable LM head the fused loss then computes its chunks twice.
-        token_weights_beta: β of `token_weights`. Default `None`: 1 for `confidence` (SRPO §4.1).
+            the row's group, over its mean in the generation batch; a factor of the divergence.
+        token_weights: `none` (default); `confidence` (SRPO, arXiv 2604.02288 §3.2): exp(−β·H) of the teacher's
+            entropy H, over its mean in the row (SRPO's mean is that of the batch; a row's does not depend on how a
+            step is split); `gate` (SDAR, arXiv 2605.15155): sigmoid(β·Δ), Δ the teacher's minus the student's
+            log-probability of the sampled token; `evidence` (RLSD, arXiv 2604.03128): the advantages times
+            (1−m) + m·clip(exp(sign(A)·Δ), 1−ε, 1+ε). The first two are factors of the divergence, the last two
+            need a GRPO part. With a trainable LM head or a GRPO part the fused loss then computes its chunks twice.
+        token_weights_beta: β of `token_weights`. Default `None`: 1 for `confidence` (SRPO §4.1), 5 for `gate`
+            (SDAR).
+        evidence_mix: m of `evidence`, the teacher's share. Default 0.5 (RLSD's first value).
+        evidence_clip: ε of `evidence`. Default 0.2 (RLSD).
         teacher_mode: `ema` (default, reference), `frozen`, `trust_region` (best in paper Table 4), `live`,
             or `lora_ema`: `ema` that requires adapters.
         teacher_update_rate: weight of the *student* in the moving average. Default 0.05 (paper §3).
@@ -156,11 +170,16 @@ class SDPOConfig:
     is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio student/old.")
     rollout_is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio old/rollout.")
     loss_aggregation: Aggregation = _option("token-mean", "What the loss is a mean of.")
+    grpo_weight: float = _option(0.0, "GRPO's share of the loss.")
+    grpo_weight_final: float | None = _option(None, "GRPO's share in the last step; unset: constant.")
+    routing: Routing = _option("none", "Which rows have GRPO's loss and which SDPO's.")
     row_weights: RowWeights = _option("none", "Weights of rows: none, or by the pass rate of their group.")
-    token_weights: TokenWeights = _option("none", "Weights of tokens: none, or by the teacher's confidence.")
+    token_weights: TokenWeights = _option("none", "Weights of tokens by what the teacher says.")
     token_weights_beta: float | None = _option(
         None, "How fast a token's weight changes; unset: as published."
     )
+    evidence_mix: float = _option(0.5, "Teacher's share of the advantages with token_weights='evidence'.")
+    evidence_clip: float = _option(0.2, "How far token_weights='evidence' changes an advantage.")
     teacher_mode: TeacherMode = _option("ema", "Which weights read the reprompt.")
     teacher_update_rate: float = _option(0.05, "Weight of the student in the moving average.")
     trust_region_coef: float = _option(0.5, "Weight of the live student in the trust-region teacher.")
@@ -237,8 +256,18 @@ class SDPOConfig:
         _choice(self, "row_weights", get_args(RowWeights))
         _choice(self, "token_weights", get_args(TokenWeights))
         if self.token_weights_beta is not None:
-            fix = "pass the factor of the teacher's entropy, or None for the published value"
+            fix = "pass the factor of the teacher's entropy or evidence, or None for the published value"
             _number(self, "token_weights_beta", expected="a finite number > 0", fix=fix, low=0.0)
+        _choice(self, "routing", get_args(Routing))
+        _fraction(self, "grpo_weight", "GRPO's share of the loss, 0 for none")
+        if self.grpo_weight_final is not None:
+            _fraction(self, "grpo_weight_final", "GRPO's share in the last step, or None for a constant one")
+        _fraction(self, "evidence_mix", "the teacher's share of the advantages")
+        clip_meaning = "how far an advantage may change, for example 0.2"
+        self.evidence_clip = check_real(
+            "evidence_clip", self.evidence_clip, low=0.0, high=1.0, open_low=True, meaning=clip_meaning
+        )
+        self._check_parts()
         _choice(self, "teacher_mode", get_args(TeacherMode))
         _choice(self, "teacher_tick", get_args(TeacherTick))
         _choice(self, "teacher_dtype", get_args(TeacherDtype))
@@ -260,6 +289,25 @@ class SDPOConfig:
         self.apply_chat_template_kwargs = self.template_kwargs
         self.templates()
         self._warn_of_settings_without_effect()
+
+    def _check_parts(self) -> None:
+        """The options of GRPO's part do not contradict each other."""
+        if self.routing != "none" and (self.grpo_weight > 0.0 or self.grpo_weight_final is not None):
+            name = "grpo_weight" if self.grpo_weight > 0.0 else "grpo_weight_final"
+            raise ValueError(
+                f"{name}: expected its default with routing={self.routing!r}, got {getattr(self, name)!r}; a row "
+                "then has GRPO's loss or SDPO's, not a mix: remove it, or set routing='none'"
+            )
+        if self.token_weights in ("gate", "evidence") and not self.has_policy_loss:
+            raise ValueError(
+                f"token_weights: expected 'none' or 'confidence' without GRPO's part of the loss, got "
+                f"{self.token_weights!r}; set grpo_weight above 0"
+            )
+        if self.token_weights == "evidence" and self.routing != "none":
+            raise ValueError(
+                "token_weights: expected another value with routing='srpo', got 'evidence'; rows with GRPO's loss "
+                "then have no teacher: set routing='none' and grpo_weight=1.0"
+            )
 
     def _take_other_names(self, distillation_topk: int | None, distillation_add_tail: bool | None) -> None:
         default = {f.name: f.default for f in dataclasses.fields(self)}
@@ -284,7 +332,13 @@ class SDPOConfig:
         for name, applies, where in (
             ("k", self.uses_topk, "support='student' or 'teacher'"),
             ("tail", self.uses_topk, "support='student' or 'teacher'"),
-            ("token_weights_beta", self.token_weights != "none", "token_weights='confidence'"),
+            (
+                "token_weights_beta",
+                self.token_weights in ("confidence", "gate"),
+                "token_weights='confidence' or 'gate'",
+            ),
+            ("evidence_mix", self.token_weights == "evidence", "token_weights='evidence'"),
+            ("evidence_clip", self.token_weights == "evidence", "token_weights='evidence'"),
             ("teacher_update_rate", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_dtype", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_offload", self.teacher_mode != "live", "a teacher with weights of its own"),
@@ -310,6 +364,11 @@ class SDPOConfig:
     def uses_topk(self) -> bool:
         """Whether the support is the top-K of a model, so that `k` and `tail` apply."""
         return self.support in ("student", "teacher")
+
+    @property
+    def has_policy_loss(self) -> bool:
+        """Whether a part of the loss is GRPO's."""
+        return self.grpo_weight > 0.0 or bool(self.grpo_weight_final) or self.routing != "none"
 
     @property
     def weighs_tokens(self) -> bool:

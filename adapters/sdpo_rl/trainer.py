@@ -33,6 +33,7 @@ from .rollout.prompts import Renderer
 from .rollout.reprompts import Reprompter
 from .step import forward as step_forward
 from .step import micro_batch
+from .step import policy as step_policy
 from .step.batch import select_rows, teacher_inputs
 from .step.denominator import StepWindow, loss_count
 from .step.head import head_transform
@@ -176,6 +177,7 @@ class SDPOTrainer(_BASE):
         self._generations_done = 0  # with a teacher update
         self._transform = head_transform(self._unwrapped.config)
         self._fused: bool | None = None  # unknown until the first forward
+        self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -188,7 +190,8 @@ class SDPOTrainer(_BASE):
             )
         )
         warn_if_slow(self)
-        warn_of_grpo_options(self.args)
+        if self._policy_term is None:
+            warn_of_grpo_options(self.args)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -257,7 +260,7 @@ class SDPOTrainer(_BASE):
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
         prompts = context.prompts
         return output | teacher_inputs(
-            output, prompts.ids, prompts.row_mask, row_weights=context.row_weights, pad_id=self._pad_id
+            output, prompts.ids, context.distilled, row_weights=context.row_weights, pad_id=self._pad_id
         )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -314,20 +317,50 @@ class SDPOTrainer(_BASE):
         with memory_advice(self), unsloth_compat.logits_not_hidden_states():
             if _IS_UNSLOTH:
                 inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
-            output = self._micro_batch_output(model, inputs)
+            count = loss_count(inputs, self.sdpo_config.loss_aggregation)
+            denominator, processes = count.clamp(min=1), 1
+            if self._mode == "train":
+                denominator = self._window.denominator(
+                    step=self._step,
+                    length=self.current_gradient_accumulation_steps,
+                    generate_every=self._generate_every,
+                )
+                # Gradients and logged losses are averaged over processes, hence the factor.
+                processes = self.accelerator.num_processes
+            output = self._micro_batch_output(model, inputs, count, unit=denominator / processes)
         self._sums[self._mode].add(output.metrics)
         if self._mode == "eval":
-            self._eval_loss.add({"loss": (output.total, output.count)})
-            return output.total / output.count.clamp(min=1)
-        denominator = self._window.denominator(
-            step=self._step,
-            length=self.current_gradient_accumulation_steps,
-            generate_every=self._generate_every,
-        )
-        # Gradients and logged losses are averaged over processes, hence the factor.
-        return output.total * self.accelerator.num_processes / denominator
+            self._add_eval_loss(output, denominator)
+        return output.total * processes / denominator
 
-    def _micro_batch_output(self, model: nn.Module, inputs: Any) -> micro_batch.MicroBatchOutput:
+    def _add_eval_loss(self, output: micro_batch.MicroBatchOutput, denominator: Tensor) -> None:
+        policy_total = output.policy_total
+        if policy_total is None:
+            policy_total = torch.zeros_like(output.total)
+        self._eval_loss.add({"loss": (output.total - policy_total, output.count)})
+        if self._policy_term is not None:  # of which TRL takes the mean over batches
+            self._eval_loss.add({"policy_loss": (policy_total / denominator, torch.ones_like(policy_total))})
+
+    def _micro_batch_output(
+        self, model: nn.Module, inputs: Any, count: Tensor, *, unit: Tensor
+    ) -> micro_batch.MicroBatchOutput:
+        """The output of a micro-batch; `unit` is what its total is divided by on this process, []."""
+        distillation_weight, router_weight = 1.0, count
+        if self._policy_term is not None:
+            steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
+            share = steps / self.args.steps_per_generation if self._mode == "train" else 1.0
+            router_weight = unit / steps
+            policy_weight, distillation_weight = step_policy.part_weights(
+                self.sdpo_config, step=self.state.global_step, last_step=self.state.max_steps - 1
+            )
+            inputs = inputs | step_policy.policy_inputs(
+                self.sdpo_config,
+                self._policy_term,
+                inputs,
+                weight=unit * policy_weight,
+                accumulation_steps=steps,
+                step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
+            )
         context = micro_batch.StepContext(
             config=self.sdpo_config,
             accelerator=self.accelerator,
@@ -337,14 +370,17 @@ class SDPOTrainer(_BASE):
             temperature=self.temperature,
             transform=self._transform,
             router_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else None,
+            policy_term=self._policy_term,
+            distillation_weight=distillation_weight,
         )
-        count = loss_count(inputs, self.sdpo_config.loss_aggregation)
         batch = select_rows(inputs, at_least_one=context.in_lockstep)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         if self._fused is None:
             self._fused = micro_batch.can_fuse(context, batch)
-        return micro_batch.micro_batch_loss(context, batch, count, fused=self._fused)
+        return micro_batch.micro_batch_loss(
+            context, batch, count, router_weight=router_weight, fused=self._fused
+        )
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""
@@ -352,7 +388,7 @@ class SDPOTrainer(_BASE):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._eval_loss = MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss.means(self._sum).get("loss", 0.0)
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(self._eval_loss.means(self._sum).values())
         return output
 
     def _get_per_token_logps_and_entropies(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdpo import pass_rate_weights, select_demonstrations
+from sdpo import pass_rate_weights, route_rows, select_demonstrations
 
 from ..config import SDPOConfig
 from .prompts import Completion, Prompt, completion_text
@@ -49,11 +49,13 @@ class TeacherContext:
 
     Attributes:
         prompts: the teacher's prompts of this process's rows.
+        distilled: for each row of this process whether it has a distillation loss.
         row_weights: one per row of this process; `None`: all weigh the same.
         metrics: statistics of the batch over all processes, by name.
     """
 
     prompts: TeacherPrompts
+    distilled: list[bool]
     row_weights: list[float] | None
     metrics: dict[str, float]
 
@@ -107,10 +109,15 @@ def teacher_context(
         "truncated_reprompt_fraction": prompts.truncated,
         "dropped_reprompt_fraction": prompts.dropped,
     }
+    success = rollout.scores >= config.success_reward_threshold
+    distilled = prompts.row_mask
+    if config.routing == "srpo":
+        own_success = success[rank * row_count :][:row_count]
+        distilled = route_rows(own_success, torch.tensor(prompts.row_mask))[1].tolist()
+        columns["distilled_row_fraction"] = distilled
     gathered = zip(*gather(list(zip(*columns.values(), strict=True))), strict=True)
     metrics = {name: _mean(column) for name, column in zip(columns, gathered, strict=True)}
     # Compared as a tensor: 0.7 rounded to float32 is less than the double 0.7.
-    success = rollout.scores >= config.success_reward_threshold
     successes = success.tolist()
     groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
     metrics["success_group_fraction"] = _mean([any(group) for group in groups])
@@ -120,7 +127,10 @@ def teacher_context(
         weights = pass_rate_weights(success, torch.arange(len(success)) // group_size)
         row_weights = weights[rank * row_count :][:row_count].tolist()
     return TeacherContext(
-        prompts, row_weights, {f"self_distillation/{name}": value for name, value in metrics.items()}
+        prompts,
+        distilled,
+        row_weights,
+        {f"self_distillation/{name}": value for name, value in metrics.items()},
     )
 
 

@@ -19,6 +19,11 @@ _COMPLETION_INPUTS = (
     "completion_ids",
     "loss_mask",
     "row_weights",
+    "policy_mask",
+    "policy_advantages",
+    "policy_weights",
+    "policy_kl_weights",
+    "ref_per_token_logps",
     "old_per_token_logps",
     "sampling_per_token_logps",
     "importance_sampling_ratio",
@@ -42,7 +47,8 @@ class MicroBatch(NamedTuple):
     """The rows of a micro-batch that run, for both models, without columns that are padding in every row."""
 
     student: TokenBatch
-    teacher: TokenBatch
+    teacher: TokenBatch | None  # `None`: no row has a teacher
+    teacher_rows: Tensor | None  # [B'] int64, rows of the student that the teacher has; `None`: all, in order
     completions: dict[str, Tensor]  # [B, T], by the names of the inputs
 
 
@@ -166,45 +172,57 @@ def compact(
 
 
 def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch | None:
-    """The rows of a micro-batch that have a loss; `None` without any.
+    """The rows of a micro-batch that have a loss, and those of them that have a teacher; `None` without any.
 
-    With `at_least_one` the first row runs where none has a loss, its own prompt being the teacher's too: other
-    processes may have active rows, and the collectives of their forwards need this one.
+    With `at_least_one` the first row runs where none has a loss, and where none has a teacher the first that runs
+    gets its own prompt as the teacher's: other processes may have active rows, and the collectives of their
+    forwards need this one.
     """
-    names = ("prompt_mask", "teacher_prompt_mask", "completion_mask")
-    masks = [inputs[name] for name in ("loss_mask", *names)]
+    names = ("loss_mask", "prompt_mask", "teacher_prompt_mask", "completion_mask")
+    masks = [inputs[name] for name in names]
+    masks.append(inputs.get("policy_mask", masks[0]))
     # The only read of a micro-batch from the device: each one waits for all the work that was queued.
     counts = torch.stack([mask.sum(-1) for mask in masks], dim=1).tolist()
-    active = [row for row, (tokens, *_) in enumerate(counts) if tokens]
+    distilled = [row for row, (tokens, *_) in enumerate(counts) if tokens]
+    active = [row for row, (tokens, *_, policy_tokens) in enumerate(counts) if tokens or policy_tokens]
     if not active:
         if not at_least_one:
             return None
         active = [0]
+    if at_least_one and not distilled:
+        distilled = active[:1]
         inputs = {
             **inputs,
             **{f"teacher_prompt_{part}": inputs[f"prompt_{part}"] for part in ("ids", "mask")},
         }
-        counts = [(0, prompt, prompt, completion) for _, prompt, _, completion in counts]
-    index = torch.tensor(active, device=masks[0].device)
+        counts = [(0, prompt, prompt, *others) for _, prompt, _, *others in counts]
+    device = masks[0].device
 
-    def rows(name: str) -> Tensor:
+    def take(name: str, index: Sequence[int]) -> Tensor:
         value: Tensor = inputs[name]
-        return value if len(active) == len(counts) else value[index]
+        return value if len(index) == len(counts) else value[torch.tensor(index, device=device)]
 
-    completion_ids, completion_mask = rows("completion_ids"), rows("completion_mask")
-    student, teacher = (
-        compact(
-            rows(f"{prefix}prompt_ids"),
-            rows(f"{prefix}prompt_mask"),
-            completion_ids,
-            completion_mask,
-            [(counts[row][column], counts[row][-1]) for row in active],
+    def batch(prefix: str, column: int, index: Sequence[int]) -> TokenBatch:
+        return compact(
+            take(f"{prefix}prompt_ids", index),
+            take(f"{prefix}prompt_mask", index),
+            take("completion_ids", index),
+            take("completion_mask", index),
+            [(counts[row][column], counts[row][3]) for row in index],
         )
-        for prefix, column in (("", 1), ("teacher_", 2))
-    )
+
+    student = batch("", 1, active)
+    teacher_rows = None
+    if distilled != active:
+        teacher_rows = torch.tensor([active.index(row) for row in distilled], device=device)
     length = student.completion_length
     present = [name for name in _COMPLETION_INPUTS if inputs.get(name) is not None]
-    return MicroBatch(student, teacher, {name: rows(name)[:, :length] for name in present})
+    return MicroBatch(
+        student,
+        batch("teacher_", 2, distilled) if distilled else None,
+        teacher_rows,
+        {name: take(name, active)[:, :length] for name in present},
+    )
 
 
 def row_groups(sizes: Sizes, *, width_limit: float, token_limit: float) -> list[RowGroup]:

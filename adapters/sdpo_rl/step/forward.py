@@ -189,6 +189,15 @@ def run_groups(
     return outputs[0]._replace(hidden=torch.cat(hidden))
 
 
+def among_rows(output: Any, rows: Tensor, shape: tuple[int, int]) -> Any:
+    """The `LMHead` or logits [B', T', V] of some rows among all rows, `shape` (B, T), with zeros elsewhere."""
+    if isinstance(output, sdpo.LMHead):
+        return output._replace(hidden=among_rows(output.hidden, rows, shape))
+    full = output.new_zeros(*shape, output.shape[-1])
+    full[rows, : output.shape[1]] = output
+    return full
+
+
 def _run(
     model: Any,
     unwrapped: Any,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ import sdpo
 from ..config import SDPOConfig
 from . import token_weights
 from .head import HeadTransform
+from .policy import PolicyTargets, PolicyTerm, policy_sum, policy_targets, surrogate_loss
+
+
+def whole_logits_option(config: SDPOConfig, term: PolicyTerm | None) -> str | None:
+    """The option that the fused loss does not have, if there is any."""
+    if term is not None and term.kl_coef != 0.0:
+        return f"beta={term.kl_coef:g}"
+    return None
 
 
 class Targets(NamedTuple):
@@ -23,29 +32,63 @@ class Targets(NamedTuple):
     old_log_probs: Tensor | None
     weights: Tensor | None
     row_weights: Tensor | None = None  # part of the weights
+    policy: PolicyTargets | None = None
 
 
-def loss_targets(config: SDPOConfig, completions: Mapping[str, Tensor]) -> Targets:
+class StepLoss(NamedTuple):
+    """The loss of a micro-batch, with gradient from `total`.
+
+    Attributes:
+        total: [] of both parts.
+        metrics: means over the tokens with a distillation loss, and `active_tokens`, their number, by name.
+        policy_total: [] of GRPO's part, detached; `None` without.
+        policy_metrics: (sum, weight) by name.
+    """
+
+    total: Tensor
+    metrics: dict[str, Tensor]
+    policy_total: Tensor | None = None
+    policy_metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
+
+
+class _TokenLosses(NamedTuple):
+    """Losses [B, T] with gradient, and what is known about the tokens."""
+
+    per_token: Tensor
+    weights: Tensor  # of the divergence
+    policy_loss: Tensor | None
+    statistics: sdpo.TokenStatistics | sdpo.FusedOutput
+
+
+def loss_targets(
+    config: SDPOConfig, completions: Mapping[str, Tensor], *, distillation_weight: float = 1.0
+) -> Targets:
     """The targets of a micro-batch from its completions [B, T], by the names of TRL's inputs.
 
-    The weights are the product of those of the rollout, those of the rows and, for `sequence-mean`, one over the
-    row's tokens; `None`: all ones.
+    The weights are the product of those of the rollout, those of the rows, `distillation_weight` and, for
+    `sequence-mean`, one over the row's tokens; `None`: all ones.
     """
     mask = completions["loss_mask"]
-    weights = None
+    factors: list[Tensor] = []
     if config.rollout_is_clip is not None:
-        weights = rollout_weights(completions, clip=config.rollout_is_clip)
-    if weights is not None:
-        weights = weights.expand(mask.shape)
+        rollout = rollout_weights(completions, clip=config.rollout_is_clip)
+        factors += [] if rollout is None else [rollout.expand(mask.shape)]
     if config.loss_aggregation == "sequence-mean":
-        per_row = (1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape)
-        weights = per_row if weights is None else weights * per_row
+        factors.append((1.0 / mask.sum(-1, keepdim=True).clamp(min=1)).expand(mask.shape))
     row_weights = completions.get("row_weights")
     if row_weights is not None:
         row_weights = row_weights.expand(mask.shape)
-        weights = row_weights if weights is None else weights * row_weights
-    old_log_probs = completions.get("old_per_token_logps")
-    return Targets(completions["completion_ids"], mask, old_log_probs, weights, row_weights)
+        factors.append(row_weights)
+    if distillation_weight != 1.0:
+        factors.append(torch.full(mask.shape, distillation_weight, device=mask.device))
+    return Targets(
+        tokens=completions["completion_ids"],
+        loss_mask=mask,
+        old_log_probs=completions.get("old_per_token_logps"),
+        weights=reduce(torch.mul, factors) if factors else None,
+        row_weights=row_weights,
+        policy=policy_targets(completions),
+    )
 
 
 def rollout_weights(completions: Mapping[str, Tensor], *, clip: float) -> Tensor | None:
@@ -71,10 +114,11 @@ def fused(
     *,
     temperature: float,
     transform: HeadTransform,
-) -> sdpo.FusedOutput | sdpo.LossOutput:
+    term: PolicyTerm | None = None,
+) -> StepLoss:
     """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region."""
     reference = teachers[0] if len(teachers) == 2 else None
-    old_log_probs = targets.old_log_probs if config.is_clip is not None else None
+    is_clip = None if targets.old_log_probs is None else config.is_clip
     output = sdpo.fused_distillation_loss(
         student,
         teachers[-1],
@@ -84,26 +128,42 @@ def fused(
         tail=config.tail if config.uses_topk else None,
         alpha=config.alpha,
         temperature=temperature,
-        loss_mask=targets.loss_mask,
-        old_log_probs=old_log_probs,
-        is_clip=config.is_clip if old_log_probs is not None else None,
-        weights=targets.weights,
+        old_log_probs=None if is_clip is None and term is None else targets.old_log_probs,
+        is_clip=is_clip,
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,
         reference=reference,
         trust_region_coef=None if reference is None else config.trust_region_coef,
+        # Weights that depend on the models multiply the losses of the tokens afterwards.
         reduction="none" if config.weighs_tokens else "sum",
         chunk_size=config.loss_chunk_size,
         backend="auto" if config.loss_backend == "logits" else config.loss_backend,
+        **_fused_weights(targets, term),
     )
-    if not config.weighs_tokens:
-        return output
-    mask = targets.loss_mask
-    weights = token_weights.distillation_weights(config, output, mask)
-    loss = sdpo.self_distillation_loss(
-        output.per_token, mask, row_mask=mask.any(dim=-1), weights=output.weights * weights
-    )
-    return loss._replace(metrics=output.metrics | {"token_weight": _mean(weights, mask)})
+    if term is None and not config.weighs_tokens:
+        return StepLoss(output.total, output.metrics)
+    losses = _TokenLosses(output.per_token, output.weights, output.policy_loss, output)
+    loss = _weighted_sum(config, targets, term, losses)
+    return loss if config.weighs_tokens else loss._replace(total=output.total)
+
+
+def _fused_weights(targets: Targets, term: PolicyTerm | None) -> dict[str, Any]:
+    """Mask and weights; with GRPO's part those of one pass over the tokens of both parts."""
+    if term is None or targets.policy is None:
+        return {"loss_mask": targets.loss_mask, "weights": targets.weights}
+    distillation = torch.ones_like(targets.policy.weights) if targets.weights is None else targets.weights
+    weights = distillation.masked_fill(~targets.loss_mask, 0.0) + targets.policy.weights
+    ranges: dict[str, Any] = {"sapo_temperatures": term.sapo_temperatures}
+    if term.surrogate != "sapo":
+        ranges = {"clip_low": term.clip_low, "clip_high": term.clip_high}
+    return {
+        "loss_mask": targets.loss_mask | targets.policy.mask,
+        "weights": weights,
+        "advantages": targets.policy.advantages,
+        "policy_weight": targets.policy.weights / weights.masked_fill(weights == 0.0, 1.0),
+        "surrogate": term.surrogate,
+        **ranges,
+    }
 
 
 def from_logits(
@@ -113,8 +173,9 @@ def from_logits(
     targets: Targets,
     *,
     temperature: float,
-) -> sdpo.LossOutput:
-    """The same loss from whole logits [B, T, V], for LM heads that cannot be fused."""
+    term: PolicyTerm | None = None,
+) -> StepLoss:
+    """The same loss from whole logits [B, T, V], for LM heads and options that cannot be fused."""
     student, teacher = student_logits.float(), teacher_logits[0].float()
     if len(teacher_logits) == 2:
         teacher = sdpo.trust_region_logits(teacher, teacher_logits[1].float(), coef=config.trust_region_coef)
@@ -132,25 +193,65 @@ def from_logits(
     statistics = sdpo.token_statistics(
         student, teacher, targets.tokens, support=config.support, k=k, temperature=temperature
     )
+    old_log_probs = targets.old_log_probs
     weights = torch.ones_like(statistics.log_probs) if targets.weights is None else targets.weights
-    clipped = {}
+    if old_log_probs is not None and config.is_clip is not None:
+        weights = weights * sdpo.importance_weights(statistics.log_probs, old_log_probs, clip=config.is_clip)
+    policy_loss = log_probs = None
+    if term is not None and targets.policy is not None:
+        log_probs = _sampled_log_probs(student, targets.tokens, temperature)
+        policy_loss = surrogate_loss(term, log_probs, old_log_probs, targets.policy.advantages)
+    losses = _TokenLosses(per_token, weights, policy_loss, statistics)
+    return _weighted_sum(config, targets, term, losses, log_probs)
+
+
+def _sampled_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [B, T] of the sampled tokens, with gradient."""
+    return sdpo.gather_log_probs(logits / temperature, tokens[..., None]).log_probs.squeeze(-1)
+
+
+def _weighted_sum(
+    config: SDPOConfig,
+    targets: Targets,
+    term: PolicyTerm | None,
+    losses: _TokenLosses,
+    log_probs: Tensor | None = None,
+) -> StepLoss:
+    """Both parts of the loss over their tokens with their weights, and their metrics.
+
+    Args:
+        config: of the run.
+        targets: of the micro-batch.
+        term: GRPO's part; `None` without.
+        losses: of each token.
+        log_probs: of the sampled tokens [B, T], with gradient: only the distance to a reference model needs them.
+    """
+    mask, weights, statistics = targets.loss_mask, losses.weights, losses.statistics
+    others: dict[str, Tensor] = {}
+    evidence = None
     if targets.old_log_probs is not None and config.is_clip is not None:
-        weights = weights * sdpo.importance_weights(
-            statistics.log_probs, targets.old_log_probs, clip=config.is_clip
-        )
         ratio = (statistics.log_probs - targets.old_log_probs).exp()
-        clipped["is_clip_fraction"] = (ratio > config.is_clip).float()
-    mask = targets.loss_mask
-    others = clipped
+        others["is_clip_fraction"] = (ratio > config.is_clip).float()
     if config.weighs_tokens:
-        others = clipped | {"token_weight": token_weights.distillation_weights(config, statistics, mask)}
-        weights = weights * others["token_weight"]
-    loss = sdpo.self_distillation_loss(per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
-    return loss._replace(metrics=sdpo.mean_metrics(per_token, weights, statistics, mask=mask, **others))
-
-
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return sdpo.token_sum(values.detach(), mask).mean()
+        advantages = None if targets.policy is None else targets.policy.advantages
+        factors = token_weights.token_factors(config, statistics, mask, advantages)
+        others["token_weight"] = factors
+        if config.token_weights == "evidence":
+            evidence = factors
+        else:
+            weights = weights * factors
+    loss = sdpo.self_distillation_loss(losses.per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
+    metrics = sdpo.mean_metrics(losses.per_token, weights, statistics, mask=mask, **others)
+    if term is None or targets.policy is None or losses.policy_loss is None:
+        return StepLoss(loss.total, metrics)
+    policy = policy_sum(
+        term,
+        targets.policy,
+        losses.policy_loss if evidence is None else losses.policy_loss * evidence,
+        old_log_probs=targets.old_log_probs,
+        log_probs=statistics.log_probs if log_probs is None else log_probs,
+    )
+    return StepLoss(loss.total + policy.total, metrics, policy.total.detach(), policy.metrics)
 
 
 # Metrics of the core that are logged: always, and with a top-K support.
@@ -164,9 +265,7 @@ _LOGGED = (
 _LOGGED_WITH_TOPK = ("student_topk_mass", "teacher_topk_mass", "student_tail_mass", "teacher_tail_mass")
 
 
-def step_metrics(
-    config: SDPOConfig, output: sdpo.FusedOutput | sdpo.LossOutput, targets: Targets
-) -> dict[str, tuple[Tensor, Tensor]]:
+def step_metrics(config: SDPOConfig, output: StepLoss, targets: Targets) -> dict[str, tuple[Tensor, Tensor]]:
     """The metrics of a micro-batch as (sum over its active tokens, their number)."""
     names = [*_LOGGED]
     if config.uses_topk:
@@ -178,5 +277,6 @@ def step_metrics(
     count = output.metrics["active_tokens"]
     means = {name: output.metrics[name] for name in names}
     if targets.row_weights is not None:
-        means["row_weight"] = _mean(targets.row_weights, targets.loss_mask)
-    return {f"self_distillation/{name}": (mean * count, count) for name, mean in means.items()}
+        means["row_weight"] = sdpo.token_sum(targets.row_weights, targets.loss_mask).mean()
+    sums = {name: (mean * count, count) for name, mean in means.items()}
+    return {f"self_distillation/{name}": pair for name, pair in {**sums, **output.policy_metrics}.items()}

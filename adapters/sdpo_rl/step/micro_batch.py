@@ -20,6 +20,7 @@ from . import head as step_head
 from . import loss as step_loss
 from .batch import MicroBatch, TokenBatch, position_ids, row_groups
 from .metrics import Metrics
+from .policy import PolicyTerm
 
 logger = logging.getLogger("sdpo_rl")
 
@@ -41,6 +42,8 @@ class StepContext:
         temperature: of the rollout; divides the logits of both models.
         transform: what the model does to its logits after the head.
         router_loss_coef: weight of the load-balancing loss; `None` computes none.
+        policy_term: GRPO's part of the loss; `None` without.
+        distillation_weight: factor of the divergence.
     """
 
     config: SDPOConfig
@@ -51,6 +54,8 @@ class StepContext:
     temperature: float
     transform: step_head.HeadTransform
     router_loss_coef: float | None
+    policy_term: PolicyTerm | None
+    distillation_weight: float
 
     @property
     def in_lockstep(self) -> bool:
@@ -64,49 +69,63 @@ class MicroBatchOutput(NamedTuple):
     total: Tensor  # [] sum over the tokens with a loss, carries the gradient
     count: Tensor  # type: ignore[assignment]  # [] see `loss_count`; shadows tuple.count on purpose
     metrics: Metrics
+    policy_total: Tensor | None = None  # [] GRPO's part of the total, detached
 
 
 def micro_batch_loss(
-    context: StepContext, batch: MicroBatch, count: Tensor, *, fused: bool
+    context: StepContext, batch: MicroBatch, count: Tensor, *, router_weight: Tensor, fused: bool
 ) -> MicroBatchOutput:
-    """The divergence between student and teacher, summed over the tokens of a micro-batch that have a loss.
+    """The divergence between student and teacher and GRPO's part, summed over the tokens that have a loss.
 
     Args:
         context: of the step.
         batch: the rows that run.
         count: what the loss is a mean of, [] (see `loss_count`), of all rows of the micro-batch.
+        router_weight: [] factor of the load-balancing loss of a Mixture-of-Experts model, besides its coefficient.
         fused: compute the loss from hidden states and head (see `can_fuse`) instead of whole logits.
 
     Returns:
-        total, count and metrics. The load-balancing loss of a Mixture-of-Experts model is added to the total, times
-        the count: divided by the counts of a step it is the mean over micro-batches, weighted by their counts.
+        total, count and metrics. The load-balancing loss is added to the total: times the count, and divided by the
+        counts of a step, it is the mean over micro-batches, weighted by their counts.
     """
     config, length = context.config, batch.student.completion_length
     forward: Any = step_forward.completion_head if fused else step_forward.completion_logits
     forward = partial(forward, context.model, context.unwrapped)
     router_losses: list[Tensor] | None = None if context.router_loss_coef is None else []
-    targets = step_loss.loss_targets(config, batch.completions)
+    targets = step_loss.loss_targets(
+        config, batch.completions, distillation_weight=context.distillation_weight
+    )
     training = context.unwrapped.training
     # The teacher first: its weights replace the student's in the same model, which must not happen between the
     # student's forward and backward. In evaluation mode, because dropout would add noise to the target.
+    teachers: list[Any] = []
     with torch.no_grad(), context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         width = getattr(context.unwrapped.config.get_text_config(), "hidden_size", _TEACHER_WIDTH)
-        run_teacher = _runner(context, batch.teacher, length, _TEACHER_TOKENS * _TEACHER_WIDTH // width)
-        teachers = [
-            run_teacher(partial(forward, params=params))
-            for params in context.teacher.forwards(context.unwrapped, training=training)
-        ]
+        if batch.teacher is not None:
+            token_limit = _TEACHER_TOKENS * _TEACHER_WIDTH // width
+            run_teacher = _runner(context, batch.teacher, batch.teacher.completion_length, token_limit)
+            teachers = [
+                run_teacher(partial(forward, params=params))
+                for params in context.teacher.forwards(context.unwrapped, training=training)
+            ]
+            if batch.teacher_rows is not None:
+                shape = (len(batch.student.sizes), length)
+                teachers = [step_forward.among_rows(each, batch.teacher_rows, shape) for each in teachers]
     with context.accelerator.autocast():
         student = _runner(context, batch.student, length)(partial(forward, router_losses=router_losses))
+        if not teachers:  # no token has a divergence
+            teachers = [student._replace(hidden=student.hidden.detach()) if fused else student.detach()]
         compute = partial(step_loss.fused, transform=context.transform) if fused else step_loss.from_logits
-        output = compute(config, student, teachers, targets, temperature=context.temperature)
+        output = compute(
+            config, student, teachers, targets, temperature=context.temperature, term=context.policy_term
+        )
     total = output.total
     metrics = step_loss.step_metrics(config, output, targets)
     if router_losses and context.router_loss_coef is not None:
-        router_total = torch.stack(router_losses).mean().to(total.device) * count
+        router_total = torch.stack(router_losses).mean().to(total.device) * router_weight
         total = total + context.router_loss_coef * router_total
-        metrics["aux_loss"] = router_total, count
-    return MicroBatchOutput(total, count, metrics)
+        metrics["aux_loss"] = router_total, router_weight
+    return MicroBatchOutput(total, count, metrics, output.policy_total)
 
 
 def _runner(
@@ -141,6 +160,11 @@ def can_fuse(context: StepContext, batch: MicroBatch) -> bool:
     Runs the model on the first row; all processes must call it.
     """
     if context.config.loss_backend == "logits":
+        return False
+    if needs := step_loss.whole_logits_option(context.config, context.policy_term):
+        logger.warning(
+            "%s is computed from whole logits, which stay in memory, not by the fused loss.", needs
+        )
         return False
     if shards.is_partitioned(context.unwrapped):
         logger.warning(
