@@ -152,6 +152,10 @@ class Method:
     routed: bool = False
     epsilon: float = 0.2
     evidence: tuple[float, float] | None = None  # mix and clip
+    sequence_credit: bool = False
+    entry_clip: float | None = None
+    fraction: float = 1.0  # of the tokens of a row
+    anchor: float = 0.0
     teacher: str = "ema"
     rate: float = 0.3
     tick_every_step: bool = False
@@ -229,7 +233,10 @@ def per_token_loss(p: Tensor, q: Tensor, tokens: Tensor, method: Method) -> Tens
     """Of probabilities [T, V]."""
     if method.sampled:
         log_p, log_q = (x.gather(-1, tokens[:, None]).squeeze(-1).log() for x in (p, q))
-        return (log_p - log_q).detach() * log_p
+        ratio = (log_p - log_q).detach()
+        return (ratio.mean() if method.sequence_credit else ratio) * log_p
+    if method.entry_clip is not None:
+        return clipped_entries(p, q, method.alpha).clamp(max=method.entry_clip).sum(-1)
     if method.k is not None:
         support = (p if method.top_of == "student" else q).topk(method.k).indices
         inside_p, inside_q = p.gather(-1, support), q.gather(-1, support)
@@ -238,6 +245,29 @@ def per_token_loss(p: Tensor, q: Tensor, tokens: Tensor, method: Method) -> Tens
         else:
             p, q = (x / x.sum(-1, keepdim=True) for x in (inside_p, inside_q))
     return divergence(p, q, method.alpha)
+
+
+def clipped_entries(p: Tensor, q: Tensor, alpha: float) -> Tensor:
+    def terms(a: Tensor, b: Tensor) -> Tensor:
+        return a * (a.log() - b.log()) - a + b
+
+    if alpha in (0.0, 1.0):
+        return terms(p, q) if alpha else terms(q, p)
+    middle = (1 - alpha) * p + alpha * q
+    return (1 - alpha) * terms(p, middle) + alpha * terms(q, middle)
+
+
+def kept(entropy: list[float], divergences: list[float], fraction: float) -> list[bool]:
+    """The share of tokens with a high entropy or divergence, each scaled to [0, 1]."""
+
+    def scaled(values: list[float]) -> list[float]:
+        width = max(values) - min(values)
+        return [(value - min(values)) / width if width else 0.0 for value in values]
+
+    pairs = zip(scaled(entropy), scaled(divergences), strict=True)
+    scores = [h + d - h * d for h, d in pairs]
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[: math.ceil(fraction * len(scores))]
+    return [i in best for i in range(len(scores))]
 
 
 def sampled_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -326,6 +356,17 @@ class ReferenceStep:
             if method.confidence is not None:
                 weights = (method.confidence * (q * q.log()).sum(-1)).exp()
                 loss = loss * weights / weights[counts].mean()
+            if method.fraction < 1.0:
+                p = logits.detach().softmax(-1)
+                found = -(p * p.log()).sum(-1)[counts], per_token_loss(p, q, tokens, method)[counts]
+                keeps = torch.tensor(kept(*(values.tolist() for values in found), method.fraction))
+                weights = torch.zeros_like(loss)
+                weights[counts] = keeps.double() * len(keeps) / keeps.sum()
+                loss = loss * weights
+            if method.anchor:
+                with torch.no_grad(), self.student.disable_adapter():
+                    base = completion_logits(self.student, prompt, row, method).softmax(-1)
+                loss = loss + method.anchor * divergence(logits.softmax(-1), base, 1.0)
             loss = loss[counts]
             losses.append(loss.mean()[None] if method.sequence_mean else loss)
         loss, count = torch.cat([torch.zeros(0), *losses]), sum(sum(row.counts) for row in rows)

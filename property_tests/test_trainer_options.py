@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from peft import LoraConfig, get_peft_model
 from reference_step import Method, Recorder, ReferenceStep, compare, reprompt, undecided
 
 import sdpo
@@ -16,6 +18,7 @@ from sdpo_rl.rollout import demonstrations
 from sdpo_rl.step import token_weights
 
 TOLERANCE = 5e-6
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 SPLITS: dict[str, dict[str, Any]] = {
     "one micro-batch": {},
     "four micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
@@ -43,6 +46,16 @@ OPTIONS: dict[str, tuple[dict[str, Any], Method]] = {
         {"grpo_weight": 0.9, "token_weights": "evidence", "evidence_clip": 0.4},
         Method(grpo=0.9, evidence=(0.5, 0.4)),
     ),
+    "credit of a sequence": (
+        {"support": "sampled", "alpha": 1.0, "credit": "sequence"},
+        Method(sampled=True, sequence_credit=True),
+    ),
+    "clipped entries": ({"support": "full", "entry_clip": 0.002}, Method(k=None, entry_clip=0.002)),
+    "clipped entries, reverse": (
+        {"support": "full", "alpha": 1.0, "entry_clip": 0.002},
+        Method(k=None, alpha=1.0, entry_clip=0.002),
+    ),
+    "half of the tokens": ({"token_fraction": 0.5}, Method(fraction=0.5)),
     "both weights": (
         {"token_weights": "confidence", "row_weights": "pass_rate", "loss_aggregation": "batch-token-mean"},
         Method(confidence=1.0, pass_rate=True, batch_token_mean=True),
@@ -55,9 +68,16 @@ def sparse(method: Method) -> Method:
     return replace(method, feedback=False)
 
 
-@pytest.mark.parametrize("backend", ["torch", "logits"])
+WHOLE_LOGITS = {"credit of a sequence", "clipped entries", "clipped entries, reverse"}
+BACKENDS = [
+    (option, backend)
+    for option in OPTIONS
+    for backend in (["auto"] if option in WHOLE_LOGITS else ["torch", "logits"])
+]
+
+
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "backend"), BACKENDS)
 def test_every_option(tmp_path: Path, option: str, split: str, backend: str) -> None:
     changes, method = OPTIONS[option]
     trainer = tiny.trainer(
@@ -71,6 +91,28 @@ def test_every_option(tmp_path: Path, option: str, split: str, backend: str) -> 
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
     assert trainer._fused == (backend == "torch")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_anchor(tmp_path: Path, split: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The reference of adapters is the model without them."""
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(anchor_weight=0.7, loss_backend="auto", is_clip=None),
+        reward_funcs=tiny.parity,
+        peft_config=copy.deepcopy(LORA),
+        learning_rate=0.1,
+        max_steps=3,
+        **SPLITS[split],
+    )
+    blank = get_peft_model(tiny.model(), copy.deepcopy(LORA))
+    difference = compare(trainer, blank, Method(feedback=False, anchor=0.7, clip=None))
+    assert difference.gradient < TOLERANCE
+    assert difference.loss < TOLERANCE
+    assert "anchor_weight=0.7 is computed from whole logits" in caplog.text
+    logged = [entry["self_distillation/anchor"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0] == pytest.approx(0.0, abs=1e-6)
+    assert logged[2] > 1e-3
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -91,18 +133,18 @@ def pass_rate_of_pairs_of_groups(patch: pytest.MonkeyPatch) -> None:
 def confidence_over_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         token_weights,
-        "distillation_weights",
-        lambda config, found, mask: sdpo.confidence_weights(found.teacher_entropy, mask, beta=1.0),
+        "divergence_factors",
+        lambda config, found, losses, mask: sdpo.confidence_weights(found.teacher_entropy, mask, beta=1.0),
     )
 
 
 def confidence_of_the_student(patch: pytest.MonkeyPatch) -> None:
-    true = token_weights.distillation_weights
+    true = token_weights.divergence_factors
 
-    def of_the_student(config: Any, found: Any, mask: Any) -> Any:
-        return true(config, found._replace(teacher_entropy=found.student_entropy), mask)
+    def of_the_student(config: Any, found: Any, *others: Any) -> Any:
+        return true(config, found._replace(teacher_entropy=found.student_entropy), *others)
 
-    patch.setattr(token_weights, "distillation_weights", of_the_student)
+    patch.setattr(token_weights, "divergence_factors", of_the_student)
 
 
 ERRORS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [

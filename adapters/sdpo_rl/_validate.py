@@ -196,6 +196,15 @@ def check_objective(args: Any, config: SDPOConfig) -> None:
         )
 
 
+def check_reference(config: SDPOConfig, model: Any, ref_model: Any) -> None:
+    """A reference model is at hand where the loss needs one."""
+    if config.anchor_weight > 0.0 and ref_model is None and not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"anchor_weight: expected 0.0 without a reference model, got {config.anchor_weight}; train adapters "
+            "(peft_config), or set GRPOConfig(beta=...) above 0 with a GRPO part of the loss: TRL then loads one"
+        )
+
+
 def check_policy(args: Any, config: SDPOConfig) -> None:
     """GRPO's part of the loss can be computed per token, over steps whose tokens are known when they begin."""
     if args.loss_type not in POLICY_LOSS_TYPES:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import numbers
+import sys
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,7 @@ Aggregation = Literal["token-mean", "batch-token-mean", "sequence-mean"]
 RowWeights = Literal["none", "pass_rate"]
 TokenWeights = Literal["none", "confidence", "gate", "evidence"]
 Routing = Literal["none", "srpo"]
+Credit = Literal["token", "sequence"]
 TeacherMode = Literal["ema", "frozen", "trust_region", "live", "lora_ema"]
 TeacherTick = Literal["generation_batch", "optimizer_step"]
 TeacherDtype = Literal["float32", "bfloat16"]
@@ -72,6 +74,18 @@ class SDPOConfig:
             the `teacher`, the `full` vocabulary, or the `sampled` token (needs `alpha=1`; paper Prop. 2.1).
         tail: `bucket` (default, reference) adds the mass outside the top-K as one more category;
             `renormalize` renormalizes over the K.
+        credit: with `support="sampled"`, whose advantage log q − log p a token gets: its own (`token`, default) or
+            the mean of its row (`sequence`, from whole logits). The logit-level credit of the paper's figure 10 is
+            that of the other supports.
+        entry_clip: the most an entry of the vocabulary adds to the divergence of a token, in nats, with
+            `support="full"` and from whole logits; OPSD's code (arXiv 2601.18734) uses 0.05. Default `None`: no
+            bound.
+        token_fraction: share of each row's tokens that keep their divergence (TIP, arXiv 2604.14084): those of a
+            high entropy of the student, or of a high divergence. They stand for all tokens of their row. Default
+            1.0: all. The fused loss computes its chunks twice as with `token_weights`.
+        anchor_weight: c of c·KL(student‖reference), added to the divergence of each token, from whole logits
+            (StableOPD, arXiv 2604.08527). The reference is the model without its adapter (or with the adapter it
+            was loaded with), or the one that TRL loads for `beta`. Default 0.0: none.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
         rollout_is_clip: the same for π_old/π_rollout, when the inference engine reports its own
@@ -167,6 +181,10 @@ class SDPOConfig:
     k: int = _option(100, "K of the top-K supports.")
     support: Support = _option("student", "Which tokens the divergence is taken over.")
     tail: Tail = _option("bucket", "What becomes of the mass outside the top-K.")
+    credit: Credit = _option("token", "Whose advantage a token gets with support='sampled'.")
+    entry_clip: float | None = _option(None, "Most that an entry adds to a divergence; needs whole logits.")
+    token_fraction: float = _option(1.0, "Share of each row's tokens that keep their divergence.")
+    anchor_weight: float = _option(0.0, "Weight of the KL to the reference model; needs whole logits.")
     is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio student/old.")
     rollout_is_clip: float | None = _option(2.0, "Upper truncation of the per-token ratio old/rollout.")
     loss_aggregation: Aggregation = _option("token-mean", "What the loss is a mean of.")
@@ -258,6 +276,25 @@ class SDPOConfig:
         if self.token_weights_beta is not None:
             fix = "pass the factor of the teacher's entropy or evidence, or None for the published value"
             _number(self, "token_weights_beta", expected="a finite number > 0", fix=fix, low=0.0)
+        _choice(self, "credit", get_args(Credit))
+        if self.entry_clip is not None:
+            fix = "pass the most an entry adds to a divergence, for example 0.05, or None for no bound"
+            _number(self, "entry_clip", expected="a finite number > 0", fix=fix, low=0.0)
+        self.token_fraction = check_real(
+            "token_fraction",
+            self.token_fraction,
+            low=0.0,
+            high=1.0,
+            open_low=True,
+            meaning="the share of a row's tokens, 1 for all",
+        )
+        self.anchor_weight = check_real(
+            "anchor_weight",
+            self.anchor_weight,
+            low=0.0,
+            high=sys.float_info.max,
+            meaning="the weight of the KL to the reference model, 0 for none",
+        )
         _choice(self, "routing", get_args(Routing))
         _fraction(self, "grpo_weight", "GRPO's share of the loss, 0 for none")
         if self.grpo_weight_final is not None:
@@ -267,6 +304,7 @@ class SDPOConfig:
         self.evidence_clip = check_real(
             "evidence_clip", self.evidence_clip, low=0.0, high=1.0, open_low=True, meaning=clip_meaning
         )
+        self._check_divergence()
         self._check_parts()
         _choice(self, "teacher_mode", get_args(TeacherMode))
         _choice(self, "teacher_tick", get_args(TeacherTick))
@@ -289,6 +327,30 @@ class SDPOConfig:
         self.apply_chat_template_kwargs = self.template_kwargs
         self.templates()
         self._warn_of_settings_without_effect()
+
+    def _check_divergence(self) -> None:
+        """The options of the divergence of a token do not contradict each other."""
+        if self.credit == "sequence" and self.support != "sampled":
+            raise ValueError(
+                f"support: expected 'sampled' with credit='sequence', got {self.support!r}; a divergence over "
+                "several tokens gives each of them its own credit: set support='sampled' and alpha=1.0, or "
+                "credit='token'"
+            )
+        if self.entry_clip is not None and self.support != "full":
+            raise ValueError(
+                f"support: expected 'full' with entry_clip, got {self.support!r}; it bounds the entries of the "
+                "whole vocabulary: set support='full', or entry_clip=None"
+            )
+        if self.token_fraction < 1.0 and self.support == "sampled":
+            raise ValueError(
+                f"token_fraction: expected 1.0 with support='sampled', got {self.token_fraction}; the sampled "
+                "token alone has no divergence to choose by: set another support"
+            )
+        if self.whole_logits_option and self.loss_backend in ("torch", "triton"):
+            raise ValueError(
+                f"loss_backend: expected 'auto' or 'logits' with {self.whole_logits_option}, got "
+                f"{self.loss_backend!r}; the fused loss does not have it: change one of the two"
+            )
 
     def _check_parts(self) -> None:
         """The options of GRPO's part do not contradict each other."""
@@ -373,7 +435,16 @@ class SDPOConfig:
     @property
     def weighs_tokens(self) -> bool:
         """Whether weights of the tokens depend on what both models say about them."""
-        return self.token_weights != "none"
+        return self.token_weights != "none" or self.token_fraction < 1.0
+
+    @property
+    def whole_logits_option(self) -> str | None:
+        """An option that the fused loss does not have, as it was set; `None` without any."""
+        if self.entry_clip is not None:
+            return f"entry_clip={self.entry_clip:g}"
+        if self.anchor_weight > 0.0:
+            return f"anchor_weight={self.anchor_weight:g}"
+        return "credit='sequence'" if self.credit == "sequence" else None
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SDPOConfig:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from . import _validate
 from .compat import peft_lora
 from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
-from .compat.trl import log_probs_like
+from .compat.trl import log_probs_like, reference_adapter
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics, warn_of_grpo_options
@@ -166,6 +166,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return
         _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
+        _validate.check_reference(self.sdpo_config, self._unwrapped, self.ref_model)
         _validate.check_backend(self.sdpo_config, self.accelerator.device)
         shards.check_strategy(
             self.accelerator,
@@ -372,6 +373,7 @@ class SDPOTrainer(_BASE):
             router_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else None,
             policy_term=self._policy_term,
             distillation_weight=distillation_weight,
+            reference=self._reference if self.sdpo_config.anchor_weight > 0.0 else None,
         )
         batch = select_rows(inputs, at_least_one=context.in_lockstep)
         if batch is None:
@@ -381,6 +383,14 @@ class SDPOTrainer(_BASE):
         return micro_batch.micro_batch_loss(
             context, batch, count, router_weight=router_weight, fused=self._fused
         )
+
+    @contextmanager
+    def _reference(self) -> Iterator[tuple[Any, Any]]:
+        if self.ref_model is not None:
+            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model)
+        else:
+            with reference_adapter(self._unwrapped):
+                yield self.model, self._unwrapped
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""

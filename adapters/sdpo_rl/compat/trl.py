@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import use_adapter
 
 from ..step.batch import position_ids
 from ..step.forward import forward_arguments, router_loss
+
+
+@contextmanager
+def reference_adapter(model: Any) -> Iterator[None]:
+    """A PEFT model as GRPO's reference: with a copy of the adapter that it was loaded with, or without any."""
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        yield
 
 
 def plain_log_probs(

@@ -13,6 +13,7 @@ import sdpo
 
 from ..config import SDPOConfig
 from . import token_weights
+from .divergence import anchor, divergence, sampled_log_probs
 from .head import HeadTransform
 from .policy import PolicyTargets, PolicyTerm, policy_sum, policy_targets, surrogate_loss
 
@@ -21,7 +22,7 @@ def whole_logits_option(config: SDPOConfig, term: PolicyTerm | None) -> str | No
     """The option that the fused loss does not have, if there is any."""
     if term is not None and term.kl_coef != 0.0:
         return f"beta={term.kl_coef:g}"
-    return None
+    return config.whole_logits_option
 
 
 class Targets(NamedTuple):
@@ -174,22 +175,14 @@ def from_logits(
     *,
     temperature: float,
     term: PolicyTerm | None = None,
+    reference_logits: Tensor | None = None,
 ) -> StepLoss:
     """The same loss from whole logits [B, T, V], for LM heads and options that cannot be fused."""
     student, teacher = student_logits.float(), teacher_logits[0].float()
     if len(teacher_logits) == 2:
         teacher = sdpo.trust_region_logits(teacher, teacher_logits[1].float(), coef=config.trust_region_coef)
     k = config.k if config.uses_topk else None
-    per_token = sdpo.distillation_loss(
-        student,
-        teacher,
-        tokens=targets.tokens if config.support == "sampled" else None,
-        support=config.support,
-        k=k,
-        tail=config.tail if config.uses_topk else None,
-        alpha=config.alpha,
-        temperature=temperature,
-    )
+    per_token = divergence(config, student, teacher, targets, temperature=temperature)
     statistics = sdpo.token_statistics(
         student, teacher, targets.tokens, support=config.support, k=k, temperature=temperature
     )
@@ -199,15 +192,19 @@ def from_logits(
         weights = weights * sdpo.importance_weights(statistics.log_probs, old_log_probs, clip=config.is_clip)
     policy_loss = log_probs = None
     if term is not None and targets.policy is not None:
-        log_probs = _sampled_log_probs(student, targets.tokens, temperature)
+        log_probs = sampled_log_probs(student, targets.tokens, temperature)
         policy_loss = surrogate_loss(term, log_probs, old_log_probs, targets.policy.advantages)
     losses = _TokenLosses(per_token, weights, policy_loss, statistics)
-    return _weighted_sum(config, targets, term, losses, log_probs)
-
-
-def _sampled_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities [B, T] of the sampled tokens, with gradient."""
-    return sdpo.gather_log_probs(logits / temperature, tokens[..., None]).log_probs.squeeze(-1)
+    loss = _weighted_sum(config, targets, term, losses, log_probs)
+    if reference_logits is None:
+        return loss
+    distance = anchor(student, reference_logits, temperature=temperature)
+    mask = targets.loss_mask
+    weighted = sdpo.self_distillation_loss(distance, mask, row_mask=mask.any(dim=-1), weights=targets.weights)
+    return loss._replace(
+        total=loss.total + config.anchor_weight * weighted.total,
+        metrics={**loss.metrics, "anchor": weighted.metrics["divergence"]},
+    )
 
 
 def _weighted_sum(
@@ -233,13 +230,11 @@ def _weighted_sum(
         ratio = (statistics.log_probs - targets.old_log_probs).exp()
         others["is_clip_fraction"] = (ratio > config.is_clip).float()
     if config.weighs_tokens:
-        advantages = None if targets.policy is None else targets.policy.advantages
-        factors = token_weights.token_factors(config, statistics, mask, advantages)
-        others["token_weight"] = factors
-        if config.token_weights == "evidence":
-            evidence = factors
-        else:
-            weights = weights * factors
+        others["token_weight"] = token_weights.divergence_factors(config, statistics, losses.per_token, mask)
+        weights = weights * others["token_weight"]
+    if config.token_weights == "evidence" and targets.policy is not None:
+        evidence = token_weights.evidence_factors(config, statistics, mask, targets.policy.advantages)
+        others["token_weight"] = evidence
     loss = sdpo.self_distillation_loss(losses.per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
     metrics = sdpo.mean_metrics(losses.per_token, weights, statistics, mask=mask, **others)
     if term is None or targets.policy is None or losses.policy_loss is None:
@@ -274,6 +269,8 @@ def step_metrics(config: SDPOConfig, output: StepLoss, targets: Targets) -> dict
         names.append("is_clip_fraction")
     if config.weighs_tokens:
         names.append("token_weight")
+    if config.anchor_weight > 0.0:
+        names.append("anchor")
     count = output.metrics["active_tokens"]
     means = {name: output.metrics[name] for name in names}
     if targets.row_weights is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class StepContext:
         router_loss_coef: weight of the load-balancing loss; `None` computes none.
         policy_term: GRPO's part of the loss; `None` without.
         distillation_weight: factor of the divergence.
+        reference: makes the reference model current and gives it, wrapped and not; `None`: none is needed.
     """
 
     config: SDPOConfig
@@ -56,6 +58,7 @@ class StepContext:
     router_loss_coef: float | None
     policy_term: PolicyTerm | None
     distillation_weight: float
+    reference: Callable[[], AbstractContextManager[tuple[Any, Any]]] | None
 
     @property
     def in_lockstep(self) -> bool:
@@ -111,11 +114,15 @@ def micro_batch_loss(
             if batch.teacher_rows is not None:
                 shape = (len(batch.student.sizes), length)
                 teachers = [step_forward.among_rows(each, batch.teacher_rows, shape) for each in teachers]
+    compute: Any = partial(step_loss.fused, transform=context.transform) if fused else step_loss.from_logits
+    if context.reference is not None:
+        compute = partial(
+            compute, reference_logits=_reference_logits(context, context.reference, batch.student)
+        )
     with context.accelerator.autocast():
         student = _runner(context, batch.student, length)(partial(forward, router_losses=router_losses))
         if not teachers:  # no token has a divergence
             teachers = [student._replace(hidden=student.hidden.detach()) if fused else student.detach()]
-        compute = partial(step_loss.fused, transform=context.transform) if fused else step_loss.from_logits
         output = compute(
             config, student, teachers, targets, temperature=context.temperature, term=context.policy_term
         )
@@ -126,6 +133,23 @@ def micro_batch_loss(
         total = total + context.router_loss_coef * router_total
         metrics["aux_loss"] = router_total, router_weight
     return MicroBatchOutput(total, count, metrics, output.policy_total)
+
+
+def _reference_logits(
+    context: StepContext, reference: Callable[[], AbstractContextManager[tuple[Any, Any]]], tokens: TokenBatch
+) -> Tensor:
+    """Logits [B, T, V] of the reference model on the student's tokens."""
+    length = tokens.completion_length
+    with (
+        torch.no_grad(),
+        context.accelerator.autocast(),
+        reference() as (model, unwrapped),
+        step_forward.evaluating(unwrapped),
+    ):
+        logits: Tensor = _runner(context, tokens, length)(
+            partial(step_forward.completion_logits, model, unwrapped)
+        )
+    return logits
 
 
 def _runner(
