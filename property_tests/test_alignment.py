@@ -116,6 +116,55 @@ def property_rows_with_a_loss_run(
     assert completions["loss_mask"].sum(-1).tolist() == [len(rows[i][2]) * rows[i][3] for i in active]
 
 
+def property_a_policy_loss_needs_no_teacher(
+    select: Any, rows: list[tuple[list[int], list[int], list[int], bool, bool]], at_least_one: bool
+) -> None:
+    """Rows are (prompt, teacher's prompt, completion, whether it has a divergence, and a policy loss)."""
+    prompt, prompt_mask, completion, completion_mask = batch([(p, c) for p, _, c, *_ in rows], 1, 2)
+    teacher, teacher_mask = left_pad([t for _, t, *_ in rows], pad_id=PAD, device=CPU)
+    masks = {
+        name: completion_loss_mask(completion_mask, torch.tensor([row[column] for row in rows]))
+        for name, column in (("loss_mask", 3), ("policy_mask", 4))
+    }
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt_mask,
+        "teacher_prompt_ids": teacher,
+        "teacher_prompt_mask": teacher_mask,
+        "completion_ids": completion,
+        "completion_mask": completion_mask,
+        **masks,
+    }
+    selected = select(inputs, at_least_one=at_least_one)
+    active = [i for i, row in enumerate(rows) if row[3] or row[4]] or [0] * at_least_one
+    distilled = [i for i, row in enumerate(rows) if row[3]]
+    contexts = [rows[i][1] for i in distilled]
+    if at_least_one and not distilled:
+        distilled, contexts = active[:1], [rows[active[0]][0]]
+    if not active:
+        assert selected is None
+        return
+    assert unpadded(selected.student) == [[*rows[i][0], *rows[i][2]] for i in active]
+    assert selected.completions["policy_mask"].any(-1).tolist() == [rows[i][4] for i in active]
+    if not distilled:
+        assert selected.teacher is None
+        return
+    texts = [[*context, *rows[i][2]] for context, i in zip(contexts, distilled, strict=True)]
+    assert unpadded(selected.teacher) == texts
+    places = range(len(active)) if selected.teacher_rows is None else selected.teacher_rows.tolist()
+    assert [active[place] for place in places] == distilled
+
+
+def unpadded(tokens: Any) -> list[list[int]]:
+    return [row[m.bool()].tolist() for row, m in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def a_teacher_for_every_row(inputs: Any, *, at_least_one: bool) -> Any:
+    return select_rows(
+        {**inputs, "loss_mask": inputs["loss_mask"] | inputs["policy_mask"]}, at_least_one=at_least_one
+    )
+
+
 def weights_of_other_rows(inputs: Any, *, at_least_one: bool) -> Any:
     ratio = "importance_sampling_ratio"
     return select_rows({**inputs, ratio: inputs[ratio].roll(1, 0)}, at_least_one=at_least_one)
@@ -134,6 +183,17 @@ SELECTION = {
 CLAIMS = [
     Claim(property_rows_with_a_loss_run, select_rows, weights_of_other_rows, SELECTION),
     Claim(property_rows_with_a_loss_run, select_rows, every_row, SELECTION),
+    Claim(
+        property_a_policy_loss_needs_no_teacher,
+        select_rows,
+        a_teacher_for_every_row,
+        {
+            "rows": st.lists(
+                st.tuples(tokens, tokens, tokens, st.booleans(), st.booleans()), min_size=1, max_size=4
+            ),
+            "at_least_one": st.booleans(),
+        },
+    ),
     Claim(property_rows_come_back, left_pad, right_pad, {"rows": id_rows}),
     Claim(
         property_positions_count_tokens,

@@ -104,6 +104,50 @@ CONFIG: dict[str, list[Case]] = {
     "rollout_is_clip": clip("rollout_is_clip"),
     "loss_aggregation": choice("loss_aggregation", "token-mean", "batch-token-mean", "sequence-mean"),
     "row_weights": choice("row_weights", "none", "pass_rate"),
+    "credit": [
+        *choice("credit", "token", "sequence"),
+        Case(
+            "credit: of a divergence over several tokens",
+            lambda: SDPOConfig(credit="sequence"),
+            ValueError,
+            ("support: expected 'sampled' with credit='sequence'", "got 'student'", "credit='token'"),
+        ),
+    ],
+    "entry_clip": [
+        *(
+            field("entry_clip", value, error, "finite number > 0", "None for no bound", f"got {value!r}")
+            for value, error in ((0.0, ValueError), (math.inf, ValueError), ("1", TypeError))
+        ),
+        Case(
+            "entry_clip: of a part of the vocabulary",
+            lambda: SDPOConfig(entry_clip=0.05),
+            ValueError,
+            ("support: expected 'full' with entry_clip", "got 'student'", "entry_clip=None"),
+        ),
+        Case(
+            "entry_clip: of the fused loss",
+            lambda: SDPOConfig(entry_clip=0.05, support="full", loss_backend="triton"),
+            ValueError,
+            ("loss_backend: expected 'auto' or 'logits' with entry_clip=0.05", "got 'triton'", "change one"),
+        ),
+    ],
+    "token_fraction": [
+        *(
+            field("token_fraction", value, ValueError, "(0, 1]", "the share of a row's tokens")
+            for value in (0.0, 1.5, math.nan)
+        ),
+        Case(
+            "token_fraction: of sampled tokens",
+            lambda: SDPOConfig(token_fraction=0.5, support="sampled", alpha=1.0),
+            ValueError,
+            ("token_fraction: expected 1.0 with support='sampled'", "got 0.5", "another support"),
+        ),
+    ],
+    "anchor_weight": [
+        field("anchor_weight", -1.0, ValueError, "0 for none", "got -1.0"),
+        field("anchor_weight", math.inf, ValueError, "0 for none", "got inf"),
+        field("anchor_weight", "1", TypeError, "got '1'"),
+    ],
     "grpo_weight": [
         *fraction("grpo_weight", "GRPO's share of the loss"),
         Case(

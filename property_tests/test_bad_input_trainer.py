@@ -313,6 +313,12 @@ TRAINER = [
         ),
     ),
     Case(
+        "an anchor without a reference model",
+        lambda path: train(path, sdpo_config=tiny.config(anchor_weight=0.1, loss_backend="auto")),
+        ValueError,
+        ("anchor_weight: expected 0.0 without a reference model", "got 0.1", "peft_config", "beta"),
+    ),
+    Case(
         "an entropy bonus beside a GRPO part",
         lambda path: train(path, entropy_coef=0.01, sdpo_config=tiny.config(grpo_weight=0.5)),
         ValueError,

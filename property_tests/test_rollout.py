@@ -59,6 +59,7 @@ configs = st.builds(
     num_demonstrations=st.integers(1, 2),
     max_reprompt_length=st.sampled_from([10240, 90]),
     row_weights=st.sampled_from(["none", "pass_rate"]),
+    routing=st.sampled_from(["none", "srpo"]),
 )
 
 
@@ -114,6 +115,7 @@ def property_the_number_of_processes_does_not_matter(
     alone, spread = on_ranks(batch, config, 1)[0], world(batch, config, ranks)
     assert [ids for part in spread for ids in part.prompts.ids] == alone.prompts.ids
     assert [on for part in spread for on in part.prompts.row_mask] == alone.prompts.row_mask
+    assert [on for part in spread for on in part.distilled] == alone.distilled
     assert [weight for part in spread for weight in part.row_weights or []] == (alone.row_weights or [])
     assert all(part.metrics == alone.metrics for part in spread)
 

@@ -446,7 +446,7 @@ def test_out_of_memory_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_other_errors_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = tiny.trainer(tmp_path)
-    monkeypatch.setattr(trainer, "_micro_batch_output", lambda *_: [][0])
+    monkeypatch.setattr(trainer, "_micro_batch_output", lambda *_, **__: [][0])
     with pytest.raises(IndexError, match="list index out of range"):
         trainer.train()
 
@@ -605,7 +605,8 @@ def test_planted_changes_are_found(
 
 # What `transformers.Trainer` documents for its subclasses.
 PUBLIC = {"accelerator", "add_callback", "args", "model", "processing_class", "state"}
-OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask"}
+OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask", "row_weights"}
+OUR_KEYS |= {"policy_mask", "policy_advantages", "policy_weights", "policy_kl_weights"}
 
 
 def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:

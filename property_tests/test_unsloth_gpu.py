@@ -85,11 +85,11 @@ def observe_recipe() -> dict[str, Any]:
     }
     true, tick = trainer._micro_batch_output, trainer._teacher.tick
 
-    def both_backends(model: Any, inputs: Any) -> Any:
-        output = true(model, inputs)
+    def both_backends(*args: Any, **kwargs: Any) -> Any:
+        output = true(*args, **kwargs)
         fused, trainer._fused = trainer._fused, False
         with torch.no_grad():
-            seen["batches"].append([float(output.total.detach()), float(true(model, inputs).total)])
+            seen["batches"].append([float(output.total.detach()), float(true(*args, **kwargs).total)])
         trainer._fused = fused
         seen["fused"] = fused
         return output

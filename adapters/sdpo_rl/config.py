@@ -74,8 +74,8 @@ class SDPOConfig:
             the `teacher`, the `full` vocabulary, or the `sampled` token (needs `alpha=1`; paper Prop. 2.1).
         tail: `bucket` (default, reference) adds the mass outside the top-K as one more category;
             `renormalize` renormalizes over the K.
-        credit: with `support="sampled"`, whose advantage log q − log p a token gets: its own (`token`, default) or
-            the mean of its row (`sequence`, from whole logits). The logit-level credit of the paper's figure 10 is
+        credit: with `support="sampled"`, whose advantage log q − log p a token gets: `token` (default) its own,
+            `sequence` the mean of its row, from whole logits. The logit-level credit of the paper's figure 10 is
             that of the other supports.
         entry_clip: the most an entry of the vocabulary adds to the divergence of a token, in nats, with
             `support="full"` and from whole logits; OPSD's code (arXiv 2601.18734) uses 0.05. Default `None`: no
@@ -181,7 +181,7 @@ class SDPOConfig:
     k: int = _option(100, "K of the top-K supports.")
     support: Support = _option("student", "Which tokens the divergence is taken over.")
     tail: Tail = _option("bucket", "What becomes of the mass outside the top-K.")
-    credit: Credit = _option("token", "Whose advantage a token gets with support='sampled'.")
+    credit: Credit = _option("token", "Whose advantage a token gets; sequence needs whole logits.")
     entry_clip: float | None = _option(None, "Most that an entry adds to a divergence; needs whole logits.")
     token_fraction: float = _option(1.0, "Share of each row's tokens that keep their divergence.")
     anchor_weight: float = _option(0.0, "Weight of the KL to the reference model; needs whole logits.")

@@ -68,11 +68,13 @@ class SDPOTrainer(_BASE):
     **Tools.** The teacher gets the same turns, tool results included, and only tokens of the model have a loss. A
     demonstration is then a transcript: texts, `name(arguments)` for each call, and the results.
 
-    **GRPO's objective.** Its clipping (`epsilon`, `epsilon_high`; here `SDPOConfig.is_clip`), `loss_type` with its
-    parameters, and the advantages (`scale_rewards`, `multi_objective_aggregation`), which are logged, do not
-    affect this loss. Options that add terms or masks are refused. The load-balancing loss of a Mixture-of-Experts
-    model is added with GRPO's coefficient (`router_aux_loss_coef`, or else the model's), as the mean over
-    micro-batches weighted by their tokens (or rows) with a loss.
+    **GRPO's objective.** Its clipping (`epsilon`, `epsilon_high`; here `SDPOConfig.is_clip`), `loss_type` with
+    its parameters, and the advantages (`scale_rewards`, `multi_objective_aggregation`), which are logged, do
+    not affect this loss, unless `SDPOConfig.grpo_weight` or `routing` makes a part of it GRPO's. That part has
+    TRL's weights for each `loss_type` but `vespo`, and `beta`. Other options that add terms or masks are
+    refused. The load-balancing loss of a Mixture-of-Experts model is added with GRPO's coefficient
+    (`router_aux_loss_coef`, or else the model's), as the mean over micro-batches weighted by their tokens (or
+    rows) with a loss; with a GRPO part, as their plain mean.
 
     **Evaluation.** `eval_loss` is a mean over all tokens (or rows) of the evaluation, in any batches.
 

@@ -172,6 +172,11 @@ EXPECTATIONS: tuple[Expectation, ...] = (
         "tokens that the model did not sample, and the weights of the inference engine",
     ),
     Text(
+        "_generate_and_score_completions",
+        ('"num_items_in_batch"', '"ref_per_token_logps"'),
+        "the denominator and the KL penalty of GRPO's part of the loss",
+    ),
+    Text(
         "_prepare_inputs",
         ("self._buffered_inputs", "self._step", "self.num_iterations"),
         "which micro-batches belong to one generation batch",
@@ -229,6 +234,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             "the dataset's column of feedback is not removed": ("_signature_columns",),
             "whether the model itself generates": ("use_vllm",),
             "experts are balanced as in GRPO": ("aux_loss_enabled", "router_aux_loss_coef"),
+            "the reference model of the anchor": ("ref_model",),
             "a sharded model is loaded differently": ("is_fsdp_enabled",),
         }.items()
         for name in names
@@ -244,6 +250,12 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             "chat_template_kwargs",
             "temperature",
             "beta",
+            "use_bias_correction_kl",
+            "loss_type",
+            "epsilon",
+            "epsilon_high",
+            "sapo_temperature_pos",
+            "sapo_temperature_neg",
             "gradient_checkpointing",
         )
     ),
