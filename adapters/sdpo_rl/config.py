@@ -75,40 +75,42 @@ class SDPOConfig:
         tail: `bucket` (default, reference) adds the mass outside the top-K as one more category;
             `renormalize` renormalizes over the K.
         credit: with `support="sampled"`, whose advantage log q − log p a token gets: `token` (default) its own,
-            `sequence` the mean of its row, from whole logits. The logit-level credit of the paper's figure 10 is
-            that of the other supports.
+            `sequence` the mean of its row, from whole logits. The logit-level credit of the paper's figure 10
+            is that of the other supports.
         entry_clip: the most an entry of the vocabulary adds to the divergence of a token, in nats, with
             `support="full"` and from whole logits; OPSD's code (arXiv 2601.18734) uses 0.05. Default `None`: no
             bound.
-        token_fraction: share of each row's tokens that keep their divergence (TIP, arXiv 2604.14084): those of a
-            high entropy of the student, or of a high divergence. They stand for all tokens of their row. Default
-            1.0: all. The fused loss computes its chunks twice as with `token_weights`.
+        token_fraction: share of each row's tokens that keep their divergence (TIP, arXiv 2604.14084): those of
+            a high entropy of the student, or of a high divergence. They stand for all tokens of their row.
+            Default 1.0: all. The fused loss computes its chunks twice as with `token_weights`.
         anchor_weight: c of c·KL(student‖reference), added to the divergence of each token, from whole logits
-            (StableOPD, arXiv 2604.08527). The reference is the model without its adapter (or with the adapter it
-            was loaded with), or the one that TRL loads for `beta`. Default 0.0: none.
+            (StableOPD, arXiv 2604.08527). The reference is the model without its adapter (or with the adapter
+            it was loaded with), or the one that TRL loads for `beta`. Default 0.0: none.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
         rollout_is_clip: the same for π_old/π_rollout, when the inference engine reports its own
             log-probabilities; `None` turns it off. Default 2.0 (reference).
         loss_aggregation: `token-mean` (default, reference) over all active tokens of the optimizer step,
-            `batch-token-mean` over all its completion tokens, with or without a teacher signal, or `sequence-mean`
-            over its active rows. Where few rows have a signal, the first and the last give each of them a larger
-            share of the step; with `batch-token-mean` the loss shrinks with the share of active tokens.
+            `batch-token-mean` over all its completion tokens, with or without a teacher signal, or
+            `sequence-mean` over its active rows. Where few rows have a signal, the first and the last give each
+            of them a larger share of the step; with `batch-token-mean` the loss shrinks with the share of
+            active tokens.
         grpo_weight: λ of λ·GRPO + (1−λ)·SDPO (paper §4.5, where .9 helped a 0.6B model), each part with its own
             mean: GRPO's by `GRPOConfig.loss_type`, SDPO's by `loss_aggregation`. Default 0.0: no GRPO. At 1 the
             divergence is still measured; `enabled=False` is GRPO without a teacher.
         grpo_weight_final: λ of the last optimizer step, to which it changes linearly. Default `None`: constant.
-        routing: `none` (default), or `srpo` (SRPO, arXiv 2604.02288 §3.1): failed rows with a teacher signal have
-            SDPO's loss alone, all others GRPO's alone. SRPO's denominator is `loss_aggregation="batch-token-mean"`
-            with `loss_type="dapo"`, GRPOConfig's default.
-        row_weights: `none` (default), or `pass_rate` (SC-SDPO, arXiv 2605.27765): √(p(1−p)) of the pass rate p of
-            the row's group, over its mean in the generation batch; a factor of the divergence.
+        routing: `none` (default), or `srpo` (SRPO, arXiv 2604.02288 §3.1): failed rows with a teacher signal
+            have SDPO's loss alone, all others GRPO's alone. SRPO's denominator is
+            `loss_aggregation="batch-token-mean"` with `loss_type="dapo"`, GRPOConfig's default.
+        row_weights: `none` (default), or `pass_rate` (SC-SDPO, arXiv 2605.27765): √(p(1−p)) of the pass rate p
+            of the row's group, over its mean in the generation batch; a factor of the divergence.
         token_weights: `none` (default); `confidence` (SRPO, arXiv 2604.02288 §3.2): exp(−β·H) of the teacher's
-            entropy H, over its mean in the row (SRPO's mean is that of the batch; a row's does not depend on how a
-            step is split); `gate` (SDAR, arXiv 2605.15155): sigmoid(β·Δ), Δ the teacher's minus the student's
-            log-probability of the sampled token; `evidence` (RLSD, arXiv 2604.03128): the advantages times
-            (1−m) + m·clip(exp(sign(A)·Δ), 1−ε, 1+ε). The first two are factors of the divergence, the last two
-            need a GRPO part. With a trainable LM head or a GRPO part the fused loss then computes its chunks twice.
+            entropy H, over its mean in the row (SRPO's mean is that of the batch; a row's does not depend on
+            how a step is split); `gate` (SDAR, arXiv 2605.15155): sigmoid(β·Δ), Δ the teacher's minus the
+            student's log-probability of the sampled token; `evidence` (RLSD, arXiv 2604.03128): the advantages
+            times (1−m) + m·clip(exp(sign(A)·Δ), 1−ε, 1+ε). The first two are factors of the divergence, the
+            last two need a GRPO part. With a trainable LM head or a GRPO part the fused loss then computes its
+            chunks twice.
         token_weights_beta: β of `token_weights`. Default `None`: 1 for `confidence` (SRPO §4.1), 5 for `gate`
             (SDAR).
         evidence_mix: m of `evidence`, the teacher's share. Default 0.5 (RLSD's first value).
