@@ -95,9 +95,9 @@ class SDPOConfig:
             `sequence-mean` over its active rows. Where few rows have a signal, the first and the last give each
             of them a larger share of the step; with `batch-token-mean` the loss shrinks with the share of
             active tokens.
-        grpo_weight: λ of λ·GRPO + (1−λ)·SDPO (paper §4.5, where .9 helped a 0.6B model), each part with its own
-            mean: GRPO's by `GRPOConfig.loss_type`, SDPO's by `loss_aggregation`. Default 0.0: no GRPO. At 1 the
-            divergence is still measured; `enabled=False` is GRPO without a teacher.
+        grpo_weight: λ of λ·GRPO + (1−λ)·SDPO (paper §4.5, where .9 helped a 0.6B model). The mean of GRPO's part
+            is that of `GRPOConfig.loss_type`, the mean of SDPO's that of `loss_aggregation`. Default 0.0: no
+            GRPO. At 1 the divergence is still measured; `enabled=False` is GRPO without a teacher.
         grpo_weight_final: λ of the last optimizer step, to which it changes linearly. Default `None`: constant.
         routing: `none` (default), or `srpo` (SRPO, arXiv 2604.02288 §3.1): failed rows with a teacher signal
             have SDPO's loss alone, all others GRPO's alone. SRPO's denominator is
