@@ -208,3 +208,24 @@ def test_the_comparison_detects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         if any(not torch.allclose(mine[n], g, rtol=1e-3, atol=1e-4) for n, g in others.items()):
             return
     pytest.fail("the steps are alike")
+
+
+# --- evaluation -------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_has_grpo_s_loss(tmp_path: Path) -> None:
+    """TRL's is the mean over batches; at weight 1 the divergence adds nothing."""
+    losses = []
+    for config in (tiny.config(grpo_weight=1.0), tiny.config(enabled=False)):
+        torch.manual_seed(0)
+        trainer = tiny.trainer(
+            tmp_path,
+            sdpo_config=config,
+            reward_funcs=tiny.parity,
+            eval_dataset=tiny.conversations(4),
+            num_generations_eval=2,
+            per_device_eval_batch_size=4,
+        )
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert abs(losses[1]) > 1e-3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

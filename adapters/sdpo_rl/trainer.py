@@ -400,7 +400,7 @@ class SDPOTrainer(_BASE):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._eval_loss = MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(self._eval_loss.means(self._sum).values())
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(self._eval_loss.means(self._sum).values(), 0.0)
         return output
 
     def _get_per_token_logps_and_entropies(
