@@ -604,7 +604,15 @@ def test_planted_changes_are_found(
 
 
 # What `transformers.Trainer` documents for its subclasses.
-PUBLIC = {"accelerator", "add_callback", "args", "model", "processing_class", "push_to_hub", "remove_callback"}
+PUBLIC = {
+    "accelerator",
+    "add_callback",
+    "args",
+    "model",
+    "processing_class",
+    "push_to_hub",
+    "remove_callback",
+}
 PUBLIC |= {"save_model", "state", "train_dataset"}
 OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask", "row_weights"}
 OUR_KEYS |= {"policy_mask", "policy_advantages", "policy_weights", "policy_kl_weights"}
