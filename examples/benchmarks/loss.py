@@ -79,12 +79,12 @@ def plan_of(x: Inputs) -> Plan:
     """How the fused loss divides its work on these inputs."""
     objective = check_objective(
         vocabulary=x.weight.shape[0], **TOPK, alpha=ALPHA, temperature=TEMPERATURE, is_clip=None, softcap=None,
-        logit_scale=1.0, trust_region_coef=None,
+        logit_scale=1.0, trust_region_coef=None, given_k=None, surrogate=None,
     )  # fmt: skip
     operands = check_operands(
         student=LMHead(x.hidden, x.weight), teacher=LMHead(x.teacher_hidden, x.weight), reference=None,
         tokens=x.tokens, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), old_log_probs=None, weights=None,
-        objective=objective,
+        advantages=None, policy_weight=None, objective=objective,
     )  # fmt: skip
     return make_plan(operands, objective, chunk_size=None, backend="auto")
 
