@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed check format wheel bench clean
+.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed check docs format wheel bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
@@ -46,6 +46,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --doctest-modules sdpo adapters
 	$(BIN)/python -m pytest -q property_tests/readme_blocks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -65,6 +69,6 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[trl,peft,bnb,triton,viz,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[trl,peft,bnb,triton,viz,docs,dev]"
 	$(BIN)/python -m pip install -q --no-deps $$(grep -E '^unsloth(_zoo)?==' constraints.txt)
 	touch $(READY)
