@@ -33,6 +33,8 @@ from strategies import Claim
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import sdpo_rl
+from sdpo_rl import SDPOConfig
 from sdpo_rl import trainer as trainer_module
 from sdpo_rl.resume import checkpoint, progress
 from sdpo_rl.step import metrics
@@ -67,6 +69,26 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
             "per_device_eval_batch_size": 4,
         },
         [1, 2],
+    ),
+    "full, random demonstrations": (
+        {**HALF_BATCH, "sdpo": {"demonstration_policy": "random"}},
+        [1, 3],
+    ),
+    "full, a stream of two steps a pass": (
+        {**WHOLE_BATCH, "train_dataset": tiny.conversations(4).to_iterable_dataset()},
+        [1, 2, 3, 5],
+    ),
+    "full, a stream within a generation batch": (
+        {**HALF_BATCH, "train_dataset": tiny.conversations(7).to_iterable_dataset()},
+        [3],
+    ),
+    "full, a stream and a short last step of the pass": (
+        {
+            "steps_per_generation": 4,
+            "gradient_accumulation_steps": 3,
+            "train_dataset": tiny.conversations().to_iterable_dataset(),
+        },
+        [2, 3],
     ),
     "LoRA": ({**WHOLE_BATCH, "start": lora, "sdpo": {"teacher_mode": "lora_ema"}}, [2, 4]),
     "LoRA, within a generation batch": ({**HALF_BATCH, "start": lora}, [1, 5]),
@@ -139,6 +161,14 @@ COUNTER_EXAMPLES: dict[str, tuple[Any, str, Any, str, int, str]] = {
     "the teacher": (checkpoint, "load_teacher", forget, "LoRA", 2, "teacher"),
     "the progress": (progress, "load", nothing, "LoRA, within a generation batch", 1, "student"),
     "the epoch": (checkpoint, "epochs_done", forget, "full, in the next epoch", 5, "student"),
+    "the position in a stream": (
+        checkpoint,
+        "stream_position",
+        nothing,
+        "full, a stream of two steps a pass",
+        3,
+        "student",
+    ),
     "the sums": (metrics.MetricSums, "load_state", forget, "full fine-tuning", 1, "log"),
     "the running loss": (trainer_module, "_RUNNING_LOSS", (), "full fine-tuning", 1, "log"),
     "the dtypes": (
@@ -252,6 +282,89 @@ def test_another_schedule_starts_the_generation_batch_again(
     assert "progress-0.safetensors is missing" in caplog.text
 
 
+def test_a_longer_run_continues_a_stream_that_ended_within_its_first_pass(tmp_path: Path) -> None:
+    stream: dict[str, Any] = {
+        "train_dataset": tiny.conversations().to_iterable_dataset(),
+        **WHOLE_BATCH,
+        "lr_scheduler_type": "constant",
+    }
+    expected = outcome(run(tmp_path / "whole", max_steps=6, **stream))
+    run(tmp_path / "short", max_steps=3, **stream)
+    found = outcome(run(tmp_path / "short", max_steps=6, resume=True, **stream))
+    for one in (expected, found):  # its epochs count max_steps
+        one["log"] = [line["loss"] for line in one["log"] if "loss" in line]
+    assert differences(expected, found) == []
+
+
+# --- the options of the run -------------------------------------------------------------------------------
+
+
+def test_the_options_are_beside_every_saved_model(tmp_path: Path) -> None:
+    trainer = run(
+        tmp_path, max_steps=1, sdpo={"alpha": 0.25, "reprompt_template": "{prompt}ü{solution}{feedback}"}
+    )
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        saved = json.loads((folder / "sdpo_config.json").read_text())
+        assert SDPOConfig(**saved["options"]) == trainer.sdpo_config
+        assert saved["sdpo_rl_version"] == sdpo_rl.__version__
+
+
+def warnings_on_resume(caplog: pytest.LogCaptureFixture, folder: Path, steps: int, **case: Any) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "sdpo_rl"):
+        run(folder, max_steps=steps, resume=True, **case)
+    return [message for message in caplog.messages if "option" in message]
+
+
+def test_options_that_changed_are_named_once_with_both_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, max_steps=1)
+    changes = {"alpha": 0.25, "teacher_update_rate": 0.5, "k": 7, "success_reward_threshold": 0.5}
+    (message,) = warnings_on_resume(caplog, tmp_path, 2, sdpo=changes)
+    assert "checkpoint-1 was saved, SDPO options changed: " in message
+    changed = message.partition("changed: ")[2].partition(". The run")[0].split(", ")
+    assert changed == [
+        "alpha 0.5 -> 0.25",
+        "k 20 -> 7",
+        "teacher_update_rate 0.3 -> 0.5",
+        "success_reward_threshold 1.0 -> 0.5",
+    ]
+    assert warnings_on_resume(caplog, tmp_path, 3, sdpo=changes) == []
+    (message,) = warnings_on_resume(caplog, tmp_path, 4, sdpo={**changes, "enabled": False})
+    assert "changed: enabled True -> False." in message
+
+
+def test_options_of_another_version_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One that it did not have was at today's default; one that is gone is named."""
+    run(tmp_path, max_steps=1, sdpo={"num_demonstrations": 2})
+    path = tmp_path / "checkpoint-1" / "sdpo_config.json"
+    saved = json.loads(path.read_text())
+    saved["sdpo_rl_version"] = "0.0.1"
+    saved["options"]["gone"] = 3
+    del saved["options"]["num_demonstrations"], saved["options"]["row_weights"]
+    path.write_text(json.dumps(saved))
+    (message,) = warnings_on_resume(caplog, tmp_path, 2, sdpo={"num_demonstrations": 2})
+    assert f"was saved by sdpo_rl 0.0.1 (this is {sdpo_rl.__version__}), SDPO options" in message
+    assert "num_demonstrations 1 -> 2, gone 3, which is no option any more. The" in message
+
+
+def test_a_checkpoint_without_options_resumes_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, max_steps=1)
+    (tmp_path / "checkpoint-1" / "sdpo_config.json").unlink()
+    (message,) = warnings_on_resume(caplog, tmp_path, 2)
+    assert "checkpoint-1 has no sdpo_config.json" in message
+
+
+def test_grpo_has_no_options_to_save_or_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, max_steps=1, sdpo={"enabled": False})
+    assert not list(tmp_path.rglob("sdpo_config.json"))
+    assert warnings_on_resume(caplog, tmp_path, 2, sdpo={"enabled": False}) == []
+
+
 # --- contents of the folder ------------------------------------------------------------------------------
 
 
@@ -264,7 +377,7 @@ def test_a_full_checkpoint_is_a_plain_model(tmp_path: Path) -> None:
         for name, weight in loaded.named_parameters():
             assert torch.equal(weight, trainer._unwrapped.get_parameter(name))
         assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
-    assert not list((tmp_path / "saved").rglob("*sdpo*"))
+    assert [path.name for path in (tmp_path / "saved").rglob("*sdpo*")] == ["sdpo_config.json"]
 
 
 def test_an_adapter_checkpoint_is_a_plain_adapter(tmp_path: Path) -> None:
@@ -276,7 +389,7 @@ def test_an_adapter_checkpoint_is_a_plain_adapter(tmp_path: Path) -> None:
         for name, weight in loaded.named_parameters():
             assert torch.equal(weight, trainer._unwrapped.get_parameter(name))
         assert [path.name for path in folder.glob("*.safetensors")] == ["adapter_model.safetensors"]
-    assert not list((tmp_path / "saved").rglob("*sdpo*"))
+    assert [path.name for path in (tmp_path / "saved").rglob("*sdpo*")] == ["sdpo_config.json"]
 
 
 def test_the_teacher_file_is_a_state_dict(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -64,6 +65,7 @@ def check_construction(
     check_objective(args, config)
     if config.has_policy_loss:
         check_policy(args, config)
+    check_sizes(args, keywords.get("train_dataset"), keywords.get("eval_dataset"))
     if keywords.get("environment_factory") is None:  # an environment may return the prompts itself
         check_dataset(keywords.get("train_dataset"), "train_dataset")
         check_dataset(keywords.get("eval_dataset"), "eval_dataset")
@@ -79,14 +81,18 @@ def check_model(model: Any) -> None:
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """A map-style dataset has rows, prompts of text that end with a user turn, feedback that is text, no media."""
-    if dataset is None or not hasattr(dataset, "__len__"):
+    """A dataset has rows, prompts of text that end with a user turn, feedback that is text, no media.
+
+    Of a dataset without a length only the columns are checked, where they are known.
+    """
+    if dataset is None:
         return
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(part, f"{name}[{key!r}]")
         return
-    if len(dataset) == 0:
+    has_length = hasattr(dataset, "__len__")
+    if has_length and len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row with a 'prompt', got an empty dataset; add rows")
     columns = getattr(dataset, "column_names", None)
     if columns is None:
@@ -95,6 +101,8 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise ValueError(
             f"{name}: expected a column 'prompt', got {columns}; rename the column of the prompts"
         )
+    if not has_length:
+        return
     try:
         check_prompts(list(islice(dataset["prompt"], _ROWS_CHECKED)))
         if feedback := column_name(columns):
@@ -106,6 +114,40 @@ def check_dataset(dataset: Any, name: str) -> None:
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
+
+
+def check_sizes(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """A dataset with a length has enough prompts for one batch, without which nothing would run."""
+    batch, group = getattr(args, "generation_batch_size", None), getattr(args, "num_generations", None)
+    if batch and group and hasattr(train_dataset, "__len__") and len(train_dataset) < batch // group:
+        raise ValueError(
+            f"train_dataset: expected at least {batch // group} prompts, those of one generation batch "
+            f"(generation_batch_size={batch} / num_generations={group}), got {len(train_dataset)}, with which no step "
+            "would run; add prompts, raise num_generations, or lower per_device_train_batch_size, "
+            "steps_per_generation or gradient_accumulation_steps"
+        )
+    if not args.dataloader_drop_last:
+        return
+    rows = args.per_device_eval_batch_size * args.world_size
+    group = getattr(args, "num_generations_eval", None) or group
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for key, part in parts.items():
+        if group and hasattr(part, "__len__") and len(part) * group < rows:
+            name = "eval_dataset" if key is None else f"eval_dataset[{key!r}]"
+            raise ValueError(
+                f"{name}: expected at least {-(-rows // group)} prompts, those of one batch "
+                f"({rows} completions, {group} per prompt), got {len(part)}, which dataloader_drop_last=True leaves "
+                "out; add prompts, lower per_device_eval_batch_size, or set dataloader_drop_last=False"
+            )
+
+
+def check_batches_seen(name: str, batches: int) -> None:
+    """A pass over data, also over data without a length, had a batch."""
+    if batches == 0:
+        raise ValueError(
+            f"{name}: expected enough prompts for one batch, got a pass without any; add prompts, or lower the batch "
+            "size (a generation batch, and any batch with dataloader_drop_last=True, is left out if it is not full)"
+        )
 
 
 def check_tokenizer(processing_class: Any) -> None:
@@ -161,9 +203,9 @@ def check_sampling(args: Any, config: SDPOConfig) -> None:
                 f"num_demonstrations: expected at most {peers}, of {group} completions of a prompt, got "
                 f"{config.num_demonstrations}; lower it, or raise num_generations"
             )
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         raise ValueError(
-            f"temperature: expected a number > 0, got {args.temperature}; logits are divided by it, and greedy "
+            f"temperature: expected a finite number > 0, got {args.temperature}; logits are divided by it, and greedy "
             "completions of one prompt are all alike: set 1.0"
         )
 
@@ -258,8 +300,18 @@ def check_reward_functions(reward_funcs: Any) -> None:
             )
 
 
-def check_rows(rows: Sequence[Any]) -> None:
-    """A generation batch has prompts of text that end with a user turn, feedback that is text, and no media."""
+def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
+    """A generation batch has prompts of text that end with a user turn, feedback that is text, and no media.
+
+    Args:
+        rows: of the batch.
+        prompts: whether every row must have a prompt.
+    """
+    for row in rows:
+        if prompts and "prompt" not in row:
+            raise ValueError(
+                f"dataset: expected rows with a 'prompt', got one with {sorted(row)}; rename the column of the prompts"
+            )
     _refuse_media(media for media in _MEDIA if any(_holds_media(row.get(media)) for row in rows))
     check_prompts([row["prompt"] for row in rows if "prompt" in row])
     if feedback := column_name(name for row in rows for name in row):

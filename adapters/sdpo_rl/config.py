@@ -51,6 +51,16 @@ _RENDERER_ARGUMENTS = (
 _OTHER_NAMES = {"distillation_topk": "k", "distillation_add_tail": "tail"}
 
 
+class _DefaultInt(int):
+    """A default that is told apart from the same number, given."""
+
+
+class _DefaultStr(str):
+    """A default that is told apart from the same text, given."""
+
+    __slots__ = ()
+
+
 def _option(default: Any, text: str) -> Any:
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata={"help": text})
@@ -62,7 +72,8 @@ class SDPOConfig:
     """Everything SDPO adds to a `GRPOConfig`, one flat dataclass.
 
     It parses from YAML and from the command line (`TrlParser((SDPOConfig, GRPOConfig))`). A bad value is
-    refused when the object is made, with the fix in the message. Sources: *paper* is arXiv 2601.20802 v2,
+    refused when the object is made, with the fix in the message; after that it is read-only, and
+    `dataclasses.replace(config, alpha=1.0)` makes another. Sources: *paper* is arXiv 2601.20802 v2,
     *reference* the authors' published code, *ours* a choice of this library.
 
     Args:
@@ -180,9 +191,9 @@ class SDPOConfig:
 
     enabled: bool = _option(True, "Train with SDPO; False is plain GRPO.")
     alpha: float = _option(0.5, "0: KL(teacher||student), 1: KL(student||teacher), between: generalized JSD.")
-    k: int = _option(100, "K of the top-K supports.")
+    k: int = _option(_DefaultInt(100), "K of the top-K supports.")
     support: Support = _option("student", "Which tokens the divergence is taken over.")
-    tail: Tail = _option("bucket", "What becomes of the mass outside the top-K.")
+    tail: Tail = _option(_DefaultStr("bucket"), "What becomes of the mass outside the top-K.")
     credit: Credit = _option("token", "Whose advantage a token gets; sequence needs whole logits.")
     entry_clip: float | None = _option(None, "Most that an entry adds to a divergence; needs whole logits.")
     token_fraction: float = _option(1.0, "Share of each row's tokens that keep their divergence.")
@@ -329,6 +340,22 @@ class SDPOConfig:
         self.apply_chat_template_kwargs = self.template_kwargs
         self.templates()
         self._warn_of_settings_without_effect()
+        object.__setattr__(self, "_is_made", True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_change(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_change(name)
+        super().__delattr__(name)
+
+    def _refuse_change(self, name: str) -> None:
+        if vars(self).get("_is_made"):
+            raise dataclasses.FrozenInstanceError(
+                f"{name}: expected no change of an SDPOConfig, whose options are checked together when it is "
+                f"made; use dataclasses.replace(config, {name}=...) before the trainer is constructed"
+            )
 
     def _check_divergence(self) -> None:
         """The options of the divergence of a token do not contradict each other."""
@@ -374,9 +401,8 @@ class SDPOConfig:
             )
 
     def _take_other_names(self, distillation_topk: int | None, distillation_add_tail: bool | None) -> None:
-        default = {f.name: f.default for f in dataclasses.fields(self)}
         if distillation_topk is not None:
-            if self.k not in (default["k"], distillation_topk):
+            if not isinstance(self.k, _DefaultInt) and self.k != distillation_topk:
                 raise ValueError(
                     f"distillation_topk: expected the value of k={self.k!r}, got {distillation_topk!r}; "
                     "they name the same option, pass k alone"
@@ -385,12 +411,16 @@ class SDPOConfig:
         if distillation_add_tail is not None:
             check_flag("distillation_add_tail", distillation_add_tail, meaning="True or False, or tail alone")
             tail: Tail = "bucket" if distillation_add_tail else "renormalize"
-            if self.tail not in (default["tail"], tail):
+            if not isinstance(self.tail, _DefaultStr) and self.tail != tail:
                 raise ValueError(
                     f"distillation_add_tail: expected what tail={self.tail!r} says, got "
                     f"{distillation_add_tail!r}; they name the same option, pass tail alone"
                 )
             self.tail = tail
+        if isinstance(self.k, _DefaultInt):
+            self.k = int(self.k)
+        if isinstance(self.tail, _DefaultStr):
+            self.tail = str(self.tail)
 
     def _warn_of_settings_without_effect(self) -> None:
         for name, applies, where in (
@@ -575,6 +605,7 @@ def _choice(config: SDPOConfig, name: str, choices: tuple[str, ...]) -> None:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
+    """A copy, so that a later change of the caller's mapping changes nothing here."""
     name = "apply_chat_template_kwargs"
     if isinstance(value, str):
         try:
@@ -593,4 +624,4 @@ def _mapping(value: Any) -> dict[str, Any]:
             f"{name}: expected variables of the chat template, got {', '.join(taken)}, which the rendering of a "
             "reprompt sets itself; remove them (tools and chat template are those of the trainer)"
         )
-    return value
+    return dict(value)

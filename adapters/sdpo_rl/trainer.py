@@ -7,10 +7,12 @@ patched before (`PatchFastRL`) is inherited.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
 import trl
@@ -18,15 +20,15 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from . import _validate
-from .compat import peft_lora
+from . import __version__, _validate
+from .compat import model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
 from .compat.trl import log_probs_like, reference_adapter
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics, warn_of_grpo_options
-from .resume import checkpoint, progress
+from .resume import checkpoint, options, progress
 from .rollout.demonstrations import Rollout, teacher_context
 from .rollout.feedback import FEEDBACK_COLUMNS, FeedbackCollector, column_texts, environment_feedback
 from .rollout.prompts import Renderer
@@ -96,7 +98,7 @@ class SDPOTrainer(_BASE):
 
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
-        ValueError: an empty dataset or prompt, a prompt that does not end with a user turn, two columns of
+        ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end with a user turn, two columns of
             feedback, neither a pad token nor an end-of-sequence token, K larger than the vocabulary, a batch size
             that is no multiple of the group size, more demonstrations than a group can have, a temperature of 0, a
             term or mask that this loss does not have, a loss backend that cannot run on the device, FSDP 1.
@@ -114,9 +116,6 @@ class SDPOTrainer(_BASE):
         >>> list(inspect.signature(SDPOTrainer).parameters)[:4]
         ['model', 'reward_funcs', 'args', 'train_dataset']
     """
-
-    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "sdpo"]
-    _name = "SDPO"
 
     def __init__(
         self,
@@ -153,8 +152,11 @@ class SDPOTrainer(_BASE):
         if args is None:
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
             args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
-        self.sdpo_config = SDPOConfig() if sdpo_config is None else sdpo_config
+        # A copy, so that a later change of its mappings changes nothing here.
+        self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
         _validate.check_construction(model, args, self.sdpo_config, kwargs, trainer=_BASE)
+        if self.sdpo_config.enabled:  # what TRL's model card says
+            self._name, self._tag_names, self._paper = "SDPO", ["trl", "grpo", "sdpo"], model_card.PAPER
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         self._feedback = FeedbackCollector()
@@ -163,6 +165,7 @@ class SDPOTrainer(_BASE):
             kwargs["reward_funcs"] = [self._feedback.wrap(reward) for reward in listed]
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
+        self._stream_position: tuple[int, int] | None = None  # of the checkpoint, for data without a length
         super().__init__(model=model, args=args, **kwargs)
         self._turns = GenerationTurns(self.accelerator.device)
         if not self.sdpo_config.enabled:
@@ -189,9 +192,15 @@ class SDPOTrainer(_BASE):
         self._epochs_done = 0  # before the checkpoint
         self.add_callback(
             _TrainingHooks(
-                begin=lambda: self._teacher.on_train_begin(self._unwrapped), step_end=self._update_teacher
+                begin=lambda: self._teacher.on_train_begin(self._unwrapped),
+                step_end=self._update_teacher,
+                epoch_end=lambda: _validate.check_batches_seen(
+                    "train_dataset", self._step or self.state.global_step
+                ),
             )
         )
+        logged = {f"sdpo_{name}": value for name, value in dataclasses.asdict(self.sdpo_config).items()}
+        trackers.log_options(self.callback_handler, {"sdpo_rl_version": __version__, **logged})
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
@@ -235,7 +244,8 @@ class SDPOTrainer(_BASE):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
-        _validate.check_rows(inputs)
+        # An environment may return the prompts itself.
+        _validate.check_rows(inputs, prompts=getattr(self, "environment_factories", None) is None)
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
@@ -400,6 +410,7 @@ class SDPOTrainer(_BASE):
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._eval_loss = MetricSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        _validate.check_batches_seen("eval_dataset", len(self._eval_loss.state()))
         output.metrics[f"{metric_key_prefix}_loss"] = sum(self._eval_loss.means(self._sum).values(), 0.0)
         return output
 
@@ -462,10 +473,12 @@ class SDPOTrainer(_BASE):
             ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
         """
         if self.sdpo_config.enabled:
-            self._epochs_done = 0
+            self._epochs_done, self._stream_position = 0, None
             resume_from_checkpoint = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
             if isinstance(resume_from_checkpoint, str):
                 self._epochs_done = checkpoint.epochs_done(resume_from_checkpoint)
+                if not hasattr(self.train_dataset, "__len__"):
+                    self._stream_position = checkpoint.stream_position(resume_from_checkpoint)
                 if self.sdpo_config.teacher_on_resume == "restore":
                     checkpoint.check_teacher(resume_from_checkpoint, self._teacher, self._unwrapped)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -477,6 +490,38 @@ class SDPOTrainer(_BASE):
             for _ in range(self._epochs_done):
                 next(iter(sampler), None)
         return sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*args, **kwargs)
+        if self._stream_position is None:
+            return epochs, batches
+        epochs, steps = self._stream_position
+        return epochs, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's model card, with the paper of SDPO, the options of this run and the version of this library.
+
+        Args:
+            *args: as for `GRPOTrainer.create_model_card`.
+            **kwargs: as for `GRPOTrainer.create_model_card`.
+        """
+        super().create_model_card(*args, **kwargs)
+        if self.sdpo_config.enabled and self.is_world_process_zero():
+            card = Path(self.args.output_dir) / "README.md"
+            model_card.add_options(card, dataclasses.asdict(self.sdpo_config), version=__version__)
+
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """As `GRPOTrainer.save_model`; the SDPO options are in `sdpo_config.json` beside the model.
+
+        Args:
+            output_dir: folder; `None` is that of the run.
+            *args: as for `GRPOTrainer.save_model`.
+            **kwargs: as for `GRPOTrainer.save_model`.
+        """
+        if self.sdpo_config.enabled and self.args.should_save:  # before it may be pushed to the Hub
+            folder = self.args.output_dir if output_dir is None else output_dir
+            options.save(folder, dataclasses.asdict(self.sdpo_config), version=__version__)
+        super().save_model(output_dir, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.sdpo_config.enabled:
@@ -504,6 +549,14 @@ class SDPOTrainer(_BASE):
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_folder)
+        if checkpoint_folder is not None and self.is_world_process_zero():
+            config = self.sdpo_config
+            options.warn_of_differences(
+                checkpoint_folder,
+                dataclasses.asdict(config),
+                dataclasses.asdict(type(config)()),
+                version=__version__,
+            )
         if self.sdpo_config.enabled and checkpoint_folder is not None:
             if self.sdpo_config.teacher_on_resume == "restart":
                 self._teacher.restart(self._unwrapped)
@@ -549,6 +602,11 @@ class SDPOTrainer(_BASE):
         self._diagnostics.load_state(state.diagnostics)
 
     # --- properties of this run --------------------------------------------------------------------------
+
+    @property
+    def sdpo_config(self) -> SDPOConfig:
+        """The options of this run, which were checked when it was constructed."""
+        return self._sdpo_config
 
     @property
     def _mode(self) -> str:
@@ -603,10 +661,12 @@ class SDPOTrainer(_BASE):
 
 
 class _TrainingHooks(TrainerCallback):
-    """Calls `begin()` once the model is prepared and a checkpoint loaded, `step_end()` after an optimizer step."""
+    """Calls `begin()` once the model is prepared and a checkpoint loaded, and the others at the end of their time."""
 
-    def __init__(self, *, begin: Callable[[], None], step_end: Callable[[], None]) -> None:
-        self._begin, self._step_end = begin, step_end
+    def __init__(
+        self, *, begin: Callable[[], None], step_end: Callable[[], None], epoch_end: Callable[[], None]
+    ) -> None:
+        self._begin, self._step_end, self._epoch_end = begin, step_end, epoch_end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first batch."""
@@ -615,3 +675,7 @@ class _TrainingHooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before anything is logged, evaluated or saved."""
         self._step_end()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the training stops where there was no batch."""
+        self._epoch_end()

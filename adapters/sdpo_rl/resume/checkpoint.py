@@ -5,6 +5,8 @@ All of it is in the folder `checkpoint-N/sdpo/`, because some tools load every `
 * `teacher.safetensors`: the full teacher by parameter name; its metadata has the rule and the number of updates.
 * `progress-R.safetensors`: the progress of process R within its generation batch (module `progress`).
 
+The SDPO options are in `checkpoint-N/sdpo_config.json`, beside the model's (module `options`).
+
 The Trainer writes `trainer_state.json` last. That file is removed before a folder is written again, so a folder is
 complete exactly if the file can be parsed.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -92,6 +95,19 @@ def epochs_done(folder: str) -> int:
     """The number of complete passes over the data when the checkpoint was saved."""
     state = _trainer_state(folder)
     return 0 if state is None else int(state.get("epoch") or 0)
+
+
+def stream_position(folder: str) -> tuple[int, int]:
+    """Passes over data without a length, and optimizer steps in the current one, when the checkpoint was saved.
+
+    The Trainer takes `max_steps` for the length of such a pass, so that its epoch is the passes and a fraction of that.
+    """
+    state = _trainer_state(folder)
+    epoch = 0.0 if state is None else state.get("epoch") or 0.0
+    if state is None or epoch == 0.0:
+        return 0, 0
+    passes = math.ceil(epoch) - 1
+    return passes, round((epoch - passes) * state["max_steps"])
 
 
 def mark_incomplete(folder: str) -> None:

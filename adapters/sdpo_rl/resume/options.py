@@ -1,0 +1,69 @@
+"""The SDPO options of a run, saved beside its model, and how a resumed run differs from them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("sdpo_rl")
+
+FILE = "sdpo_config.json"
+
+
+def save(folder: str | Path, options: Mapping[str, Any], *, version: str) -> None:
+    """Write the options and the version of this library atomically.
+
+    Args:
+        folder: of the model; made if it does not exist.
+        options: by name; a value that JSON does not have is written as its representation.
+        version: of this library.
+    """
+    path = Path(folder) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"sdpo_rl_version": version, "options": dict(options)}
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, default=repr) + "\n")
+    os.replace(unfinished, path)
+
+
+def warn_of_differences(
+    folder: str | Path, options: Mapping[str, Any], defaults: Mapping[str, Any], *, version: str
+) -> None:
+    """One warning that names every option with another value than when the checkpoint was saved.
+
+    Args:
+        folder: of the checkpoint.
+        options: of this run, by name.
+        defaults: of this version; what an option has that the earlier version did not know.
+        version: of this library.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        if options["enabled"]:
+            logger.warning(
+                "%s has no %s: whether its run had the SDPO options of this one is unknown.", folder, FILE
+            )
+        return
+    content = json.loads(path.read_text())
+    now = json.loads(json.dumps(dict(options), default=repr))
+    saved = {**json.loads(json.dumps(dict(defaults), default=repr)), **content["options"]}
+    changes = [
+        f"{name} {saved[name]!r} -> {now[name]!r}"
+        if name in now
+        else f"{name} {saved[name]!r}, which is no option any more"
+        for name in saved
+        if name not in now or saved[name] != now[name]
+    ]
+    if changes:
+        since = content["sdpo_rl_version"]
+        by = "" if since == version else f" by sdpo_rl {since} (this is {version})"
+        logger.warning(
+            "Since %s was saved%s, SDPO options changed: %s. The run continues with the new ones.",
+            folder,
+            by,
+            ", ".join(changes),
+        )
