@@ -82,6 +82,14 @@ def no_dataset(path: Path) -> None:
     )
 
 
+QUESTIONS = Dataset.from_dict({"question": ["a"] * 8})
+
+
+def questions() -> IterableDataset:
+    """A stream whose columns are not known before the first row."""
+    return IterableDataset.from_generator(lambda: iter(QUESTIONS))
+
+
 TRAINER = [
     Case(
         "config of another kind",
@@ -197,11 +205,80 @@ TRAINER = [
         ValueError,
         ("num_demonstrations: expected at most 4", "got 5"),
     ),
+    *(
+        Case(
+            f"temperature {value}",
+            lambda path, value=value: build(path, temperature=value),
+            ValueError,
+            ("temperature: expected a finite number > 0", f"got {value}", "set 1.0"),
+        )
+        for value in (float("inf"), float("nan"))
+    ),
+    Case(
+        "fewer prompts than a generation batch",
+        lambda path: build(path, train_dataset=tiny.conversations(3), steps_per_generation=2),
+        ValueError,
+        (
+            "train_dataset: expected at least 4 prompts",
+            "generation_batch_size=16 / num_generations=4",
+            "got 3",
+            "raise num_generations",
+            "steps_per_generation",
+        ),
+    ),
+    Case(
+        "a stream with fewer prompts than a generation batch",
+        lambda path: train(path, train_dataset=tiny.conversations(1).to_iterable_dataset()),
+        ValueError,
+        ("train_dataset: expected enough prompts for one batch", "got a pass without any", "add prompts"),
+    ),
+    Case(
+        "fewer prompts than an evaluation batch that must be full",
+        lambda path: build(path, eval_dataset={"a": tiny.conversations(1)}, dataloader_drop_last=True),
+        ValueError,
+        (
+            "eval_dataset['a']: expected at least 2 prompts",
+            "8 completions, 4 per prompt",
+            "got 1",
+            "dataloader_drop_last=False",
+        ),
+    ),
+    Case(
+        "an evaluation without a batch",
+        lambda path: tiny.trainer(path, start=without_generate(), dataloader_drop_last=True).evaluate(
+            tiny.conversations(1)
+        ),
+        ValueError,
+        ("eval_dataset: expected enough prompts for one batch", "got a pass without any"),
+    ),
+    Case(
+        "a stream whose columns are known, without prompts",
+        lambda path: build(path, train_dataset=QUESTIONS.to_iterable_dataset()),
+        ValueError,
+        ("train_dataset: expected a column 'prompt'", "['question']", "rename"),
+    ),
+    *(
+        Case(
+            f"a stream whose columns are not known, without prompts: {name}",
+            use,
+            ValueError,
+            ("dataset: expected rows with a 'prompt'", "got one with ['question']", "rename the column"),
+        )
+        for name, use in (
+            ("training", lambda path: train(path, train_dataset=questions())),
+            (
+                "evaluation",
+                lambda path: tiny.trainer(
+                    path, start=without_generate(), eval_dataset=questions()
+                ).evaluate(),
+            ),
+        )
+    ),
     Case(
         "no temperature",
         lambda path: build(path, temperature=0.0),
         ValueError,
-        ("temperature: expected a number > 0", "got 0.0", "set 1.0"),
+        ("temperature: expected a finite number > 0", "got 0.0", "set 1.0"),
     ),
     Case(
         "kernels on a CPU",
@@ -418,6 +495,18 @@ def test_trainer(case: Case, tmp_path: Path) -> None:
 def test_a_good_trainer_does_ask_the_model_to_generate(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="asked to generate"):
         train(tmp_path)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompts_of_one_generation_batch_are_enough(tmp_path: Path, stream: bool) -> None:
+    prompts = tiny.conversations(4)
+    settings: Any = {"steps_per_generation": 2, "max_steps": 1, "eval_dataset": tiny.conversations(1)}
+    trainer = tiny.trainer(
+        tmp_path, train_dataset=prompts.to_iterable_dataset() if stream else prompts, **settings
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.evaluate()["eval_loss"] >= 0
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -268,11 +270,12 @@ def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
     assert dataclasses.replace(config, alpha=1.0).k == 50
     assert SDPOConfig.preset("rich_feedback", distillation_topk=7).k == 7
     assert SDPOConfig(distillation_topk=100, k=100).k == 100
-    assert dataclasses.replace(SDPOConfig(), distillation_topk=7).k == 7
     assert not hasattr(config, "distillation_topk")
     assert not hasattr(SDPOConfig, "distillation_add_tail")
     for other, own in (
         ({"distillation_topk": 4}, {"k": 3}),
+        ({"distillation_topk": 50}, {"k": 100}),
+        ({"distillation_add_tail": False}, {"tail": "bucket"}),
         ({"distillation_add_tail": True}, {"tail": "renormalize"}),
     ):
         with pytest.raises(ValueError, match="name the same option"):
@@ -317,6 +320,40 @@ def test_a_derived_configuration_has_fields_of_its_own() -> None:
     assert (derived.k, derived.remark) == (7, "mine")
     with pytest.raises(ValueError, match="k: expected an int"):
         Derived(k=0)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        lambda config: config,
+        copy.copy,
+        copy.deepcopy,
+        lambda config: pickle.loads(pickle.dumps(config)),
+        dataclasses.replace,
+        lambda _: parse([]),
+    ],
+    ids=["made", "copied", "deep-copied", "pickled", "replaced", "parsed"],
+)
+def test_a_config_is_read_only_once_it_is_made(copied: Callable[[SDPOConfig], SDPOConfig]) -> None:
+    config = copied(SDPOConfig())
+    for name, value in (("alpha", 7), ("alpha", 0.3), ("alhpa", 0.3)):
+        with pytest.raises(
+            AttributeError, match=rf"^{name}: expected no change.*replace\(config, {name}=...\)"
+        ):
+            setattr(config, name, value)
+    with pytest.raises(AttributeError, match="alpha: expected no change"):
+        del config.alpha
+    assert config == SDPOConfig()
+    assert dataclasses.replace(config, alpha=0.3) == SDPOConfig(alpha=0.3)
+    with pytest.raises(ValueError, match="alpha: expected a number"):
+        dataclasses.replace(config, alpha=7)
+
+
+def test_a_config_keeps_its_own_template_arguments() -> None:
+    arguments = {"enable_thinking": False}
+    config = SDPOConfig(apply_chat_template_kwargs=arguments)
+    arguments["tokenize"] = True
+    assert config.apply_chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_an_unknown_preset_or_field_is_refused() -> None:

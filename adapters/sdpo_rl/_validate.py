@@ -65,10 +65,10 @@ def check_construction(
     check_objective(args, config)
     if config.has_policy_loss:
         check_policy(args, config)
-    check_sizes(args, keywords.get("train_dataset"), keywords.get("eval_dataset"))
     if keywords.get("environment_factory") is None:  # an environment may return the prompts itself
         check_dataset(keywords.get("train_dataset"), "train_dataset")
         check_dataset(keywords.get("eval_dataset"), "eval_dataset")
+    check_sizes(args, keywords.get("train_dataset"), keywords.get("eval_dataset"))
     check_tokenizer(keywords.get("processing_class"))
     if not isinstance(model, str):
         check_vocabulary(config, model)
