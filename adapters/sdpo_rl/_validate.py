@@ -122,8 +122,8 @@ def check_sizes(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
     if batch and group and hasattr(train_dataset, "__len__") and len(train_dataset) < batch // group:
         raise ValueError(
             f"train_dataset: expected at least {batch // group} prompts, those of one generation batch "
-            f"(generation_batch_size={batch} / num_generations={group}), got {len(train_dataset)}, with which no step "
-            "would run; add prompts, raise num_generations, or lower per_device_train_batch_size, "
+            f"(generation_batch_size={batch} / num_generations={group}), got {len(train_dataset)}, with which no "
+            "step would run; add prompts, raise num_generations, or lower per_device_train_batch_size, "
             "steps_per_generation or gradient_accumulation_steps"
         )
     if not args.dataloader_drop_last:
@@ -136,8 +136,8 @@ def check_sizes(args: Any, train_dataset: Any, eval_dataset: Any) -> None:
             name = "eval_dataset" if key is None else f"eval_dataset[{key!r}]"
             raise ValueError(
                 f"{name}: expected at least {-(-rows // group)} prompts, those of one batch "
-                f"({rows} completions, {group} per prompt), got {len(part)}, which dataloader_drop_last=True leaves "
-                "out; add prompts, lower per_device_eval_batch_size, or set dataloader_drop_last=False"
+                f"({rows} completions, {group} per prompt), got {len(part)}, which dataloader_drop_last=True "
+                "leaves out; add prompts, lower per_device_eval_batch_size, or set dataloader_drop_last=False"
             )
 
 
@@ -145,8 +145,9 @@ def check_batches_seen(name: str, batches: int) -> None:
     """A pass over data, also over data without a length, had a batch."""
     if batches == 0:
         raise ValueError(
-            f"{name}: expected enough prompts for one batch, got a pass without any; add prompts, or lower the batch "
-            "size (a generation batch, and any batch with dataloader_drop_last=True, is left out if it is not full)"
+            f"{name}: expected enough prompts for one batch, got a pass without any; add prompts, or lower the "
+            "batch size (a generation batch, and any batch with dataloader_drop_last=True, is left out if it "
+            "is not full)"
         )
 
 
@@ -205,8 +206,8 @@ def check_sampling(args: Any, config: SDPOConfig) -> None:
             )
     if not 0 < args.temperature < math.inf:
         raise ValueError(
-            f"temperature: expected a finite number > 0, got {args.temperature}; logits are divided by it, and greedy "
-            "completions of one prompt are all alike: set 1.0"
+            f"temperature: expected a finite number > 0, got {args.temperature}; logits are divided by it, and "
+            "greedy completions of one prompt are all alike: set 1.0"
         )
 
 
@@ -310,7 +311,8 @@ def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
     for row in rows:
         if prompts and "prompt" not in row:
             raise ValueError(
-                f"dataset: expected rows with a 'prompt', got one with {sorted(row)}; rename the column of the prompts"
+                f"dataset: expected rows with a 'prompt', got one with {sorted(row)}; rename the column of "
+                "the prompts"
             )
     _refuse_media(media for media in _MEDIA if any(_holds_media(row.get(media)) for row in rows))
     check_prompts([row["prompt"] for row in rows if "prompt" in row])

@@ -9,7 +9,7 @@ import math
 import numbers
 import sys
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from sdpo import Templates
 from sdpo._validate import check_choice, check_flag, check_int, check_real, type_name
@@ -420,7 +420,7 @@ class SDPOConfig:
         if isinstance(self.k, _DefaultInt):
             self.k = int(self.k)
         if isinstance(self.tail, _DefaultStr):
-            self.tail = str(self.tail)
+            self.tail = cast("Tail", str(self.tail))
 
     def _warn_of_settings_without_effect(self) -> None:
         for name, applies, where in (

@@ -98,10 +98,11 @@ class SDPOTrainer(_BASE):
 
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
-        ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end with a user turn, two columns of
-            feedback, neither a pad token nor an end-of-sequence token, K larger than the vocabulary, a batch size
-            that is no multiple of the group size, more demonstrations than a group can have, a temperature of 0, a
-            term or mask that this loss does not have, a loss backend that cannot run on the device, FSDP 1.
+        ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end
+            with a user turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K larger
+            than the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
+            group can have, a temperature that is 0 or not finite, a term or mask that this loss does not have, a
+            loss backend that cannot run on the device, FSDP 1.
         TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
 
     Source: SDPO, arXiv 2601.20802.
@@ -661,7 +662,7 @@ class SDPOTrainer(_BASE):
 
 
 class _TrainingHooks(TrainerCallback):
-    """Calls `begin()` once the model is prepared and a checkpoint loaded, and the others at the end of their time."""
+    """Calls `begin()` once the model is prepared and a checkpoint loaded, the others at the ends they name."""
 
     def __init__(
         self, *, begin: Callable[[], None], step_end: Callable[[], None], epoch_end: Callable[[], None]

@@ -36,5 +36,6 @@ def add_options(card: Path, options: Mapping[str, Any], *, version: str) -> None
         version: of this library.
     """
     listed = json.dumps(dict(options), indent=2, default=repr)
-    section = f"\n\n## SDPO options\n\nTrained with SDPO-RL {version} and these options:\n\n```json\n{listed}\n```\n"
+    trained = f"Trained with SDPO-RL {version} and these options:"
+    section = f"\n\n## SDPO options\n\n{trained}\n\n```json\n{listed}\n```\n"
     card.write_text(card.read_text(encoding="utf-8").rstrip() + section, encoding="utf-8")

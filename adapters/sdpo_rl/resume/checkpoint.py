@@ -100,7 +100,7 @@ def epochs_done(folder: str) -> int:
 def stream_position(folder: str) -> tuple[int, int]:
     """Passes over data without a length, and optimizer steps in the current one, when the checkpoint was saved.
 
-    The Trainer takes `max_steps` for the length of such a pass, so that its epoch is the passes and a fraction of that.
+    The Trainer takes `max_steps` for the length of such a pass: its epoch is the passes, and a fraction of that.
     """
     state = _trainer_state(folder)
     epoch = 0.0 if state is None else state.get("epoch") or 0.0
