@@ -74,6 +74,11 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
         {**HALF_BATCH, "sdpo": {"demonstration_policy": "random"}},
         [1, 3],
     ),
+    "full, GRPO's part on a schedule": (
+        {**HALF_BATCH, "sdpo": {"grpo_weight": 0.5, "grpo_weight_final": 0.1}},
+        [1, 3],
+    ),
+    "LoRA, an anchor": ({**HALF_BATCH, "start": lora, "sdpo": {"anchor_weight": 0.3}}, [3]),
     "full, a stream of two steps a pass": (
         {**WHOLE_BATCH, "train_dataset": tiny.conversations(4).to_iterable_dataset()},
         [1, 2, 3, 5],
