@@ -143,6 +143,12 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Method("train", ("resume_from_checkpoint",), "the checkpoint is validated before the run begins"),
     Method("_get_output_dir", ("trial",), "the teacher is saved in the checkpoint's folder"),
     Method("_get_train_sampler", (), "a resumed run has the row order of the uninterrupted one"),
+    Method("_init_training_state", (), "a run over a stream is resumed in the pass it was in"),
+    Method("create_model_card", ("model_name",), "the options are added to the model card"),
+    *(
+        Attribute(name, "the model card says SDPO and its paper")
+        for name in ("_name", "_paper", "_tag_names")
+    ),
     Method("_save_checkpoint", ("model", "trial"), "the teacher is saved with the student"),
     Method("_save_rng_state", ("output_dir",), "the progress of the run is saved"),
     Method("_load_rng_state", ("checkpoint",), "the progress of the run is restored"),
