@@ -72,8 +72,8 @@ RUNS = {
     "the second rank has nothing to learn": Run(succeeds=lambda row: row == 1, feedback=False),
     "nobody has anything to learn": Run(succeeds=lambda row: False, feedback=False),
     "steps without signal around one with": Run(
-        {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.5},
-        succeeds=lambda row: row == 1,
+        {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.5, "max_grad_norm": 1.0},
+        succeeds=lambda row: row == 1,  # of which the second rank has no row
         feedback=False,
         silent=(0, 2),
     ),
@@ -92,6 +92,7 @@ RUNS = {
     ),
     "trust region": Run(config={"teacher_mode": "trust_region"}),
     "live": Run(config={"teacher_mode": "live"}),
+    "frozen with restarts": Run(config={"teacher_mode": "frozen", "teacher_restart_every": 2}),
     "checkpointed": Run({"gradient_checkpointing": True}),
     "ranks that start apart": Run(alike=False),
 }
@@ -109,6 +110,7 @@ SHARDED_RUNS = [
     "routing, and a rank without a distilled row",
     "trust region",
     "live",
+    "frozen with restarts",
     "ranks that start apart",
 ]
 EXPERTS = {
@@ -118,11 +120,7 @@ EXPERTS = {
 
 
 # DeepSpeed steps within the backward pass: a step cannot wait for a second generation batch.
-DEEPSPEED_RUNS = [
-    name
-    for name in SHARDED_RUNS
-    if name not in ("a step over two generation batches", "steps without signal around one with")
-]
+DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two generation batches"]
 
 
 # --- in the testing process -------------------------------------------------------------------------------

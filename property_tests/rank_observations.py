@@ -71,8 +71,10 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
     from transformers import TrainerCallback
 
     from sdpo_rl.step import forward as step_forward
+    from sdpo_rl.teacher.shards import local_shards
 
     gradients: list[Observed] = []
+    steps: list[Observed] = []
     prompts: list[list[str]] = []
     score = trainer._generate_and_score_completions
 
@@ -92,6 +94,14 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
             named = trainer._unwrapped.named_parameters()
             gradients.append({name: whole_gradient(p) for name, p in named if p.requires_grad})
 
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            own = {name: shard.clone() for name, shard in local_shards(trainer._unwrapped).items()}
+            teacher = trainer._teacher.state
+            averaged = {name: shard.clone() for name, shard in teacher.params.items()}
+            steps.append(
+                {"own": own, "averaged": averaged, "moments": moments(trainer), "ticks": teacher.ticks}
+            )
+
     trainer.add_callback(Watch())
     trainer.train(**resume)
     unwrapped, model = trainer._unwrapped, trainer.model_wrapped
@@ -106,6 +116,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "gradients": gradients,
+        "steps": steps,
         "prompts": prompts,
         "student": before,
         "teacher": teacher,

@@ -201,6 +201,8 @@ CONFIG: dict[str, list[Case]] = {
     ],
     "teacher_mode": choice("teacher_mode", "ema", "frozen", "trust_region", "live", "lora_ema"),
     "teacher_update_rate": fraction("teacher_update_rate", "the weight of the student"),
+    "teacher_rate_samples": count("teacher_rate_samples"),
+    "teacher_restart_every": count("teacher_restart_every"),
     "trust_region_coef": fraction("trust_region_coef", "the weight of the live student"),
     "teacher_tick": choice("teacher_tick", "generation_batch", "optimizer_step"),
     "teacher_dtype": choice("teacher_dtype", "float32", "bfloat16"),

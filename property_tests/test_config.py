@@ -291,6 +291,8 @@ def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
         ({"support": "sampled", "alpha": 1.0, "tail": "renormalize"}, ["tail='renormalize'"]),
         ({"teacher_mode": "frozen", "teacher_update_rate": 0.1}, ["teacher_update_rate=0.1"]),
         ({"teacher_mode": "live", "teacher_offload": "cpu"}, ["teacher_offload='cpu'"]),
+        ({"teacher_mode": "frozen", "teacher_rate_samples": 256}, ["teacher_rate_samples=256"]),
+        ({"teacher_mode": "frozen", "teacher_restart_every": 4}, []),
         ({"token_weights_beta": 2.0}, ["token_weights_beta=2.0"]),
         ({"evidence_mix": 0.1, "evidence_clip": 0.3}, ["evidence_mix=0.1", "evidence_clip=0.3"]),
         ({"trust_region_coef": 0.3}, ["trust_region_coef=0.3"]),
@@ -304,6 +306,14 @@ def test_a_setting_without_effect_is_named_once(
 ) -> None:
     SDPOConfig(**options)
     assert [message.partition(" ")[0] for message in caplog.messages] == named
+
+
+@pytest.mark.parametrize("mode", ["ema", "lora_ema", "live", "trust_region"])
+def test_a_teacher_that_follows_does_not_restart(mode: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"teacher_mode: expected 'frozen' .*teacher_restart_every, got '{mode}'"
+    ):
+        SDPOConfig(teacher_mode=mode, teacher_restart_every=10)
 
 
 def test_one_renormalized_token_is_refused() -> None:

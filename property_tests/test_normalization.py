@@ -36,6 +36,9 @@ def schedules(draw: st.DrawFn) -> Schedule:
     return Schedule(slots, iterations, steps, draw(st.lists(row, min_size=batches, max_size=batches)))
 
 
+DIVERGENCE_ALONE = (0.0, 1.0)
+
+
 def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], list[float]]:
     """The accumulated gradient of each step, where every active token contributes `value`; and the true counts."""
     gradients, counts, micro = [], [], 0
@@ -44,9 +47,13 @@ def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], lis
         for index in range(length):
             generation, slot = micro // schedule.generate_every, micro % schedule.slots
             if micro % schedule.generate_every == 0:
-                window.set_counts(torch.tensor(schedule.counts[generation]))
+                distilled = torch.tensor(schedule.counts[generation])
+                window.set_counts(distilled, torch.stack([torch.zeros_like(distilled), distilled], dim=1))
             denominator = window.denominator(
-                step=micro, length=length, generate_every=schedule.generate_every
+                step=micro,
+                length=length,
+                generate_every=schedule.generate_every,
+                part_weights=DIVERGENCE_ALONE,
             )
             assert denominator >= 1
             here = schedule.counts[generation][slot]
@@ -59,6 +66,7 @@ def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], lis
         gradients.append(gradient * (1.0 if correction is None else float(correction)))
         assert logs == pytest.approx(gradients[-1], rel=1e-5), "logged losses add up to the loss of the step"
         counts.append(float(count))
+        assert window.has_signal == (count > 0)
     return gradients, counts
 
 
@@ -116,7 +124,7 @@ def test_rejects_its_counter_example(claim: Claim) -> None:
 
 def test_counts_come_first() -> None:
     with pytest.raises(RuntimeError, match="set_counts"):
-        StepWindow().denominator(step=0, length=1, generate_every=1)
+        StepWindow().denominator(step=0, length=1, generate_every=1, part_weights=DIVERGENCE_ALONE)
 
 
 class Transfers(TorchDispatchMode):
@@ -136,11 +144,12 @@ class Transfers(TorchDispatchMode):
 def test_the_denominator_does_not_synchronize() -> None:
     """It is computed while the forwards are queued, and would wait for all of them."""
     window, counts = StepWindow(), torch.tensor([1, 2, 3, 4])
-    window.set_counts(counts)
+    window.set_counts(counts, torch.stack([counts, counts], dim=1))
+    arguments = {"generate_every": 4, "part_weights": DIVERGENCE_ALONE}
     with Transfers() as transfers:
-        known = window.denominator(step=2, length=2, generate_every=4)
+        known = window.denominator(step=2, length=2, **arguments)
         window.end_micro_batch(known, ends_step=False)
-        window.denominator(step=3, length=4, generate_every=4)
+        window.denominator(step=3, length=4, **arguments)
         window.end_micro_batch(known, ends_step=True)
     assert transfers.seen == []
     assert known.tolist() == 7.0

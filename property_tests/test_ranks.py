@@ -147,6 +147,33 @@ def test_the_runs_differ(one: Observed) -> None:
     assert column(runs[silent], "loss") == [0.0] * driver.STEPS
 
 
+def unchanged(before: Observed, after: Observed) -> bool:
+    """Whether a step left every weight, moment and teacher shard of this rank as it was, bit for bit."""
+    return before["ticks"] == after["ticks"] and all(
+        torch.equal(one, other)
+        for part in ("own", "averaged", "moments")
+        for one, other in zip(values(before[part]), values(after[part]), strict=True)
+    )
+
+
+def values(part: Any) -> list[torch.Tensor]:
+    return list(part.values()) if isinstance(part, dict) else part
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_step_without_signal_on_any_rank_changes_nothing_on_all(two: list[Observed], strategy: str) -> None:
+    """AdamW with weight decay; the second of three steps has a signal, on the first rank alone."""
+    for rank in two:
+        seen = rank[strategy, "steps without signal around one with"]
+        first, second, third = seen["steps"]
+        assert len(first["moments"]) == 0 < len(second["moments"])
+        assert any(not torch.equal(first["own"][name], shard) for name, shard in second["own"].items())
+        assert second["ticks"] == 1
+        assert unchanged(second, third)
+        assert not unchanged(second, {**third, "ticks": 2})
+        assert column(seen, "self_distillation/step_without_signal") == [1.0, 0.0, 1.0]
+
+
 def test_a_mean_per_rank_is_another_number(two: list[Observed], one: Observed) -> None:
     """The counter-example: where one rank has fewer tokens, the mean of the ranks' means is another number."""
     name = "the second rank has nothing to learn"

@@ -47,6 +47,23 @@ def test_deepspeed_trains_as_one_rank_does(seen: dict[str, Any], stage: str, nam
         assert run["student came back"]
 
 
+@pytest.mark.parametrize("stage", driver.DEEPSPEED)
+def test_a_step_without_signal_changes_nothing_within_the_engine(seen: dict[str, Any], stage: str) -> None:
+    """DeepSpeed steps in its backward pass; the second of three steps has a signal, on the first rank alone."""
+    for rank in ("2-0", "2-1"):
+        run = seen[rank][stage, "steps without signal around one with"]
+        first, second, third = run["steps"]
+        assert any(not torch.equal(first["own"][name], shard) for name, shard in second["own"].items())
+        assert [step["ticks"] for step in run["steps"]] == [0, 1, 1]
+        assert len(second["moments"]) > 0
+        for one, other in (
+            (second["own"].values(), third["own"].values()),
+            (second["averaged"].values(), third["averaged"].values()),
+            (second["moments"], third["moments"]),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from sdpo.teacher import (
     ema,
     frozen,
     live,
+    rate_per_tick,
     teacher_distance,
     trust_region,
     trust_region_hidden,
@@ -153,6 +154,37 @@ def averages_by_name(teacher: Teacher, rate: float) -> None:
     students = walk(1, 1, torch.float32, {"a": (4,), "b": (4,)})
     reordered = [students[0], dict(reversed(students[1].items()))]
     assert equal(run(teacher, reordered).params, run(ema(update_rate=rate), students).params)
+
+
+def simple_rate(rate: float, *, samples: float, per_samples: float) -> float:
+    """A counter-example: in proportion to the samples."""
+    return rate * samples / per_samples
+
+
+def gap_of_composition(rule: Callable[..., float], rate: float, samples: int, per_samples: int) -> float:
+    """How far two updates of n samples are from one of 2n, in the weight that the start keeps."""
+    once = rule(rate, samples=samples, per_samples=per_samples)
+    twice = rule(rate, samples=2 * samples, per_samples=per_samples)
+    return abs((1 - once) ** 2 - (1 - twice))
+
+
+@given(st.floats(0.0, 1.0), st.integers(1, 10_000), st.integers(1, 10_000))
+def test_two_updates_of_n_samples_are_one_of_twice_as_many(
+    rate: float, samples: int, per_samples: int
+) -> None:
+    assert gap_of_composition(rate_per_tick, rate, samples, per_samples) < 1e-12
+    assert rate_per_tick(rate, samples=samples, per_samples=samples) == pytest.approx(rate, rel=1e-12)
+
+
+def test_the_composition_rejects_a_rate_in_proportion() -> None:
+    assert gap_of_composition(simple_rate, 0.05, 64, 256) > 1e-4
+
+
+def test_a_rate_for_more_samples_is_a_smaller_one_per_update() -> None:
+    assert rate_per_tick(0.05, samples=64, per_samples=256) == pytest.approx(0.0127, abs=5e-5)
+    assert rate_per_tick(0.05, samples=256, per_samples=64) == pytest.approx(0.1855, abs=5e-5)
+    assert rate_per_tick(1e-12, samples=1, per_samples=1000) == pytest.approx(1e-15, rel=1e-6)
+    assert [rate_per_tick(rate, samples=1e300, per_samples=1e-300) for rate in (0.0, 1.0)] == [0.0, 1.0]
 
 
 def test_parameters_are_matched_by_name() -> None:
@@ -700,6 +732,13 @@ def test_a_state_of_another_precision_is_refused_by_name() -> None:
         (lambda: ema(update_rate=0.1, dtype="float16"), ValueError, "dtype: .*float16"),  # type: ignore[arg-type]
         (lambda: ema(update_rate=0.1, seed=-1), ValueError, "seed"),
         (lambda: ema(update_rate=0.1, inplace=1), TypeError, "inplace: expected a bool"),  # type: ignore[arg-type]
+        (lambda: rate_per_tick(1.1, samples=1, per_samples=1), ValueError, "update_rate: expected a number"),
+        (
+            lambda: rate_per_tick(0.1, samples=0, per_samples=1),
+            ValueError,
+            r"samples: expected .*\(0, .*got 0",
+        ),
+        (lambda: rate_per_tick(0.1, samples=1, per_samples=math.inf), ValueError, "per_samples: .*got inf"),
         (lambda: trust_region(coef=-0.1), ValueError, "coef: expected a number in .*-0.1"),
         (lambda: trust_region_logits(torch.zeros(2), torch.zeros(3), coef=0.1), ValueError, "live_logits"),
         (

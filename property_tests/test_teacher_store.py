@@ -466,6 +466,90 @@ def test_a_parameter_that_became_tied_is_refused() -> None:
         store.forwards(model, training=True)
 
 
+def rate_of(students: list[Weights], teacher: Weights) -> float:
+    """The rate r of one update from the first to the second student, θ' = θ_0 + r·(θ_1 − θ_0), by least squares."""
+    moved = torch.cat([(students[1][name] - students[0][name]).flatten().double() for name in teacher])
+    followed = torch.cat([(teacher[name] - students[0][name]).flatten().double() for name in teacher])
+    return (moved @ followed / (moved @ moved)).item()
+
+
+@pytest.mark.parametrize(
+    ("samples", "config", "settings"),
+    [
+        (8, {}, {}),
+        (16, {}, {"steps_per_generation": 2, "gradient_accumulation_steps": 2}),
+        (8, {}, {"num_iterations": 2, "max_steps": 2}),
+        (8, {"teacher_tick": "optimizer_step"}, {"steps_per_generation": 2}),
+        (4, {"teacher_tick": "optimizer_step"}, {"num_iterations": 2}),
+    ],
+    ids=["a batch", "two micro-batches", "two passes", "a step", "a step of two passes"],
+)
+def test_the_rate_per_samples_is_that_of_the_completions_of_an_update(
+    tmp_path: Path, samples: int, config: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    config = tiny.config(teacher_update_rate=RATE, teacher_rate_samples=64, **config)
+    trainer = tiny.trainer(tmp_path, sdpo_config=config, **{"max_steps": 1, **settings})
+    students = Students(trainer._unwrapped)
+    trainer.add_callback(students)
+    trainer.train()
+    assert trainer._teacher.state.ticks == 1
+    rate = rate_of([students.seen[0], students.seen[-1]], trainer._teacher.state.params)
+    assert rate == pytest.approx(1 - (1 - RATE) ** (samples / 64), rel=1e-4)
+    assert rate != pytest.approx(1 - (1 - RATE) ** (2 * samples / 64), rel=1e-2)
+
+
+def test_the_rate_per_samples_needs_the_samples() -> None:
+    with pytest.raises(ValueError, match=r"samples_per_tick: expected the completions .*=256, got None"):
+        TeacherStore(tiny.model(), SDPOConfig(teacher_rate_samples=256), seed=0)
+
+
+def test_a_frozen_teacher_starts_again_after_every_so_many_batches(tmp_path: Path) -> None:
+    """Batches of two optimizer steps; the run that resumes within the fourth continues the count."""
+    settings = {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 7,
+    }
+    config = tiny.config(teacher_mode="frozen", teacher_restart_every=2)
+    seen: list[Weights] = []
+
+    class Teachers(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append({name: p.clone() for name, p in trainer._teacher.state.params.items()})
+
+    trainer = tiny.trainer(tmp_path, sdpo_config=config, **settings)
+    students = Students(trainer._unwrapped)
+    trainer.add_callback(students)
+    trainer.add_callback(Teachers())
+    trainer.train()
+    starts = [0, 0, 0, 4, 4, 4, 4, 8, 8]  # the student's step that the teacher of each step equals
+    for teacher, start in zip(seen, starts, strict=True):
+        assert all(torch.equal(tensor, students.seen[start][name]) for name, tensor in teacher.items())
+    assert not torch.equal(next(iter(seen[0].values())), next(iter(seen[3].values())))
+    whole, seen = seen, []
+    trainer = tiny.trainer(tmp_path / "again", sdpo_config=config, **settings)
+    trainer.add_callback(Teachers())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    for ours, theirs in zip(seen, whole[7:], strict=True):
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_restart_takes_the_present_student(offload: str) -> None:
+    model = tiny.model()
+    store = started(model, teacher_mode="frozen", teacher_restart_every=2, teacher_offload=offload)
+    first = trained(model)
+    for begins_again in (False, True, False, True):
+        with torch.no_grad():
+            model.model.norm.weight.add_(1.0)
+        store.tick(model)
+        expected = trained(model) if begins_again else first
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in store.state.params.items())
+        first = expected
+
+
 # --- the modes --------------------------------------------------------------------------------------------
 
 

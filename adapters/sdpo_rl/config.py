@@ -128,7 +128,15 @@ class SDPOConfig:
         evidence_clip: ε of `evidence`. Default 0.2 (RLSD).
         teacher_mode: `ema` (default, reference), `frozen`, `trust_region` (best in paper Table 4), `live`,
             or `lora_ema`: `ema` that requires adapters.
-        teacher_update_rate: weight of the *student* in the moving average. Default 0.05 (paper §3).
+        teacher_update_rate: weight of the *student* in the moving average. Default 0.05 (paper §3, whose batches
+            have 256 completions).
+        teacher_rate_samples: completions that `teacher_update_rate` is given for: an update after n of them has the
+            rate 1 − (1 − r)^(n / `teacher_rate_samples`), so that the pace per completion does not depend on the
+            size of a batch. n counts the completions of all processes that are generated between two updates.
+            Default `None`: the rate is that of one update.
+        teacher_restart_every: with `teacher_mode="frozen"`, generation batches (or optimizer steps, by
+            `teacher_tick`) after which the teacher starts again from the student (arXiv 2607.01763); those without
+            a signal are not counted. Default `None`: never.
         trust_region_coef: weight of the live student's logits in the `trust_region` teacher. Default 0.5
             (ours; the paper does not print its value).
         teacher_tick: when the average moves: once per `generation_batch` (default, reference), or per
@@ -213,6 +221,10 @@ class SDPOConfig:
     evidence_clip: float = _option(0.2, "How far token_weights='evidence' changes an advantage.")
     teacher_mode: TeacherMode = _option("ema", "Which weights read the reprompt.")
     teacher_update_rate: float = _option(0.05, "Weight of the student in the moving average.")
+    teacher_rate_samples: int | None = _option(None, "Completions the rate is given for; unset: one update.")
+    teacher_restart_every: int | None = _option(
+        None, "Updates after which a frozen teacher restarts; unset: never."
+    )
     trust_region_coef: float = _option(0.5, "Weight of the live student in the trust-region teacher.")
     teacher_tick: TeacherTick = _option("generation_batch", "When the moving average moves.")
     teacher_dtype: TeacherDtype = _option("float32", "Dtype of the averaged weights.")
@@ -274,6 +286,12 @@ class SDPOConfig:
         )
         if self.loss_chunk_size is not None:
             _positive_int(self, loss_chunk_size="tokens of a chunk, or None")
+        if self.teacher_rate_samples is not None:
+            _positive_int(
+                self, teacher_rate_samples="completions that teacher_update_rate is given for, or None"
+            )
+        if self.teacher_restart_every is not None:
+            _positive_int(self, teacher_restart_every="generation batches from start to start, or None")
         for name in ("is_clip", "rollout_is_clip"):
             if getattr(self, name) is not None:
                 fix = "pass the largest weight, or None to turn the weights off"
@@ -327,6 +345,12 @@ class SDPOConfig:
         _choice(self, "demonstration_policy", get_args(Policy))
         _choice(self, "reprompt_truncation", get_args(Truncation))
         _choice(self, "loss_backend", get_args(Backend))
+        if self.teacher_restart_every is not None and self.teacher_mode != "frozen":
+            raise ValueError(
+                f"teacher_mode: expected 'frozen' with teacher_restart_every, got {self.teacher_mode!r}; the "
+                "other teachers follow the student already: set teacher_mode='frozen', or remove "
+                "teacher_restart_every"
+            )
         if self.support == "sampled" and self.alpha != 1.0:
             raise ValueError(
                 f"support: expected alpha=1.0 with 'sampled', got alpha={self.alpha}; only "
@@ -434,6 +458,7 @@ class SDPOConfig:
             ("evidence_mix", self.token_weights == "evidence", "token_weights='evidence'"),
             ("evidence_clip", self.token_weights == "evidence", "token_weights='evidence'"),
             ("teacher_update_rate", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
+            ("teacher_rate_samples", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_dtype", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_offload", self.teacher_mode != "live", "a teacher with weights of its own"),
             ("trust_region_coef", self.teacher_mode == "trust_region", "teacher_mode='trust_region'"),

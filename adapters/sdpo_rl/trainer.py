@@ -27,7 +27,7 @@ from .compat.generation import GenerationTurns
 from .compat.trl import log_probs_like, reference_adapter
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
-from .diagnose.warnings import Diagnostics, warn_of_grpo_options
+from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options
 from .resume import checkpoint, options, progress
 from .rollout.demonstrations import Rollout, teacher_context
 from .rollout.feedback import FEEDBACK_COLUMNS, FeedbackCollector, column_texts, environment_feedback
@@ -37,9 +37,10 @@ from .step import forward as step_forward
 from .step import micro_batch
 from .step import policy as step_policy
 from .step.batch import select_rows, teacher_inputs
-from .step.denominator import StepWindow, loss_count
+from .step.denominator import StepWindow, loss_count, signal_counts
 from .step.head import head_transform
 from .step.metrics import MetricSums
+from .step.optimizer import drop_gradients
 from .teacher import shards
 from .teacher.store import TeacherStore
 
@@ -180,7 +181,9 @@ class SDPOTrainer(_BASE):
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
         self._rollout: Rollout | None = None
-        self._teacher = TeacherStore(self._unwrapped, self.sdpo_config, seed=self.args.seed)
+        self._teacher = TeacherStore(
+            self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=self._samples_per_tick
+        )
         self._generations_done = 0  # with a teacher update
         self._transform = head_transform(self._unwrapped.config)
         self._fused: bool | None = None  # unknown until the first forward
@@ -191,9 +194,11 @@ class SDPOTrainer(_BASE):
         self._eval_loss = MetricSums()
         self._diagnostics = Diagnostics(self.sdpo_config)
         self._epochs_done = 0  # before the checkpoint
+        self._optimizer_hook: Any = None
+        self._student_moved = False  # since the last generation batch with a teacher update
         self.add_callback(
             _TrainingHooks(
-                begin=lambda: self._teacher.on_train_begin(self._unwrapped),
+                begin=self._begin_training,
                 step_end=self._update_teacher,
                 epoch_end=lambda: _validate.check_batches_seen(
                     "train_dataset", self._step or self.state.global_step
@@ -205,6 +210,7 @@ class SDPOTrainer(_BASE):
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
+        warn_of_fast_teacher(self.sdpo_config, samples_per_tick=self._samples_per_tick)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -282,9 +288,17 @@ class SDPOTrainer(_BASE):
         if self.sdpo_config.enabled and self._mode == "train" and self._buffered_inputs is not self._counted:
             self._counted = self._buffered_inputs
             aggregation = self.sdpo_config.loss_aggregation
-            counts = [loss_count(batch, aggregation) for batch in self._buffered_inputs]
-            self._window.set_counts(self.accelerator.reduce(torch.stack(counts), reduction="sum"))
+            batches = self._buffered_inputs
+            counts = torch.stack([loss_count(batch, aggregation) for batch in batches])
+            signals = torch.stack([signal_counts(batch, self._policy_mask(batch)) for batch in batches])
+            totals = self._sum(torch.cat([counts[:, None], signals], dim=1))
+            self._window.set_counts(totals[:, 0], totals[:, 1:])
         return inputs
+
+    def _policy_mask(self, batch: Any) -> Tensor | None:
+        if self._policy_term is None:
+            return None
+        return step_policy.policy_mask(self.sdpo_config, self._policy_term, batch)
 
     def _reprompter(self) -> Reprompter:
         config, row_tools = self.sdpo_config, None
@@ -338,6 +352,7 @@ class SDPOTrainer(_BASE):
                     step=self._step,
                     length=self.current_gradient_accumulation_steps,
                     generate_every=self._generate_every,
+                    part_weights=self._part_weights,
                 )
                 # Gradients and logged losses are averaged over processes, hence the factor.
                 processes = self.accelerator.num_processes
@@ -364,9 +379,7 @@ class SDPOTrainer(_BASE):
             steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             share = steps / self.args.steps_per_generation if self._mode == "train" else 1.0
             router_weight = unit / steps
-            policy_weight, distillation_weight = step_policy.part_weights(
-                self.sdpo_config, step=self.state.global_step, last_step=self.state.max_steps - 1
-            )
+            policy_weight, distillation_weight = self._part_weights
             inputs = inputs | step_policy.policy_inputs(
                 self.sdpo_config,
                 self._policy_term,
@@ -426,6 +439,10 @@ class SDPOTrainer(_BASE):
 
     # --- training loop -----------------------------------------------------------------------------------
 
+    def _begin_training(self) -> None:
+        self._teacher.on_train_begin(self._unwrapped)
+        self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; at the end of an optimizer step its gradient gets the true denominator."""
         with memory_advice(self), ExitStack() as stack:
@@ -437,15 +454,24 @@ class SDPOTrainer(_BASE):
         loss, correction = self._window.end_micro_batch(loss, ends_step=self.accelerator.sync_gradients)
         if correction is not None:
             shards.scale_gradients(self.model, correction)
+        if self.accelerator.sync_gradients:
+            skipped = float(not self._window.has_signal)
+            self._metrics["train"]["self_distillation/step_without_signal"].append(skipped)
         return loss
 
     def _update_teacher(self) -> None:
+        """The updates of the optimizer step that just ended; none where no step since the last had a signal."""
+        self._student_moved = self._student_moved or self._window.has_signal
         ticks = 1
         if self.sdpo_config.teacher_tick == "generation_batch":
             ticks = self._step // self._generate_every - self._generations_done
             self._generations_done += ticks
-        for _ in range(ticks):
-            self._teacher.tick(self._unwrapped)
+        if not ticks:
+            return
+        if self._student_moved:
+            for _ in range(ticks):
+                self._teacher.tick(self._unwrapped)
+        self._student_moved = False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's logging, with the means of the metrics since the last time."""
@@ -459,6 +485,8 @@ class SDPOTrainer(_BASE):
             for name, value in means.items():
                 self._metrics[mode][name].append(value)
         super().log(logs, *args, **kwargs)
+        if self.sdpo_config.enabled:
+            self._diagnostics.observe_logs(logs)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -482,7 +510,11 @@ class SDPOTrainer(_BASE):
                     self._stream_position = checkpoint.stream_position(resume_from_checkpoint)
                 if self.sdpo_config.teacher_on_resume == "restore":
                     checkpoint.check_teacher(resume_from_checkpoint, self._teacher, self._unwrapped)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.sdpo_config.enabled and self._optimizer_hook is not None:
+                self._optimizer_hook.remove()
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
@@ -580,6 +612,7 @@ class SDPOTrainer(_BASE):
         return progress.RunState(
             schedule=self._schedule,
             step=self._step,
+            student_moved=self._student_moved,
             batches=self._buffered_inputs if self._step % self._generate_every else None,
             running_loss={name: float(getattr(self, name)) for name in _RUNNING_LOSS if hasattr(self, name)},
             metrics=self._metrics["train"],
@@ -590,7 +623,7 @@ class SDPOTrainer(_BASE):
     def _load_run_state(self, state: progress.RunState | None) -> None:
         if state is None:
             return
-        self._step = state.step
+        self._step, self._student_moved = state.step, state.student_moved
         self._generations_done = self._step // self._generate_every
         if state.batches is not None:
             self._buffered_inputs = state.batches
@@ -633,6 +666,22 @@ class SDPOTrainer(_BASE):
     def _generate_every(self) -> int:
         """Micro-batches from one generation batch to the next."""
         return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def _part_weights(self) -> tuple[float, float]:
+        """Of the policy loss and of the divergence in the present optimizer step."""
+        if self._policy_term is None:
+            return 0.0, 1.0
+        last_step = self.state.max_steps - 1
+        return step_policy.part_weights(self.sdpo_config, step=self.state.global_step, last_step=last_step)
+
+    @property
+    def _samples_per_tick(self) -> float:
+        """Completions of all processes that are generated from one update of the teacher to the next."""
+        micro_batches = float(self.args.steps_per_generation)
+        if self.sdpo_config.teacher_tick == "optimizer_step":
+            micro_batches = self.args.gradient_accumulation_steps / self.num_iterations
+        return micro_batches * self.args.per_device_train_batch_size * self.accelerator.num_processes
 
     @property
     def _schedule(self) -> dict[str, int]:

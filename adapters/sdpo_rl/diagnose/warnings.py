@@ -8,7 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdpo import rate_per_tick
+
 from ..config import SDPOConfig
+from .monitors import Monitors
 
 logger = logging.getLogger("sdpo_rl")
 
@@ -21,6 +24,12 @@ _COLLAPSED_LENGTH = 0.25
 _BASELINE_BATCHES = 5
 # Probability of the top-K tokens under the student, below which the support misses too much.
 _LOW_TOPK_MASS = 0.9
+# The paper's moving average: its rate, and the completions of one update (32 prompts × 8).
+_PUBLISHED_RATE = 0.05
+_PUBLISHED_SAMPLES = 256
+# Times that pace, per completion. The fastest published setting has 3.1 (0.01 for 16 completions); 0.05 for batches
+# of 64, the default rate with a smaller batch, has 4.
+_FAST_PACE = 3.5
 
 
 def warn_of_grpo_options(args: Any) -> None:
@@ -38,6 +47,31 @@ def warn_of_grpo_options(args: Any) -> None:
         )
 
 
+def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None:
+    """One warning where the teacher follows the student much faster, per completion, than in the paper.
+
+    Args:
+        config: its `teacher_*` fields are used.
+        samples_per_tick: completions from one update of the teacher to the next.
+    """
+    rate = config.teacher_update_rate
+    if config.teacher_mode not in ("ema", "lora_ema"):
+        return
+    samples = config.teacher_rate_samples or samples_per_tick
+    published = math.log1p(-_PUBLISHED_RATE) / _PUBLISHED_SAMPLES
+    pace = math.inf if rate == 1.0 else math.log1p(-rate) / samples / published
+    if pace > _FAST_PACE:
+        logger.warning(
+            "teacher_update_rate=%g per %g completions is %.2g per %d, where the paper has %g. A teacher that "
+            "follows its student so fast can amplify its errors until the run collapses; set "
+            "teacher_rate_samples=%d with teacher_update_rate=%g, or enlarge the generation batch.",
+            rate,
+            samples,
+            rate_per_tick(rate, samples=_PUBLISHED_SAMPLES, per_samples=samples),
+            *(_PUBLISHED_SAMPLES, _PUBLISHED_RATE) * 2,
+        )
+
+
 class Diagnostics:
     """Reads the metrics of a run, and warns when they show a known failure."""
 
@@ -46,6 +80,7 @@ class Diagnostics:
         self._empty_batches = 0  # in succession
         self._lengths: list[float] = []  # mean completion lengths of the first batches
         self._warned: set[str] = set()
+        self._monitors = Monitors()
 
     def state(self) -> dict[str, Any]:
         """The observations and warnings so far, in JSON's types."""
@@ -53,12 +88,14 @@ class Diagnostics:
             "empty_batches": self._empty_batches,
             "lengths": list(self._lengths),
             "warned": sorted(self._warned),
+            "monitors": self._monitors.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`."""
         self._empty_batches = state["empty_batches"]
         self._lengths, self._warned = list(state["lengths"]), set(state["warned"])
+        self._monitors.load_state(state["monitors"])
 
     def observe_batch(self, metrics: Mapping[str, float], completion_lengths: Sequence[int]) -> None:
         """Check one generation batch: its metrics, and the tokens of each completion."""
@@ -118,6 +155,11 @@ class Diagnostics:
                 f"The top {self._config.k} tokens have {mass:.0%} of the student's probability; raise k, or set "
                 "support='full'.",
             )
+
+    def observe_logs(self, logs: Mapping[str, Any]) -> None:
+        """Check an entry of the log, of training or of an evaluation, for the signs of a collapse."""
+        for name, message in self._monitors.observe(logs).items():
+            self._warn_once(name, message)
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:

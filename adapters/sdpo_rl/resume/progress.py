@@ -41,6 +41,7 @@ class RunState:
     Attributes:
         schedule: what decides which rows a micro-batch contains, by name; under another the state means nothing.
         step: micro-batches so far, TRL's count.
+        student_moved: whether an optimizer step had a signal since the last generation batch that ended.
         batches: the micro-batches of the generation batch; `None` if it is used up.
         running_loss: the Trainer's loss since the last log, by attribute.
         metrics: values that TRL has gathered but not logged, by name.
@@ -50,6 +51,7 @@ class RunState:
 
     schedule: dict[str, int]
     step: int
+    student_moved: bool
     batches: Sequence[Batch] | None
     running_loss: dict[str, float]
     metrics: dict[str, list[float]]
@@ -72,6 +74,7 @@ def save(folder: str, state: RunState, *, process: int) -> None:
     progress = {
         "schedule": state.schedule,
         "step": state.step,
+        "student_moved": state.student_moved,
         "batches": None if packed is None else packed[0],
         "loss": state.running_loss,
         "metrics": state.metrics,
@@ -110,6 +113,7 @@ def load(folder: str, *, process: int, schedule: Mapping[str, int], device: torc
     return RunState(
         schedule=saved,
         step=progress["step"],
+        student_moved=progress["student_moved"],
         batches=None if progress["batches"] is None else _unpack(progress["batches"], tensors),
         running_loss=progress["loss"],
         metrics=progress["metrics"],

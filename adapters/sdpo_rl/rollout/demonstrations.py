@@ -12,6 +12,7 @@ from torch import Tensor
 from sdpo import pass_rate_weights, route_rows, select_demonstrations
 
 from ..config import SDPOConfig
+from .answers import tells_an_answer
 from .prompts import Completion, Prompt, completion_text
 from .reprompts import Reprompter, TeacherPrompts
 
@@ -101,6 +102,9 @@ def teacher_context(
         int(min(config.max_reprompt_length, context_length - length)) for length in rollout.completion_lengths
     ]
     prompts = reprompter(rollout.prompts, demonstrations, feedback, limits)
+    # Compared as a tensor: 0.7 rounded to float32 is less than the double 0.7.
+    success = rollout.scores >= config.success_reward_threshold
+    successes = success.tolist()
     columns = {
         "success_sample_fraction": prompts.has_demonstration,
         "feedback_available_fraction": [text is not None for text in rollout.feedback],
@@ -109,7 +113,6 @@ def teacher_context(
         "truncated_reprompt_fraction": prompts.truncated,
         "dropped_reprompt_fraction": prompts.dropped,
     }
-    success = rollout.scores >= config.success_reward_threshold
     distilled = prompts.row_mask
     if config.routing == "srpo":
         own_success = success[rank * row_count :][:row_count]
@@ -117,11 +120,13 @@ def teacher_context(
         columns["distilled_row_fraction"] = distilled
     gathered = zip(*gather(list(zip(*columns.values(), strict=True))), strict=True)
     metrics = {name: _mean(column) for name, column in zip(columns, gathered, strict=True)}
-    # Compared as a tensor: 0.7 rounded to float32 is less than the double 0.7.
-    successes = success.tolist()
     groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
     metrics["success_group_fraction"] = _mean([any(group) for group in groups])
     metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
+    told = gather(_tells_an_answer(peers, successes, feedback, group_size, rank * row_count))
+    told = [flag for flag in told if flag is not None]
+    if told:
+        metrics["answer_in_feedback_fraction"] = _mean(told)
     row_weights = None
     if config.row_weights == "pass_rate":
         weights = pass_rate_weights(success, torch.arange(len(success)) // group_size)
@@ -174,6 +179,28 @@ def _choose(
             others.sort(key=lambda peer: own.completion in (peer.completion, peer.demonstration))
         chosen.append([peer.demonstration for peer in others[: config.num_demonstrations]])
     return chosen
+
+
+def _tells_an_answer(
+    peers: Sequence[Peer],
+    successes: Sequence[bool],
+    feedback: Sequence[str | None],
+    group_size: int,
+    first_row: int,
+) -> list[bool | None]:
+    """Whether the feedback of each row of this process has a correct completion of its group.
+
+    `None` where nobody can know: without feedback, without a success in the group, and for a success.
+    """
+    told: list[bool | None] = []
+    for row, text in enumerate(feedback, start=first_row):
+        start = row // group_size * group_size
+        answers = [peers[i].demonstration for i in range(start, start + group_size) if successes[i]]
+        if text is None or not answers or successes[row]:
+            told.append(None)
+        else:
+            told.append(tells_an_answer(text, peers[row].completion, answers))
+    return told
 
 
 def _mean(flags: Sequence[bool]) -> float:

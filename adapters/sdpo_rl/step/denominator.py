@@ -31,6 +31,26 @@ def loss_count(inputs: Mapping[str, Any], aggregation: Aggregation) -> Tensor:
     return loss_mask.any(-1).sum() if aggregation == "sequence-mean" else loss_mask.sum()
 
 
+def signal_counts(inputs: Mapping[str, Any], policy_mask: Tensor | None) -> Tensor:
+    """Tokens whose policy loss and whose divergence have a weight other than 0, [2] int64.
+
+    Args:
+        inputs: of a micro-batch, with `loss_mask` [B, T], and perhaps `row_weights` [B, 1], of the divergence.
+        policy_mask: [B, T] bool; `None`: no token has a policy loss.
+
+    Example:
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> signal_counts({"loss_mask": mask, "row_weights": torch.tensor([[0.0], [1.5]])}, None).tolist()
+        [0, 1]
+    """
+    distilled: Tensor = inputs["loss_mask"]
+    row_weights = inputs.get("row_weights")
+    if row_weights is not None:
+        distilled = distilled & (row_weights != 0)
+    count = distilled.sum()
+    return torch.stack([torch.zeros_like(count) if policy_mask is None else policy_mask.sum(), count])
+
+
 class StepWindow:
     """The count (`loss_count`) of the optimizer step that a micro-batch belongs to, over all processes.
 
@@ -42,27 +62,41 @@ class StepWindow:
 
     Attributes:
         index: of the next micro-batch in its optimizer step.
+        has_signal: whether a token of the present step, or of the last one that ended, has a loss of a weight other
+            than 0 on any process, as far as its micro-batches have run.
     """
 
     def __init__(self) -> None:
         self.index = 0
+        self.has_signal = False
         self._loss: Tensor | float = 0.0  # of the step's micro-batches so far
         self._counts: Tensor | None = None
+        self._signals: list[list[int]] = []
         self._denominator: Tensor | None = None
         self._seen: Tensor | None = None
         self._exact = True
 
-    def set_counts(self, counts: Tensor) -> None:
-        """The counts [M] of the M micro-batches of a new generation batch, summed over processes."""
-        self._counts = counts.to(torch.float32)
+    def set_counts(self, counts: Tensor, signals: Tensor) -> None:
+        """The micro-batches of a new generation batch.
 
-    def denominator(self, *, step: int, length: int, generate_every: int) -> Tensor:
+        Args:
+            counts: `loss_count` of each of the M micro-batches, [M], summed over processes.
+            signals: `signal_counts` likewise, [M, 2].
+        """
+        self._counts = counts.to(torch.float32)
+        # Read once, before the forwards of the batch are queued.
+        self._signals = signals.tolist()
+
+    def denominator(
+        self, *, step: int, length: int, generate_every: int, part_weights: tuple[float, float]
+    ) -> Tensor:
         """The count [] float32 to divide by, at least 1.
 
         Args:
             step: micro-batches before this one.
             length: micro-batches of the optimizer step.
             generate_every: micro-batches from one generation batch to the next.
+            part_weights: of the policy loss and of the divergence in the step.
 
         Raises:
             RuntimeError: `set_counts` was not called.
@@ -82,6 +116,9 @@ class StepWindow:
             self._exact = len(known) == length
             self._denominator = (total * (length / len(known))).clamp(min=1.0)
             self._seen = torch.zeros_like(total)
+            self.has_signal = False
+        signals = zip(part_weights, self._signals[step % slots], strict=True)
+        self.has_signal = self.has_signal or any(weight * tokens for weight, tokens in signals)
         self._seen = self._seen + self._counts[step % slots]
         return self._denominator
 

@@ -218,8 +218,8 @@ def can_fuse(context: StepContext, batch: MicroBatch) -> bool:
 def zero_loss(model: nn.Module) -> MicroBatchOutput:
     """The output of a micro-batch without loss tokens, without a forward: total 0, which sends gradients of 0.
 
-    Trainable parameters without a gradient get a zero one, because an optimizer skips a parameter whose gradient
-    is None but applies momentum and weight decay where it is 0, as after a forward with a loss of 0. Existing
+    Trainable parameters without a gradient get a zero one, as after a forward with a loss of 0: other micro-batches
+    or processes may have a loss, and gradients are reduced over processes parameter by parameter. Existing
     gradients stay.
     """
     total: Tensor = _Zero.apply(*(p for p in model.parameters() if p.requires_grad))

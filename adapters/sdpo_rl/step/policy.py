@@ -126,6 +126,20 @@ def token_weights(term: PolicyTerm, mask: Tensor, *, accumulation_steps: int, st
     return ones / step_tokens.clamp(min=1)  # dapo, cispo
 
 
+def policy_mask(config: SDPOConfig, term: PolicyTerm, inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens [B, T] bool with a policy loss.
+
+    Args:
+        config: with `routing`: rows with a distillation loss then have no policy loss.
+        term: of the run.
+        inputs: of a micro-batch.
+    """
+    mask = sampled_mask(inputs)
+    if config.routing == "srpo":
+        mask = mask & ~inputs["loss_mask"].any(-1, keepdim=True)
+    return mask & (inputs["advantages"] != 0.0)[:, None] if term.kl_coef == 0.0 else mask
+
+
 def policy_inputs(
     config: SDPOConfig,
     term: PolicyTerm,
@@ -138,20 +152,17 @@ def policy_inputs(
     """The further inputs [B, T] of a micro-batch for its policy loss, by name.
 
     Args:
-        config: with `routing`: rows with a distillation loss then have no policy loss.
+        config: as in `policy_mask`.
         term: of the run.
         inputs: of the micro-batch.
         weight: [] factor of all weights.
         accumulation_steps: as in `token_weights`.
         step_tokens: as in `token_weights`.
     """
-    mask = sampled_mask(inputs)
+    sampled = sampled_mask(inputs)
+    weights = token_weights(term, sampled, accumulation_steps=accumulation_steps, step_tokens=step_tokens)
+    mask = policy_mask(config, term, inputs)
     advantages = inputs["advantages"].float()[:, None].expand(mask.shape)
-    weights = token_weights(term, mask, accumulation_steps=accumulation_steps, step_tokens=step_tokens)
-    if config.routing == "srpo":
-        mask = mask & ~inputs["loss_mask"].any(-1, keepdim=True)
-    if term.kl_coef == 0.0:
-        mask = mask & (advantages != 0.0)
     weights = (weights * weight).expand(mask.shape) * mask
     ratio = inputs.get("importance_sampling_ratio")
     return {

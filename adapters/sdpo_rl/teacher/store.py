@@ -42,14 +42,18 @@ class TeacherStore:
         model: the unwrapped model.
         config: the run's configuration; its `teacher_*` fields and `trust_region_coef` are used.
         seed: of the stochastic rounding of a bfloat16 average.
+        samples_per_tick: completions from one tick to the next, over all processes; needed with
+            `teacher_rate_samples`.
 
     Raises:
         TypeError: a trainable parameter is not a floating tensor.
-        ValueError: `lora_ema` on a model without adapters; no trainable parameter; later, trainable parameters
-            that changed during training.
+        ValueError: `lora_ema` on a model without adapters; `teacher_rate_samples` without `samples_per_tick`; no
+            trainable parameter; later, trainable parameters that changed during training.
     """
 
-    def __init__(self, model: nn.Module, config: SDPOConfig, *, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: SDPOConfig, *, seed: int, samples_per_tick: float | None = None
+    ) -> None:
         if config.teacher_mode == "lora_ema" and not getattr(model, "peft_config", None):
             raise ValueError(
                 "teacher_mode='lora_ema': expected a model with adapters, got none; pass peft_config, or set "
@@ -63,7 +67,8 @@ class TeacherStore:
             )
         self._mode = config.teacher_mode
         self._offload = config.teacher_offload == "cpu"
-        self._teacher = _core_teacher(config, seed)
+        self._restart_every = config.teacher_restart_every
+        self._teacher = _core_teacher(config, seed, samples_per_tick)
         self._started = False  # the state is more than the weights at construction
         self._trained = False  # a train() has used the state since it was started or loaded
         self.state: sdpo.TeacherState = self._start(params)
@@ -89,8 +94,11 @@ class TeacherStore:
         return [params, None][:count]
 
     def tick(self, model: nn.Module) -> None:
-        """Move the teacher towards the student, once."""
+        """Move the teacher towards the student, once; or start it again, with `teacher_restart_every`."""
         student = self._student(model)
+        if self._restart_every is not None and self.state.ticks + 1 >= self._restart_every:
+            self._start_again(model)
+            return
         if not self._offload:
             self.state = self._teacher.update(self.state, student)
             return
@@ -126,8 +134,7 @@ class TeacherStore:
 
     def restart(self, model: nn.Module) -> None:
         """Start again from the student's present weights."""
-        self.state = sdpo.TeacherState({}, 0)  # frees its memory first
-        self.state = self._start(shards.local_shards(model))
+        self._start_again(model)
         self._started, self._trained = True, False
 
     # --- checkpoints -------------------------------------------------------------------------------------
@@ -161,6 +168,10 @@ class TeacherStore:
         self.state = self.state._replace(ticks=ticks)
 
     # --- the state and its student -----------------------------------------------------------------------
+
+    def _start_again(self, model: nn.Module) -> None:
+        self.state = sdpo.TeacherState({}, 0)  # frees its memory first
+        self.state = self._start(shards.local_shards(model))
 
     def _start(self, params: Tensors) -> sdpo.TeacherState:
         """A state equal to the parameters, where it is stored."""
@@ -214,15 +225,23 @@ def _move_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor.to(parameter.device, non_blocking=True).to(parameter.dtype)
 
 
-def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:
+def _core_teacher(config: SDPOConfig, seed: int, samples_per_tick: float | None) -> sdpo.Teacher:
     if config.teacher_mode == "frozen":
         return sdpo.frozen()
     if config.teacher_mode == "live":
         return sdpo.live()
     if config.teacher_mode == "trust_region":
         return sdpo.trust_region(coef=config.trust_region_coef)
+    rate = config.teacher_update_rate
+    if config.teacher_rate_samples is not None:
+        if samples_per_tick is None:
+            raise ValueError(
+                "samples_per_tick: expected the completions between two ticks with teacher_rate_samples="
+                f"{config.teacher_rate_samples}, got None; pass them"
+            )
+        rate = sdpo.rate_per_tick(rate, samples=samples_per_tick, per_samples=config.teacher_rate_samples)
     return sdpo.ema(
-        update_rate=config.teacher_update_rate,
+        update_rate=rate,
         dtype="bfloat16" if config.teacher_dtype == "bfloat16" else "float32",
         seed=seed,
         inplace=True,

@@ -1,0 +1,286 @@
+"""Each monitor warns in a run that collapses its way, once, and is silent in a recording of a run that learns."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from sdpo_rl import SDPOConfig
+from sdpo_rl.diagnose import monitors
+from sdpo_rl.diagnose.monitors import Monitors
+from sdpo_rl.diagnose.warnings import Diagnostics, warn_of_fast_teacher
+from sdpo_rl.rollout.answers import tells_an_answer
+
+LIMIT, REWARD = "completions/clipped_ratio", "reward"
+ENTROPY, DIVERGENCE, TOLD = (
+    f"self_distillation/{name}" for name in ("student_entropy", "divergence", "answer_in_feedback_fraction")
+)
+Logs = list[dict[str, float]]
+
+
+def series(name: str, values: Sequence[float]) -> Logs:
+    return [{name: value} for value in values]
+
+
+def evaluations(pairs: Sequence[tuple[float, float]]) -> Logs:
+    """Training rewards and, after each two of them, an evaluation."""
+    return [
+        entry
+        for held_out, trained in pairs
+        for entry in ({REWARD: trained}, {REWARD: trained}, {"eval_loss": 0.1, "eval_reward": held_out})
+    ]
+
+
+# What a collapse looks like, what healthy runs look like, and a part of the message.
+COLLAPSES: dict[str, tuple[Logs, list[Logs], str]] = {
+    "length_limit": (
+        series(LIMIT, [0.1] * 5 + [0.3, 0.6, 0.8, 0.9, 0.9, 0.95]),
+        [
+            series(LIMIT, [0.6] * 20),
+            series(LIMIT, [0.0] * 5 + [0.4] * 20),
+            series(LIMIT, [0.1] * 8 + [1.0] * 2),
+        ],
+        "54% of the completions are cut at max_completion_length, after 10%",
+    ),
+    "entropy": (
+        series(ENTROPY, [0.5] * 5 + [0.7, 0.9, 1.1, 1.4, 1.6, 1.7]),
+        [series(ENTROPY, [0.5] * 5 + [0.6] * 20), series(ENTROPY, [0.01] * 5 + [0.2] * 20)],
+        "rose from 0.50 to 1.14 nats per token",
+    ),
+    "agreement": (
+        series(DIVERGENCE, [0.1, 0.05, 0.01] + [1e-4] * 6),
+        [series(DIVERGENCE, [0.1] * 5 + [0.005] * 20), series(DIVERGENCE, [1e-4] * 4)],
+        "differ by 0.0001 nats per token",
+    ),
+    "held_out": (
+        evaluations([(0.1, 0.1), (0.2, 0.2), (0.1, 0.4), (0.05, 0.5), (0.0, 0.5)]),
+        [
+            evaluations([(0.1, 0.1), (0.5, 0.4), (0.45, 0.5), (0.42, 0.6), (0.5, 0.9)]),  # noise
+            evaluations([(0.1, 0.1), (0.5, 0.4), (0.3, 0.2), (0.1, 0.1)]),  # both fall
+            evaluations([(-5.0, -6.0), (-1.0, -1.0), (-1.2, -0.9), (-1.1, -0.9)]),  # negative rewards
+        ],
+        "fell from 0.2 to 0, while the training reward went from 0.2 to 0.5",
+    ),
+    "leak": (
+        series(TOLD, [0.5] * 5),
+        [series(TOLD, [0.0, 1.0, 0.0, 0.0, 0.0] + [0.1] * 20)],
+        "The feedback of 50% of the failed rows",
+    ),
+}
+
+
+def messages(caplog: pytest.LogCaptureFixture, logs: Logs) -> list[str]:
+    caplog.clear()
+    watch = Diagnostics(SDPOConfig())
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        for entry in logs:
+            watch.observe_logs(entry)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_collapse_is_warned_about_once(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    logs, _, part = COLLAPSES[name]
+    (message,) = messages(caplog, logs + logs[-1:] * 10)
+    assert part in message
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_healthy_run_has_no_warning(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for logs in COLLAPSES[name][1]:
+        assert messages(caplog, logs) == []
+
+
+@pytest.mark.parametrize("name", ["length_limit", "entropy"])
+def test_the_start_is_that_of_the_run(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The counter-example: compared with a fixed number, a task that begins there would be a collapse."""
+    logs, _, _ = COLLAPSES[name]
+    (metric,) = logs[0]
+    assert messages(caplog, series(metric, [logs[-1][metric]] * 20)) == []
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+@pytest.mark.parametrize("forgets", [False, True], ids=["ours", "counter-example"])
+def test_a_resumed_run_continues_to_watch(name: str, forgets: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Interrupted after the half and, through JSON, after every entry; one that forgets may miss the collapse."""
+    logs, _, part = COLLAPSES[name]
+    watch = Diagnostics(SDPOConfig())
+    seen = 0
+    for entry in logs:
+        state = json.loads(json.dumps(watch.state()))
+        watch = Diagnostics(SDPOConfig())
+        if not forgets:
+            watch.load_state(state)
+        watch.observe_logs(entry)
+        seen += part in caplog.text
+        assert caplog.text.count(part) == int(part in caplog.text)
+    assert (seen > 0) == (not forgets)
+
+
+def test_several_data_sets_are_not_mixed(caplog: pytest.LogCaptureFixture) -> None:
+    """An easy and a hard one in turn; mixed, the hard one would look like a fall."""
+    logs: Logs = []
+    for step in range(6):
+        logs += [
+            {REWARD: 0.1 * step},
+            {"eval_easy_loss": 0.1, "eval_reward": 0.9},
+            {"eval_hard_loss": 0.1, "eval_reward": 0.1},
+        ]
+    assert messages(caplog, logs) == []
+    fallen = [entry for entry in logs if "eval_hard_loss" not in entry]
+    fallen = [
+        {**entry, "eval_reward": 0.1} if index > len(fallen) // 2 and "eval_reward" in entry else entry
+        for index, entry in enumerate(fallen)
+    ]
+    assert len(messages(caplog, fallen)) == 1
+
+
+def test_entries_without_numbers_are_left_out() -> None:
+    watch = Monitors()
+    for entry in ({}, {REWARD: None}, {REWARD: float("nan")}, {"eval_reward": None}, {"train_runtime": 3.0}):
+        assert watch.observe(entry) == {}
+    assert watch.state()["trained"] == []
+
+
+def test_a_recorded_run_that_learned_is_healthy(caplog: pytest.LogCaptureFixture) -> None:
+    """The embedded demo's SDPO arm, every logged entry, with its exact held-out accuracy as the held-out reward."""
+    recording = json.loads((Path(__file__).parent / "recordings" / "healthy.json").read_text())
+    assert {REWARD, LIMIT, ENTROPY, DIVERGENCE, TOLD} <= {name for entry in recording for name in entry}
+    assert len(recording) > 40
+    assert messages(caplog, recording) == []
+
+
+def test_a_trainer_reads_what_it_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Every completion is cut from the sixth batch on; a checkpoint is after the seventh."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 7, "max_steps": 12}
+
+    def cut_later(trainer: Any) -> Any:
+        log = trainer.log
+
+        def changed(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs:
+                trainer._metrics["train"][LIMIT] = [0.0 if trainer.state.global_step < 6 else 1.0]
+            log(logs, *args, **kwargs)
+
+        trainer.log = changed
+        return trainer
+
+    cut_later(tiny.trainer(tmp_path, **{**settings, "max_steps": 7})).train()
+    assert "are cut at max_completion_length" not in caplog.text
+    cut_later(tiny.trainer(tmp_path, **settings)).train(resume_from_checkpoint=True)
+    assert caplog.text.count("are cut at max_completion_length, after 0%") == 1
+
+
+# --- feedback that tells the answer -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("feedback", "completion", "answers", "expected"),
+    [
+        ("expected 42", "41", ["42"], True),
+        ("expected '42'.", "41", ["41.5", "42"], True),
+        ("expected 420 or 142", "41", ["42"], False),
+        ("expected kit.peak([3, 1])", "kit.max([3, 1])", [" kit.peak([3, 1])\n"], True),
+        ("kit.peak(argument) returns the largest", "kit.max([3, 1])", ["kit.peak([3, 1])"], False),
+        ("'6 * 7' is not a number", "6 * 7 = 42", ["6 * 7"], False),
+        ("42 after 420", "7", ["42"], True),
+        ("420 and then 42", "7", ["42"], True),
+        ("wrong", "7", ["", "  "], False),
+        ("wrong", "7", [], False),
+    ],
+)
+def test_an_answer_is_found_as_whole_words(
+    feedback: str, completion: str, answers: list[str], expected: bool
+) -> None:
+    assert tells_an_answer(feedback, completion, answers) is expected
+
+
+def telling(tells: Callable[[list[str], int], str]) -> Any:
+    """A reward by `tiny.score`; the feedback of a failure from the successes of its group and its row."""
+
+    def reward(completions: list[Any], **_: Any) -> list[Any]:
+        texts = [tiny.text_of(completion) for completion in completions]
+        rows = []
+        for row, text in enumerate(texts):
+            start = row // tiny.GROUP * tiny.GROUP
+            right = [other for other in texts[start : start + tiny.GROUP] if tiny.score(other)]
+            rows.append((tiny.score(text), None if tiny.score(text) else tells(right, row)))
+        return rows
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("tells", "expected"),
+    [
+        (lambda right, row: f"it is {right[0]}" if right else "no", 1.0),
+        (lambda right, row: "try again", 0.0),
+    ],
+    ids=["the answer", "no answer"],
+)
+def test_a_trainer_measures_the_rows_whose_feedback_tells(
+    tmp_path: Path, tells: Callable[[list[str], int], str], expected: float
+) -> None:
+    trainer = tiny.trainer(tmp_path, reward_funcs=telling(tells), max_steps=3)
+    trainer.train()
+    logged = [entry[TOLD] for entry in trainer.state.log_history if TOLD in entry]
+    assert logged == [expected] * len(logged)
+    assert logged
+
+
+# --- the teacher's pace -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "part"),
+    [
+        ({}, 64, "teacher_update_rate=0.05 per 64 completions is 0.19 per 256, where the paper has 0.05"),
+        ({"teacher_mode": "lora_ema"}, 8, "per 8 completions is 0.81 per 256"),
+        ({"teacher_update_rate": 1.0}, 256, "teacher_update_rate=1 per 256 completions is 1 per 256"),
+        ({"teacher_update_rate": 0.3, "teacher_rate_samples": 64}, 8, "0.3 per 64 completions"),
+        ({}, 256, None),
+        ({}, 128, None),
+        ({"teacher_rate_samples": 256}, 8, None),
+        ({"teacher_update_rate": 0.01}, 64, None),
+        ({"teacher_update_rate": 0.0}, 8, None),
+        ({"teacher_mode": "frozen"}, 8, None),
+        ({"teacher_mode": "live"}, 8, None),
+    ],
+)
+def test_a_fast_teacher_is_named_with_its_equivalent(
+    options: dict[str, Any], samples: float, part: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_fast_teacher(SDPOConfig(**options), samples_per_tick=samples)
+    assert len(caplog.messages) == (part is not None)
+    assert part is None or part in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("preset", "samples"), [("generalization", 256), ("rich_feedback", 256), ("test_time", 16)]
+)
+def test_no_published_setting_is_called_fast(
+    preset: str, samples: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_fast_teacher(SDPOConfig.preset(preset), samples_per_tick=samples)
+    assert caplog.messages == []
+
+
+def test_a_trainer_names_a_fast_teacher_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.trainer(tmp_path, sdpo_config=tiny.config(teacher_update_rate=0.05), max_steps=1).train()
+    lines = [message for message in caplog.messages if "per 8 completions" in message]
+    assert len(lines) == 1
+
+
+def test_every_monitor_is_tested() -> None:
+    functions = {
+        name
+        for name, value in vars(monitors).items()
+        if callable(value) and getattr(value, "__module__", "") == monitors.__name__ and name.islower()
+    }
+    assert {name for name in functions if not name.startswith("_")} == set(COLLAPSES)
