@@ -86,7 +86,8 @@ def property_no_correction_where_all_counts_are_known(window: Any, schedule: Sch
 class PerMicroBatch(StepWindow):
     """Each micro-batch over its own count, then averaged: depends on how the step was split."""
 
-    def denominator(self, *, step: int, length: int, generate_every: int) -> Tensor:
+    def denominator(self, *, step: int, length: int, **arguments: Any) -> Tensor:
+        super().denominator(step=step, length=length, **arguments)
         assert self._counts is not None
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 

@@ -277,7 +277,8 @@ def test_the_window_knows_signal_by_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "expected"), [((0.0, 1.0), [True, False]), ((1.0, 0.0), [False, True]), ((0.5, 0.5), [True, True])]
+    ("weights", "expected"),
+    [((0.0, 1.0), [True, False]), ((1.0, 0.0), [False, True]), ((0.5, 0.5), [True, True])],
 )
 def test_a_part_without_weight_has_no_signal(weights: tuple[float, float], expected: list[bool]) -> None:
     """The first micro-batch has a divergence, the second a policy loss."""
