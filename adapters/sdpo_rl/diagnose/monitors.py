@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 # Logged values that are averaged, at the start and now: one value is a batch, and batches differ.
 _WINDOW = 5
@@ -225,5 +225,5 @@ class Monitors:
         return held_out(seen)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
