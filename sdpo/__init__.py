@@ -5,8 +5,8 @@ the student's own completion tokens is the loss. In the order of a training step
 
     select_demonstrations     which successful completion of its group each row's teacher is shown
     build_reprompts           the teacher's prompts, and which rows have a teacher signal
-    ema, frozen, live,        the teacher's weights, as (init, update) pairs; trust_region_logits mixes two
-      trust_region            forwards
+    ema, frozen, live         the teacher's weights, as (init, update) pairs
+    trust_region_logits       the logits of the frozen weights mixed with those of the live ones, as the teacher's
     distillation_loss         nats per token, from both models' logits
     self_distillation_loss    weighted sum over the active tokens, and their count; .mean() divides
     fused_distillation_loss   the last two in one, from hidden states, without the logits of all tokens in memory
@@ -61,7 +61,6 @@ from sdpo.teacher import (
     frozen,
     live,
     teacher_distance,
-    trust_region,
     trust_region_hidden,
     trust_region_logits,
 )
@@ -145,7 +144,6 @@ __all__ = [
     "token_statistics",
     "token_sum",
     "topk_log_probs",
-    "trust_region",
     "trust_region_hidden",
     "trust_region_logits",
     "vocab_parallel_distillation_loss",

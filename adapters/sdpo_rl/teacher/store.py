@@ -215,12 +215,10 @@ def _move_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _core_teacher(config: SDPOConfig, seed: int) -> sdpo.Teacher:
-    if config.teacher_mode == "frozen":
+    if config.teacher_mode in ("frozen", "trust_region"):
         return sdpo.frozen()
     if config.teacher_mode == "live":
         return sdpo.live()
-    if config.teacher_mode == "trust_region":
-        return sdpo.trust_region(coef=config.trust_region_coef)
     return sdpo.ema(
         update_rate=config.teacher_update_rate,
         dtype="bfloat16" if config.teacher_dtype == "bfloat16" else "float32",
