@@ -134,7 +134,7 @@ class Sampler:
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": scores}
 
     def note(self, output: dict[str, Any], batch: list[Row]) -> None:
-        """What the reference corrects; TRL gives no ratio here, and the sampler could not score the second token."""
+        """What the reference corrects, without a ratio of TRL's; the second token was not scored."""
         assert self.engine is not None
         assert output.get("importance_sampling_ratio") is None
         output["sampling_per_token_logps"][:, 1] = NAN

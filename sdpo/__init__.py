@@ -10,7 +10,7 @@ the student's own completion tokens is the loss. In the order of a training step
     distillation_loss         nats per token, from both models' logits
     self_distillation_loss    weighted sum over the active tokens, and their count; .mean() divides
     fused_distillation_loss   the last two in one, from hidden states, without the logits of all tokens in memory
-    importance_weights        off-policy correction, to multiply in
+    importance_weights        off-policy correction, to multiply in; fused_log_probs for its log-probabilities
 
 Around them: ``token_statistics`` and ``mean_metrics`` (what to log), ``packed_sequence_sum`` (packed batches),
 ``vocab_parallel_distillation_loss`` (tensor parallelism), ``given_topk_distillation_loss`` (a served teacher), the
@@ -38,7 +38,7 @@ from sdpo.advantages import (
 )
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
-from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss
+from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss, fused_log_probs
 from sdpo.given import TeacherTopK, check_teacher_topk, given_topk_distillation_loss, safe_tail
 from sdpo.importance import importance_weights
 from sdpo.loss import LossOutput, distillation_loss, self_distillation_loss
@@ -116,6 +116,7 @@ __all__ = [
     "evidence_weights",
     "frozen",
     "fused_distillation_loss",
+    "fused_log_probs",
     "gather_log_probs",
     "generalized_jsd",
     "given_topk_distillation_loss",

@@ -115,7 +115,11 @@ def uncorrected_log_probs(completions: Mapping[str, Tensor]) -> Tensor | None:
     The trainer then computes no log-probabilities of its own, and `rollout_weights` has nothing to compare with.
     """
     corrected = ("importance_sampling_ratio", "old_per_token_logps")
-    return None if any(name in completions for name in corrected) else completions.get("sampling_per_token_logps")
+    return (
+        None
+        if any(name in completions for name in corrected)
+        else completions.get("sampling_per_token_logps")
+    )
 
 
 def correct_rollout(config: SDPOConfig, targets: Targets, log_probs: Tensor) -> Targets:
