@@ -25,9 +25,9 @@ def fused_log_probs(
 ) -> Tensor:
     """Log-probabilities of the sampled tokens, in the memory of one chunk of logits.
 
-    ``log_softmax(logits(*student) / temperature)[tokens]``, with the logits of ``fused_distillation_loss``. They are
-    its ``log_probs``, for one model alone and without a loss: what it takes as ``old_log_probs``. Products
-    accumulate in float32, and under ``torch.autocast`` run in autocast's dtype.
+    ``log_softmax(logits / temperature)[tokens]``, with the logits of ``fused_distillation_loss``. They are its
+    ``log_probs`` for one model alone, without a loss: what it takes as ``old_log_probs``. Products accumulate in
+    float32, and under ``torch.autocast`` run in autocast's dtype.
 
     Args:
         student: LMHead of hidden [..., D], weight [V, D] and bias [V] or None, floating.
