@@ -373,7 +373,7 @@ def importance_weights_forgotten(patch: pytest.MonkeyPatch) -> None:
         true = getattr(step_loss, name)
 
         def unweighted(config: Any, p: Any, q: Any, targets: Any, true: Any = true, **kwargs: Any) -> Any:
-            return true(config, p, q, targets._replace(old_log_probs=None, clip=None), **kwargs)
+            return true(config, p, q, targets._replace(old_log_probs=None), **kwargs)
 
         patch.setattr(step_loss, name, unweighted)
 
