@@ -198,7 +198,8 @@ FUSED_ARROWS: dict[str, set[str]] = {
     "_plan": {"_types", "_validate", "_matmul", "_torch", "triton"},
     "_chunks": {"_types", "_matmul"},
     "_autograd": {"_types", "_validate", "_chunks", "_policy", "triton"},
-    "": {"_autograd", "_plan", "_types", "_validate"},
+    "_log_probs": {"_types", "_validate", "_matmul", "_plan", "_torch"},
+    "": {"_autograd", "_log_probs", "_plan", "_types", "_validate"},
 }
 
 

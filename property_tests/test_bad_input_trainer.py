@@ -14,7 +14,7 @@ import tiny
 import torch
 from bad_input import Case, run
 from datasets import Dataset, IterableDataset
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
 
@@ -34,6 +34,25 @@ def without_generate(**changes: Any) -> Any:
 
 def train(path: Path, **changes: Any) -> None:
     tiny.trainer(path, **{"start": without_generate(), **changes}).train()
+
+
+def earlier_part(kind: str) -> Dataset:
+    """A part of this type in the turn before the question."""
+    parts = [{"type": kind, kind: "a"}], [{"type": "text", "text": "what is it?"}]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": part} for part in parts]] * 4})
+
+
+def with_images(path: Path) -> None:
+    """What TRL returns when a tool returned an image."""
+    trainer = tiny.trainer(path)
+    generate = GRPOTrainer._generate_and_score_completions
+
+    def scored(inputs: Any) -> Any:
+        return generate(trainer, inputs) | {"pixel_values": torch.zeros(1)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, inputs: scored(inputs))
+        trainer.train()
 
 
 def ends_with(turn: dict[str, Any]) -> Dataset:
@@ -141,6 +160,21 @@ TRAINER = [
         lambda path: train(path, train_dataset=Dataset.from_dict({"prompt": [1, 2]})),
         TypeError,
         ("train_dataset", "prompt 0", "string", "got 1"),
+    ),
+    *(
+        Case(
+            f"{kind} in an earlier turn",
+            lambda path, kind=kind: train(path, train_dataset=earlier_part(kind)),
+            ValueError,
+            ("train_dataset", "prompt 0", "expected text in every turn", f"type {kind}", "remove the row"),
+        )
+        for kind in ("image", "image_url", "audio", "video")
+    ),
+    Case(
+        "images from a tool",
+        with_images,
+        ValueError,
+        ("rollout: expected text", "got images (pixel_values)", "return text", "enabled=False"),
     ),
     *(
         Case(

@@ -248,3 +248,20 @@ def test_autocast_decides_the_dtype_of_the_products() -> None:
     for actual, exact in zip(gradients, torch.autograd.grad(expected.total, rounded_leaves), strict=True):
         assert actual.dtype == torch.float32
         assert relative_error(actual, exact) < 4e-3  # logit gradients in bf16 against float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_log_probabilities_alone_are_those_of_the_loss(dtype: torch.dtype, backend: Any) -> None:
+    """So that on-policy the importance weights are 1."""
+    case = make_case(2, n=130, d=128, v=50257, weights=False, softcap=20.0, temperature=0.7).cast(
+        dtype, "cuda"
+    )
+    out = case.fused(backend=backend)
+    student, mask = case.arguments()["student"], case.tensors["loss_mask"]
+    got = sdpo.fused_log_probs(
+        student, case.tensors["tokens"], loss_mask=mask, softcap=20.0, temperature=0.7, chunk_size=48
+    )
+    assert (got - out.log_probs).abs().max() < 1e-4
+    exact = case.cast(torch.float64, "cuda").log_probs("student").gather(-1, case.tensors["tokens"][:, None])
+    assert (got - exact[:, 0])[mask].abs().max() < 1e-4

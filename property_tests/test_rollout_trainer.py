@@ -109,11 +109,16 @@ def all_succeed(completions: list[Any], **_: Any) -> list[float]:
     return [1.0] * len(completions)
 
 
-def test_a_batch_that_is_masked_whole_is_empty(tmp_path: Path) -> None:
-    """Truncated completions are no demonstrations, and need none."""
+def all_fail(completions: list[Any], **_: Any) -> list[Any]:
+    return [(0.0, "wrong")] * len(completions)
+
+
+@pytest.mark.parametrize("judge", [all_succeed, all_fail])
+def test_a_batch_that_is_masked_whole_is_empty(tmp_path: Path, judge: Any) -> None:
+    """Truncated completions are no demonstrations, and need none, nor feedback."""
     trainer = tiny.trainer(
         tmp_path,
-        reward_funcs=all_succeed,
+        reward_funcs=judge,
         mask_truncated_completions=True,
         max_completion_length=1,
         max_steps=1,

@@ -118,6 +118,63 @@ class Engine:
         return tokens, scores, torch.linspace(-1.0, 1.0, len(tokens)).tolist()
 
 
+class Sampler:
+    """A `rollout_func`: an engine that has the trainer's weights."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        if self.engine is None:
+            self.engine = Engine(trainer.model, trainer.args.max_completion_length)
+        self.engine.sync_weights()
+        ids = trainer.processing_class.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"]
+        _, completions, log_probs, _ = self.engine.generate(ids)
+        scores = [[score for (score,) in row] for row in log_probs]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": scores}
+
+    def note(self, output: dict[str, Any], batch: list[Row]) -> None:
+        """What the reference corrects, without a ratio of TRL's; the second token was not scored."""
+        assert self.engine is not None
+        assert output.get("importance_sampling_ratio") is None
+        output["sampling_per_token_logps"][:, 1] = NAN
+        for row, gap in zip(batch, self.engine.gaps, strict=True):
+            row.engine_gap = [0.0 if i == 1 else one for i, one in enumerate(gap)][: len(row.completion)]
+
+
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"num_iterations": 2}],
+    ids=["on-policy", "on-policy, four micro-batches", "with the trainer's own"],
+)
+def test_the_log_probabilities_of_a_rollout_function_are_corrected(
+    tmp_path: Path, changes: dict[str, Any], backend: str
+) -> None:
+    config = tiny.config(rollout_is_clip=1.5, loss_backend=backend)
+    trainer = tiny.trainer(tmp_path, sdpo_config=config, max_steps=3, **changes)
+    trainer.rollout_func = sampler = Sampler()
+    difference = compare(trainer, tiny.model(), Method(engine_clip=1.5), alter=sampler.note)
+    assert max(difference.gradient, difference.loss) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"is_clip": 0.9}, Method(engine_clip=0.9)),
+        ({"rollout_is_clip": 1.5}, Method(engine_clip=2.7)),
+        ({"rollout_is_clip": None}, Method(engine_clip=1.5)),
+    ],
+    ids=["clipped at is_clip", "not clipped", "not corrected"],
+)
+def test_another_correction_on_policy_is_detected(
+    tmp_path: Path, changes: dict[str, Any], method: Method
+) -> None:
+    trainer = tiny.trainer(tmp_path, sdpo_config=tiny.config(**changes))
+    trainer.rollout_func = sampler = Sampler()
+    assert compare(trainer, tiny.model(), method, alter=sampler.note).gradient > 1000 * TOLERANCE
+
+
 @pytest.mark.parametrize(
     "synced", [True, False], ids=["as it is", "counter-example: the engine keeps the first weights"]
 )

@@ -5,12 +5,12 @@ the student's own completion tokens is the loss. In the order of a training step
 
     select_demonstrations     which successful completion of its group each row's teacher is shown
     build_reprompts           the teacher's prompts, and which rows have a teacher signal
-    ema, frozen, live,        the teacher's weights, as (init, update) pairs; trust_region_logits mixes two
-      trust_region            forwards
+    ema, frozen, live         the teacher's weights, as (init, update) pairs
+    trust_region_logits       the logits of the frozen weights mixed with those of the live ones, as the teacher's
     distillation_loss         nats per token, from both models' logits
     self_distillation_loss    weighted sum over the active tokens, and their count; .mean() divides
     fused_distillation_loss   the last two in one, from hidden states, without the logits of all tokens in memory
-    importance_weights        off-policy correction, to multiply in
+    importance_weights        off-policy correction, to multiply in; fused_log_probs for its log-probabilities
 
 Around them: ``token_statistics`` and ``mean_metrics`` (what to log), ``packed_sequence_sum`` (packed batches),
 ``vocab_parallel_distillation_loss`` (tensor parallelism), ``given_topk_distillation_loss`` (a served teacher), the
@@ -38,7 +38,7 @@ from sdpo.advantages import (
 )
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
-from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss
+from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss, fused_log_probs
 from sdpo.given import TeacherTopK, check_teacher_topk, given_topk_distillation_loss, safe_tail
 from sdpo.importance import importance_weights
 from sdpo.loss import LossOutput, distillation_loss, self_distillation_loss
@@ -62,7 +62,6 @@ from sdpo.teacher import (
     live,
     rate_per_tick,
     teacher_distance,
-    trust_region,
     trust_region_hidden,
     trust_region_logits,
 )
@@ -118,6 +117,7 @@ __all__ = [
     "evidence_weights",
     "frozen",
     "fused_distillation_loss",
+    "fused_log_probs",
     "gather_log_probs",
     "generalized_jsd",
     "given_topk_distillation_loss",
@@ -147,7 +147,6 @@ __all__ = [
     "token_statistics",
     "token_sum",
     "topk_log_probs",
-    "trust_region",
     "trust_region_hidden",
     "trust_region_logits",
     "vocab_parallel_distillation_loss",

@@ -222,37 +222,10 @@ def live() -> Teacher:
     )
 
 
-def trust_region(*, coef: float) -> Teacher:
-    """The start pulled towards the student, in distributions: ``q ∝ q_0^(1−c) · q_θ^c``, c = coef.
-
-    The weights are those of ``frozen``: θ_0 is all there is to keep. The geometric mean is taken after the
-    two forwards by ``trust_region_logits``, or before one shared linear head by ``trust_region_hidden``. Give
-    them the same coef: the weights do not depend on it, so here it is only checked.
-
-    Args:
-        coef: c, the weight of the live student, in [0, 1].
-
-    Returns:
-        Teacher. Its state is that of ``frozen``.
-
-    Raises:
-        TypeError, ValueError: coef is not a number in [0, 1]; otherwise as ``frozen``.
-
-    Gradient: none, in or out.
-
-    Source: SDPO, arXiv 2601.20802, section 4, Table 4.
-
-    Example:
-        >>> trust_region(coef=0.5).init({"w": torch.ones(2)})
-        TeacherState(params={'w': tensor([1., 1.])}, ticks=0)
-    """
-    _check_coef(coef)
-    return frozen()
-
-
 def trust_region_logits(reference_logits: Tensor, live_logits: Tensor, *, coef: float) -> Tensor:
     """Logits of the trust-region teacher, ``(1−c)·z_ref + c·z_live``, whose softmax is q ∝ q_ref^(1−c)·q_θ^c.
 
+    The reference is the student as it was at the start, whose weights ``frozen`` keeps: they do not depend on c.
     coef 0 is the reference and 1 the live student, exactly. A token impossible for either (−∞) is impossible
     for a mixture.
 
@@ -270,7 +243,7 @@ def trust_region_logits(reference_logits: Tensor, live_logits: Tensor, *, coef: 
 
     Gradient: none, also not to the live logits: here they are the teacher's.
 
-    Source: SDPO, arXiv 2601.20802, section 4.
+    Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
     Example:
         >>> trust_region_logits(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), coef=0.25)

@@ -226,6 +226,16 @@ def check_backend(config: SDPOConfig, device: torch.device) -> None:
         )
 
 
+def check_rows_alone(args: Any, model: Any, *, mode: str) -> None:
+    """Batches of one row, for a model that reads padding on several processes, all of which call it together."""
+    name = f"per_device_{mode}_batch_size"
+    if (size := getattr(args, name)) > 1:
+        raise ValueError(
+            f"{name}: expected 1, got {size}; {type(model).__name__} reads the padding before a row, and on "
+            "several processes the rows of a batch cannot run separately: set it to 1"
+        )
+
+
 def check_objective(args: Any, config: SDPOConfig) -> None:
     """No option asks for a term or a mask that this loss does not have."""
     for name, (off, what) in _UNSUPPORTED.items():
@@ -318,6 +328,15 @@ def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
     check_prompts([row["prompt"] for row in rows if "prompt" in row])
     if feedback := column_name(name for row in rows for name in row):
         check_column((row.get(feedback) for row in rows), feedback)
+
+
+def check_scored_batch(output: Mapping[str, Any]) -> None:
+    """A scored generation batch has no images, which tools and environments may add to the prompts."""
+    if images := [name for name in ("pixel_values", "num_images") if output.get(name) is not None]:
+        raise ValueError(
+            f"rollout: expected text alone, got images ({', '.join(images)}) from a tool or an environment, which "
+            "do not reach the loss; return text, or set SDPOConfig(enabled=False)"
+        )
 
 
 def _refuse_media(names: Iterable[str]) -> None:

@@ -99,8 +99,8 @@ class SDPOConfig:
             it was loaded with), or the one that TRL loads for `beta`. Default 0.0: none.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
-        rollout_is_clip: the same for π_old/π_rollout, when the inference engine reports its own
-            log-probabilities; `None` turns it off. Default 2.0 (reference).
+        rollout_is_clip: the same for π_old/π_rollout, when the inference engine or a `rollout_func` reports its own
+            log-probabilities (on-policy the student is π_old); `None` turns it off. Default 2.0 (reference).
         loss_aggregation: `token-mean` (default, reference) over all active tokens of the optimizer step,
             `batch-token-mean` over all its completion tokens, with or without a teacher signal, or
             `sequence-mean` over its active rows. Where few rows have a signal, the first and the last give each

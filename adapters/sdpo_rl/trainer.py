@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -18,27 +19,28 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from . import __version__, _validate
 from .compat import model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
-from .compat.trl import log_probs_like, reference_adapter
+from .compat.trl import reference_adapter, torch_kernel
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
-from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options
+from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
 from .resume import checkpoint, options, progress
 from .rollout.demonstrations import Rollout, teacher_context
 from .rollout.feedback import FEEDBACK_COLUMNS, FeedbackCollector, column_texts, environment_feedback
 from .rollout.prompts import Renderer
 from .rollout.reprompts import Reprompter
 from .step import forward as step_forward
+from .step import head as step_head
 from .step import micro_batch
 from .step import policy as step_policy
-from .step.batch import select_rows, teacher_inputs
+from .step.batch import TokenBatch, select_rows, teacher_inputs, token_batch
 from .step.denominator import StepWindow, loss_count, signal_counts
-from .step.head import head_transform
 from .step.metrics import MetricSums
 from .step.optimizer import drop_gradients
 from .teacher import shards
@@ -46,6 +48,8 @@ from .teacher.store import TeacherStore
 
 _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
+# Of `_get_per_token_logps_and_entropies`, those that ask for log-probabilities of texts alone.
+_LOG_PROB_ARGUMENTS = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
 # The Trainer's loss since the last log: a tensor, a float and the step they count from.
 _RUNNING_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 
@@ -185,9 +189,10 @@ class SDPOTrainer(_BASE):
             self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=self._samples_per_tick
         )
         self._generations_done = 0  # with a teacher update
-        self._transform = head_transform(self._unwrapped.config)
+        self._transform = step_head.head_transform(self._unwrapped.config)
         self._fused: bool | None = None  # unknown until the first forward
         self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
+        self._reads_padding = False
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -207,6 +212,9 @@ class SDPOTrainer(_BASE):
         )
         logged = {f"sdpo_{name}": value for name, value in dataclasses.asdict(self.sdpo_config).items()}
         trackers.log_options(self.callback_handler, {"sdpo_rl_version": __version__, **logged})
+        if self.args.cast_lm_head_to_fp32 and not _IS_UNSLOTH:
+            for one in filter(None, (self._unwrapped, self.ref_model)):
+                step_head.never_autocast(one.get_output_embeddings(), self.accelerator.device)
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
@@ -257,6 +265,7 @@ class SDPOTrainer(_BASE):
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
+        _validate.check_scored_batch(output)
         rollout, self._rollout = self._rollout, None
         if rollout is None:
             raise RuntimeError(
@@ -388,7 +397,15 @@ class SDPOTrainer(_BASE):
                 accumulation_steps=steps,
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
-        context = micro_batch.StepContext(
+        context = self._step_context(model, distillation_weight)
+        batch = select_rows(inputs, at_least_one=context.in_lockstep)
+        if batch is None:
+            return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
+        context, fused = self._check_model(context, batch.student)
+        return micro_batch.micro_batch_loss(context, batch, count, router_weight=router_weight, fused=fused)
+
+    def _step_context(self, model: nn.Module, distillation_weight: float = 1.0) -> micro_batch.StepContext:
+        return micro_batch.StepContext(
             config=self.sdpo_config,
             accelerator=self.accelerator,
             model=model,
@@ -400,15 +417,26 @@ class SDPOTrainer(_BASE):
             policy_term=self._policy_term,
             distillation_weight=distillation_weight,
             reference=self._reference if self.sdpo_config.anchor_weight > 0.0 else None,
+            head_in_float32=self.args.cast_lm_head_to_fp32,
         )
-        batch = select_rows(inputs, at_least_one=context.in_lockstep)
-        if batch is None:
-            return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
+
+    def _check_model(
+        self, context: micro_batch.StepContext, tokens: TokenBatch
+    ) -> tuple[micro_batch.StepContext, bool]:
+        """The context, and whether to fuse, after a forward that shows what the model is.
+
+        All processes call it.
+        """
         if self._fused is None:
-            self._fused = micro_batch.can_fuse(context, batch)
-        return micro_batch.micro_batch_loss(
-            context, batch, count, router_weight=router_weight, fused=self._fused
-        )
+            self._fused = micro_batch.can_fuse(context, tokens)
+            reads_padding = micro_batch.reads_padding(context, tokens)
+            device = self.accelerator.device
+            self._reads_padding = bool(self._sum(torch.tensor(float(reads_padding), device=device)))
+            if self._reads_padding:
+                warn_of_padding(self._unwrapped)
+        if self._reads_padding and context.in_lockstep:
+            _validate.check_rows_alone(self.args, self._unwrapped, mode=self._mode)
+        return dataclasses.replace(context, reads_padding=self._reads_padding), self._fused
 
     @contextmanager
     def _reference(self) -> Iterator[tuple[Any, Any]]:
@@ -432,10 +460,33 @@ class SDPOTrainer(_BASE):
         self, model: Any, input_ids: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
         method = super()._get_per_token_logps_and_entropies
-        # Unsloth's own version runs on a CPU, and its loss expects its conventions.
-        if _IS_UNSLOTH or input_ids.device.type != "cpu":
+        arguments = inspect.signature(method).bind(model, input_ids, *args, **kwargs).arguments
+        others = {name for name, value in arguments.items() if value is not None and value is not False}
+        # Unsloth's loss expects the conventions of its own version.
+        if self.sdpo_config.enabled and not _IS_UNSLOTH and others <= _LOG_PROB_ARGUMENTS:
+            return self._sampled_log_probs(**{name: arguments[name] for name in others}), None, None
+        with nullcontext() if _IS_UNSLOTH else torch_kernel(input_ids.device):
             return method(model, input_ids, *args, **kwargs)
-        return log_probs_like(method, self.accelerator, self.temperature, model, input_ids, *args, **kwargs)
+
+    def _sampled_log_probs(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Of the completions [B, T], as the loss computes them, so that on-policy their ratios are 1."""
+        log_probs, own = [], model is self.model
+        unwrapped = self._unwrapped if own else self.accelerator.unwrap_model(model)  # of a reference model
+        size = batch_size or len(input_ids)
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
+            tokens = token_batch(ids, mask, logits_to_keep)
+            context, fused = self._check_model(self._step_context(self.model), tokens)
+            context = dataclasses.replace(context, model=model, unwrapped=unwrapped)
+            part = micro_batch.sampled_log_probs(context, tokens, fused=fused)
+            log_probs.append(pad(part, (0, logits_to_keep - part.shape[1])))
+        return torch.cat(log_probs)
 
     # --- training loop -----------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ several more. Here the logits of a few hundred tokens exist at a time, and their
     _chunks, _matmul    the loop over chunks; its matrix products
     _given              the distribution of a teacher whose top K are given
     _torch, triton/     the loss of one chunk and the gradient of its logits, in plain torch and in kernels
+    _log_probs          log-probabilities of one model, without a loss
     _types              what these modules exchange
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from sdpo._validate import check_choice
 from sdpo.fused._autograd import per_token_loss, policy_clipped, total_loss
+from sdpo.fused._log_probs import fused_log_probs as fused_log_probs
 from sdpo.fused._plan import make_plan
 from sdpo.fused._types import LMHead, Objective, Operands, Support, SurrogateKind, Tail, TokenStats
 from sdpo.fused._validate import (

@@ -1,86 +1,139 @@
-"""What differs between TRL releases: GRPO's log-probabilities without Triton."""
+"""What differs between TRL and this library: GRPO's log-probabilities on a CPU."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import use_adapter
+from torch.nn.functional import linear
+from trl.trainer import utils
 
-from ..step.batch import position_ids
-from ..step.forward import forward_arguments, router_loss
+# Numbers of a chunk of logits: 16 MiB of float32.
+_CHUNK = 2**22
 
 
 @contextmanager
 def reference_adapter(model: Any) -> Iterator[None]:
     """A PEFT model as GRPO's reference: with a copy of the adapter that it was loaded with, or without any."""
-    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+    with utils.use_adapter(model, "ref" if "ref" in model.peft_config else None):
         yield
 
 
-def plain_log_probs(
-    accelerator: Any,
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    logits_to_keep: int,
+@contextmanager
+def torch_kernel(device: torch.device) -> Iterator[None]:
+    """TRL's log-probabilities in plain torch on a CPU, where its Triton kernel cannot run; elsewhere unchanged."""
+    if device.type != "cpu" or not hasattr(utils, "_ChunkedLogProbFunction"):
+        yield
+        return
+    kernel = utils._ChunkedLogProbFunction
+    utils._ChunkedLogProbFunction = ChunkedLogProbs
+    try:
+        yield
+    finally:
+        utils._ChunkedLogProbFunction = kernel
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """What TRL's kernel computes for GRPO from hidden states [N, D]: log-probabilities and entropies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Log-probabilities and entropies [N] float32, and `None` for the three outputs that GRPO does not use.
+
+        Raises:
+            NotImplementedError: another of TRL's outputs is asked for.
+        """
+        if unknown := set(outputs) - {"log_probs", "entropy"}:
+            raise NotImplementedError(
+                f"outputs: expected log_probs and entropy, got {sorted(unknown)}; train on a GPU"
+            )
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.set_materialize_grads(False)  # most calls use the log-probabilities alone
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.options = {
+            "dtype": dtype,
+            "temperature": temperature,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+        }
+        chunks = [
+            _log_probs(hidden[rows], weight, bias, targets[rows], **ctx.options)
+            for rows in _chunks(len(hidden), len(weight))
+        ]
+        log_probs, entropies = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return log_probs, entropies if "entropy" in outputs else None, None, None, None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden states, weight and bias; each chunk's logits are computed again."""
+        hidden, weight, bias, targets = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        # The head is gathered for its own forward only, where it is partitioned.
+        with utils.maybe_gather_lm_head_ctx(weight, bias):
+            grads = [
+                torch.zeros(tensor.shape, dtype=torch.float32, device=hidden.device) if needed else None
+                for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
+            ]
+            for rows in _chunks(len(hidden), len(weight)):
+                parts = [tensor.detach().requires_grad_() for tensor in (hidden[rows], weight)]
+                parts += [] if bias is None else [bias.detach().requires_grad_()]
+                with torch.enable_grad():
+                    values = _log_probs(
+                        parts[0], parts[1], None if bias is None else parts[2], targets[rows], **ctx.options
+                    )
+                given = [(v, g[rows]) for v, g in zip(values, gradients[:2], strict=True) if g is not None]
+                trained = [
+                    (part, total) for part, total in zip(parts, grads, strict=False) if total is not None
+                ]
+                computed = torch.autograd.grad(
+                    [value for value, _ in given],
+                    [part for part, _ in trained],
+                    [gradient for _, gradient in given],
+                )
+                for (part, total), gradient in zip(trained, computed, strict=True):
+                    (total[rows] if part is parts[0] else total).add_(gradient)
+        dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        cast = [None if total is None else total.to(kind) for total, kind in zip(grads, dtypes, strict=True)]
+        return (*cast, *[None] * 6)
+
+
+def _chunks(count: int, vocabulary: int) -> list[slice]:
+    size = max(1, _CHUNK // vocabulary)
+    return [slice(start, min(start + size, count)) for start in range(0, max(1, count), size)]
+
+
+def _log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
     *,
+    dtype: torch.dtype,
     temperature: float,
-    batch_size: int | None = None,
-    compute_aux_loss: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities and entropies [B, T] of the last T tokens, and the load-balancing loss.
-
-    TRL 1.15 computes them with a Triton kernel only, so that its GRPO cannot train on a CPU; this computes the same
-    in plain torch.
-
-    Args:
-        accelerator: for its autocast and the model inside `model`.
-        model: what runs.
-        input_ids: [B, L] int64.
-        attention_mask: [B, L].
-        logits_to_keep: T.
-        temperature: divides the logits.
-        batch_size: rows of one forward; `None` means all.
-        compute_aux_loss: also the load-balancing loss of a Mixture-of-Experts model; `None` is returned otherwise.
-    """
-    log_probs, entropies, router_losses = [], [], []
-    router = {"output_router_logits": True} if compute_aux_loss else {}
-    unwrapped = accelerator.unwrap_model(model)
-    size = batch_size or len(input_ids)
-    for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-        arguments = forward_arguments(unwrapped, ids, mask, position_ids(mask), logits_to_keep + 1)
-        with accelerator.autocast():
-            outputs = model(**arguments, **router)
-        logits = outputs.logits[:, -(logits_to_keep + 1) : -1].float() / temperature
-        log_p = logits.log_softmax(dim=-1)
-        log_probs.append(log_p.gather(-1, ids[:, -logits_to_keep:, None]).squeeze(-1))
-        entropies.append(-(log_p.exp() * log_p).nan_to_num(0.0).sum(-1))
-        if compute_aux_loss:
-            router_losses.append(router_loss(outputs))
-    aux_loss = torch.stack(router_losses).mean() if compute_aux_loss else None
-    return torch.cat(log_probs), torch.cat(entropies), aux_loss
-
-
-def log_probs_like(
-    method: Any, accelerator: Any, temperature: float, *args: Any, **kwargs: Any
-) -> tuple[Any, ...]:
-    """`plain_log_probs` with the arguments and the result of `_get_per_token_logps_and_entropies`.
-
-    Args:
-        method: this release's, whose callers unpack two or three values.
-        accelerator: the trainer's.
-        temperature: divides the logits.
-        *args: of the call.
-        **kwargs: of the call.
-    """
-    signature = inspect.signature(method)
-    arguments = signature.bind(*args, **kwargs).arguments
-    names = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_aux_loss")
-    used = {name: arguments[name] for name in names if name in arguments}
-    result = plain_log_probs(accelerator, temperature=temperature, **used)
-    return result if "compute_aux_loss" in signature.parameters else result[:2]
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Of one chunk of tokens [C]: the products are rounded to `dtype` as in the head, the rest is float32."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        products = linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        logits = products.float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        log_p = (logits / temperature).log_softmax(-1)
+        entropies = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+        return log_p.gather(-1, targets[:, None]).squeeze(-1), entropies

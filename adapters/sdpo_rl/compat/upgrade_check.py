@@ -136,7 +136,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Method(
         "_get_per_token_logps_and_entropies",
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
-        "computed in plain torch on a CPU",
+        "the loss's own log-probabilities replace it",
     ),
     Method("_generate_single_turn", (), "sharded processes generate together"),
     Method("_tool_call_loop", (), "sharded processes leave it together"),
@@ -191,6 +191,12 @@ EXPECTATIONS: tuple[Expectation, ...] = (
         "__init__",
         ("self.num_generations", "self.num_generations_eval", "self.reward_weights", "self._metrics"),
         "groups, score weights and metrics",
+    ),
+    Text(
+        "_get_per_token_logps_and_entropies",
+        ("fused_lm_head=True",),
+        "on a CPU the kernel behind it is replaced",
+        _TRL,
     ),
     Text("_prepare_inputs", ("steps_per_generation",), "how many micro-batches a generation batch has"),
     Text(

@@ -51,7 +51,7 @@ _REPLACED = {
     "_prepare_inputs": "calls the one below, then counts the active tokens of the generation batch",
     "_generate_and_score_completions": "calls the one below, then adds the teacher's prompts",
     "_calculate_rewards": "calls the one below, then stores scores and feedback",
-    "_get_per_token_logps_and_entropies": "calls the one below, except on a CPU without Unsloth",
+    "_get_per_token_logps_and_entropies": "the loss's own, in chunks; with enabled=False or Unsloth the one below",
     "compute_loss": "the self-distillation loss, chunked; with enabled=False the one below",
     "evaluation_loop": "calls the one below, then weights its batches by their tokens",
     "log": "adds the self-distillation metrics, then calls the one below",

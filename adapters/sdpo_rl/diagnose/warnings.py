@@ -72,6 +72,16 @@ def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None
         )
 
 
+def warn_of_padding(model: Any) -> None:
+    """The model reads padding, which costs time here and the quality of the samples elsewhere."""
+    logger.warning(
+        "%s reads the padding before a row, although the attention mask hides it: rows of different lengths run "
+        "one after the other here, but GRPOTrainer still samples them from one padded batch. Prompts of one "
+        "length avoid that.",
+        type(model).__name__,
+    )
+
+
 class Diagnostics:
     """Reads the metrics of a run, and warns when they show a known failure."""
 

@@ -25,7 +25,8 @@ def check_prompts(prompts: Sequence[Any]) -> None:
 
     Raises:
         TypeError: a prompt of another kind.
-        ValueError: an empty string, or a conversation whose last turn is not the user's or holds other than text.
+        ValueError: an empty string, or a conversation whose last turn is not the user's or holds other than text,
+            or with media in an earlier one.
     """
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -42,10 +43,22 @@ def check_prompts(prompts: Sequence[Any]) -> None:
                 f"prompt {row}: expected a 'user' turn at the end, got a {prompt[-1]['role']!r} turn; the "
                 "reprompt is written into the last user turn: remove what follows it"
             )
+        if media := {kind for turn in prompt[:-1] for kind in _media(turn.get("content"))}:
+            raise ValueError(
+                f"prompt {row}: expected text in every turn, got parts of type {', '.join(sorted(media))}; "
+                "images and other media do not reach the loss: remove the row"
+            )
         try:
             question(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {row}: {error}") from error
+
+
+def _media(content: Any) -> list[str]:
+    """The types of the parts of a turn that are media."""
+    parts = content if isinstance(content, list) else []
+    types = [str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)]
+    return [kind for kind in types if kind.startswith(("image", "audio", "video", "input_"))]
 
 
 def question(prompt: Prompt) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -171,6 +172,14 @@ def compact(
     return TokenBatch(ids, mask, sizes)
 
 
+def token_batch(ids: Tensor, mask: Tensor, length: int) -> TokenBatch:
+    """Rows [B, P+T] of prompts and of completions in the last `length` columns, as `compact` returns them."""
+    before, after = mask[:, :-length], mask[:, -length:]
+    counts = torch.stack([before.sum(-1), after.sum(-1)], dim=1).tolist()
+    sizes = [(prompt, completion) for prompt, completion in counts]
+    return compact(ids[:, :-length], before, ids[:, -length:], after, sizes)
+
+
 def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch | None:
     """The rows of a micro-batch that have a loss, and those of them that have a teacher; `None` without any.
 
@@ -223,6 +232,26 @@ def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch 
         teacher_rows,
         {name: take(name, active)[:, :length] for name in present},
     )
+
+
+def equal_groups(sizes: Sizes) -> list[RowGroup]:
+    """Consecutive rows of a `compact` batch, in groups without padding before any row.
+
+    Args:
+        sizes: prompt and completion tokens of each row.
+
+    Example:
+        >>> [group.rows for group in equal_groups([(2, 1), (2, 1), (1, 2)])]
+        [slice(0, 2, None), slice(2, 3, None)]
+    """
+    prompt, length = columns(sizes)
+    groups: list[RowGroup] = []
+    start = 0
+    for (before, after), rows in groupby(sizes):
+        stop, right = start + len(list(rows)), length - max(after, 1)
+        groups.append(RowGroup(slice(start, stop), slice(prompt - before, prompt + length - right), right))
+        start = stop
+    return groups
 
 
 def row_groups(sizes: Sizes, *, width_limit: float, token_limit: float) -> list[RowGroup]:

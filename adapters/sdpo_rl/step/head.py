@@ -70,6 +70,11 @@ def linear_head(module: Any) -> nn.Linear:
     return linear
 
 
+def never_autocast(module: Any, device: torch.device) -> None:
+    """Run the module's forward outside autocast: GRPO's float32 head is a product that autocast would round."""
+    module.forward = torch.autocast(device.type, enabled=False)(module.forward)
+
+
 def class_name(module: Any) -> str:
     """The class of a module with its package: adapter layers are called Linear, too."""
     return f"{type(module).__module__}.{type(module).__qualname__}"

@@ -34,6 +34,7 @@ class Targets(NamedTuple):
     weights: Tensor | None
     row_weights: Tensor | None = None  # part of the weights
     policy: PolicyTargets | None = None
+    rollout_log_probs: Tensor | None = None  # of an inference engine that the student itself corrects
 
 
 class StepLoss(NamedTuple):
@@ -89,6 +90,7 @@ def loss_targets(
         weights=reduce(torch.mul, factors) if factors else None,
         row_weights=row_weights,
         policy=policy_targets(completions),
+        rollout_log_probs=None if config.rollout_is_clip is None else uncorrected_log_probs(completions),
     )
 
 
@@ -107,6 +109,27 @@ def rollout_weights(completions: Mapping[str, Tensor], *, clip: float) -> Tensor
     return sdpo.importance_weights(old.float(), rollout.float(), clip=clip)
 
 
+def uncorrected_log_probs(completions: Mapping[str, Tensor]) -> Tensor | None:
+    """The inference engine's log-probabilities [B, T] of an on-policy batch; `None` without any.
+
+    The trainer then computes no log-probabilities of its own, and `rollout_weights` has nothing to compare with.
+    """
+    corrected = ("importance_sampling_ratio", "old_per_token_logps")
+    return (
+        None
+        if any(name in completions for name in corrected)
+        else completions.get("sampling_per_token_logps")
+    )
+
+
+def correct_rollout(config: SDPOConfig, targets: Targets, log_probs: Tensor) -> Targets:
+    """On-policy the student is π_old: its `log_probs` [B, T], detached, give the weights min(π/π_rollout, clip)."""
+    if targets.rollout_log_probs is None or config.rollout_is_clip is None:
+        return targets
+    weights = sdpo.importance_weights(log_probs, targets.rollout_log_probs, clip=config.rollout_is_clip)
+    return targets._replace(weights=weights if targets.weights is None else targets.weights * weights)
+
+
 def fused(
     config: SDPOConfig,
     student: sdpo.LMHead,
@@ -118,6 +141,18 @@ def fused(
     term: PolicyTerm | None = None,
 ) -> StepLoss:
     """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region."""
+    if targets.rollout_log_probs is not None:
+        # The weights of GRPO's part are others, so the loss cannot compute these with its own log-probabilities.
+        log_probs = sdpo.fused_log_probs(
+            student,
+            targets.tokens,
+            loss_mask=targets.loss_mask,
+            temperature=temperature,
+            softcap=transform.softcap,
+            logit_scale=transform.logit_scale,
+            chunk_size=config.loss_chunk_size,
+        )
+        targets = correct_rollout(config, targets, log_probs)
     reference = teachers[0] if len(teachers) == 2 else None
     is_clip = None if targets.old_log_probs is None else config.is_clip
     output = sdpo.fused_distillation_loss(
@@ -186,6 +221,7 @@ def from_logits(
     statistics = sdpo.token_statistics(
         student, teacher, targets.tokens, support=config.support, k=k, temperature=temperature
     )
+    targets = correct_rollout(config, targets, statistics.log_probs)
     old_log_probs = targets.old_log_probs
     weights = torch.ones_like(statistics.log_probs) if targets.weights is None else targets.weights
     if old_log_probs is not None and config.is_clip is not None:

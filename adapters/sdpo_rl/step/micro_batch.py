@@ -13,13 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import sdpo
+
 from ..config import SDPOConfig
 from ..teacher import shards
 from ..teacher.store import TeacherStore
 from . import forward as step_forward
 from . import head as step_head
 from . import loss as step_loss
-from .batch import MicroBatch, TokenBatch, position_ids, row_groups
+from . import model_check
+from .batch import MicroBatch, TokenBatch, equal_groups, position_ids, row_groups
 from .metrics import Metrics
 from .policy import PolicyTerm
 
@@ -46,6 +49,8 @@ class StepContext:
         policy_term: GRPO's part of the loss; `None` without.
         distillation_weight: factor of the divergence.
         reference: makes the reference model current and gives it, wrapped and not; `None`: none is needed.
+        head_in_float32: GRPO's `cast_lm_head_to_fp32`: the products of the LM head are not autocast.
+        reads_padding: rows of different lengths run apart (see `model_check`).
     """
 
     config: SDPOConfig
@@ -59,6 +64,15 @@ class StepContext:
     policy_term: PolicyTerm | None
     distillation_weight: float
     reference: Callable[[], AbstractContextManager[tuple[Any, Any]]] | None
+    head_in_float32: bool = False
+    reads_padding: bool = False
+
+    def head_autocast(self) -> AbstractContextManager[Any]:
+        """Of the products of hidden states and LM head."""
+        if self.head_in_float32:
+            return torch.autocast(self.accelerator.device.type, enabled=False)
+        autocast: AbstractContextManager[Any] = self.accelerator.autocast()
+        return autocast
 
     @property
     def in_lockstep(self) -> bool:
@@ -123,6 +137,7 @@ def micro_batch_loss(
         student = _runner(context, batch.student, length)(partial(forward, router_losses=router_losses))
         if not teachers:  # no token has a divergence
             teachers = [student._replace(hidden=student.hidden.detach()) if fused else student.detach()]
+    with context.head_autocast():
         output = compute(
             config, student, teachers, targets, temperature=context.temperature, term=context.policy_term
         )
@@ -168,7 +183,10 @@ def _runner(
                 "several processes its rows cannot run separately: set per_device_train_batch_size=1, or raise "
                 "max_seq_length"
             )
-    groups = row_groups(tokens.sizes, width_limit=width_limit, token_limit=token_limit)
+    if context.reads_padding and not context.in_lockstep:
+        groups = equal_groups(tokens.sizes)
+    else:
+        groups = row_groups(tokens.sizes, width_limit=width_limit, token_limit=token_limit)
     arguments = _arguments(context.unwrapped, tokens, length)
     return partial(step_forward.run_groups, arguments=arguments, groups=groups, length=length)
 
@@ -178,10 +196,39 @@ def _arguments(model: nn.Module, tokens: TokenBatch, length: int) -> dict[str, A
     return step_forward.forward_arguments(model, tokens.ids, tokens.mask, positions, length + 1)
 
 
-def can_fuse(context: StepContext, batch: MicroBatch) -> bool:
+@torch.no_grad()
+def sampled_log_probs(context: StepContext, tokens: TokenBatch, *, fused: bool) -> Tensor:
+    """The student's log-probabilities [B, T] float32 of completion tokens, as the loss computes them.
+
+    Args:
+        context: of the step.
+        tokens: the rows; T is their completion length.
+        fused: compute them from hidden states and head (see `can_fuse`) instead of whole logits.
+    """
+    length = tokens.completion_length
+    forward: Any = step_forward.completion_head if fused else step_forward.completion_logits
+    with context.accelerator.autocast():
+        student = _runner(context, tokens, length)(partial(forward, context.model, context.unwrapped))
+    sampled = tokens.ids[:, -length:]
+    if not fused:
+        log_probs = (student.float() / context.temperature).log_softmax(dim=-1)
+        return log_probs.gather(-1, sampled[..., None]).squeeze(-1)
+    with context.head_autocast():
+        return sdpo.fused_log_probs(
+            student,
+            sampled,
+            loss_mask=tokens.mask[:, -length:].bool(),
+            temperature=context.temperature,
+            softcap=context.transform.softcap,
+            logit_scale=context.transform.logit_scale,
+            chunk_size=context.config.loss_chunk_size,
+        )
+
+
+def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:
     """Whether hidden states and head give the model's own logits, so that the fused loss applies; logs why not.
 
-    Runs the model on the first row; all processes must call it.
+    Runs the model on the first row of `tokens`; all processes must call it.
     """
     if context.config.loss_backend == "logits":
         return False
@@ -204,7 +251,7 @@ def can_fuse(context: StepContext, batch: MicroBatch) -> bool:
             step_head.class_name(head),
         )
         return False
-    arguments = _arguments(context.unwrapped, batch.student, batch.student.completion_length)
+    arguments = _arguments(context.unwrapped, tokens, tokens.completion_length)
     with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         matches = step_head.transform_matches(context.unwrapped, arguments, context.transform)
     if not matches:
@@ -213,6 +260,16 @@ def can_fuse(context: StepContext, batch: MicroBatch) -> bool:
             "falling back to loss_backend='logits', which keeps whole logits in memory."
         )
     return matches
+
+
+def reads_padding(context: StepContext, tokens: TokenBatch) -> bool:
+    """Whether the rows of a batch change each other by their padding; see `model_check.reads_padding`.
+
+    Runs the model on the first tokens of the first row; all processes must call it.
+    """
+    row = tokens.ids[0][tokens.mask[0].bool()]
+    with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
+        return model_check.reads_padding(context.model, context.unwrapped, row)
 
 
 def zero_loss(model: nn.Module) -> MicroBatchOutput:

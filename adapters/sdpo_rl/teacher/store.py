@@ -226,12 +226,10 @@ def _move_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _core_teacher(config: SDPOConfig, seed: int, samples_per_tick: float | None) -> sdpo.Teacher:
-    if config.teacher_mode == "frozen":
+    if config.teacher_mode in ("frozen", "trust_region"):
         return sdpo.frozen()
     if config.teacher_mode == "live":
         return sdpo.live()
-    if config.teacher_mode == "trust_region":
-        return sdpo.trust_region(coef=config.trust_region_coef)
     rate = config.teacher_update_rate
     if config.teacher_rate_samples is not None:
         if samples_per_tick is None:
