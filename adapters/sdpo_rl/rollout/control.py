@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from tokenizers import AddedToken
@@ -54,9 +55,9 @@ class ControlStrings:
         self._original = processing_class
         template = str(chat_template or getattr(processing_class, "chat_template", None) or "")
         self.strings = _strings(inner_tokenizer(processing_class), template)
-        self._by_first: dict[str, tuple[str, ...]] = {}
+        self._by_start: dict[str, tuple[str, ...]] = {}
         for string in sorted(self.strings):
-            self._by_first[string[0]] = (*self._by_first.get(string[0], ()), string)
+            self._by_start[string[:2]] = (*self._by_start.get(string[:2], ()), string)
 
     @cached_property
     def processing_class(self) -> Any:
@@ -96,22 +97,24 @@ class ControlStrings:
             if index % 2:
                 spans.append((end, end + len(piece)))
             end += len(piece)
-        whole, broken, kept = "".join(pieces), [], 0
-        for start, stop in sorted(self._occurrences(whole)):
-            if any(start < last and first < stop for first, last in spans):
-                broken.append(whole[kept : start + 1])
-                kept = start + 1
-        return _BREAK.join([*broken, whole[kept:]])
+        whole = "".join(pieces)
+        places = {
+            start + 1
+            for start, stop in self._occurrences(whole)
+            if any(start < last and first < stop for first, last in spans)
+        }
+        edges = [0, *sorted(places), len(whole)]
+        return _BREAK.join(whole[start:stop] for start, stop in pairwise(edges))
 
     def _occurrences(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where control strings start, also within others, and where the longest of each place stops."""
-        for first in self._by_first:
-            start = text.find(first)
-            while start >= 0:
-                found = [s for s in self._by_first[first] if text.startswith(s, start)]
-                if found:
-                    yield start, start + max(map(len, found))
-                start = text.find(first, start + 1)
+        """Where control strings start and stop, also within one another."""
+        # A tokenizer may have thousands, most of which begin alike.
+        for begin, strings in self._by_start.items():
+            for string in strings if begin in text else ():
+                place = text.find(string)
+                while place >= 0:
+                    yield place, place + len(string)
+                    place = text.find(string, place + 1)
 
 
 def inner_tokenizer(processing_class: Any) -> Any:

@@ -26,8 +26,8 @@ class CuttableText:
 
     def __init__(self, text: str, renderer: Renderer) -> None:
         self._renderer = renderer
-        control = renderer.control
-        self._text = text if control is None else control.break_inserted(enclose(text))
+        self._control = renderer.control
+        self._text = self._control.break_inserted(enclose(text)) if self._control else text
         self.count = len(self._tokens(self._text))
 
     def cut(self, limit: int, truncation: str) -> str:
@@ -50,18 +50,19 @@ class CuttableText:
         return self._joined(f"{head}{CUT_MARKER}{tail}")
 
     def _joined(self, text: str) -> str:
-        control = self._renderer.control
-        return text if control is None else control.joined(text)
+        return self._control.joined(text) if self._control else text
+
+    def _has_break(self, text: str) -> bool:
+        return self._control is not None and self._control.has_break(text)
 
     def _tokenizer(self, text: str) -> Any:
-        control = self._renderer.control
-        broken = control is not None and control.has_break(text)
-        return inner_tokenizer(control.processing_class if broken and control else self._renderer.tokenizer)
+        if self._control is not None and self._has_break(text):
+            return inner_tokenizer(self._control.processing_class)
+        return inner_tokenizer(self._renderer.tokenizer)
 
     def _tokens(self, text: str) -> list[int]:
         ids = self._tokenizer(text)(text=text, add_special_tokens=False)["input_ids"]
-        control = self._renderer.control
-        return list(ids) if control is None or not control.has_break(text) else control.without_breaks(ids)
+        return self._control.without_breaks(ids) if self._control and self._has_break(text) else list(ids)
 
     @cached_property
     def _spans(self) -> list[tuple[int, int]] | None:
@@ -71,9 +72,8 @@ class CuttableText:
             return None
         encoded = tokenizer(text=self._text, add_special_tokens=False, return_offsets_mapping=True)
         spans = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        control = self._renderer.control
-        breaks = set() if control is None or not control.has_break(self._text) else {control.break_id}
-        return [span for i, span in spans if i not in breaks]
+        break_id = self._control.break_id if self._control and self._has_break(self._text) else None
+        return [span for i, span in spans if i != break_id]
 
     def _head_end(self, length: int) -> int:
         """Where the first `length` tokens end."""
