@@ -234,6 +234,7 @@ CONFIG: dict[str, list[Case]] = {
     "environment_feedback_only_without_solution": flag("environment_feedback_only_without_solution"),
     "max_reprompt_length": count("max_reprompt_length"),
     "reprompt_truncation": choice("reprompt_truncation", "middle", "left", "right", "error"),
+    "allow_control_tokens": flag("allow_control_tokens"),
     "reprompt_template": template("reprompt_template", "prompt", "solution", "feedback"),
     "solution_template": template("solution_template", "successful_previous_attempt"),
     "feedback_template": template("feedback_template", "feedback_raw"),

@@ -41,6 +41,7 @@ PUBLISHED = {
     "include_environment_feedback": True,
     "environment_feedback_only_without_solution": True,
     "max_reprompt_length": 10240,
+    "allow_control_tokens": False,
     "reprompt_template": "{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
     "solution_template": "\nCorrect solution:\n\n{successful_previous_attempt}",
     "feedback_template": (

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sdpo import Templates, cut_middle
+from sdpo_rl.rollout.cuts import CUT_MARKER, CuttableText
 from sdpo_rl.rollout.prompts import Renderer, check_prompts, completion_text, question, with_question
-from sdpo_rl.rollout.reprompts import CUT_MARKER, Reprompter, TeacherPrompts
+from sdpo_rl.rollout.reprompts import Reprompter, TeacherPrompts
 
 TOKENIZER = tiny.tokenizer()
 TEMPLATES = Templates(
@@ -133,35 +134,59 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 BYTES = byte_tokenizer()
 
 
-class CutsBytes(Reprompter):
-    """Cuts the tokens wherever the count demands."""
+class Slow:
+    """A tokenizer that does not tell where its tokens are in the text."""
 
-    def _cut(self, ids: list[int], limit: int) -> str:
-        return self._decode(cut_middle(ids, limit, marker=self._encode(CUT_MARKER)))
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, text: str, **arguments: Any) -> Any:
+        assert "return_offsets_mapping" not in arguments
+        return self.inner(text=text, **arguments)
 
 
-def property_no_character_is_split(
-    reprompter: Callable[..., Reprompter], text: str, limit: int, mode: str
-) -> None:
-    got = reprompter(Renderer(BYTES), TEMPLATES, True, mode)(["q"], [[text]], [None], [limit])
-    assert len(got.ids[0]) <= limit
-    if got.truncated[0]:
-        remainder = BYTES.decode(got.ids[0])[len("q|S") : -len("|again")]
-        head, _, tail = remainder.partition(CUT_MARKER)
+Cut = Callable[[Any, str, int, str], str]
+
+
+def cut_text(tokenizer: Any, text: str, limit: int, mode: str) -> str:
+    return CuttableText(text, Renderer(tokenizer)).cut(limit, mode)
+
+
+def cut_tokens(tokenizer: Any, text: str, limit: int, mode: str) -> str:
+    """Cuts wherever the count demands, also within a character."""
+    ids, marker = (BYTES(text=part)["input_ids"] for part in (text, CUT_MARKER))
+    if mode == "middle":
+        return BYTES.decode(cut_middle(ids, limit, marker=marker))
+    kept = limit - len(marker)
+    return BYTES.decode([*ids[:kept], *marker] if mode == "right" else [*marker, *ids[-kept:]])
+
+
+def property_no_character_is_split(cut: Cut, text: str, limit: int, mode: str, slow: bool) -> None:
+    """What remains are characters of the text, U+FFFD among them only if it was there, and nothing is wasted."""
+    got = cut(Slow(BYTES) if slow else BYTES, text, limit, mode)
+    size = len(got.encode())
+    assert size <= limit
+    if len(text.encode()) <= limit:
+        assert got == text
+    elif got:
+        head, _, tail = got.partition(CUT_MARKER)
         assert text.startswith(head)
         assert text.endswith(tail)
-        assert len(got.ids[0]) > limit - 8  # no more than two characters are lost for it
+        assert size > limit - 8  # no more than two characters are lost for it
+    else:
+        assert limit < len(CUT_MARKER) + 8
 
 
 CLAIMS = [
     Claim(
         property_no_character_is_split,
-        Reprompter,
-        CutsBytes,
+        cut_text,
+        cut_tokens,
         {
-            "text": st.text("aäß漢🙂", min_size=20, max_size=30),
-            "limit": st.integers(15, 45),
+            "text": st.text("aäß漢🙂\ufffd", min_size=5, max_size=30),
+            "limit": st.integers(6, 60),
             "mode": cases["mode"],
+            "slow": st.booleans(),
         },
     ),
     Claim(
@@ -388,6 +413,11 @@ def test_the_text_of_a_completion(completion: Any, expected: str) -> None:
         ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "prompt 1: expected text.*images"),
         ([{"role": "user", "content": None}], ValueError, "expected text.*got None"),
         ([{"role": "user"}], ValueError, "expected text.*got None"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": "q"}],
+            ValueError,
+            "prompt 1: expected text in every turn, got image",
+        ),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
             ValueError,

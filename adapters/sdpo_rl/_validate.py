@@ -16,6 +16,7 @@ import torch
 from .config import SDPOConfig
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
+from .rollout.rendered import RenderedPrompts
 
 # The values of `loss_type` whose loss is a weighted sum over tokens.
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
@@ -149,6 +150,46 @@ def check_batches_seen(name: str, batches: int) -> None:
             "batch size (a generation batch, and any batch with dataloader_drop_last=True, is left out if it "
             "is not full)"
         )
+
+
+def check_rendered_dataset(
+    dataset: Any, name: str, rendered: RenderedPrompts | None, config: SDPOConfig
+) -> None:
+    """`check_rendered` of the first prompts of a map-style dataset, or of each in a dict of them."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_rendered_dataset(part, f"{name}[{key!r}]", rendered, config)
+        return
+    if "prompt" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+        return
+    try:
+        check_rendered(list(islice(dataset["prompt"], _ROWS_CHECKED)), rendered, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_rendered(prompts: Sequence[Any], rendered: RenderedPrompts | None, config: SDPOConfig) -> None:
+    """A prompt that was rendered to a string has a place for a reprompt before the assistant's turn.
+
+    Args:
+        prompts: strings, or conversations, which have one.
+        rendered: how rendered prompts end; `None`: there is no chat template, so strings are plain text.
+        config: the SDPOConfig, whose template has the question first: where it begins in a string is unknown.
+    """
+    if rendered is None:
+        return
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            continue
+        try:
+            _, ending = rendered.split(prompt)
+        except ValueError as error:
+            raise ValueError(f"prompt {row}: {error}") from error
+        if ending and not config.reprompt_template.startswith("{prompt}"):
+            raise ValueError(
+                f"reprompt_template: expected '{{prompt}}' first, with prompts that were rendered to strings, got "
+                f"{config.reprompt_template!r}; pass lists of messages as prompts, or start with '{{prompt}}'"
+            )
 
 
 def check_tokenizer(processing_class: Any) -> None:

@@ -177,6 +177,8 @@ class SDPOConfig:
             unsuccessful, and introduces the feedback of every row that did not succeed.
         success_feedback_template: the same for rows that succeeded; field `{feedback_raw}`. Default (ours): the
             published words with "successful"; the published runs have `feedback_template` here too.
+        allow_control_tokens: `False` (default, ours): text such as `<|im_end|>` in a demonstration or feedback is
+            tokenized as text; `True`: it is a control token and can end the user's turn (reference).
         apply_chat_template_kwargs: extra chat-template arguments for the reprompt alone. Default `{}`
             (reference). `GRPOConfig.chat_template_kwargs` already reaches both sides.
         loss_backend: `auto` (default): the fused loss, Triton where it runs, torch elsewhere; `torch`,
@@ -264,6 +266,9 @@ class SDPOConfig:
     success_feedback_template: str = _option(
         _TEMPLATES.success_feedback, "Field {feedback_raw}; for rows that succeeded."
     )
+    allow_control_tokens: bool = _option(
+        False, "Let texts such as <|im_end|> in demonstrations and feedback be control tokens."
+    )
     # The shape of annotation that command-line parsers read as a text.
     apply_chat_template_kwargs: dict[str, Any] | str | None = _option(
         {}, "Chat-template arguments for the reprompt (JSON)."
@@ -290,7 +295,7 @@ class SDPOConfig:
         self._take_other_names(distillation_topk, distillation_add_tail)
         _flag(self, "enabled", "dont_reprompt_on_self_success")
         _flag(self, "remove_thinking_from_demonstration", "include_environment_feedback")
-        _flag(self, "environment_feedback_only_without_solution")
+        _flag(self, "environment_feedback_only_without_solution", "allow_control_tokens")
         _flag(self, "fused_lora_forward", "fast_checkpointing_toggle")
         _fraction(
             self, "alpha", "0 for KL(teacher‖student), 1 for KL(student‖teacher), or a weight between them"

@@ -32,6 +32,7 @@ from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
+from .rollout.control import ControlStrings
 from .rollout.demonstrations import Rollout, teacher_context
 from .rollout.feedback import (
     FEEDBACK_COLUMNS,
@@ -41,6 +42,7 @@ from .rollout.feedback import (
     table_column,
 )
 from .rollout.prompts import Renderer, completion_text
+from .rollout.rendered import rendered_prompts
 from .rollout.reprompts import Reprompter
 from .rollout.thinking import without_thinking
 from .step import forward as step_forward
@@ -196,6 +198,17 @@ class SDPOTrainer(_BASE):
             generate_every=self._generate_every,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
+        self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
+        self._rendered = rendered_prompts(
+            Renderer(
+                tokenizer=self.processing_class,
+                chat_template=getattr(self, "chat_template", None),
+                template_kwargs=self.chat_template_kwargs,
+            ),
+            self._control,
+        )
+        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            _validate.check_rendered_dataset(dataset, name, self._rendered, self.sdpo_config)
         self._rollout: Rollout | None = None
         self._teacher = TeacherStore(
             self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=self._samples_per_tick
@@ -306,6 +319,8 @@ class SDPOTrainer(_BASE):
             self.reward_funcs,
             has_environments=getattr(self, "environments", None) is not None,
         )
+        given = [row["prompt"] for row in inputs if "prompt" in row]
+        _validate.check_rendered(given, self._rendered, self.sdpo_config)
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
@@ -364,12 +379,14 @@ class SDPOTrainer(_BASE):
             row_tools=row_tools,
             chat_template=getattr(self, "chat_template", None),
             template_kwargs={**self.chat_template_kwargs, **config.template_kwargs},
+            control=None if config.allow_control_tokens else self._control,
         )
         return Reprompter(
             renderer,
             config.templates(),
             config.environment_feedback_only_without_solution,
             config.reprompt_truncation,
+            self._rendered,
         )
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import ProcessorMixin
+from trl import prepare_multimodal_messages
+
+from .control import ControlStrings
+
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, Any]]
 
@@ -137,11 +142,12 @@ class Renderer:
     """Prompts → token ids, exactly as the student's prompts are made: the chat template applied once.
 
     Args:
-        tokenizer: the trainer's processing class.
+        tokenizer: the trainer's processing class, a tokenizer or a processor.
         tools: the trainer's tools.
         row_tools: tools of each row of the batch, in place of `tools`; `None`: every row has `tools`.
         chat_template: the trainer's chat template; `None`: the tokenizer's.
         template_kwargs: further arguments of the chat template.
+        control: keeps control strings in inserted texts text; `None`: they are control tokens.
     """
 
     tokenizer: Any
@@ -149,6 +155,7 @@ class Renderer:
     row_tools: Sequence[Sequence[Any]] | None = None
     chat_template: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    control: ControlStrings | None = None
 
     def __call__(self, prompts: Sequence[Prompt], rows: Sequence[int] = ()) -> list[list[int]]:
         """The ids of each prompt, without padding; `rows` are the prompts' rows in the batch, for `row_tools`."""
@@ -156,29 +163,51 @@ class Renderer:
             return []
         if self.row_tools is not None and not isinstance(prompts[0], str):
             return [
-                self._apply_template([prompt], self.row_tools[row])[0]
+                self._tokenize([prompt], self.row_tools[row])[0]
                 for prompt, row in zip(prompts, rows, strict=True)
             ]
         # Rows of a group often have the same demonstration: equal prompts are tokenized once.
         keys = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
         distinct = dict(zip(keys, prompts, strict=True))
-        ids = dict(zip(distinct, self._tokenize([*distinct.values()]), strict=True))
+        ids = dict(zip(distinct, self._tokenize([*distinct.values()], self.tools), strict=True))
         return [list(ids[key]) for key in keys]
 
-    def _tokenize(self, prompts: Sequence[Prompt]) -> Sequence[Sequence[int]]:
-        if not isinstance(prompts[0], str):
-            return self._apply_template(prompts, self.tools)
-        encoded: Sequence[Sequence[int]] = self.tokenizer(text=prompts)["input_ids"]
-        return encoded
+    def text(self, prompt: Prompt, **template_kwargs: Any) -> str:
+        """A conversation as a string, as the chat template writes it, with further arguments of the template."""
+        rendered = self._apply_template(
+            self.tokenizer, [prompt], self.tools, tokenize=False, **template_kwargs
+        )
+        return str(rendered[0])
 
-    def _apply_template(self, prompts: Sequence[Prompt], tools: Sequence[Any] | None) -> list[list[int]]:
-        encoded = self.tokenizer.apply_chat_template(
+    def _tokenize(self, prompts: Sequence[Prompt], tools: Sequence[Any] | None) -> list[list[int]]:
+        control = self.control
+        if control is None or not any(control.has_break(question(prompt)) for prompt in prompts):
+            return self._ids(self.tokenizer, prompts, tools)
+        return [control.without_breaks(ids) for ids in self._ids(control.processing_class, prompts, tools)]
+
+    def _ids(
+        self, processing_class: Any, prompts: Sequence[Prompt], tools: Sequence[Any] | None
+    ) -> list[list[int]]:
+        if isinstance(prompts[0], str):
+            encoded = processing_class(text=list(prompts))
+        else:
+            encoded = self._apply_template(processing_class, prompts, tools, tokenize=True, return_dict=True)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def _apply_template(
+        self,
+        processing_class: Any,
+        prompts: Sequence[Any],
+        tools: Sequence[Any] | None,
+        **arguments: Any,
+    ) -> Any:
+        # Templates of multimodal models take lists of parts alone: GRPOTrainer makes them for every processor.
+        if isinstance(processing_class, ProcessorMixin):
+            prompts = [prepare_multimodal_messages(prompt) for prompt in prompts]
+        return processing_class.apply_chat_template(
             conversation=list(prompts),
             tools=list(tools) if tools else None,
             chat_template=self.chat_template,
             add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **self.template_kwargs,
+            **{**self.template_kwargs, **arguments},
         )
-        return [list(ids) for ids in encoded["input_ids"]]

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 from sdpo import Reprompts, Templates, build_reprompts
 
+from .control import enclose
+from .cuts import CuttableText
 from .prompts import Prompt, Renderer, question, with_question
-
-CUT_MARKER = " ... "
-# What a tokenizer's decoder puts for bytes that are no character.
-_REPLACEMENT = "\ufffd"
+from .rendered import RenderedPrompts
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,14 @@ class Reprompter:
         templates: the words around question, demonstrations and feedback.
         feedback_only_without_solution: leave out the feedback of a row with a demonstration.
         truncation: the part of a text that is cut: "middle", "left" or "right"; "error" raises instead.
+        rendered: how prompts end that were rendered to strings before; `None`: every string is plain text.
     """
 
     renderer: Renderer
     templates: Templates
     feedback_only_without_solution: bool
     truncation: str
+    rendered: RenderedPrompts | None = None
 
     def __call__(
         self,
@@ -73,7 +74,7 @@ class Reprompter:
         succeeded = [False] * len(prompts) if succeeded is None else succeeded
         built = self._build(prompts, demonstrations, feedback, succeeded)
         active = [row for row, has_signal in enumerate(built.row_mask) if has_signal]
-        rendered = self.renderer([with_question(prompts[row], built.texts[row]) for row in active], active)
+        rendered = self.renderer([self._reprompt(prompts[row], built.texts[row]) for row in active], active)
         no_signal = [False] * len(prompts)
         result = TeacherPrompts([[] for _ in prompts], *(no_signal.copy() for _ in range(5)))
         for row, ids in zip(active, rendered, strict=True):
@@ -100,14 +101,30 @@ class Reprompter:
         feedback: Sequence[str | None],
         succeeded: Sequence[bool],
     ) -> Reprompts:
-        return build_reprompts(
-            [question(prompt) for prompt in prompts],
+        control = self.renderer.control
+        if control is not None:
+            demonstrations = [[_enclosed(text) for text in texts] for texts in demonstrations]
+            feedback = [text if text is None else _enclosed(text) for text in feedback]
+        built = build_reprompts(
+            [self._split(prompt)[0] for prompt in prompts],
             demonstrations,
             feedback,
             templates=self.templates,
             feedback_only_without_solution=self.feedback_only_without_solution,
             succeeded=succeeded,
         )
+        if control is None:
+            return built
+        return built._replace(texts=[control.break_inserted(text) for text in built.texts])
+
+    def _split(self, prompt: Prompt) -> tuple[str, str]:
+        """The question, and what a chat template wrote after it into a prompt that was rendered before."""
+        if self.rendered is not None and isinstance(prompt, str):
+            return self.rendered.split(prompt)
+        return question(prompt), ""
+
+    def _reprompt(self, prompt: Prompt, text: str) -> Prompt:
+        return with_question(prompt, text + self._split(prompt)[1])
 
     def _fit(
         self,
@@ -125,16 +142,18 @@ class Reprompter:
                 f"max_reprompt_length: expected room for a reprompt of {length} tokens, got {limit}; raise "
                 "max_reprompt_length, or choose reprompt_truncation='middle'"
             )
-        texts = [*demonstrations, *([feedback] if feedback is not None else [])]
-        tokens = [self._encode(text) for text in texts]
-        total = sum(map(len, tokens))
+        texts = [
+            CuttableText(text, self.renderer)
+            for text in [*demonstrations, *([feedback] if feedback is not None else [])]
+        ]
+        total = sum(text.count for text in texts)
         budget = total - (length - limit)
-        # Cutting and decoding can change the count by a few tokens, hence more than one try.
+        # A cut can change the number of tokens around it, hence more than one try.
         while budget > 0:
-            cut = [self._cut(text_ids, len(text_ids) * budget // total) for text_ids in tokens]
+            cut = [text.cut(text.count * budget // total, self.truncation) for text in texts]
             cut_feedback = cut[len(demonstrations)] if feedback is not None else None
             built = self._build([prompt], [cut[: len(demonstrations)]], [cut_feedback], [succeeded])
-            ids = self.renderer([with_question(prompt, built.texts[0])], [row])[0]
+            ids = self.renderer([self._reprompt(prompt, built.texts[0])], [row])[0]
             if len(ids) <= limit:
                 if not built.row_mask[0]:
                     return None
@@ -142,26 +161,7 @@ class Reprompter:
             budget -= max(len(ids) - limit, 1)
         return None
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.renderer.tokenizer(text=text, add_special_tokens=False)["input_ids"])
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self.renderer.tokenizer.decode(list(ids))
-        return text
-
-    def _cut(self, ids: list[int], limit: int) -> str:
-        """The text of at most `limit` of the tokens and a marker; empty if there is room for the marker alone."""
-        if len(ids) <= limit:
-            return self._decode(ids)
-        marker = self._encode(CUT_MARKER)
-        remaining = limit - len(marker)
-        if remaining <= 0:
-            return ""
-        tail_length = {"left": remaining, "middle": remaining // 2, "right": 0}[self.truncation]
-        head, tail = ids[: remaining - tail_length], ids[len(ids) - tail_length :]
-        # A character's bytes may be several tokens. No character has more than four.
-        while head and self._decode(head[-4:]).endswith(_REPLACEMENT):
-            head = head[:-1]
-        while tail and self._decode(tail[:4]).startswith(_REPLACEMENT):
-            tail = tail[1:]
-        return self._decode([*head, *marker, *tail])
+def _enclosed(text: str) -> str:
+    """A blank text stays blank: it is not inserted."""
+    return enclose(text) if text.strip() else text
