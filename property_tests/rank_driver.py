@@ -94,6 +94,13 @@ RUNS = {
     "live": Run(config={"teacher_mode": "live"}),
     "frozen with restarts": Run(config={"teacher_mode": "frozen", "teacher_restart_every": 2}),
     "checkpointed": Run({"gradient_checkpointing": True}),
+    "several forwards": Run(config={"packing": "packed", "max_tokens_per_forward": 60}),
+    "several forwards, one rank": Run(
+        config={"packing": "packed", "max_tokens_per_forward": 30},
+        succeeds=lambda row: row == 1,
+        feedback=False,
+    ),
+    "groups": Run(config={"packing": "groups", "max_tokens_per_forward": 60}),
     "ranks that start apart": Run(alike=False),
 }
 SHARDED_RUNS = [
@@ -111,6 +118,9 @@ SHARDED_RUNS = [
     "trust region",
     "live",
     "frozen with restarts",
+    "several forwards",
+    "several forwards, one rank",
+    "groups",
     "ranks that start apart",
 ]
 EXPERTS = {

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from programs import EXAMPLES, run
 
 # Tested in test_demo_*.py, test_private_api.py and test_ranks_launch.py.
@@ -108,6 +109,23 @@ def test_a_step_of_all_trainers(tmp_path: Path) -> None:
     assert all(len(row["steps"]) == 2 for row in record["results"].values())
     assert "time sdpo/trl-sdpo" in printed
     assert record["ratios"].keys() >= {"time sdpo/grpo", "time sdpo-plain/grpo", "time sdpo-plain/trl-sdpo"}
+
+
+def test_a_step_of_several_layouts(tmp_path: Path) -> None:
+    printed = example(
+        tmp_path,
+        "benchmarks/step.py",
+        *("--shape", "tiny", "--rows", "4", "--completion", "500", "--steps", "1", "--warmup", "0"),
+        *("--lengths", "lognormal", "--prompt-tokens", "9", "--packing", "padded", "packed"),
+        *("--arms", "grpo", "sdpo", "--output", "record.json"),
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["results"].keys() == {"grpo", "sdpo[padded]", "sdpo[packed]"}
+    ratios = {"time sdpo[padded]/grpo", "time sdpo[packed]/grpo", "time sdpo[packed]/sdpo[padded]"}
+    assert record["ratios"].keys() == ratios
+    assert 4 * 10 <= record["batch"]["tokens"] < 4 * 509
+    assert record["batch"]["fill"] == pytest.approx(record["batch"]["tokens"] / (4 * (9 + 342)))
+    assert f"fill {record['batch']['fill']:.0%} of the padded batch" in printed
 
 
 def test_the_loss_and_its_floor(tmp_path: Path) -> None:

@@ -830,7 +830,7 @@ def rows_forwarded(trainer: Any) -> list[int]:
 def test_rows_without_signal_cost_no_forward(tmp_path: Path, split: dict[str, Any]) -> None:
     trainer = tiny.trainer(
         tmp_path,
-        sdpo_config=tiny.config(loss_backend="logits"),
+        sdpo_config=tiny.config(loss_backend="logits", packing="padded"),
         reward_funcs=tiny.parity,
         max_steps=4,
         num_generations=2,

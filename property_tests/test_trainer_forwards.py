@@ -190,7 +190,7 @@ def test_the_head_in_float32_is_not_autocast(
     monkeypatch.setattr(sdpo, "token_statistics", watch_plain)
     trainer = tiny.trainer(
         tmp_path,
-        sdpo_config=tiny.config(loss_backend=backend),
+        sdpo_config=tiny.config(loss_backend=backend, packing="padded"),
         bf16=True,
         cast_lm_head_to_fp32=cast,
         max_steps=1,

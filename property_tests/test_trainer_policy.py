@@ -125,7 +125,7 @@ def test_each_model_runs_the_rows_of_its_part(tmp_path: Path, monkeypatch: pytes
         return true(model, unwrapped, arguments, params=params, **kwargs)
 
     monkeypatch.setattr(step_forward, "completion_logits", look)
-    config = tiny.config(routing="srpo", loss_backend="logits")
+    config = tiny.config(routing="srpo", loss_backend="logits", packing="padded")
     recorder, logs = recorded(tmp_path, config, num_generations=2, max_steps=4)
     scores = [[tiny.score(row.text) for row in step.rows] for step in recorder.steps]
     undecided = [

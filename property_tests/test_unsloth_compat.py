@@ -33,7 +33,7 @@ from sdpo_rl.compat import upgrade_check
 from sdpo_rl.diagnose import advice
 from sdpo_rl.step import batch as step_batch
 from sdpo_rl.step import forward as step_forward
-from sdpo_rl.step import micro_batch
+from sdpo_rl.step import runner
 
 needs_unsloth = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
 
@@ -384,8 +384,14 @@ def test_rows_that_run_apart_train_the_same(tmp_path: Path, monkeypatch: pytest.
 
     for limited in (False, True):
         if limited:
-            monkeypatch.setattr(micro_batch, "row_groups", tight)
-        trainer = tiny.trainer(tmp_path, train_dataset=mixed(), max_completion_length=24, max_steps=2)
+            monkeypatch.setattr(runner, "row_groups", tight)
+        trainer = tiny.trainer(
+            tmp_path,
+            sdpo_config=tiny.config(packing="padded"),
+            train_dataset=mixed(),
+            max_completion_length=24,
+            max_steps=2,
+        )
         trainer.train()
         after.append([p.detach().clone() for p in trainer.model.parameters()])
     assert max(groups) > 1

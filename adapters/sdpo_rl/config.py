@@ -30,6 +30,7 @@ TeacherOnResume = Literal["restore", "restart"]
 Policy = Literal["first", "random", "shortest", "longest", "best"]
 Truncation = Literal["middle", "left", "right", "error"]
 Backend = Literal["auto", "torch", "triton", "logits"]
+Packing = Literal["auto", "packed", "groups", "padded"]
 
 logger = logging.getLogger("sdpo_rl")
 
@@ -185,6 +186,13 @@ class SDPOConfig:
             `triton`; `logits` computes whole logits with the plain loss, for unusual heads.
         loss_chunk_size: tokens whose logits exist at the same time; `None` (default): chosen from the shapes
             and the device's total memory.
+        packing: how the rows of a forward are laid out: `packed`, all tokens in one sequence without padding, where
+            attention keeps rows apart by their positions; `groups`, rows of similar length padded together;
+            `padded`, all rows padded to the longest. `auto` (default, ours) packs a batch with enough padding if a
+            test at the first step shows that the model computes each packed row as if alone, and takes groups
+            otherwise.
+        max_tokens_per_forward: largest number of tokens, padding included, of a forward of more than one row.
+            Default `None`: chosen from the shapes. It has no effect on `padded`.
         fused_lora_forward: compute a plain LoRA layer by one autograd function in a training step; `False` keeps
             PEFT's forward. Default `True` (ours).
         fast_checkpointing_toggle: disable gradient checkpointing for a rollout by the flags of the modules;
@@ -275,6 +283,8 @@ class SDPOConfig:
     )
     loss_backend: Backend = _option("auto", "How the loss is computed.")
     loss_chunk_size: int | None = _option(None, "Tokens of a chunk; unset: from the shapes.")
+    packing: Packing = _option("auto", "How the rows of a forward are laid out.")
+    max_tokens_per_forward: int | None = _option(None, "Tokens of a forward; unset: from the shapes.")
     fused_lora_forward: bool = _option(
         True, "One autograd function per plain LoRA layer; False: PEFT's forward."
     )
@@ -317,6 +327,8 @@ class SDPOConfig:
             )
         if self.teacher_restart_every is not None:
             _positive_int(self, teacher_restart_every="generation batches from start to start, or None")
+        if self.max_tokens_per_forward is not None:
+            _positive_int(self, max_tokens_per_forward="tokens of a forward, or None")
         for name in ("is_clip", "rollout_is_clip"):
             if getattr(self, name) is not None:
                 fix = "pass the largest weight, or None to turn the weights off"
@@ -378,6 +390,7 @@ class SDPOConfig:
         _choice(self, "demonstration_policy", get_args(Policy))
         _choice(self, "reprompt_truncation", get_args(Truncation))
         _choice(self, "loss_backend", get_args(Backend))
+        _choice(self, "packing", get_args(Packing))
         if self.teacher_restart_every is not None and self.teacher_mode != "frozen":
             raise ValueError(
                 f"teacher_mode: expected 'frozen' with teacher_restart_every, got {self.teacher_mode!r}; the "
@@ -495,6 +508,7 @@ class SDPOConfig:
             ("teacher_dtype", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
             ("teacher_offload", self.teacher_mode != "live", "a teacher with weights of its own"),
             ("trust_region_coef", self.teacher_mode == "trust_region", "teacher_mode='trust_region'"),
+            ("max_tokens_per_forward", self.packing != "padded", "a packing other than 'padded'"),
         ):
             default = next(f.default for f in dataclasses.fields(self) if f.name == name)
             value = getattr(self, name)

@@ -52,7 +52,9 @@ from .step import policy as step_policy
 from .step.batch import TokenBatch, select_rows, teacher_inputs, token_batch
 from .step.denominator import StepWindow, loss_count, signal_counts
 from .step.metrics import MetricSums
+from .step.model_check import LayoutSupport
 from .step.optimizer import drop_gradients
+from .step.runner import choose_layout
 from .teacher import shards
 from .teacher.store import TeacherStore
 
@@ -218,6 +220,7 @@ class SDPOTrainer(_BASE):
         self._fused: bool | None = None  # unknown until the first forward
         self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
         self._reads_padding = False
+        self._layout: LayoutSupport | None = None  # of the rows in a forward
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -489,16 +492,19 @@ class SDPOTrainer(_BASE):
 
         All processes call it.
         """
-        if self._fused is None:
+        if self._fused is None or self._layout is None:
             self._fused = micro_batch.can_fuse(context, tokens)
             reads_padding = micro_batch.reads_padding(context, tokens)
             device = self.accelerator.device
             self._reads_padding = bool(self._sum(torch.tensor(float(reads_padding), device=device)))
             if self._reads_padding:
                 warn_of_padding(self._unwrapped)
+            self._layout = choose_layout(context, tokens)
         if self._reads_padding and context.in_lockstep:
             _validate.check_rows_alone(self.args, self._unwrapped, mode=self._mode)
-        return dataclasses.replace(context, reads_padding=self._reads_padding), self._fused
+        layout = self._layout.layout
+        context = dataclasses.replace(context, reads_padding=self._reads_padding, layout=layout)
+        return context, self._fused
 
     @contextmanager
     def _reference(self) -> Iterator[tuple[Any, Any]]:

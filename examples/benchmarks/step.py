@@ -13,7 +13,14 @@ difference. Every row has a short feedback text, so a teacher prompt is about as
 * `grpo`: TRL's GRPO, through `SDPOConfig(enabled=False)`.
 * `trl-sdpo`: TRL's experimental SDPO with the same top-K loss.
 
-Reported: the median time of an optimizer step, the peak of allocated memory above the weights, and ratios of both.
+`--lengths lognormal` gives completions of different lengths (median 250 tokens, σ .8, cut at `--completion`), and
+`--packing padded packed` measures every arm of this library with each of these layouts (`sdpo[packed]`):
+
+    python examples/benchmarks/step.py --shape 7b --rows 16 --completion 1024 --lengths lognormal \\
+        --packing padded packed --arms grpo sdpo trl-sdpo
+
+Reported: the median time of an optimizer step, the peak of allocated memory above the weights, ratios of both, and
+the tokens of a step with the share of the padded batch that they fill.
 Times of one arm differ by about 2 % between two builds of the same model; `--repeat` measures all arms in turn
 several times and takes the median over all steps.
 """
@@ -22,7 +29,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import platform
 import statistics
 import tempfile
@@ -57,6 +66,8 @@ TEMPLATES = {
 }
 ARMS = ("grpo", "sdpo", "sdpo-plain", "sdpo-half", "trl-sdpo")
 PLAIN = {"fused_lora_forward": False, "fast_checkpointing_toggle": False}
+OURS = ("sdpo", "sdpo-plain", "sdpo-half")
+SENTENCE = "the quick brown fox jumps over the lazy dog. "
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -80,13 +91,40 @@ def make_model(shape: dict[str, Any], device: str) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
-def fix_completions(model: Any, length: int) -> None:
+def completion_lengths(options: argparse.Namespace) -> list[int]:
+    """Tokens of each completion of a step, the same in every step."""
+    if options.lengths == "fixed":
+        return [options.completion] * options.rows
+    generator = torch.Generator().manual_seed(2)
+    drawn = (math.log(250.0) + 0.8 * torch.randn(options.rows, generator=generator)).exp()
+    return drawn.round().clamp(1, options.completion).int().tolist()
+
+
+def describe_batch(options: argparse.Namespace) -> dict[str, float]:
+    """Prompt and completion tokens of the student's rows, and the share of their padded batch that they fill."""
+    lengths, prompt = completion_lengths(options), len(prompt_text(options))
+    tokens = sum(lengths) + len(lengths) * prompt
+    return {"tokens": tokens, "fill": tokens / (len(lengths) * (prompt + max(lengths)))}
+
+
+def prompt_text(options: argparse.Namespace) -> str:
+    """One token for each character."""
+    if options.prompt_tokens is None:
+        return SENTENCE * 3
+    return (SENTENCE * options.prompt_tokens)[: options.prompt_tokens]
+
+
+def fix_completions(model: Any, lengths: list[int], limit: int) -> None:
     """Make `generate` return the same random completions for every trainer."""
 
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
-        size = (len(input_ids), length)
+        size = (len(input_ids), limit)
         tokens = torch.randint(2, 2 + len(ALPHABET), size, generator=generator)
+        for row, length in zip(tokens, itertools.cycle(lengths)):
+            if length < limit:
+                row[length - 1] = 1  # the end of the sequence
+                row[length:] = 0
         return torch.cat([input_ids, tokens.to(input_ids.device)], dim=1)
 
     model.generate = generate
@@ -113,17 +151,29 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
+def arms_of(options: argparse.Namespace) -> list[str]:
+    """Every arm, those of this library once for each layout."""
+    if options.packing == ["auto"]:
+        return list(options.arms)
+    return [
+        f"{arm}[{packing}]" if arm in OURS else arm
+        for arm in options.arms
+        for packing in (options.packing if arm in OURS else ["auto"])
+    ]
+
+
+def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Train a few steps with one trainer: time of each step after the warm-up, peak memory above the weights."""
+    arm, _, packing = name.rstrip("]").partition("[")
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
     model = make_model(SHAPES[options.shape], device)
-    fix_completions(model, options.completion)
+    fix_completions(model, completion_lengths(options), options.completion)
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     half = arm.endswith("half")
     rows = 4 * options.rows
-    prompts = ["the quick brown fox jumps over the lazy dog. " * 3] * rows
+    prompts = [prompt_text(options)] * rows
     feedback = ["" if half and row % 2 else FEEDBACK for row in range(rows)]
     column = "privileged_context" if arm == "trl-sdpo" else "feedback"
     dataset = Dataset.from_dict({"prompt": prompts, column: feedback})
@@ -162,7 +212,13 @@ def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any
             )  # fmt: skip
             trainer = PeerTrainer(args=peer, **shared)
         else:
-            switches = PLAIN if arm == "sdpo-plain" else {}
+            switches: dict[str, Any] = PLAIN if arm == "sdpo-plain" else {}
+            if packing:
+                switches = {
+                    **switches,
+                    "packing": packing,
+                    "max_tokens_per_forward": tokens_limit(packing, options),
+                }
             config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, k=100, **switches, **TEMPLATES)
             trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
         if device == "cuda":
@@ -171,6 +227,11 @@ def measure(arm: str, options: argparse.Namespace, device: str) -> dict[str, Any
     peak = torch.cuda.max_memory_allocated() - weights if device == "cuda" else 0
     steps = clock.steps[options.warmup :]
     return {"peak_bytes": peak, "weight_bytes": weights, "steps": steps}
+
+
+def tokens_limit(packing: str, options: argparse.Namespace) -> int | None:
+    """`max_tokens_per_forward`, which has no effect on padded rows."""
+    return None if packing == "padded" else options.max_tokens_per_forward
 
 
 def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -185,15 +246,24 @@ def combine(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Time and memory of `sdpo` over every other arm, and of `sdpo-plain` over the other libraries' arms."""
+    """Time and memory of `sdpo` over every other arm, and of `sdpo-plain` over the other libraries' arms.
+
+    A layout of an arm is also compared with those before it.
+    """
+    names, pairs = list(results), []
+    for ours, others in itertools.permutations(names, 2):
+        (arm, _, _), (other, _, layout) = (name.partition("[") for name in (ours, others))
+        compared = {"sdpo": ARMS, "sdpo-plain": ("grpo", "trl-sdpo")}.get(arm, ())
+        if arm == other:
+            if names.index(ours) > names.index(others):
+                pairs.append((ours, others))
+        elif other in compared and (not layout or layout in ours):
+            pairs.append((ours, others))
     ratios = {}
-    for ours, others in {"sdpo": ARMS, "sdpo-plain": ("grpo", "trl-sdpo")}.items():
-        for other in others:
-            if other == ours or not {ours, other} <= results.keys():
-                continue
-            for name, key in {"time": "seconds", "memory": "peak_bytes"}.items():
-                if results[other][key]:  # no memory is measured on a CPU
-                    ratios[f"{name} {ours}/{other}"] = results[ours][key] / results[other][key]
+    for ours, others in pairs:
+        for name, key in {"time": "seconds", "memory": "peak_bytes"}.items():
+            if results[others][key]:  # no memory is measured on a CPU
+                ratios[f"{name} {ours}/{others}"] = results[ours][key] / results[others][key]
     return ratios
 
 
@@ -215,7 +285,15 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--completion", type=int, default=512)
+    parser.add_argument(
+        "--completion", type=int, default=512, help="largest number of tokens of a completion"
+    )
+    parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed")
+    parser.add_argument("--prompt-tokens", type=int, help="default: 135")
+    parser.add_argument(
+        "--packing", nargs="+", choices=("auto", "packed", "groups", "padded"), default=["auto"]
+    )
+    parser.add_argument("--max-tokens-per-forward", type=int, help="of every layout but padded and auto")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
@@ -224,18 +302,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = [{arm: measure(arm, options, device) for arm in options.arms} for _ in range(options.repeat)]
-    results = {arm: combine([run[arm] for run in runs]) for arm in options.arms}
-    print(f"{'trainer':12}{'s/step':>10}{'peak GiB':>10}")
+    arms, batch = arms_of(options), describe_batch(options)
+    print(
+        f"{batch['tokens']} tokens of prompts and completions, which fill {batch['fill']:.0%} of the padded batch"
+    )
+    runs = [{arm: measure(arm, options, device) for arm in arms} for _ in range(options.repeat)]
+    results = {arm: combine([run[arm] for run in runs]) for arm in arms}
+    print(f"{'trainer':20}{'s/step':>10}{'peak GiB':>10}")
     for arm, row in results.items():
-        print(f"{arm:12}{row['seconds']:10.3f}{row['peak_bytes'] / 2**30:10.2f}")
+        print(f"{arm:20}{row['seconds']:10.3f}{row['peak_bytes'] / 2**30:10.2f}")
     ratios = compare(results)
     for name, ratio in ratios.items():
-        print(f"{name:28}{ratio:8.3f}")
+        print(f"{name:44}{ratio:8.3f}")
     if options.output:
         record = {
             "environment": environment(device),
             "options": {k: str(v) for k, v in vars(options).items() if k != "output"},
+            "batch": batch,
             "results": results,
             "ratios": ratios,
         }

@@ -17,21 +17,32 @@ import sdpo
 from ..teacher import shards
 from .batch import RowGroup
 from .head import linear_head
+from .packing import ModelCall
 
 
 def forward_arguments(
     model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, logits_to_keep: int
 ) -> dict[str, Any]:
     """Keyword arguments of a training forward whose head gets the last `logits_to_keep` positions."""
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if _accepts(model, "position_ids"):
-        arguments["position_ids"] = positions
-    if _accepts(model, "logits_to_keep"):
+    arguments = _arguments(model, ids, mask, positions)
+    if accepts(model, "logits_to_keep"):
         arguments["logits_to_keep"] = logits_to_keep
     return arguments
 
 
-def _accepts(model: Any, name: str) -> bool:
+def call_arguments(model: nn.Module, call: ModelCall) -> dict[str, Any]:
+    """Keyword arguments of a training forward whose head gets all positions of a call."""
+    return _arguments(model, call.ids, call.mask, call.positions)
+
+
+def _arguments(model: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if accepts(model, "position_ids"):
+        arguments["position_ids"] = positions
+    return arguments
+
+
+def accepts(model: Any, name: str) -> bool:
     """Whether the model's forward, below any PEFT wrapper, has a parameter of this name."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return name in inspect.signature(type(base).forward).parameters
@@ -90,7 +101,8 @@ def completion_head(
     unwrapped: Any,
     arguments: Mapping[str, Any],
     *,
-    length: int,
+    length: int | None = None,
+    index: Tensor | None = None,
     params: Mapping[str, Tensor] | None = None,
     router_losses: list[Tensor] | None = None,
 ) -> sdpo.LMHead:
@@ -101,8 +113,9 @@ def completion_head(
     Args:
         model: the model that runs, wrapped for several processes or not.
         unwrapped: the model inside `model`.
-        arguments: of the forward, by name; see `forward_arguments`.
-        length: T.
+        arguments: of the forward, by name; see `forward_arguments` and `call_arguments`.
+        length: T; this or `index`.
+        index: [A] int64, entries of B·L; the hidden states are then those of these positions [A, D].
         params: tensors by parameter name that replace the model's for this forward; `None` for its own.
         router_losses: the load-balancing loss of a Mixture-of-Experts model is appended; `None` computes none.
 
@@ -120,7 +133,7 @@ def completion_head(
         bias: Tensor | None = linear.bias
         if params is not None and shards.is_sharded(unwrapped):
             weight, bias = _copy(weight), None if bias is None else _copy(bias)
-        captured.append(sdpo.LMHead(args[0][:, -(length + 1) : -1], weight, bias))
+        captured.append(sdpo.LMHead(_predicting(args[0], length, index), weight, bias))
         return (args[0][:, -1:], *args[1:])
 
     handle = head_module.register_forward_pre_hook(capture)
@@ -136,6 +149,14 @@ def completion_head(
     return captured[0]
 
 
+def _predicting(values: Tensor, length: int | None, index: Tensor | None) -> Tensor:
+    """Of values [B, L, D], those [B, T, D] that predict the last T tokens, or [A, D] at the index."""
+    if index is not None:
+        return values.flatten(0, 1)[index]
+    assert length is not None
+    return values[:, -(length + 1) : -1]
+
+
 def _copy(tensor: Tensor) -> Tensor:
     """A copy of a trainable tensor: its memory is gathered again, with other values, for the next forward."""
     return tensor.detach().clone() if tensor.requires_grad else tensor
@@ -146,7 +167,8 @@ def completion_logits(
     unwrapped: Any,
     arguments: Mapping[str, Any],
     *,
-    length: int,
+    length: int | None = None,
+    index: Tensor | None = None,
     params: Mapping[str, Tensor] | None = None,
     router_losses: list[Tensor] | None = None,
 ) -> Tensor:
@@ -156,11 +178,23 @@ def completion_logits(
         model: as in `completion_head`, like the other arguments.
         unwrapped: the model inside `model`.
         arguments: of the forward, by name.
-        length: T.
+        length: T; this or `index`.
+        index: [A]; the head then gets these positions alone, and the logits are [A, V].
         params: tensors that replace the model's.
         router_losses: takes the load-balancing loss.
     """
-    return _run(model, unwrapped, arguments, params, router_losses).logits[:, -(length + 1) : -1]
+    if index is None:
+        logits = _run(model, unwrapped, arguments, params, router_losses).logits
+        return _predicting(logits, length, index)
+
+    def select(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_predicting(args[0], length, index)[None], *args[1:])
+
+    handle = unwrapped.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        return _run(model, unwrapped, arguments, params, router_losses).logits[0]
+    finally:
+        handle.remove()
 
 
 def run_groups(

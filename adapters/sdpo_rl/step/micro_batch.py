@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,15 +21,13 @@ from . import forward as step_forward
 from . import head as step_head
 from . import loss as step_loss
 from . import model_check
-from .batch import MicroBatch, TokenBatch, equal_groups, position_ids, row_groups
+from .batch import MicroBatch, TokenBatch
 from .metrics import Metrics
+from .packing import Layout
 from .policy import PolicyTerm
+from .runner import Runner, make_runner, make_runners, padded_arguments
 
 logger = logging.getLogger("sdpo_rl")
-
-# With a model of hidden size 3584 (7B), a teacher forward of 8192 tokens keeps a GPU busy; more tokens would only
-# cost memory for activations. The number of tokens grows as the hidden size falls.
-_TEACHER_TOKENS, _TEACHER_WIDTH = 8192, 3584
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class StepContext:
         reference: makes the reference model current and gives it, wrapped and not; `None`: none is needed.
         head_in_float32: GRPO's `cast_lm_head_to_fp32`: the products of the LM head are not autocast.
         reads_padding: rows of different lengths run apart (see `model_check`).
+        layout: of the rows in a forward (see `choose_layout`).
     """
 
     config: SDPOConfig
@@ -66,6 +64,7 @@ class StepContext:
     reference: Callable[[], AbstractContextManager[tuple[Any, Any]]] | None
     head_in_float32: bool = False
     reads_padding: bool = False
+    layout: Layout = "padded"
 
     def head_autocast(self) -> AbstractContextManager[Any]:
         """Of the products of hidden states and LM head."""
@@ -105,7 +104,7 @@ def micro_batch_loss(
         total, count and metrics. The load-balancing loss is added to the total: times the count, and divided by the
         counts of a step, it is the mean over micro-batches, weighted by their counts.
     """
-    config, length = context.config, batch.student.completion_length
+    config = context.config
     forward: Any = step_forward.completion_head if fused else step_forward.completion_logits
     forward = partial(forward, context.model, context.unwrapped)
     router_losses: list[Tensor] | None = None if context.router_loss_coef is None else []
@@ -113,28 +112,26 @@ def micro_batch_loss(
         config, batch.completions, distillation_weight=context.distillation_weight
     )
     training = context.unwrapped.training
+    run_student, run_teacher = make_runners(context, batch)
     # The teacher first: its weights replace the student's in the same model, which must not happen between the
     # student's forward and backward. In evaluation mode, because dropout would add noise to the target.
     teachers: list[Any] = []
     with torch.no_grad(), context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
-        width = getattr(context.unwrapped.config.get_text_config(), "hidden_size", _TEACHER_WIDTH)
-        if batch.teacher is not None:
-            token_limit = _TEACHER_TOKENS * _TEACHER_WIDTH // width
-            run_teacher = _runner(context, batch.teacher, batch.teacher.completion_length, token_limit)
+        if run_teacher is not None:
             teachers = [
                 run_teacher(partial(forward, params=params))
                 for params in context.teacher.forwards(context.unwrapped, training=training)
             ]
             if batch.teacher_rows is not None:
-                shape = (len(batch.student.sizes), length)
+                shape = (len(batch.student.sizes), batch.student.completion_length)
                 teachers = [step_forward.among_rows(each, batch.teacher_rows, shape) for each in teachers]
     compute: Any = partial(step_loss.fused, transform=context.transform) if fused else step_loss.from_logits
     if context.reference is not None:
         compute = partial(
-            compute, reference_logits=_reference_logits(context, context.reference, batch.student)
+            compute, reference_logits=_reference_logits(context, context.reference, run_student)
         )
     with context.accelerator.autocast():
-        student = _runner(context, batch.student, length)(partial(forward, router_losses=router_losses))
+        student = run_student(partial(forward, router_losses=router_losses))
         if not teachers:  # no token has a divergence
             teachers = [student._replace(hidden=student.hidden.detach()) if fused else student.detach()]
     with context.head_autocast():
@@ -143,57 +140,38 @@ def micro_batch_loss(
         )
     total = output.total
     metrics = step_loss.step_metrics(config, output, targets)
+    metrics |= _padding_metrics(total, run_student, run_teacher)
     if router_losses and context.router_loss_coef is not None:
-        router_total = torch.stack(router_losses).mean().to(total.device) * router_weight
+        router_total = run_student.mean(router_losses).to(total.device) * router_weight
         total = total + context.router_loss_coef * router_total
         metrics["aux_loss"] = router_total, router_weight
     return MicroBatchOutput(total, count, metrics, output.policy_total)
 
 
+def _padding_metrics(total: Tensor, student: Runner, teacher: Runner | None) -> Metrics:
+    metrics = {}
+    for name, run in (("student", student), ("teacher", teacher)):
+        counts = (0, 0) if run is None else (run.padding, run.positions)
+        # Filled on the device: a copy to it could wait for the forwards.
+        padding, positions = (total.new_full((), count) for count in counts)
+        metrics[f"self_distillation/{name}_padding_fraction"] = padding, positions
+    return metrics
+
+
 def _reference_logits(
-    context: StepContext, reference: Callable[[], AbstractContextManager[tuple[Any, Any]]], tokens: TokenBatch
+    context: StepContext,
+    reference: Callable[[], AbstractContextManager[tuple[Any, Any]]],
+    run_student: Runner,
 ) -> Tensor:
     """Logits [B, T, V] of the reference model on the student's tokens."""
-    length = tokens.completion_length
     with (
         torch.no_grad(),
         context.accelerator.autocast(),
         reference() as (model, unwrapped),
         step_forward.evaluating(unwrapped),
     ):
-        logits: Tensor = _runner(context, tokens, length)(
-            partial(step_forward.completion_logits, model, unwrapped)
-        )
+        logits: Tensor = run_student(partial(step_forward.completion_logits, model, unwrapped))
     return logits
-
-
-def _runner(
-    context: StepContext, tokens: TokenBatch, length: int, token_limit: float = math.inf
-) -> Callable[[Callable[..., Any]], Any]:
-    """A function that runs a forward over these tokens, in groups of rows within context length and token limit.
-
-    In lockstep all rows are one group: processes could form different numbers of groups.
-    """
-    width_limit = step_forward.context_length(context.unwrapped)
-    if context.in_lockstep:
-        token_limit = math.inf
-        if (width := tokens.ids.shape[1]) > width_limit:
-            raise ValueError(
-                f"batch: expected at most {width_limit} columns, the model's context length, got {width}; on "
-                "several processes its rows cannot run separately: set per_device_train_batch_size=1, or raise "
-                "max_seq_length"
-            )
-    if context.reads_padding and not context.in_lockstep:
-        groups = equal_groups(tokens.sizes)
-    else:
-        groups = row_groups(tokens.sizes, width_limit=width_limit, token_limit=token_limit)
-    arguments = _arguments(context.unwrapped, tokens, length)
-    return partial(step_forward.run_groups, arguments=arguments, groups=groups, length=length)
-
-
-def _arguments(model: nn.Module, tokens: TokenBatch, length: int) -> dict[str, Any]:
-    positions = position_ids(tokens.mask)
-    return step_forward.forward_arguments(model, tokens.ids, tokens.mask, positions, length + 1)
 
 
 @torch.no_grad()
@@ -208,7 +186,7 @@ def sampled_log_probs(context: StepContext, tokens: TokenBatch, *, fused: bool) 
     length = tokens.completion_length
     forward: Any = step_forward.completion_head if fused else step_forward.completion_logits
     with context.accelerator.autocast():
-        student = _runner(context, tokens, length)(partial(forward, context.model, context.unwrapped))
+        student = make_runner(context, tokens)(partial(forward, context.model, context.unwrapped))
     sampled = tokens.ids[:, -length:]
     if not fused:
         log_probs = (student.float() / context.temperature).log_softmax(dim=-1)
@@ -251,7 +229,7 @@ def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:
             step_head.class_name(head),
         )
         return False
-    arguments = _arguments(context.unwrapped, tokens, tokens.completion_length)
+    arguments = padded_arguments(context.unwrapped, tokens)
     with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         matches = step_head.transform_matches(context.unwrapped, arguments, context.transform)
     if not matches:

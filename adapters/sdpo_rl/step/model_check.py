@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .batch import position_ids
-from .forward import forward_arguments
+from .batch import TokenBatch, left_pad, position_ids
+from .forward import accepts, call_arguments, forward_arguments
+from .packing import Layout, ModelCall, group, pack
 
 # `reads_padding` runs this many tokens, beside this much padding on the left.
 _TOKENS, _PADDING = 8, 4
 # Differences below these, relative to the largest logit, are rounding: between rows of one shape, and between rows
 # that are shifted. Multiples of the precision count where they are larger.
 _SAME_SHAPE, _SHIFTED = (1e-4, 4), (1e-3, 8)
+# Attention to all earlier tokens of a row, or to the nearest. Other layers may depend on a token's place in the
+# packed sequence at distances that a short test does not reach.
+_LAYERS = {"full_attention", "sliding_attention"}
+_LENGTHS = (7, 9)  # tokens of the two rows of `supported_layout`
+# Largest relative change of a row's hidden states when another row's tokens change: 0, but for rounding in layers
+# whose products depend on how many tokens they get (experts). A row that attends another changes by far more.
+_LEAK = 1e-5
+# Largest mean relative difference between packed and separate rows, for which attention uses other kernels.
+_DIFFERENCE = 5e-3
 
 
 @torch.no_grad()
@@ -59,3 +70,115 @@ def _dtypes(model: Any, logits: Tensor) -> list[torch.dtype]:
     weight = model.get_input_embeddings().weight
     dtypes = [logits.dtype, *([weight.dtype] if weight.is_floating_point() else [])]
     return [*dtypes, torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else dtypes
+
+
+class LayoutSupport(NamedTuple):
+    """The densest layout that a model computes right, and why not a denser one."""
+
+    layout: Layout
+    reason: str  # "" for `packed`
+
+
+def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
+    """The densest layout that the model computes right.
+
+    Two short rows run packed, packed with other tokens in the first or in the second row, and each alone. A row's
+    hidden states must not change with the other's tokens, and packed rows must equal separate ones. `groups` needs
+    hidden states of every position before the head.
+
+    Every process makes the same calls of the model, because what the result depends on is the same for all.
+
+    Args:
+        model: in evaluation mode, not wrapped for several processes.
+        batch: any batch of the run; its tokens make up the rows.
+    """
+    first, second = rows = _test_rows(batch)
+    alone = [_hidden_states(model, [row], group) for row in rows]
+    if any(states is None for states in alone):
+        return LayoutSupport(
+            "padded", "it does not call its head once with the hidden states of every position"
+        )
+    reason = _declared_problem(model)
+    if reason is not None:
+        return LayoutSupport("groups", reason)
+    others = [_other_tokens(row, batch) for row in rows]
+    packed, other_first, other_second = (
+        _hidden_states(model, each, pack) for each in (rows, [others[0], second], [first, others[1]])
+    )
+    split, tolerance = len(first), max(torch.finfo(dtype).eps for dtype in _dtypes(model, packed))
+    if _gap(packed[:split], other_first[:split]).mean() <= 10 * tolerance:
+        return LayoutSupport(
+            "groups", "its hidden states hardly depend on the tokens, so that nothing can be tested"
+        )
+    leak = max(
+        _gap(other_first[split:], packed[split:]).max().item(),
+        _gap(other_second[:split], packed[:split]).max().item(),
+    )
+    if not leak <= max(_LEAK, tolerance):
+        return LayoutSupport(
+            "groups", f"a row's hidden states change by {leak:.1e} with the tokens of another row"
+        )
+    difference = _gap(packed, torch.cat(alone)).mean().item()
+    if not difference <= max(_DIFFERENCE, 10 * tolerance):
+        return LayoutSupport(
+            "groups", f"packed hidden states differ by {difference:.1e} from those of separate rows"
+        )
+    return LayoutSupport("packed", "")
+
+
+def _declared_problem(model: Any) -> str | None:
+    text = model.config.get_text_config()
+    if not accepts(model, "position_ids"):
+        return "its forward takes no position_ids"
+    others = set(map(str, getattr(text, "layer_types", None) or ())) - _LAYERS
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}"
+    if getattr(text, "attention_chunk_size", None) is not None:
+        return "its attention sees fixed chunks of a sequence"
+    return None
+
+
+def _test_rows(batch: TokenBatch) -> list[list[int]]:
+    """Two short rows of the batch's first tokens, repeated where it has fewer."""
+    tokens = batch.ids[batch.mask.bool()][: sum(_LENGTHS)].tolist()
+    tokens = (tokens * sum(_LENGTHS))[: sum(_LENGTHS)]
+    return [tokens[: _LENGTHS[0]], tokens[_LENGTHS[0] :]]
+
+
+def _other_tokens(row: Sequence[int], batch: TokenBatch) -> list[int]:
+    """Another token at every place, of those that occur in the batch if it has two."""
+    known = batch.ids[batch.mask.bool()].unique().tolist()
+    if len(known) == 1:
+        known = [known[0], known[0] - 1 if known[0] else 1]
+    after = dict(zip(known, known[1:] + known[:1], strict=True))
+    return [after[token] for token in row]
+
+
+def _hidden_states(
+    model: Any, rows: Sequence[Sequence[int]], build: Callable[[TokenBatch, Sequence[int]], ModelCall]
+) -> Any:
+    """Hidden states [N, D] before the head; `None` unless the head gets all positions in one call."""
+    ids, mask = left_pad(rows, pad_id=0, device=model.get_input_embeddings().weight.device)
+    call = build(TokenBatch(ids, mask, [(len(row) - 1, 1) for row in rows]), range(len(rows)))
+    captured: list[Tensor] = []
+
+    def capture(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        captured.append(args[0])
+        return (args[0][:, -1:], *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(capture)
+    try:
+        with torch.no_grad():
+            model(**call_arguments(model, call))
+    finally:
+        handle.remove()
+    if len(captured) != 1 or captured[0].shape[:2] != call.ids.shape:
+        return None
+    states: Tensor = captured[0][0]
+    return states
+
+
+def _gap(states: Tensor, expected: Tensor) -> Tensor:
+    """The difference of each position's states [N, D], relative to their norm, [N]."""
+    states, expected = states.double(), expected.double()
+    return (states - expected).norm(dim=-1) / expected.norm(dim=-1)

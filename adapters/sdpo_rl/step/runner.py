@@ -1,0 +1,200 @@
+"""The calls of the model over the rows of a micro-batch: the layout of the run, and the limits of a call."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import forward as step_forward
+from . import packing
+from .batch import MicroBatch, RowGroup, TokenBatch, equal_groups, position_ids, row_groups
+from .model_check import LayoutSupport, supported_layout
+from .packing import CallLimits, Layout, ModelCall
+
+if TYPE_CHECKING:
+    from .micro_batch import StepContext
+
+logger = logging.getLogger("sdpo_rl")
+
+# With a model of hidden size 3584 (7B), a teacher forward of 8192 tokens keeps a GPU busy; more tokens would only
+# cost memory for activations. The number of tokens grows as the hidden size falls.
+_TEACHER_TOKENS, _TEACHER_WIDTH = 8192, 3584
+# A batch with less padding runs padded: attention without packed rows is faster.
+_FULL = 0.9
+# Of a call, where several must not be made.
+_FORBIDDING = 1e15
+
+
+class Runner(NamedTuple):
+    """Runs a forward over a batch, in one call of the model or in several."""
+
+    run: Callable[[Callable[..., Any]], Any]
+    weights: Sequence[float]  # of the calls in a mean over them
+    padding: int  # positions that are padding
+    positions: int  # positions that the model computes
+
+    def __call__(self, forward: Callable[..., Any]) -> Any:
+        """What `forward` returns, for the tokens [B, T] of the completions."""
+        return self.run(forward)
+
+    def mean(self, values: Sequence[Tensor]) -> Tensor:
+        """The mean [] of one value for each call, weighted by its tokens."""
+        weighted = [value * weight for value, weight in zip(values, self.weights, strict=True)]
+        return torch.stack(weighted).sum() / sum(self.weights)
+
+
+def choose_layout(context: StepContext, tokens: TokenBatch) -> LayoutSupport:
+    """The layout of a run's forwards by `SDPOConfig.packing` and a test of the model, and its reason; logs both.
+
+    All processes must call it.
+
+    Raises:
+        ValueError: `packing="packed"` or `"groups"`, and the model cannot.
+    """
+    wanted = context.config.packing
+    if wanted == "padded":
+        return LayoutSupport("padded", "")
+    with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
+        found = supported_layout(context.unwrapped, tokens)
+    # Rounding may decide a close case; one layout for all.
+    able = torch.tensor([found.layout == "packed", found.layout != "padded"], device=tokens.ids.device)
+    packed, groups = (context.accelerator.gather(able.int()).view(-1, 2).min(0).values > 0).tolist()
+    layout: Layout = "packed" if packed else "groups" if groups else "padded"
+    reason = "" if packed else found.reason or "the test failed on another process"
+    if (wanted, layout) in (("packed", "groups"), ("packed", "padded"), ("groups", "padded")):
+        raise ValueError(
+            f"packing: expected a model that can run {wanted!r}, got {type(context.unwrapped).__name__}: {reason}; "
+            "set SDPOConfig(packing='auto')"
+        )
+    if wanted == "groups":
+        layout, reason = "groups", ""
+    logger.info("Forwards run with packing=%r%s.", layout, reason and f": {reason}")
+    return LayoutSupport(layout, reason)
+
+
+def make_runners(context: StepContext, batch: MicroBatch) -> tuple[Runner, Runner | None]:
+    """For the rows of the student and for those of the teacher, if any; all processes must call it.
+
+    In lockstep all processes make the same number of calls of the model.
+    """
+    text = context.unwrapped.config.get_text_config()
+    teacher_tokens: float = _TEACHER_TOKENS * _TEACHER_WIDTH // getattr(text, "hidden_size", _TEACHER_WIDTH)
+    if context.in_lockstep:
+        teacher_tokens = math.inf
+    averages = context.router_loss_coef is not None
+    wanted = [_Wanted(batch.student, math.inf, averages)]
+    if batch.teacher is not None:
+        wanted.append(_Wanted(batch.teacher, teacher_tokens, averages=False))
+    runners = _make(context, wanted)
+    return runners[0], runners[1] if len(runners) > 1 else None
+
+
+def make_runner(context: StepContext, tokens: TokenBatch) -> Runner:
+    """For the rows of one batch, otherwise as `make_runners`."""
+    return _make(context, [_Wanted(tokens, math.inf, averages=False)])[0]
+
+
+class _Wanted(NamedTuple):
+    """A batch, the largest number of tokens of a call, and whether a loss averages over all tokens of a call."""
+
+    tokens: TokenBatch
+    token_limit: float
+    averages: bool
+
+
+def _make(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
+    if context.layout == "padded":
+        return [_padded_runner(context, each.tokens, each.token_limit) for each in wanted]
+    plans = [_plan(context, each) for each in wanted]
+    counts = [len(calls) for _, calls in plans]
+    if context.in_lockstep:
+        mine = torch.tensor(counts, device=wanted[0].tokens.ids.device)
+        counts = context.accelerator.gather(mine).view(-1, len(counts)).max(0).values.tolist()
+    return [
+        _call_runner(context, each.tokens, packing.model_calls(each.tokens, *plan, count=count))
+        for each, plan, count in zip(wanted, plans, counts, strict=True)
+    ]
+
+
+def _plan(context: StepContext, wanted: _Wanted) -> tuple[Layout, list[list[int]]]:
+    """The layout of a batch and the rows of each call.
+
+    A batch with little padding runs in groups. What is averaged over all tokens of a call needs one call, so that
+    no layout changes it, unless the configuration has a limit.
+    """
+    config, text = context.config, context.unwrapped.config.get_text_config()
+    tokens, token_limit, averages = wanted
+    layout = context.layout
+    call_tokens = packing.call_tokens(getattr(text, "hidden_size", _TEACHER_WIDTH))
+    dense = packing.default_token_limit(text)
+    if config.max_tokens_per_forward is not None:
+        token_limit = dense = config.max_tokens_per_forward
+    elif averages:
+        token_limit, call_tokens = math.inf, _FORBIDDING
+        if config.packing == "auto" and sum(map(sum, packing.bounds(tokens.sizes))) > dense:
+            layout = "groups"
+        dense = math.inf
+    if config.packing == "auto" and packing.fill(tokens.sizes) >= _FULL:
+        layout = "groups"
+    if layout == "packed":
+        # A model with `max_seq_length` silently truncates what is longer.
+        longest = getattr(context.unwrapped, "max_seq_length", None) or math.inf
+        return layout, packing.packed_rows(tokens.sizes, token_limit=min(token_limit, dense, longest))
+    if context.reads_padding:
+        return layout, packing.equal_rows(tokens.sizes, token_limit=token_limit)
+    limits = CallLimits(step_forward.context_length(context.unwrapped), token_limit, call_tokens)
+    return layout, packing.alike_rows(tokens.sizes, limits)
+
+
+def _call_runner(context: StepContext, tokens: TokenBatch, calls: Sequence[ModelCall]) -> Runner:
+    real = sum(map(sum, tokens.sizes))
+    positions = sum(call.ids.numel() for call in calls)
+    run = partial(
+        packing.run_calls,
+        calls=calls,
+        arguments=partial(step_forward.call_arguments, context.unwrapped),
+        rows=len(tokens.sizes),
+        length=tokens.completion_length,
+    )
+    return Runner(
+        run, [0.0 if call.repeats else float(call.tokens) for call in calls], positions - real, positions
+    )
+
+
+def _padded_runner(context: StepContext, tokens: TokenBatch, token_limit: float) -> Runner:
+    """Rows in groups within context length and token limit, each as wide as its widest row.
+
+    In lockstep all rows are one group: processes could form different numbers of groups.
+    """
+    width_limit = step_forward.context_length(context.unwrapped)
+    if context.in_lockstep and (width := tokens.ids.shape[1]) > width_limit:
+        raise ValueError(
+            f"batch: expected at most {width_limit} columns, the model's context length, got {width}; on "
+            "several processes its rows cannot run separately: set per_device_train_batch_size=1, or raise "
+            "max_seq_length"
+        )
+    if context.reads_padding and not context.in_lockstep:
+        groups = equal_groups(tokens.sizes)
+    else:
+        groups = row_groups(tokens.sizes, width_limit=width_limit, token_limit=token_limit)
+    arguments, length = padded_arguments(context.unwrapped, tokens), tokens.completion_length
+    positions = sum(_size(group) for group in groups)
+    run = partial(step_forward.run_groups, arguments=arguments, groups=groups, length=length)
+    return Runner(run, [1.0] * len(groups), positions - sum(map(sum, tokens.sizes)), positions)
+
+
+def _size(group: RowGroup) -> int:
+    rows, columns = group.rows, group.columns
+    return int((rows.stop - rows.start) * (columns.stop - columns.start))
+
+
+def padded_arguments(model: nn.Module, tokens: TokenBatch) -> dict[str, Any]:
+    """Keyword arguments of a forward over all rows whose head gets what predicts completions, and one more."""
+    positions, kept = position_ids(tokens.mask), tokens.completion_length + 1
+    return step_forward.forward_arguments(model, tokens.ids, tokens.mask, positions, kept)
