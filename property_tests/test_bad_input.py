@@ -213,10 +213,23 @@ CONFIG: dict[str, list[Case]] = {
         for error, values in ((ValueError, (math.nan, math.inf)), (TypeError, ("1", None, True)))
         for value in values
     ],
+    "success_reward_funcs": [
+        field("success_reward_funcs", "correct", TypeError, "a list of strings", "'correct'"),
+        field("success_reward_funcs", [1], TypeError, "a list of strings", "[1]"),
+        field("success_reward_funcs", [], ValueError, "not empty", "judge success, or None"),
+        field("success_reward_funcs", ["a", "a"], ValueError, "different strings", "['a', 'a']"),
+    ],
     "dont_reprompt_on_self_success": flag("dont_reprompt_on_self_success"),
     "demonstration_policy": choice("demonstration_policy", "first", "random", "shortest", "longest", "best"),
     "num_demonstrations": count("num_demonstrations"),
     "remove_thinking_from_demonstration": flag("remove_thinking_from_demonstration"),
+    "thinking_marks": [
+        field("thinking_marks", ["<think>"], ValueError, "two marks", "['<think>']", "pass both"),
+        field("thinking_marks", ["<t>", "<t>"], ValueError, "different strings", "two marks of a thought"),
+        field("thinking_marks", ["<t>", ""], ValueError, "not empty", "two marks of a thought"),
+        field("thinking_marks", "<t>", TypeError, "a list of strings", "'<t>'"),
+        field("thinking_marks", None, TypeError, "a list of strings", "None"),
+    ],
     "include_environment_feedback": flag("include_environment_feedback"),
     "environment_feedback_only_without_solution": flag("environment_feedback_only_without_solution"),
     "max_reprompt_length": count("max_reprompt_length"),
@@ -224,6 +237,7 @@ CONFIG: dict[str, list[Case]] = {
     "reprompt_template": template("reprompt_template", "prompt", "solution", "feedback"),
     "solution_template": template("solution_template", "successful_previous_attempt"),
     "feedback_template": template("feedback_template", "feedback_raw"),
+    "success_feedback_template": template("success_feedback_template", "feedback_raw"),
     "apply_chat_template_kwargs": [
         field("apply_chat_template_kwargs", "{", ValueError, "JSON"),
         field("apply_chat_template_kwargs", "[1]", TypeError, "a dict", "got list"),

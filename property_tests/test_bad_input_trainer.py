@@ -5,8 +5,10 @@ What a reward function returns is known later: it is refused before a weight is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +87,11 @@ def by_name(path: Path) -> None:
 def streamed(path: Path) -> None:
     rows = [{"prompt": [{"role": "assistant", "content": "a"}]}] * 8
     train(path, train_dataset=IterableDataset.from_generator(lambda: iter(rows)))
+
+
+def streaming(data: Dataset) -> IterableDataset:
+    """The rows of `data`, whose columns are not known before the first."""
+    return IterableDataset.from_generator(lambda: iter(list(data)))
 
 
 def build(path: Path, **changes: Any) -> None:
@@ -376,6 +383,44 @@ TRAINER = [
         ),
         TypeError,
         ("the column 'feedback'", "strings or None", "list", "join"),
+    ),
+    *(
+        Case(
+            f"a column {name}{how}",
+            lambda path, name=name, change=change, run=run: run(
+                path, train_dataset=change(tiny.conversations(**{name: ["a"] * 8}))
+            ),
+            ValueError,
+            ("columns that reward functions can take as keywords", f"got {name},", "rename"),
+        )
+        for name in ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
+        for how, change, run in (("", lambda data: data, build), (", row by row", streaming, train))
+    ),
+    Case(
+        "a column completions of an evaluation",
+        lambda path: build(path, eval_dataset={"held": tiny.conversations(completions=["a"] * 8)}),
+        ValueError,
+        ("eval_dataset['held']", "completions", "rename"),
+    ),
+    Case(
+        "unknown functions of success",
+        lambda path: build(
+            path,
+            reward_funcs=[tiny.judge, tiny.parity],
+            sdpo_config=tiny.config(success_reward_funcs=["parity", "correct"]),
+        ),
+        ValueError,
+        ("success_reward_funcs", "['judge', 'parity']", "got 'correct'", "none of them", "rename"),
+    ),
+    Case(
+        "two functions of success with one name",
+        lambda path: build(
+            path,
+            reward_funcs=[tiny.judge, tiny.judge],
+            sdpo_config=tiny.config(success_reward_funcs=["judge"]),
+        ),
+        ValueError,
+        ("success_reward_funcs", "got 'judge'", "2 of them have", "rename"),
     ),
     Case(
         "lora_ema without adapters",
@@ -677,6 +722,71 @@ REWARDS = [
 @run(REWARDS)
 def test_reward_functions(case: Case, tmp_path: Path) -> None:
     case.check(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "environments"])
+def test_columns_that_no_reward_function_gets_are_accepted(tmp_path: Path, name: str) -> None:
+    data = tiny.conversations(**{name: ["a"] * 8})
+    tiny.trainer(tmp_path, train_dataset=data, remove_unused_columns=True, max_steps=1).train()
+    if name == "environments":  # TRL has none to pass
+        tiny.trainer(tmp_path, train_dataset=data, max_steps=1).train()
+    trainer = SDPOTrainer(
+        model=tiny.model(),
+        args=tiny.arguments(tmp_path, max_steps=1),
+        processing_class=tiny.tokenizer(),
+        reward_funcs=RewardModel(1.0),
+        reward_processing_classes=tiny.tokenizer(),
+        train_dataset=data,
+    )
+    trainer.train()
+
+
+class RewardModel(torch.nn.Module):
+    """Gives every completion the same reward."""
+
+    def __init__(self, reward: float) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(_name_or_path="org/judge-model")
+        self.reward = torch.nn.Parameter(torch.tensor(reward))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.reward.expand(len(input_ids), 1))
+
+
+@pytest.mark.parametrize("reward", [float("inf"), -float("inf")])
+def test_an_infinite_reward_of_a_reward_model_is_refused(tmp_path: Path, reward: float) -> None:
+    trainer = SDPOTrainer(
+        model=tiny.model(),
+        args=tiny.arguments(tmp_path),
+        processing_class=tiny.tokenizer(),
+        reward_funcs=[tiny.judge, RewardModel(reward)],
+        reward_processing_classes=[None, tiny.tokenizer()],
+        train_dataset=tiny.conversations(),
+    )
+    with pytest.raises(ValueError, match=f"'judge-model': expected finite rewards, got {reward}; clip"):
+        trainer.train()
+
+
+def test_an_infinite_sum_of_rewards_is_refused(tmp_path: Path) -> None:
+    def large(completions: list[Any], **_: Any) -> list[float]:
+        return [3e38] * len(completions)
+
+    with pytest.raises(ValueError, match=r"reward_weights: expected a finite sum.*of large, parity, got"):
+        tiny.trainer(tmp_path, reward_funcs=[large, tiny.parity], reward_weights=[10.0, 1.0]).train()
+
+
+def test_what_is_not_judged_is_not_infinite(tmp_path: Path) -> None:
+    def partly(completions: list[Any], **_: Any) -> list[Any]:
+        return [(None, float("nan"), 1.0, 0.0)[row % 4] for row in range(len(completions))]
+
+    def never(completions: list[Any], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    trainer = tiny.trainer(tmp_path, reward_funcs=[partly, never])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(entry["self_distillation/best_score"] == 1.0 for entry in logged)
+    assert all(math.isfinite(entry["loss"]) and entry["loss"] > 0 for entry in logged)
 
 
 def test_last_feedback_of_the_wrong_length(tmp_path: Path) -> None:

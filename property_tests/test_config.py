@@ -248,6 +248,21 @@ def test_both_configs_share_one_file(tmp_path: Path) -> None:
     assert arguments.learning_rate == 1e-6
 
 
+def test_lists_of_texts_from_code_yaml_and_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text('success_reward_funcs: [correct, tests]\nthinking_marks: ["[THINK]", "[/THINK]"]\n')
+    expected = SDPOConfig(
+        success_reward_funcs=("correct", "tests"),  # type: ignore[arg-type]
+        thinking_marks=["[THINK]", "[/THINK]"],
+    )
+    options = ["--success_reward_funcs", "correct", "tests", "--thinking_marks", "[THINK]", "[/THINK]"]
+    assert parse(["--config", str(path)]) == parse(options) == expected
+    assert expected.success_reward_funcs == ["correct", "tests"]
+    assert parse([]).success_reward_funcs is None
+    assert parse([]).thinking_marks == SDPOConfig().thinking_marks == ["<think>", "</think>"]
+    assert SDPOConfig().thinking_marks is not SDPOConfig().thinking_marks
+
+
 EXAMPLES = sorted((ROOT / "examples").rglob("*.y*ml"))
 
 

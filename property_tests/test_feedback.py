@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdpo_rl.rollout.feedback import (
     column_texts,
     join_feedback,
     split_rewards,
+    table_column,
 )
 
 # --- one function's output --------------------------------------------------------------------------------
@@ -70,11 +72,28 @@ def test_two_rows_are_no_pair_of_lists() -> None:
         split_rewards("judge", [(1.0, "a"), (0.0, "b")], 8)
 
 
-@pytest.mark.parametrize("score", [float("inf"), -float("inf"), torch.tensor(torch.inf)])
+@pytest.mark.parametrize(
+    "score", [float("inf"), -float("inf"), torch.tensor(torch.inf), 1e39, -1e39, 10**400, -(10**400)]
+)
 def test_an_infinite_score_is_refused_with_function_and_row(score: Any) -> None:
     for item in (score, (score, "why"), {"score": score}):
-        with pytest.raises(ValueError, match=r"'judge', row 1: expected a finite score, got -?inf; clip it"):
+        with pytest.raises(ValueError, match=r"'judge', row 1: expected a finite score, got .*; clip it"):
             split_rewards("judge", [0.0, item], 2)
+
+
+def test_the_largest_float32_and_what_is_not_judged_pass() -> None:
+    largest = torch.finfo(torch.float32).max
+    items = [largest, -largest, None, float("nan"), (None, "why")]
+    scores, texts = split_rewards("judge", items, 5)
+    assert scores[:3] == [largest, -largest, None]
+    assert math.isnan(scores[3])  # type: ignore[arg-type]
+    assert (scores[4], texts[4]) == (None, "why")
+
+
+def test_the_column_of_the_table_has_a_free_name() -> None:
+    assert table_column([]) == table_column(["judge"]) == "feedback"
+    assert table_column(["feedback", "judge"]) == "sdpo_feedback"
+    assert table_column(["feedback", "sdpo_feedback"]) == "sdpo_sdpo_feedback"
 
 
 # --- several functions, one batch -------------------------------------------------------------------------

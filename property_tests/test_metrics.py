@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 from typing import Any, Literal
@@ -258,6 +259,28 @@ def test_batches_without_signal_are_warned_about_once_per_patience(caplog: pytes
     assert len(messages) == 2
     assert "success_reward_threshold=1" in messages[0]
     assert "for 3 generation batches" in messages[0]
+
+
+def test_the_warning_of_no_signal_names_the_best_score(caplog: pytest.LogCaptureFixture) -> None:
+    def empty(score: float | None) -> tuple[dict[str, float], list[int]]:
+        best = {} if score is None else {"self_distillation/best_score": score}
+        return {"self_distillation/empty_target_batch": 1.0, **best}, [5]
+
+    good = {"self_distillation/best_score": 2.0}
+    batches = [(good, [5]), empty(0.25), empty(0.5), empty(None), (good, [5]), *[empty(None)] * 3]
+    messages = warnings(caplog, batches)
+    assert ["0.5)" in messages[0], "none)" in messages[1], len(messages)] == [True, True, 2]
+    assert all("success_reward_funcs" in message for message in messages)
+
+
+def test_the_best_score_is_part_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    first, second = (Diagnostics(SDPOConfig(diagnostics_patience=2)) for _ in range(2))
+    empty = {**QUIET, "self_distillation/empty_target_batch": 1.0}
+    first.observe_batch({**empty, "self_distillation/best_score": -0.5}, [5])
+    second.load_state(json.loads(json.dumps(first.state())))
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        second.observe_batch({**empty, "self_distillation/best_score": -2.0}, [5])
+    assert "the best score was -0.5)" in caplog.text
 
 
 def test_truncation_and_dropped_rows_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -148,6 +148,40 @@ def test_the_case_table_rejects_other_rules() -> None:
         assert any(table_row(r, h, **rule) != (s, u, s or u) for r, h, s, u in CASES.values())
 
 
+@given(st.lists(st.tuples(NASTY, st.none() | NASTY, st.booleans()), max_size=5), st.booleans())
+@example([("q", "why", True), ("q", "why", False)], True)
+def test_feedback_on_a_success_has_words_of_its_own(
+    rows: list[tuple[str, str | None, bool]], only: bool
+) -> None:
+    templates = Templates(feedback="FAILED {feedback_raw}", success_feedback="RIGHT {feedback_raw}")
+    prompts, hints, succeeded = ([row[i] for row in rows] for i in range(3))
+    built = build_reprompts(
+        prompts,
+        [[]] * len(rows),
+        hints,
+        templates=templates,
+        feedback_only_without_solution=only,
+        succeeded=succeeded,
+    )
+    for text, prompt, hint, right in zip(built.texts, prompts, hints, succeeded, strict=True):
+        if hint is None or not hint.strip():
+            assert text == prompt
+        else:
+            words = "RIGHT " if right else "FAILED "
+            assert text == prompt + words + hint + "\n\nCorrectly solve the original question."
+
+
+def test_no_row_has_succeeded_unless_it_is_said() -> None:
+    shown = {"templates": Templates(), "feedback_only_without_solution": True}
+    plain = build_reprompts(["q"], [[]], ["why"], **shown)
+    assert plain == build_reprompts(["q"], [[]], ["why"], succeeded=[False], **shown)
+    assert plain != build_reprompts(["q"], [[]], ["why"], succeeded=[True], **shown)
+    with pytest.raises(ValueError, match="succeeded: expected 1 entries"):
+        build_reprompts(["q"], [[]], ["why"], succeeded=[True, False], **shown)
+    with pytest.raises(TypeError, match=r"succeeded\[0\]: expected bool, got float"):
+        build_reprompts(["q"], [[]], ["why"], succeeded=[1.0], **shown)  # type: ignore[list-item]
+
+
 def test_several_demonstrations_pass_through_the_solution_template_once_each() -> None:
     templates = Templates(
         reprompt="{prompt}|{solution}|{feedback}", solution="<{successful_previous_attempt}>"
@@ -163,6 +197,7 @@ def test_the_default_templates_are_the_published_strings() -> None:
         reprompt="{prompt}{solution}{feedback}\n\nCorrectly solve the original question.",
         solution="\nCorrect solution:\n\n{successful_previous_attempt}",
         feedback="\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}",
+        success_feedback="\nThe following is feedback from your successful earlier attempt:\n\n{feedback_raw}",
     )
     with pytest.raises(FrozenInstanceError):
         Templates().solution = "x"  # type: ignore[misc]
@@ -188,6 +223,7 @@ def test_the_default_templates_are_the_published_strings() -> None:
         ({"feedback": "{feedback_raw[0]}"}, ValueError, "unknown"),
         ({"feedback": "{feedback_raw"}, ValueError, "literal braces as {{ and }}"),
         ({"feedback": "}{feedback_raw}"}, ValueError, "template 'feedback' .* literal braces"),
+        ({"success_feedback": "{x}"}, ValueError, r"template 'success_feedback' .*unknown \['x'\]"),
         ({"feedback": None}, TypeError, "template 'feedback' must be a string, got NoneType"),
     ],
 )

@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from strategies import Claim, name_of
 
-from sdpo import select_demonstrations
+from sdpo import select_demonstrations, strip_thinking
 from sdpo_rl import SDPOConfig
 from sdpo_rl.rollout import demonstrations
 from sdpo_rl.rollout.demonstrations import Rollout, TeacherContext, teacher_context
@@ -85,6 +85,10 @@ def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, local: bool = Fals
             prompts=[tiny.user(f"q{i}") for i in range(len(batch.scores))][mine],
             completions=[[{"role": "assistant", "content": text}] for text in completions],
             completion_lengths=[len(text) for text in completions],
+            demonstrations=[
+                strip_thinking(text) if config.remove_thinking_from_demonstration else text
+                for text in completions
+            ],
             feedback=batch.feedback[mine],
             scores=torch.tensor(batch.scores),
         )
@@ -147,7 +151,10 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
     prompts = context.prompts
     texts = ["".join(tiny.VOCABULARY[i] for i in ids) for ids in prompts.ids]
     shows = ["Correct solution" in text for text in texts]
-    hints = ["unsuccessful earlier attempt" in text for text in texts]
+    words = {True: " successful earlier attempt", False: "unsuccessful earlier attempt"}
+    right = [score >= 1.0 for score in batch.scores]
+    hints = [words[success] in text for success, text in zip(right, texts, strict=True)]
+    assert not any(words[not success] in text for success, text in zip(right, texts, strict=True))
     for row in range(total):  # what does not fit is left out
         cut = prompts.truncated[row] or prompts.dropped[row]
         assert shows[row] == has[row] or (cut and has[row])
@@ -159,6 +166,8 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
     expected = [on and not lost for on, lost in zip(active, prompts.dropped, strict=True)]
     assert prompts.row_mask == expected
     assert metrics["reprompt_sample_fraction"] == pytest.approx(sum(expected) / total)
+    judged = [score for score in batch.scores if not math.isnan(score)]
+    assert metrics.get("best_score") == max(judged, default=None)
     assert metrics["empty_target_batch"] == float(not any(expected))
 
 
@@ -171,6 +180,11 @@ def one_group(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
 def masked_like_others(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
     """Takes completions without a loss for demonstrations."""
     return on_ranks(replace(batch, has_loss=[True] * len(batch.scores)), config, ranks)
+
+
+def failed_words_alone(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
+    """Introduces all feedback as that on a failed attempt, as the published code does."""
+    return on_ranks(batch, replace(config, success_feedback_template=config.feedback_template), ranks)
 
 
 def property_peers_with_the_row_s_own_text_come_last(world: Any, batch: Batch, config: SDPOConfig) -> None:
@@ -228,7 +242,7 @@ CLAIMS = [
             counter_example,
             {"batch": batches(), "config": configs},
         )
-        for counter_example in (one_group, masked_like_others)
+        for counter_example in (one_group, masked_like_others, failed_words_alone)
     ),
     Claim(
         property_peers_with_the_row_s_own_text_come_last,
@@ -256,6 +270,7 @@ def test_a_reprompt_leaves_tokens_for_its_completion() -> None:
         [tiny.user("q")] * 3,
         [[{"role": "assistant", "content": text}] for text in batch.completions],
         [len(text) for text in batch.completions],
+        batch.completions,
         batch.feedback,
         torch.tensor(batch.scores),
     )

@@ -164,3 +164,107 @@ def test_arguments_that_shape_grpo_s_objective_alone_are_named(
     assert [message for message in caplog.messages if "no effect" in message] == [
         "loss_type='bnpo', epsilon=0.3: no effect, the self-distillation loss replaces GRPO's; remove it."
     ]
+
+
+# --- what is a success ------------------------------------------------------------------------------------
+
+
+def in_shape(completions: list[Any], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def correct(completions: list[Any], **_: Any) -> list[Any]:
+    """Of each prompt the first completion alone."""
+    return [1.0 if row % tiny.GROUP == 0 else 0.0 for row in range(len(completions))]
+
+
+def not_judged(completions: list[Any], **_: Any) -> list[Any]:
+    return [None if row % 2 else 0.5 for row in range(len(completions))]
+
+
+def shows(path: Path, functions: list[Any], weights: list[float] | None, **options: Any) -> Any:
+    """Which rows have a demonstration, and the log."""
+    trainer = tiny.trainer(
+        path,
+        reward_funcs=functions,
+        reward_weights=weights,
+        sdpo_config=tiny.config(**options),
+        max_steps=1,
+        start=never_ending(),
+    )
+    texts = teacher_prompts(trainer)
+    return ["Correct solution" in text for text in texts], trainer.state.log_history[0]
+
+
+ALL, NONE, OTHERS = [True] * 8, [False] * 8, [row % tiny.GROUP != 0 for row in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "options", "expected", "best"),
+    [
+        ([in_shape, correct], None, {}, ALL, 2.0),
+        ([in_shape, correct], [0.5, 0.5], {}, OTHERS, 1.0),
+        ([in_shape, correct], [0.25, 0.25], {}, NONE, 0.5),
+        ([in_shape, correct], None, {"success_reward_funcs": ["correct"]}, OTHERS, 1.0),
+        ([in_shape, correct], [0.5, 0.5], {"success_reward_funcs": ["correct"]}, OTHERS, 1.0),
+        ([in_shape, correct], [0.5, 0.0], {"success_reward_funcs": ["correct"]}, OTHERS, 1.0),
+        ([in_shape, correct], [0.5, 0.5], {"success_reward_funcs": ["in_shape"]}, ALL, 1.0),
+        (
+            [in_shape, correct],
+            [0.5, 0.5],
+            {"success_reward_funcs": ["correct", "in_shape"], "success_reward_threshold": 2.0},
+            OTHERS,
+            2.0,
+        ),
+        ([in_shape, not_judged], None, {"success_reward_funcs": ["not_judged"]}, NONE, 0.5),
+        (
+            [correct, not_judged],
+            None,
+            {"success_reward_funcs": ["not_judged", "correct"], "success_reward_threshold": 1.5},
+            OTHERS,
+            1.5,
+        ),
+    ],
+)
+def test_success_is_what_the_named_functions_say(
+    tmp_path: Path, functions: Any, weights: Any, options: Any, expected: list[bool], best: float
+) -> None:
+    shown, entry = shows(tmp_path, functions, weights, **options)
+    assert shown == expected
+    assert entry["self_distillation/best_score"] == best
+
+
+def test_a_row_that_no_named_function_judges_has_no_score(tmp_path: Path) -> None:
+    def silent(completions: list[Any], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    options = {"success_reward_funcs": ["silent"], "success_reward_threshold": 0.0}
+    shown, entry = shows(tmp_path, [in_shape, silent], None, **options)
+    assert shown == NONE
+    assert "self_distillation/best_score" not in entry
+
+
+# --- thinking in special tokens ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("marks", [["<think>", "</think>"], ["[THINK]", "[/THINK]"]])
+def test_a_demonstration_has_no_thinking_in_special_tokens(
+    tmp_path: Path, marks: list[str], plain: bool
+) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(marks, special_tokens=True)
+    trainer = tiny.trainer(
+        tmp_path,
+        reward_funcs=correct,
+        processing_class=tokenizer,
+        start=tiny.model(vocab_size=len(tokenizer)),
+        train_dataset=tiny.plain() if plain else None,
+        sdpo_config=tiny.config(thinking_marks=marks),
+        max_steps=1,
+    )
+    ids = tokenizer(f"{marks[0]}secret{marks[1]}42<eos>")["input_ids"]
+    trainer._generate_single_turn = lambda prompt_ids, *_: ([ids] * len(prompt_ids), None)
+    texts = [text for text in teacher_prompts(trainer) if text]
+    assert len(texts) == 6
+    assert all("Correct solution:\n\n42\n" in text and "secret" not in text for text in texts)

@@ -15,6 +15,7 @@ from datasets import Dataset
 from reference_step import Method, Row, compare
 from torch import Tensor, nn
 
+from sdpo import strip_thinking
 from sdpo_rl import SDPOTrainer
 from sdpo_rl.rollout.feedback import environment_feedback
 from sdpo_rl.rollout.prompts import completion_text
@@ -385,7 +386,7 @@ def test_a_transcript_of_turns(thinking: bool) -> None:
     ]
     if not thinking:
         lines = [*lines[1:6], "It is 3."]
-    assert completion_text(completion, thinking=thinking) == "\n".join(lines)
+    assert completion_text(completion, strip=None if thinking else strip_thinking) == "\n".join(lines)
 
 
 def test_an_unclosed_thought_hides_its_own_turn_only() -> None:
@@ -394,7 +395,7 @@ def test_an_unclosed_thought_hides_its_own_turn_only() -> None:
         {"role": "tool", "name": "t", "content": "4"},
         {"role": "assistant", "content": "four"},
     ]
-    assert completion_text(turns, thinking=False) == "4\nfour"
+    assert completion_text(turns, strip=strip_thinking) == "4\nfour"
 
 
 # --- environments -----------------------------------------------------------------------------------------

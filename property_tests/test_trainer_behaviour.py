@@ -506,6 +506,74 @@ def test_the_table_stays_aligned_when_a_batch_has_no_feedback(tmp_path: Path) ->
             assert not isinstance(text, str) or text == "about " + tiny.text_of(list(completion))
 
 
+def own_column(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
+    """Writes a column of the same name as this library's."""
+    log_extra("feedback", ["mine: " + text for text in texts(completions)])
+    return [0.0] * len(completions)
+
+
+def later_column(completions: list[Any], log_extra: Any, trainer_state: Any, **given: Any) -> list[float]:
+    """Writes that column from the second batch on."""
+    if trainer_state.global_step:
+        return own_column(completions, log_extra, **given)
+    return [0.0] * len(completions)
+
+
+def feedback(completions: list[Any], **_: Any) -> list[float]:
+    """Has the name of that column."""
+    return [float(len(text)) for text in texts(completions)]
+
+
+def completions_tables(path: Path, functions: list[Any], enabled: bool) -> list[Any]:
+    """Of three batches; each with its texts."""
+    trainer = tiny.trainer(
+        path,
+        sdpo_config=tiny.config(enabled=enabled),
+        reward_funcs=functions,
+        log_completions=True,
+        max_steps=3,
+        eval_dataset=tiny.conversations(1),
+        per_device_eval_batch_size=4,
+    )
+    trainer.evaluate()
+    trainer.train()
+    files = sorted((path / "completions").glob("*.parquet"))
+    return [pandas.read_parquet(file) for file in files]
+
+
+def column(table: Any, name: str, expected: Callable[[str], Any]) -> bool:
+    """Whether a column of the table has what is expected of each text; a missing text is None."""
+    shown = [tiny.text_of(list(completion)) for completion in table["completion"]]
+    values = [value if value == value else None for value in table[name]]
+    return values == [expected(text) for text in shown]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_user_s_own_column_of_feedback_is_left_alone(tmp_path: Path, enabled: bool) -> None:
+    for table in completions_tables(tmp_path / "alone", [own_column], enabled):
+        assert column(table, "feedback", lambda text: "mine: " + text)
+        assert "sdpo_feedback" not in table
+    for table in completions_tables(tmp_path / "both", [own_column, pairs], enabled):
+        assert column(table, "feedback", lambda text: "mine: " + text)
+        assert column(table, "sdpo_feedback", feedback_on)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_reward_function_named_feedback_keeps_its_column(tmp_path: Path, enabled: bool) -> None:
+    for table in completions_tables(tmp_path / "alone", [feedback], enabled):
+        assert column(table, "feedback", lambda text: float(len(text)))
+        assert "sdpo_feedback" not in table
+    for table in completions_tables(tmp_path / "both", [feedback, pairs], enabled):
+        assert column(table, "feedback", lambda text: float(len(text)))
+        assert column(table, "sdpo_feedback", feedback_on)
+
+
+def test_a_column_of_the_user_that_comes_later_is_not_mixed_with_ours(tmp_path: Path) -> None:
+    last = completions_tables(tmp_path, [later_column, pairs], True)[-1]
+    assert column(last, "feedback", lambda text: "mine: " + text)
+    assert column(last, "sdpo_feedback", feedback_on)
+
+
 def test_feedback_is_logged_under_grpo_too(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         tmp_path,

@@ -27,8 +27,8 @@ _TEMPLATE_FIELDS = {
     "reprompt": ("prompt", "solution", "feedback"),
     "solution": ("successful_previous_attempt",),
     "feedback": ("feedback_raw",),
+    "success_feedback": ("feedback_raw",),
 }
-_THINK_TAG = re.compile(r"</?think>")
 
 
 class Reprompts(NamedTuple):
@@ -53,14 +53,17 @@ class Reprompts(NamedTuple):
 class Templates:
     """The frame of a reprompt: ``str.format`` templates, checked when they are made.
 
-    A reprompt is ``reprompt`` filled with the prompt, one ``solution`` section per demonstration, and the
-    ``feedback`` section or nothing. Each template holds each of its own fields exactly once and nothing else
-    in braces; a literal brace is doubled. The defaults are the strings of the published runs.
+    A reprompt is ``reprompt`` filled with the prompt, one ``solution`` section per demonstration, and a
+    feedback section or nothing: ``success_feedback`` for a row that succeeded, ``feedback`` for any other.
+    Each template holds each of its own fields exactly once and nothing else in braces; a literal brace is
+    doubled. The defaults are the strings of the published runs, but for ``success_feedback``: there the
+    words for a failed attempt introduce all feedback.
 
     Args:
         reprompt: holds ``{prompt}``, ``{solution}`` and ``{feedback}``.
         solution: holds ``{successful_previous_attempt}``.
         feedback: holds ``{feedback_raw}``.
+        success_feedback: holds ``{feedback_raw}``.
 
     Raises:
         TypeError: a template is not a string.
@@ -80,6 +83,9 @@ class Templates:
     reprompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
     solution: str = "\nCorrect solution:\n\n{successful_previous_attempt}"
     feedback: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+    success_feedback: str = (
+        "\nThe following is feedback from your successful earlier attempt:\n\n{feedback_raw}"
+    )
 
     def __post_init__(self) -> None:
         for name, fields in _TEMPLATE_FIELDS.items():
@@ -223,13 +229,15 @@ def build_reprompts(
     *,
     templates: Templates,
     feedback_only_without_solution: bool,
+    succeeded: Sequence[bool] | None = None,
 ) -> Reprompts:
     """The teacher's prompts, and which rows have a teacher signal.
 
     Formula: ``text = reprompt(prompt, solution(d1) + solution(d2) + ..., feedback(f) if used)``, or the
-    unchanged prompt where there is neither. Blank demonstrations and blank feedback count as none. Feedback
-    is used unless ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are
-    never formatted again: braces in them survive. row_mask is True exactly where the text is not the prompt.
+    unchanged prompt where there is neither; ``success_feedback(f)`` for rows that succeeded. Blank
+    demonstrations and blank feedback count as none. Feedback is used unless
+    ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are never formatted
+    again: braces in them survive. row_mask is True exactly where the text is not the prompt.
 
     Args:
         prompts: B texts.
@@ -237,6 +245,7 @@ def build_reprompts(
         feedback: B texts or None.
         templates: the frame of a reprompt.
         feedback_only_without_solution: drop the feedback of rows that have a demonstration.
+        succeeded: B bools; the feedback of a row with True has the words for a success. None: no row has.
 
     Returns:
         Reprompts of B entries per field.
@@ -260,10 +269,14 @@ def build_reprompts(
     signals = _signals(demonstrations, feedback, feedback_only_without_solution)
     row_mask = [bool(shown or hint) for shown, hint in signals]
     texts = _column("prompts", prompts, str, len(signals))
+    successes = [False] * len(signals)
+    if succeeded is not None:
+        successes = _column("succeeded", succeeded, bool, len(signals))
     for row, (shown, hint) in enumerate(signals):
         if row_mask[row]:
             solutions = (templates.solution.format(successful_previous_attempt=text) for text in shown)
-            remark = templates.feedback.format(feedback_raw=hint) if hint else ""
+            words = templates.success_feedback if successes[row] else templates.feedback
+            remark = words.format(feedback_raw=hint) if hint else ""
             texts[row] = templates.reprompt.format(
                 prompt=texts[row], solution="".join(solutions), feedback=remark
             )
@@ -275,18 +288,25 @@ def build_reprompts(
     )
 
 
-def strip_thinking(text: str) -> str:
+def strip_thinking(text: str, *, opening: str = "<think>", closing: str = "</think>") -> str:
     """The text without its thinking: what lies inside ``<think>...</think>``, however the block is broken.
 
-    Tags pair up like brackets, so nested blocks go as one. A block that is never closed goes to the end of
-    the text; a stray ``</think>`` (the completion began inside a block) takes everything before it. A text
-    that had a tag loses its outer whitespace, one without comes back unchanged. Idempotent; no tag survives.
+    Marks pair up like brackets, so nested blocks go as one, and of several blocks each goes. A block that is
+    never closed goes to the end of the text; a stray closing mark (the completion began inside a block) takes
+    everything before it. A text that had a mark loses its outer whitespace, one without comes back unchanged.
+    Idempotent; no mark survives.
 
     Args:
         text: a completion.
+        opening: the mark before a thought.
+        closing: the mark after it.
 
     Returns:
         The text without thinking.
+
+    Raises:
+        TypeError: a text or mark that is not a string.
+        ValueError: an empty mark, or two equal ones.
 
     Source: the reference implementation's ``remove_thinking_from_demonstration``, made total.
 
@@ -295,10 +315,22 @@ def strip_thinking(text: str) -> str:
         ('The answer is 3.', '3')
         >>> strip_thinking("so <think>it never ends")
         'so'
+        >>> strip_thinking("[THINK]2, no, 3[/THINK]3", opening="[THINK]", closing="[/THINK]")
+        '3'
     """
-    # Cutting a block can join the pieces of another tag, hence until none is left.
-    while _THINK_TAG.search(text):
-        text = _strip_once(text)
+    for name, value in (("text", text), ("opening", opening), ("closing", closing)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}: expected a string, got {type_name(value)}; pass text")
+    if not opening or not closing or opening == closing:
+        raise ValueError(
+            f"opening, closing: expected two different marks, got {opening!r} and {closing!r}; pass those that "
+            "the model writes around a thought"
+        )
+    # The longer first: one may begin with the other.
+    marks = re.compile("|".join(sorted(map(re.escape, (opening, closing)), key=len, reverse=True)))
+    # Cutting a block can join the pieces of another mark, hence until none is left.
+    while marks.search(text):
+        text = _strip_once(text, marks, opening)
     return text
 
 
@@ -341,14 +373,14 @@ def _draw(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
 
-def _strip_once(text: str) -> str:
+def _strip_once(text: str, marks: re.Pattern[str], opening: str) -> str:
     kept: list[str] = []
     depth = position = 0
-    for tag in _THINK_TAG.finditer(text):
+    for mark in marks.finditer(text):
         if depth == 0:
-            kept.append(text[position : tag.start()])
-        position = tag.end()
-        if tag.group() == "<think>":
+            kept.append(text[position : mark.start()])
+        position = mark.end()
+        if mark.group() == opening:
             depth += 1
         elif depth:
             depth -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -62,8 +63,8 @@ class _DefaultStr(str):
 
 
 def _option(default: Any, text: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: copy.copy(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -150,12 +151,19 @@ class SDPOConfig:
             from the loaded student.
         success_reward_threshold: a completion whose score reaches it is a success. Default 1.0
             (reference's README).
+        success_reward_funcs: names of the reward functions whose rewards, added without weights, are that score; a
+            function that did not judge the completion adds nothing. Default `None`: the sum of all rewards with
+            `GRPOConfig.reward_weights`, which reaches the threshold by a reward for the format too, and does not
+            reach it with small weights.
         dont_reprompt_on_self_success: a row is never its own demonstration, and a peer with the same text is one
             only if no other has succeeded. Default `True` (paper's runs).
         demonstration_policy: which success is shown: `random` (default, ours: seeded, no length bias),
             `first` (reference), `shortest`, `longest`, `best`.
         num_demonstrations: largest number of successes in a reprompt. Default 1 (paper).
         remove_thinking_from_demonstration: strip `<think>…</think>`. Default `True` (paper's runs).
+        thinking_marks: what the model writes before a thought and after it, also as special tokens. A thought that
+            never ends goes to the end of the text, and each of several thoughts goes. Default `<think>`,
+            `</think>`; what the tokenizer's response template finds (with gpt-oss, say) needs no marks.
         include_environment_feedback: use the texts that reward functions, environments or the dataset's column
             `feedback` (`privileged_context` in TRL's SDPO) give. Default `True` (paper §4).
         environment_feedback_only_without_solution: feedback is shown only where no demonstration exists.
@@ -165,7 +173,10 @@ class SDPOConfig:
             `left`, `right`; `error` raises with the sizes. The question is never cut.
         reprompt_template: default as in the paper's runs; fields `{prompt}`, `{solution}`, `{feedback}`.
         solution_template: default as in the paper's runs; field `{successful_previous_attempt}`.
-        feedback_template: default as in the paper's runs; field `{feedback_raw}`.
+        feedback_template: default as in the paper's runs; field `{feedback_raw}`. It calls the attempt
+            unsuccessful, and introduces the feedback of every row that did not succeed.
+        success_feedback_template: the same for rows that succeeded; field `{feedback_raw}`. Default (ours): the
+            published words with "successful"; the published runs have `feedback_template` here too.
         apply_chat_template_kwargs: extra chat-template arguments for the reprompt alone. Default `{}`
             (reference). `GRPOConfig.chat_template_kwargs` already reaches both sides.
         loss_backend: `auto` (default): the fused loss, Triton where it runs, torch elsewhere; `torch`,
@@ -231,10 +242,16 @@ class SDPOConfig:
     teacher_offload: TeacherOffload = _option("none", "Where the averaged weights rest.")
     teacher_on_resume: TeacherOnResume = _option("restore", "What to do about the teacher on resume.")
     success_reward_threshold: float = _option(1.0, "A score that reaches it is a success.")
+    success_reward_funcs: list[str] | None = _option(
+        None, "Reward functions whose sum is the score of a success; unset: the weighted sum of all."
+    )
     dont_reprompt_on_self_success: bool = _option(True, "A row is never its own demonstration.")
     demonstration_policy: Policy = _option("random", "Which success serves as the demonstration.")
     num_demonstrations: int = _option(1, "Successes shown per reprompt.")
     remove_thinking_from_demonstration: bool = _option(True, "Strip <think>...</think>.")
+    thinking_marks: list[str] = _option(
+        ["<think>", "</think>"], "What the model writes before a thought and after it."
+    )
     include_environment_feedback: bool = _option(True, "Use the texts that reward functions return.")
     environment_feedback_only_without_solution: bool = _option(
         True, "Show feedback only where no demonstration exists."
@@ -244,6 +261,9 @@ class SDPOConfig:
     reprompt_template: str = _option(_TEMPLATES.reprompt, "Fields {prompt}, {solution}, {feedback}.")
     solution_template: str = _option(_TEMPLATES.solution, "Field {successful_previous_attempt}.")
     feedback_template: str = _option(_TEMPLATES.feedback, "Field {feedback_raw}.")
+    success_feedback_template: str = _option(
+        _TEMPLATES.success_feedback, "Field {feedback_raw}; for rows that succeeded."
+    )
     # The shape of annotation that command-line parsers read as a text.
     apply_chat_template_kwargs: dict[str, Any] | str | None = _option(
         {}, "Chat-template arguments for the reprompt (JSON)."
@@ -299,6 +319,14 @@ class SDPOConfig:
         _number(
             self, "success_reward_threshold", expected="a finite number", fix="pass the score of a success"
         )
+        _texts(self, "thinking_marks", "the two marks of a thought, before it and after it")
+        if len(self.thinking_marks) != 2:
+            raise ValueError(
+                f"thinking_marks: expected two marks, before a thought and after it, got {self.thinking_marks}; "
+                "pass both"
+            )
+        if self.success_reward_funcs is not None:
+            _texts(self, "success_reward_funcs", "the names of the functions that judge success, or None")
         _choice(self, "support", get_args(Support))
         _choice(self, "tail", get_args(Tail))
         _choice(self, "loss_aggregation", get_args(Aggregation))
@@ -474,9 +502,12 @@ class SDPOConfig:
         return _mapping(self.apply_chat_template_kwargs)
 
     def templates(self) -> Templates:
-        """The three templates as the core's `Templates`."""
+        """The four templates as the core's `Templates`."""
         return Templates(
-            reprompt=self.reprompt_template, solution=self.solution_template, feedback=self.feedback_template
+            reprompt=self.reprompt_template,
+            solution=self.solution_template,
+            feedback=self.feedback_template,
+            success_feedback=self.success_feedback_template,
         )
 
     @property
@@ -623,6 +654,18 @@ def _positive_int(config: SDPOConfig, **meanings: str) -> None:
     for name, meaning in meanings.items():
         value = check_int(name, getattr(config, name), low=1, high=2**31 - 1, meaning=meaning)
         setattr(config, name, value)
+
+
+def _texts(config: SDPOConfig, name: str, meaning: str) -> None:
+    """A list of different texts, none of them empty."""
+    value = getattr(config, name)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"{name}: expected a list of strings, got {value!r}; pass {meaning}")
+    if not value or not all(value) or len(set(value)) != len(value):
+        raise ValueError(
+            f"{name}: expected different strings that are not empty, got {value!r}; pass {meaning}"
+        )
+    setattr(config, name, list(value))
 
 
 def _choice(config: SDPOConfig, name: str, choices: tuple[str, ...]) -> None:

@@ -31,10 +31,18 @@ from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
 from .resume import checkpoint, options, progress
+from .rollout import rewards as reward_rules
 from .rollout.demonstrations import Rollout, teacher_context
-from .rollout.feedback import FEEDBACK_COLUMNS, FeedbackCollector, column_texts, environment_feedback
-from .rollout.prompts import Renderer
+from .rollout.feedback import (
+    FEEDBACK_COLUMNS,
+    FeedbackCollector,
+    column_texts,
+    environment_feedback,
+    table_column,
+)
+from .rollout.prompts import Renderer, completion_text
 from .rollout.reprompts import Reprompter
+from .rollout.thinking import without_thinking
 from .step import forward as step_forward
 from .step import head as step_head
 from .step import micro_batch
@@ -163,12 +171,15 @@ class SDPOTrainer(_BASE):
         _validate.check_construction(model, args, self.sdpo_config, kwargs, trainer=_BASE)
         if self.sdpo_config.enabled:  # what TRL's model card says
             self._name, self._tag_names, self._paper = "SDPO", ["trl", "grpo", "sdpo"], model_card.PAPER
+        if self.sdpo_config.enabled and not args.remove_unused_columns:
+            reward_rules.check_columns(reward_funcs, kwargs)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
             listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             kwargs["reward_funcs"] = [self._feedback.wrap(reward) for reward in listed]
+        self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
         self._stream_position: tuple[int, int] | None = None  # of the checkpoint, for data without a length
@@ -177,6 +188,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return
         _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
+        reward_rules.check_success_functions(self.sdpo_config, self.reward_func_names)
         _validate.check_reference(self.sdpo_config, self._unwrapped, self.ref_model)
         _validate.check_backend(self.sdpo_config, self.accelerator.device)
         shards.check_strategy(
@@ -234,33 +246,66 @@ class SDPOTrainer(_BASE):
         if enabled:  # before reward functions, which may change what they are given
             rollout_prompts, rollout_completions = copy.deepcopy((list(prompts), list(completions)))
             lengths = [len(ids) for ids in completion_ids_list]
+            demonstrations = self._demonstrations(completions, completion_ids_list)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         feedback = self._feedback.take(
             len(inputs),
             column_texts(inputs) if enabled else None,
             environment_feedback(getattr(self, "environments", None) or []),
         )
-        # Also for a batch without any: the columns of the table must have one length.
-        if hasattr(self, "_log_completion_extra"):
-            self._log_completion_extra("feedback", feedback)
+        self._log_feedback(feedback)
         if not enabled:
             return rewards
         weights = self.reward_weights.to(rewards.device)
-        scores = (rewards * weights).nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), float("nan"))
+        reward_rules.check_finite(rewards, self.reward_func_names, weights)
+        scores = reward_rules.success_scores(
+            rewards, self.reward_func_names, weights, self.sdpo_config.success_reward_funcs
+        )
         self._rollout = Rollout(
             prompts=rollout_prompts,
             completions=rollout_completions,
             completion_lengths=lengths,
+            demonstrations=demonstrations,
             feedback=feedback,
             scores=scores.float().cpu(),
         )
         return rewards
+
+    def _demonstrations(self, completions: Any, completion_ids: Any) -> list[str]:
+        """Each completion's text where it is shown as a solution."""
+        config = self.sdpo_config
+        if not config.remove_thinking_from_demonstration:
+            return [completion_text(completion) for completion in completions]
+        return [
+            without_thinking(completion, ids, self.processing_class, config.thinking_marks)
+            for completion, ids in zip(completions, completion_ids, strict=True)
+        ]
+
+    def _log_feedback(self, feedback: list[str | None]) -> None:
+        """The feedback as a column of the completions table, beside those of the reward functions."""
+        if not hasattr(self, "_log_completion_extra"):
+            return
+        gather = gather_object if self.accelerator.num_processes > 1 else list
+        self._extra_columns.update(gather([*self._pending_extra_logs]))
+        column = table_column([*self.reward_func_names, *self._extra_columns])
+        table = self._logs["extra"]
+        if column != "feedback" and column not in table:
+            if not any(gather(feedback)):
+                return
+            # The columns of the table must have one length, also after batches without feedback.
+            table[column].extend([None] * len(self._logs["prompt"]))
+        self._log_completion_extra(column, feedback)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
         # An environment may return the prompts itself.
         _validate.check_rows(inputs, prompts=getattr(self, "environment_factories", None) is None)
+        reward_rules.check_keywords(
+            (name for row in inputs for name in row),
+            self.reward_funcs,
+            has_environments=getattr(self, "environments", None) is not None,
+        )
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():

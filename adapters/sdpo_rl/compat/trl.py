@@ -1,18 +1,42 @@
-"""What differs between TRL and this library: GRPO's log-probabilities on a CPU."""
+"""What differs between TRL and this library: GRPO's log-probabilities on a CPU, and the parts of a response."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import linear
+from trl.chat_template_utils import add_response_schema, parse_response
 from trl.trainer import utils
 
 # Numbers of a chunk of logits: 16 MiB of float32.
 _CHUNK = 2**22
+
+# What `PreTrainedTokenizerBase.parse_response` reads.
+_RESPONSE_FORMAT = (
+    "response_template" if Version(transformers.__version__) >= Version("5.13.0.dev0") else "response_schema"
+)
+
+
+def parsed_response(tokenizer: Any, ids: Sequence[int]) -> dict[str, Any] | None:
+    """A completion as a message, by the tokenizer's response template or that of a chat template that TRL knows.
+
+    `None`: there is neither. What does not parse is a message with the whole text.
+    """
+    if getattr(tokenizer, _RESPONSE_FORMAT, None) is None:
+        tokenizer = copy.copy(tokenizer)  # a template of its own would make TRL parse every completion
+        try:
+            add_response_schema(tokenizer)
+        except ValueError:  # a chat template that TRL does not know
+            return None
+    message: dict[str, Any] = parse_response(tokenizer, list(ids), prefix=[])
+    return message
 
 
 @contextmanager

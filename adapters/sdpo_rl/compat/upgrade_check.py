@@ -242,6 +242,11 @@ EXPECTATIONS: tuple[Expectation, ...] = (
                 "_env_tools",
                 "_batch_environments",
             ),
+            "rewards are known by their functions": ("reward_funcs", "reward_func_names"),
+            "the completions table has a column of feedback beside the user's": (
+                "_logs",
+                "_pending_extra_logs",
+            ),
             "environments return feedback": ("environments",),
             "the dataset's column of feedback is not removed": ("_signature_columns",),
             "whether the model itself generates": ("use_vllm",),

@@ -88,6 +88,7 @@ class Diagnostics:
     def __init__(self, config: SDPOConfig) -> None:
         self._config = config
         self._empty_batches = 0  # in succession
+        self._best_score: float | None = None  # in these
         self._lengths: list[float] = []  # mean completion lengths of the first batches
         self._warned: set[str] = set()
         self._monitors = Monitors()
@@ -96,6 +97,7 @@ class Diagnostics:
         """The observations and warnings so far, in JSON's types."""
         return {
             "empty_batches": self._empty_batches,
+            "best_score": self._best_score,
             "lengths": list(self._lengths),
             "warned": sorted(self._warned),
             "monitors": self._monitors.state(),
@@ -103,23 +105,27 @@ class Diagnostics:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`."""
-        self._empty_batches = state["empty_batches"]
+        self._empty_batches, self._best_score = state["empty_batches"], state["best_score"]
         self._lengths, self._warned = list(state["lengths"]), set(state["warned"])
         self._monitors.load_state(state["monitors"])
 
     def observe_batch(self, metrics: Mapping[str, float], completion_lengths: Sequence[int]) -> None:
         """Check one generation batch: its metrics, and the tokens of each completion."""
-        self._empty_batches = (
-            self._empty_batches + 1 if metrics["self_distillation/empty_target_batch"] else 0
-        )
+        if metrics["self_distillation/empty_target_batch"]:
+            self._empty_batches += 1
+            scores = (self._best_score, metrics.get("self_distillation/best_score"))
+            self._best_score = max((score for score in scores if score is not None), default=None)
+        else:
+            self._empty_batches, self._best_score = 0, None
         if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
             logger.warning(
                 "No row had a teacher signal for %d generation batches: no completion reached "
-                "success_reward_threshold=%g beside another completion of its prompt, and there was no feedback. "
-                "Nothing is learned; lower the threshold, raise num_generations, or return feedback from a reward "
-                "function.",
+                "success_reward_threshold=%g beside another completion of its prompt (the best score was %s), and "
+                "there was no feedback. Nothing is learned; lower the threshold, name the functions of success in "
+                "success_reward_funcs, raise num_generations, or return feedback from a reward function.",
                 self._empty_batches,
                 self._config.success_reward_threshold,
+                "none" if self._best_score is None else f"{self._best_score:g}",
             )
         truncated = metrics["self_distillation/truncated_reprompt_fraction"]
         if truncated > _MANY_TRUNCATED:

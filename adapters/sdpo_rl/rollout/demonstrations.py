@@ -24,13 +24,16 @@ class Rollout(NamedTuple):
         prompts: one per row.
         completions: one per row.
         completion_lengths: tokens of each completion.
+        demonstrations: the text of each completion where it is shown as a solution.
         feedback: a text that is not blank, or `None`.
-        scores: float32 on the CPU; NaN: no reward function judged the row.
+        scores: what is compared with the threshold of a success; float32 on the CPU; NaN: no reward function judged
+            the row.
     """
 
     prompts: list[Prompt]
     completions: list[Completion]
     completion_lengths: list[int]
+    demonstrations: list[str]
     feedback: list[str | None]
     scores: Tensor
 
@@ -91,7 +94,7 @@ def teacher_context(
         gather: concatenates a list over processes in their order (the identity on one).
     """
     row_count = len(rollout.prompts)
-    peers = [Peer(*peer) for peer in gather(_peers(rollout, config, has_loss))]
+    peers = [Peer(*peer) for peer in gather(_peers(rollout, has_loss))]
     chosen = _choose(peers, rollout.scores, config, group_size, seed)[rank * row_count :][:row_count]
     demonstrations = [texts if counts else [] for texts, counts in zip(chosen, has_loss, strict=True)]
     feedback = [
@@ -101,10 +104,11 @@ def teacher_context(
     limits = [
         int(min(config.max_reprompt_length, context_length - length)) for length in rollout.completion_lengths
     ]
-    prompts = reprompter(rollout.prompts, demonstrations, feedback, limits)
     # Compared as a tensor: 0.7 rounded to float32 is less than the double 0.7.
     success = rollout.scores >= config.success_reward_threshold
     successes = success.tolist()
+    own_success = success[rank * row_count :][:row_count]
+    prompts = reprompter(rollout.prompts, demonstrations, feedback, limits, own_success.tolist())
     columns = {
         "success_sample_fraction": prompts.has_demonstration,
         "feedback_available_fraction": [text is not None for text in rollout.feedback],
@@ -115,13 +119,15 @@ def teacher_context(
     }
     distilled = prompts.row_mask
     if config.routing == "srpo":
-        own_success = success[rank * row_count :][:row_count]
         distilled = route_rows(own_success, torch.tensor(prompts.row_mask))[1].tolist()
         columns["distilled_row_fraction"] = distilled
     gathered = zip(*gather(list(zip(*columns.values(), strict=True))), strict=True)
     metrics = {name: _mean(column) for name, column in zip(columns, gathered, strict=True)}
     groups = [successes[start : start + group_size] for start in range(0, len(successes), group_size)]
     metrics["success_group_fraction"] = _mean([any(group) for group in groups])
+    judged = rollout.scores[~rollout.scores.isnan()]
+    if len(judged):
+        metrics["best_score"] = judged.max().item()
     metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
     told = gather(_tells_an_answer(peers, successes, feedback, group_size, rank * row_count))
     told = [flag for flag in told if flag is not None]
@@ -139,16 +145,12 @@ def teacher_context(
     )
 
 
-def _peers(rollout: Rollout, config: SDPOConfig, has_loss: Sequence[bool]) -> list[Peer]:
+def _peers(rollout: Rollout, has_loss: Sequence[bool]) -> list[Peer]:
     """This process's completions as possible demonstrations."""
-    whole = [completion_text(completion) for completion in rollout.completions]
-    shown = whole
-    if config.remove_thinking_from_demonstration:
-        shown = [completion_text(completion, thinking=False) for completion in rollout.completions]
     return [
-        Peer(demonstration, completion, length, counts and bool(demonstration.strip()))
+        Peer(demonstration, completion_text(completion), length, counts and bool(demonstration.strip()))
         for demonstration, completion, length, counts in zip(
-            shown, whole, rollout.completion_lengths, has_loss, strict=True
+            rollout.demonstrations, rollout.completions, rollout.completion_lengths, has_loss, strict=True
         )
     ]
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 Score = float | None
+# Rewards are float32 in TRL.
+_LARGEST_SCORE = torch.finfo(torch.float32).max
 # Names of a dataset's column of feedback: this library's, and that of TRL's SDPO.
 FEEDBACK_COLUMNS = ("feedback", "privileged_context")
 _EXPECTED = 'a number, None, a (score, feedback) pair, or {"score": ..., "feedback": ...}'
@@ -22,7 +25,8 @@ def split_rewards(name: str, outputs: Any, rows: int) -> tuple[list[Score], list
 
     Raises:
         TypeError: an output or item of another kind, naming the function and the row.
-        ValueError: a number of items other than `rows`, a mapping with other keys, or an infinite score.
+        ValueError: a number of items other than `rows`, a mapping with other keys, or a score that is infinite
+            in float32.
 
     Example:
         >>> split_rewards("judge", [1.0, (0.0, "off by one"), {"score": None}], 3)
@@ -79,11 +83,13 @@ def _split_item(name: str, row: int, item: Any) -> tuple[Score, str | None]:
         return None, text
     try:
         score = float(score)
+    except OverflowError:  # an integer beyond the largest float
+        score = float("inf") if score > 0 else -float("inf")
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"reward function {name!r}, row {row}: expected {_EXPECTED}, got {item!r}; return one of these"
         ) from error
-    if math.isinf(score):
+    if abs(score) > _LARGEST_SCORE:
         raise ValueError(
             f"reward function {name!r}, row {row}: expected a finite score, got {score}; clip it, or return None "
             "for a completion that it does not judge"
@@ -109,6 +115,18 @@ def check_column(column: Iterable[Any], name: str = "feedback") -> None:
                 f"the column {name!r}: expected strings or None, got {type(text).__name__} in row {row}; join "
                 "several texts into one string, or rename the column"
             )
+
+
+def table_column(taken: Iterable[str]) -> str:
+    """The name of the completions table's column of feedback: `feedback`, or `sdpo_feedback` where that is taken.
+
+    Args:
+        taken: names of reward functions, and of columns that they write by `log_extra`.
+    """
+    names, column = set(taken), "feedback"
+    while column in names:
+        column = f"sdpo_{column}"
+    return column
 
 
 def column_name(columns: Iterable[str]) -> str | None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from sdpo import strip_thinking
 
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, Any]]
@@ -88,11 +86,16 @@ def with_question(prompt: Prompt, text: str) -> Prompt:
     return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
-def completion_text(completion: Completion, *, thinking: bool = True) -> str:
-    """A completion as a text: its string, or a transcript of its turns, with or without the thinking.
+def completion_text(completion: Completion, *, strip: Callable[[str], str] | None = None) -> str:
+    """A completion as a text: its string, or a transcript of its turns.
 
     A transcript has a line for every text, tool call and tool result, in their order. It is plain text, for the
     user turn of a reprompt, where a chat template's own tokens of a tool call would start one.
+
+    Args:
+        completion: a string, or messages.
+        strip: removes the thinking from a text of the model; that in fields of their own is then left out too.
+            `None`: the thinking stays.
 
     Example:
         >>> call = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -103,19 +106,19 @@ def completion_text(completion: Completion, *, thinking: bool = True) -> str:
         It is 3.
     """
     if isinstance(completion, str):
-        return completion if thinking else strip_thinking(completion)
-    return "\n".join(line for message in completion for line in _message_lines(message, thinking) if line)
+        return completion if strip is None else strip(completion)
+    return "\n".join(line for message in completion for line in _message_lines(message, strip) if line)
 
 
-def _message_lines(message: Mapping[str, Any], thinking: bool) -> list[str]:
+def _message_lines(message: Mapping[str, Any], strip: Callable[[str], str] | None) -> list[str]:
     content = message.get("content")
     text = content if isinstance(content, str) else _parts_text(content)
     if message["role"] == "tool":
         return [text]
     thoughts = message.get("reasoning_content") or message.get("thinking")
     calls = [_call_text(call.get("function", call)) for call in message.get("tool_calls") or []]
-    if not thinking:
-        return [strip_thinking(text), *calls]
+    if strip is not None:
+        return [strip(text), *calls]
     return [f"<think>{thoughts}</think>" if thoughts else "", text, *calls]
 
 

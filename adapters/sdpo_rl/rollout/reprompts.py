@@ -67,9 +67,11 @@ class Reprompter:
         demonstrations: Sequence[Sequence[str]],
         feedback: Sequence[str | None],
         limits: Sequence[int],
+        succeeded: Sequence[bool] | None = None,
     ) -> TeacherPrompts:
         """The prompts of all rows; `limits` holds the largest number of tokens of each."""
-        built = self._build(prompts, demonstrations, feedback)
+        succeeded = [False] * len(prompts) if succeeded is None else succeeded
+        built = self._build(prompts, demonstrations, feedback, succeeded)
         active = [row for row, has_signal in enumerate(built.row_mask) if has_signal]
         rendered = self.renderer([with_question(prompts[row], built.texts[row]) for row in active], active)
         no_signal = [False] * len(prompts)
@@ -80,7 +82,9 @@ class Reprompter:
             )
             if len(ids) > limits[row]:
                 used = feedback[row] if built.uses_feedback[row] else None
-                fitted = self._fit(row, prompts[row], demonstrations[row], used, len(ids), limits[row])
+                fitted = self._fit(
+                    row, prompts[row], demonstrations[row], used, succeeded[row], len(ids), limits[row]
+                )
                 result.truncated[row] = fitted is not None
             if fitted is None:
                 result.dropped[row] = True
@@ -94,6 +98,7 @@ class Reprompter:
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Sequence[str]],
         feedback: Sequence[str | None],
+        succeeded: Sequence[bool],
     ) -> Reprompts:
         return build_reprompts(
             [question(prompt) for prompt in prompts],
@@ -101,6 +106,7 @@ class Reprompter:
             feedback,
             templates=self.templates,
             feedback_only_without_solution=self.feedback_only_without_solution,
+            succeeded=succeeded,
         )
 
     def _fit(
@@ -109,6 +115,7 @@ class Reprompter:
         prompt: Prompt,
         demonstrations: Sequence[str],
         feedback: str | None,
+        succeeded: bool,
         length: int,
         limit: int,
     ) -> _RowPrompt | None:
@@ -126,7 +133,7 @@ class Reprompter:
         while budget > 0:
             cut = [self._cut(text_ids, len(text_ids) * budget // total) for text_ids in tokens]
             cut_feedback = cut[len(demonstrations)] if feedback is not None else None
-            built = self._build([prompt], [cut[: len(demonstrations)]], [cut_feedback])
+            built = self._build([prompt], [cut[: len(demonstrations)]], [cut_feedback], [succeeded])
             ids = self.renderer([with_question(prompt, built.texts[0])], [row])[0]
             if len(ids) <= limit:
                 if not built.row_mask[0]:
