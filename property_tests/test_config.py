@@ -76,6 +76,8 @@ configs = st.builds(
     is_clip=st.none() | st.floats(0.1, 10),
     teacher_mode=st.sampled_from(["ema", "frozen", "trust_region", "live", "lora_ema"]),
     success_reward_threshold=st.floats(-5, 5),
+    success_reward_funcs=st.none() | st.just(["correct", "tests"]),
+    thinking_marks=st.sampled_from([["<think>", "</think>"], ["[THINK]", "[/THINK]"]]),
     reprompt_template=st.sampled_from(
         ["{prompt}\n{solution}: {feedback}", "{{}}{prompt}{solution}{feedback}"]
     ),
@@ -149,12 +151,13 @@ def through_yaml(fields: Fields) -> SDPOConfig:
 
 
 def through_the_command_line(fields: Fields) -> SDPOConfig:
-    return parse(
-        [
-            f"--{name}={json.dumps(value) if not isinstance(value, str) else value}"
-            for name, value in fields.items()
-        ]
-    )
+    arguments: list[str] = []
+    for name, value in fields.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *value]
+        elif name != "success_reward_funcs":  # a list has no text for None
+            arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return parse(arguments)
 
 
 def leaving_out(left_out: Callable[[Any], bool], way: Callable[[Fields], SDPOConfig]) -> Any:

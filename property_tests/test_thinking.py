@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trl import chat_template_utils
 
 from sdpo.reprompt import cut_middle, strip_thinking
+from sdpo_rl.compat.trl import parsed_response
 from sdpo_rl.rollout.thinking import without_thinking
 
 PIECES = st.lists(st.sampled_from(["<think>", "</think>", "a", "b ", "\n", "{x}"]), max_size=9).map("".join)
@@ -144,7 +145,7 @@ def demonstration(tokenizer: Any, text: str, marks: list[str], *, as_messages: b
     ids = tokenizer(text)["input_ids"]
     decoded = tokenizer.decode(ids, skip_special_tokens=True)
     completion = [{"role": "assistant", "content": decoded}] if as_messages else decoded
-    return without_thinking(completion, ids, tokenizer, marks)
+    return without_thinking(completion, ids, tokenizer, marks, parsed_response)
 
 
 @pytest.mark.parametrize("as_messages", [False, True])
@@ -210,9 +211,9 @@ def test_what_is_parsed_already_is_taken_as_it_is() -> None:
     ids = tokenizer("<think>secret</think>f({})42")["input_ids"]
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     parsed = {"role": "assistant", "reasoning_content": "secret", "content": "42", "tool_calls": [call]}
-    assert without_thinking([parsed], ids, tokenizer, THINK) == "42\nf({})"
+    assert without_thinking([parsed], ids, tokenizer, THINK, parsed_response) == "42\nf({})"
     turns = [parsed, {"role": "tool", "name": "f", "content": "7"}, {"role": "assistant", "content": "so 7"}]
-    assert without_thinking(turns, ids, tokenizer, THINK) == "42\nf({})\n7\nso 7"
+    assert without_thinking(turns, ids, tokenizer, THINK, parsed_response) == "42\nf({})\n7\nso 7"
 
 
 # --- cutting ----------------------------------------------------------------------------------------------

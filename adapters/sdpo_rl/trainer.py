@@ -26,7 +26,7 @@ from . import __version__, _validate
 from .compat import model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
-from .compat.trl import reference_adapter, torch_kernel
+from .compat.trl import parsed_response, reference_adapter, torch_kernel
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
@@ -277,7 +277,7 @@ class SDPOTrainer(_BASE):
         if not config.remove_thinking_from_demonstration:
             return [completion_text(completion) for completion in completions]
         return [
-            without_thinking(completion, ids, self.processing_class, config.thinking_marks)
+            without_thinking(completion, ids, self.processing_class, config.thinking_marks, parsed_response)
             for completion, ids in zip(completions, completion_ids, strict=True)
         ]
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdpo import strip_thinking
 
-from ..compat.trl import parsed_response
 from .prompts import Completion, completion_text
 
 
-def without_thinking(completion: Completion, ids: Sequence[int], tokenizer: Any, marks: Sequence[str]) -> str:
+def without_thinking(
+    completion: Completion,
+    ids: Sequence[int],
+    tokenizer: Any,
+    marks: Sequence[str],
+    parse: Callable[[Any, Sequence[int]], Mapping[str, Any] | None],
+) -> str:
     """A completion's text without its thinking, as `strip_thinking` defines it.
 
     TRL decodes completions without special tokens, so a mark that is one, or has one in it, is in the ids alone.
@@ -25,6 +30,7 @@ def without_thinking(completion: Completion, ids: Sequence[int], tokenizer: Any,
         ids: the completion's tokens.
         tokenizer: the trainer's processing class.
         marks: what the model writes before a thought and after it.
+        parse: from tokenizer and ids to a message, by a response template; `None`: there is none.
     """
 
     def strip(text: str) -> str:
@@ -41,9 +47,9 @@ def without_thinking(completion: Completion, ids: Sequence[int], tokenizer: Any,
     if _count(whole, marks) > _count(text, marks):
         return _without(strip(whole), _special_tokens(tokenizer))
     if _count(whole, marks) == 0:
-        message = parsed_response(tokenizer, ids)
+        message = parse(tokenizer, ids)
         if message is not None and (message.get("reasoning_content") or message.get("thinking")):
-            return completion_text([message], strip=strip)
+            return completion_text([dict(message)], strip=strip)
     return shown
 
 
