@@ -266,8 +266,8 @@ class SDPOTrainer(_BASE):
             return super()._generate_and_score_completions(inputs)
         # An environment may return the prompts itself.
         _validate.check_rows(inputs, prompts=getattr(self, "environment_factories", None) is None)
-        prompts = [row["prompt"] for row in inputs if "prompt" in row]
-        _validate.check_rendered(prompts, self._rendered, self.sdpo_config)
+        asked = [row["prompt"] for row in inputs if "prompt" in row]
+        _validate.check_rendered(asked, self._rendered, self.sdpo_config)
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
