@@ -104,7 +104,11 @@ def test_a_step_of_all_trainers(tmp_path: Path) -> None:
         *("--repeat", "2", "--output", "record.json"),
     )
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["results"].keys() == {"grpo", "sdpo", "sdpo-plain", "sdpo-half", "trl-sdpo"}
+    assert record["results"].keys() == {
+        "grpo",
+        *(f"sdpo{arm}" for arm in ("", "-plain", "-half", "-hybrid")),
+        "trl-sdpo",
+    }
     assert all(f"\n{name}" in printed and row["seconds"] > 0 for name, row in record["results"].items())
     assert all(len(row["steps"]) == 2 for row in record["results"].values())
     assert "time sdpo/trl-sdpo" in printed

@@ -10,6 +10,7 @@ difference. Every row has a short feedback text, so a teacher prompt is about as
   disable gradient checkpointing for the rollout, which these two lack.
 * `sdpo-plain`: without both, so its ratios compare the trainers on the same layers.
 * `sdpo-half`: as `sdpo`, where every second row has no teacher signal.
+* `sdpo-hybrid`: as `sdpo`, with a tenth of GRPO's loss in the same pass (`grpo_weight=0.1`).
 * `grpo`: TRL's GRPO, through `SDPOConfig(enabled=False)`.
 * `trl-sdpo`: TRL's experimental SDPO with the same top-K loss.
 
@@ -64,9 +65,10 @@ TEMPLATES = {
     "solution_template": "{successful_previous_attempt}",
     "feedback_template": "{feedback_raw}",
 }
-ARMS = ("grpo", "sdpo", "sdpo-plain", "sdpo-half", "trl-sdpo")
+ARMS = ("grpo", "sdpo", "sdpo-plain", "sdpo-half", "sdpo-hybrid", "trl-sdpo")
 PLAIN = {"fused_lora_forward": False, "fast_checkpointing_toggle": False}
-OURS = ("sdpo", "sdpo-plain", "sdpo-half")
+OURS = ("sdpo", "sdpo-plain", "sdpo-half", "sdpo-hybrid")
+SWITCHES: dict[str, dict[str, Any]] = {"sdpo-plain": PLAIN, "sdpo-hybrid": {"grpo_weight": 0.1}}
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -197,7 +199,8 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
     shared: dict[str, Any] = dict(
         model=model,
         processing_class=make_tokenizer(),
-        reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+        # Two rewards, for advantages; neither is a success.
+        reward_funcs=[lambda completions, **_: [0.25 * (row % 2) for row in range(len(completions))]],
         train_dataset=dataset,
         callbacks=[clock],
     )
@@ -212,7 +215,7 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
             )  # fmt: skip
             trainer = PeerTrainer(args=peer, **shared)
         else:
-            switches: dict[str, Any] = PLAIN if arm == "sdpo-plain" else {}
+            switches = SWITCHES.get(arm, {})
             if packing:
                 switches = {
                     **switches,

@@ -148,7 +148,7 @@ def run_tests(source: str, name: str, cases: Sequence[Case]) -> Outcome:
         "seconds": SECONDS,
         "memory": MEMORY,
     }
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _CHILD],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -156,15 +156,14 @@ def run_tests(source: str, name: str, cases: Sequence[Case]) -> Outcome:
         env={},
         cwd="/",
         start_new_session=True,
-    )
-    try:
-        output, _ = child.communicate(json.dumps(job).encode(), timeout=2 * SECONDS)
-    except subprocess.TimeoutExpired:
-        return Outcome(False, f"TimeoutError: no result within {2 * SECONDS} seconds")
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+    ) as child:
+        try:
+            output, _ = child.communicate(json.dumps(job).encode(), timeout=2 * SECONDS)
+        except subprocess.TimeoutExpired:
+            return Outcome(False, f"TimeoutError: no result within {2 * SECONDS} seconds")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
     if child.returncode == -signal.SIGXCPU or not output:
         return Outcome(False, f"TimeoutError: no result within {SECONDS} seconds, or memory ran out")
     message = json.loads(output[:OUTPUT])
