@@ -416,7 +416,7 @@ def test_the_text_of_a_completion(completion: Any, expected: str) -> None:
         (
             [{"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": "q"}],
             ValueError,
-            "prompt 1: expected text in every turn, got image",
+            "prompt 1: expected text in every turn, got parts of type image",
         ),
         (
             [{"role": "user", "content": [{"type": "text"}]}],

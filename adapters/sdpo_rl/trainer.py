@@ -209,7 +209,7 @@ class SDPOTrainer(_BASE):
             ),
             self._control,
         )
-        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validate.check_rendered_dataset(dataset, name, self._rendered, self.sdpo_config)
         self._rollout: Rollout | None = None
         self._teacher = TeacherStore(
