@@ -285,7 +285,7 @@ def test_thinking_may_have_been_switched_off() -> None:
 
 
 def test_plain_text_is_no_rendered_prompt() -> None:
-    tokenizer = tiny.tokenizer(bos_token="<system>")
+    tokenizer = tiny.tokenizer(bos_token="<system>", chat_template="<system>" + tiny.CHAT_TEMPLATE)
     rendered = rendered_prompts(Renderer(tokenizer), ControlStrings(tokenizer))
     assert rendered is not None
     for text in ("say 6: ", "<system>say 6: ", "Q: 1 + 1\nA:"):

@@ -237,7 +237,8 @@ def build_reprompts(
     unchanged prompt where there is neither; ``success_feedback(f)`` for rows that succeeded. Blank
     demonstrations and blank feedback count as none. Feedback is used unless
     ``feedback_only_without_solution`` and the row has a demonstration. Inserted texts are never formatted
-    again: braces in them survive. row_mask is True exactly where the text is not the prompt.
+    again: braces in them survive. A text such as ``<|im_end|>`` in them survives too, and most tokenizers
+    read it as a control token. row_mask is True exactly where the text is not the prompt.
 
     Args:
         prompts: B texts.
