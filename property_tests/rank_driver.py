@@ -145,20 +145,25 @@ def launch(folder: Path, library: str) -> None:
         ranks = [_start(folder, library, world, rank, port) for rank in range(world)]
         deadline = time.monotonic() + TIMEOUT
         try:
-            outputs = [rank.communicate(timeout=deadline - time.monotonic())[0] for rank in ranks]
+            for rank in ranks:
+                rank.wait(timeout=deadline - time.monotonic())
         finally:
             for rank in ranks:
                 rank.kill()
         failed = [
-            f"--- rank {index} of {world}\n{output[-6000:]}"
-            for index, (rank, output) in enumerate(zip(ranks, outputs, strict=True))
+            f"--- rank {index} of {world}\n{_output(folder, world, index).read_text()[-6000:]}"
+            for index, rank in enumerate(ranks)
             if rank.returncode
         ]
         if failed:
             raise RuntimeError("\n".join(failed))
 
 
-def _start(folder: Path, library: str, world: int, rank: int, port: int) -> subprocess.Popen[str]:
+def _output(folder: Path, world: int, rank: int) -> Path:
+    return folder / f"{world}-{rank}.log"
+
+
+def _start(folder: Path, library: str, world: int, rank: int, port: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "adapters"), str(HERE)]),
@@ -177,13 +182,15 @@ def _start(folder: Path, library: str, world: int, rank: int, port: int) -> subp
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "rank_observations.py"), str(folder), library],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not to pipes: a rank whose pipe is full, while another one's is read, would stop all of them.
+    with _output(folder, world, rank).open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / "rank_observations.py"), str(folder), library],
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
 
 
 # --- in a rank --------------------------------------------------------------------------------------------
