@@ -105,6 +105,22 @@ def readme_step() -> Iterator[str]:
             yield f"{peer:.2f} of TRL's SDPO and {grpo:.2f} of GRPO ({label})"
 
 
+def readme_ragged() -> Iterator[str]:
+    known = record("step-7b-ragged-h100")
+    ratios = known["ratios"]
+
+    def pair(measure: str, layout: str) -> str:
+        names = (f"{measure} sdpo[{layout}]/{peer}" for peer in ("grpo", "trl-sdpo"))
+        return " and ".join(f"{ratios[name]:.2f}" for name in names)
+
+    yield f"fill {known['batch']['fill'] * 100:.0f} % of the padded batch of that 7B step"
+    time = pair("time", "packed").replace(" and ", " of the time of GRPO and ")
+    memory, padded = pair("memory", "packed"), pair("time", "padded")
+    yield f"a step takes {time} of TRL's SDPO, and {memory} of their memory; padded, {padded} of their time"
+    hybrid = 1 / record("step-7b-h100")["ratios"]["time sdpo/sdpo-hybrid"]
+    yield f"(`grpo_weight=0.1`) costs {hybrid:.2f} of the 7B step without"
+
+
 def readme_accuracy() -> Iterator[str]:
     known = record("loss-accuracy-h100")
     ours = [known[level]["errors"]["fused"] for level in LEVELS]
@@ -219,7 +235,7 @@ def ablation() -> Iterator[str]:
 PAGES = [
     *(
         (README, line)
-        for part in (readme_demo, readme_loss, readme_step, readme_accuracy, readme_recipe)
+        for part in (readme_demo, readme_loss, readme_step, readme_ragged, readme_accuracy, readme_recipe)
         for line in part()
     ),
     *((METHOD, line) for line in ablation()),

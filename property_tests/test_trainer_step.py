@@ -287,7 +287,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def each_micro_batch_by_its_own_count(patch: pytest.MonkeyPatch) -> None:
-    def denominator(self: Any, *, step: int, length: int, generate_every: int) -> Tensor:
+    def denominator(self: Any, *, step: int, length: int, **_: Any) -> Tensor:
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
     patch.setattr(StepWindow, "denominator", denominator)

@@ -619,7 +619,7 @@ PUBLIC = {
     "push_to_hub",
     "remove_callback",
 }
-PUBLIC |= {"callback_handler", "is_world_process_zero", "save_model", "state", "train_dataset"}
+PUBLIC |= {"callback_handler", "is_world_process_zero", "optimizer", "save_model", "state", "train_dataset"}
 OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask", "row_weights"}
 OUR_KEYS |= {"policy_mask", "policy_advantages", "policy_weights", "policy_kl_weights"}
 
