@@ -34,6 +34,7 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
             "zero_allow_untested_optimizer": True,
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",  # without it Accelerate clips at 1
         },
     }
     for stage in (2, 3)

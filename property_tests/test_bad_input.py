@@ -246,6 +246,8 @@ CONFIG: dict[str, list[Case]] = {
     ],
     "loss_backend": choice("loss_backend", "auto", "torch", "triton", "logits"),
     "loss_chunk_size": count("loss_chunk_size"),
+    "packing": choice("packing", "auto", "packed", "groups", "padded"),
+    "max_tokens_per_forward": count("max_tokens_per_forward"),
     "diagnostics_patience": count("diagnostics_patience"),
 }
 

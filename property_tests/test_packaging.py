@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = {"trl", "peft", "bnb", "unsloth", "triton", "viz", "dev", "all"}
+EXTRAS = {"trl", "peft", "bnb", "unsloth", "triton", "viz", "docs", "dev", "all"}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from transformers.integrations import integration_utils
 import sdpo_rl
 from sdpo_rl import SDPOConfig, SDPOTrainer
 from sdpo_rl.step import batch as step_batch
-from sdpo_rl.step import micro_batch
+from sdpo_rl.step import runner
 
 FOUR: dict[str, Any] = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 PREFIX = "self_distillation/"
@@ -803,8 +803,8 @@ def test_a_micro_batch_synchronizes_once(
     trainer.train()
     inputs = trainer._prepare_inputs([*tiny.conversations()])
     inputs["loss_mask"] &= (torch.arange(8) < active)[:, None]
-    monkeypatch.setattr(micro_batch, "_TEACHER_TOKENS", together)
-    monkeypatch.setattr(micro_batch, "_TEACHER_WIDTH", 32)
+    monkeypatch.setattr(runner, "_TEACHER_TOKENS", together)
+    monkeypatch.setattr(runner, "_TEACHER_WIDTH", 32)
     seen = synchronizations(monkeypatch)
     trainer.compute_loss(trainer.model, inputs)
     trainer._teacher.tick(trainer._unwrapped)

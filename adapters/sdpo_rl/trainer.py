@@ -64,6 +64,8 @@ _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
 _LOG_PROB_ARGUMENTS = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
 # The Trainer's loss since the last log: a tensor, a float and the step they count from.
 _RUNNING_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+# One value per optimizer step: 1 if it changed nothing.
+_STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 
 
 class SDPOTrainer(_BASE):
@@ -575,7 +577,7 @@ class SDPOTrainer(_BASE):
             shards.scale_gradients(self.model, correction)
         if self.accelerator.sync_gradients:
             skipped = float(not self._window.has_signal)
-            self._metrics["train"]["self_distillation/step_without_signal"].append(skipped)
+            self._metrics["train"][_STEP_WITHOUT_SIGNAL].append(skipped)
         return loss
 
     def _update_teacher(self) -> None:
@@ -597,7 +599,9 @@ class SDPOTrainer(_BASE):
         if self.sdpo_config.enabled:
             mode = self._mode
             means = self._sums[mode].means(self._sum)
-            distance = self._teacher.distance(self._unwrapped) if mode == "train" and means else None
+            # Also after steps without a metric of their own, but not at the end of a run, whose steps were logged.
+            stepped = mode == "train" and bool(self._metrics["train"].get(_STEP_WITHOUT_SIGNAL))
+            distance = self._teacher.distance(self._unwrapped) if stepped else None
             if distance is not None:
                 means["self_distillation/teacher_distance"] = distance.item()
             self._diagnostics.observe_means(means)
