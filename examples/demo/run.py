@@ -33,6 +33,8 @@ from typing import Any
 
 # bitsandbytes, which peft imports if it is installed, warns about 4-bit kernels that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# The trainer warns that a teacher is faster than the paper's: here batches are small, and it was chosen so.
+logging.getLogger("sdpo_rl").setLevel(logging.ERROR)
 
 import datasets
 import torch
