@@ -33,8 +33,6 @@ from typing import Any
 
 # bitsandbytes, which peft imports if it is installed, warns about 4-bit kernels that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# The trainer warns that a teacher is faster than the paper's: here batches are small, and it was chosen so.
-logging.getLogger("sdpo_rl").setLevel(logging.ERROR)
 
 import datasets
 import torch
@@ -271,6 +269,8 @@ def main() -> None:
 
     torch.set_num_threads(1)  # the model is small: more threads are slower and change the order of summation
     transformers.utils.logging.set_verbosity_error()
+    # The trainer warns that the teacher is faster than the paper's: batches are small, and it was chosen so.
+    logging.getLogger("sdpo_rl").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
