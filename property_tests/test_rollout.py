@@ -121,6 +121,7 @@ def property_the_number_of_processes_does_not_matter(
     assert [on for part in spread for on in part.prompts.row_mask] == alone.prompts.row_mask
     assert [on for part in spread for on in part.distilled] == alone.distilled
     assert [weight for part in spread for weight in part.row_weights or []] == (alone.row_weights or [])
+    assert [rows for part in spread for rows in part.demonstration_rows] == alone.demonstration_rows
     assert all(part.metrics == alone.metrics for part in spread)
 
 
@@ -140,6 +141,10 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
         if not batch.has_loss[row]:
             peers = []
         has.append(bool(peers))
+        named = context.demonstration_rows[row]
+        assert len(set(named)) == min(len(peers), config.num_demonstrations)
+        assert set(named) <= set(peers)
+        assert context.demonstrations[row] == [shown[j] for j in named]
         available.append(batch.feedback[row] is not None)
         alone = not (config.environment_feedback_only_without_solution and peers)
         use = batch.has_loss[row] and config.include_environment_feedback and alone
@@ -211,7 +216,7 @@ def by_index_alone(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
             demonstrations,
             "_choose",
             lambda peers, scores, config, group_size, seed: [
-                [peers[i].demonstration for i in chosen]
+                list(chosen)
                 for chosen in select_demonstrations(
                     scores,
                     [row // group_size for row in range(len(peers))],

@@ -55,12 +55,16 @@ class TeacherContext:
         prompts: the teacher's prompts of this process's rows.
         distilled: for each row of this process whether it has a distillation loss.
         row_weights: one per row of this process; `None`: all weigh the same.
+        demonstration_rows: for each row of this process the global rows whose completions its reprompt was given.
+        demonstrations: their texts as they are shown, before any cut.
         metrics: statistics of the batch over all processes, by name.
     """
 
     prompts: TeacherPrompts
     distilled: list[bool]
     row_weights: list[float] | None
+    demonstration_rows: list[list[int]]
+    demonstrations: list[list[str]]
     metrics: dict[str, float]
 
 
@@ -96,7 +100,8 @@ def teacher_context(
     row_count = len(rollout.prompts)
     peers = [Peer(*peer) for peer in gather(_peers(rollout, has_loss))]
     chosen = _choose(peers, rollout.scores, config, group_size, seed)[rank * row_count :][:row_count]
-    demonstrations = [texts if counts else [] for texts, counts in zip(chosen, has_loss, strict=True)]
+    demonstration_rows = [rows if counts else [] for rows, counts in zip(chosen, has_loss, strict=True)]
+    demonstrations = [[peers[i].demonstration for i in rows] for rows in demonstration_rows]
     feedback = [
         text if counts and config.include_environment_feedback else None
         for text, counts in zip(rollout.feedback, has_loss, strict=True)
@@ -141,6 +146,8 @@ def teacher_context(
         prompts,
         distilled,
         row_weights,
+        demonstration_rows,
+        demonstrations,
         {f"self_distillation/{name}": value for name, value in metrics.items()},
     )
 
@@ -157,8 +164,8 @@ def _peers(rollout: Rollout, has_loss: Sequence[bool]) -> list[Peer]:
 
 def _choose(
     peers: Sequence[Peer], scores: Tensor, config: SDPOConfig, group_size: int, seed: int
-) -> list[list[str]]:
-    """The demonstrations of every row of the global batch.
+) -> list[list[int]]:
+    """For every row of the global batch, the rows that are its demonstrations.
 
     Where a row may not be its own demonstration, peers with its text come last. They are not left out: where only
     one text is right, the rows that are right would have no loss, and the run would lose what it has learned.
@@ -176,10 +183,11 @@ def _choose(
     )
     chosen = []
     for own, candidates in zip(peers, successes, strict=True):
-        others = [peers[i] for i in candidates]
+        others = list(candidates)
         if config.dont_reprompt_on_self_success:
-            others.sort(key=lambda peer: own.completion in (peer.completion, peer.demonstration))
-        chosen.append([peer.demonstration for peer in others[: config.num_demonstrations]])
+            same = {i for i in others if own.completion in (peers[i].completion, peers[i].demonstration)}
+            others.sort(key=same.__contains__)
+        chosen.append(others[: config.num_demonstrations])
     return chosen
 
 
