@@ -31,6 +31,7 @@ from fused_cases import (
 )
 from torch import Tensor
 
+import sdpo
 from sdpo.fused.triton import _exact_logits, _launch, _reductions
 from sdpo.fused.triton._elementwise import scaled, sum_partials
 from sdpo.fused.triton._math import EXCLUDED_KEY, order_key, select_k
@@ -60,10 +61,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def outputs(case: Case, backend: str) -> tuple[list[Tensor], list[Tensor]]:
+def outputs(case: Case, backend: str, chunk_size: int = 3) -> tuple[list[Tensor], list[Tensor]]:
     """Values and gradients of the fused loss."""
     case, leaves = case.leaves()
-    out = case.fused(backend=backend, chunk_size=3)
+    out = case.fused(backend=backend, chunk_size=chunk_size)
     gradients = torch.autograd.grad(out.total, leaves)
     # Where the tail is nearly everything its logarithm is close to 0: compare the masses.
     tail_masses = [out.student_log_tail.exp(), out.teacher_log_tail.exp()]
@@ -166,6 +167,31 @@ def policy_gradients() -> dict[str, float]:
     return results
 
 
+def row_factors() -> dict[str, float]:
+    """Some tokens of each row, weighed by a function of the row; with a policy gradient too."""
+    results, gate = {}, {"token_fraction": 0.5, "token_weights": entropy_share}
+    for name in ("jsd", "soft-cap", "teacher's support", "full jsd"):
+        case = make_case(1, n=(3, 5), v=300, **CASES[name])
+        for kind, weighed in {"": case, ", policy": with_policy(case)}.items():
+            results[f"row factors, {name}{kind}"] = row_factor_error(weighed.with_(**gate))
+    weighed = case.with_(**gate)
+    results["wrong: another fraction"] = row_factor_error(weighed.with_(token_fraction=0.7), weighed)
+    return results
+
+
+def entropy_share(statistics: sdpo.TokenStatistics, kept: Tensor) -> Tensor:
+    entropy = statistics.teacher_entropy * kept
+    return entropy / entropy.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def row_factor_error(case: Case, reference: Case | None = None) -> float:
+    """With two rows in a chunk."""
+    ours = outputs(case.cast(torch.float32), "triton", chunk_size=11)
+    expected = outputs((reference or case).cast(torch.float32).cast(torch.float64), "torch", chunk_size=11)
+    pairs = (pair for group in zip(ours, expected, strict=True) for pair in zip(*group, strict=True))
+    return max(relative_error(left, right) for left, right in pairs)
+
+
 def given_teachers() -> dict[str, float]:
     """A teacher whose top K are given, in which the sampled tokens may or may not be."""
     case = make_case(1, n=3, v=300, alpha=1.0)
@@ -254,7 +280,7 @@ def main() -> None:
     results["certain student, full"] = certain_student_error(_launch.chunk_loss, support="full")
     results["row scale"] = bf16_length_errors(_launch.chunk_loss, k=100)[0]
     results["row scale, full"] = bf16_length_errors(_launch.chunk_loss, support="full")[0]
-    results |= policy_gradients() | given_teachers()
+    results |= policy_gradients() | row_factors() | given_teachers()
     results |= elementwise() | inexact_products() | unscaled_grad()
     results["shared buffer, teacher's support"] = shared_buffer_error(
         _launch.chunk_loss, torch.float32, support="teacher", k=20

@@ -180,12 +180,13 @@ CORE_ARROWS: dict[str, set[str]] = {
     "reprompt": _BASE,
     "weights": _BASE | {"importance"},
     "metrics": _BASE | {"topk"},
+    "token_factors": _BASE | {"metrics", "weights"},
     "packed": _BASE | {"aggregate"},
     "terms": _BASE | {"divergence", "importance", "topk"},
     "parallel": _BASE | {"divergence"},
     "given": _BASE | {"divergence", "topk"},
     "loss": _BASE | _PLAIN,
-    "fused": _BASE | {"given", "importance", "metrics"},
+    "fused": _BASE | {"given", "importance", "metrics", "token_factors"},
 }
 FUSED_ARROWS: dict[str, set[str]] = {
     "_types": set(),
@@ -196,8 +197,9 @@ FUSED_ARROWS: dict[str, set[str]] = {
     "triton": {"_types", "_torch", "_given", "_policy"},
     "_matmul": {"_types", "triton"},
     "_plan": {"_types", "_validate", "_matmul", "_torch", "triton"},
-    "_chunks": {"_types", "_matmul"},
-    "_autograd": {"_types", "_validate", "_chunks", "_policy", "triton"},
+    "_rows": {"_types"},
+    "_chunks": {"_types", "_matmul", "_rows"},
+    "_autograd": {"_types", "_validate", "_chunks", "_policy", "_rows", "triton"},
     "_log_probs": {"_types", "_validate", "_matmul", "_plan", "_torch"},
     "": {"_autograd", "_log_probs", "_plan", "_types", "_validate"},
 }

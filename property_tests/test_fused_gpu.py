@@ -70,6 +70,30 @@ def test_kernels_give_the_plain_policy_gradient_alone(scalars: dict[str, Any], d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk_size", [16, 40])  # rows that do not fit a chunk, and two in each
+@pytest.mark.parametrize("scalars", [{}, {"support": "teacher"}, {"support": "full"}], ids=str)
+@pytest.mark.parametrize("policy", [False, True])
+def test_kernels_give_the_plain_loss_of_some_tokens(
+    policy: bool, scalars: dict[str, Any], chunk_size: int, dtype: torch.dtype
+) -> None:
+    case = make_case(1, n=(4, 20), d=64, v=1003, **scalars)
+    case = (with_policy(case) if policy else case).cast(dtype)
+    results = []
+    for working, backend in ((dtype, "triton"), (torch.float64, "torch")):
+        leaves_of, leaves = case.cast(working, "cuda").leaves()
+        out = leaves_of.fused(token_fraction=0.5, token_weights=gate, backend=backend, chunk_size=chunk_size)
+        results.append([out.total, *torch.autograd.grad(out.total, leaves)])
+    total, *gradients = zip(*results, strict=True)
+    assert relative_error(*total) < VALUE
+    for ours, exact in gradients:
+        assert relative_error(ours, exact) < max(torch.finfo(dtype).eps, 2e-5)
+
+
+def gate(statistics: sdpo.TokenStatistics, kept: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(statistics.teacher_log_probs - statistics.log_probs) * kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 def test_kernels_give_the_plain_loss_of_a_served_teacher(tail: str, dtype: torch.dtype) -> None:
     case = with_given_teacher(make_case(15, n=33, d=64, v=1003, softcap=20.0), 20, tail)

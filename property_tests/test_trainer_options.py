@@ -12,6 +12,7 @@ import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
 from reference_step import Method, Recorder, ReferenceStep, compare, reprompt, undecided
+from torch import Tensor
 
 import sdpo
 from sdpo_rl.rollout import demonstrations
@@ -131,20 +132,20 @@ def pass_rate_of_pairs_of_groups(patch: pytest.MonkeyPatch) -> None:
 
 
 def confidence_over_the_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(
-        token_weights,
-        "divergence_factors",
-        lambda config, found, losses, mask: sdpo.confidence_weights(found.teacher_entropy, mask, beta=1.0),
-    )
+    def weigh(found: sdpo.TokenStatistics, kept: Tensor) -> Tensor:
+        return sdpo.confidence_weights(found.teacher_entropy, kept, beta=1.0)
+
+    patch.setattr(token_weights, "weights_of_kept", lambda config: weigh)
 
 
 def confidence_of_the_student(patch: pytest.MonkeyPatch) -> None:
-    true = token_weights.divergence_factors
+    true = token_weights.weights_of_kept
 
-    def of_the_student(config: Any, found: Any, *others: Any) -> Any:
-        return true(config, found._replace(teacher_entropy=found.student_entropy), *others)
+    def of_the_student(config: Any) -> Any:
+        weigh = true(config)
+        return lambda found, kept: weigh(found._replace(teacher_entropy=found.student_entropy), kept)
 
-    patch.setattr(token_weights, "divergence_factors", of_the_student)
+    patch.setattr(token_weights, "weights_of_kept", of_the_student)
 
 
 ERRORS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [

@@ -73,6 +73,7 @@ from sdpo.terms import (
     mixture_log_probs,
     sampled_reverse_kl,
 )
+from sdpo.token_factors import token_factors
 from sdpo.topk import GatheredLogProbs, TopK, add_tail_bucket, gather_log_probs, renormalize, topk_log_probs
 from sdpo.weights import (
     confidence_weights,
@@ -144,6 +145,7 @@ __all__ = [
     "strip_thinking",
     "teacher_distance",
     "token_advantages",
+    "token_factors",
     "token_statistics",
     "token_sum",
     "topk_log_probs",

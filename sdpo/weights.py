@@ -364,7 +364,7 @@ def select_tokens(
     order = score.sort(dim=-1, descending=True, stable=True).indices
     # The inverse of a permutation: the rank of each token.
     rank = order.sort(dim=-1).indices
-    return loss_mask & (rank < _rounded_up(fraction, active))
+    return loss_mask & (rank < rounded_up(fraction, active))
 
 
 def _check_beta(beta: object, meaning: str) -> float:
@@ -403,8 +403,8 @@ def _scaled(values: Tensor, mask: Tensor) -> Tensor:
     return zero_where_not((values - low) / (high - low).masked_fill(~(high > low), 1.0), differs)
 
 
-def _rounded_up(fraction: float, count: Tensor) -> Tensor:
-    """ceil(fraction · count) of an integer tensor, the fraction read to nine digits."""
+def rounded_up(fraction: float, count: Tensor | int) -> Tensor | int:
+    """ceil(fraction · count) of integers, the fraction read to nine digits."""
     # In integers: 0.07 of 100 is 7, where floats say 7.000…1. Minus one unit: a rounded digit must not add a token.
     parts = max(round(fraction * 10**9) - 1, 1)
     return -((-parts * count) // 10**9)

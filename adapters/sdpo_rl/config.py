@@ -95,7 +95,8 @@ class SDPOConfig:
             bound.
         token_fraction: share of each row's tokens that keep their divergence (TIP, arXiv 2604.14084): those of
             a high entropy of the student, or of a high divergence. They stand for all tokens of their row.
-            Default 1.0: all. The fused loss computes its chunks twice as with `token_weights`.
+            Default 1.0: all. Where the rows fit a chunk of the fused loss and there is no GRPO part, the product
+            for the gradient of the hidden states has these tokens alone.
         anchor_weight: c of c·KL(student‖reference), added to the divergence of each token, from whole logits
             (StableOPD, arXiv 2604.08527). The reference is the model without its adapter (or with the adapter
             it was loaded with), or the one that TRL loads for `beta`. Default 0.0: none.
@@ -122,8 +123,8 @@ class SDPOConfig:
             how a step is split); `gate` (SDAR, arXiv 2605.15155): sigmoid(β·Δ), Δ the teacher's minus the
             student's log-probability of the sampled token; `evidence` (RLSD, arXiv 2604.03128): the advantages
             times (1−m) + m·clip(exp(sign(A)·Δ), 1−ε, 1+ε). The first two are factors of the divergence, the
-            last two need a GRPO part. With a trainable LM head or a GRPO part the fused loss then computes its
-            chunks twice.
+            last two need a GRPO part. The fused loss computes its chunks twice with `evidence`, and in rows
+            that do not fit a chunk with the others if the LM head is trainable or there is a GRPO part.
         token_weights_beta: β of `token_weights`. Default `None`: 1 for `confidence` (SRPO §4.1), 5 for `gate`
             (SDAR).
         evidence_mix: m of `evidence`, the teacher's share. Default 0.5 (RLSD's first value).

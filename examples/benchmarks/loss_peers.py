@@ -12,6 +12,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from torch import Tensor
 import sdpo
 
 K, ALPHA, TEMPERATURE = 100, 0.5, 1.0
+ROW = 512  # tokens of a row, for weights that depend on the row
 TOPK: dict[str, Any] = {"support": "student", "k": K, "tail": "bucket"}
 
 
@@ -75,9 +77,11 @@ def make_inputs(shape: Shape, device: str) -> Inputs:
 
 
 def fused_output(x: Inputs, **objective: Any) -> sdpo.FusedOutput:
+    tokens = x.tokens.unflatten(0, (-1, min(ROW, len(x.tokens))))
+    hidden, teacher_hidden = (h.unflatten(0, tokens.shape) for h in (x.hidden, x.teacher_hidden))
     return sdpo.fused_distillation_loss(
-        sdpo.LMHead(x.hidden, x.weight), sdpo.LMHead(x.teacher_hidden, x.weight), x.tokens,
-        alpha=ALPHA, temperature=TEMPERATURE, loss_mask=torch.ones_like(x.tokens, dtype=torch.bool), **objective,
+        sdpo.LMHead(hidden, x.weight), sdpo.LMHead(teacher_hidden, x.weight), tokens,
+        alpha=ALPHA, temperature=TEMPERATURE, loss_mask=torch.ones_like(tokens, dtype=torch.bool), **objective,
     )  # fmt: skip
 
 
@@ -87,6 +91,19 @@ def fused(x: Inputs) -> Tensor:
 
 def fused_full(x: Inputs) -> Tensor:
     return fused_output(x, support="full").mean()
+
+
+def fused_half(x: Inputs) -> Tensor:
+    return fused_output(x, **TOPK, token_fraction=0.5).mean()
+
+
+def fused_confidence(x: Inputs) -> Tensor:
+    return fused_output(x, **TOPK, token_weights=_confidence).mean()
+
+
+def _confidence(statistics: sdpo.TokenStatistics, kept: Tensor) -> Tensor:
+    weigh = partial(sdpo.confidence_weights, beta=1.0)
+    return torch.func.vmap(weigh)(statistics.teacher_entropy, kept)
 
 
 def plain(x: Inputs) -> Tensor:
@@ -158,6 +175,8 @@ LOSSES: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
     "cuda": {
         "fused": fused,
         "fused, full vocabulary": fused_full,
+        "fused, half of the tokens": fused_half,
+        "fused, confidence weights": fused_confidence,
         "log-softmax, top-K": log_softmax_then_topk,
         "logsumexp, top-K, gather": logsumexp_topk_gather,
         "TRL SDPO": trl_topk,

@@ -7,6 +7,7 @@ several more. Here the logits of a few hundred tokens exist at a time, and their
     _policy             the policy gradient of a token
     _autograd           the autograd functions
     _chunks, _matmul    the loop over chunks; its matrix products
+    _rows               chunks of whole rows, whose statistics weigh their tokens
     _given              the distribution of a teacher whose top K are given
     _torch, triton/     the loss of one chunk and the gradient of its logits, in plain torch and in kernels
     _log_probs          log-probabilities of one model, without a loss
@@ -15,6 +16,7 @@ several more. Here the logits of a few hundred tokens exist at a time, and their
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -29,13 +31,16 @@ from sdpo.fused._validate import (
     check_head,
     check_objective,
     check_operands,
+    check_row_factors,
     check_surrogate,
     check_teacher,
     find_active,
     refuse_vmap,
+    row_lengths,
 )
 from sdpo.given import TeacherTopK
 from sdpo.metrics import mean_metrics
+from sdpo.token_factors import TokenWeights
 
 
 class FusedOutput(NamedTuple):
@@ -50,7 +55,8 @@ class FusedOutput(NamedTuple):
         total: [] Σ weights · per_token + policy_weights · policy_loss over the active tokens.
         count: [] int64, number of active tokens.
         per_token: divergence of a token, unweighted.
-        weights: importance weight × the caller's weight × (1 − policy_weight), without unit.
+        weights: importance weight × the caller's weight × (1 − policy_weight) × the factors of ``token_factors``
+            for ``token_fraction`` and ``token_weights``, without unit.
         policy_loss: surrogate of the policy gradient, unweighted, in units of the advantage; None without
             advantages, or with a policy_weight of 0.0.
         policy_weights: the caller's weight × policy_weight, without unit; None likewise.
@@ -113,6 +119,8 @@ def fused_distillation_loss(
     weights: Tensor | None = None,
     advantages: Tensor | None = None,
     policy_weight: float | Tensor | None = None,
+    token_fraction: float | None = None,
+    token_weights: TokenWeights | None = None,
     surrogate: SurrogateKind = "clipped",
     clip_low: float | None = None,
     clip_high: float | None = None,
@@ -192,6 +200,12 @@ def fused_distillation_loss(
         advantages: [...], or one per row, floating and finite, of the policy gradient. None: no policy gradient.
         policy_weight: λ in [0, 1], a number or a floating tensor [...], or one per row: the share of the policy
             gradient. With the number 0 nothing of it is computed. None if and only if ``advantages`` is.
+        token_fraction: in (0, 1], the share of each row's active tokens whose divergence counts, rounded up (TIP).
+            If the rows fit a chunk and there is no policy gradient, the others have no part in the product for the
+            hidden gradient. None: all.
+        token_weights: function of ``TokenStatistics`` [R, T] of R rows and the mask [R, T] of their tokens with a
+            divergence that returns factors [R, T] of it, such as the confidence of the teacher. Called without
+            gradient, once per chunk of whole rows. None: 1.
         surrogate: the policy loss: "clipped" of PPO and GRPO, "cispo" or "sapo".
         clip_low: in [0, 1], the lower half-width of the ratio's range, for example 0.2. None with "sapo", without
             ``advantages``, or, since it has no effect, without ``old_log_probs``.
@@ -265,6 +279,13 @@ def fused_distillation_loss(
         ),
     )
     check_choice("reduction", reduction, ("sum", "none"))
+    factors = check_row_factors(
+        token_fraction=token_fraction,
+        token_weights=token_weights,
+        loss_mask=loss_mask,
+        support=objective.support,
+        reduction=reduction,
+    )
     operands = check_operands(
         student=student,
         teacher=teacher,
@@ -277,6 +298,7 @@ def fused_distillation_loss(
         policy_weight=policy_weight,
         objective=objective,
     )
+    objective = replace(objective, row_factors=factors)
     return _evaluate(operands, objective, loss_mask, reduction, chunk_size, backend)
 
 
@@ -293,6 +315,8 @@ def _evaluate(
     refuse_vmap(*operands.flatten(), loss_mask)
     plan = make_plan(operands, objective, chunk_size=chunk_size, backend=backend)
     operands = find_active(operands, loss_mask)
+    if objective.row_factors is not None:
+        plan = plan._replace(row_lengths=row_lengths(loss_mask))
     compute = per_token_loss if reduction == "none" else total_loss
     loss = compute(operands, objective, plan)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from sdpo.fused import triton as kernels
 from sdpo.fused._chunks import GradWeights, loss_and_grads
 from sdpo.fused._policy import PolicyTerm, policy_term
-from sdpo.fused._types import Objective, Operands, Plan, TokenStats
+from sdpo.fused._rows import factors_of_rows
+from sdpo.fused._types import Objective, Operands, Plan, RowFactors, TokenStats
 from sdpo.fused._validate import unsupported
 
 _PER_TOKEN = TokenStats._fields.index("per_token")
@@ -30,6 +32,9 @@ class Loss(NamedTuple):
 
 def total_loss(operands: Operands, objective: Objective, plan: Plan) -> Loss:
     """The loss, of which only the total has a gradient."""
+    lengths, factors = plan.row_lengths, objective.row_factors
+    if factors is not None and lengths is not None and max(lengths, default=0) > plan.chunk_size:
+        return _total_of_long_rows(operands, objective, plan, factors)
     total, stats, policy_loss = _TotalLoss.apply(objective, plan, *operands.flatten())[:3]
     return Loss(total, stats[_PER_TOKEN], policy_loss, stats)
 
@@ -38,6 +43,19 @@ def per_token_loss(operands: Operands, objective: Objective, plan: Plan) -> Loss
     """The loss, with gradients of the total and of the losses of each token."""
     per_token, policy_loss, stats = _PerTokenLoss.apply(objective, plan, *operands.flatten())[:3]
     return Loss(_total(per_token, policy_loss, stats, operands), per_token, policy_loss, stats)
+
+
+def _total_of_long_rows(operands: Operands, objective: Objective, plan: Plan, factors: RowFactors) -> Loss:
+    """The loss of rows that do not fit a chunk: their factors multiply the losses of all tokens afterwards."""
+    assert plan.row_lengths is not None
+    plain = replace(objective, row_factors=None)
+    loss = per_token_loss(operands, plain, plan._replace(row_lengths=None))
+    rows = slice(0, len(plan.row_lengths))
+    stats = loss.stats.clone()
+    stats[_WEIGHTS] *= factors_of_rows(factors, operands.active, rows, loss.stats)
+    total = _total(loss.per_token, loss.policy_loss, stats, operands)
+    policy_loss = None if loss.policy_loss is None else loss.policy_loss.detach()
+    return Loss(total, stats[_PER_TOKEN], policy_loss, stats)
 
 
 def policy_clipped(stats: Tensor, operands: Operands, objective: Objective) -> Tensor | None:

@@ -7,7 +7,7 @@ weight if it is trainable. Nothing is computed twice, and no [N, V] tensor ever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, overload
 
@@ -25,6 +25,7 @@ from sdpo.fused._matmul import (
     project,
     working_dtype,
 )
+from sdpo.fused._rows import RowChunk, factors_of_rows, kept_tokens, row_chunks
 from sdpo.fused._types import (
     GradLogits,
     LMHead,
@@ -80,6 +81,12 @@ class _ChunkLoop:
         self.working = working_dtype(self.dtype)
         self.grad_dtype = grad_logits_dtype(self.device, self.dtype)
         self.count = hidden.shape[0] if operands.active is None else operands.active.shape[0]
+        self.chunk_size = max(1, min(plan.chunk_size, self.count))
+        self.row_chunks: dict[int, RowChunk] = {}  # by their first token
+        if plan.row_lengths is not None and objective.row_factors is not None:
+            fraction = objective.row_factors.fraction
+            chunks = row_chunks(plan.row_lengths, self.chunk_size, fraction)
+            self.row_chunks = {chunk.tokens.start: chunk for chunk in chunks}
         self.cast_weights: dict[tuple[object, ...], Tensor] = {}
         # The first measurement allocates memory of its own, so it comes before the buffers.
         for head in (operands.student, operands.teacher, operands.reference):
@@ -93,7 +100,8 @@ class _ChunkLoop:
         if plan.grad_hidden:
             # fp16 gradients may underflow before a gradient scaler has seen them: they are kept in float32.
             dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-            allocate = torch.empty if operands.active is None else torch.zeros
+            writes_all = operands.active is None and not self.skips_tokens
+            allocate = torch.empty if writes_all else torch.zeros
             self.grad_hidden = allocate(hidden.shape, dtype=dtype, device=self.device)
         if plan.grad_weight:
             all_bf16 = self.grad_dtype == weight.dtype == torch.bfloat16
@@ -103,7 +111,6 @@ class _ChunkLoop:
         if plan.grad_bias:
             self.grad_bias = torch.zeros(self.vocabulary, dtype=self.working, device=self.device)
 
-        self.chunk_size = max(1, min(plan.chunk_size, self.count))
         self.student_products = self.products_buffer()
         self.teacher_products = self.student_products if plan.shared_buffer else self.products_buffer()
         self.reference_products = self.products_buffer() if plan.separate_reference else None
@@ -121,10 +128,19 @@ class _ChunkLoop:
         """Whether any gradient is computed."""
         return self.plan.grad_hidden or self.plan.grad_weight or self.plan.grad_bias
 
+    @property
+    def skips_tokens(self) -> bool:
+        """Whether tokens without a gradient, because their row keeps only some, are left out of a product."""
+        factors, policy = self.objective.row_factors, self.operands.policy_weights
+        return (
+            bool(self.row_chunks) and policy is None and factors is not None and factors.fraction is not None
+        )
+
     def run(self) -> LossAndGrads:
         """Compute all chunks."""
-        for block in _slices(0, self.count, self.block_size):
-            for chunk in _slices(block.start, block.stop, self.chunk_size):
+        for chunks in self.blocks():
+            block = slice(chunks[0].start, chunks[-1].stop)
+            for chunk in chunks:
                 grad_logits = self.grad_logits(chunk, block) if self.needs_grad else None
                 self.plan.chunk_loss(
                     partial(self.project_student, chunk),
@@ -142,6 +158,21 @@ class _ChunkLoop:
                 if gradient is not None:
                     gradient.div_(self.loss_scale)
         return LossAndGrads(self.stats, self.grad_hidden, self.grad_weight, self.grad_bias)
+
+    def blocks(self) -> Iterator[list[slice]]:
+        """The chunks of each block; with row factors a chunk has whole rows."""
+        if self.plan.row_lengths is None:
+            for block in _slices(0, self.count, self.block_size):
+                yield list(_slices(block.start, block.stop, self.chunk_size))
+            return
+        chunks: list[slice] = []
+        for chunk in self.row_chunks.values():
+            if chunks and chunk.tokens.stop - chunks[0].start > self.block_size:
+                yield chunks
+                chunks = []
+            chunks.append(chunk.tokens)
+        if chunks:
+            yield chunks
 
     def project_student(self, chunk: slice) -> ModelChunk:
         """The student's products [C, V]."""
@@ -196,7 +227,17 @@ class _ChunkLoop:
             else self.grad_weights.per_token[chunk].contiguous(),
             loss_scale=self.loss_scale,
             policy=self.policy_inputs(chunk),
+            row_factors=self.row_factors(chunk),
         )
+
+    def row_factors(self, chunk: slice) -> Callable[[Tensor], Tensor] | None:
+        """The factors of a chunk's tokens that their rows determine."""
+        factors = self.objective.row_factors
+        if factors is None or not self.row_chunks:
+            return None
+        active = self.operands.active
+        positions = None if active is None else active[chunk]
+        return partial(factors_of_rows, factors, positions, self.row_chunks[chunk.start].rows)
 
     def policy_inputs(self, chunk: slice) -> PolicyInputs | None:
         """The policy gradient's share of ``token_inputs``."""
@@ -219,13 +260,19 @@ class _ChunkLoop:
         if total is None:
             return
         weight = self.cast_weight(self.operands.student.weight, self.dtype)
-        out = total[chunk] if active is None else total.new_empty(chunk.stop - chunk.start, total.shape[1])
+        (values, row_scale), positions = grad_logits, None if active is None else active[chunk]
         # No products are needed any more.
-        grad_hidden_from_logits(
-            grad_logits.values, weight, out, grad_logits.row_scale, scratch=self.teacher_products
-        )
-        if active is not None:
-            total.index_copy_(0, active[chunk], out)
+        scratch = self.teacher_products
+        kept = self.row_chunks[chunk.start].kept if self.skips_tokens else chunk.stop - chunk.start
+        if kept < chunk.stop - chunk.start:
+            rows = kept_tokens(self.stats[:, chunk], kept)
+            values, scratch = _gather_rows(values, rows, scratch)
+            row_scale = None if row_scale is None else row_scale[rows]
+            positions = rows + chunk.start if positions is None else positions[rows]
+        out = total[chunk] if positions is None else total.new_empty(kept, total.shape[1])
+        grad_hidden_from_logits(values, weight, out, row_scale, scratch=scratch)
+        if positions is not None:
+            total.index_copy_(0, positions, out)
 
     def accumulate_grad_head(self, block: slice, grad_logits: GradLogits) -> None:
         """Add the gradients of weight and bias that the tokens of a block contribute."""
@@ -278,6 +325,9 @@ class _ChunkLoop:
             bound = 1.0 if self.objective.is_clip is None else self.objective.is_clip
         if weights is None:
             weights = torch.ones(1, device=self.device)
+        factors = self.objective.row_factors
+        if factors is not None and factors.fraction is not None:
+            bound /= factors.fraction
         policy = self.policy_inputs(everything)
         if policy is not None:
             # A ratio of 1; larger ones, which negative advantages do not clip, use the headroom above the target.
@@ -293,6 +343,20 @@ class _ChunkLoop:
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     for low in range(start, stop, size):
         yield slice(low, min(low + size, stop))
+
+
+def _gather_rows(values: Tensor, rows: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of values [C, V], copied to the start of ``scratch``, and what is left of it.
+
+    To memory of their own where the values are in ``scratch``, or do not fit.
+    """
+    size = len(rows) * values.shape[1]
+    taken = -(-size * values.itemsize // scratch.itemsize)
+    if values.data_ptr() == scratch.data_ptr() or taken > scratch.numel():
+        return values.index_select(0, rows), scratch
+    flat = scratch.view(-1)
+    out = flat[:taken].view(values.dtype)[:size].view(len(rows), values.shape[1])
+    return torch.index_select(values, 0, rows, out=out), flat[taken:]
 
 
 def _address(tensor: Tensor) -> int:

@@ -71,21 +71,6 @@ def chunk_loss(
     else:
         per_token, grad_inside, grad_tail = _divergence_on_support(p, q, objective)
     weights, clipped = _loss_weights(p.token_log_prob, tokens, objective)
-    if grad_logits is not None:
-        scale = weights if tokens.grad_weights is None else tokens.grad_weights.to(weights.dtype)
-        scale = scale if tokens.loss_scale is None else scale * tokens.loss_scale
-        # d logits / d products, but for the soft-cap.
-        scale = (scale * (objective.logit_scale / objective.temperature))[:, None]
-        grad_inside, grad_tail = grad_inside * scale, grad_tail * scale[:, 0]
-        of_policy, at_token = policy_scale(p.token_log_prob, tokens, objective), None
-        if of_policy is not None:
-            grad_inside, grad_tail, grad_token = _add_policy_gradient(
-                of_policy, grad_inside, grad_tail, support == token, p
-            )
-            at_token = token, softcap_backward_(grad_token[:, None], token_student, objective)
-        softmax_outside = softcap_backward_(p_split.outside, z_student, objective)
-        grad_inside = softcap_backward_(grad_inside, p_split.inside + p_split.anchor, objective)
-        _write_grad_logits(grad_logits, support, grad_inside, grad_tail[:, None], softmax_outside, at_token)
     torch.stack(
         TokenStats(
             per_token=per_token,
@@ -102,6 +87,24 @@ def chunk_loss(
         ),
         out=stats,
     )
+    if tokens.row_factors is not None:
+        weights, _ = _loss_weights(p.token_log_prob, tokens.weighed(stats), objective)
+        TokenStats(*stats.unbind()).weights.copy_(weights)
+    if grad_logits is not None:
+        scale = weights if tokens.grad_weights is None else tokens.grad_weights.to(weights.dtype)
+        scale = scale if tokens.loss_scale is None else scale * tokens.loss_scale
+        # d logits / d products, but for the soft-cap.
+        scale = (scale * (objective.logit_scale / objective.temperature))[:, None]
+        grad_inside, grad_tail = grad_inside * scale, grad_tail * scale[:, 0]
+        of_policy, at_token = policy_scale(p.token_log_prob, tokens, objective), None
+        if of_policy is not None:
+            grad_inside, grad_tail, grad_token = _add_policy_gradient(
+                of_policy, grad_inside, grad_tail, support == token, p
+            )
+            at_token = token, softcap_backward_(grad_token[:, None], token_student, objective)
+        softmax_outside = softcap_backward_(p_split.outside, z_student, objective)
+        grad_inside = softcap_backward_(grad_inside, p_split.inside + p_split.anchor, objective)
+        _write_grad_logits(grad_logits, support, grad_inside, grad_tail[:, None], softmax_outside, at_token)
 
 
 def logits_from_products(

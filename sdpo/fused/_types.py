@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdpo.given import TeacherTopK
+from sdpo.token_factors import TokenWeights
 
 Support = Literal["student", "teacher", "full", "sampled", "given"]
 Tail = Literal["bucket", "renormalize"]
@@ -56,6 +57,15 @@ class Surrogate:
 
 
 @dataclass(frozen=True)
+class RowFactors:
+    """Factors of the divergence that depend on the statistics of a whole row; see ``token_factors``."""
+
+    length: int  # T, the tokens of a row, active or not
+    fraction: float | None
+    weigh: TokenWeights | None
+
+
+@dataclass(frozen=True)
 class Objective:
     """The Python scalars of the objective, the same for every chunk."""
 
@@ -69,6 +79,7 @@ class Objective:
     logit_scale: float
     trust_region_coef: float | None
     surrogate: Surrogate | None = None  # of the policy gradient; None: there is none
+    row_factors: RowFactors | None = None  # None: the weights are known before the pass
 
 
 class ModelChunk(NamedTuple):
@@ -101,6 +112,16 @@ class TokenInputs(NamedTuple):
     grad_weights: Tensor | None  # [C] weights of the gradient; None: the weights of the loss
     loss_scale: Tensor | None  # [] factor on the gradient of the logits, against underflow in fp16
     policy: PolicyInputs | None = None
+    # Further factors [C] of the divergence, from the statistics [len(TokenStats), C] of the chunk's whole rows.
+    row_factors: Callable[[Tensor], Tensor] | None = None
+
+    def weighed(self, stats: Tensor) -> TokenInputs:
+        """The inputs with the row factors among the weights, once stats are known but for those."""
+        if self.row_factors is None:
+            return self
+        factors = self.row_factors(stats)
+        weights = factors if self.weights is None else factors * self.weights.to(factors.dtype)
+        return self._replace(weights=weights, row_factors=None)
 
 
 class GradLogits(NamedTuple):
@@ -195,3 +216,4 @@ class Plan(NamedTuple):
     grad_hidden: bool  # compute the gradient of the student's hidden states
     grad_weight: bool  # of its LM head's weight
     grad_bias: bool  # of its LM head's bias
+    row_lengths: tuple[int, ...] | None = None  # active tokens of each row; a chunk has whole rows then

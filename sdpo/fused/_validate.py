@@ -19,8 +19,18 @@ from sdpo._validate import (
     check_tensor,
     type_name,
 )
-from sdpo.fused._types import LMHead, Objective, Operands, Support, Surrogate, SurrogateKind, Tail
+from sdpo.fused._types import (
+    LMHead,
+    Objective,
+    Operands,
+    RowFactors,
+    Support,
+    Surrogate,
+    SurrogateKind,
+    Tail,
+)
 from sdpo.given import TeacherTopK, check_teacher_topk
+from sdpo.token_factors import TokenWeights
 
 
 def check_head(name: str, head: object, vocabulary: int | None = None) -> LMHead:
@@ -154,6 +164,41 @@ def check_surrogate(
     return Surrogate(surrogate, low, high, temperatures)
 
 
+def check_row_factors(
+    *,
+    token_fraction: float | None,
+    token_weights: TokenWeights | None,
+    loss_mask: Tensor,
+    support: Support,
+    reduction: str,
+) -> RowFactors | None:
+    """Validate what weighs the tokens of a row; None if nothing does."""
+    for name, value in (("token_fraction", token_fraction), ("token_weights", token_weights)):
+        if value is not None and reduction == "none":
+            raise ValueError(
+                f"{name}: expected None with reduction='none', got {value!r}; multiply per_token by "
+                "sdpo.token_factors"
+            )
+    if token_fraction is not None:
+        if support == "sampled":
+            raise ValueError(
+                f"token_fraction: expected None with support='sampled', got {token_fraction!r}; a surrogate does "
+                "not rank tokens: choose another support"
+            )
+        meaning = "the share of a row's tokens to keep, or None"
+        token_fraction = check_real(
+            "token_fraction", token_fraction, low=0.0, high=1.0, open_low=True, meaning=meaning
+        )
+    if token_weights is not None and not callable(token_weights):
+        raise TypeError(
+            f"token_weights: expected a function of statistics and mask, or None, got {type_name(token_weights)}; "
+            "pass tensors as weights"
+        )
+    if token_fraction is None and token_weights is None:
+        return None
+    return RowFactors(loss_mask.shape[-1], token_fraction, token_weights)
+
+
 def check_operands(
     *,
     student: LMHead,
@@ -250,6 +295,13 @@ def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
         ids, log_probs = (operands.of_active(values) for values in topk)
         check_teacher_topk(ids, log_probs, vocabulary)
     return operands
+
+
+def row_lengths(loss_mask: Tensor) -> tuple[int, ...]:
+    """The number of active tokens of each row of a mask [..., T]."""
+    return tuple(
+        loss_mask.flatten(0, -2).sum(dim=-1).tolist() if loss_mask.ndim > 1 else [int(loss_mask.sum())]
+    )
 
 
 def unsupported(transform: str) -> NotImplementedError:

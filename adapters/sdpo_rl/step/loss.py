@@ -60,6 +60,7 @@ class _TokenLosses(NamedTuple):
     weights: Tensor  # of the divergence
     policy_loss: Tensor | None
     statistics: sdpo.TokenStatistics | sdpo.FusedOutput
+    weighed: bool = False  # the weights have the factors of `token_weights` and `token_fraction`
 
 
 def loss_targets(
@@ -155,6 +156,8 @@ def fused(
         targets = correct_rollout(config, targets, log_probs)
     reference = teachers[0] if len(teachers) == 2 else None
     is_clip = None if targets.old_log_probs is None else config.is_clip
+    # Evidence weighs the policy loss: the loss of each token is multiplied by it afterwards.
+    in_one_pass = config.token_weights != "evidence"
     output = sdpo.fused_distillation_loss(
         student,
         teachers[-1],
@@ -170,17 +173,18 @@ def fused(
         logit_scale=transform.logit_scale,
         reference=reference,
         trust_region_coef=None if reference is None else config.trust_region_coef,
-        # Weights that depend on the models multiply the losses of the tokens afterwards.
-        reduction="none" if config.weighs_tokens else "sum",
+        token_fraction=token_weights.kept_fraction(config) if in_one_pass else None,
+        token_weights=token_weights.weights_of_kept(config) if in_one_pass else None,
+        reduction="sum" if in_one_pass else "none",
         chunk_size=config.loss_chunk_size,
         backend="auto" if config.loss_backend == "logits" else config.loss_backend,
         **_fused_weights(targets, term),
     )
     if term is None and not config.weighs_tokens:
         return StepLoss(output.total, output.metrics)
-    losses = _TokenLosses(output.per_token, output.weights, output.policy_loss, output)
+    losses = _TokenLosses(output.per_token, output.weights, output.policy_loss, output, weighed=in_one_pass)
     loss = _weighted_sum(config, targets, term, losses)
-    return loss if config.weighs_tokens else loss._replace(total=output.total)
+    return loss._replace(total=output.total) if in_one_pass else loss
 
 
 def _fused_weights(targets: Targets, term: PolicyTerm | None) -> dict[str, Any]:
@@ -267,7 +271,7 @@ def _weighted_sum(
         others["is_clip_fraction"] = (ratio > config.is_clip).float()
     if config.weighs_tokens:
         others["token_weight"] = token_weights.divergence_factors(config, statistics, losses.per_token, mask)
-        weights = weights * others["token_weight"]
+        weights = weights if losses.weighed else weights * others["token_weight"]
     if config.token_weights == "evidence" and targets.policy is not None:
         evidence = token_weights.evidence_factors(config, statistics, mask, targets.policy.advantages)
         others["token_weight"] = evidence

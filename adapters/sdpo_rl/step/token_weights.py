@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,13 +16,26 @@ from ..config import SDPOConfig
 Statistics = sdpo.TokenStatistics | sdpo.FusedOutput  # of both models at the tokens, [B, T] each
 
 
+def weights_of_kept(config: SDPOConfig) -> Callable[[sdpo.TokenStatistics, Tensor], Tensor] | None:
+    """The function that weighs the divergence of tokens [B, T] by `token_weights`; `None` without.
+
+    The factors of `confidence` have mean 1 over a row's tokens, and those of a row do not depend on other rows:
+    neither the size of the loss nor a row's share depends on them, and no split of a step changes them.
+    """
+    beta = config.token_weights_beta
+    if config.token_weights == "confidence":
+        weigh = partial(sdpo.confidence_weights, beta=1.0 if beta is None else beta)
+        return lambda statistics, kept: vmap(weigh)(statistics.teacher_entropy, kept)
+    if config.token_weights == "gate":
+        gate = partial(sdpo.evidence_gate, beta=5.0 if beta is None else beta)
+        return lambda statistics, kept: gate(statistics.log_probs, statistics.teacher_log_probs)
+    return None
+
+
 def divergence_factors(
     config: SDPOConfig, statistics: Statistics, per_token: Tensor, loss_mask: Tensor
 ) -> Tensor:
     """Factors [B, T] of the divergence of each token, detached, by `token_weights` and `token_fraction`.
-
-    Those of `confidence` and of `token_fraction` have mean 1 over the tokens with a loss of a row: neither the size
-    of the loss nor a row's share depends on them, and no split of a step changes them.
 
     Args:
         config: of the run.
@@ -29,22 +43,19 @@ def divergence_factors(
         per_token: [B, T] divergence.
         loss_mask: [B, T] bool.
     """
-    kept = loss_mask
-    if config.token_fraction < 1.0:
-        entropy = statistics.student_entropy
-        kept = sdpo.select_tokens(entropy, per_token, loss_mask, fraction=config.token_fraction)
-    factors = kept.float()
-    beta = config.token_weights_beta
-    if config.token_weights == "confidence":
-        weigh = partial(sdpo.confidence_weights, beta=1.0 if beta is None else beta)
-        factors = vmap(weigh)(statistics.teacher_entropy, kept)
-    elif config.token_weights == "gate":
-        student, teacher = statistics.log_probs, statistics.teacher_log_probs
-        factors = factors * sdpo.evidence_gate(student, teacher, beta=5.0 if beta is None else beta)
-    if config.token_fraction < 1.0:
-        counts = [mask.sum(-1, keepdim=True) for mask in (loss_mask, kept)]
-        factors = factors * counts[0] / counts[1].clamp(min=1)
-    return factors
+    fields = {name: getattr(statistics, name) for name in sdpo.TokenStatistics._fields}
+    return sdpo.token_factors(
+        sdpo.TokenStatistics(**fields),
+        per_token.detach(),
+        loss_mask,
+        fraction=kept_fraction(config),
+        weigh=weights_of_kept(config),
+    )
+
+
+def kept_fraction(config: SDPOConfig) -> float | None:
+    """The share of a row's tokens whose divergence counts; `None`: all."""
+    return None if config.token_fraction == 1.0 else config.token_fraction
 
 
 def evidence_factors(

@@ -173,27 +173,42 @@ def _topk_chunk_loss(
     grad_scale = _token_weights(tokens, objective, stats)
 
     (count, k), vocabulary = ids.shape, student.products.shape[1]
+
+    def topk_loss(
+        grad_scale: Tensor, grad_support: Tensor, grad_tail: Tensor, grad_token: Tensor | None, **flags: bool
+    ) -> None:
+        """Write stats.per_token and the gradients."""
+        has_policy, is_unscaled = flags["HAS_POLICY"], flags["UNSCALED_GRAD"]
+        _topk_loss.topk_loss[(count,)](
+            ids_ptr=ids, student_logits_ptr=p.logits, student_anchor_ptr=p.anchor,
+            student_log_outside_ptr=p.log_outside, student_normalizer_ptr=p.normalizer,
+            teacher_logits_ptr=q.logits, teacher_normalizer_ptr=q.normalizer, grad_scale_ptr=grad_scale,
+            grad_origin_ptr=student_support.grad_origin if is_unscaled else None, tokens_ptr=tokens.tokens,
+            policy_scale_ptr=_policy_scale(tokens, objective, stats) if has_policy else None,
+            stats_ptr=stats, grad_support_ptr=grad_support, grad_tail_ptr=grad_tail, grad_token_ptr=grad_token,
+            row_scale_ptr=row_scale_out,
+            V=vocabulary, K=k, stride_stats=stats.stride(0), alpha=objective.alpha,
+            one_minus_alpha=1 - objective.alpha, softcap=student.softcap or 1.0,
+            MODE=_mode(objective), HAS_TAIL=has_tail, HAS_SOFTCAP=student.softcap is not None,
+            BLOCK_K=_block(k), num_warps=_support_warps(k), **flags,
+        )  # fmt: skip
+
+    grad_tail = torch.empty_like(grad_scale)
+    if tokens.row_factors is not None:
+        # The factors need the divergence of the whole rows. The gradients that come with it are not read.
+        flags = {"HAS_POLICY": False, "UNSCALED_GRAD": False, "HAS_ROW_SCALE": False}
+        topk_loss(grad_scale, torch.empty_like(p.logits), grad_tail, None, **flags)
+        grad_scale = _token_weights(tokens.weighed(stats), objective, stats)
     # An unscaled gradient takes the support's in place, in [C, V]; else it is [C, K] and scattered below.
-    grad_support, grad_tail = unscaled_grad, torch.empty_like(grad_scale)
+    grad_support = unscaled_grad
     if grad_support is None:
         grad_support = torch.empty_like(p.logits, dtype=None if values is None else values.dtype)
     grad_token = None
     if has_policy and not is_unscaled:
         grad_token = grad_support.new_empty(count)
-    _topk_loss.topk_loss[(count,)](
-        ids_ptr=ids, student_logits_ptr=p.logits, student_anchor_ptr=p.anchor,
-        student_log_outside_ptr=p.log_outside, student_normalizer_ptr=p.normalizer,
-        teacher_logits_ptr=q.logits, teacher_normalizer_ptr=q.normalizer, grad_scale_ptr=grad_scale,
-        grad_origin_ptr=student_support.grad_origin, tokens_ptr=tokens.tokens,
-        policy_scale_ptr=_policy_scale(tokens, objective, stats) if has_policy else None,
-        stats_ptr=stats, grad_support_ptr=grad_support, grad_tail_ptr=grad_tail, grad_token_ptr=grad_token,
-        row_scale_ptr=row_scale_out,
-        V=vocabulary, K=k, stride_stats=stats.stride(0), alpha=objective.alpha,
-        one_minus_alpha=1 - objective.alpha, softcap=student.softcap or 1.0,
-        MODE=_mode(objective), HAS_TAIL=has_tail, HAS_SOFTCAP=student.softcap is not None, HAS_POLICY=has_policy,
-        HAS_ROW_SCALE=row_scale_out is not None, UNSCALED_GRAD=is_unscaled, BLOCK_K=_block(k),
-        num_warps=_support_warps(k),
-    )  # fmt: skip
+    has_row_scale = row_scale_out is not None
+    flags = {"HAS_POLICY": has_policy, "UNSCALED_GRAD": is_unscaled, "HAS_ROW_SCALE": has_row_scale}
+    topk_loss(grad_scale, grad_support, grad_tail, grad_token, **flags)
     if values is None or is_unscaled:
         return
     if has_grad_outside:
@@ -243,7 +258,6 @@ def _full_chunk_loss(
             f"{name.upper()}_HAS_BIAS": model.bias is not None,
             f"{name.upper()}_HAS_SOFTCAP": model.softcap is not None,
         }
-    grad_scale = _token_weights(tokens, objective, stats)
     both: dict[str, Any] = models | {
         "alpha": objective.alpha,
         "one_minus_alpha": 1 - objective.alpha,
@@ -264,6 +278,9 @@ def _full_chunk_loss(
         block_value, block_g, block_unlikely_g, block_unlikely_p, stats, sum_g, unlikely_g, unlikely_p,
         grid[1], stats.stride(0), BLOCK_B=_block(grid[1]), num_warps=1,
     )  # fmt: skip
+    grad_scale = _token_weights(tokens, objective, stats)
+    if tokens.row_factors is not None:
+        grad_scale = _token_weights(tokens.weighed(stats), objective, stats)
     if grad_logits is None:
         return
     # The sums of the divergence have been read: their memory is free for those of the row scale.
