@@ -1,19 +1,23 @@
 """The runs that are compared: what each one changes, and the questions that they answer.
 
-A module of `train.py` and `run.py`; nothing to run.
+A module of `train.py`, `run.py` and `figures.py`; nothing to run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Method = Literal["sdpo", "grpo", "supervised"]
 GROUP = 8  # completions of a prompt
+# Seeds from here on are for choosing settings, such as GRPO's learning rate; the seeds of the results are below.
+FIRST_SEED_FOR_CHOOSING = 100
 
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch of 64 samples; the paper's
 # .05 per 256 samples is .013 per 64.
 SDPO_SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 100, "teacher_update_rate": 0.01}
+# The best of "grpo learning rate", by seeds for choosing.
+GRPO_LEARNING_RATE = 5e-6
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,13 @@ class Arm:
     samples_per_step: int = 64
     shuffled_feedback: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of `SDPOConfig`, on top of SDPO_SETTINGS
+    beta: float = 0.0  # of `GRPOConfig`
+    lora_rank: int | None = None  # of adapters on all linear layers; `None`: all weights train
+    length: int = 1  # its samples, as a multiple of those of other arms
+
+    def all_settings(self) -> dict[str, Any]:
+        """The arguments of `SDPOConfig`; none without SDPO."""
+        return {**SDPO_SETTINGS, **self.settings} if self.method == "sdpo" else {}
 
 
 _COLLAPSING: dict[str, Any] = {"alpha": 0.0, "teacher_update_rate": 0.05}
@@ -35,11 +46,19 @@ def _cure(name: str, **settings: Any) -> Arm:
     return Arm(f"collapsing + {name}", settings={**_COLLAPSING, **settings})
 
 
+# "does it last?": the rates are those of 64 samples, also in larger batches.
+_BEST: dict[str, Any] = {"teacher_rate_samples": 64}
+_CURED: dict[str, Any] = {
+    **_COLLAPSING,
+    "teacher_rate_samples": 64,
+    "loss_aggregation": "batch-token-mean",
+}
+
 QUESTIONS: dict[str, tuple[Arm, ...]] = {
     # Does SDPO learn what GRPO cannot?
     "learns": (
         Arm("SDPO"),
-        Arm("GRPO", method="grpo", learning_rate=5e-6),
+        Arm("GRPO", method="grpo", learning_rate=GRPO_LEARNING_RATE),
         Arm("SDPO, shuffled feedback", shuffled_feedback=True),
         Arm("SDPO, peers only", settings={"include_environment_feedback": False}),
         Arm("supervised", method="supervised"),
@@ -64,6 +83,40 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         Arm("K=20, no tail", settings={"k": 20, "tail": "renormalize"}),
         Arm("full vocabulary", settings={"support": "full"}),
     ),
+    # The setting that collapses, alone and with one switch. Steps without a signal change nothing in any of them.
+    "cures": (
+        Arm("collapsing", settings=_COLLAPSING),
+        _cure("rate per 256 samples", teacher_rate_samples=256),
+        _cure("batch-token-mean", loss_aggregation="batch-token-mean"),
+        _cure("SRPO routing", routing="srpo"),
+        # As published: with its denominator and its weights of tokens.
+        _cure("SRPO", routing="srpo", loss_aggregation="batch-token-mean", token_weights="confidence"),
+        _cure("hybrid λ=0.1", grpo_weight=0.1),
+        _cure("hybrid λ=0.5", grpo_weight=0.5),
+        _cure("confidence weights", token_weights="confidence"),
+        _cure("pass-rate weights", row_weights="pass_rate"),
+        _cure("entry clip 0.05", support="full", entry_clip=0.05),
+        # All weights train, so that the reference is a model of its own: TRL loads it for `beta`, which needs a
+        # part of the loss that is GRPO's. A millionth of it changes nothing.
+        Arm(
+            "collapsing + anchor 0.1",
+            settings={**_COLLAPSING, "anchor_weight": 0.1, "grpo_weight": 1e-6},
+            beta=1e-6,
+        ),
+        # As old on average as the moving average, which is 1 / rate batches.
+        _cure("teacher restart", teacher_mode="frozen", teacher_restart_every=40),
+        _cure("trust region", teacher_mode="trust_region"),
+    ),
+    # Does it last?
+    "lasting": tuple(
+        Arm(f"{name}, batches of {samples}", samples_per_step=samples, settings=settings, length=5)
+        for name, settings in (("SDPO", _BEST), ("collapsing + batch-token-mean", _CURED))
+        for samples in (64, 256)
+    ),
+    "lora": (
+        Arm("all weights"),
+        *(Arm(f"LoRA r=16, lr {rate:g}", lora_rank=16, learning_rate=rate) for rate in (1e-4, 3e-4)),
+    ),
 }
 
 
@@ -78,3 +131,23 @@ def arms(question: str) -> tuple[Arm, ...]:
             f"question: expected one of {', '.join(QUESTIONS)}, got {question!r}; pass one of them"
         )
     return QUESTIONS[question]
+
+
+def recorded_as(arm: Arm) -> tuple[str, Arm]:
+    """The question and the arm that an arm is recorded as: the first with the same settings.
+
+    Several questions have an arm in common, which runs once.
+
+    Example:
+        >>> recorded_as(arms("alpha")[2])[1].name
+        'SDPO'
+    """
+    for question, others in QUESTIONS.items():
+        for other in others:
+            if _nameless(other) == _nameless(arm):
+                return question, other
+    raise ValueError(f"arm: expected an arm of QUESTIONS, got {arm.name!r}; add it to one of them")
+
+
+def _nameless(arm: Arm) -> Arm:
+    return replace(arm, name="", settings=arm.all_settings())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from environment import Environment, Question
 
-BATCH = 48  # questions a forward
+BATCH = 16  # questions a forward: their logits are over the whole vocabulary
 
 
 class Score(NamedTuple):

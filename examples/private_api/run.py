@@ -1,93 +1,134 @@
 """A pretrained model learns a private API from its error messages: several arms and seeds, and a report.
 
     python examples/private_api/run.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct        # or: make demo-llm MODEL=...
-    python examples/private_api/run.py --model FOLDER --question rate --seeds 0 1 2 --jobs 4
+    python examples/private_api/run.py --model FOLDER --question rate cures --seeds 0 1 2 --devices 0 1 --jobs 4
 
 `--model` is a hub id or a folder; Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct were tried. Each run is a
-process of `train.py`; `--jobs` of them share the device. Runs whose record exists are not repeated, so the command
-can be stopped and started again.
+process of `train.py`; `--jobs` of them share a device. An arm that several questions have runs once. Runs whose
+record is complete are not repeated, so the command can be stopped and started again.
+
+Seeds 100, 101, … are for choosing settings (GRPO's learning rate, the best arm), seeds 0, 1, 2 for what is shown: a
+setting that was chosen by the seeds that it is shown with looks better than it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from arms import QUESTIONS, Arm, arms
-from report import summary, write_report
-
-TRAIN = Path(__file__).with_name("train.py")
+from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, Arm, arms, recorded_as
+from curves import summary
+from jobs import Job, read, run_all
+from report import write_report
 
 
 def record_path(folder: Path, task: str, question: str, arm: Arm, seed: int) -> Path:
-    """Where the record of a run is written."""
+    """Where the record of a run is written, by the question and the arm that it is recorded as."""
     name = re.sub(r"[^\w.=]+", "-", f"{task} {question} {arm.name} {seed}").strip("-")
     return folder / "records" / f"{name}.json"
 
 
-def run_one(path: Path, arguments: list[str]) -> str | None:
-    """Run `train.py` unless its record exists; returns the end of its output if it failed."""
-    if path.exists():
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = path.with_suffix(".log")
-    with log.open("w") as file:
-        done = subprocess.run(
-            [sys.executable, str(TRAIN), *arguments, "--output", str(path)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-    return None if done.returncode == 0 else log.read_text()[-2000:]
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """The runs to make, each once."""
+    found: dict[Path, Job] = {}
+    for seed in options.seeds:
+        for _, arm in chosen_arms(options):
+            recorded_question, recorded_arm = recorded_as(arm)
+            path = record_path(options.output, options.task, recorded_question, recorded_arm, seed)
+            every_step = arm.name in options.every_step or recorded_arm.name in options.every_step
+            given = (
+                *("--model", options.model, "--task", options.task),
+                *("--question", recorded_question, "--arm", recorded_arm.name, "--seed", str(seed)),
+                *("--samples", str(options.samples), "--points", str(options.points)),
+                *(["--every-step"] if every_step else []),
+                *("--output", str(path)),
+            )
+            found.setdefault(path, Job(arm.name, seed, path, given, arm.length))
+    return list(found.values())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Several arms and seeds on the private API, and a report.")
+def chosen_arms(options: argparse.Namespace) -> list[tuple[str, Arm]]:
+    """The arms of the questions that `--arms` picks."""
+    return [
+        (question, arm)
+        for question in options.question
+        for arm in arms(question)
+        if options.arms is None or arm.name in options.arms
+    ]
+
+
+def report(question: str, options: argparse.Namespace) -> None:
+    """Print the results of a question, and write its page."""
+    runs = []
+    for name, arm in chosen_arms(options):
+        for seed in options.seeds if name == question else []:
+            path = record_path(options.output, options.task, *recorded_as(arm), seed)
+            if (record := read(path)) is not None:
+                runs.append({**record, "arm": arm.name})
+    if runs:
+        print(f"\n{question}\n{summary(runs)}")
+        folder = options.output / re.sub(r"\W+", "-", f"{options.task} {question}")
+        print(write_report(runs, folder))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Several arms and seeds on the private API, and a report of each question."
+    )
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
     parser.add_argument("--task", choices=("kit", "house_style"), default="kit")
-    parser.add_argument("--question", choices=QUESTIONS, default="learns")
-    parser.add_argument("--arms", nargs="+", help="some of the question's arms; default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--samples", type=int, default=9600, help="completions a run draws")
+    parser.add_argument("--question", choices=QUESTIONS, nargs="+", default=["learns"])
+    parser.add_argument("--arms", nargs="+", help="some of the questions' arms; default: all")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help=f"0, 1, 2 for results; from {FIRST_SEED_FOR_CHOOSING} on for choosing settings, which no result shows",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=9600,
+        help='completions a run draws; those of "lasting" 5 times as many',
+    )
     parser.add_argument("--points", type=int, default=30, help="evaluations of a run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that share the device")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share a device")
+    parser.add_argument(
+        "--devices", nargs="+", help="numbers of GPUs; default: the first one that is visible"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="time limit: then no run starts, and those that run are stopped with what they have",
+    )
+    parser.add_argument(
+        "--every-step",
+        nargs="+",
+        default=[],
+        metavar="ARM",
+        help="arms whose records keep the log of every step",
+    )
     parser.add_argument("--output", type=Path, default=Path("output/private_api"))
     options = parser.parse_args()
     if not options.model:
         parser.error("--model: expected a hub id or a folder, got nothing: make demo-llm MODEL=...")
-    chosen = [arm for arm in arms(options.question) if options.arms is None or arm.name in options.arms]
-    if options.arms is not None and len(chosen) < len(options.arms):
-        names = ", ".join(arm.name for arm in arms(options.question))
-        parser.error(f"--arms: expected some of {names}; got {', '.join(options.arms)}")
+    names = [arm.name for question in options.question for arm in arms(question)]
+    for option, given in (("--arms", options.arms or []), ("--every-step", options.every_step)):
+        if unknown := [name for name in given if name not in names]:
+            parser.error(f"{option}: expected some of {', '.join(names)}; got {', '.join(unknown)}")
+    return options
 
-    paths = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        running = []
-        for seed in options.seeds:
-            for arm in chosen:
-                paths.append(record_path(options.output, options.task, options.question, arm, seed))
-                arguments = [
-                    *("--model", options.model, "--task", options.task),
-                    *("--question", options.question, "--arm", arm.name, "--seed", str(seed)),
-                    *("--samples", str(options.samples), "--points", str(options.points)),
-                ]
-                running.append((f"{arm.name}, seed {seed}", pool.submit(run_one, paths[-1], arguments)))
-        failures = 0
-        for name, job in running:
-            error = job.result()
-            failures += error is not None
-            print(f"{name}: {'done' if error is None else 'failed'}", flush=True)
-            if error is not None:
-                print(error, file=sys.stderr)
-    runs = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if runs:
-        print("\n" + summary(runs))
-        print(f"\n{write_report(runs, options.output)}")
+
+def main() -> int:
+    options = arguments()
+    failures = run_all(
+        jobs(options), devices=options.devices or [None], per_device=options.jobs, minutes=options.minutes
+    )
+    for question in options.question:
+        report(question, options)
     return 1 if failures else 0
 
 

@@ -1,9 +1,11 @@
 """One run on the private API: a pretrained model, one arm, one seed; writes the curve and the log as JSON.
 
-    python examples/private_api/train.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --question learns --arm SDPO
+    python examples/private_api/train.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --question learns --arm SDPO \\
+        --output record.json
 
 `--model` is a hub id or a folder. About 3 GB of a GPU per 100 million parameters with full fine-tuning (float32
-weights, bfloat16 autocast); without a GPU it runs on the CPU. `run.py` runs several arms and seeds, and writes the
+weights, bfloat16 autocast); without a GPU it runs on the CPU. The record is written at each evaluation, so that a
+run that is stopped leaves what it has, marked as incomplete. `run.py` runs several arms and seeds, and writes the
 report.
 """
 
@@ -12,7 +14,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import platform
+import shlex
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +26,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+import peft
 import torch
 import transformers
 import trl
-from arms import GROUP, QUESTIONS, SDPO_SETTINGS, Arm, arms
+from arms import GROUP, QUESTIONS, Arm, arms
 from environment import Environment, Question, Reward
 from evaluation import Score, answer_ids, autocast, complete, evaluate, prompt_ids
 from house_style import HOUSE_STYLE
@@ -37,6 +44,7 @@ TASKS = {task.name: task for task in (KIT, HOUSE_STYLE)}
 HELD_OUT = 96  # questions
 WARMUP_STEPS = 5
 SHOWN = 6  # held-out tasks whose replies are kept, before and after training
+LOGGED_STEPS = 200  # of a record that does not keep every step: of a longer run it has every second, third, …
 # Metrics of each step that a record keeps: what shows whether a run learns, and whether it is about to collapse.
 LOGGED = (
     "reward",
@@ -50,16 +58,31 @@ LOGGED = (
     "self_distillation/success_sample_fraction",
     "self_distillation/reprompt_sample_fraction",
     "self_distillation/teacher_distance",
+    "self_distillation/answer_in_feedback_fraction",
+    "self_distillation/step_without_signal",
 )
 
 
 class Curve(TrainerCallback):
-    """Evaluates the model every few steps, and keeps the log."""
+    """Evaluates the model every few steps, and keeps the log.
 
-    def __init__(self, evaluate: Callable[[], Score], samples_per_step: int, every: int) -> None:
+    Args:
+        evaluate: the model.
+        samples_per_step: of the run.
+        every: steps from one evaluation to the next.
+        save: called after each evaluation.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Score],
+        samples_per_step: int,
+        every: int,
+        save: Callable[[Curve], None] = lambda _: None,
+    ) -> None:
         self.points: list[tuple[int, float, float]] = []  # samples, probability, accuracy
         self.log: list[dict[str, float]] = []
-        self._evaluate, self._samples, self._every = evaluate, samples_per_step, every
+        self._evaluate, self._samples, self._every, self._save = evaluate, samples_per_step, every, save
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """The first point, before any step."""
@@ -73,7 +96,8 @@ class Curve(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """The metrics of a step."""
         if "reward" in logs:
-            self.log.append({name: round(float(logs[name]), 6) for name in LOGGED if name in logs})
+            values = {name: float(f"{float(logs[name]):.4g}") for name in LOGGED if name in logs}
+            self.log.append({"step": state.global_step, **values})
 
     def evaluate(self, step: int) -> None:
         """One point of the curve."""
@@ -84,6 +108,23 @@ class Curve(TrainerCallback):
             f"{self.points[-1][0]:6d} samples: held-out {accuracy:.2f}, p {probability:.3f}{reward}",
             flush=True,
         )
+        self._save(self)
+
+
+def log_columns(log: Sequence[dict[str, float]], *, every_step: bool) -> dict[str, list[float | None]]:
+    """The log by metric, with `None` where a step did not have it; of a long one every second, third, … step.
+
+    Args:
+        log: the metrics of each step.
+        every_step: keep all, however many.
+
+    Example:
+        >>> log_columns([{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.5}], every_step=False)
+        {'step': [1, 2], 'reward': [0.0, 0.5]}
+    """
+    kept = log if every_step else log[:: -(-len(log) // LOGGED_STEPS) or 1]
+    names = [name for name in ("step", *LOGGED) if any(name in entry for entry in kept)]
+    return {name: [entry.get(name) for entry in kept] for name in names}
 
 
 def run_arm(
@@ -96,8 +137,9 @@ def run_arm(
     samples: int,
     points: int,
     held_out: Sequence[Question],
+    save: Callable[[Curve], None] = lambda _: None,
 ) -> Curve:
-    """Train with one arm; the model is changed in place.
+    """Train with one arm; the model is changed in place, also where adapters are added to it.
 
     Args:
         model: a causal language model.
@@ -108,21 +150,28 @@ def run_arm(
         samples: completions to draw in total.
         points: evaluations after the first one.
         held_out: questions to evaluate on.
+        save: called after each evaluation.
 
     Returns:
         The curve and the log of the run.
     """
+    if arm.lora_rank is not None:
+        adapters = peft.LoraConfig(
+            r=arm.lora_rank, lora_alpha=2 * arm.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = peft.get_peft_model(model, adapters)
     steps = max(1, samples // arm.samples_per_step)
     curve = Curve(
         lambda: evaluate(model, tokenizer, task, held_out),
         arm.samples_per_step,
         every=max(1, steps // points),
+        save=save,
     )
     questions = task.training(seed, steps * arm.samples_per_step // GROUP)
     if arm.method == "supervised":
         supervise(model, tokenizer, arm, questions, seed=seed, steps=steps, curve=curve)
         return curve
-    settings = {"enabled": False} if arm.method == "grpo" else {**SDPO_SETTINGS, **arm.settings}
+    settings = {"enabled": False} if arm.method == "grpo" else arm.all_settings()
     with TemporaryDirectory() as folder:
         trainer = SDPOTrainer(
             model=model,
@@ -150,6 +199,7 @@ def grpo_config(task: Environment, arm: Arm, *, seed: int, steps: int, folder: s
         max_completion_length=task.max_completion,
         temperature=1.0,
         learning_rate=arm.learning_rate,
+        beta=arm.beta,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=WARMUP_STEPS,
         weight_decay=0.01,
@@ -231,21 +281,77 @@ def weights_hash(folder: Path) -> str | None:
     return digest.hexdigest()
 
 
-def main() -> None:
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record at once: a reader, or a run that is stopped, finds the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def description(options: argparse.Namespace, arm: Arm, task: Environment) -> dict[str, Any]:
+    """What a record says about its run before it starts."""
+    known = Path(options.model)
+    # The name of a folder, without the path to it.
+    model = known.name if known.is_dir() else options.model
+    command = ["python", "examples/private_api/train.py", "--model", model, "--task", task.name]
+    command += ["--question", options.question, "--arm", arm.name, "--seed", str(options.seed)]
+    command += ["--samples", str(options.samples), "--points", str(options.points)]
+    return {
+        "task": task.name,
+        "question": options.question,
+        "arm": arm.name,
+        "method": arm.method,
+        "seed": options.seed,
+        "samples": options.samples * arm.length,
+        "learning_rate": arm.learning_rate,
+        "samples_per_step": arm.samples_per_step,
+        "shuffled_feedback": arm.shuffled_feedback,
+        "beta": arm.beta,
+        "lora_rank": arm.lora_rank,
+        "settings": arm.all_settings(),
+        "command": shlex.join(
+            [*command, *(["--every-step"] if options.every_step else []), "--output", "FILE"]
+        ),
+        "model": model,
+        "weights_sha256": weights_hash(known),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "python": platform.python_version(),
+        "versions": {
+            module.__name__: module.__version__ for module in (torch, transformers, trl, peft, sdpo_rl)
+        },
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description="One run on the private API.")
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
     parser.add_argument("--task", choices=TASKS, default=KIT.name)
     parser.add_argument("--question", choices=QUESTIONS, default="learns")
     parser.add_argument("--arm", required=True, help="the name of one of the question's arms")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=9600, help="completions to draw")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=9600,
+        help='completions to draw; arms of "lasting" draw 5 times as many',
+    )
     parser.add_argument("--points", type=int, default=30, help="evaluations after the first one")
+    parser.add_argument("--every-step", action="store_true", help="keep the log of every step of a long run")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
-    by_name = {arm.name: arm for arm in arms(options.question)}
-    if options.arm not in by_name:
-        parser.error(f"--arm: expected one of {', '.join(by_name)}, got {options.arm!r}")
-    arm = by_name[options.arm]
+    names = [arm.name for arm in arms(options.question)]
+    if options.arm not in names:
+        parser.error(f"--arm: expected one of {', '.join(names)}, got {options.arm!r}")
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    # Temporary folders are removed when `run.py` stops a run, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    arm = next(arm for arm in arms(options.question) if arm.name == options.arm)
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -260,41 +366,35 @@ def main() -> None:
     )
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
+    described = description(options, arm, task)
     before = replies(model, tokenizer, task, held_out[:SHOWN])
     start = time.perf_counter()
+
+    def save(curve: Curve, after: list[dict[str, Any]] | None = None) -> None:
+        record = {
+            **described,
+            "complete": after is not None,
+            "seconds": round(time.perf_counter() - start, 1),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device == "cuda" else None,
+            "points": curve.points,
+            "log": log_columns(curve.log, every_step=options.every_step),
+            "before": before,
+            "after": after,
+        }
+        write(options.output, record)
+
     curve = run_arm(
         model,
         tokenizer,
         task,
         arm,
         seed=options.seed,
-        samples=options.samples,
+        samples=options.samples * arm.length,
         points=options.points,
         held_out=held_out,
+        save=save,
     )
-    seconds = round(time.perf_counter() - start, 1)
-    record = {
-        "task": task.name,
-        "question": options.question,
-        "arm": arm.name,
-        "method": arm.method,
-        "seed": options.seed,
-        "learning_rate": arm.learning_rate,
-        "samples_per_step": arm.samples_per_step,
-        "settings": {**SDPO_SETTINGS, **arm.settings} if arm.method == "sdpo" else {},
-        "model": Path(options.model).name,
-        "weights_sha256": weights_hash(Path(options.model)),
-        "before": before,
-        "after": replies(model, tokenizer, task, held_out[:SHOWN]),
-        "seconds": seconds,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "python": platform.python_version(),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl, sdpo_rl)},
-        "points": curve.points,
-        "log": curve.log,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record) + "\n")
+    save(curve, replies(model, tokenizer, task, held_out[:SHOWN]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""Numbers of the records: means over seeds, and their text.
+
+A module of `run.py`, `report.py` and `figures.py`; nothing to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+Run = dict[str, Any]  # a record, as `train.py` writes it
+PROBABILITY, ACCURACY = 1, 2  # columns of a run's points, after the samples
+
+
+def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each arm, in the order in which they come."""
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(run["arm"], []).append(run)
+    return grouped
+
+
+def values(runs: Sequence[Run], column: int) -> dict[int, list[float]]:
+    """One value per seed, at each number of samples that all seeds have."""
+    curves = [{point[0]: point[column] for point in run["points"]} for run in runs]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return {samples: [curve[samples] for curve in curves] for samples in shared}
+
+
+def mean_curve(runs: Sequence[Run], column: int) -> list[tuple[int, float]]:
+    """The mean over seeds at each number of samples that all seeds have."""
+    return [(samples, fmean(seeds)) for samples, seeds in values(runs, column).items()]
+
+
+def table(runs: Sequence[Run], column: int = ACCURACY) -> tuple[list[int], list[tuple[str, list[float]]]]:
+    """Up to seven numbers of samples, and each arm's mean there; an arm that ended earlier shows its last."""
+    means = {arm: mean_curve(group, column) for arm, group in by_arm(runs).items()}
+    ticks = [samples for samples, _ in max(means.values(), key=len)]
+    chosen = sorted({ticks[round(i * (len(ticks) - 1) / 6)] for i in range(7)})
+    rows = []
+    for arm, points in means.items():
+        rows.append((arm, [[value for at, value in points if at <= samples][-1] for samples in chosen]))
+    return chosen, rows
+
+
+def summary(runs: Sequence[Run]) -> str:
+    """The held-out accuracy of every arm, as text."""
+    chosen, rows = table(runs)
+    width = max(len(arm) for arm, _ in rows) + 2
+    lines = ["held-out accuracy".ljust(width) + "".join(f"{samples:>8}" for samples in chosen)]
+    lines += [arm.ljust(width) + "".join(f"{value:8.2f}" for value in means) for arm, means in rows]
+    return "\n".join(lines)
+
+
+def one_line(run: Run) -> str:
+    """What came out of a run."""
+    samples, probability, accuracy = run["points"][-1]
+    best = max(point[ACCURACY] for point in run["points"])
+    state = "" if run["complete"] else " (incomplete)"
+    return (
+        f"{run['arm']}, seed {run['seed']}: accuracy {accuracy:.2f}, best {best:.2f}, "
+        f"probability {probability:.2f} after {samples} samples{state}, {run['seconds']:.0f} s"
+    )
