@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from drawing import Band
+
 Run = dict[str, Any]  # a record, as `train.py` writes it
 PROBABILITY, ACCURACY = 1, 2  # columns of a run's points, after the samples
 
@@ -31,6 +33,17 @@ def values(runs: Sequence[Run], column: int) -> dict[int, list[float]]:
 def mean_curve(runs: Sequence[Run], column: int) -> list[tuple[int, float]]:
     """The mean over seeds at each number of samples that all seeds have."""
     return [(samples, fmean(seeds)) for samples, seeds in values(runs, column).items()]
+
+
+def band(runs: Sequence[Run], column: int) -> Band:
+    """The mean over seeds, and their range."""
+    seeds = values(runs, column)
+    return Band(
+        list(seeds),
+        [fmean(of) for of in seeds.values()],
+        [min(of) for of in seeds.values()],
+        [max(of) for of in seeds.values()],
+    )
 
 
 def table(runs: Sequence[Run], column: int = ACCURACY) -> tuple[list[int], list[tuple[str, list[float]]]]:

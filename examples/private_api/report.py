@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from curves import ACCURACY, PROBABILITY, Run, by_arm, mean_curve, summary, table, values
-from drawing import Band, draw
+from curves import ACCURACY, PROBABILITY, Run, band, by_arm, summary, table
+from drawing import draw
 
 TITLES = {
     "kit": (
@@ -32,16 +32,7 @@ TITLES = {
 
 def plot(runs: Sequence[Run], column: int, label: str) -> str:
     """Curves over samples as SVG: the mean of each arm, and the range of its seeds."""
-    bands = {}
-    for arm, group in by_arm(runs).items():
-        seeds = values(group, column)
-        bands[arm] = Band(
-            list(seeds),
-            [value for _, value in mean_curve(group, column)],
-            [min(of) for of in seeds.values()],
-            [max(of) for of in seeds.values()],
-        )
-    return draw(bands, label)
+    return draw({"": {arm: band(group, column) for arm, group in by_arm(runs).items()}}, label)
 
 
 PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
