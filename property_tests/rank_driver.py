@@ -1,6 +1,7 @@
 """Runs of several ranks, each in a new process that communicates over gloo, and the trainers they build.
 
-A rank runs rank_observations.py; test_ranks.py and test_ranks_deepspeed.py read what it saw.
+A rank runs rank_observations.py; test_ranks.py, test_ranks_deepspeed.py and test_generation_batch_ranks.py read
+what it saw.
 
 Rollouts are written down instead of sampled, by the place of a row among the rows of all ranks, so that any
 number of ranks trains on the same ones.
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,9 +138,9 @@ DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two gene
 # --- in the testing process -------------------------------------------------------------------------------
 
 
-def launch(folder: Path, library: str) -> None:
+def launch(folder: Path, library: str, worlds: Sequence[int] = (1, 2)) -> None:
     """Run one rank, then two; each process writes `WORLD-RANK.pt` to the folder."""
-    for world in (1, 2):
+    for world in worlds:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -2,6 +2,7 @@
 
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER torch
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER deepspeed
+    WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER batches
 
 The result is written to the folder as `WORLD-RANK.pt`.
 """
@@ -359,6 +360,44 @@ def observe_turns(folder: Path) -> Observed:
     return {"turns": turns, "loss": trainer.state.log_history[0]["loss"]}
 
 
+def observe_batches(folder: Path, kind: str, adapter: str) -> Observed:
+    """A run with real generation of one group on both ranks, and the same with batches drawn around its steps."""
+    from transformers import TrainerCallback
+
+    from sdpo_rl.diagnose.generation_batch import generation_batch
+
+    batches: list[Any] = []
+
+    class Between(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            batches.append(generation_batch(trainer))
+
+    run = Run({"num_generations": 8}, config={"demonstration_policy": "random"}, adapter=adapter)
+    seen: Observed = {}
+    for name in ("plain", "drawn"):
+        with strategy(kind):
+            trainer = make_trainer(folder / f"{name} {kind} {adapter}", run)
+            del trainer._generate_single_turn
+            if name == "drawn":
+                batches.append(generation_batch(trainer))
+                trainer.add_callback(Between())
+            seen[name] = observe_training(trainer)
+    return seen | {"batches": batches}
+
+
+def main_batches(folder: Path) -> None:
+    import torch
+
+    seen = {
+        (kind, adapter): observe_batches(folder, kind, adapter)
+        for kind in ("ddp", "fsdp2")[: world_size()]
+        for adapter in ("", "lora")
+    }
+    torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main_deepspeed(folder: Path) -> None:
     import torch
 
@@ -412,4 +451,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"torch": main, "deepspeed": main_deepspeed}[sys.argv[2]](Path(sys.argv[1]))
+    {"torch": main, "deepspeed": main_deepspeed, "batches": main_batches}[sys.argv[2]](Path(sys.argv[1]))

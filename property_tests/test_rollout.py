@@ -91,6 +91,7 @@ def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, local: bool = Fals
             ],
             feedback=batch.feedback[mine],
             scores=torch.tensor(batch.scores),
+            rewards=torch.tensor(batch.scores)[:, None],
         )
         return teacher_context(
             rollout,
@@ -278,6 +279,7 @@ def test_a_reprompt_leaves_tokens_for_its_completion() -> None:
         batch.completions,
         batch.feedback,
         torch.tensor(batch.scores),
+        torch.tensor(batch.scores)[:, None],
     )
     reprompter = Reprompter(Renderer(TOKENIZER), config.templates(), True, "middle")
     context = teacher_context(

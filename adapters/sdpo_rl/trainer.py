@@ -33,7 +33,7 @@ from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_o
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
 from .rollout.control import ControlStrings
-from .rollout.demonstrations import Rollout, teacher_context
+from .rollout.demonstrations import Rollout, TeacherContext, teacher_context
 from .rollout.feedback import (
     FEEDBACK_COLUMNS,
     FeedbackCollector,
@@ -286,6 +286,7 @@ class SDPOTrainer(_BASE):
             demonstrations=demonstrations,
             feedback=feedback,
             scores=scores.float().cpu(),
+            rewards=rewards.float().cpu(),
         )
         return rewards
 
@@ -317,6 +318,10 @@ class SDPOTrainer(_BASE):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
+        return self._scored_rollout(inputs)[2]
+
+    def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
+        """A generation batch: what was sampled and scored, what the teacher reads, and the inputs of the loss."""
         # An environment may return the prompts itself.
         _validate.check_rows(inputs, prompts=getattr(self, "environment_factories", None) is None)
         reward_rules.check_keywords(
@@ -352,9 +357,17 @@ class SDPOTrainer(_BASE):
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
-        prompts = context.prompts
-        return output | teacher_inputs(
-            output, prompts.ids, context.distilled, row_weights=context.row_weights, pad_id=self._pad_id
+        return (
+            rollout,
+            context,
+            output
+            | teacher_inputs(
+                output,
+                context.prompts.ids,
+                context.distilled,
+                row_weights=context.row_weights,
+                pad_id=self._pad_id,
+            ),
         )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .reprompts import Reprompter, TeacherPrompts
 
 
 class Rollout(NamedTuple):
-    """A generation batch. Lists hold this process's rows, `scores` the rows of all processes.
+    """A generation batch. Lists hold this process's rows, `scores` and `rewards` the rows of all processes.
 
     Args:
         prompts: one per row.
@@ -28,6 +28,7 @@ class Rollout(NamedTuple):
         feedback: a text that is not blank, or `None`.
         scores: what is compared with the threshold of a success; float32 on the CPU; NaN: no reward function judged
             the row.
+        rewards: of the F reward functions, [B, F] float32 on the CPU; NaN: a function did not judge the row.
     """
 
     prompts: list[Prompt]
@@ -36,6 +37,7 @@ class Rollout(NamedTuple):
     demonstrations: list[str]
     feedback: list[str | None]
     scores: Tensor
+    rewards: Tensor
 
 
 class Peer(NamedTuple):
