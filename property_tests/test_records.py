@@ -47,6 +47,18 @@ def loss(shape: int) -> dict[str, dict[str, float]]:
     return {name: row | {"over": row["ms"] / rows["floor"]["ms"]} for name, row in rows.items()}
 
 
+def weighed() -> Iterator[str]:
+    """The fused loss with weights that depend on the row, over the same loss without."""
+    ratios: dict[str, list[str]] = {}
+    for shape in record("loss-weights-h200")["shapes"]:
+        ms = {row["name"]: row["ms"] for row in shape["results"]}
+        for name in ("fused, half of the tokens", "fused, confidence weights"):
+            ratios.setdefault(name, []).append(f"{ms[name] / ms['fused']:.2f}")
+    half, confidence = (" and ".join(ratio) for ratio in ratios.values())
+    yield f"`token_fraction=0.5` takes {half} of the time"
+    yield f"`token_weights=\"confidence\"` {confidence}"
+
+
 def exponent(number: float) -> str:
     mantissa, power = f"{number:.0e}".split("e")
     return f"{mantissa}e{int(power)}"
@@ -238,7 +250,7 @@ PAGES = [
         for part in (readme_demo, readme_loss, readme_step, readme_ragged, readme_accuracy, readme_recipe)
         for line in part()
     ),
-    *((METHOD, line) for line in ablation()),
+    *((METHOD, line) for part in (ablation, weighed) for line in part()),
     *((UNSLOTH, line) for line in guide()),
 ]
 

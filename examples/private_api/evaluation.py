@@ -29,6 +29,20 @@ def prompt_ids(tokenizer: Any, question: Question) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def end_turns_with_eos(tokenizer: Any) -> None:
+    """Make the token that ends a turn in the chat template the tokenizer's EOS token.
+
+    Some files name the one that ends a document: completions would go on after their turn.
+    """
+    prompt = [{"role": "user", "content": "question"}]
+    begun = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = [*prompt, {"role": "assistant", "content": "answer"}]
+    rest = tokenizer.apply_chat_template(whole, tokenize=False).removeprefix(f"{begun}answer")
+    token = next(iter(tokenizer.tokenize(rest)), None)
+    if token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab():
+        tokenizer.eos_token = token
+
+
 def answer_ids(tokenizer: Any, question: Question) -> list[int]:
     """Token ids of the right answer and of the end of the turn."""
     return [*tokenizer(question.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]

@@ -32,7 +32,15 @@ import transformers
 import trl
 from arms import GROUP, QUESTIONS, Arm, arms
 from environment import Environment, Question, Reward
-from evaluation import Score, answer_ids, autocast, complete, evaluate, prompt_ids
+from evaluation import (
+    Score,
+    answer_ids,
+    autocast,
+    complete,
+    end_turns_with_eos,
+    evaluate,
+    prompt_ids,
+)
 from house_style import HOUSE_STYLE
 from kit_task import KIT
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -96,7 +104,7 @@ class Curve(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """The metrics of a step."""
         if "reward" in logs:
-            values = {name: float(f"{float(logs[name]):.4g}") for name in LOGGED if name in logs}
+            values = {name: float(f"{float(logs[name]):.4g}") for name in LOGGED if logs.get(name) is not None}
             self.log.append({"step": state.global_step, **values})
 
     def evaluate(self, step: int) -> None:
@@ -359,6 +367,7 @@ def main() -> None:
     transformers.set_seed(options.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    end_turns_with_eos(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
     # Sampling is from the model's own distribution: penalties of a chat model's settings would change it.
     model.generation_config = transformers.GenerationConfig(
