@@ -52,9 +52,8 @@ from .step import policy as step_policy
 from .step.batch import TokenBatch, select_rows, teacher_inputs, token_batch
 from .step.denominator import StepWindow, loss_count, signal_counts
 from .step.metrics import MetricSums
-from .step.model_check import LayoutSupport
 from .step.optimizer import drop_gradients
-from .step.runner import choose_layout
+from .step.runner import ChosenLayout, choose_layout
 from .teacher import shards
 from .teacher.store import TeacherStore
 
@@ -222,7 +221,7 @@ class SDPOTrainer(_BASE):
         self._fused: bool | None = None  # unknown until the first forward
         self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
         self._reads_padding = False
-        self._layout: LayoutSupport | None = None  # of the rows in a forward
+        self._layout: ChosenLayout | None = None  # of the rows in a forward
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
@@ -517,8 +516,10 @@ class SDPOTrainer(_BASE):
             self._layout = choose_layout(context, tokens)
         if self._reads_padding and context.in_lockstep:
             _validate.check_rows_alone(self.args, self._unwrapped, mode=self._mode)
-        layout = self._layout.layout
-        context = dataclasses.replace(context, reads_padding=self._reads_padding, layout=layout)
+        layout, by_row = self._layout.layout, self._layout.by_row
+        context = dataclasses.replace(
+            context, reads_padding=self._reads_padding, layout=layout, by_row=by_row
+        )
         return context, self._fused
 
     @contextmanager

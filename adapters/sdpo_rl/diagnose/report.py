@@ -142,7 +142,7 @@ def _applies(trainer: Any) -> Iterator[str]:
     yield f"loss: SDPO, backend {config.loss_backend}, tokens per chunk: {chunk}"
     found = trainer._layout
     layout = f"{config.packing}, chosen at the first step" if found is None else found.layout
-    yield f"forwards: {layout}" + (f" ({found.reason})" if found is not None and found.reason else "")
+    yield f"forwards: {layout}" + (f" ({found.note})" if found is not None and found.note else "")
     size, count = teacher_bytes(trainer)
     yield f"teacher: {config.teacher_mode}, {count} tensors, {size / 2**20:.1f} MiB"
 

@@ -154,6 +154,11 @@ def columns(sizes: Sizes) -> tuple[int, int]:
     return max(1, *prompts), max(1, *completions)
 
 
+def row_bounds(sizes: Sizes) -> list[tuple[int, int]]:
+    """Prompt and completion columns of each row that run, at least one of each, as in `columns`."""
+    return [(max(prompt, 1), max(completion, 1)) for prompt, completion in sizes]
+
+
 def compact(
     prompt_ids: Tensor,
     prompt_mask: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from ..teacher import shards
 from .batch import RowGroup
 from .head import linear_head
 from .packing import ModelCall
+from .row_attention import row_masks
 
 
 def forward_arguments(
@@ -32,10 +33,13 @@ def forward_arguments(
 
 def call_arguments(model: nn.Module, call: ModelCall) -> dict[str, Any]:
     """Keyword arguments of a training forward whose head gets all positions of a call."""
-    return _arguments(model, call.ids, call.mask, call.positions)
+    mask: Any = call.mask
+    if call.rows is not None:
+        mask = row_masks(cast(Any, model).config.get_text_config(), call.rows, call.ids.device)
+    return _arguments(model, call.ids, mask, call.positions)
 
 
-def _arguments(model: nn.Module, ids: Tensor, mask: Tensor | None, positions: Tensor) -> dict[str, Any]:
+def _arguments(model: nn.Module, ids: Tensor, mask: Any, positions: Tensor) -> dict[str, Any]:
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if accepts(model, "position_ids"):
         arguments["position_ids"] = positions

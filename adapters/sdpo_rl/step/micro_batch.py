@@ -49,6 +49,7 @@ class StepContext:
         head_in_float32: GRPO's `cast_lm_head_to_fp32`: the products of the LM head are not autocast.
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
+        by_row: packed rows get `row_attention`, and read a prompt in common once.
     """
 
     config: SDPOConfig
@@ -65,6 +66,7 @@ class StepContext:
     head_in_float32: bool = False
     reads_padding: bool = False
     layout: Layout = "padded"
+    by_row: bool = False
 
     def head_autocast(self) -> AbstractContextManager[Any]:
         """Of the products of hidden states and LM head."""

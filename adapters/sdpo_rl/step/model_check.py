@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.functional import pad
 
 from .batch import TokenBatch, left_pad, position_ids
 from .forward import accepts, call_arguments, forward_arguments
-from .packing import Layout, ModelCall, group, pack
+from .packing import Layout, ModelCall, group, pack, pack_prefixes
+from .prefixes import place_rows, shared_prefixes
 
 # `reads_padding` runs this many tokens, beside this much padding on the left.
 _TOKENS, _PADDING = 8, 4
@@ -25,6 +27,8 @@ _LENGTHS = (7, 9)  # tokens of the two rows of `supported_layout`
 # Largest relative change of a row's hidden states when another row's tokens change: 0, but for rounding in layers
 # whose products depend on how many tokens they get (experts). A row that attends another changes by far more.
 _LEAK = 1e-5
+_SHORT_WINDOW = 4  # of `row_attention_problem`, shorter than its rows
+_WINDOW_SETTINGS = {"sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"}
 # Largest mean relative difference between packed and separate rows, for which attention uses other kernels.
 _DIFFERENCE = 5e-3
 
@@ -124,6 +128,89 @@ def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
             "groups", f"packed hidden states differ by {difference:.1e} from those of separate rows"
         )
     return LayoutSupport("packed", "")
+
+
+def row_attention_problem(model: Any, batch: TokenBatch) -> str:
+    """Why a model must not compute packed rows by `row_attention`; "" if it may.
+
+    Three short rows whose first tokens are the same run packed, packed with another end of each row in turn, and each
+    alone with the model's own mask. A window of the model is made shorter than the rows for the test.
+
+    Every process makes the same calls of the model, because what the result depends on is the same for all.
+
+    Args:
+        model: in evaluation mode, not wrapped for several processes; it can run packed rows.
+        batch: any batch of the run; its tokens make up the rows.
+    """
+    reason = _declared_row_problem(model)
+    if reason:
+        return reason
+    whole = _test_rows(batch)[1]
+    replaced = _other_tokens(whole, batch)
+    rows = [whole, *(whole[:cut] + replaced[cut:] for cut in (3, 6))]
+    ends = [[*row[:-1], _other_tokens(row, batch)[-1]] for row in rows]
+    with _short_window(model.config.get_text_config()):
+        alone = [_hidden_states(model, [row], group) for row in rows]
+        try:
+            packed = _row_states(model, rows)
+            others = [_row_states(model, [*rows[:i], end, *rows[i + 1 :]]) for i, end in enumerate(ends)]
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            return f"its forward does not take such a mask: {error}"
+    tolerance = max(torch.finfo(dtype).eps for dtype in _dtypes(model, packed[0]))
+    leak = max(
+        _gap(states, packed[row]).max().item()
+        for changed, other in enumerate(others)
+        for row, states in enumerate(other)
+        if row != changed
+    )
+    if not leak <= max(_LEAK, tolerance):
+        return f"a row's hidden states change by {leak:.1e} with the tokens of another row"
+    difference = _gap(torch.cat(packed), torch.cat(alone)).mean().item()
+    if not difference <= max(_DIFFERENCE, 10 * tolerance):
+        return f"its hidden states differ by {difference:.1e} from those of separate rows"
+    return ""
+
+
+def _declared_row_problem(model: Any) -> str:
+    text = model.config.get_text_config()
+    implementation = getattr(text, "_attn_implementation", None)
+    if implementation != "sdpa":
+        return f"its attention is {implementation!r}, not 'sdpa'"
+    if getattr(model, "max_seq_length", None) is not None:
+        return "its forward is not that of transformers"
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            return "it is compiled"
+    names = {name.lstrip("_") for name, value in text.to_dict().items() if "window" in name and value}
+    if others := names - _WINDOW_SETTINGS:
+        return f"its configuration has {', '.join(sorted(others))}"
+    return ""
+
+
+@contextmanager
+def _short_window(config: Any) -> Iterator[None]:
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        config.sliding_window = _SHORT_WINDOW
+    try:
+        yield
+    finally:
+        if window is not None:
+            config.sliding_window = window
+
+
+def _row_states(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Hidden states [n, D] of each row, of one sequence that holds the first tokens in common once."""
+    places: list[Tensor] = []
+
+    def build(batch: TokenBatch, _: Sequence[int]) -> ModelCall:
+        prefixes = shared_prefixes(batch)
+        placed = place_rows(batch.sizes, prefixes, prefixes.order)
+        places.extend(placed.places[list(prefixes.order).index(row)] for row in range(len(rows)))
+        return pack_prefixes(batch, prefixes.order, prefixes)
+
+    packed = _hidden_states(model, rows, build)
+    return [packed[each.to(packed.device)] for each in places]
 
 
 def _declared_problem(model: Any) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 import sdpo
 
-from .batch import Sizes, TokenBatch, columns, position_ids
+from .batch import Sizes, TokenBatch, columns, position_ids, row_bounds
+from .prefixes import Prefixes, place_rows
+from .row_attention import Rows
 
 Layout = Literal["packed", "groups", "padded"]
 
@@ -39,21 +42,22 @@ class ModelCall(NamedTuple):
     targets: Tensor  # [A] int64, those tokens among the B·T of the batch
     tokens: int  # attended ones
     repeats: bool = False  # whether another call has the same rows, so that this result is not used
+    rows: Rows | None = None  # of a packed sequence whose attention gets them; see `row_attention`
 
 
-def bounds(sizes: Sizes) -> list[tuple[int, int]]:
-    """Prompt and completion columns of each row that run, at least one of each, as in `columns`."""
-    return [(max(prompt, 1), max(completion, 1)) for prompt, completion in sizes]
+def fill(sizes: Sizes, tokens: int | None = None) -> float:
+    """The share of a padded batch that must be computed.
 
-
-def fill(sizes: Sizes) -> float:
-    """The share of a padded batch that is no padding.
+    Args:
+        sizes: prompt and completion tokens of each row.
+        tokens: those that must be computed; `None`: all of the rows.
 
     Example:
-        >>> fill([(2, 2), (2, 6)])
-        0.75
+        >>> fill([(2, 2), (2, 6)]), fill([(2, 2), (2, 6)], 10)
+        (0.75, 0.625)
     """
-    return sum(map(sum, bounds(sizes))) / (len(sizes) * sum(columns(sizes)))
+    tokens = sum(map(sum, row_bounds(sizes))) if tokens is None else tokens
+    return tokens / (len(sizes) * sum(columns(sizes)))
 
 
 def pack(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
@@ -80,11 +84,54 @@ def pack(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
         predictors.append(torch.arange(start + before - 1, start + before - 1 + after))
         targets.append(torch.arange(row * length, row * length + after))
         start += before + after
+    return _packed_call(batch, source, positions, predictors, targets, None)
+
+
+def pack_prefixes(batch: TokenBatch, rows: Sequence[int], prefixes: Prefixes) -> ModelCall:
+    """These rows of a batch in one sequence [1, N] that holds a prefix of several prompts once.
+
+    Args:
+        batch: B rows.
+        rows: in the order of `prefixes`.
+        prefixes: of the batch.
+
+    Example:
+        >>> ids = torch.tensor([[3, 4, 6, 7], [3, 4, 8, 0]])
+        >>> batch = TokenBatch(ids, (ids > 0).long(), [(2, 2), (2, 1)])
+        >>> call = pack_prefixes(batch, [0, 1], Prefixes(order=[0, 1], common=[0, 2]))
+        >>> call.ids.tolist(), call.positions.tolist()
+        ([[3, 4, 6, 7, 8]], [[0, 1, 2, 3, 2]])
+        >>> call.predictors.tolist(), call.targets.tolist()
+        ([1, 2, 1], [0, 1, 2])
+    """
+    prompt, length = columns(batch.sizes)
+    packed = place_rows(batch.sizes, prefixes, rows)
+    source, positions, predictors, targets = [], [], [], []
+    for (row, (before, after)), taken, places in zip(
+        _bounds_of(batch.sizes, rows), packed.taken, packed.places, strict=True
+    ):
+        first = row * (prompt + length) + prompt - before
+        source.append(torch.arange(first + taken, first + before + after))
+        positions.append(torch.arange(taken, before + after))
+        predictors.append(places[before - 1 : before - 1 + after])
+        targets.append(torch.arange(row * length, row * length + after))
+    return _packed_call(batch, source, positions, predictors, targets, packed.rows)
+
+
+def _packed_call(
+    batch: TokenBatch,
+    source: list[Tensor],
+    positions: list[Tensor],
+    predictors: list[Tensor],
+    targets: list[Tensor],
+    rows: Rows | None,
+) -> ModelCall:
     device = batch.ids.device
     # Made on the host, whose sizes are known: sizes read from the device would wait for it.
     columns_, places = torch.stack([torch.cat(source), torch.cat(positions)]).to(device)
     predictors_, targets_ = torch.stack([torch.cat(predictors), torch.cat(targets)]).to(device)
-    return ModelCall(batch.ids.flatten()[columns_][None], None, places[None], predictors_, targets_, start)
+    ids = batch.ids.flatten()[columns_][None]
+    return ModelCall(ids, None, places[None], predictors_, targets_, ids.numel(), rows=rows)
 
 
 def group(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
@@ -114,7 +161,7 @@ def group(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
 
 
 def _bounds_of(sizes: Sizes, rows: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
-    each = bounds(sizes)
+    each = row_bounds(sizes)
     return [(row, each[row]) for row in rows]
 
 
@@ -132,7 +179,7 @@ def packed_rows(sizes: Sizes, *, token_limit: float) -> list[list[int]]:
         >>> packed_rows([(1, 1), (2, 4), (2, 2)], token_limit=8)
         [[0, 1], [2]]
     """
-    lengths = list(map(sum, bounds(sizes)))
+    lengths = list(map(sum, row_bounds(sizes)))
     calls: list[list[int]] = []
     loads: list[int] = []
     for row in sorted(range(len(sizes)), key=lambda row: (-lengths[row], row)):
@@ -164,7 +211,7 @@ def alike_rows(sizes: Sizes, limits: CallLimits) -> list[list[int]]:
         >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], CallLimits(width=20, tokens=100, call_tokens=1))
         [[0, 2], [1, 3]]
     """
-    each = bounds(sizes)
+    each = row_bounds(sizes)
     order = sorted(range(len(sizes)), key=lambda row: (-sum(each[row]), row))
     # The least cost of the first n rows, and where their last call starts.
     best: list[tuple[float, int]] = [(0.0, 0)]
@@ -201,7 +248,7 @@ def equal_rows(sizes: Sizes, *, token_limit: float) -> list[list[int]]:
     """
     calls: list[list[int]] = []
     latest: dict[tuple[int, int], list[int]] = {}  # call for rows of a size
-    for row, size in enumerate(bounds(sizes)):
+    for row, size in enumerate(row_bounds(sizes)):
         if size not in latest or (len(latest[size]) + 1) * sum(size) > token_limit:
             latest[size] = []
             calls.append(latest[size])
@@ -216,7 +263,7 @@ def divided(calls: list[list[int]], sizes: Sizes, count: int) -> list[list[int]]
         >>> divided([[0, 1, 2]], [(1, 1), (1, 1), (1, 5)], 2)
         [[0, 1], [2]]
     """
-    lengths = list(map(sum, bounds(sizes)))
+    lengths = list(map(sum, row_bounds(sizes)))
 
     def tokens(rows: Sequence[int]) -> int:
         return sum(lengths[row] for row in rows)
@@ -230,7 +277,12 @@ def divided(calls: list[list[int]], sizes: Sizes, count: int) -> list[list[int]]
 
 
 def model_calls(
-    batch: TokenBatch, layout: Layout, calls: list[list[int]], *, count: int = 0
+    batch: TokenBatch,
+    layout: Layout,
+    calls: list[list[int]],
+    *,
+    count: int = 0,
+    prefixes: Prefixes | None = None,
 ) -> list[ModelCall]:
     """The calls of the model over a batch.
 
@@ -240,8 +292,11 @@ def model_calls(
         calls: rows of each call.
         count: number of calls, where more than these; calls are divided, and then repeated without a use for their
             results.
+        prefixes: of the batch; packed rows then hold a prefix in common once, and attention gets the rows.
     """
-    build = pack if layout == "packed" else group
+    build: Any = pack if layout == "packed" else group
+    if prefixes is not None:
+        build = partial(pack_prefixes, prefixes=prefixes)
     built = [build(batch, rows) for rows in divided(calls, batch.sizes, count)]
     return built + [built[0]._replace(repeats=True)] * (count - len(built))
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import forward as step_forward
 from . import packing
-from .batch import MicroBatch, RowGroup, TokenBatch, equal_groups, position_ids, row_groups
-from .model_check import LayoutSupport, supported_layout
+from .batch import MicroBatch, RowGroup, TokenBatch, equal_groups, position_ids, row_bounds, row_groups
+from .model_check import row_attention_problem, supported_layout
 from .packing import CallLimits, Layout, ModelCall
+from .prefixes import Prefixes, packed_tokens, prefix_rows, shared_prefixes
 
 if TYPE_CHECKING:
     from .micro_batch import StepContext
@@ -49,8 +50,26 @@ class Runner(NamedTuple):
         return torch.stack(weighted).sum() / sum(self.weights)
 
 
-def choose_layout(context: StepContext, tokens: TokenBatch) -> LayoutSupport:
-    """The layout of a run's forwards by `SDPOConfig.packing` and a test of the model, and its reason; logs both.
+class ChosenLayout(NamedTuple):
+    """The layout of a run's forwards."""
+
+    layout: Layout
+    reason: str = ""  # why not a denser one that the configuration allows
+    by_row: bool = False  # packed rows get `row_attention`, and read a prompt in common once
+    by_row_reason: str = ""  # why packed rows do not
+
+    @property
+    def note(self) -> str:
+        """For the log and the report."""
+        if self.layout != "packed":
+            return self.reason
+        if self.by_row:
+            return "a prompt in common is read once"
+        return f"a prompt in common is read for every row, because {self.by_row_reason}"
+
+
+def choose_layout(context: StepContext, tokens: TokenBatch) -> ChosenLayout:
+    """The layout of a run's forwards by `SDPOConfig.packing` and a test of the model; logs it.
 
     All processes must call it.
 
@@ -59,7 +78,7 @@ def choose_layout(context: StepContext, tokens: TokenBatch) -> LayoutSupport:
     """
     wanted = context.config.packing
     if wanted == "padded":
-        return LayoutSupport("padded", "")
+        return ChosenLayout("padded")
     with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         found = supported_layout(context.unwrapped, tokens)
     # Rounding may decide a close case; one layout for all.
@@ -74,8 +93,17 @@ def choose_layout(context: StepContext, tokens: TokenBatch) -> LayoutSupport:
         )
     if wanted == "groups":
         layout, reason = "groups", ""
-    logger.info("Forwards run with packing=%r%s.", layout, reason and f": {reason}")
-    return LayoutSupport(layout, reason)
+    chosen = ChosenLayout(layout, reason)
+    if layout == "packed":
+        with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
+            problem = row_attention_problem(context.unwrapped, tokens)
+        fits = torch.tensor([not problem], device=tokens.ids.device)
+        by_row = bool(context.accelerator.gather(fits.int()).min() > 0)
+        chosen = chosen._replace(
+            by_row=by_row, by_row_reason="" if by_row else problem or "the test failed on another process"
+        )
+    logger.info("Forwards run with packing=%r%s.", layout, chosen.note and f": {chosen.note}")
+    return chosen
 
 
 def make_runners(context: StepContext, batch: MicroBatch) -> tuple[Runner, Runner | None]:
@@ -112,21 +140,33 @@ def _make(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
     if context.layout == "padded":
         return [_padded_runner(context, each.tokens, each.token_limit) for each in wanted]
     plans = [_plan(context, each) for each in wanted]
-    counts = [len(calls) for _, calls in plans]
+    counts = [len(plan.calls) for plan in plans]
     if context.in_lockstep:
         mine = torch.tensor(counts, device=wanted[0].tokens.ids.device)
         counts = context.accelerator.gather(mine).view(-1, len(counts)).max(0).values.tolist()
     return [
-        _call_runner(context, each.tokens, packing.model_calls(each.tokens, *plan, count=count))
+        _call_runner(
+            context,
+            each.tokens,
+            packing.model_calls(each.tokens, plan.layout, plan.calls, count=count, prefixes=plan.prefixes),
+        )
         for each, plan, count in zip(wanted, plans, counts, strict=True)
     ]
 
 
-def _plan(context: StepContext, wanted: _Wanted) -> tuple[Layout, list[list[int]]]:
-    """The layout of a batch and the rows of each call.
+class _Plan(NamedTuple):
+    """The layout of a batch, the rows of each call, and the prompts that rows read once, if they do."""
 
-    A batch with little padding runs in groups. What is averaged over all tokens of a call needs one call, so that
-    no layout changes it, unless the configuration has a limit.
+    layout: Layout
+    calls: list[list[int]]
+    prefixes: Prefixes | None = None
+
+
+def _plan(context: StepContext, wanted: _Wanted) -> _Plan:
+    """How a batch runs.
+
+    A batch with little padding runs in groups. What is averaged over all tokens of a call needs one call that reads
+    every prompt as often as the padded batch, so that no layout changes it, unless the configuration has a limit.
     """
     config, text = context.config, context.unwrapped.config.get_text_config()
     tokens, token_limit, averages = wanted
@@ -137,24 +177,31 @@ def _plan(context: StepContext, wanted: _Wanted) -> tuple[Layout, list[list[int]
         token_limit = dense = config.max_tokens_per_forward
     elif averages:
         token_limit, call_tokens = math.inf, _FORBIDDING
-        if config.packing == "auto" and sum(map(sum, packing.bounds(tokens.sizes))) > dense:
+        if config.packing == "auto" and sum(map(sum, row_bounds(tokens.sizes))) > dense:
             layout = "groups"
         dense = math.inf
-    if config.packing == "auto" and packing.fill(tokens.sizes) >= _FULL:
+    prefixes = shared_prefixes(tokens) if context.by_row and not averages else None
+    read = None if prefixes is None else packed_tokens(tokens.sizes, prefixes, prefixes.order)
+    if config.packing == "auto" and packing.fill(tokens.sizes, read) >= _FULL:
         layout = "groups"
+    if layout == "packed" and prefixes is not None:
+        return _Plan(layout, prefix_rows(tokens.sizes, prefixes, token_limit=token_limit), prefixes)
     if layout == "packed":
         # A model with `max_seq_length` silently truncates what is longer.
         longest = getattr(context.unwrapped, "max_seq_length", None) or math.inf
-        return layout, packing.packed_rows(tokens.sizes, token_limit=min(token_limit, dense, longest))
+        limit = min(token_limit, dense, longest)
+        return _Plan(layout, packing.packed_rows(tokens.sizes, token_limit=limit))
     if context.reads_padding:
-        return layout, packing.equal_rows(tokens.sizes, token_limit=token_limit)
+        return _Plan(layout, packing.equal_rows(tokens.sizes, token_limit=token_limit))
     limits = CallLimits(step_forward.context_length(context.unwrapped), token_limit, call_tokens)
-    return layout, packing.alike_rows(tokens.sizes, limits)
+    return _Plan(layout, packing.alike_rows(tokens.sizes, limits))
 
 
 def _call_runner(context: StepContext, tokens: TokenBatch, calls: Sequence[ModelCall]) -> Runner:
-    real = sum(map(sum, tokens.sizes))
     positions = sum(call.ids.numel() for call in calls)
+    # An empty prompt or completion has one column of padding.
+    empty = sum(map(sum, row_bounds(tokens.sizes))) - sum(map(sum, tokens.sizes))
+    padding = positions - sum(call.tokens for call in calls if not call.repeats) + empty
     run = partial(
         packing.run_calls,
         calls=calls,
@@ -162,9 +209,8 @@ def _call_runner(context: StepContext, tokens: TokenBatch, calls: Sequence[Model
         rows=len(tokens.sizes),
         length=tokens.completion_length,
     )
-    return Runner(
-        run, [0.0 if call.repeats else float(call.tokens) for call in calls], positions - real, positions
-    )
+    weights = [0.0 if call.repeats else float(call.tokens) for call in calls]
+    return Runner(run, weights, padding, positions)
 
 
 def _padded_runner(context: StepContext, tokens: TokenBatch, token_limit: float) -> Runner:
