@@ -120,13 +120,15 @@ def test_a_step_of_several_layouts(tmp_path: Path) -> None:
         tmp_path,
         "benchmarks/step.py",
         *("--shape", "tiny", "--rows", "4", "--completion", "500", "--steps", "1", "--warmup", "0"),
-        *("--lengths", "lognormal", "--prompt-tokens", "9", "--packing", "padded", "packed"),
-        *("--arms", "grpo", "sdpo", "--output", "record.json"),
+        *("--lengths", "lognormal", "--prompt-tokens", "9", "--group", "4", "--packing", "padded", "packed"),
+        *("--prompts", "once", "each", "--arms", "grpo", "sdpo", "--output", "record.json"),
     )
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["results"].keys() == {"grpo", "sdpo[padded]", "sdpo[packed]"}
-    ratios = {"time sdpo[padded]/grpo", "time sdpo[packed]/grpo", "time sdpo[packed]/sdpo[padded]"}
-    assert record["ratios"].keys() == ratios
+    ours = ["sdpo[padded]", "sdpo[packed]", "sdpo[packed,each]"]
+    assert record["results"].keys() == {"grpo", *ours}
+    pairs = [(name, other) for i, name in enumerate(ours) for other in ("grpo", *ours[:i])]
+    assert record["ratios"].keys() == {f"time {name}/{other}" for name, other in pairs}
+    assert record["batch"]["tokens"] - record["batch"]["tokens_prompts_once"] == 3 * 9
     assert 4 * 10 <= record["batch"]["tokens"] < 4 * 509
     assert record["batch"]["fill"] == pytest.approx(record["batch"]["tokens"] / (4 * (9 + 342)))
     assert f"fill {record['batch']['fill']:.0%} of the padded batch" in printed

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM
 
 from sdpo_rl import SDPOTrainer, training_report
-from sdpo_rl.step import packing, runner
+from sdpo_rl.step import forward, packing, prefixes, runner
 
 TOLERANCE = 5e-6
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -66,6 +66,25 @@ def test_a_step_is_the_same_without_padding(tmp_path: Path, case: str, lora: boo
     assert trainer._layout.layout == layout
 
 
+def prompts_with_every_row(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(runner, "row_attention_problem", lambda *_: "of a test")
+
+
+@pytest.mark.parametrize("case", ["four micro-batches", "checkpointed", "whole logits", "several forwards"])
+def test_a_step_is_the_same_where_every_row_has_its_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    changes, config, method = CASES[case]
+    prompts_with_every_row(monkeypatch)
+    trainer = make(tmp_path, "packed", True, changes, config)
+    difference = compare(trainer, fresh_model(True), method)
+    assert max(difference.gradient, difference.loss) < TOLERANCE
+    assert (
+        "forwards: packed (a prompt in common is read for every row, because of a test)\n"
+        in training_report(trainer)
+    )
+
+
 @pytest.mark.parametrize("layout", ["packed", "groups", "padded"])
 def test_tokens_from_tools_have_no_loss(tmp_path: Path, layout: str) -> None:
     difference = compare(make(tmp_path, layout, False, FOUR, {}), fresh_model(False), alter=tool_tokens)
@@ -94,40 +113,62 @@ def logs(trainer: Any, name: str) -> list[float]:
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
+def plant_in_packs(
+    patch: pytest.MonkeyPatch, change: Callable[[packing.ModelCall], packing.ModelCall]
+) -> None:
+    for name in ("pack", "pack_prefixes"):
+        true = getattr(packing, name)
+
+        def pack(*args: Any, true: Any = true, **options: Any) -> packing.ModelCall:
+            return change(true(*args, **options))
+
+        patch.setattr(packing, name, pack)
+
+
 def rows_run_on(patch: pytest.MonkeyPatch) -> None:
-    true = packing.pack
-
-    def pack(*args: Any) -> packing.ModelCall:
-        call = true(*args)
-        return call._replace(positions=torch.arange(call.ids.numel())[None])
-
-    patch.setattr(packing, "pack", pack)
+    plant_in_packs(patch, lambda call: call._replace(positions=torch.arange(call.ids.numel())[None]))
 
 
 def one_position_late(patch: pytest.MonkeyPatch) -> None:
-    true = packing.pack
-
-    def pack(*args: Any) -> packing.ModelCall:
-        call = true(*args)
-        return call._replace(predictors=call.predictors + 1)
-
-    patch.setattr(packing, "pack", pack)
+    # The last token has none after it.
+    plant_in_packs(
+        patch, lambda call: call._replace(predictors=(call.predictors + 1).clamp(max=call.ids.numel() - 1))
+    )
 
 
 def tokens_of_the_teacher_exchanged(patch: pytest.MonkeyPatch) -> None:
-    true = packing.pack
     students: list[bool] = []
 
-    def pack(*args: Any) -> packing.ModelCall:
-        call = true(*args)
+    def change(call: packing.ModelCall) -> packing.ModelCall:
         students.append(len(students) % 2 == 0)
         return call if students[-1] else call._replace(targets=call.targets.flip(0))
 
-    patch.setattr(packing, "pack", pack)
+    plant_in_packs(patch, change)
 
 
-@pytest.mark.parametrize("plant", [rows_run_on, one_position_late, tokens_of_the_teacher_exchanged])
+def rows_see_all_before(patch: pytest.MonkeyPatch) -> None:
+    def causal(config: Any, rows: Any, device: Any) -> Any:
+        return torch.ones(sum(rows.own), sum(rows.own), dtype=torch.bool).tril()[None, None]
+
+    patch.setattr(forward, "row_masks", causal)
+
+
+PLANTS = [rows_run_on, one_position_late, tokens_of_the_teacher_exchanged]
+
+
+@pytest.mark.parametrize("plant", [*PLANTS, rows_see_all_before])
 def test_the_comparison_detects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant) -> None:
+    monkeypatch.setattr(runner, "row_attention_problem", lambda *_: "")
+    plant(monkeypatch)
+    difference = compare(make(tmp_path, "packed", False, {}, {}), fresh_model(False))
+    assert difference.gradient > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_the_comparison_detects_it_in_rows_with_their_own_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Plant
+) -> None:
+    prompts_with_every_row(monkeypatch)
     plant(monkeypatch)
     difference = compare(make(tmp_path, "packed", False, {}, {}), fresh_model(False))
     assert difference.gradient > 1000 * TOLERANCE
@@ -191,9 +232,9 @@ def test_the_choice_is_made_once_and_logged(tmp_path: Path, caplog: pytest.LogCa
         trainer = tiny.trainer(tmp_path, max_steps=3)
         assert "forwards: auto, chosen at the first step\n" in training_report(trainer)
         trainer.train()
-    assert "forwards: packed\n" in training_report(trainer)
+    assert "forwards: packed (a prompt in common is read once)\n" in training_report(trainer)
     assert [r.message for r in caplog.records if "packing" in r.message] == [
-        "Forwards run with packing='packed'."
+        "Forwards run with packing='packed': a prompt in common is read once."
     ]
 
 
@@ -225,7 +266,9 @@ def test_a_batch_with_little_padding_runs_padded(tmp_path: Path, monkeypatch: py
     true = packing.model_calls
 
     def watch(batch: Any, layout: Any, *args: Any, **kwargs: Any) -> Any:
-        layouts.append((packing.fill(batch.sizes) >= runner._FULL, layout))
+        found = prefixes.shared_prefixes(batch)
+        read = prefixes.packed_tokens(batch.sizes, found, found.order)
+        layouts.append((packing.fill(batch.sizes, read) >= runner._FULL, layout))
         return true(batch, layout, *args, **kwargs)
 
     monkeypatch.setattr(packing, "model_calls", watch)

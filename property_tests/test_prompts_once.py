@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_a_model_may_read_prompts_once(name: str, dtype: torch.dtype) -> None:
 
 DECLARED = {
     "llama, eager": "'eager', not 'sdpa'",
-    "recurrent gemma, recurrent layers": "attention_window_size",
+    "recurrent gemma": "attention_window_size",
     "bloom, alibi": "'eager', not 'sdpa'",
     "falcon, alibi": "does not take such a mask",
     "jamba, recurrent layers": "change by .* with the tokens of another row",
@@ -153,10 +154,8 @@ DECLARED = {
 
 @pytest.mark.parametrize("name", DECLARED)
 def test_a_model_that_may_not(name: str) -> None:
-    models = {**PACKABLE, **OTHERS, "recurrent gemma, recurrent layers": OTHERS["recurrent gemma"]}
-    reason = row_attention_problem(models[name](), batch_of(ROWS))
-    with pytest.raises(RuntimeError, match=DECLARED[name]):
-        raise RuntimeError(reason)
+    reason = row_attention_problem({**PACKABLE, **OTHERS}[name](), batch_of(ROWS))
+    assert re.search(DECLARED[name], reason)
 
 
 def test_a_window_that_the_mask_lacks_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,10 +187,10 @@ class SDPOConfig:
             `triton`; `logits` computes whole logits with the plain loss, for unusual heads.
         loss_chunk_size: tokens whose logits exist at the same time; `None` (default): chosen from the shapes
             and the device's total memory.
-        packing: how the rows of a forward are laid out: `packed`, all tokens in one sequence without padding, where
-            attention keeps rows apart by their positions; `groups`, rows of similar length padded together;
-            `padded`, all rows padded to the longest. `auto` (default, ours) packs a batch with enough padding if a
-            test at the first step shows that the model computes each packed row as if alone, and takes groups
+        packing: how the rows of a forward are laid out: `packed`, all tokens in one sequence without padding, which
+            under `sdpa` holds the prompt of a group once; `groups`, rows of similar length padded together;
+            `padded`, all rows padded to the longest. `auto` (default, ours) packs a batch where that saves enough
+            if a test at the first step shows that the model computes each packed row as if alone, and takes groups
             otherwise.
         max_tokens_per_forward: largest number of tokens, padding included, of a forward of more than one row.
             Default `None`: chosen from the shapes. It has no effect on `padded`.

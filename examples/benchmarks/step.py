@@ -20,8 +20,13 @@ difference. Every row has a short feedback text, so a teacher prompt is about as
     python examples/benchmarks/step.py --shape 7b --rows 16 --completion 1024 --lengths lognormal \\
         --packing padded packed --arms grpo sdpo trl-sdpo
 
+`--group 8 --prompt-tokens 1024` gives 8 completions to each prompt, and every prompt words of its own.
+`--prompts each` makes packed rows read their prompt with every completion, as where attention is not SDPA; both
+ways in one run: `--prompts once each` (`sdpo[packed,each]`).
+
 Reported: the median time of an optimizer step, the peak of allocated memory above the weights, ratios of both, and
-the tokens of a step with the share of the padded batch that they fill.
+the student's tokens in a step with the share of the padded batch that they fill, with every prompt and with prompts
+once.
 Times of one arm differ by about 2 % between two builds of the same model; `--repeat` measures all arms in turn
 several times and takes the median over all steps.
 """
@@ -37,6 +42,8 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +56,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
+from sdpo_rl.step import runner
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -103,17 +111,23 @@ def completion_lengths(options: argparse.Namespace) -> list[int]:
 
 
 def describe_batch(options: argparse.Namespace) -> dict[str, float]:
-    """Prompt and completion tokens of the student's rows, and the share of their padded batch that they fill."""
-    lengths, prompt = completion_lengths(options), len(prompt_text(options))
+    """Tokens of the student's rows, and the share of their padded batch that they fill; also with prompts once."""
+    lengths, prompt = completion_lengths(options), len(prompt_text(options, 0))
     tokens = sum(lengths) + len(lengths) * prompt
-    return {"tokens": tokens, "fill": tokens / (len(lengths) * (prompt + max(lengths)))}
+    once = sum(lengths) + len(lengths) // options.group * prompt
+    padded = len(lengths) * (prompt + max(lengths))
+    return {
+        "tokens": tokens,
+        "fill": tokens / padded,
+        "tokens_prompts_once": once,
+        "fill_prompts_once": once / padded,
+    }
 
 
-def prompt_text(options: argparse.Namespace) -> str:
-    """One token for each character."""
-    if options.prompt_tokens is None:
-        return SENTENCE * 3
-    return (SENTENCE * options.prompt_tokens)[: options.prompt_tokens]
+def prompt_text(options: argparse.Namespace, number: int) -> str:
+    """A prompt that begins with its number; one token for each character."""
+    length = options.prompt_tokens or 3 * len(SENTENCE)
+    return (f"{number}. " + SENTENCE * length)[:length]
 
 
 def fix_completions(model: Any, lengths: list[int], limit: int) -> None:
@@ -155,18 +169,24 @@ def synchronize() -> None:
 
 def arms_of(options: argparse.Namespace) -> list[str]:
     """Every arm, those of this library once for each layout."""
-    if options.packing == ["auto"]:
+    if options.packing == ["auto"] and options.prompts == ["once"]:
         return list(options.arms)
+    layouts = [
+        packing + ("" if prompts == "once" else ",each")
+        for packing in options.packing
+        for prompts in (options.prompts if packing in ("auto", "packed") else ["once"])
+    ]
     return [
-        f"{arm}[{packing}]" if arm in OURS else arm
+        f"{arm}[{layout}]" if arm in OURS else arm
         for arm in options.arms
-        for packing in (options.packing if arm in OURS else ["auto"])
+        for layout in (layouts if arm in OURS else ["auto"])
     ]
 
 
 def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Train a few steps with one trainer: time of each step after the warm-up, peak memory above the weights."""
-    arm, _, packing = name.rstrip("]").partition("[")
+    arm, _, layout = name.rstrip("]").partition("[")
+    packing, _, prompts_read = layout.partition(",")
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -175,13 +195,13 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
     weights = torch.cuda.memory_allocated() if device == "cuda" else 0
     half = arm.endswith("half")
     rows = 4 * options.rows
-    prompts = [prompt_text(options)] * rows
+    prompts = [prompt_text(options, row) for row in range(rows)]
     feedback = ["" if half and row % 2 else FEEDBACK for row in range(rows)]
     column = "privileged_context" if arm == "trl-sdpo" else "feedback"
     dataset = Dataset.from_dict({"prompt": prompts, column: feedback})
     common: dict[str, Any] = dict(
         per_device_train_batch_size=options.rows,
-        num_generations=2,
+        num_generations=options.group,
         max_completion_length=options.completion,
         gradient_accumulation_steps=1,
         max_steps=options.warmup + options.steps,
@@ -226,10 +246,22 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
             trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        trainer.train()
+        with every_prompt() if prompts_read else nullcontext():
+            trainer.train()
     peak = torch.cuda.max_memory_allocated() - weights if device == "cuda" else 0
     steps = clock.steps[options.warmup :]
     return {"peak_bytes": peak, "weight_bytes": weights, "steps": steps}
+
+
+@contextmanager
+def every_prompt() -> Iterator[None]:
+    """Packed rows get the model's own attention, and each its prompt, as those of a model without SDPA."""
+    true = runner.row_attention_problem
+    runner.row_attention_problem = lambda *_: "of --prompts each"
+    try:
+        yield
+    finally:
+        runner.row_attention_problem = true
 
 
 def tokens_limit(packing: str, options: argparse.Namespace) -> int | None:
@@ -293,6 +325,8 @@ def main() -> None:
     )
     parser.add_argument("--lengths", choices=("fixed", "lognormal"), default="fixed")
     parser.add_argument("--prompt-tokens", type=int, help="default: 135")
+    parser.add_argument("--group", type=int, default=2, help="completions of each prompt")
+    parser.add_argument("--prompts", nargs="+", choices=("once", "each"), default=["once"])
     parser.add_argument(
         "--packing", nargs="+", choices=("auto", "packed", "groups", "padded"), default=["auto"]
     )
@@ -307,7 +341,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     arms, batch = arms_of(options), describe_batch(options)
     print(
-        f"{batch['tokens']} tokens of prompts and completions, which fill {batch['fill']:.0%} of the padded batch"
+        f"{batch['tokens']} tokens of prompts and completions, which fill {batch['fill']:.0%} of the padded batch; "
+        f"with every prompt once {batch['tokens_prompts_once']}, {batch['fill_prompts_once']:.0%}"
     )
     runs = [{arm: measure(arm, options, device) for arm in arms} for _ in range(options.repeat)]
     results = {arm: combine([run[arm] for run in runs]) for arm in arms}

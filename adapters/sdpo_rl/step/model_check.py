@@ -133,8 +133,8 @@ def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
 def row_attention_problem(model: Any, batch: TokenBatch) -> str:
     """Why a model must not compute packed rows by `row_attention`; "" if it may.
 
-    Three short rows whose first tokens are the same run packed, packed with another end of each row in turn, and each
-    alone with the model's own mask. A window of the model is made shorter than the rows for the test.
+    Three short rows whose first tokens are the same run packed, packed with another end of each row in turn, and
+    each alone with the model's own mask. A window of the model is made shorter than the rows for the test.
 
     Every process makes the same calls of the model, because what the result depends on is the same for all.
 
