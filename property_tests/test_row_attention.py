@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import accumulate
 from typing import Any
@@ -214,21 +215,65 @@ def stand_in(
     return torch.cat(outputs)
 
 
+def stand_in_2_10(*args: Any, is_causal: bool = False) -> Tensor:
+    """Torch 2.10's has neither scale nor window."""
+    return stand_in(*args, scale=args[0].shape[-1] ** -0.5, window_size=(-1, 0 if is_causal else 10**6))
+
+
+def by_stand_in(kernel: Any, tensors: list[Tensor], **options: Any) -> tuple[Tensor, int]:
+    """The attention, and how often the kernel ran."""
+    calls: list[Any] = []
+
+    @functools.wraps(kernel)
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return kernel(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_attention, "_KERNEL", counted)
+        patch.setattr(row_attention, "_kernel_takes", lambda *_: True)
+        return scaled_dot_product_attention(*tensors, **options), len(calls)
+
+
 @given(shape=trees(), window=st.sampled_from([None, 1, 2, 3]))
 def test_the_kernel_gets_the_rows(shape: Any, window: int | None) -> None:
     rows, _ = tree(*shape)
     tensors = inputs(sum(rows.own), 2, 2)
     mask = RowMask(rows, CPU, window)
-    expected = scaled_dot_product_attention(*tensors, attn_mask=mask, scale=0.5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(row_attention, "_KERNEL", stand_in)
-        patch.setattr(row_attention, "_kernel_takes", lambda *_: True)
-        got = scaled_dot_product_attention(*tensors, attn_mask=mask, scale=0.5)
+    expected = scaled_dot_product_attention(*tensors, attn_mask=mask, scale=0.3)
+    got, calls = by_stand_in(stand_in, tensors, attn_mask=mask, scale=0.3)
+    assert calls == 1
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_kernel_has_a_window_or_is_not_used() -> None:
-    """Torch 2.10's has none."""
+@pytest.mark.parametrize(
+    ("kernel", "options", "used"),
+    [
+        (stand_in, {"scale": 0.3}, 1),
+        (stand_in, {"scale": 0.3, "dropout_p": 0.5}, 0),
+        (stand_in_2_10, {"scale": 0.5}, 1),
+        (stand_in_2_10, {"scale": 0.3}, 0),
+        (stand_in_2_10, {"scale": 0.5, "window": 2}, 0),
+        (None, {"scale": 0.5}, 0),
+    ],
+)
+def test_a_kernel_that_cannot_is_not_used(kernel: Any, options: dict[str, Any], used: int) -> None:
+    mask = RowMask(ROWS, CPU, options.pop("window", None))
+    tensors = inputs(9, 2, 2)
+    if kernel is None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(row_attention, "_KERNEL", None)
+            patch.setattr(row_attention, "_kernel_takes", lambda *_: True)
+            got, calls = scaled_dot_product_attention(*tensors, attn_mask=mask, **options), 0
+    else:
+        got, calls = by_stand_in(kernel, tensors, attn_mask=mask, **options)
+    assert calls == used
+    if "dropout_p" not in options:
+        expected = scaled_dot_product_attention(*tensors, attn_mask=mask, **options)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_torch_s_kernel_is_found_and_left_to_a_gpu() -> None:
     version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
-    assert (row_attention._find_kernel() is not None) == (version >= (2, 11))
+    assert (row_attention._KERNEL is not None) == (version >= (2, 10))
     assert not row_attention._kernel_takes(*inputs(4, 2, 2, torch.bfloat16))

@@ -13,6 +13,7 @@ configuration says by then.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,16 +24,10 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-
-def _find_kernel() -> Callable[..., Tensor] | None:
-    """`varlen_attn` of torch ≥ 2.11; before, it had neither a scale nor a window, or did not exist."""
-    if find_spec("torch.nn.attention.varlen") is None:
-        return None
-    kernel: Callable[..., Tensor] = import_module("torch.nn.attention.varlen").varlen_attn
-    return kernel if "window_size" in inspect.signature(kernel).parameters else None
-
-
-_KERNEL = _find_kernel()
+# `varlen_attn` of torch ≥ 2.10.
+_KERNEL: Callable[..., Tensor] | None = (
+    import_module("torch.nn.attention.varlen").varlen_attn if find_spec("torch.nn.attention.varlen") else None
+)
 _KERNEL_WIDTH = 8  # head sizes are multiples of it
 
 
@@ -79,7 +74,8 @@ class RowMask(torch.Tensor):
 
     rows: Rows
     window: int | None
-    _bounds: tuple[Tensor, Tensor]
+    _bounds: Tensor  # [2, B+1] int32: where each row's own tokens begin, and its tokens
+    _longest: tuple[int, int]  # the most of either
 
     def __new__(cls, rows: Rows, device: torch.device, window: int | None = None) -> RowMask:
         """A mask of these rows."""
@@ -88,8 +84,8 @@ class RowMask(torch.Tensor):
         mask = unstored.as_subclass(cls)
         mask.rows, mask.window = rows, window
         # Copied to the device once, not in every layer.
-        bounds = torch.tensor([[0, *rows.own], [0, *rows.lengths]]).cumsum(1).int().to(device)
-        mask._bounds = bounds[0].contiguous(), bounds[1].contiguous()
+        mask._bounds = torch.tensor([[0, *rows.own], [0, *rows.lengths]]).cumsum(1).int().to(device)
+        mask._longest = max(rows.own), max(rows.lengths)
         return mask
 
     def __init__(self, rows: Rows, device: torch.device, window: int | None = None) -> None:
@@ -152,8 +148,9 @@ def _attention(
             f"{tuple(query.shape)} and {tuple(key.shape)}; set SDPOConfig(packing='groups')"
         )
     query, key, value = map(_as_autocast, (query, key, value))
-    if not enable_gqa and dropout_p == 0.0 and _kernel_takes(query, key, value):
-        return _by_kernel(query, key, value, attn_mask, scale)
+    options = _kernel_options(attn_mask.window, scale, query.shape[-1])
+    if options is not None and not enable_gqa and dropout_p == 0.0 and _kernel_takes(query, key, value):
+        return _by_kernel(query, key, value, attn_mask, options)
     outputs = []
     keys, values = _of_rows(key, attn_mask.rows), _of_rows(value, attn_mask.rows)
     for own, row_keys, row_values in zip(query.split(attn_mask.rows.own, dim=2), keys, values, strict=True):
@@ -177,9 +174,13 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 
 def _of_rows(tensor: Tensor, rows: Rows) -> list[Tensor]:
     """The keys or values [1, H, n, D] of each row, of those of the sequence [1, H, N, D]."""
-    # Their gradients are added in a fixed order, which those of an index would not be.
     pieces = tensor.split(list(rows.pieces), dim=2)
-    return [torch.cat([pieces[i] for i in members], dim=2) for members in rows.members]
+    return [_joined(pieces, members) for members in rows.members]
+
+
+def _joined(pieces: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+    # Their gradients are added in a fixed order, which those of an index would not be.
+    return torch.cat([pieces[i] for i in members], dim=2)
 
 
 def _dense(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -194,8 +195,20 @@ def _dense(queries: int, keys: int, window: int | None, device: torch.device) ->
 # --- torch's kernel for sequences of different lengths ----------------------------------------------------
 
 
+def _kernel_options(window: int | None, scale: float | None, width: int) -> dict[str, Any] | None:
+    """What makes the kernel causal, with this window and scale; `None` where it cannot be."""
+    if _KERNEL is None:
+        return None
+    if "window_size" in inspect.signature(_KERNEL).parameters:
+        # Tokens before a query, and after it.
+        return {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    # Torch 2.10.
+    usual = scale is None or math.isclose(scale, width**-0.5)
+    return {"is_causal": True} if window is None and usual else None
+
+
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    if _KERNEL is None or not query.is_cuda or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
+    if not query.is_cuda or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
         return False
     if query.shape[-1] % _KERNEL_WIDTH or query.shape[1] != key.shape[1]:
         return False
@@ -203,20 +216,17 @@ def _kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return bool(can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False)))
 
 
-def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: RowMask, scale: float | None) -> Tensor:
+def _by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: RowMask, options: Mapping[str, Any]
+) -> Tensor:
     assert _KERNEL is not None
     rows = mask.rows
     if any(len(members) > 1 for members in rows.members):
-        key, value = (torch.cat(_of_rows(each, rows), dim=2) for each in (key, value))
-    own, lengths = mask._bounds
-    # The last query of a row meets its last key; a window counts the tokens before a query.
-    output = _KERNEL(
-        *(each[0].transpose(0, 1) for each in (query, key, value)),
-        own,
-        lengths,
-        max(rows.own),
-        max(rows.lengths),
-        scale=scale,
-        window_size=(-1 if mask.window is None else mask.window - 1, 0),
-    )
+        taken = [piece for members in rows.members for piece in members]
+        key, value = (_joined(each.split(list(rows.pieces), dim=2), taken) for each in (key, value))
+    # Layers may be on several devices.
+    own, lengths = mask._bounds.to(query.device)
+    sequences = [each[0].transpose(0, 1) for each in (query, key, value)]
+    # The last query of a row meets its last key.
+    output = _KERNEL(*sequences, own, lengths, *mask._longest, **options)
     return output.transpose(0, 1)[None]
