@@ -1,6 +1,6 @@
 """A checkpoint of random weights in a published shape, with a character tokenizer, to measure memory and time.
 
-A module of `unsloth_7b_24gb.py` and `benchmarks/recipe.py`; nothing to run.
+A module of `unsloth_7b_24gb.py`, `benchmarks/recipe.py` and `tiny_model.py`; nothing to run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ from programs import EXAMPLES, run
 # Tested in test_demo_*.py, test_private_api.py and test_ranks_launch.py.
 ELSEWHERE = {"accelerate", "demo", "private_api"}
 HERE = {
-    *("data_parallel_loop.py", "own_loop.py", "tools.py", "unsloth_7b_24gb.py"),
+    *(path.name for path in EXAMPLES.glob("0*.py")),  # test_numbered_examples.py
+    *("tiny_model.py", "unsloth_7b_24gb.py"),
     *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "recipe", "step")),
 }
 # The benchmark has one shape for CPUs, which takes half a minute.
@@ -35,39 +35,6 @@ def test_every_program_is_tested() -> None:
         if '__name__ == "__main__"' in path.read_text()
     }
     assert {name for name in programs if name.split("/")[0] not in ELSEWHERE} == HERE
-
-
-def test_own_loop_learns(tmp_path: Path) -> None:
-    printed = example(tmp_path, "own_loop.py", "--steps", "10")
-    before, after = map(float, re.findall(r"probability of the right answer (\S+)", printed))
-    assert 0 < before < after <= 1
-
-
-def losses_on(folder: Path, processes: int, name: str) -> list[str]:
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    printed = run(folder, *launch, str(folder / name), "--steps", "3")
-    return re.findall(r"step \d: loss (\S+)", printed)
-
-
-def test_the_loss_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    source = (EXAMPLES / "data_parallel_loop.py").read_text()
-    (tmp_path / "right.py").write_text(source)
-    # The counter-example: each process divides by its own count, as a mean of means.
-    wrong = source.replace("(loss.total / count * processes).backward()", "loss.mean().backward()")
-    assert wrong != source
-    (tmp_path / "wrong.py").write_text(wrong)
-    one = losses_on(tmp_path, 1, "right.py")
-    assert len(set(one)) == 3
-    assert losses_on(tmp_path, 2, "right.py") == one
-    assert losses_on(tmp_path, 2, "wrong.py") != one
-
-
-def test_tools_are_called_more_often(tmp_path: Path) -> None:
-    printed = example(tmp_path, "tools.py", "--pretrain", "100", "--steps", "2", "--output", "out")
-    assert re.search(r"^right answers: \S+ in the first step, \S+ in the last$", printed, re.MULTILINE)
-    calls = re.search(r"^calls per row: (\S+) in the first step, (\S+) in the last$", printed, re.MULTILINE)
-    assert calls is not None
-    assert 0 < float(calls[1]) < float(calls[2])
 
 
 def test_the_recipe_runs_without_unsloth(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ def watched(trainer: Any) -> list[tuple[str, int]]:
             seen.append(("after a step", count_fused(model)))
 
     trainer.compute_loss, trainer.training_step = compute_loss, training_step
-    model.get_base_model().register_forward_pre_hook(
+    # Inside the base model: PEFT 0.18 calls that one without its hooks.
+    model.get_base_model().model.register_forward_pre_hook(
         lambda *_: seen.append((purpose[-1], count_fused(model)))
     )
     return seen

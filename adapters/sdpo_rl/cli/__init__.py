@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        # Before a command imports TRL.
+        importlib.import_module(".unsloth", __name__).patch_if_asked(arguments[split:])
         run = importlib.import_module(f".{options.command}", __name__).run
         return int(run(arguments[split:]))
     except UserError as error:

@@ -47,6 +47,12 @@ class RunArguments:
         default=None,
         metadata={"help": "Settings of the paper: generalization, rich_feedback or test_time."},
     )
+    unsloth: bool = field(
+        default=False, metadata={"help": "Load the model with Unsloth, and train with its patched TRL."}
+    )
+    max_seq_length: int | None = field(
+        default=None, metadata={"help": "With unsloth: tokens of the longest reprompt and its completion."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
     quiet: bool = field(default=False, metadata={"help": "No progress bar, warnings and errors only."})
 

@@ -18,7 +18,7 @@ import yaml
 from trl import get_peft_config, get_quantization_config
 
 from ..trainer import SDPOTrainer
-from . import UserError
+from . import UserError, unsloth
 from .recipe import Recipe, load_object, load_rows, parse
 
 
@@ -75,6 +75,25 @@ def build(recipe: Recipe) -> SDPOTrainer:
         extra["eval_dataset"] = load_rows(
             run.eval_dataset or run.dataset, run.eval_split or run.train_split, run.dataset_config
         )
+    try:
+        return SDPOTrainer(
+            reward_funcs=rewards,
+            args=recipe.training,
+            train_dataset=rows,
+            sdpo_config=recipe.sdpo,
+            **_model_arguments(recipe),
+            **extra,
+        )
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _model_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The model as the trainer takes it: a name with its adapters' configuration, or loaded by Unsloth."""
+    model = recipe.model
+    if recipe.run.unsloth:
+        loaded, tokenizer = unsloth.load_model(recipe)
+        return {"model": loaded, "processing_class": tokenizer}
     recipe.training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -83,18 +102,7 @@ def build(recipe: Recipe) -> SDPOTrainer:
     }
     if (quantization := get_quantization_config(model)) is not None:
         recipe.training.model_init_kwargs["quantization_config"] = quantization
-    try:
-        return SDPOTrainer(
-            model=model.model_name_or_path,
-            reward_funcs=rewards,
-            args=recipe.training,
-            train_dataset=rows,
-            sdpo_config=recipe.sdpo,
-            peft_config=get_peft_config(model),
-            **extra,
-        )
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(str(error)) from error
+    return {"model": model.model_name_or_path, "peft_config": get_peft_config(model)}
 
 
 def resolved(recipe: Recipe) -> str:

@@ -1,6 +1,6 @@
 """The factor that data-parallel engines need: a loop of your own on several processes, with the core alone.
 
-    torchrun --nproc-per-node 2 examples/data_parallel_loop.py --steps 3
+    torchrun --nproc-per-node 2 examples/08_data_parallel_loop.py --steps 3
 
 DDP (FSDP and DeepSpeed as well) averages gradients over the R processes. The loss is a mean over the active tokens
 of all of them, which are not equally many on each. So every process divides its sum by the count of all and

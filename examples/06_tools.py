@@ -1,6 +1,6 @@
 """Tool calls: a small model learns to call a calculator, from peers that did.
 
-    python examples/tools.py
+    python examples/06_tools.py
 
 A model of 150,000 parameters is first trained, for some seconds, to multiply badly: it mostly guesses and seldom
 calls the calculator, and a guess is nearly always wrong. SDPO then gives each wrong row the transcript of a
