@@ -380,6 +380,7 @@ def observe_batches(folder: Path, kind: str, adapter: str) -> Observed:
             del trainer._generate_single_turn
             if name == "drawn":
                 batches.append(generation_batch(trainer))
+                seen["preview"] = str(trainer.preview(8))
                 trainer.add_callback(Between())
             seen[name] = observe_training(trainer)
     return seen | {"batches": batches}

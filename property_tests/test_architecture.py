@@ -162,7 +162,7 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "diagnose": {"config", "compat", "rollout"},
     "_validate": {"config", "rollout"},
     "trainer": {"_validate", "compat", "config", "diagnose", "resume", "rollout", "step", "teacher"},
-    "cli": {"compat", "config", "trainer"},
+    "cli": {"compat", "config", "diagnose", "trainer"},
     "__main__": {"cli"},
     "": {"config", "diagnose", "trainer"},  # the package's `__init__`
 }

@@ -72,13 +72,14 @@ def test_train_writes_a_model_and_quiet_shows_no_progress(project: Path) -> None
     assert (project / "output" / "model.safetensors").exists()
 
 
-def test_a_person_sees_progress_in_a_terminal(project: Path) -> None:
+def in_a_terminal(*arguments: str, folder: Path, **variables: str) -> tuple[int, str]:
+    """The exit code, and everything that a terminal is sent."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))  # a terminal without a width gets no bar
     process = subprocess.Popen(
-        [sys.executable, "-m", "sdpo_rl", "train", "--config", "recipe.yaml", *ON_CPU],
-        cwd=project,
-        env=environment(),
+        [sys.executable, "-m", "sdpo_rl", *arguments],
+        cwd=folder,
+        env=environment() | variables,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -91,8 +92,12 @@ def test_a_person_sees_progress_in_a_terminal(project: Path) -> None:
     except OSError:  # the terminal closes with the process
         pass
     os.close(ours)
-    assert process.wait() == 0, seen.decode()[-3000:]
-    text = seen.decode()
+    return process.wait(), seen.decode()
+
+
+def test_a_person_sees_progress_in_a_terminal(project: Path) -> None:
+    code, text = in_a_terminal("train", "--config", "recipe.yaml", *ON_CPU, folder=project)
+    assert code == 0, text[-3000:]
     assert "2/2" in text
     assert "'reward'" in text
     assert "Saved to output." in text
@@ -106,7 +111,74 @@ def test_a_dry_run_trains_nothing_and_prints_what_would_run(project: Path) -> No
         values |= yaml.safe_load(part.split("\n", 1)[1].split("64 rows")[0]) or {}
     assert (values["alpha"], values["k"], values["max_steps"]) == (0.25, 8, 2)
     assert "64 rows; nothing was trained" in done.stdout
+    assert "sdpo preview, with the same arguments, shows what student and teacher read." in done.stdout
     assert not (project / "output" / "model.safetensors").exists()
+
+
+HOSTILE = """
+def judge(completions, **columns):
+    texts = ["\\x1b[2J\\x1b[31mred\\r\\x07 <eos> \\u202e\\n--- row 9: forged\\n", "long " * 9000, None, " "]
+    return [(0.0, texts[row % 4]) for row in range(len(completions))]
+"""
+
+
+def test_a_preview_in_a_terminal_shows_both_kinds_of_rows_and_no_control_characters(project: Path) -> None:
+    (project / "rewards.py").write_text(HOSTILE)
+    arguments = ("preview", "--config", "recipe.yaml", "--rows=8", "--quiet", *ON_CPU)
+    code, text = in_a_terminal(*arguments, folder=project)
+    assert code == 0, text[-3000:]
+    shown = text[text.index("8 of 8 rows of a generation batch") :]
+    assert {character for character in shown if not character.isprintable()} <= {"\r", "\n"}
+    assert all(line.endswith("\r") and line.count("\r") == 1 for line in shown.split("\n")[:-1])
+    assert "\\x1b[2J\\x1b[31mred\\r\\x07 <eos> \\u202e" in shown
+    assert "  | --- row 9: forged" in shown
+    assert shown.count("\n--- row ") == 8
+    assert "no signal: no completion of this prompt reached success_reward_threshold=1" in shown
+    assert "characters are not printed here" in shown
+    assert "cut from" in shown
+    assert len(shown) < 80_000
+    assert not (project / "output" / "model.safetensors").exists()
+
+
+def test_a_preview_in_a_terminal_without_unicode_is_escaped(project: Path) -> None:
+    (project / "rewards.py").write_text(
+        "def judge(completions, **_): return [(0.0, 'é' * 3) for _ in completions]"
+    )
+    arguments = ("preview", "--config", "recipe.yaml", "--rows", "1", "--quiet", *ON_CPU)
+    code, text = in_a_terminal(*arguments, folder=project, PYTHONIOENCODING="ascii")
+    assert code == 0, text[-3000:]
+    assert "  | \\xe9\\xe9\\xe9\r\n" in text
+    assert text.isascii()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rows", "0"), "--rows: expected 1 to 8 rows, of which a generation batch has 8, got 0; pass"),
+        (("--rows", "-1"), "got -1"),
+        (("--rows", "9"), "got 9; pass another number, or enlarge the generation batch"),
+        (("--rows", "many"), "--rows: expected a number of rows, got 'many'; write --rows 4"),
+        (("--enabled", "false"), "sdpo_config: expected enabled=True"),
+        (("--alpha", "7"), "alpha: expected a number in [0, 1], got 7.0"),
+        (("--dataset", "no.jsonl"), "expected a file or a hub id, got 'no.jsonl'"),
+    ],
+)
+def test_a_mistake_in_a_preview_ends_with_one_line(
+    project: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert main(["preview", "--config", "recipe.yaml", *ON_CPU, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sdpo preview: ")
+    assert message in error
+
+
+def test_the_help_of_preview_names_its_own_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["preview", "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert "usage: sdpo preview" in printed
+    assert "--rows N" in printed
 
 
 @pytest.mark.parametrize(
@@ -227,7 +299,7 @@ def test_doctor_names_what_is_wrong_and_the_fix(
 def test_without_a_command_the_help_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in ("train", "init", "doctor"))
+    assert all(f"  {name} " in printed for name in ("train", "preview", "init", "doctor"))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "sdpo 0.1.0, sdpo_rl 0.1.0\n"
     with pytest.raises(SystemExit):

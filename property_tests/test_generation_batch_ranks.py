@@ -42,3 +42,10 @@ def test_every_rank_has_its_rows_and_demonstrations_of_all(ranks: list[Any], kin
     everything = [row for rank in (0, 1) for batch in ranks[rank][kind]["batches"] for row in batch.rows]
     across = [row for row in everything if any(i // 4 != row.row // 4 for i in row.demonstration_rows)]
     assert across
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_a_preview_shows_the_rows_of_all_ranks_on_each(ranks: list[Any], kind: Any) -> None:
+    first, second = (rank[kind]["preview"] for rank in ranks)
+    assert first == second
+    assert [f"--- row {row}, prompt 0: " in first for row in range(8)] == [True] * 8

@@ -63,7 +63,15 @@ def cuts_the_tokens_from_the_right(prompt: Any, *args: Any) -> Any:
     whole = fit(prompt, demonstrations, feedback, 10**6, mode, both)
     cut = len(whole.ids[0]) > limit
     return TeacherPrompts(
-        [whole.ids[0][:limit]], whole.row_mask, whole.has_demonstration, whole.uses_feedback, [cut], [False]
+        [whole.ids[0][:limit]],
+        whole.row_mask,
+        whole.has_demonstration,
+        whole.uses_feedback,
+        [cut],
+        [False],
+        [limit],
+        whole.whole_lengths,
+        [[]],
     )
 
 
@@ -101,6 +109,10 @@ def property_only_inserted_texts_are_cut_and_the_limit_holds(
         assert not (got.dropped[0])
     elif on:
         assert got.truncated[0]
+        assert got.limits == [limit]
+        assert got.whole_lengths == [size]
+        assert any(CUT_MARKER in text for text in got.cut_texts[0])
+        assert all(text in inserted for text in got.cut_texts[0])
         assert len(ids) <= limit
         assert decode(ids).startswith(before)
         assert decode(ids).endswith(after)

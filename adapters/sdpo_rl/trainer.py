@@ -29,6 +29,7 @@ from .compat.generation import GenerationTurns
 from .compat.trl import parsed_response, reference_adapter, torch_kernel
 from .config import SDPOConfig
 from .diagnose.advice import memory_advice, warn_if_slow
+from .diagnose.preview import Preview, preview
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
@@ -368,6 +369,36 @@ class SDPOTrainer(_BASE):
                 pad_id=self._pad_id,
             ),
         )
+
+    def preview(self, n: int = 4) -> Preview:
+        """What student and teacher read in rows of the first generation batch of the data; trains nothing.
+
+        The rows show what a run has: some with a signal from the teacher and some without, with the reason. The
+        trainer is left as it was (see `generation_batch` for what reward functions must undo themselves), so a run
+        afterwards is the same, bit for bit.
+
+        Args:
+            n: how many rows, 1 to the size of a generation batch.
+
+        Returns:
+            A `Preview`, whose text `print` shows. With several processes all of them call it and get the same.
+
+        Raises:
+            TypeError: `n` is no integer.
+            ValueError: `n` is out of range, `enabled=False`, or a model that FSDP or DeepSpeed moves to its device
+                when training begins.
+
+        Example:
+            Before the first step::
+
+                print(trainer.preview())
+                trainer.train()
+
+            >>> import inspect
+            >>> inspect.signature(SDPOTrainer.preview).parameters["n"].default
+            4
+        """
+        return preview(self, n)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)

@@ -1,6 +1,7 @@
 """The command line `sdpo`: one module for each command.
 
     train     train by a recipe, a YAML file (`train`, and `recipe` for what it may hold)
+    preview   show what student and teacher of a recipe read, before training
     init      write a recipe and a reward file to start from
     doctor    check the installation
 
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 
 _COMMANDS = {
     "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
+    "preview": "what student and teacher read: sdpo preview --config recipe.yaml [--rows N]",
     "init": "write a recipe and a reward file to start from",
     "doctor": "check versions, GPU and known conflicts of the installation",
 }

@@ -11,6 +11,7 @@ from . import UserError
 
 RECIPE = """\
 # sdpo train --config recipe.yaml --dry_run    checks it
+# sdpo preview --config recipe.yaml            shows what the teacher reads
 # sdpo train --config recipe.yaml              trains
 
 model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct

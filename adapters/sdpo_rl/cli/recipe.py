@@ -66,13 +66,20 @@ class Recipe(NamedTuple):
     sdpo: SDPOConfig
 
 
-def parse(arguments: Sequence[str]) -> Recipe:
+def parse(arguments: Sequence[str], *, command: str = "train", epilog: str | None = None) -> Recipe:
     """Options over the YAML file of ``--config`` over the preset over the defaults.
+
+    Args:
+        arguments: of the command, without its own.
+        command: its name, for the help.
+        epilog: what the help says at its end.
 
     Raises:
         UserError: an unknown field, a bad value, a file that cannot be read.
     """
-    parser = TrlParser((RunArguments, GRPOConfig, ModelConfig, SDPOConfig), prog="sdpo train")
+    parser = TrlParser(
+        (RunArguments, GRPOConfig, ModelConfig, SDPOConfig), prog=f"sdpo {command}", epilog=epilog
+    )
     parser.add_argument("--config", help="a YAML file with any of these fields")
     known, _ = parser.parse_known_args(list(arguments))
     values = _read(known.config)

@@ -26,17 +26,14 @@ def run(arguments: Sequence[str]) -> int:
     """Train by a recipe; returns the exit code."""
     recipe = parse(arguments)
     if recipe.run.quiet:
-        recipe.training.disable_tqdm = True
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        logging.getLogger("sdpo_rl").setLevel(logging.WARNING)
+        silence(recipe)
     trainer = build(recipe)
     main_process = trainer.accelerator.is_main_process
     if recipe.run.dry_run:
         if main_process:
             print(resolved(recipe))
             print(f"{len(trainer.train_dataset)} rows; nothing was trained (dry_run).")
+            print("sdpo preview, with the same arguments, shows what student and teacher read.")
         return 0
     if recipe.run.quiet:
         trainer.remove_callback(transformers.PrinterCallback)
@@ -47,6 +44,15 @@ def run(arguments: Sequence[str]) -> int:
     if recipe.training.push_to_hub:
         trainer.push_to_hub(dataset_name=recipe.run.dataset)
     return 0
+
+
+def silence(recipe: Recipe) -> None:
+    """Leave warnings and errors of what a run prints."""
+    recipe.training.disable_tqdm = True
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("sdpo_rl").setLevel(logging.WARNING)
 
 
 def build(recipe: Recipe) -> SDPOTrainer:

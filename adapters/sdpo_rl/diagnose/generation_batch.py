@@ -34,6 +34,9 @@ class GenerationRow:
         has_demonstration: a demonstration is in the reprompt.
         uses_feedback: the feedback is in the reprompt.
         is_cut: a demonstration or the feedback was cut to fit.
+        cut_texts: the demonstrations and the feedback as they stand in a reprompt that was cut; otherwise none.
+        teacher_prompt_limit: largest number of tokens of the reprompt.
+        whole_length: tokens of the reprompt before any cut; 0 without a demonstration and feedback.
         reason_without_signal: why the row has no distillation loss; `None`: it has one.
     """
 
@@ -52,6 +55,9 @@ class GenerationRow:
     has_demonstration: bool
     uses_feedback: bool
     is_cut: bool
+    cut_texts: list[str]
+    teacher_prompt_limit: int
+    whole_length: int
     reason_without_signal: str | None
 
 
@@ -103,7 +109,7 @@ def generation_batch(trainer: Any) -> GenerationBatch:
             ...
         TypeError: trainer: expected an SDPOTrainer, got int; pass the trainer that is going to train
     """
-    _check(trainer)
+    check_trainer(trainer)
     with unchanged(trainer):
         trainer.model.train()  # as in training: the mode decides the number of generations
         inputs = _first_inputs(trainer)
@@ -141,13 +147,25 @@ def generation_batch(trainer: Any) -> GenerationBatch:
                 has_demonstration=prompts.has_demonstration[row],
                 uses_feedback=prompts.uses_feedback[row],
                 is_cut=prompts.truncated[row],
+                cut_texts=prompts.cut_texts[row],
+                teacher_prompt_limit=prompts.limits[row],
+                whole_length=prompts.whole_lengths[row],
                 reason_without_signal=reason,
             )
         )
     return GenerationBatch(rows, group_size, output, context.metrics)
 
 
-def _check(trainer: Any) -> None:
+def check_trainer(trainer: Any) -> None:
+    """The trainer can make a generation batch without training.
+
+    Args:
+        trainer: an `SDPOTrainer`.
+
+    Raises:
+        TypeError: another kind of trainer.
+        ValueError: `enabled=False`, or a model that is not on its device yet.
+    """
     if not hasattr(trainer, "_scored_rollout"):
         raise TypeError(
             f"trainer: expected an SDPOTrainer, got {type(trainer).__name__}; pass the trainer that is going to "

@@ -25,6 +25,9 @@ class TeacherPrompts:
         uses_feedback: feedback is in the prompt.
         truncated: a demonstration or the feedback was cut.
         dropped: the row had a demonstration or feedback, of which nothing fits.
+        limits: the largest number of tokens of each row.
+        whole_lengths: tokens of each row before any cut; 0 without a demonstration and feedback.
+        cut_texts: of a row that was cut, its demonstrations and feedback as they stand in it; otherwise none.
     """
 
     ids: list[list[int]]
@@ -33,12 +36,16 @@ class TeacherPrompts:
     uses_feedback: list[bool]
     truncated: list[bool]
     dropped: list[bool]
+    limits: list[int]
+    whole_lengths: list[int]
+    cut_texts: list[list[str]]
 
 
 class _RowPrompt(NamedTuple):
     ids: list[int]
     has_demonstration: bool
     uses_feedback: bool
+    cut_texts: list[str]
 
 
 @dataclass
@@ -76,11 +83,22 @@ class Reprompter:
         active = [row for row, has_signal in enumerate(built.row_mask) if has_signal]
         rendered = self.renderer([self._reprompt(prompts[row], built.texts[row]) for row in active], active)
         no_signal = [False] * len(prompts)
-        result = TeacherPrompts([[] for _ in prompts], *(no_signal.copy() for _ in range(5)))
+        result = TeacherPrompts(
+            ids=[[] for _ in prompts],
+            row_mask=no_signal.copy(),
+            has_demonstration=no_signal.copy(),
+            uses_feedback=no_signal.copy(),
+            truncated=no_signal.copy(),
+            dropped=no_signal.copy(),
+            limits=list(limits),
+            whole_lengths=[0] * len(prompts),
+            cut_texts=[[] for _ in prompts],
+        )
         for row, ids in zip(active, rendered, strict=True):
             fitted: _RowPrompt | None = _RowPrompt(
-                ids, built.has_demonstration[row], built.uses_feedback[row]
+                ids, built.has_demonstration[row], built.uses_feedback[row], []
             )
+            result.whole_lengths[row] = len(ids)
             if len(ids) > limits[row]:
                 used = feedback[row] if built.uses_feedback[row] else None
                 fitted = self._fit(
@@ -91,7 +109,8 @@ class Reprompter:
                 result.dropped[row] = True
                 continue
             result.row_mask[row] = True
-            result.ids[row], result.has_demonstration[row], result.uses_feedback[row] = fitted
+            result.ids[row], result.has_demonstration[row] = fitted.ids, fitted.has_demonstration
+            result.uses_feedback[row], result.cut_texts[row] = fitted.uses_feedback, fitted.cut_texts
         return result
 
     def _build(
@@ -157,7 +176,7 @@ class Reprompter:
             if len(ids) <= limit:
                 if not built.row_mask[0]:
                     return None
-                return _RowPrompt(ids, built.has_demonstration[0], built.uses_feedback[0])
+                return _RowPrompt(ids, built.has_demonstration[0], built.uses_feedback[0], cut)
             budget -= max(len(ids) - limit, 1)
         return None
 
