@@ -59,6 +59,17 @@ def weighed() -> Iterator[str]:
     yield f'`token_weights="confidence"` {confidence}'
 
 
+def prompts_once() -> Iterator[str]:
+    """A step with packed rows, every prompt once, beside other layouts: of GRPO's time."""
+    for name in ("7b-prompts", "0.5b-ragged", "7b-full"):
+        known = record(f"step-{name}-h200")
+        batch, ratios = known["batch"], known["ratios"]
+        layouts = ["auto", "", "padded"] if name == "7b-full" else ["packed", "packed,each", ""]
+        times = [f"{ratios[f'time sdpo[{layout}]/grpo']:.2f} " if layout else "" for layout in layouts]
+        cells = f"{batch['tokens']}, {batch['tokens_prompts_once']} | {times[0]}| {times[1]}| {times[2]}|"
+        yield f"(../examples/benchmarks/records/step-{name}-h200.json)) | {cells}"
+
+
 def exponent(number: float) -> str:
     mantissa, power = f"{number:.0e}".split("e")
     return f"{mantissa}e{int(power)}"
@@ -125,6 +136,9 @@ def readme_ragged() -> Iterator[str]:
         names = (f"{measure} sdpo[{layout}]/{peer}" for peer in ("grpo", "trl-sdpo"))
         return " and ".join(f"{ratios[name]:.2f}" for name in names)
 
+    once = record("step-7b-prompts-h200")["ratios"]
+    time, memory = (once[f"{measure} sdpo[packed]/grpo"] for measure in ("time", "memory"))
+    yield f"takes {time:.2f} of the time of GRPO and {memory:.2f} of its memory"
     yield f"fill {known['batch']['fill'] * 100:.0f} % of the padded batch of that 7B step"
     time = pair("time", "packed").replace(" and ", " of the time of GRPO and ")
     memory, padded = pair("memory", "packed"), pair("time", "padded")
@@ -250,7 +264,7 @@ PAGES = [
         for part in (readme_demo, readme_loss, readme_step, readme_ragged, readme_accuracy, readme_recipe)
         for line in part()
     ),
-    *((METHOD, line) for part in (ablation, weighed) for line in part()),
+    *((METHOD, line) for part in (ablation, weighed, prompts_once) for line in part()),
     *((UNSLOTH, line) for line in guide()),
 ]
 
