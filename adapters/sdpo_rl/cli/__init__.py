@@ -2,6 +2,7 @@
 
     train     train by a recipe, a YAML file (`train`, and `recipe` for what it may hold)
     init      write a recipe and a reward file to start from
+    report    a run as one HTML file
     doctor    check the installation
 
 A user's mistake ends a command with one line on standard error and the exit code 2; a failed check with 1.
@@ -17,10 +18,11 @@ from collections.abc import Sequence
 _COMMANDS = {
     "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
     "init": "write a recipe and a reward file to start from",
+    "report": "a run, or two, as one HTML file: curves, and the teacher on each token",
     "doctor": "check versions, GPU and known conflicts of the installation",
 }
 # What the extra `peft` installs.
-_EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml")
+_EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml", "jinja2")
 
 
 class UserError(Exception):

@@ -111,9 +111,8 @@ def read(path: Path) -> list[Entry]:
     Raises:
         ValueError: another line is not a JSON object with a `step`.
     """
-    *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             entry = json.loads(line)
             if not isinstance(entry["step"], int):

@@ -16,7 +16,7 @@ from ..rollout.demonstrations import Rollout, TeacherContext
 from ..step.micro_batch import Observation
 from . import files
 from .selection import Candidate, choose
-from .tokens import Likeliest, LogitSettings, likeliest_tokens, token_text, token_texts
+from .tokens import LogitSettings, likeliest_tokens, token_text, token_texts
 
 # Tokens of a completion, likeliest tokens of a position, and characters of a text that are written.
 MOST_TOKENS, LIKELIEST, MOST_CHARACTERS = 2048, 5, 20_000

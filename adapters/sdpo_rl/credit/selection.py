@@ -27,9 +27,9 @@ class Candidate:
 def choose(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """The rows to keep, at most `count`, in their order.
 
-    The first row without a signal (from two rows on, or where no row has one), the success of the largest divergence
-    (from three rows on), and otherwise the rows of the largest divergence. A choice from the rows of several
-    micro-batches is that from the choices of each.
+    The first row without a signal (from two rows on, or where no row has one), the success of the largest
+    divergence (from three rows on), and otherwise the rows of the largest divergence. A choice from the rows of
+    several micro-batches is that from the choices of each.
 
     Args:
         candidates: rows of one optimizer step.

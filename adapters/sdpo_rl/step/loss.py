@@ -38,7 +38,7 @@ class Targets(NamedTuple):
 
 
 class TokenValues(NamedTuple):
-    """What the loss knows of each token [B, T] float32, in nats, without gradient; zero where it computed nothing."""
+    """What the loss knows of each token [B, T], in nats, without gradient; zero where it computed nothing."""
 
     divergence: Tensor
     log_probs: Tensor  # the student's, of the sampled token
