@@ -356,6 +356,7 @@
   form.addEventListener("input", (event) => {
     if (event.target.name !== "colour") return fillAll();
     close();
+    document.getElementById("legend").classList.toggle("amounts", form.colour.value !== "log_ratio");
     for (const list of columns.querySelectorAll(".tokens")) {
       [...list.children].forEach((token, index) => paint(token, list.row, index));
     }
