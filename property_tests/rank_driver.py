@@ -316,7 +316,7 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
     torch.manual_seed(0)
     trainer = tiny.trainer(
         folder,
-        sdpo_config=tiny.config(**run.config),
+        sdpo_config=tiny.config(**{"credit_rows": 8, **run.config}),
         start=(tiny.experts if run.experts else tiny.model)(
             0 if run.alike else rank(), tie_word_embeddings=run.tied
         ),

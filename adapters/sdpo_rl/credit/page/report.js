@@ -151,9 +151,9 @@
     );
 
   const whySilent = (row) => {
-    if (row.dropped) return "Without a loss: the question leaves no room for a demonstration or feedback.";
-    if (row.demonstrations.length || row.feedback) return "Without a divergence: this row has no teacher signal.";
-    return "Without a loss: no other completion of the prompt succeeded, and there is no feedback.";
+    if (row.dropped) return "Without a teacher signal: the question leaves no room for a demonstration or feedback.";
+    if (row.demonstration_used || row.feedback_used) return "Without a divergence: this row has the other part of the loss.";
+    return "Without a teacher signal: no other completion of the prompt succeeded, and the teacher is shown no feedback.";
   };
 
   const rowNode = (row) => {
