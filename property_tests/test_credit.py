@@ -389,6 +389,8 @@ def test_a_run_starts_its_files_again(tmp_path: Path) -> None:
     assert [entry["step"] for entry in log_of(tmp_path) if "loss" in entry] == [1, 2]
     assert not [entry for entry in log_of(tmp_path) if "eval_loss" in entry]
     assert sorted({row["step"] for row in rows_of(tmp_path)}) == [1, 2]
+    tiny.trainer(tmp_path).train()  # without rows: those of the run before would be taken for its own
+    assert not (tmp_path / files.CREDIT).exists()
 
 
 @pytest.mark.parametrize("kept", [1, 2])

@@ -594,11 +594,8 @@ class SDPOTrainer(_BASE):
     # --- training loop -----------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
-        step = self.state.global_step
         options = dataclasses.asdict(self.sdpo_config)
-        self._run_log.begin(step, options=options, history=self.state.log_history)
-        if self._recorder is not None:
-            self._recorder.begin(step)
+        self._run_log.begin(self.state.global_step, options=options, history=self.state.log_history)
         self._teacher.on_train_begin(self._unwrapped)
         self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
 

@@ -35,7 +35,7 @@ class RunLog:
         self._began = False
 
     def begin(self, step: int, *, options: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
-        """Start a new log, or continue the one of the run that is resumed after `step`.
+        """Start new files, or continue those of the run that is resumed after `step`: the log, and the rows.
 
         Args:
             step: optimizer steps before the checkpoint; 0 starts again.
@@ -45,10 +45,12 @@ class RunLog:
         self._began = True
         if not self._writes:
             return
-        if step and self._path.is_file():
-            keep_until(self._path, step)
-        else:
-            self._path.unlink(missing_ok=True)
+        for path in (self._path, self._path.with_name(CREDIT)):
+            if step and path.is_file():
+                keep_until(path, step)
+            else:
+                path.unlink(missing_ok=True)
+        if not self._path.is_file():
             append(self._path, history)
         append(self._path, [{"step": step, "options": options}])
 

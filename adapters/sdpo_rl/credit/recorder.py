@@ -73,13 +73,6 @@ class Recorder:
         self._seen = 0  # rows of the step
         self._step: int | None = None  # that the kept rows are of
 
-    def begin(self, step: int) -> None:
-        """Start the file again, or continue that of the run that is resumed after `step`."""
-        if step and self._path.is_file():
-            files.keep_until(self._path, step)
-        else:
-            self._path.unlink(missing_ok=True)
-
     def state(self) -> list[dict[str, Any]]:
         """The texts of the generation batch, in JSON's types."""
         return self._texts
