@@ -59,11 +59,11 @@ class Run:
 
 
 RUNS = {
-    "tied": Run(),
+    "tied": Run(config={"credit_rows": 8}),
     "untied": Run(tied=False),
     "lora": Run(adapter="lora", arguments={"learning_rate": 0.5}),
     "lora with a trained head": Run(adapter="head", tied=False, arguments={"learning_rate": 0.5}),
-    "whole logits": Run(config={"loss_backend": "logits"}),
+    "whole logits": Run(config={"loss_backend": "logits", "credit_rows": 8}),
     "micro-batches": Run({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
     "a step over two generation batches": Run(
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
@@ -72,7 +72,9 @@ RUNS = {
         {"per_device_train_batch_size": 2, "steps_per_generation": 2, "num_iterations": 2}
     ),
     "the second rank has nothing to learn": Run(succeeds=lambda row: row == 1, feedback=False),
-    "nobody has anything to learn": Run(succeeds=lambda row: False, feedback=False),
+    "nobody has anything to learn": Run(
+        config={"credit_rows": 8}, succeeds=lambda row: False, feedback=False
+    ),
     "steps without signal around one with": Run(
         {"optim": "adamw_torch", "learning_rate": 0.01, "weight_decay": 0.5, "max_grad_norm": 1.0},
         succeeds=lambda row: row == 1,  # of which the second rank has no row

@@ -71,6 +71,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
     import torch
     from transformers import TrainerCallback
 
+    from sdpo_rl.credit import files
     from sdpo_rl.step import forward as step_forward
     from sdpo_rl.teacher.shards import local_shards
 
@@ -105,6 +106,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
 
     trainer.add_callback(Watch())
     trainer.train(**resume)
+    credit = Path(trainer.args.output_dir) / files.CREDIT
     unwrapped, model = trainer._unwrapped, trainer.model_wrapped
     arguments = fixed_batch(unwrapped)
     with torch.no_grad(), step_forward.evaluating(unwrapped):
@@ -123,6 +125,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
         "teacher": teacher,
         "optimizer": moments(trainer),
         "student came back": torch.equal(before, after),
+        "credit": None if trainer._recorder is None else files.read(credit),
     }
 
 

@@ -161,10 +161,21 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "compat": {"step", "teacher"},
     "diagnose": {"config", "compat", "rollout"},
     "_validate": {"config", "rollout"},
-    "trainer": {"_validate", "compat", "config", "diagnose", "resume", "rollout", "step", "teacher"},
-    "cli": {"compat", "config", "diagnose", "trainer"},
+    "credit": {"config", "rollout", "step"},
+    "trainer": {
+        "_validate",
+        "compat",
+        "config",
+        "credit",
+        "diagnose",
+        "resume",
+        "rollout",
+        "step",
+        "teacher",
+    },
+    "cli": {"compat", "config", "credit", "diagnose", "trainer"},
     "__main__": {"cli"},
-    "": {"config", "diagnose", "trainer"},  # the package's `__init__`
+    "": {"config", "credit", "diagnose", "trainer"},  # the package's `__init__`
 }
 _BASE = {"_validate", "_numerics"}
 _PLAIN = {"topk", "divergence", "importance", "aggregate", "metrics"}

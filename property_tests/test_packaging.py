@@ -53,7 +53,7 @@ def test_it_contains_the_two_packages_only(wheel: Path) -> None:
         str(path.relative_to(source))
         for source, package in ((ROOT, "sdpo"), (ROOT / "adapters", "sdpo_rl"))
         for path in (source / package).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".html", ".css", ".js") or path.name == "py.typed"
     }
     assert {"sdpo/py.typed", "sdpo_rl/py.typed"} <= expected
     about = {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE"}

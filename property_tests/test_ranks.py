@@ -79,6 +79,24 @@ def test_two_ranks_train_as_one_does(one: Observed, two: list[Observed], strateg
         torch.testing.assert_close(seen["student"], expected["student"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "name"), [each for each in BOTH if "credit_rows" in driver.RUNS[each[1]].config]
+)
+def test_the_rows_of_a_report_are_the_main_process_s(
+    one: Observed, two: list[Observed], strategy: str, name: str
+) -> None:
+    assert two[1][strategy, name]["credit"] is None
+    alone = {(row["step"], row["row"]): row for row in one["ddp", name]["credit"]}
+    rows = [row for row in two[0][strategy, name]["credit"] if row["divergence"] is not None]
+    common = [(row, alone[row["step"], row["row"]]) for row in rows if (row["step"], row["row"]) in alone]
+    assert bool(common) == (name != "nobody has anything to learn")
+    for row, wanted in common:
+        for key in ("tokens", "prompt", "teacher_prompt", "feedback", "score", "demonstrations"):
+            assert row[key] == wanted[key]
+        assert row["log_ratio"] == pytest.approx(wanted["log_ratio"], abs=1e-3)
+        assert row["token_divergence"] == pytest.approx(wanted["token_divergence"], abs=1e-3)
+
+
 @pytest.mark.parametrize(("strategy", "name"), BOTH, ids=[f"{s}: {n}" for s, n in BOTH])
 def test_ranks_agree_bit_for_bit_and_the_student_is_restored(
     two: list[Observed], strategy: str, name: str

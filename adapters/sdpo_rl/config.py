@@ -199,6 +199,10 @@ class SDPOConfig:
         fast_checkpointing_toggle: disable gradient checkpointing for a rollout by the flags of the modules;
             `False` leaves that to TRL. Default `True` (ours).
         diagnostics_patience: generation batches without a single active row before a warning. Default 10.
+        credit_rows: completions of each logged step that are written to `sdpo_credit.jsonl` in the output folder
+            with what both models said of every token, for `sdpo report`: those of the largest divergence among the
+            main process's, from two on one without a signal, from three on a success. The file stays below 16 MiB:
+            steps in between are left out. Default 0: none.
         distillation_topk: the name of `k` in TRL's SDPO and the reference; taken by the constructor, not a field.
         distillation_add_tail: likewise for `tail`: `True` is `bucket`, `False` is `renormalize`.
 
@@ -293,6 +297,7 @@ class SDPOConfig:
         True, "Disable checkpointing for a rollout in one pass; False: TRL's."
     )
     diagnostics_patience: int = _option(10, "Generation batches without an active row before a warning.")
+    credit_rows: int = _option(0, "Completions of each logged step that are kept for sdpo report.")
 
     distillation_topk: InitVar[int | None] = None
     distillation_add_tail: InitVar[bool | None] = None
@@ -319,6 +324,13 @@ class SDPOConfig:
             num_demonstrations="successes shown per reprompt",
             max_reprompt_length="tokens of a reprompt",
             diagnostics_patience="generation batches before a warning",
+        )
+        self.credit_rows = check_int(
+            "credit_rows",
+            self.credit_rows,
+            low=0,
+            high=2**31 - 1,
+            meaning="completions of a logged step to keep",
         )
         if self.loss_chunk_size is not None:
             _positive_int(self, loss_chunk_size="tokens of a chunk, or None")

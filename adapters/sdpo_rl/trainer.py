@@ -28,6 +28,9 @@ from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
 from .compat.trl import parsed_response, reference_adapter, torch_kernel
 from .config import SDPOConfig
+from .credit.files import RunLog
+from .credit.recorder import make_recorder, table_rows
+from .credit.tokens import LogitSettings
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.preview import Preview, preview
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
@@ -228,6 +231,14 @@ class SDPOTrainer(_BASE):
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._eval_loss = MetricSums()
         self._diagnostics = Diagnostics(self.sdpo_config)
+        self._run_log = RunLog(self.args.output_dir, writes=self.accelerator.is_main_process)
+        self._recorder = make_recorder(
+            self.sdpo_config,
+            self.args,
+            self.processing_class,
+            LogitSettings(self._transform, self.temperature, self.sdpo_config.trust_region_coef),
+            writes=self.accelerator.is_main_process,
+        )
         self._epochs_done = 0  # before the checkpoint
         self._optimizer_hook: Any = None
         self._student_moved = False  # since the last generation batch with a teacher update
@@ -318,7 +329,12 @@ class SDPOTrainer(_BASE):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
-        return self._scored_rollout(inputs)[2]
+        rollout, context, output = self._scored_rollout(inputs)
+        if self._recorder is not None and self._mode == "train":
+            first_row = self.accelerator.process_index * len(rollout.prompts)
+            rows = self._recorder.rollout_rows(rollout, context, first_row=first_row)
+            output["rollout_row"] = rows.to(output["completion_ids"].device)
+        return output
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
         """A generation batch: what was sampled and scored, what the teacher reads, and the inputs of the loss."""
@@ -508,6 +524,9 @@ class SDPOTrainer(_BASE):
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
         context = self._step_context(model, distillation_weight)
+        if self._recorder is not None and self._mode == "train":
+            observe = self._recorder.observer(self.args, self.state, inputs)
+            context = dataclasses.replace(context, observe=observe)
         batch = select_rows(inputs, at_least_one=context.in_lockstep)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
@@ -606,6 +625,8 @@ class SDPOTrainer(_BASE):
     # --- training loop -----------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
+        options = dataclasses.asdict(self.sdpo_config)
+        self._run_log.begin(self.state.global_step, options=options, history=self.state.log_history)
         self._teacher.on_train_begin(self._unwrapped)
         self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
 
@@ -655,6 +676,11 @@ class SDPOTrainer(_BASE):
         super().log(logs, *args, **kwargs)
         if self.sdpo_config.enabled:
             self._diagnostics.observe_logs(logs)
+            step = self.state.global_step
+            self._run_log.add(step, logs, self._diagnostics.take_warnings())
+            if self._recorder is not None and mode == "train":
+                rows = table_rows(self._recorder.write(step))
+                trackers.log_table(self.args.report_to, "credit", rows)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -786,6 +812,7 @@ class SDPOTrainer(_BASE):
             metrics=self._metrics["train"],
             sums=self._sums["train"].state(),
             diagnostics=self._diagnostics.state(),
+            rollout_texts=[] if self._recorder is None else self._recorder.state(),
         )
 
     def _load_run_state(self, state: progress.RunState | None) -> None:
@@ -802,6 +829,8 @@ class SDPOTrainer(_BASE):
         self._metrics["train"].update(state.metrics)
         self._sums["train"].load_state(state.sums)
         self._diagnostics.load_state(state.diagnostics)
+        if self._recorder is not None:
+            self._recorder.load_state(state.rollout_texts)
 
     # --- properties of this run --------------------------------------------------------------------------
 

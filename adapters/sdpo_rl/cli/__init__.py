@@ -3,6 +3,7 @@
     train     train by a recipe, a YAML file (`train`, and `recipe` for what it may hold)
     preview   show what student and teacher of a recipe read, before training
     init      write a recipe and a reward file to start from
+    report    a run as one HTML file
     doctor    check the installation
 
 A user's mistake ends a command with one line on standard error and the exit code 2; a failed check with 1.
@@ -19,10 +20,11 @@ _COMMANDS = {
     "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
     "preview": "what student and teacher read: sdpo preview --config recipe.yaml [--rows N]",
     "init": "write a recipe and a reward file to start from",
+    "report": "a run, or two, as one HTML file: curves, and the teacher on each token",
     "doctor": "check versions, GPU and known conflicts of the installation",
 }
 # What the extra `peft` installs.
-_EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml")
+_EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml", "jinja2")
 
 
 class UserError(Exception):

@@ -1,8 +1,9 @@
-"""The SDPO options in what experiment trackers log of a run."""
+"""What experiment trackers log of a run besides TRL's: the SDPO options, and tables of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +30,31 @@ def log_options(handler: Any, options: Mapping[str, Any]) -> None:
             return call_event(event, args, *others, **keywords)
 
     handler.call_event = call_event_with_options
+
+
+def log_table(report_to: Sequence[str], name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log a table to the trackers that TRL logs its completions to, if their run has begun.
+
+    Args:
+        report_to: names of trackers; those without tables are passed over.
+        name: of the table.
+        rows: by the names of the columns.
+    """
+    trackers = [tracker for tracker in ("wandb", "trackio", "comet_ml") if tracker in report_to]
+    if not rows or not trackers:
+        return
+    import pandas
+
+    table = pandas.DataFrame(list(rows))
+    for tracker in trackers:
+        if tracker == "comet_ml":
+            from trl.trainer.utils import log_table_to_comet_experiment
+
+            log_table_to_comet_experiment(name=f"{name}.csv", table=table)
+            continue
+        backend = importlib.import_module(tracker)
+        if tracker == "trackio" or backend.run is not None:
+            backend.log({name: backend.Table(dataframe=table)})
 
 
 @contextmanager

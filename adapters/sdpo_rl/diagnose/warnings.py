@@ -91,6 +91,7 @@ class Diagnostics:
         self._best_score: float | None = None  # in these
         self._lengths: list[float] = []  # mean completion lengths of the first batches
         self._warned: set[str] = set()
+        self._new: dict[str, str] = {}  # messages since `take_warnings`, by name
         self._monitors = Monitors()
 
     def state(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class Diagnostics:
             "best_score": self._best_score,
             "lengths": list(self._lengths),
             "warned": sorted(self._warned),
+            "new": dict(self._new),
             "monitors": self._monitors.state(),
         }
 
@@ -107,7 +109,13 @@ class Diagnostics:
         """Continue from `state()`."""
         self._empty_batches, self._best_score = state["empty_batches"], state["best_score"]
         self._lengths, self._warned = list(state["lengths"]), set(state["warned"])
+        self._new = dict(state["new"])
         self._monitors.load_state(state["monitors"])
+
+    def take_warnings(self) -> dict[str, str]:
+        """The messages since the last call, by name."""
+        new, self._new = self._new, {}
+        return new
 
     def observe_batch(self, metrics: Mapping[str, float], completion_lengths: Sequence[int]) -> None:
         """Check one generation batch: its metrics, and the tokens of each completion."""
@@ -118,14 +126,14 @@ class Diagnostics:
         else:
             self._empty_batches, self._best_score = 0, None
         if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
-            logger.warning(
-                "No row had a teacher signal for %d generation batches: no completion reached "
-                "success_reward_threshold=%g beside another completion of its prompt (the best score was %s), and "
-                "there was no feedback. Nothing is learned; lower the threshold, name the functions of success in "
-                "success_reward_funcs, raise num_generations, or return feedback from a reward function.",
-                self._empty_batches,
-                self._config.success_reward_threshold,
-                "none" if self._best_score is None else f"{self._best_score:g}",
+            best = "none" if self._best_score is None else f"{self._best_score:g}"
+            self._warn(
+                "no_signal",
+                f"No row had a teacher signal for {self._empty_batches} generation batches: no completion reached "
+                f"success_reward_threshold={self._config.success_reward_threshold:g} beside another completion of "
+                f"its prompt (the best score was {best}), and there was no feedback. Nothing is learned; lower the "
+                "threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
+                "return feedback from a reward function.",
             )
         truncated = metrics["self_distillation/truncated_reprompt_fraction"]
         if truncated > _MANY_TRUNCATED:
@@ -180,4 +188,9 @@ class Diagnostics:
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            logger.warning(message)
+            self._warn(key, message)
+
+    def _warn(self, key: str, message: str) -> None:
+        self._new[key] = message
+        # Not as a format: the message may have a percent sign.
+        logger.warning("%s", message)

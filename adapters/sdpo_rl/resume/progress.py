@@ -47,6 +47,7 @@ class RunState:
         metrics: values that TRL has gathered but not logged, by name.
         sums: sum and weight [2] of metrics that are not logged yet, by name.
         diagnostics: what the diagnostics have seen, for JSON.
+        rollout_texts: of the generation batch, for JSON; empty without `SDPOConfig.credit_rows`.
     """
 
     schedule: dict[str, int]
@@ -57,6 +58,7 @@ class RunState:
     metrics: dict[str, list[float]]
     sums: dict[str, Tensor]
     diagnostics: dict[str, Any]
+    rollout_texts: list[dict[str, Any]]
 
 
 def save(folder: str, state: RunState, *, process: int) -> None:
@@ -79,6 +81,7 @@ def save(folder: str, state: RunState, *, process: int) -> None:
         "loss": state.running_loss,
         "metrics": state.metrics,
         "diagnostics": state.diagnostics,
+        "rollout_texts": state.rollout_texts,
     }
     write(_path(folder, process), tensors, {"sdpo_progress": json.dumps(progress, default=float)})
 
@@ -119,6 +122,7 @@ def load(folder: str, *, process: int, schedule: Mapping[str, int], device: torc
         metrics=progress["metrics"],
         sums={n.removeprefix(_SUMS): pair for n, pair in tensors.items() if n.startswith(_SUMS)},
         diagnostics=progress["diagnostics"],
+        rollout_texts=progress["rollout_texts"],
     )
 
 

@@ -20,6 +20,7 @@ _COMPLETION_INPUTS = (
     "completion_ids",
     "loss_mask",
     "row_weights",
+    "rollout_row",
     "policy_mask",
     "policy_advantages",
     "policy_weights",

@@ -37,6 +37,14 @@ class Targets(NamedTuple):
     rollout_log_probs: Tensor | None = None  # of an inference engine that the student itself corrects
 
 
+class TokenValues(NamedTuple):
+    """What the loss knows of each token [B, T], in nats, without gradient; zero where it computed nothing."""
+
+    divergence: Tensor
+    log_probs: Tensor  # the student's, of the sampled token
+    teacher_log_probs: Tensor
+
+
 class StepLoss(NamedTuple):
     """The loss of a micro-batch, with gradient from `total`.
 
@@ -45,10 +53,12 @@ class StepLoss(NamedTuple):
         metrics: means over the tokens with a distillation loss, and `active_tokens`, their number, by name.
         policy_total: [] of GRPO's part, detached; `None` without.
         policy_metrics: (sum, weight) by name.
+        tokens: the divergence of each token before any weight, and both models' log-probabilities.
     """
 
     total: Tensor
     metrics: dict[str, Tensor]
+    tokens: TokenValues
     policy_total: Tensor | None = None
     policy_metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
 
@@ -181,7 +191,7 @@ def fused(
         **_fused_weights(targets, term),
     )
     if term is None and not config.weighs_tokens:
-        return StepLoss(output.total, output.metrics)
+        return StepLoss(output.total, output.metrics, _token_values(output.per_token, output))
     losses = _TokenLosses(output.per_token, output.weights, output.policy_loss, output, weighed=in_one_pass)
     loss = _weighted_sum(config, targets, term, losses)
     return loss._replace(total=output.total) if in_one_pass else loss
@@ -277,8 +287,9 @@ def _weighted_sum(
         others["token_weight"] = evidence
     loss = sdpo.self_distillation_loss(losses.per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
     metrics = sdpo.mean_metrics(losses.per_token, weights, statistics, mask=mask, **others)
+    tokens = _token_values(losses.per_token, statistics)
     if term is None or targets.policy is None or losses.policy_loss is None:
-        return StepLoss(loss.total, metrics)
+        return StepLoss(loss.total, metrics, tokens)
     policy = policy_sum(
         term,
         targets.policy,
@@ -286,7 +297,11 @@ def _weighted_sum(
         old_log_probs=targets.old_log_probs,
         log_probs=statistics.log_probs if log_probs is None else log_probs,
     )
-    return StepLoss(loss.total + policy.total, metrics, policy.total.detach(), policy.metrics)
+    return StepLoss(loss.total + policy.total, metrics, tokens, policy.total.detach(), policy.metrics)
+
+
+def _token_values(per_token: Tensor, statistics: sdpo.TokenStatistics | sdpo.FusedOutput) -> TokenValues:
+    return TokenValues(per_token.detach(), statistics.log_probs, statistics.teacher_log_probs)
 
 
 # Metrics of the core that are logged: always, and with a top-K support.

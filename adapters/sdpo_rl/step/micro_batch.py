@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +50,7 @@ class StepContext:
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
         by_row: packed rows get `row_attention`, and read a prompt in common once.
+        observe: called with what the loss was computed from, without gradient, in the head's autocast.
     """
 
     config: SDPOConfig
@@ -67,6 +68,7 @@ class StepContext:
     reads_padding: bool = False
     layout: Layout = "padded"
     by_row: bool = False
+    observe: Callable[[Observation], None] | None = None
 
     def head_autocast(self) -> AbstractContextManager[Any]:
         """Of the products of hidden states and LM head."""
@@ -79,6 +81,15 @@ class StepContext:
     def in_lockstep(self) -> bool:
         """Whether other processes need the forwards of this one, so that all must call the model equally often."""
         return self.accelerator.num_processes > 1 or shards.is_sharded(self.unwrapped)
+
+
+class Observation(NamedTuple):
+    """What the loss of a micro-batch was computed from."""
+
+    batch: MicroBatch
+    student: sdpo.LMHead | Tensor  # or logits [B, T, V]
+    teachers: Sequence[sdpo.LMHead | Tensor]  # two of a trust region: its centre and the live model
+    tokens: step_loss.TokenValues
 
 
 class MicroBatchOutput(NamedTuple):
@@ -140,6 +151,9 @@ def micro_batch_loss(
         output = compute(
             config, student, teachers, targets, temperature=context.temperature, term=context.policy_term
         )
+        if context.observe is not None:
+            with torch.no_grad():
+                context.observe(Observation(batch, student, teachers, output.tokens))
     total = output.total
     metrics = step_loss.step_metrics(config, output, targets)
     metrics |= _padding_metrics(total, run_student, run_teacher)
