@@ -40,7 +40,7 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     }
     for stage in (2, 3)
 }
-TIMEOUT = 240
+TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,38 @@ RUNS = {
     "a GRPO part": Run(
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"grpo_weight": 0.5}
     ),
+    "a GRPO part with masks and ratios of rows": Run(
+        {
+            "per_device_train_batch_size": 2,
+            "steps_per_generation": 2,
+            "num_iterations": 2,
+            "importance_sampling_level": "sequence",
+            "delta": 1.02,
+            "epsilon": 0.01,
+            "off_policy_mask_threshold": 1e-3,
+            "top_entropy_quantile": 0.53,
+        },
+        {"grpo_weight": 0.5},
+    ),
+    "an anchor": Run(config={"anchor_weight": 0.7, "loss_backend": "auto"}),
+    "weights of rows and of some tokens": Run(
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {
+            "row_weights": "pass_rate",
+            "token_weights": "confidence",
+            "token_fraction": 0.5,
+            "loss_aggregation": "batch-token-mean",
+        },
+    ),
+    "evidence in a changing GRPO part": Run(
+        config={"grpo_weight": 0.2, "grpo_weight_final": 0.8, "token_weights": "evidence"}
+    ),
+    "a gate": Run(config={"grpo_weight": 0.5, "token_weights": "gate"}),
+    "clipped entries": Run(config={"support": "full", "entry_clip": 0.002, "loss_backend": "auto"}),
+    "credit of a sequence": Run(
+        {"learning_rate": 0.05},
+        {"support": "sampled", "alpha": 1.0, "credit": "sequence", "loss_backend": "auto"},
+    ),
     "routing, and a rank without a distilled row": Run(
         config={"routing": "srpo", "loss_aggregation": "batch-token-mean", "token_weights": "confidence"},
         succeeds=lambda row: row in (1, 2),
@@ -118,6 +150,9 @@ SHARDED_RUNS = [
     "nobody has anything to learn",
     "steps without signal around one with",
     "a group on both ranks",
+    "a GRPO part",
+    "a GRPO part with masks and ratios of rows",
+    "an anchor",
     "routing, and a rank without a distilled row",
     "trust region",
     "live",
@@ -130,6 +165,17 @@ SHARDED_RUNS = [
 EXPERTS = {
     "all ranks": Run(experts=True),
     "one rank": Run(succeeds=lambda row: row == 1, feedback=False, experts=True),
+    "beside a GRPO part with an entropy bonus": Run(
+        {
+            "loss_type": "bnpo",
+            "entropy_coef": 0.3,
+            "use_adaptive_entropy": True,
+            "entropy_target": 9.0,
+            "entropy_coef_delta": 0.1,
+        },
+        {"grpo_weight": 0.5},
+        experts=True,
+    ),
 }
 
 

@@ -134,7 +134,7 @@ def test_two_ranks_balance_experts_as_two_micro_batches_do(
     for rank in two:
         seen = rank["experts", strategy, name]
         assert gradient_gap(seen["gradients"], expected["gradients"]) < TOLERANCE
-        for metric in ("loss", "aux_loss", "self_distillation/divergence"):
+        for metric in ("loss", "aux_loss", "self_distillation/divergence", "entropy_coef"):
             assert column(seen, metric) == pytest.approx(column(expected, metric), rel=TOLERANCE)
         torch.testing.assert_close(seen["student"], expected["student"], rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -157,6 +157,12 @@ def test_the_runs_differ(one: Observed) -> None:
         "a step over two generation batches",
         "sequence mean",
         "a GRPO part",
+        "a GRPO part with masks and ratios of rows",
+        "weights of rows and of some tokens",
+        "evidence in a changing GRPO part",
+        "a gate",
+        "clipped entries",
+        "credit of a sequence",
         "routing, and a rank without a distilled row",
         "trust region",
         "live",
