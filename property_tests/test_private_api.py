@@ -288,6 +288,18 @@ def test_the_second_task_trains(model_folder: Path) -> None:
     trains(arms.arms("learns")[0], house_style.HOUSE_STYLE, model_folder)
 
 
+def test_the_task_of_the_readme_trains(model_folder: Path) -> None:
+    block = (HERE / "README.md").read_text().split("```python no-run\n")[1].split("```")[0]
+    names: dict = {}
+    exec(block, names)
+    task = names["ORDERS"]
+    for split in ("train", "test"):
+        for question in drawn(task, split, 20):
+            assert task.judge(question.answer, **question.columns) == (1.0, None)
+            assert task.judge("x", **question.columns).feedback
+    trains(arms.arms("learns")[0], task, model_folder)
+
+
 def trains(arm: arms.Arm, task: Environment, model_folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     model = Qwen2ForCausalLM.from_pretrained(model_folder)

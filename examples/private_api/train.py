@@ -31,25 +31,14 @@ import torch
 import transformers
 import trl
 from arms import GROUP, QUESTIONS, Arm, arms
-from environment import Environment, Question, Reward
-from evaluation import (
-    Score,
-    answer_ids,
-    autocast,
-    complete,
-    end_turns_with_eos,
-    evaluate,
-    prompt_ids,
-)
-from house_style import HOUSE_STYLE
-from kit_task import KIT
+from environment import HELD_OUT, Environment, Question, Reward
+from evaluation import Score, answer_ids, autocast, complete, end_turns_with_eos, evaluate, prompt_ids
+from tasks import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import sdpo_rl
 from sdpo_rl import SDPOConfig, SDPOTrainer
 
-TASKS = {task.name: task for task in (KIT, HOUSE_STYLE)}
-HELD_OUT = 96  # questions
 WARMUP_STEPS = 5
 SHOWN = 6  # held-out tasks whose replies are kept, before and after training
 LOGGED_STEPS = 200  # of a record that does not keep every step: of a longer run it has every second, third, …
@@ -335,7 +324,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="One run on the private API.")
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
-    parser.add_argument("--task", choices=TASKS, default=KIT.name)
+    parser.add_argument("--task", choices=TASKS, default="kit")
     parser.add_argument("--question", choices=QUESTIONS, default="learns")
     parser.add_argument("--arm", required=True, help="the name of one of the question's arms")
     parser.add_argument("--seed", type=int, default=0)
