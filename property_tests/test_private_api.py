@@ -197,3 +197,21 @@ def test_the_evaluation_equals_one_token_at_a_time(
     assert score.probability == pytest.approx(sum(probabilities) / 3, rel=1e-4)
     assert score.accuracy == sum(found) / 3
     assert 0 < score.probability < 1
+
+
+def test_a_turn_ends_with_the_token_of_the_chat_template(model_folder: Path) -> None:
+    """Some checkpoints name the token that ends a document; completions would go on after their turn."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    evaluation.end_turns_with_eos(tokenizer)
+    # The template of the tiny model has no mark after a turn.
+    assert tokenizer.eos_token == "<eos>"
+    turn = "<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}END{% endif %}"
+    prompt = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    template = "{% for m in messages %}" + turn + "{% endfor %}" + prompt
+    for end in ("<system>", "<user>\n"):
+        tokenizer.chat_template = template.replace("END", end)
+        tokenizer.eos_token = "<pad>"
+        evaluation.end_turns_with_eos(tokenizer)
+        assert tokenizer.eos_token == end.strip()
+    ids = evaluation.answer_ids(tokenizer, KIT.held_out(1)[0])
+    assert ids[-1] == tokenizer.convert_tokens_to_ids("<user>")

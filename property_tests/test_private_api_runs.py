@@ -22,6 +22,7 @@ import jobs
 import train
 from environment import Environment
 from kit_task import KIT
+from record import log_columns, write
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +116,13 @@ def trains(arm: arms.Arm, task: Environment, model_folder: Path) -> None:
 def test_a_long_log_is_thinned_unless_every_step_is_kept() -> None:
     log = [{"step": step, "reward": step / 4} for step in range(1, 451)]
     log[3]["grad_norm"] = 1.0
-    thinned = train.log_columns(log, every_step=False)
+    thinned = log_columns(log, every_step=False)
     assert thinned["step"] == list(range(1, 451, 3))
     assert thinned["reward"][:2] == [0.25, 1.0]
     assert thinned["grad_norm"][:3] == [None, 1.0, None]
-    assert len(train.log_columns(log, every_step=True)["step"]) == 450
-    assert train.log_columns(log[:200], every_step=False)["step"] == list(range(1, 201))
-    assert train.log_columns([], every_step=False) == {}
+    assert len(log_columns(log, every_step=True)["step"]) == 450
+    assert log_columns(log[:200], every_step=False)["step"] == list(range(1, 201))
+    assert log_columns([], every_step=False) == {}
 
 
 def test_small_runs_and_their_reports(model_folder: Path, tmp_path: Path) -> None:
@@ -155,12 +156,11 @@ def test_a_record_is_written_at_each_evaluation(
     target = tmp_path / "record.json"
     seen = []
 
-    def write(path: Path, record: dict) -> None:
-        train_write(path, record)
+    def write_and_read(path: Path, record: dict) -> None:
+        write(path, record)
         seen.append(json.loads(path.read_text()))
 
-    train_write = train.write
-    monkeypatch.setattr(train, "write", write)
+    monkeypatch.setattr(train, "write", write_and_read)
     given = (
         "--arm",
         "supervised",
@@ -184,7 +184,7 @@ def test_a_record_is_written_at_each_evaluation(
         "--arm supervised --seed 1 --samples 128 --points 2 --output FILE"
     )
     with pytest.raises(TypeError):
-        train_write(target, {"not": object()})
+        write(target, {"not": object()})
     assert json.loads(target.read_text()) == seen[-1]
 
 

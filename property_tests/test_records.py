@@ -56,7 +56,7 @@ def weighed() -> Iterator[str]:
             ratios.setdefault(name, []).append(f"{ms[name] / ms['fused']:.2f}")
     half, confidence = (" and ".join(ratio) for ratio in ratios.values())
     yield f"`token_fraction=0.5` takes {half} of the time"
-    yield f"`token_weights=\"confidence\"` {confidence}"
+    yield f'`token_weights="confidence"` {confidence}'
 
 
 def exponent(number: float) -> str:
