@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import EXAMPLES, run
 
-# Tested in test_demo_*.py, test_private_api.py and test_ranks_launch.py.
+# Tested in test_demo_*.py, test_private_api*.py and test_ranks_launch.py.
 ELSEWHERE = {"accelerate", "demo", "private_api"}
 HERE = {
     *(path.name for path in EXAMPLES.glob("0*.py")),  # test_numbered_examples.py

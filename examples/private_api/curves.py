@@ -13,6 +13,9 @@ from drawing import Band
 
 Run = dict[str, Any]  # a record, as `train.py` writes it
 PROBABILITY, ACCURACY = 1, 2  # columns of a run's points, after the samples
+# A run has fallen where its accuracy stays below this fraction of its best until then; a run whose best is below
+# the other number has learned nothing that it could lose.
+FALLEN, LEARNED = 0.8, 0.1
 
 
 def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -57,6 +60,30 @@ def table(runs: Sequence[Run], column: int = ACCURACY) -> tuple[list[int], list[
     return chosen, rows
 
 
+def best(run: Run) -> float:
+    """The largest accuracy of a run."""
+    return max(point[ACCURACY] for point in run["points"])
+
+
+def fall(run: Run) -> int | None:
+    """Samples from which on the accuracy is below .8 of its best so far, to the end; `None` if it is not.
+
+    Example:
+        >>> fall({"points": [[0, 0, 0.0], [64, 0, 0.5], [128, 0, 0.3], [192, 0, 0.1]]})
+        128
+        >>> fall({"points": [[0, 0, 0.0], [64, 0, 0.5], [128, 0, 0.3], [192, 0, 0.5]]}) is None
+        True
+    """
+    largest, start = 0.0, None
+    for samples, _, accuracy in run["points"]:
+        largest = max(largest, accuracy)
+        if accuracy >= FALLEN * largest:
+            start = None
+        elif start is None:
+            start = samples
+    return start if largest >= LEARNED else None
+
+
 def summary(runs: Sequence[Run]) -> str:
     """The held-out accuracy of every arm, as text."""
     chosen, rows = table(runs)
@@ -69,9 +96,8 @@ def summary(runs: Sequence[Run]) -> str:
 def one_line(run: Run) -> str:
     """What came out of a run."""
     samples, probability, accuracy = run["points"][-1]
-    best = max(point[ACCURACY] for point in run["points"])
     state = "" if run["complete"] else " (incomplete)"
     return (
-        f"{run['arm']}, seed {run['seed']}: accuracy {accuracy:.2f}, best {best:.2f}, "
+        f"{run['arm']}, seed {run['seed']}: accuracy {accuracy:.2f}, best {best(run):.2f}, "
         f"probability {probability:.2f} after {samples} samples{state}, {run['seconds']:.0f} s"
     )

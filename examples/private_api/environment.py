@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "test"]
 Messages = list[dict[str, str]]
+HELD_OUT = 96  # questions of an evaluation
 
 
 class Verdict(NamedTuple):

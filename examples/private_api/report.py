@@ -72,9 +72,10 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     ticks, rows = table(runs)
     accuracy = plot(runs, ACCURACY, "held-out accuracy")
     first = runs[0]
+    title, lead = TITLES.get(first["task"], (first["task"], ""))
     page = PAGE.render(
-        title=TITLES[first["task"]][0],
-        lead=TITLES[first["task"]][1],
+        title=title,
+        lead=lead,
         seeds=len({run["seed"] for run in runs}),
         ticks=ticks,
         rows=rows,

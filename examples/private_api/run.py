@@ -21,6 +21,7 @@ from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, Arm, arms, recorded_as
 from curves import summary
 from jobs import Job, read, run_all
 from report import write_report
+from tasks import TASKS
 
 
 def record_path(folder: Path, task: str, question: str, arm: Arm, seed: int) -> Path:
@@ -78,7 +79,7 @@ def arguments() -> argparse.Namespace:
         description="Several arms and seeds on the private API, and a report of each question."
     )
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
-    parser.add_argument("--task", choices=("kit", "house_style"), default="kit")
+    parser.add_argument("--task", choices=TASKS, default="kit")
     parser.add_argument("--question", choices=QUESTIONS, nargs="+", default=["learns"])
     parser.add_argument("--arms", nargs="+", help="some of the questions' arms; default: all")
     parser.add_argument(

@@ -12,11 +12,6 @@ report.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
-import platform
-import shlex
 import signal
 import sys
 import time
@@ -31,44 +26,16 @@ import torch
 import transformers
 import trl
 from arms import GROUP, QUESTIONS, Arm, arms
-from environment import Environment, Question, Reward
-from evaluation import (
-    Score,
-    answer_ids,
-    autocast,
-    complete,
-    end_turns_with_eos,
-    evaluate,
-    prompt_ids,
-)
-from house_style import HOUSE_STYLE
-from kit_task import KIT
+from environment import HELD_OUT, Environment, Question, Reward
+from evaluation import Score, answer_ids, autocast, complete, end_turns_with_eos, evaluate, prompt_ids
+from record import LOGGED, description, log_columns, write
+from tasks import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-import sdpo_rl
 from sdpo_rl import SDPOConfig, SDPOTrainer
 
-TASKS = {task.name: task for task in (KIT, HOUSE_STYLE)}
-HELD_OUT = 96  # questions
 WARMUP_STEPS = 5
 SHOWN = 6  # held-out tasks whose replies are kept, before and after training
-LOGGED_STEPS = 200  # of a record that does not keep every step: of a longer run it has every second, third, …
-# Metrics of each step that a record keeps: what shows whether a run learns, and whether it is about to collapse.
-LOGGED = (
-    "reward",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "grad_norm",
-    "self_distillation/divergence",
-    "self_distillation/student_entropy",
-    "self_distillation/teacher_entropy",
-    "self_distillation/sampled_token_agreement",
-    "self_distillation/success_sample_fraction",
-    "self_distillation/reprompt_sample_fraction",
-    "self_distillation/teacher_distance",
-    "self_distillation/answer_in_feedback_fraction",
-    "self_distillation/step_without_signal",
-)
 
 
 class Curve(TrainerCallback):
@@ -104,7 +71,9 @@ class Curve(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """The metrics of a step."""
         if "reward" in logs:
-            values = {name: float(f"{float(logs[name]):.4g}") for name in LOGGED if logs.get(name) is not None}
+            values = {
+                name: float(f"{float(logs[name]):.4g}") for name in LOGGED if logs.get(name) is not None
+            }
             self.log.append({"step": state.global_step, **values})
 
     def evaluate(self, step: int) -> None:
@@ -117,22 +86,6 @@ class Curve(TrainerCallback):
             flush=True,
         )
         self._save(self)
-
-
-def log_columns(log: Sequence[dict[str, float]], *, every_step: bool) -> dict[str, list[float | None]]:
-    """The log by metric, with `None` where a step did not have it; of a long one every second, third, … step.
-
-    Args:
-        log: the metrics of each step.
-        every_step: keep all, however many.
-
-    Example:
-        >>> log_columns([{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.5}], every_step=False)
-        {'step': [1, 2], 'reward': [0.0, 0.5]}
-    """
-    kept = log if every_step else log[:: -(-len(log) // LOGGED_STEPS) or 1]
-    names = [name for name in ("step", *LOGGED) if any(name in entry for entry in kept)]
-    return {name: [entry.get(name) for entry in kept] for name in names}
 
 
 def run_arm(
@@ -276,66 +229,11 @@ def replies(
     return rows
 
 
-def weights_hash(folder: Path) -> str | None:
-    """SHA-256 of a model folder's weights; `None` for a hub id."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a record at once: a reader, or a run that is stopped, finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
-
-
-def description(options: argparse.Namespace, arm: Arm, task: Environment) -> dict[str, Any]:
-    """What a record says about its run before it starts."""
-    known = Path(options.model)
-    # The name of a folder, without the path to it.
-    model = known.name if known.is_dir() else options.model
-    command = ["python", "examples/private_api/train.py", "--model", model, "--task", task.name]
-    command += ["--question", options.question, "--arm", arm.name, "--seed", str(options.seed)]
-    command += ["--samples", str(options.samples), "--points", str(options.points)]
-    return {
-        "task": task.name,
-        "question": options.question,
-        "arm": arm.name,
-        "method": arm.method,
-        "seed": options.seed,
-        "samples": options.samples * arm.length,
-        "learning_rate": arm.learning_rate,
-        "samples_per_step": arm.samples_per_step,
-        "shuffled_feedback": arm.shuffled_feedback,
-        "beta": arm.beta,
-        "lora_rank": arm.lora_rank,
-        "settings": arm.all_settings(),
-        "command": shlex.join(
-            [*command, *(["--every-step"] if options.every_step else []), "--output", "FILE"]
-        ),
-        "model": model,
-        "weights_sha256": weights_hash(known),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "python": platform.python_version(),
-        "versions": {
-            module.__name__: module.__version__ for module in (torch, transformers, trl, peft, sdpo_rl)
-        },
-    }
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="One run on the private API.")
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
-    parser.add_argument("--task", choices=TASKS, default=KIT.name)
+    parser.add_argument("--task", choices=TASKS, default="kit")
     parser.add_argument("--question", choices=QUESTIONS, default="learns")
     parser.add_argument("--arm", required=True, help="the name of one of the question's arms")
     parser.add_argument("--seed", type=int, default=0)
@@ -375,7 +273,7 @@ def main() -> None:
     )
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
-    described = description(options, arm, task)
+    described = description(options, arm)
     before = replies(model, tokenizer, task, held_out[:SHOWN])
     start = time.perf_counter()
 

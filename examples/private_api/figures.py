@@ -1,0 +1,216 @@
+"""The figures and tables of docs/results.md and docs/choosing.md, from the records in `records/`.
+
+    python examples/private_api/figures.py            # write them
+    python examples/private_api/figures.py --check    # say what differs from the records, and fail if anything does
+
+A page has the place of each text between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. What no
+record answers is empty there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tables
+from arms import arms
+from curves import ACCURACY, Run, band
+from drawing import Band, draw
+from environment import HELD_OUT
+
+ROOT = Path(__file__).parents[2]
+RECORDS = Path(__file__).with_name("records")
+IMAGES, PREFIX = "docs/images", "private-api"
+PAGES = ("docs/results.md", "docs/choosing.md")
+PLACE = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+class Question(NamedTuple):
+    """How the page asks a question."""
+
+    heading: str
+    text: str
+
+
+QUESTIONS = {
+    "learns": Question(
+        "Does SDPO learn what GRPO cannot?",
+        "SDPO beside GRPO at the best of its learning rates, SDPO with the feedback of other failures, SDPO "
+        "without feedback, and cross-entropy on the right calls as an upper bound.",
+    ),
+    tables.CHOOSING: Question(
+        "Which learning rate for GRPO?",
+        "By seeds that no other table has.",
+    ),
+    "rate": Question(
+        "Is collapse the teacher's rate, and does the rate belong to samples?",
+        "The rate is the student's weight in one update of the teacher, which follows each generation batch.",
+    ),
+    "alpha": Question("Which α?", "All else as SDPO above."),
+    "support": Question(
+        "Which K?",
+        "The top K of the student with the rest as one category, without the rest, and the whole vocabulary.",
+    ),
+    "cures": Question(
+        "Do the cures cure?",
+        "A setting that collapses, alone and with one option added. In all of them, as always, a step without a "
+        "signal changes nothing.",
+    ),
+    "lasting": Question(
+        "Does it last?",
+        "Several times the samples. The teacher's rate is given per samples, so that it is the same in larger "
+        "batches.",
+    ),
+    "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
+}
+SHORT = ("alpha", "support", "cures", "lasting", "lora")  # tables of the other page
+
+
+def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, str]]:
+    """Every generated text by the name of its place, and every figure by its file name."""
+    names = [
+        *QUESTIONS,
+        "setup",
+        "others",
+        "signs",
+        "warnings",
+        "rates",
+        *(f"short {name}" for name in SHORT),
+    ]
+    texts = dict.fromkeys(names, "")
+    images: dict[str, str] = {}
+    if not runs:
+        return texts, images
+    (task, model), _ = Counter((run["task"], run["model"]) for run in runs).most_common(1)[0]
+    main = [run for run in runs if (run["task"], run["model"]) == (task, model)]
+    texts["setup"] = f"## Setup\n\n{tables.setup(main, HELD_OUT)}"
+    for question in QUESTIONS:
+        texts[question] = section(main, question, PREFIX, images)
+    by_question = {question: tables.of_question(main, question) for question in QUESTIONS}
+    for question in SHORT:
+        if by_question[question]:
+            texts[f"short {question}"] = tables.short(by_question[question])
+    if by_question["rate"]:
+        texts["rates"] = tables.rates(by_question["rate"])
+    if any(tables.outcome(run) == "learned" and run["log"] for run in main):
+        texts["signs"] = tables.signs(main)
+    if tables.every_step(main):
+        texts["warnings"] = f"{tables.first_warnings(main)}\n\n{tables.all_warnings(main)}"
+    others = []
+    for other in sorted({(run["task"], run["model"]) for run in runs} - {(task, model)}):
+        rest = [run for run in runs if (run["task"], run["model"]) == other]
+        name = re.sub(r"[^a-z0-9]+", "-", " ".join((PREFIX, *other)).lower())
+        sections = [section(rest, question, name, images, above="### ") for question in QUESTIONS]
+        if any(sections):
+            heading = f"## The task {other[0]} with {other[1]}"
+            others.append("\n\n".join([heading, tables.setup(rest, HELD_OUT), *filter(None, sections)]))
+    texts["others"] = "\n\n".join(others)
+    return texts, images
+
+
+def section(
+    runs: Sequence[Run], question: str, prefix: str, images: dict[str, str], above: str = "## "
+) -> str:
+    """Heading, figure, table and command of a question, whose figure is added to `images`; empty without runs."""
+    by_arm = tables.of_question(runs, question)
+    if not by_arm:
+        return ""
+    heading, text = QUESTIONS[question]
+    file = f"{prefix}-{question.replace(' ', '-')}.svg"
+    images[file] = figure(question, by_arm)
+    first = next(iter(by_arm.values()))[0]
+    seeds = sorted({run["seed"] for of_arm in by_arm.values() for run in of_arm})
+    task = [] if first["task"] == "kit" else ["--task", first["task"]]
+    command = ["python", "examples/private_api/run.py", "--model", first["model"], *task]
+    command += ["--question", question, "--seeds", *map(str, seeds)]
+    parts = [f"{above}{heading}", text, f"![{heading}](images/{file})", tables.results(by_arm)]
+    return "\n\n".join([*parts, f"```bash\n{shlex.join(command)}\n```"])
+
+
+def figure(question: str, by_arm: tables.Runs) -> str:
+    """Held-out accuracy over samples; panels where a question has more lines than one can hold."""
+    lines = {arm: band(runs, ACCURACY) for arm, runs in by_arm.items()}
+    if question == "rate":
+        panels: dict[str, dict[str, Band]] = {}
+        for arm, runs in by_arm.items():
+            settings = runs[0]["settings"]
+            heading = f"α={settings['alpha']:g}, batches of {runs[0]['samples_per_step']}"
+            panels.setdefault(heading, {})[f"rate {settings['teacher_update_rate']:g}"] = lines[arm]
+        return draw(panels, "held-out accuracy", columns=2, label_width=155)
+    if question == "cures":
+        alone = arms(question)[0].name
+        panels = {
+            arm.removeprefix(f"{alone} + "): {
+                "with it": line,
+                **({"alone": lines[alone]} if alone in lines else {}),
+            }
+            for arm, line in lines.items()
+            if arm != alone
+        }
+        return draw(panels, "held-out accuracy", columns=3, label_width=115)
+    return draw({"": lines}, "held-out accuracy")
+
+
+def filled(page: str, texts: dict[str, str]) -> str:
+    """A page with each text at its place.
+
+    Raises:
+        ValueError: the page has a place for a text that there is not.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in texts:
+            raise ValueError(f"page: expected places of {', '.join(texts)}, got {match[2]!r}; remove it")
+        text = texts[match[2]]
+        return match[1] + (f"\n{text}\n\n" if text else "") + match[3]
+
+    return PLACE.sub(fill, page)
+
+
+def files(root: Path, records: Path) -> dict[Path, str | None]:
+    """What the pages and figures are by the records; `None` for a figure that no record has."""
+    texts, images = blocks_and_images(tables.load(records))
+    wanted: dict[Path, str | None] = dict.fromkeys((root / IMAGES).glob(f"{PREFIX}-*.svg"))
+    wanted |= {root / IMAGES / name: f"{svg}\n" for name, svg in images.items()}
+    for page in PAGES:
+        wanted[root / page] = filled((root / page).read_text(encoding="utf-8"), texts)
+    return wanted
+
+
+def differences(root: Path = ROOT, records: Path = RECORDS) -> list[str]:
+    """The files that are not what the records say."""
+    return [
+        str(path.relative_to(root))
+        for path, text in files(root, records).items()
+        if (path.read_text(encoding="utf-8") if path.exists() else None) != text
+    ]
+
+
+def write(root: Path = ROOT, records: Path = RECORDS) -> None:
+    """Write the pages and figures, and remove figures that no record has."""
+    for path, text in files(root, records).items():
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Figures and tables of the records.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
+    if not parser.parse_args().check:
+        write()
+        return 0
+    found = differences()
+    for name in found:
+        print(f"{name} is not what the records say; run examples/private_api/figures.py")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

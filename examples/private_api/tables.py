@@ -1,0 +1,257 @@
+"""Records as tables in Markdown: the results of a question, and the signs in the log.
+
+A module of `figures.py`; nothing to run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from arms import FIRST_SEED_FOR_CHOOSING, arms, recorded_as
+from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, best, fall
+from replay import EARLY, entries, problem, warnings
+
+Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
+CHOOSING = "grpo learning rate"  # the question that seeds for choosing answer
+NONE = "–"
+# Steps of the signs: those that the monitors compare with, and the last of the first twenty.
+FIRST, LATER = range(1, 6), range(16, 21)
+SIGNS = {
+    "reward": "reward",
+    "self_distillation/success_sample_fraction": "rows that see a success",
+    "self_distillation/divergence": "divergence",
+    "self_distillation/sampled_token_agreement": "sampled-token agreement",
+    "self_distillation/student_entropy": "student's entropy",
+    "self_distillation/teacher_entropy": "teacher's entropy",
+    "self_distillation/teacher_distance": "teacher's distance",
+    "completions/clipped_ratio": "completions at the length limit",
+    "completions/mean_length": "mean length",
+    "grad_norm": "gradient norm",
+}
+OUTCOMES = ("learned", "fell", "learned nothing")
+
+
+def load(folder: Path) -> list[Run]:
+    """The records of complete runs."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [run for run in runs if run["complete"]]
+
+
+def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
+    """The runs of each arm of a question, in the order of seeds; none if fewer than two arms have any.
+
+    Seeds for choosing answer the question about GRPO's learning rate alone.
+    """
+    found: dict[str, list[Run]] = {}
+    for arm in arms(question):
+        recorded_question, recorded = recorded_as(arm)
+        of_arm = [
+            run
+            for run in runs
+            if (run["question"], run["arm"]) == (recorded_question, recorded.name)
+            and (run["seed"] >= FIRST_SEED_FOR_CHOOSING) == (question == CHOOSING)
+        ]
+        if of_arm:
+            found[arm.name] = sorted(of_arm, key=lambda run: run["seed"])
+    return found if len(found) > 1 else {}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(values: Sequence[float], form: Callable[[float], str] = "{:.2f}".format) -> str:
+    """The mean, and the range where there are several.
+
+    Example:
+        >>> spread([0.5, 0.7]), spread([0.5])
+        ('0.60 (0.50–0.70)', '0.50')
+    """
+    if len(values) == 1:
+        return form(values[0])
+    return f"{form(fmean(values))} ({form(min(values))}–{form(max(values))})"
+
+
+def results(by_arm: Runs) -> str:
+    """What came out of each arm."""
+    last = max(run["points"][-1][0] for runs in by_arm.values() for run in runs)
+    chosen = [last // 4, last // 2]
+    head = [
+        "",
+        "seeds",
+        *(f"after {samples}" for samples in chosen),
+        f"at the end ({last})",
+        "best",
+        "end / best",
+    ]
+    head += ["probability at the end", f"fell below {FALLEN:g} of its best"]
+    rows = []
+    for arm, runs in by_arm.items():
+        ends = [at(run, last, ACCURACY) for run in runs]
+        rows.append(
+            [
+                arm,
+                str(len(runs)),
+                *(f"{fmean(at(run, samples, ACCURACY) for run in runs):.2f}" for samples in chosen),
+                spread(ends),
+                f"{fmean(map(best, runs)):.2f}",
+                kept(runs),
+                f"{fmean(at(run, last, PROBABILITY) for run in runs):.2f}",
+                falls(runs),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def short(by_arm: Runs) -> str:
+    """The end of each arm, best first."""
+    order = sorted(by_arm, key=lambda arm: -fmean(run["points"][-1][ACCURACY] for run in by_arm[arm]))
+    rows = [
+        [
+            arm,
+            spread([run["points"][-1][ACCURACY] for run in by_arm[arm]]),
+            kept(by_arm[arm]),
+            falls(by_arm[arm]),
+        ]
+        for arm in order
+    ]
+    head = ["", "accuracy at the end", "end / best", f"fell below {FALLEN:g} of its best"]
+    return markdown(head, rows)
+
+
+def at(run: Run, samples: int, column: int) -> float:
+    """A run's value at the last evaluation until then."""
+    return float([point[column] for point in run["points"] if point[0] <= samples][-1])
+
+
+def kept(runs: Sequence[Run]) -> str:
+    """Accuracy at the end over the best, of the seed where it is lowest."""
+    learned = [run for run in runs if best(run) >= LEARNED]
+    return f"{min(run['points'][-1][ACCURACY] / best(run) for run in learned):.2f}" if learned else NONE
+
+
+def falls(runs: Sequence[Run]) -> str:
+    """How many runs fell, and after how many samples."""
+    found = [samples for run in runs if (samples := fall(run)) is not None]
+    return f"{len(found)} of {len(runs)}, after {', '.join(map(str, sorted(found)))}" if found else NONE
+
+
+def rates(by_arm: Runs) -> str:
+    """The accuracy at the end by the teacher's rate, α and batch; in italics where a run fell."""
+    cells: dict[tuple[float, float, int], str] = {}
+    for runs in by_arm.values():
+        settings = runs[0]["settings"]
+        text = spread([run["points"][-1][ACCURACY] for run in runs])
+        fell = any(fall(run) is not None for run in runs)
+        key = (settings["teacher_update_rate"], settings["alpha"], runs[0]["samples_per_step"])
+        cells[key] = f"*{text}*" if fell else text
+    columns = sorted({key[1:] for key in cells}, key=lambda column: column[::-1])
+    head = ["rate", *(f"α={alpha:g}, batches of {samples}" for alpha, samples in columns)]
+    rows = [
+        [f"{rate:g}", *(cells.get((rate, *column), NONE) for column in columns)]
+        for rate in sorted({key[0] for key in cells})
+    ]
+    return markdown(head, rows)
+
+
+def outcome(run: Run) -> str | None:
+    """One of OUTCOMES; `None` for what is between them."""
+    if fall(run) is not None:
+        return "fell"
+    if best(run) < LEARNED:
+        return "learned nothing"
+    return "learned" if best(run) >= 0.5 else None
+
+
+def signs(runs: Sequence[Run]) -> str:
+    """Medians and ranges of the log in the first twenty steps, by what became of the run."""
+    smallest = min(run["samples_per_step"] for run in runs)
+    alike = [run for run in runs if run["method"] == "sdpo" and run["samples_per_step"] == smallest]
+    groups = {name: [run for run in alike if outcome(run) == name] for name in OUTCOMES}
+    groups = {name: group for name, group in groups.items() if group}
+    head = ["", "steps", *(f"{name} ({len(group)} runs)" for name, group in groups.items())]
+    rows = []
+    for name, label in SIGNS.items():
+        for steps in (FIRST, LATER):
+            cells = [_range([window(run, name, steps) for run in group]) for group in groups.values()]
+            rows.append([label if steps is FIRST else "", f"{steps[0]}–{steps[-1]}", *cells])
+    return markdown(head, rows)
+
+
+def window(run: Run, name: str, steps: range) -> float | None:
+    """The mean of a metric over some steps, of those that have it."""
+    found = [entry[name] for entry in entries(run) if entry["step"] in steps and name in entry]
+    return fmean(found) if found else None
+
+
+def _range(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return NONE
+    return f"{median(known):.2g} ({min(known):.2g}–{max(known):.2g})"
+
+
+def every_step(runs: Sequence[Run]) -> list[Run]:
+    """The runs that were recorded for the monitors."""
+    return [run for run in runs if "--every-step" in run["command"].split()]
+
+
+def first_warnings(runs: Sequence[Run]) -> str:
+    """When accuracy fell, and when the trainer's monitors warned."""
+    rows = []
+    for run in every_step(runs):
+        found = warnings(run, evaluations=False)
+        said = ", ".join(f"`{name}` after {samples}" for name, samples in found.items())
+        fell = fall(run)
+        rows.append(
+            [f"{run['arm']}, seed {run['seed']}", NONE if fell is None else f"after {fell}", said or NONE]
+        )
+    return markdown(["run", "accuracy fell", "warnings"], rows)
+
+
+def all_warnings(runs: Sequence[Run]) -> str:
+    """How many runs the monitors judged as the accuracy did; those whose log has every step."""
+    whole = [
+        run
+        for run in runs
+        if run["log"] and run["log"]["step"] == list(range(1, len(run["log"]["step"]) + 1))
+    ]
+    rows = []
+    names = {"learned": "no warning", "fell": "a warning early enough"}
+    for name, expected in names.items():
+        group = [run for run in whole if outcome(run) == name]
+        rows.append([f"{name}: {expected}", str(len(group)), str(sum(problem(run) is None for run in group))])
+    return markdown([f"early: {EARLY} samples before", "runs", "as they should"], rows)
+
+
+def setup(runs: Sequence[Run], held_out: int) -> str:
+    """Model, machine, versions and sizes."""
+
+    def each(name: str) -> str:
+        return ", ".join(dict.fromkeys(str(run[name]) for run in runs if run[name] is not None))
+
+    versions: dict[str, Any] = {name: None for run in runs for name in run["versions"]}
+    texts = [
+        f"{name} {', '.join(dict.fromkeys(run['versions'][name] for run in runs if name in run['versions']))}"
+        for name in versions
+    ]
+    usual = min(run["samples"] for run in runs)
+    minutes = [run["seconds"] / 60 for run in runs if run["samples"] == usual]
+    memory = [run["peak_gib"] for run in runs if run["peak_gib"] is not None]
+    rows = [
+        ["model", each("model")],
+        ["SHA-256 of its weights", each("weights_sha256") or NONE],
+        ["device", each("device")],
+        ["versions", f"Python {each('python')}, {', '.join(texts)}"],
+        ["runs", f"{len(runs)}, most of {usual} completions"],
+        ["held-out questions", str(held_out)],
+        ["minutes of such a run, with others on the same device", spread(minutes, "{:.1f}".format)],
+        ["GiB of a run at most", f"{max(memory):.1f}" if memory else NONE],
+    ]
+    return markdown(["", ""], rows)

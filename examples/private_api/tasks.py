@@ -1,0 +1,12 @@
+"""The tasks that `train.py` and `run.py` know by name: add yours.
+
+A module of `train.py`, `run.py` and `report.py`; nothing to run.
+"""
+
+from __future__ import annotations
+
+from environment import Environment
+from house_style import HOUSE_STYLE
+from kit_task import KIT
+
+TASKS: dict[str, Environment] = {task.name: task for task in (KIT, HOUSE_STYLE)}

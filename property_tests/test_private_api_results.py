@@ -1,0 +1,339 @@
+"""Figures and tables of docs/results.md and docs/choosing.md, and the monitors on recorded runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import EXAMPLES, ROOT
+
+sys.path.insert(0, str(EXAMPLES / "private_api"))
+
+import arms
+import curves
+import drawing
+import figures
+import replay
+import tables
+
+LIMIT, ENTROPY = "completions/clipped_ratio", "self_distillation/student_entropy"
+DIVERGENCE, REWARD = "self_distillation/divergence", "reward"
+STEPS = 150
+SHOWN = tables.load(figures.RECORDS)
+
+
+# --- records that are made up ---------------------------------------------------------------------------------
+
+
+def made_up(question: str, arm: arms.Arm, seed: int, accuracy: list[float], **changes: Any) -> curves.Run:
+    """A record whose accuracy is evaluated at even distances."""
+    every = 9600 // (len(accuracy) - 1) // arm.samples_per_step * arm.samples_per_step
+    points = [[every * i, value / 2, value] for i, value in enumerate(accuracy)]
+    return {
+        "task": "kit",
+        "question": question,
+        "arm": arm.name,
+        "method": arm.method,
+        "seed": seed,
+        "samples": 9600 * arm.length,
+        "samples_per_step": arm.samples_per_step,
+        "settings": arm.all_settings(),
+        "command": "python examples/private_api/train.py",
+        "model": "Model-1B",
+        "weights_sha256": "ab" * 32,
+        "device": "A GPU",
+        "python": "3.12.1",
+        "versions": {"torch": "2.0"},
+        "complete": True,
+        "seconds": 90.0,
+        "peak_gib": 12.0,
+        "points": points,
+        "log": log(),
+        **changes,
+    }
+
+
+def log(rises: int | None = None) -> dict[str, list[float | None]]:
+    """A log whose entropy and cut completions rise from a step on."""
+    steps = list(range(1, STEPS + 1))
+    late = [max(0, step - rises) / 10 if rises is not None else 0.0 for step in steps]
+    return {
+        "step": list(map(float, steps)),
+        REWARD: [min(0.9, step / 100) for step in steps],
+        LIMIT: [min(1.0, 0.1 + x) for x in late],
+        ENTROPY: [0.5 + x for x in late],
+        DIVERGENCE: [None if step % 7 == 0 else 0.1 for step in steps],
+    }
+
+
+HEALTHY = [0.0, 0.3, 0.6, 0.8, 0.9]
+COLLAPSING = [0.0, 0.5, 0.8, 0.2, 0.0]
+
+
+def write(folder: Path, runs: list[curves.Run]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        name = re.sub(r"\W+", "-", f"{run['task']} {run['question']} {run['arm']} {run['seed']}")
+        (folder / f"{name}.json").write_text(json.dumps(run))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A copy of the pages, without any record."""
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    for page in figures.PAGES:
+        shutil.copy(ROOT / page, tmp_path / page)
+    (tmp_path / "docs" / "images" / "demo.svg").write_text("not ours")
+    figures.write(tmp_path, tmp_path / "records")
+    return tmp_path
+
+
+def recorded(question: str, seeds: tuple[int, ...] = (0, 1, 2)) -> list[curves.Run]:
+    """Runs of every arm of a question; the seeds differ by .1 at the end."""
+    return [
+        made_up(*arms.recorded_as(arm), seed, [*HEALTHY[:-1], 0.7 + seed % 100 / 10])
+        for arm in arms.arms(question)
+        for seed in seeds
+    ]
+
+
+# --- pages and figures ----------------------------------------------------------------------------------------
+
+
+def test_pages_and_figures_are_what_the_records_say() -> None:
+    assert figures.differences() == []
+
+
+@pytest.mark.skipif(
+    not tables.of_question(SHOWN, tables.CHOOSING), reason="no record of GRPO's learning rates"
+)
+def test_the_learning_rate_of_grpo_is_the_best_of_those_tried() -> None:
+    by_arm = tables.of_question(SHOWN, tables.CHOOSING)
+    ends = {
+        arm.learning_rate: fmean(run["points"][-1][curves.ACCURACY] for run in by_arm[arm.name])
+        for arm in arms.arms(tables.CHOOSING)
+    }
+    assert ends[arms.GRPO_LEARNING_RATE] == max(ends.values())
+
+
+def test_the_prose_of_the_results_has_no_number() -> None:
+    prose = figures.PLACE.sub("", (ROOT / "docs" / "results.md").read_text())
+    assert re.findall(r"\d+", prose) == []
+
+
+def test_every_text_has_one_place() -> None:
+    texts, _ = figures.blocks_and_images([])
+    places = [
+        match[2] for page in figures.PAGES for match in figures.PLACE.finditer((ROOT / page).read_text())
+    ]
+    assert sorted(places) == sorted(texts)
+    with pytest.raises(ValueError, match=r"page: expected places of learns, .*, got 'other'"):
+        figures.filled("<!-- generated: other -->\n<!-- end -->", texts)
+
+
+def test_no_record_leaves_the_pages_empty(root: Path) -> None:
+    page = (root / "docs" / "results.md").read_text()
+    assert all(question.heading not in page for question in figures.QUESTIONS.values())
+    assert figures.differences(root, root / "records") == []
+
+
+@pytest.mark.parametrize("question", figures.QUESTIONS)
+def test_a_question_with_records_has_a_section(question: str, root: Path) -> None:
+    seeds = (100, 101) if question == tables.CHOOSING else (0, 1, 2)
+    write(root / "records", recorded(question, seeds))
+    figures.write(root, root / "records")
+    assert figures.differences(root, root / "records") == []
+    page = (root / "docs" / "results.md").read_text()
+    shown = {name for name, (heading, _) in figures.QUESTIONS.items() if heading in page}
+    assert question in shown
+    section = (
+        page.partition(f"## {figures.QUESTIONS[question].heading}")[2].split("```bash")[1].split("```")[0]
+    )
+    assert section.strip().endswith(f"--seeds {' '.join(map(str, seeds))}")
+    for arm in arms.arms(question):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {arm.name} | {len(seeds)} |"))
+        assert ("0.80 (0.70–0.90)" if len(seeds) == 3 else "0.75 (0.70–0.80)") in row
+    svg = ElementTree.fromstring(
+        (root / "docs/images" / f"private-api-{question.replace(' ', '-')}.svg").read_text()
+    )
+    polylines, texts = svg.findall("{*}polyline"), [text.text for text in svg.findall("{*}text")]
+    lines = 2 * (len(arms.arms(question)) - 1) if question == "cures" else len(arms.arms(question))
+    assert len(polylines) == len(svg.findall("{*}polygon")) == lines
+    labels = [text for text in texts if re.match(r"0\.\d\d ", text or "")]
+    assert len(labels) == lines
+
+
+def test_a_table_has_the_means_of_its_seeds(root: Path) -> None:
+    sdpo, grpo = arms.arms("learns")[:2]
+    runs = [
+        made_up("learns", sdpo, 0, [0.0, 0.4, 0.8, 0.6, 0.9]),
+        made_up("learns", sdpo, 1, [0.0, 0.2, 0.9, 0.8, 0.5]),
+        made_up("learns", grpo, 0, [0.0, 0.0, 0.02, 0.0, 0.0]),
+    ]
+    row, other = tables.results(tables.of_question(runs, "learns")).splitlines()[2:]
+    assert row == "| SDPO | 2 | 0.30 | 0.85 | 0.70 (0.50–0.90) | 0.90 | 0.56 | 0.35 | 1 of 2, after 9472 |"
+    assert other == "| GRPO | 1 | 0.00 | 0.02 | 0.00 | 0.02 | – | 0.00 | – |"
+
+
+def test_a_changed_or_missing_record_is_found(root: Path) -> None:
+    runs = recorded("learns")
+    write(root / "records", runs)
+    figures.write(root, root / "records")
+    changed = {**runs[0], "points": [*runs[0]["points"][:-1], [9600, 0.1, 0.123]]}
+    write(root / "records", [changed])
+    assert set(figures.differences(root, root / "records")) >= {
+        "docs/results.md",
+        "docs/images/private-api-learns.svg",
+    }
+    shutil.rmtree(root / "records")
+    assert "docs/images/private-api-learns.svg" in figures.differences(root, root / "records")
+    figures.write(root, root / "records")
+    assert [path.name for path in (root / "docs" / "images").iterdir()] == ["demo.svg"]
+
+
+def test_runs_for_choosing_and_runs_that_were_stopped_are_not_shown(root: Path) -> None:
+    arm, *_ = arms.arms("learns")
+    runs = recorded("learns") + [made_up("learns", arm, seed, [0.0, 0.0]) for seed in (100, 101)]
+    stopped = made_up("learns", arm, 3, [0.0, 0.0], complete=False)
+    write(root / "records", [*runs, stopped])
+    loaded = tables.load(root / "records")
+    assert [run["seed"] for run in tables.of_question(loaded, "learns")["SDPO"]] == [0, 1, 2]
+    grpo = arms.arms(tables.CHOOSING)
+    chosen = tables.of_question(
+        [made_up(tables.CHOOSING, arm, seed, [0.0, 0.1]) for arm in grpo for seed in (0, 100)],
+        tables.CHOOSING,
+    )
+    # The arm that was chosen is that of "learns", too.
+    assert {run["seed"] for runs in chosen.values() for run in runs} == {100}
+
+
+def test_another_task_and_another_model_have_sections_of_their_own(root: Path) -> None:
+    others = [
+        {**run, **change}
+        for run in recorded("learns", (0,))
+        for change in ({"task": "house_style"}, {"model": "Other/M-2"})
+    ]
+    folder = root / "records"
+    write(folder, recorded("learns"))
+    for index, run in enumerate(others):
+        (folder / f"other-{index}.json").write_text(json.dumps(run))
+    figures.write(root, folder)
+    page = (root / "docs" / "results.md").read_text()
+    assert "## The task house_style with Model-1B" in page
+    assert "--model Model-1B --task house_style --question learns --seeds 0\n" in page
+    assert "## The task kit with Other/M-2" in page
+    assert (root / "docs/images/private-api-kit-other-m-2-learns.svg").exists()
+    assert page.count("| SDPO | 3 |") == 1
+
+
+def test_the_other_page_has_rates_signs_and_warnings(root: Path) -> None:
+    runs = recorded("rate")
+    for run in runs:
+        if run["settings"]["teacher_update_rate"] == 0.05:
+            run["points"] = [
+                [at, value, value] for (at, *_), value in zip(run["points"], COLLAPSING, strict=True)
+            ]
+            run["log"] = log(10)
+            run["command"] += " --every-step"
+    write(root / "records", runs)
+    figures.write(root, root / "records")
+    page = (root / "docs" / "choosing.md").read_text()
+    assert (
+        "| rate | α=0, batches of 64 | α=0.5, batches of 64 | α=0, batches of 256 | α=0.5, batches of 256 |"
+        in page
+    )
+    assert "| 0.05 | *0.00 (0.00–0.00)* |" in page
+    assert "| 0.01 | 0.80 (0.70–0.90) |" in page
+    assert "|  | steps | learned (18 runs) | fell (6 runs) |" in page
+    # Means of five steps: .1 at first; .7, .8, .9, 1 and 1 in the runs that fell.
+    assert "| completions at the length limit | 1–5 | 0.1 (0.1–0.1) | 0.1 (0.1–0.1) |" in page
+    assert "|  | 16–20 | 0.1 (0.1–0.1) | 0.88 (0.88–0.88) |" in page
+    said = "`length_limit` after 1024, `entropy` after 1088"
+    assert f"| α=0, rate 0.05 per 64, seed 0 | after 7104 | {said} |" in page
+    assert "| learned: no warning | 36 | 36 |" in page
+    assert "| fell: a warning early enough | 12 | 12 |" in page
+
+
+@given(st.lists(st.integers(0, 96), min_size=1, max_size=30))
+def test_a_fall_is_for_good(counts: list[int]) -> None:
+    accuracy = [count / 96 for count in counts]
+    below = [value < curves.FALLEN * max(accuracy[: i + 1]) for i, value in enumerate(accuracy)]
+    starts = [i for i in range(len(below)) if all(below[i:])]
+    expected = 64 * starts[0] if starts and max(accuracy) >= curves.LEARNED else None
+    assert curves.fall({"points": [[64 * i, 0.0, value] for i, value in enumerate(accuracy)]}) == expected
+
+
+def test_colors_are_readable_on_white_and_on_black() -> None:
+    def luminance(color: str) -> float:
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for color in (*drawing.COLORS, drawing.TEXT):
+        assert 1.05 / (luminance(color) + 0.05) >= 3, color
+        assert (luminance(color) + 0.05) / 0.05 >= 3, color
+
+
+def test_labels_do_not_overlap() -> None:
+    ends = {"a": 50.0, "b": 52.0, "c": 200.0, "d": 201.0, "e": 202.0}
+    places = drawing.label_places(ends, bottom=202.0)
+    in_order = [places[name] for name in ends]
+    assert all(below - above >= drawing.LABEL_HEIGHT for above, below in pairwise(in_order))
+    assert max(in_order) <= 202.0
+    assert places["a"] == 50.0
+
+
+# --- the monitors on recordings -------------------------------------------------------------------------------
+
+
+RECORDED = tables.every_step(SHOWN)
+
+
+@pytest.mark.skipif(not RECORDED, reason="no run was recorded step by step")
+@pytest.mark.parametrize("run", RECORDED, ids=lambda run: f"{run['arm']}, seed {run['seed']}")
+def test_the_monitors_are_silent_on_a_recorded_run_or_early(run: curves.Run) -> None:
+    steps = replay.entries(run)
+    assert [entry["step"] for entry in steps] == list(range(1, len(steps) + 1))
+    assert {REWARD, LIMIT, ENTROPY, DIVERGENCE} <= {name for entry in steps for name in entry}
+    assert replay.problem(run) is None
+
+
+@pytest.mark.skipif(not RECORDED, reason="no run was recorded step by step")
+def test_a_healthy_and_a_collapsing_run_are_recorded() -> None:
+    assert {curves.fall(run) is None for run in RECORDED} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rises", "expected"),
+    [
+        (HEALTHY, None, None),
+        (HEALTHY, 10, "length_limit, entropy without a fall"),
+        (COLLAPSING, 10, None),
+        (COLLAPSING, None, "no warning"),
+        (COLLAPSING, 105, "after 7104 samples, the fall after 7104"),
+        (COLLAPSING, 98, "after 6656 samples, the fall after 7104"),
+        (COLLAPSING, 97, None),
+        ([0.0, 0.9, 0.3, 0.1, 0.0], None, "no warning"),
+    ],
+)
+def test_a_monitor_that_is_late_or_false_is_found(
+    accuracy: list[float], rises: int | None, expected: str | None
+) -> None:
+    run = made_up("rate", arms.arms("rate")[3], 0, accuracy, log=log(rises))
+    assert replay.problem(run) == expected
+
+
+def test_the_held_out_monitor_sees_the_evaluations() -> None:
+    run = made_up("rate", arms.arms("rate")[3], 0, [0.0, 0.9, 0.8, 0.1, 0.0])
+    assert replay.warnings(run, evaluations=True) == {"held_out": 9472}
+    assert replay.warnings(run, evaluations=False) == {}

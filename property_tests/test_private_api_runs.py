@@ -1,0 +1,270 @@
+"""Runs on the private API: every arm trains, records, devices and time limit, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from private_api_cases import HERE, drawn, save_model
+from programs import EXAMPLES, run
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+sys.path.insert(0, str(EXAMPLES / "private_api"))
+
+import arms
+import curves
+import house_style
+import jobs
+import train
+from environment import Environment
+from kit_task import KIT
+from record import log_columns, write
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def test_every_question_has_arms_of_different_names() -> None:
+    for question in arms.QUESTIONS:
+        names = [arm.name for arm in arms.arms(question)]
+        assert len(set(names)) == len(names) > 1
+    with pytest.raises(ValueError, match=r"question: expected one of learns, .*, got 'x'"):
+        arms.arms("x")
+
+
+def recorded_arms() -> list[arms.Arm]:
+    """Every arm that has a record of its own."""
+    found = {
+        recorded[1].name: recorded[1]
+        for q in arms.QUESTIONS
+        for recorded in map(arms.recorded_as, arms.arms(q))
+    }
+    return list(found.values())
+
+
+def test_an_arm_is_recorded_as_the_first_with_the_same_settings() -> None:
+    assert arms.recorded_as(arms.arms("support")[2]) == ("learns", arms.arms("learns")[0])
+    collapsing = arms.arms("cures")[0]
+    assert arms.recorded_as(collapsing)[1].name == "α=0, rate 0.05 per 64"
+    assert arms.recorded_as(arms.arms("lasting")[0])[0] == "lasting"
+    for change in ({"learning_rate": 1.0}, {"lora_rank": 3}, {"length": 7}, {"settings": {"alpha": 0.25}}):
+        with pytest.raises(ValueError, match="arm: expected an arm of QUESTIONS"):
+            arms.recorded_as(dataclasses.replace(collapsing, **change))
+
+
+# One of each question that no other has, among them those that need more than settings: adapters, a reference, the
+# whole vocabulary. The rest takes a minute.
+FAST = ("SDPO", "GRPO, lr 2e-06", "α=0.1", "K=20, no tail", "collapsing + anchor 0.1", "LoRA r=16, lr 0.0001")
+ARMS = [
+    pytest.param(arm, id=arm.name, marks=[] if arm.name in FAST else pytest.mark.slow)
+    for arm in recorded_arms()
+]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains(arm: arms.Arm, model_folder: Path) -> None:
+    trains(arm, KIT, model_folder)
+
+
+def test_the_second_task_trains(model_folder: Path) -> None:
+    trains(arms.arms("learns")[0], house_style.HOUSE_STYLE, model_folder)
+
+
+def test_the_task_of_the_readme_trains(model_folder: Path) -> None:
+    block = (HERE / "README.md").read_text().split("```python no-run\n")[1].split("```")[0]
+    names: dict = {}
+    exec(block, names)
+    task = names["ORDERS"]
+    for split in ("train", "test"):
+        for question in drawn(task, split, 20):
+            assert task.judge(question.answer, **question.columns) == (1.0, None)
+            assert task.judge("x", **question.columns).feedback
+    trains(arms.arms("learns")[0], task, model_folder)
+
+
+def trains(arm: arms.Arm, task: Environment, model_folder: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    model = Qwen2ForCausalLM.from_pretrained(model_folder)
+    small = dataclasses.replace(arm, samples_per_step=arm.samples_per_step // 4)
+    saved = []
+    curve = train.run_arm(
+        model,
+        tokenizer,
+        task,
+        small,
+        seed=0,
+        samples=2 * small.samples_per_step,
+        points=2,
+        held_out=task.held_out(2),
+        save=lambda curve: saved.append(len(curve.points)),
+    )
+    assert [point[0] for point in curve.points] == [0, small.samples_per_step, 2 * small.samples_per_step]
+    assert saved == [1, 2, 3]
+    if arm.method == "sdpo" and arm.settings.get("include_environment_feedback", True):
+        divergences = [entry["self_distillation/divergence"] for entry in curve.log]
+        # A pass-rate weight is 0 in a group without a success.
+        assert len(divergences) == 2
+        assert "row_weights" in arm.settings or all(value > 0 for value in divergences)
+
+
+def test_a_long_log_is_thinned_unless_every_step_is_kept() -> None:
+    log = [{"step": step, "reward": step / 4} for step in range(1, 451)]
+    log[3]["grad_norm"] = 1.0
+    thinned = log_columns(log, every_step=False)
+    assert thinned["step"] == list(range(1, 451, 3))
+    assert thinned["reward"][:2] == [0.25, 1.0]
+    assert thinned["grad_norm"][:3] == [None, 1.0, None]
+    assert len(log_columns(log, every_step=True)["step"]) == 450
+    assert log_columns(log[:200], every_step=False)["step"] == list(range(1, 201))
+    assert log_columns([], every_step=False) == {}
+
+
+def test_small_runs_and_their_reports(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(model_folder), "--samples", "128", "--points", "2", "--output", "out")
+    chosen = ("--arms", "SDPO", "supervised", "K=100")
+    questions = ("--question", "learns", "support")
+    printed = run(tmp_path, str(HERE / "run.py"), *arguments, *questions, *chosen, "--jobs", "2")
+    assert "supervised, seed 0: accuracy 0.00, best 0.00, probability 0.00 after 128 samples" in printed
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").glob("*.json")]
+    # K=100 is the setting of SDPO, which runs once.
+    assert sorted(record["arm"] for record in records) == sorted(chosen[1:-1])
+    for record in records:
+        assert record["complete"]
+        assert [point[0] for point in record["points"]] == [0, 64, 128]
+        assert len(record["weights_sha256"]) == 64
+        assert len(record["before"]) == len(record["after"]) == 6
+        assert record["log"].get("step", []) == ([] if record["method"] == "supervised" else [1, 2])
+        assert str(tmp_path) not in json.dumps(record)
+        assert len(json.dumps(record)) < 40_000
+    trained = next(record for record in records if record["arm"] == "supervised")
+    assert trained["points"][-1][1] > trained["points"][0][1]
+    for question in ("kit-learns", "kit-support"):
+        page = (tmp_path / "out" / question / "report.html").read_text()
+        assert "src=" not in page
+        assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_record_is_written_at_each_evaluation(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "record.json"
+    seen = []
+
+    def write_and_read(path: Path, record: dict) -> None:
+        write(path, record)
+        seen.append(json.loads(path.read_text()))
+
+    monkeypatch.setattr(train, "write", write_and_read)
+    given = (
+        "--arm",
+        "supervised",
+        "--samples",
+        "128",
+        "--points",
+        "2",
+        "--output",
+        str(target),
+        "--seed",
+        "1",
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", str(model_folder), *given])
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+    train.main()
+    assert [record["complete"] for record in seen] == [False, False, False, True]
+    assert [len(record["points"]) for record in seen] == [1, 2, 3, 3]
+    assert [record["after"] is None for record in seen] == [True, True, True, False]
+    assert seen[0]["command"] == (
+        f"python examples/private_api/train.py --model {model_folder.name} --task kit --question learns "
+        "--arm supervised --seed 1 --samples 128 --points 2 --output FILE"
+    )
+    with pytest.raises(TypeError):
+        write(target, {"not": object()})
+    assert json.loads(target.read_text()) == seen[-1]
+
+
+# Writes a record as a run does, and goes on for as long as it is asked to.
+FAKE_RUN = """
+import json, os, sys, time
+path, seconds = sys.argv[1:3]
+record = {"arm": "A", "seed": 0, "seconds": 1, "points": [[64, 0.1, 0.2]], "complete": float(seconds) == 0}
+record["device"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+open(path, "w").write(json.dumps(record))
+time.sleep(float(seconds))
+"""
+
+
+def fake_job(folder: Path, name: str, seconds: float, length: int = 1) -> jobs.Job:
+    path = folder / f"{name}.json"
+    return jobs.Job(name, 0, path, (str(path), str(seconds)), length)
+
+
+def test_runs_end_with_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "TRAIN", tmp_path / "fake.py")
+    jobs.TRAIN.write_text(FAKE_RUN)
+    todo = [fake_job(tmp_path, "short", 0), fake_job(tmp_path, "late", 0), fake_job(tmp_path, "long", 600, 5)]
+    # The longest starts first, so that the others have no time.
+    assert jobs.run_all(todo, devices=[None], per_device=1, minutes=0.1) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "long, seed 0: accuracy 0.20, best 0.20, probability 0.10 after 64 samples (incomplete), 1 s"
+        in printed
+    )
+    assert printed.count("no time left") == 2
+    assert not json.loads(todo[2].record.read_text())["complete"]
+    # What is incomplete or missing is made, what is complete is not.
+    again = [fake_job(tmp_path, name, 0) for name in ("short", "late", "long")]
+    assert jobs.run_all(again, devices=["3", "5"], per_device=2, minutes=None) == 0
+    records = [json.loads(job.record.read_text()) for job in again]
+    assert all(record["complete"] for record in records)
+    assert {record["device"] for record in records} == {"3", "5"}
+    before = [job.record.stat().st_mtime_ns for job in again]
+    assert jobs.run_all(again, devices=[None], per_device=1, minutes=None) == 0
+    assert [job.record.stat().st_mtime_ns for job in again] == before
+    broken = jobs.Job("broken", 0, tmp_path / "broken.json", ())
+    assert jobs.run_all([broken], devices=[None], per_device=1, minutes=None) == 1
+    assert "broken, seed 0: failed" in capsys.readouterr().err
+
+
+def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
+    # Not imported by its name, which the demo's report has too.
+    spec = importlib.util.spec_from_file_location("private_api_report", HERE / "report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    row = {
+        "question": "q",
+        "reply": "<script>alert(1)</script>",
+        "score": 0,
+        "feedback": "<b>",
+        "answer": "a",
+    }
+    records = [
+        {
+            "task": "kit",
+            "arm": arm,
+            "seed": seed,
+            "points": [[0, 0.0, 0.0], [64, 0.1 * seed, 0.5]],
+            "before": [row],
+            "after": [row],
+            "complete": True,
+            "model": "m",
+            "device": "d",
+            "versions": {"torch": "0"},
+        }
+        for arm in ("A", "B")
+        for seed in (0, 1)
+    ]
+    page = report.write_report(records, tmp_path).read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert curves.mean_curve(records[:2], curves.PROBABILITY) == [(0, 0.0), (64, 0.05)]
+    assert report.plot(records, 1, "p") == report.plot(records, 1, "p")
