@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import SDPOConfig, training_arguments
+    from .diagnose.probe.run import probe
     from .diagnose.report import training_report
     from .trainer import SDPOTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["SDPOConfig", "SDPOTrainer", "training_arguments", "training_report"]
+__all__ = ["SDPOConfig", "SDPOTrainer", "probe", "training_arguments", "training_report"]
 
 _MODULES = {
     "SDPOConfig": "config",
     "SDPOTrainer": "trainer",
+    "probe": "diagnose.probe.run",
     "training_arguments": "config",
     "training_report": "diagnose.report",
 }

@@ -2,6 +2,7 @@
 
     train     train by a recipe, a YAML file (`train`, and `recipe` for what it may hold)
     preview   show what student and teacher of a recipe read, before training
+    probe     measure before training whether the model can teach itself
     init      write a recipe and a reward file to start from
     doctor    check the installation
 
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 _COMMANDS = {
     "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
     "preview": "what student and teacher read: sdpo preview --config recipe.yaml [--rows N]",
+    "probe": "whether the model can teach itself: sdpo probe --config recipe.yaml [--json FILE]",
     "init": "write a recipe and a reward file to start from",
     "doctor": "check versions, GPU and known conflicts of the installation",
 }
