@@ -159,7 +159,7 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "step": {"config", "teacher"},
     "resume": {"teacher"},
     "compat": {"step", "teacher"},
-    "diagnose": {"config", "compat", "rollout"},
+    "diagnose": {"config", "compat", "rollout", "step"},
     "_validate": {"config", "rollout"},
     "trainer": {"_validate", "compat", "config", "diagnose", "resume", "rollout", "step", "teacher"},
     "cli": {"compat", "config", "diagnose", "trainer"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ Side = Literal["student", "teacher"]
 _HEAD_ROWS = 16384
 
 
-@dataclass
+@dataclass(frozen=True)
 class BothModels:
     """Forwards of student and teacher as a training step makes them, without gradient and in evaluation mode.
 
@@ -33,15 +33,11 @@ class BothModels:
         context: of a step.
         fused: whether hidden states and head give the model's logits (see `can_fuse`).
         seconds: time of the forwards of each model so far, by its name.
-        tokens: positions of prompts and completions that each model computed, by its name.
     """
 
     context: StepContext
     fused: bool
-
-    def __post_init__(self) -> None:
-        self.seconds = {"student": 0.0, "teacher": 0.0}
-        self.tokens = {"student": 0, "teacher": 0}
+    seconds: dict[str, float] = field(default_factory=lambda: {"student": 0.0, "teacher": 0.0})
 
     def outputs(self, side: Side, rows: TokenBatch) -> list[Any]:
         """Heads or logits of the completions; two for the teacher of a trust region."""
@@ -60,7 +56,6 @@ class BothModels:
             else:
                 weights = context.teacher.forwards(context.unwrapped, training=False)
                 outputs = [runner(partial(forward, params=params)) for params in weights]
-        self.tokens[side] += runner.positions
         return outputs
 
     def logits(self, outputs: Sequence[Any], index: Tensor) -> Tensor:
@@ -105,10 +100,6 @@ class BothModels:
         yield
         wait(device)
         self.seconds[side] += time.perf_counter() - start
-
-    def untimed(self) -> BothModels:
-        """The same forwards with clocks of their own."""
-        return replace(self)
 
 
 def chunk_tokens(model: Any) -> int:

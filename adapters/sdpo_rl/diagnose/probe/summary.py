@@ -182,7 +182,7 @@ def _lengths(rows: Sequence[Row], completion_limit: int, prompt_limit: int) -> L
 
 
 def _total(parts: Sequence[AnswerSums]) -> AnswerSums:
-    return AnswerSums(*(sum(values) for values in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return AnswerSums(*(sum(values) for values in zip(*parts, strict=True)))
 
 
 def _largest(values: Sequence[int | None]) -> int | None:
