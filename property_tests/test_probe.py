@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -394,10 +395,45 @@ def test_grpo_has_nothing_to_probe(tmp_path: Path) -> None:
         probe(tiny.trainer(tmp_path, sdpo_config=tiny.config(enabled=False)))
 
 
+@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_parts_of_weights_are_refused(tmp_path: Path, name: str) -> None:
+    trainer = tiny.trainer(tmp_path)
+    setattr(trainer, name, True)
+    with pytest.raises(ValueError, match="expected one process or DDP, got FSDP or DeepSpeed"):
+        probe(trainer)
+
+
 def test_a_rollout_function_is_not_asked_to_retry(tmp_path: Path) -> None:
-    from sdpo_rl.diagnose.probe.retry import why_not
+    tokens = tiny.tokenizer()
+
+    def rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        replies = [tokens("ab" if row % 2 else "aa").input_ids for row in range(len(prompts))]
+        return {
+            "prompt_ids": tokens.apply_chat_template(prompts, add_generation_prompt=True)["input_ids"],
+            "completion_ids": replies,
+            "logprobs": [[-1.0] * len(reply) for reply in replies],
+        }
 
     trainer = tiny.trainer(tmp_path)
-    assert why_not(trainer) is None
-    trainer.rollout_func = print
-    assert why_not(trainer) == "a rollout_func writes its own prompts"
+    trainer.rollout_func = rollout
+    result = probe(trainer, batches=1)
+    assert (result.success.bare, result.success.retry) == (0.5, None)
+    assert result.success.not_measured == "a rollout_func writes its own prompts"
+    assert result.verdict.outlook == "not known"
+    assert "not measured: a rollout_func" in str(result)
+    assert result.right_answers is not None
+
+
+def test_prompts_that_are_not_used_are_not_taken_for_a_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.trainer(tmp_path)
+    monkeypatch.setattr(measure.retry, "prompts_replaced", lambda *_: contextlib.nullcontext([]))
+    result = probe(trainer, batches=1)
+    assert result.success.not_measured == "this GRPOTrainer writes its prompts in another way"
+    assert result.verdict.outlook == "not known"
+
+
+def test_a_dataset_of_one_batch_is_probed_once(tmp_path: Path) -> None:
+    result = probe(tiny.trainer(tmp_path, train_dataset=tiny.conversations(2)), batches=3)
+    assert (result.batches, result.rows) == (1, 8)
