@@ -94,7 +94,7 @@ def few_rows(signal: Signal) -> Remark | None:
         return None
     reason = max(signal.without, key=lambda name: signal.without[name])
     text = (
-        f"Only {signal.share:.0%} of the rows have a signal; of the others most are: {reason}. Return feedback "
+        f"Only {signal.share:.0%} of the rows have a signal. Why most others have none: {reason}. Return feedback "
         "from a reward function, or raise num_generations."
     )
     return Remark("few_rows", SLOWS, text)
