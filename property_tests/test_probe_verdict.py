@@ -41,7 +41,6 @@ LENGTHS = Lengths(
     teacher_prompt=80.0,
     teacher_prompt_limit=512,
     truncated=0.0,
-    dropped=0.0,
 )
 RATE = TeacherRate(per_256_samples=0.05, published=0.05, warning="")
 

@@ -22,6 +22,7 @@ import transformers
 import trl
 from arms import GROUP, QUESTIONS, Arm
 from environment import Environment, Reward
+from evaluation import end_turns_with_eos
 from kit_task import KIT
 from train import TASKS, grpo_config, weights_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -91,6 +92,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    end_turns_with_eos(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
     # Sampling is from the model's own distribution: penalties of a chat model's settings would change it.
     model.generation_config = transformers.GenerationConfig(
