@@ -196,12 +196,17 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
         (("--json", "no/probe.json"), "--json: expected a file in a folder, got 'no/probe.json'"),
         (("--answer_column", "no"), "answer_column: expected a column of train_dataset, got 'no'"),
         (("--batches", "0"), "batches: expected at least 1, got 0"),
+        (("--batches", "two"), "--batches: expected a number of generation batches, got 'two'"),
         (("--enabled", "false"), "expected enabled=True, got False"),
     ):
         assert main(["probe", "--config", "recipe.yaml", *ON_CPU, *wrong]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("sdpo probe: ")
         assert message in error
+    with pytest.raises(SystemExit) as stopped:
+        main(["probe", "--help"])
+    assert stopped.value.code == 0
+    assert "--json FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

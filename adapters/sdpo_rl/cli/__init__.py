@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,17 @@ _EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml")
 
 class UserError(Exception):
     """A mistake in the arguments or the recipe; the message says what to change."""
+
+
+def show(text: object) -> None:
+    """Print a text, in a terminal that cannot show one of its characters with the escape of that character.
+
+    Args:
+        text: what to print.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -
             ...
         TypeError: trainer: expected an SDPOTrainer, got int; pass the trainer that is going to train
     """
-    _check(trainer, batches, answer_column)
+    check_probe(trainer, batches, answer_column)
     with unchanged(trainer):
         trainer.model.train()  # as in training: the mode decides the number of generations
         inputs = training_rows(trainer, batches=batches)
@@ -50,7 +50,18 @@ def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -
     return summarize(trainer, measured, answer_column=answer_column)
 
 
-def _check(trainer: Any, batches: Any, answer_column: Any) -> None:
+def check_probe(trainer: Any, batches: Any, answer_column: Any) -> None:
+    """The arguments of `probe`, before anything is generated.
+
+    Args:
+        trainer: an `SDPOTrainer`.
+        batches: generation batches.
+        answer_column: a column of the dataset, or `None`.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: an argument that `probe` refuses.
+    """
     check_trainer(trainer)
     if isinstance(batches, bool) or not isinstance(batches, int):
         raise TypeError(f"batches: expected an integer, got {type(batches).__name__}; pass 1 or 2")

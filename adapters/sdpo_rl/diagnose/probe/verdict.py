@@ -8,6 +8,8 @@ from ..warnings import low_mass, truncated_reprompts
 from .result import Agreement, Lengths, Remark, RightAnswers, Signal, Success, TeacherRate, Verdict
 
 STOPS, SLOWS, DELAYS, RISK = "stops", "slows", "delays", "risk"
+LEARNS, LEARNS_SLOWLY = "learns", "learns slowly"
+DOES_NOT_LEARN, NOT_KNOWN = "does not learn", "not known"
 
 # A rate of success from which on there is nothing to learn.
 SOLVED = 0.95
@@ -21,10 +23,10 @@ MOSTLY_UNMOVED = 0.5
 MANY_CUT = 0.5
 
 SUMMARIES = {
-    "learns": "learns likely: the model succeeds more often with the feedback than without.",
-    "learns slowly": "learns slowly: there is something to learn, but see what holds it back.",
-    "does not learn": "do not train yet: with these settings the model does not learn from itself.",
-    "not known": "not known: the probe could not compare the model with and without the feedback.",
+    LEARNS: "learns likely: the model succeeds more often with the feedback than without.",
+    LEARNS_SLOWLY: "learns slowly: there is something to learn, but see what holds it back.",
+    DOES_NOT_LEARN: "do not train yet: with these settings the model does not learn from itself.",
+    NOT_KNOWN: "not known: the probe could not compare the model with and without the feedback.",
 }
 
 
@@ -64,11 +66,11 @@ def verdict(
     remarks.sort(key=lambda remark: order.index(remark.weight))
     weights = {remark.weight for remark in remarks}
     if STOPS in weights:
-        outlook = "does not learn"
+        outlook = DOES_NOT_LEARN
     elif success.retry is None:
-        outlook = "not known"
+        outlook = NOT_KNOWN
     else:
-        outlook = "learns slowly" if SLOWS in weights else "learns"
+        outlook = LEARNS_SLOWLY if SLOWS in weights else LEARNS
     return Verdict(outlook, SUMMARIES[outlook], remarks)
 
 
