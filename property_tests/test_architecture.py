@@ -159,7 +159,7 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "step": {"config", "teacher"},
     "resume": {"teacher"},
     "compat": {"step", "teacher"},
-    "diagnose": {"config", "compat", "rollout"},
+    "diagnose": {"config", "compat", "rollout", "step"},
     "_validate": {"config", "rollout"},
     "credit": {"config", "rollout", "step"},
     "trainer": {

@@ -181,6 +181,34 @@ def test_the_help_of_preview_names_its_own_option(capsys: pytest.CaptureFixture[
     assert "--rows N" in printed
 
 
+def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--config", "recipe.yaml", "--json", "probe.json", "--batches", "1", *ON_CPU)
+    capsys.readouterr()
+    # The tiny model is right by chance at most: no retry is better.
+    assert main(["probe", *options, "--answer_column", "answer"]) == 1
+    values = json.loads((project / "probe.json").read_text())
+    assert values["verdict"]["outlook"] == "does not learn"
+    assert values["right_answers"]["source"] == "answer_column"
+    assert (values["rows"], values["alpha"], values["k"]) == (8, 0.5, 8)
+    assert f"VERDICT: {values['verdict']['summary']}" in capsys.readouterr().out
+    assert not (project / "output" / "model.safetensors").exists()
+    for wrong, message in (
+        (("--json", "no/probe.json"), "--json: expected a file in a folder, got 'no/probe.json'"),
+        (("--answer_column", "no"), "answer_column: expected a column of train_dataset, got 'no'"),
+        (("--batches", "0"), "batches: expected at least 1, got 0"),
+        (("--batches", "two"), "--batches: expected a number of generation batches, got 'two'"),
+        (("--enabled", "false"), "expected enabled=True, got False"),
+    ):
+        assert main(["probe", "--config", "recipe.yaml", *ON_CPU, *wrong]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("sdpo probe: ")
+        assert message in error
+    with pytest.raises(SystemExit) as stopped:
+        main(["probe", "--help"])
+    assert stopped.value.code == 0
+    assert "--json FILE" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -300,6 +328,7 @@ def test_without_a_command_the_help_lists_all(capsys: pytest.CaptureFixture[str]
     assert main([]) == 2
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in ("train", "preview", "init", "doctor"))
+    assert all(f"  {name} " in printed for name in ("train", "probe", "init", "doctor"))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "sdpo 0.1.0, sdpo_rl 0.1.0\n"
     with pytest.raises(SystemExit):

@@ -268,3 +268,23 @@ def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
     assert curves.mean_curve(records[:2], curves.PROBABILITY) == [(0, 0.0), (64, 0.05)]
     assert report.plot(records, 1, "p") == report.plot(records, 1, "p")
+
+
+def test_the_probe_of_all_arms(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ("--model", str(model_folder), "--batches", "1", "--output", "out/probe.json")
+    printed = run(tmp_path, str(HERE / "probe.py"), *arguments)
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())
+    found = record["probes"]
+    assert list(found) == ["α=0", "α=0.1", "SDPO", "α=1", "SDPO, shuffled feedback", "SDPO, peers only"]
+    assert len(record["weights_sha256"]) == 64
+    # A random model calls nothing right, so only feedback gives a signal.
+    shares = {name: result["signal"]["share"] for name, result in found.items()}
+    assert shares == {name: float(name != "SDPO, peers only") for name in found}
+    for name, result in found.items():
+        assert (result["rows"], result["success"]["bare"]) == (64, 0.0)
+        assert result["verdict"]["outlook"] == "does not learn"
+        assert result["verdict"]["remarks"][0]["rule"] == ("no_better" if shares[name] else "no_signal")
+        assert (result["right_answers"] is None) == (name == "SDPO, peers only")
+    # The same model, prompts and seed: the arms with feedback differ in α alone.
+    assert found["α=0"]["right_answers"] == found["SDPO"]["right_answers"]
+    assert "VERDICT: do not train yet" in printed

@@ -12,17 +12,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import SDPOConfig, training_arguments
     from .credit.report import credit_report
+    from .diagnose.probe.run import probe
     from .diagnose.report import training_report
     from .trainer import SDPOTrainer
 
 __version__ = "0.1.0"
 
-__all__ = ["SDPOConfig", "SDPOTrainer", "credit_report", "training_arguments", "training_report"]
+__all__ = [
+    "SDPOConfig",
+    "SDPOTrainer",
+    "credit_report",
+    "probe",
+    "training_arguments",
+    "training_report",
+]
 
 _MODULES = {
     "SDPOConfig": "config",
     "SDPOTrainer": "trainer",
     "credit_report": "credit.report",
+    "probe": "diagnose.probe.run",
     "training_arguments": "config",
     "training_report": "diagnose.report",
 }

@@ -2,6 +2,7 @@
 
     train     train by a recipe, a YAML file (`train`, and `recipe` for what it may hold)
     preview   show what student and teacher of a recipe read, before training
+    probe     measure before training whether the model can teach itself
     init      write a recipe and a reward file to start from
     report    a run as one HTML file
     doctor    check the installation
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
 _COMMANDS = {
     "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
     "preview": "what student and teacher read: sdpo preview --config recipe.yaml [--rows N]",
+    "probe": "whether the model can teach itself: sdpo probe --config recipe.yaml [--json FILE]",
     "init": "write a recipe and a reward file to start from",
     "report": "a run, or two, as one HTML file: curves, and the teacher on each token",
     "doctor": "check versions, GPU and known conflicts of the installation",
@@ -29,6 +32,17 @@ _EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml", "jinj
 
 class UserError(Exception):
     """A mistake in the arguments or the recipe; the message says what to change."""
+
+
+def show(text: object) -> None:
+    """Print a text, in a terminal that cannot show one of its characters with the escape of that character.
+
+    Args:
+        text: what to print.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    print(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

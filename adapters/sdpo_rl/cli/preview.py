@@ -7,12 +7,10 @@ accelerate launch -m sdpo_rl preview --config recipe.yaml
 from __future__ import annotations
 
 import argparse
-import io
-import sys
 from collections.abc import Sequence
 
 from ..diagnose.preview import check_rows
-from . import UserError
+from . import UserError, show
 from .recipe import parse
 from .train import build, silence
 
@@ -35,10 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(str(error).replace("n:", "--rows:", 1)) from error
     shown = trainer.preview(rows)
     if trainer.accelerator.is_main_process:
-        # A terminal that cannot show a character of a text gets its escape.
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        print(shown)
+        show(shown)
     return 0
 
 

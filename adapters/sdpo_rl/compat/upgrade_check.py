@@ -146,6 +146,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
         "the loss's own log-probabilities replace it",
     ),
     Method("_generate_single_turn", (), "sharded processes generate together"),
+    Method("_tokenize_prompts", ("prompts",), "the probe samples from the teacher's prompts", _TRL),
     Method("_tool_call_loop", (), "sharded processes leave it together"),
     Method("train", ("resume_from_checkpoint",), "the checkpoint is validated before the run begins"),
     Method("_get_output_dir", ("trial",), "the teacher is saved in the checkpoint's folder"),

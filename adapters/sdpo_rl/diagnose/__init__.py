@@ -1,1 +1,4 @@
-"""What a run is and what goes wrong in it, for people: reads a trainer, and imports `config` and `compat` alone."""
+"""What a run is and what goes wrong in it, for people: reads a trainer.
+
+Imports `config`, `compat`, `rollout` and `step`; the trainer, which imports this, only for its type.
+"""

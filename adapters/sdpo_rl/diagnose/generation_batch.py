@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -112,19 +113,29 @@ def generation_batch(trainer: Any) -> GenerationBatch:
     check_trainer(trainer)
     with unchanged(trainer):
         trainer.model.train()  # as in training: the mode decides the number of generations
-        inputs = _first_inputs(trainer)
-        with torch.no_grad():
-            rollout, context, output = trainer._scored_rollout(inputs)
-        rank, group_size = trainer.accelerator.process_index, trainer.num_generations
-        reasons = reasons_without_signal(
-            rollout,
-            context,
-            trainer.sdpo_config,
-            has_loss=output["completion_mask"].any(dim=1).tolist(),
-            group_size=group_size,
-            rank=rank,
-        )
-        names = trainer.reward_func_names
+        (inputs,) = training_rows(trainer, batches=1)
+        return scored_batch(trainer, inputs)
+
+
+def scored_batch(trainer: Any, inputs: list[dict[str, Any]]) -> GenerationBatch:
+    """Sample and score completions for rows of the training data; the trainer is left as training leaves it.
+
+    Args:
+        trainer: an `SDPOTrainer`, its model in training mode.
+        inputs: this process's rows of one generation batch.
+    """
+    with torch.no_grad():
+        rollout, context, output = trainer._scored_rollout(inputs)
+    rank, group_size = trainer.accelerator.process_index, trainer.num_generations
+    reasons = reasons_without_signal(
+        rollout,
+        context,
+        trainer.sdpo_config,
+        has_loss=output["completion_mask"].any(dim=1).tolist(),
+        group_size=group_size,
+        rank=rank,
+    )
+    names = trainer.reward_func_names
     rows, first_row, prompts = [], rank * len(rollout.prompts), context.prompts
     successes = (rollout.scores >= trainer.sdpo_config.success_reward_threshold).tolist()
     for row, reason in enumerate(reasons):
@@ -181,25 +192,35 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-def _first_inputs(trainer: Any) -> list[dict[str, Any]]:
-    """This process's rows of the training data, in the order of the first epoch."""
+def training_rows(trainer: Any, *, batches: int) -> list[list[dict[str, Any]]]:
+    """This process's rows of the first generation batches of the first epoch, at most so many.
+
+    Args:
+        trainer: an `SDPOTrainer`.
+        batches: generation batches.
+
+    Raises:
+        ValueError: the dataset has fewer prompts than one of them.
+    """
     loaders = trainer.accelerator._dataloaders
     known = len(loaders)
     loader = trainer.get_train_dataloader()
-    batches = iter(loader)
+    found = iter(loader)
     try:
-        inputs = next(batches, None)
+        # The loader repeats a batch for every step that learns from it.
+        repeats = trainer._generate_every
+        inputs = [list(rows) for rows in islice(found, 0, repeats * batches, repeats)]
     finally:
         # Accelerate counts a loader as active until it is exhausted, and keeps all that it has made.
-        batches.close()
+        found.close()
         loader.end()
         del loaders[known:]
-    if inputs is None:
+    if not inputs:
         raise ValueError(
             f"train_dataset: expected at least {trainer.args.generation_batch_size // trainer.num_generations} "
             "prompts, those of a generation batch, got fewer; add rows, or lower the batch size"
         )
-    return list(inputs)
+    return inputs
 
 
 def _attended(ids: Tensor, mask: Tensor) -> list[int]:

@@ -25,7 +25,7 @@ _BASELINE_BATCHES = 5
 # Probability of the top-K tokens under the student, below which the support misses too much.
 _LOW_TOPK_MASS = 0.9
 # The paper's moving average: its rate, and the completions of one update (32 prompts × 8).
-_PUBLISHED_RATE = 0.05
+PUBLISHED_RATE = 0.05
 _PUBLISHED_SAMPLES = 256
 # Times that pace, per completion. The fastest published setting has 3.1 (0.01 for 16 completions); 0.05 for batches
 # of 64, the default rate with a smaller batch, has 4.
@@ -54,22 +54,60 @@ def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None
         config: its `teacher_*` fields are used.
         samples_per_tick: completions from one update of the teacher to the next.
     """
-    rate = config.teacher_update_rate
+    if message := fast_teacher(config, samples_per_tick=samples_per_tick):
+        logger.warning(message)
+
+
+def rate_of_published_samples(config: SDPOConfig, *, samples_per_tick: float) -> float | None:
+    """The teacher's rate per 256 completions, the paper's batch; `None` for a teacher that is no moving average."""
     if config.teacher_mode not in ("ema", "lora_ema"):
-        return
+        return None
     samples = config.teacher_rate_samples or samples_per_tick
-    published = math.log1p(-_PUBLISHED_RATE) / _PUBLISHED_SAMPLES
-    pace = math.inf if rate == 1.0 else math.log1p(-rate) / samples / published
-    if pace > _FAST_PACE:
-        logger.warning(
-            "teacher_update_rate=%g per %g completions is %.2g per %d, where the paper has %g. A teacher that "
-            "follows its student so fast can amplify its errors until the run collapses; set "
-            "teacher_rate_samples=%d with teacher_update_rate=%g, or enlarge the generation batch.",
-            rate,
-            samples,
-            rate_per_tick(rate, samples=_PUBLISHED_SAMPLES, per_samples=samples),
-            *(_PUBLISHED_SAMPLES, _PUBLISHED_RATE) * 2,
-        )
+    return rate_per_tick(config.teacher_update_rate, samples=_PUBLISHED_SAMPLES, per_samples=samples)
+
+
+def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
+    """What to change where the teacher is too fast; `None` where it is not. Arguments as above."""
+    published = rate_of_published_samples(config, samples_per_tick=samples_per_tick)
+    if published is None:
+        return None
+    rate, samples = config.teacher_update_rate, config.teacher_rate_samples or samples_per_tick
+    paper = math.log1p(-PUBLISHED_RATE) / _PUBLISHED_SAMPLES
+    pace = math.inf if rate == 1.0 else math.log1p(-rate) / samples / paper
+    if pace <= _FAST_PACE:
+        return None
+    return (
+        f"teacher_update_rate={rate:g} per {samples:g} completions is {published:.2g} per {_PUBLISHED_SAMPLES}, "
+        f"where the paper has {PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its "
+        f"errors until the run collapses; set teacher_rate_samples={_PUBLISHED_SAMPLES} with "
+        f"teacher_update_rate={PUBLISHED_RATE:g}, or enlarge the generation batch."
+    )
+
+
+def truncated_reprompts(fraction: float) -> str | None:
+    """What to change where many rows had their demonstration or feedback cut.
+
+    Args:
+        fraction: of the rows.
+    """
+    if fraction <= _MANY_TRUNCATED:
+        return None
+    return (
+        f"{fraction:.0%} of the rows had their demonstration or feedback cut; raise max_reprompt_length, or "
+        "shorten the feedback."
+    )
+
+
+def low_mass(mass: float, k: int) -> str | None:
+    """What to change where the support misses much of the student.
+
+    Args:
+        mass: the student's probability of its top tokens.
+        k: their number.
+    """
+    if mass >= _LOW_TOPK_MASS:
+        return None
+    return f"The top {k} tokens have {mass:.0%} of the student's probability; raise k, or set support='full'."
 
 
 def warn_of_padding(model: Any) -> None:
@@ -136,12 +174,8 @@ class Diagnostics:
                 "return feedback from a reward function.",
             )
         truncated = metrics["self_distillation/truncated_reprompt_fraction"]
-        if truncated > _MANY_TRUNCATED:
-            self._warn_once(
-                "truncated",
-                f"{truncated:.0%} of the rows had their demonstration or feedback cut; raise max_reprompt_length, "
-                "or shorten the feedback.",
-            )
+        if message := truncated_reprompts(truncated):
+            self._warn_once("truncated", message)
         if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
             self._warn_once(
                 "dropped",
@@ -173,12 +207,8 @@ class Diagnostics:
                 "the learning rate, check gradient clipping, and resume from the last checkpoint"
             )
         mass = means.get("self_distillation/student_topk_mass")
-        if mass is not None and mass < _LOW_TOPK_MASS:
-            self._warn_once(
-                "mass",
-                f"The top {self._config.k} tokens have {mass:.0%} of the student's probability; raise k, or set "
-                "support='full'.",
-            )
+        if mass is not None and (message := low_mass(mass, self._config.k)):
+            self._warn_once("mass", message)
 
     def observe_logs(self, logs: Mapping[str, Any]) -> None:
         """Check an entry of the log, of training or of an evaluation, for the signs of a collapse."""
