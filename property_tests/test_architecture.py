@@ -200,7 +200,8 @@ FUSED_ARROWS: dict[str, set[str]] = {
     "_rows": {"_types"},
     "_chunks": {"_types", "_matmul", "_rows"},
     "_autograd": {"_types", "_validate", "_chunks", "_policy", "_rows", "triton"},
-    "_log_probs": {"_types", "_validate", "_matmul", "_plan", "_torch"},
+    "_log_probs_autograd": {"_types", "_matmul", "_torch", "_autograd"},
+    "_log_probs": {"_types", "_validate", "_matmul", "_plan", "_log_probs_autograd"},
     "": {"_autograd", "_log_probs", "_plan", "_types", "_validate"},
 }
 

@@ -289,3 +289,26 @@ def test_log_probabilities_alone_are_those_of_the_loss(dtype: torch.dtype, backe
     assert (got - out.log_probs).abs().max() < 1e-4
     exact = case.cast(torch.float64, "cuda").log_probs("student").gather(-1, case.tensors["tokens"][:, None])
     assert (got - exact[:, 0])[mask].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_probabilities_and_entropies_have_gradients(dtype: torch.dtype) -> None:
+    case = make_case(3, n=130, d=128, v=50257, weights=False, temperature=0.7).cast(dtype, "cuda")
+    low = case.arguments()["student"]
+    tokens, mask = case.tensors["tokens"], case.tensors["loss_mask"]
+    factors = torch.randn(2, *tokens.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    parts = [part.detach().requires_grad_() for part in low if part is not None]
+    both = sdpo.fused_log_probs_and_entropy(
+        sdpo.LMHead(*parts), tokens, loss_mask=mask, temperature=0.7, chunk_size=48
+    )
+    got = torch.autograd.grad((factors * torch.stack(both)).sum(), parts)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    hidden, weight, *bias = exact
+    log_p = ((hidden @ weight.T + sum(bias)) / 0.7).log_softmax(-1)
+    sampled = log_p.gather(-1, tokens[..., None])[..., 0]
+    values = torch.stack([sampled, -(log_p.exp() * log_p).sum(-1)]).masked_fill(~mask, 0.0)
+    assert (torch.stack(both) - values).abs().max() < 1e-4
+    expected = torch.autograd.grad((factors.double() * values).sum(), exact)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == dtype
+        assert relative_error(mine, theirs) < max(torch.finfo(dtype).eps, 1e-5)

@@ -422,6 +422,23 @@ def test_impossible_tokens_are_finite_in_value_and_gradient() -> None:
         assert policy.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("limit", "losses", "moves"),
+    [(math.inf, [-1.2, 0.9, 3.0, 9.0], [0, 1, 1, 1]), (4.0, [-1.2, 0.9, 3.0, 4.0], [0, 1, 1, 0])],
+)
+def test_two_sided_clipping(limit: float, losses: list[float], moves: list[int]) -> None:
+    """Above the limit a negative advantage no longer moves the policy; a positive one was clipped before."""
+    log_probs = torch.tensor([9.0, 0.9, 3.0, 9.0]).log().requires_grad_()
+    advantages = torch.tensor([1.0, -1.0, -1.0, -1.0])
+    loss = clipped_policy_gradient(
+        log_probs, torch.zeros(4), advantages, clip_low=0.2, clip_high=0.2, ratio_limit=limit
+    )
+    assert_near(loss, losses, 1e-6)
+    loss.sum().backward()
+    assert log_probs.grad is not None
+    assert (log_probs.grad != 0).int().tolist() == moves
+
+
 def test_no_token_for_all_teachers() -> None:
     apart = [torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()]
     assert mixture_log_probs(apart, [0.5, 0.5], kind="geometric").tolist() == [-math.inf, -math.inf]
@@ -535,6 +552,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: surrogate(advantages=A.long()),
         TypeError,
         "advantages: .*floating.*int64",
+    ),
+    "a ratio of zero": (
+        lambda: surrogate(ratio_limit=0.0),
+        ValueError,
+        r"ratio_limit: .*\(0, inf\], got 0.0",
     ),
     "a clip beyond zero": (lambda: surrogate(clip_low=1.2), ValueError, r"clip_low: .*\[0, 1\], got 1.2"),
     "a clip turned round": (lambda: surrogate(clip_high=-0.2), ValueError, "clip_high: .*got -0.2"),

@@ -14,9 +14,10 @@ the student's own completion tokens is the loss. In the order of a training step
 
 Around them: ``token_statistics`` and ``mean_metrics`` (what to log), ``packed_sequence_sum`` (packed batches),
 ``vocab_parallel_distillation_loss`` (tensor parallelism), ``given_topk_distillation_loss`` (a served teacher), the
-weights and terms of later papers (``route_rows``, ``pass_rate_weights``, ``clip_entries``, ...), and
-``logit_advantages`` (the same as a policy gradient). Letters in shapes: B rows, T completion tokens, N packed
-tokens, K top-k, V vocabulary, D hidden size.
+weights and terms of later papers (``route_rows``, ``pass_rate_weights``, ``clip_entries``, ...),
+``fused_log_probs_and_entropy`` (with gradient, for a policy loss of one's own), and ``logit_advantages`` (the loss
+as a policy gradient). Letters in shapes: B rows, T completion tokens, N packed tokens, K top-k, V vocabulary, D
+hidden size.
 
 Example:
     >>> import torch
@@ -38,7 +39,14 @@ from sdpo.advantages import (
 )
 from sdpo.aggregate import MaskedSum, sequence_sum, token_sum
 from sdpo.divergence import generalized_jsd, kl_divergence
-from sdpo.fused import FusedOutput, LMHead, fused_distillation_loss, fused_log_probs
+from sdpo.fused import (
+    FusedOutput,
+    LMHead,
+    LogProbsAndEntropy,
+    fused_distillation_loss,
+    fused_log_probs,
+    fused_log_probs_and_entropy,
+)
 from sdpo.given import TeacherTopK, check_teacher_topk, given_topk_distillation_loss, safe_tail
 from sdpo.importance import importance_weights
 from sdpo.loss import LossOutput, distillation_loss, self_distillation_loss
@@ -91,6 +99,7 @@ __all__ = [
     "FusedOutput",
     "GatheredLogProbs",
     "LMHead",
+    "LogProbsAndEntropy",
     "LossOutput",
     "MaskedSum",
     "Reprompts",
@@ -119,6 +128,7 @@ __all__ = [
     "frozen",
     "fused_distillation_loss",
     "fused_log_probs",
+    "fused_log_probs_and_entropy",
     "gather_log_probs",
     "generalized_jsd",
     "given_topk_distillation_loss",

@@ -45,16 +45,23 @@ SUM_TOLERANCE = 1e-6
 
 
 def clipped_policy_gradient(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    ratio_limit: float = math.inf,
 ) -> Tensor:
     """Clipped surrogate of the policy gradient, per token.
 
     ::
 
         ratio = exp(clamp(log_probs - old_log_probs, -20, 20))
-        -min(ratio * advantages, clamp(ratio, 1 - clip_low, 1 + clip_high) * advantages)
+        -min(min(ratio, ratio_limit) * advantages, clamp(ratio, 1 - clip_low, 1 + clip_high) * advantages)
 
-    A token stops moving once its ratio has left the range in the direction its advantage asks for.
+    A token stops moving once its ratio has left the range in the direction its advantage asks for; with
+    ``ratio_limit`` (two-sided clipping) also once it is above the limit with a negative advantage.
 
     Args:
         log_probs: [B, T] log-probability of the sampled token under the policy, in nats.
@@ -62,18 +69,19 @@ def clipped_policy_gradient(
         advantages: [B], one per row, or [B, T].
         clip_low: in [0, 1], the lower half-width of the range. GRPO uses 0.2.
         clip_high: in [0, inf], the upper half-width. GRPO uses 0.2, DAPO 0.28.
+        ratio_limit: in (0, inf], the largest ratio; INTELLECT-2 uses 4. Default inf: none.
 
     Returns:
         [B, T] loss per token in units of the advantage, float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: an argument is not a floating tensor, or a half-width not a number.
-        ValueError: the shapes or devices do not match, or a half-width is out of range.
+        TypeError: an argument is not a floating tensor, or a half-width or the limit not a number.
+        ValueError: the shapes or devices do not match, or a half-width or the limit is out of range.
 
     Gradient: to log_probs only; on-policy it is −advantages·∇log_probs.
 
     Source: PPO, arXiv 1707.06347, equation 7; group-relative in GRPO, arXiv 2402.03300, equation 3; two half-widths
-    in DAPO, arXiv 2503.14476.
+    in DAPO, arXiv 2503.14476; the limit in INTELLECT-2, arXiv 2505.07291.
 
     Example:
         >>> import torch
@@ -90,6 +98,9 @@ def clipped_policy_gradient(
     clip_high = check_real(
         "clip_high", clip_high, low=0.0, high=math.inf, meaning="a half-width, for example 0.2"
     )
+    ratio_limit = check_real(
+        "ratio_limit", ratio_limit, low=0.0, high=math.inf, open_low=True, meaning="the largest ratio"
+    )
     check_tensor("advantages", advantages, "floating")
     check_device("advantages", advantages, log_probs, like="the device of log_probs")
     weight = upcast(advantages).detach()
@@ -100,7 +111,8 @@ def clipped_policy_gradient(
     never = policy.isneginf() & old.isneginf()
     log_ratio = policy.masked_fill(never, 0.0) - old.detach().masked_fill(never, 0.0)
     ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
-    return -torch.minimum(ratio * weight, ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * weight)
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -torch.minimum(ratio.clamp(max=ratio_limit) * weight, clipped * weight)
 
 
 def sampled_reverse_kl(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:

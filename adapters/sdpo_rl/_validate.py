@@ -18,8 +18,7 @@ from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
 
-# The values of `loss_type` whose loss is a weighted sum over tokens.
-POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 _ROWS_CHECKED = 1000
 _MEDIA = ("image", "images", "audio", "video")
 # Names in other trainers, where the nearest name would mislead.
@@ -31,9 +30,9 @@ _OTHER_NAMES = {
     "tokenizer": "processing_class",
     "processor": "processing_class",
 }
-# Options of `GRPOConfig` that add to GRPO's loss: the value that turns one off, and what it adds. `beta` is refused
-# without a part of the loss that is GRPO's, the others always.
-_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+# Options of `GRPOConfig` that add to GRPO's loss: the value that turns one off, and what it adds. They are refused
+# without a part of the loss that is GRPO's.
+_OF_POLICY: dict[str, tuple[Any, str]] = {
     "beta": (0.0, "a KL penalty"),
     "entropy_coef": (0.0, "an entropy bonus"),
     "use_adaptive_entropy": (False, "an entropy bonus"),
@@ -278,33 +277,25 @@ def check_rows_alone(args: Any, model: Any, *, mode: str) -> None:
 
 
 def check_objective(args: Any, config: SDPOConfig) -> None:
-    """No option asks for a term or a mask that this loss does not have."""
-    for name, (off, what) in _UNSUPPORTED.items():
+    """Without GRPO's part no option asks for a term or a mask that this loss does not have."""
+    if config.has_policy_loss:
+        return
+    for name, (off, what) in _OF_POLICY.items():
         value = getattr(args, name, off)
-        if value in (off, None) or (name == "beta" and config.has_policy_loss):
-            continue
-        part = "" if name != "beta" else ", SDPOConfig(grpo_weight=...) for a part that has it"
-        raise ValueError(
-            f"{name}: expected {off!r}, got {value!r}, {what}, which the self-distillation loss does not have; "
-            f"set {name}={off!r}{part}, or SDPOConfig(enabled=False)"
-        )
-
-
-def check_reference(config: SDPOConfig, model: Any, ref_model: Any) -> None:
-    """A reference model is at hand where the loss needs one."""
-    if config.anchor_weight > 0.0 and ref_model is None and not hasattr(model, "peft_config"):
-        raise ValueError(
-            f"anchor_weight: expected 0.0 without a reference model, got {config.anchor_weight}; train adapters "
-            "(peft_config), or set GRPOConfig(beta=...) above 0 with a GRPO part of the loss: TRL then loads one"
-        )
+        if value not in (off, None):
+            raise ValueError(
+                f"{name}: expected {off!r}, got {value!r}, {what}, which the self-distillation loss does not have; "
+                f"set {name}={off!r}, SDPOConfig(grpo_weight=...) for a part that has it, or "
+                "SDPOConfig(enabled=False)"
+            )
 
 
 def check_policy(args: Any, config: SDPOConfig) -> None:
     """GRPO's part of the loss can be computed per token, over steps whose tokens are known when they begin."""
     if args.loss_type not in POLICY_LOSS_TYPES:
         raise ValueError(
-            f"loss_type: expected one of {POLICY_LOSS_TYPES} for GRPO's part of the loss, got {args.loss_type!r}, "
-            "whose weights are those of whole sequences; set one of them, or SDPOConfig(enabled=False)"
+            f"loss_type: expected one of {POLICY_LOSS_TYPES} for GRPO's part of the loss, got {args.loss_type!r}; "
+            "set one of them"
         )
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     if args.loss_type == "cispo" and high < 1.0:
@@ -312,10 +303,21 @@ def check_policy(args: Any, config: SDPOConfig) -> None:
             f"epsilon_high: expected at least 1 with loss_type='cispo', whose largest ratio it is, got {high}; "
             "set it to 5.0, for example"
         )
-    if args.beta != 0.0 and config.loss_backend in ("torch", "triton"):
+    level = getattr(args, "importance_sampling_level", "token")
+    if level not in ("token", "sequence"):
         raise ValueError(
-            f"loss_backend: expected 'auto' or 'logits' with beta={args.beta}, got {config.loss_backend!r}; the "
-            "fused loss has no KL penalty: change it, or set beta=0.0"
+            f"importance_sampling_level: expected 'token' or 'sequence', got {level!r}; set one of them"
+        )
+    delta = getattr(args, "delta", None)
+    if delta is not None and not delta > 0.0:
+        raise ValueError(
+            f"delta: expected a number > 0, the largest ratio, or None, got {delta}; set it to 4.0"
+        )
+    quantile = getattr(args, "top_entropy_quantile", 1.0)
+    if not 0.0 <= quantile <= 1.0:
+        raise ValueError(
+            f"top_entropy_quantile: expected a number in [0, 1], got {quantile}; set the share of the tokens that "
+            "keep their policy loss, 1.0 for all"
         )
     generate_every, accumulation = (
         args.steps_per_generation * args.num_iterations,

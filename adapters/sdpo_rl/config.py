@@ -99,7 +99,8 @@ class SDPOConfig:
             for the gradient of the hidden states has these tokens alone.
         anchor_weight: c of c·KL(student‖reference), added to the divergence of each token, from whole logits
             (StableOPD, arXiv 2604.08527). The reference is the model without its adapter (or with the adapter
-            it was loaded with), or the one that TRL loads for `beta`. Default 0.0: none.
+            it was loaded with), the one that TRL loads for `beta`, or else a copy of the trainable weights that
+            training begins with, in their dtype. Default 0.0: none.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
         rollout_is_clip: the same for π_old/π_rollout, when the inference engine or a `rollout_func` reports its own
@@ -149,8 +150,8 @@ class SDPOConfig:
             trains whole, float32 is two copies in bytes, and a third during the teacher's forward; bfloat16
             is one. Of adapters, megabytes.
         teacher_offload: `none` (default) or `cpu`: where the averaged weights are stored between forwards.
-        teacher_on_resume: `restore` (default) requires a teacher in the checkpoint; `restart` starts one
-            from the loaded student.
+        teacher_on_resume: `restore` (default) requires a teacher in the checkpoint (and the weights that training
+            began with, where `anchor_weight` needs a copy of them); `restart` starts one from the loaded student.
         success_reward_threshold: a completion whose score reaches it is a success. Default 1.0
             (reference's README).
         success_reward_funcs: names of the reward functions whose rewards, added without weights, are that score; a

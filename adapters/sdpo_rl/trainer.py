@@ -46,6 +46,7 @@ from .rollout.prompts import Renderer, completion_text
 from .rollout.rendered import rendered_prompts
 from .rollout.reprompts import Reprompter
 from .rollout.thinking import without_thinking
+from .step import entropy as step_entropy
 from .step import forward as step_forward
 from .step import head as step_head
 from .step import micro_batch
@@ -56,6 +57,7 @@ from .step.metrics import MetricSums
 from .step.optimizer import drop_gradients
 from .step.runner import ChosenLayout, choose_layout
 from .teacher import shards
+from .teacher.reference import start_of_training
 from .teacher.store import TeacherStore
 
 _BASE: Any = trl.GRPOTrainer
@@ -91,11 +93,12 @@ class SDPOTrainer(_BASE):
 
     **GRPO's objective.** Its clipping (`epsilon`, `epsilon_high`; here `SDPOConfig.is_clip`), `loss_type` with
     its parameters, and the advantages (`scale_rewards`, `multi_objective_aggregation`), which are logged, do
-    not affect this loss, unless `SDPOConfig.grpo_weight` or `routing` makes a part of it GRPO's. That part has
-    TRL's weights for each `loss_type` but `vespo`, and `beta`. Other options that add terms or masks are
-    refused. The load-balancing loss of a Mixture-of-Experts model is added with GRPO's coefficient
-    (`router_aux_loss_coef`, or else the model's), as the mean over micro-batches weighted by their tokens (or
-    rows) with a loss; with a GRPO part, as their plain mean.
+    not affect this loss, unless `SDPOConfig.grpo_weight` or `routing` makes a part of it GRPO's. That part is
+    TRL's loss for each `loss_type`, with `beta`, `delta`, `importance_sampling_level`, `entropy_coef`,
+    `use_adaptive_entropy`, `top_entropy_quantile` and `off_policy_mask_threshold`, which are refused without it.
+    With one of these, or with `vespo`, it takes a second product with the LM head. The load-balancing loss of a
+    Mixture-of-Experts model is added with GRPO's coefficient (`router_aux_loss_coef`, or else the model's), as the
+    mean over micro-batches weighted by their tokens (or rows) with a loss; with a GRPO part, as their plain mean.
 
     **Evaluation.** `eval_loss` is a mean over all tokens (or rows) of the evaluation, in any batches.
 
@@ -195,7 +198,6 @@ class SDPOTrainer(_BASE):
             return
         _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
         reward_rules.check_success_functions(self.sdpo_config, self.reward_func_names)
-        _validate.check_reference(self.sdpo_config, self._unwrapped, self.ref_model)
         _validate.check_backend(self.sdpo_config, self.accelerator.device)
         shards.check_strategy(
             self.accelerator,
@@ -217,6 +219,12 @@ class SDPOTrainer(_BASE):
         self._teacher = TeacherStore(
             self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=self._samples_per_tick
         )
+        self._start = start_of_training(
+            self._unwrapped, self.sdpo_config, self.ref_model, seed=self.args.seed
+        )
+        self._stores = {checkpoint.TEACHER: self._teacher}  # by their files in a checkpoint
+        if self._start is not None:
+            self._stores[checkpoint.REFERENCE] = self._start
         self._generations_done = 0  # with a teacher update
         self._transform = step_head.head_transform(self._unwrapped.config)
         self._fused: bool | None = None  # unknown until the first forward
@@ -407,15 +415,15 @@ class SDPOTrainer(_BASE):
             aggregation = self.sdpo_config.loss_aggregation
             batches = self._buffered_inputs
             counts = torch.stack([loss_count(batch, aggregation) for batch in batches])
-            signals = torch.stack([signal_counts(batch, self._policy_mask(batch)) for batch in batches])
+            signals = torch.stack([signal_counts(batch, self._signal_mask(batch)) for batch in batches])
             totals = self._sum(torch.cat([counts[:, None], signals], dim=1))
             self._window.set_counts(totals[:, 0], totals[:, 1:])
         return inputs
 
-    def _policy_mask(self, batch: Any) -> Tensor | None:
+    def _signal_mask(self, batch: Any) -> Tensor | None:
         if self._policy_term is None:
             return None
-        return step_policy.policy_mask(self.sdpo_config, self._policy_term, batch)
+        return step_policy.signal_mask(self.sdpo_config, self._policy_term, batch)
 
     def _reprompter(self) -> Reprompter:
         config, row_tools = self.sdpo_config, None
@@ -476,6 +484,10 @@ class SDPOTrainer(_BASE):
                 # Gradients and logged losses are averaged over processes, hence the factor.
                 processes = self.accelerator.num_processes
             output = self._micro_batch_output(model, inputs, count, unit=denominator / processes)
+        if self._mode == "train" and self._policy_term is not None and self._policy_term.has_entropy_bonus:
+            none = torch.zeros_like(denominator), torch.zeros_like(denominator)
+            found = output.metrics.get("self_distillation/policy_entropy", none)
+            step_entropy.update_bonus(self, found, ends_step=self.accelerator.sync_gradients)
         self._sums[self._mode].add(output.metrics)
         if self._mode == "eval":
             self._add_eval_loss(output, denominator)
@@ -504,6 +516,7 @@ class SDPOTrainer(_BASE):
                 self._policy_term,
                 inputs,
                 weight=unit * policy_weight,
+                entropy_coef=step_entropy.bonus_coef(self),
                 accumulation_steps=steps,
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
@@ -554,12 +567,15 @@ class SDPOTrainer(_BASE):
         return context, self._fused
 
     @contextmanager
-    def _reference(self) -> Iterator[tuple[Any, Any]]:
+    def _reference(self) -> Iterator[tuple[Any, Any, Any]]:
         if self.ref_model is not None:
-            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model)
+            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model), None
+        elif self._start is not None:
+            (params,) = self._start.forwards(self._unwrapped, training=self._mode == "train")
+            yield self.model, self._unwrapped, params
         else:
             with reference_adapter(self._unwrapped):
-                yield self.model, self._unwrapped
+                yield self.model, self._unwrapped, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""
@@ -606,7 +622,8 @@ class SDPOTrainer(_BASE):
     # --- training loop -----------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
-        self._teacher.on_train_begin(self._unwrapped)
+        for store in self._stores.values():
+            store.on_train_begin(self._unwrapped)
         self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -677,7 +694,8 @@ class SDPOTrainer(_BASE):
                 if not hasattr(self.train_dataset, "__len__"):
                     self._stream_position = checkpoint.stream_position(resume_from_checkpoint)
                 if self.sdpo_config.teacher_on_resume == "restore":
-                    checkpoint.check_teacher(resume_from_checkpoint, self._teacher, self._unwrapped)
+                    for name, store in self._stores.items():
+                        checkpoint.check_teacher(resume_from_checkpoint, store, self._unwrapped, name=name)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -730,7 +748,10 @@ class SDPOTrainer(_BASE):
             if self.args.should_save:
                 checkpoint.mark_incomplete(folder)
             self.accelerator.wait_for_everyone()
-            checkpoint.save_teacher(folder, self._teacher, self._unwrapped, writes=self.args.should_save)
+            for name, store in self._stores.items():
+                checkpoint.save_teacher(
+                    folder, store, self._unwrapped, writes=self.args.should_save, name=name
+                )
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -759,10 +780,11 @@ class SDPOTrainer(_BASE):
                 version=__version__,
             )
         if self.sdpo_config.enabled and checkpoint_folder is not None:
-            if self.sdpo_config.teacher_on_resume == "restart":
-                self._teacher.restart(self._unwrapped)
-            else:
-                checkpoint.load_teacher(checkpoint_folder, self._teacher, self._unwrapped)
+            for name, store in self._stores.items():
+                if self.sdpo_config.teacher_on_resume == "restart":
+                    store.restart(self._unwrapped)
+                else:
+                    checkpoint.load_teacher(checkpoint_folder, store, self._unwrapped, name=name)
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         super()._load_rng_state(checkpoint_folder)

@@ -10,7 +10,7 @@ several more. Here the logits of a few hundred tokens exist at a time, and their
     _rows               chunks of whole rows, whose statistics weigh their tokens
     _given              the distribution of a teacher whose top K are given
     _torch, triton/     the loss of one chunk and the gradient of its logits, in plain torch and in kernels
-    _log_probs          log-probabilities of one model, without a loss
+    _log_probs          log-probabilities and entropies of one model, without a loss; _log_probs_autograd: gradients
     _types              what these modules exchange
 """
 
@@ -24,7 +24,9 @@ from torch import Tensor
 
 from sdpo._validate import check_choice
 from sdpo.fused._autograd import per_token_loss, policy_clipped, total_loss
+from sdpo.fused._log_probs import LogProbsAndEntropy as LogProbsAndEntropy
 from sdpo.fused._log_probs import fused_log_probs as fused_log_probs
+from sdpo.fused._log_probs import fused_log_probs_and_entropy as fused_log_probs_and_entropy
 from sdpo.fused._plan import make_plan
 from sdpo.fused._types import LMHead, Objective, Operands, Support, SurrogateKind, Tail, TokenStats
 from sdpo.fused._validate import (

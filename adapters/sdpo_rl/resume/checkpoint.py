@@ -3,6 +3,7 @@
 All of it is in the folder `checkpoint-N/sdpo/`, because some tools load every `*.safetensors` beside a model's own:
 
 * `teacher.safetensors`: the full teacher by parameter name; its metadata has the rule and the number of updates.
+* `reference.safetensors`: likewise the weights that training began with, where `anchor_weight` needs them.
 * `progress-R.safetensors`: the progress of process R within its generation batch (module `progress`).
 
 The SDPO options are in `checkpoint-N/sdpo_config.json`, beside the model's (module `options`).
@@ -34,6 +35,7 @@ logger = logging.getLogger("sdpo_rl")
 
 FOLDER = "sdpo"
 TEACHER = "teacher.safetensors"
+REFERENCE = "reference.safetensors"
 
 _STATE = "trainer_state.json"
 _ADAPTER = "adapter_config.json"
@@ -167,56 +169,58 @@ def _instead(folder: Path | None) -> str:
 # --- the teacher ------------------------------------------------------------------------------------------
 
 
-def save_teacher(folder: str, store: TeacherStore, model: nn.Module, *, writes: bool) -> None:
-    """Write the full teacher from the process that `writes`; every process must call this."""
+def save_teacher(
+    folder: str, store: TeacherStore, model: nn.Module, *, writes: bool, name: str = TEACHER
+) -> None:
+    """Write the full teacher to a file from the process that `writes`; every process must call this."""
     tensors = store.full_state(model, keep=writes)
     if writes:
         about = {"rule": store.rule, "ticks": store.state.ticks}
-        write(Path(folder) / FOLDER / TEACHER, tensors, {"format": "pt", "sdpo_teacher": json.dumps(about)})
+        write(Path(folder) / FOLDER / name, tensors, {"format": "pt", "sdpo_teacher": json.dumps(about)})
 
 
-def check_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
+def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: str = TEACHER) -> None:
     """Check that the checkpoint's teacher can replace the run's.
 
     Raises:
         ValueError: there is none, or its rule, names, shapes or dtypes differ; each difference is named.
     """
-    path = Path(folder) / FOLDER / TEACHER
+    path = Path(folder) / FOLDER / name
     if not path.is_file():
         raise ValueError(
-            f"{folder}: expected a teacher in {FOLDER}/{TEACHER}, got none; SDPOTrainer did not write it: {_FIX}"
+            f"{folder}: expected {FOLDER}/{name}, got none; SDPOTrainer did not write it: {_FIX}"
         )
     layout = store.layout(model)
     with safe_open(path, "pt") as file:
         rule, saved = _about(file)["rule"], set(file.keys())
         differences = [] if rule == store.rule else [f"its rule is {rule!r}, this run's {store.rule!r}"]
-        differences += [f"it lacks {name!r}" for name in layout if name not in saved]
+        differences += [f"it lacks {key!r}" for key in layout if key not in saved]
         differences += [
-            f"it has {name!r}, which is not trainable here" for name in sorted(saved - layout.keys())
+            f"it has {key!r}, which is not trainable here" for key in sorted(saved - layout.keys())
         ]
-        for name in sorted(saved & layout.keys()):
-            shape, dtype = layout[name]
-            entry = file.get_slice(name)
+        for key in sorted(saved & layout.keys()):
+            shape, dtype = layout[key]
+            entry = file.get_slice(key)
             saved_shape, saved_dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
             if shape is not None and saved_shape != shape:
-                differences.append(f"its {name!r} has shape {saved_shape}, not {shape}")
+                differences.append(f"its {key!r} has shape {saved_shape}, not {shape}")
             if saved_dtype != dtype:
-                differences.append(f"its {name!r} is {saved_dtype}, not {dtype}")
+                differences.append(f"its {key!r} is {saved_dtype}, not {dtype}")
     if differences:
         more = len(differences) - _MOST_NAMED
         listed = "; ".join(differences[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
-        raise ValueError(f"{folder}: expected this run's teacher, got another: {listed}; {_FIX}")
+        raise ValueError(f"{folder}: expected this run's {FOLDER}/{name}, got another: {listed}; {_FIX}")
 
 
-def load_teacher(folder: str, store: TeacherStore, model: nn.Module) -> None:
-    """Load the checkpoint's teacher, one tensor at a time.
+def load_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: str = TEACHER) -> None:
+    """Load the checkpoint's teacher from a file, one tensor at a time.
 
     Raises:
         ValueError: as `check_teacher`.
     """
-    check_teacher(folder, store, model)
-    with safe_open(Path(folder) / FOLDER / TEACHER, "pt") as file:
-        tensors = ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - no mapping
+    check_teacher(folder, store, model, name=name)
+    with safe_open(Path(folder) / FOLDER / name, "pt") as file:
+        tensors = ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 - no mapping
         store.load(model, tensors, ticks=_about(file)["ticks"])
 
 

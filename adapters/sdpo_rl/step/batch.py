@@ -24,6 +24,7 @@ _COMPLETION_INPUTS = (
     "policy_advantages",
     "policy_weights",
     "policy_kl_weights",
+    "policy_entropy_weights",
     "ref_per_token_logps",
     "old_per_token_logps",
     "sampling_per_token_logps",

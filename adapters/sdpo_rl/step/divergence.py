@@ -20,7 +20,7 @@ class _Tokens(Protocol):
     def loss_mask(self) -> Tensor: ...
 
 
-def divergence(
+def token_divergence(
     config: SDPOConfig, student: Tensor, teacher: Tensor, targets: _Tokens, *, temperature: float
 ) -> Tensor:
     """The loss [B, T] of each token from logits [B, T, V], with gradient to the student's."""
@@ -46,6 +46,13 @@ def divergence(
 def anchor(student: Tensor, reference: Tensor, *, temperature: float) -> Tensor:
     """KL(student‖reference) [B, T] from logits [B, T, V], with gradient to the student's."""
     return sdpo.anchor(_log_probs(student, temperature), _log_probs(reference.float(), temperature))
+
+
+def entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Entropies [B, T] in nats from logits [B, T, V], with gradient."""
+    log_probs = _log_probs(logits, temperature)
+    # An impossible token has no share; its log-probability is replaced before the product, for the gradient.
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0.0)).sum(dim=-1)
 
 
 def sampled_log_probs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

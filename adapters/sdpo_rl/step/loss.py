@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -13,16 +13,13 @@ import sdpo
 
 from ..config import SDPOConfig
 from . import token_weights
-from .divergence import anchor, divergence, sampled_log_probs
+from .divergence import anchor, entropy, sampled_log_probs, token_divergence
 from .head import HeadTransform
-from .policy import PolicyTargets, PolicyTerm, policy_sum, policy_targets, surrogate_loss
+from .policy import PolicyTargets, PolicyTerm, policy_targets
+from .policy_loss import SampledTokens, policy_loss, policy_sum
 
-
-def whole_logits_option(config: SDPOConfig, term: PolicyTerm | None) -> str | None:
-    """The option that the fused loss does not have, if there is any."""
-    if term is not None and term.kl_coef != 0.0:
-        return f"beta={term.kl_coef:g}"
-    return config.whole_logits_option
+# Of entropies and mask [B, T], the tokens [B, T] bool that keep their policy loss.
+EntropyMask = Callable[[Tensor, Tensor], Tensor]
 
 
 class Targets(NamedTuple):
@@ -58,9 +55,10 @@ class _TokenLosses(NamedTuple):
 
     per_token: Tensor
     weights: Tensor  # of the divergence
-    policy_loss: Tensor | None
     statistics: sdpo.TokenStatistics | sdpo.FusedOutput
     weighed: bool = False  # the weights have the factors of `token_weights` and `token_fraction`
+    policy_loss: Tensor | None = None
+    sampled: SampledTokens | None = None  # with the policy loss
 
 
 def loss_targets(
@@ -140,24 +138,29 @@ def fused(
     temperature: float,
     transform: HeadTransform,
     term: PolicyTerm | None = None,
+    entropy_mask: EntropyMask | None = None,
 ) -> StepLoss:
-    """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region."""
+    """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region.
+
+    GRPO's part is computed in the pass of the divergence, or, where it `needs_log_probs`, from those that a second
+    pass gives with their gradient.
+    """
+    head: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": transform.softcap,
+        "logit_scale": transform.logit_scale,
+        "chunk_size": config.loss_chunk_size,
+    }
     if targets.rollout_log_probs is not None:
         # The weights of GRPO's part are others, so the loss cannot compute these with its own log-probabilities.
-        log_probs = sdpo.fused_log_probs(
-            student,
-            targets.tokens,
-            loss_mask=targets.loss_mask,
-            temperature=temperature,
-            softcap=transform.softcap,
-            logit_scale=transform.logit_scale,
-            chunk_size=config.loss_chunk_size,
-        )
+        with torch.no_grad():
+            log_probs = sdpo.fused_log_probs(student, targets.tokens, loss_mask=targets.loss_mask, **head)
         targets = correct_rollout(config, targets, log_probs)
     reference = teachers[0] if len(teachers) == 2 else None
     is_clip = None if targets.old_log_probs is None else config.is_clip
-    # Evidence weighs the policy loss: the loss of each token is multiplied by it afterwards.
-    in_one_pass = config.token_weights != "evidence"
+    in_pass = None if term is None or term.needs_log_probs else term
+    # Evidence weighs the policy loss: the loss of each token is then multiplied by it afterwards.
+    summed = in_pass is None or config.token_weights != "evidence"
     output = sdpo.fused_distillation_loss(
         student,
         teachers[-1],
@@ -166,25 +169,36 @@ def fused(
         k=config.k if config.uses_topk else None,
         tail=config.tail if config.uses_topk else None,
         alpha=config.alpha,
-        temperature=temperature,
-        old_log_probs=None if is_clip is None and term is None else targets.old_log_probs,
+        old_log_probs=None if is_clip is None and in_pass is None else targets.old_log_probs,
         is_clip=is_clip,
-        softcap=transform.softcap,
-        logit_scale=transform.logit_scale,
         reference=reference,
         trust_region_coef=None if reference is None else config.trust_region_coef,
-        token_fraction=token_weights.kept_fraction(config) if in_one_pass else None,
-        token_weights=token_weights.weights_of_kept(config) if in_one_pass else None,
-        reduction="sum" if in_one_pass else "none",
-        chunk_size=config.loss_chunk_size,
+        token_fraction=token_weights.kept_fraction(config) if summed else None,
+        token_weights=token_weights.weights_of_kept(config) if summed else None,
+        reduction="sum" if summed else "none",
         backend="auto" if config.loss_backend == "logits" else config.loss_backend,
-        **_fused_weights(targets, term),
+        **head,
+        **_fused_weights(targets, in_pass),
     )
     if term is None and not config.weighs_tokens:
         return StepLoss(output.total, output.metrics)
-    losses = _TokenLosses(output.per_token, output.weights, output.policy_loss, output, weighed=in_one_pass)
-    loss = _weighted_sum(config, targets, term, losses)
-    return loss._replace(total=output.total) if in_one_pass else loss
+    losses = _TokenLosses(output.per_token, output.weights, output, weighed=summed)
+    if in_pass is not None:
+        losses = losses._replace(policy_loss=output.policy_loss, sampled=SampledTokens(output.log_probs))
+        loss = _weighted_sum(config, targets, term, losses)
+        return loss._replace(total=output.total) if summed else loss
+    if term is not None and targets.policy is not None:
+        if term.needs_entropy:
+            values = sdpo.fused_log_probs_and_entropy(
+                student, targets.tokens, loss_mask=targets.policy.mask, **head
+            )
+            sampled = SampledTokens(values.log_probs, values.entropy)
+        else:
+            sampled = SampledTokens(
+                sdpo.fused_log_probs(student, targets.tokens, loss_mask=targets.policy.mask, **head)
+            )
+        losses = _with_policy_loss(losses, term, targets, targets.policy, sampled, entropy_mask)
+    return _weighted_sum(config, targets, term, losses, divergence=output.total)
 
 
 def _fused_weights(targets: Targets, term: PolicyTerm | None) -> dict[str, Any]:
@@ -214,6 +228,7 @@ def from_logits(
     *,
     temperature: float,
     term: PolicyTerm | None = None,
+    entropy_mask: EntropyMask | None = None,
     reference_logits: Tensor | None = None,
 ) -> StepLoss:
     """The same loss from whole logits [B, T, V], for LM heads and options that cannot be fused."""
@@ -221,7 +236,7 @@ def from_logits(
     if len(teacher_logits) == 2:
         teacher = sdpo.trust_region_logits(teacher, teacher_logits[1].float(), coef=config.trust_region_coef)
     k = config.k if config.uses_topk else None
-    per_token = divergence(config, student, teacher, targets, temperature=temperature)
+    per_token = token_divergence(config, student, teacher, targets, temperature=temperature)
     statistics = sdpo.token_statistics(
         student, teacher, targets.tokens, support=config.support, k=k, temperature=temperature
     )
@@ -230,12 +245,12 @@ def from_logits(
     weights = torch.ones_like(statistics.log_probs) if targets.weights is None else targets.weights
     if old_log_probs is not None and config.is_clip is not None:
         weights = weights * sdpo.importance_weights(statistics.log_probs, old_log_probs, clip=config.is_clip)
-    policy_loss = log_probs = None
+    losses = _TokenLosses(per_token, weights, statistics)
     if term is not None and targets.policy is not None:
-        log_probs = sampled_log_probs(student, targets.tokens, temperature)
-        policy_loss = surrogate_loss(term, log_probs, old_log_probs, targets.policy.advantages)
-    losses = _TokenLosses(per_token, weights, policy_loss, statistics)
-    loss = _weighted_sum(config, targets, term, losses, log_probs)
+        found = entropy(student, temperature) if term.needs_entropy else None
+        sampled = SampledTokens(sampled_log_probs(student, targets.tokens, temperature), found)
+        losses = _with_policy_loss(losses, term, targets, targets.policy, sampled, entropy_mask)
+    loss = _weighted_sum(config, targets, term, losses)
     if reference_logits is None:
         return loss
     distance = anchor(student, reference_logits, temperature=temperature)
@@ -247,12 +262,28 @@ def from_logits(
     )
 
 
+def _with_policy_loss(
+    losses: _TokenLosses,
+    term: PolicyTerm,
+    targets: Targets,
+    policy: PolicyTargets,
+    sampled: SampledTokens,
+    entropy_mask: EntropyMask | None,
+) -> _TokenLosses:
+    """The losses with GRPO's, computed from what the student says about the sampled tokens."""
+    if entropy_mask is not None and sampled.entropy is not None:
+        sampled = sampled._replace(has_policy_loss=entropy_mask(sampled.entropy.detach(), policy.mask))
+    loss = policy_loss(term, sampled.log_probs, targets.old_log_probs, policy)
+    return losses._replace(policy_loss=loss, sampled=sampled)
+
+
 def _weighted_sum(
     config: SDPOConfig,
     targets: Targets,
     term: PolicyTerm | None,
     losses: _TokenLosses,
-    log_probs: Tensor | None = None,
+    *,
+    divergence: Tensor | None = None,
 ) -> StepLoss:
     """Both parts of the loss over their tokens with their weights, and their metrics.
 
@@ -261,7 +292,7 @@ def _weighted_sum(
         targets: of the micro-batch.
         term: GRPO's part; `None` without.
         losses: of each token.
-        log_probs: of the sampled tokens [B, T], with gradient: only the distance to a reference model needs them.
+        divergence: [] weighted sum of the divergence, where the losses of the tokens carry no gradient.
     """
     mask, weights, statistics = targets.loss_mask, losses.weights, losses.statistics
     others: dict[str, Tensor] = {}
@@ -277,16 +308,12 @@ def _weighted_sum(
         others["token_weight"] = evidence
     loss = sdpo.self_distillation_loss(losses.per_token, mask, row_mask=mask.any(dim=-1), weights=weights)
     metrics = sdpo.mean_metrics(losses.per_token, weights, statistics, mask=mask, **others)
-    if term is None or targets.policy is None or losses.policy_loss is None:
-        return StepLoss(loss.total, metrics)
-    policy = policy_sum(
-        term,
-        targets.policy,
-        losses.policy_loss if evidence is None else losses.policy_loss * evidence,
-        old_log_probs=targets.old_log_probs,
-        log_probs=statistics.log_probs if log_probs is None else log_probs,
-    )
-    return StepLoss(loss.total + policy.total, metrics, policy.total.detach(), policy.metrics)
+    total = loss.total if divergence is None else divergence
+    if term is None or targets.policy is None or losses.policy_loss is None or losses.sampled is None:
+        return StepLoss(total, metrics)
+    weighted = losses.policy_loss if evidence is None else losses.policy_loss * evidence
+    policy = policy_sum(term, targets.policy, weighted, losses.sampled, targets.old_log_probs)
+    return StepLoss(total + policy.total, metrics, policy.total.detach(), policy.metrics)
 
 
 # Metrics of the core that are logged: always, and with a top-K support.

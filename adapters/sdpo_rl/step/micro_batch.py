@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,10 @@ import sdpo
 from ..config import SDPOConfig
 from ..teacher import shards
 from ..teacher.store import TeacherStore
+from . import entropy, model_check
 from . import forward as step_forward
 from . import head as step_head
 from . import loss as step_loss
-from . import model_check
 from .batch import MicroBatch, TokenBatch
 from .metrics import Metrics
 from .packing import Layout
@@ -28,6 +28,9 @@ from .policy import PolicyTerm
 from .runner import Runner, make_runner, make_runners, padded_arguments
 
 logger = logging.getLogger("sdpo_rl")
+
+# Gives a model, wrapped and not, and tensors by parameter name or None.
+Reference = Callable[[], AbstractContextManager[tuple[Any, Any, Mapping[str, Tensor] | None]]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class StepContext:
         router_loss_coef: weight of the load-balancing loss; `None` computes none.
         policy_term: GRPO's part of the loss; `None` without.
         distillation_weight: factor of the divergence.
-        reference: makes the reference model current and gives it, wrapped and not; `None`: none is needed.
+        reference: makes the reference model current and gives it, wrapped and not, with the weights that replace
+            its own, if there are any; `None`: none is needed.
         head_in_float32: GRPO's `cast_lm_head_to_fp32`: the products of the LM head are not autocast.
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
@@ -62,7 +66,7 @@ class StepContext:
     router_loss_coef: float | None
     policy_term: PolicyTerm | None
     distillation_weight: float
-    reference: Callable[[], AbstractContextManager[tuple[Any, Any]]] | None
+    reference: Reference | None
     head_in_float32: bool = False
     reads_padding: bool = False
     layout: Layout = "padded"
@@ -132,6 +136,11 @@ def micro_batch_loss(
         compute = partial(
             compute, reference_logits=_reference_logits(context, context.reference, run_student)
         )
+    if context.policy_term is not None and context.policy_term.entropy_fraction < 1.0:
+        mask = partial(
+            entropy.highest, fraction=context.policy_term.entropy_fraction, accelerator=context.accelerator
+        )
+        compute = partial(compute, entropy_mask=mask)
     with context.accelerator.autocast():
         student = run_student(partial(forward, router_losses=router_losses))
         if not teachers:  # no token has a divergence
@@ -162,17 +171,17 @@ def _padding_metrics(total: Tensor, student: Runner, teacher: Runner | None) -> 
 
 def _reference_logits(
     context: StepContext,
-    reference: Callable[[], AbstractContextManager[tuple[Any, Any]]],
+    reference: Reference,
     run_student: Runner,
 ) -> Tensor:
     """Logits [B, T, V] of the reference model on the student's tokens."""
     with (
         torch.no_grad(),
         context.accelerator.autocast(),
-        reference() as (model, unwrapped),
+        reference() as (model, unwrapped, params),
         step_forward.evaluating(unwrapped),
     ):
-        logits: Tensor = run_student(partial(step_forward.completion_logits, model, unwrapped))
+        logits: Tensor = run_student(partial(step_forward.completion_logits, model, unwrapped, params=params))
     return logits
 
 
@@ -212,7 +221,7 @@ def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:
     """
     if context.config.loss_backend == "logits":
         return False
-    if needs := step_loss.whole_logits_option(context.config, context.policy_term):
+    if needs := context.config.whole_logits_option:
         logger.warning(
             "%s is computed from whole logits, which stay in memory, not by the fused loss.", needs
         )

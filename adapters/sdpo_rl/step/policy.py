@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -9,13 +10,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import sdpo
-
 from ..config import SDPOConfig
 from .batch import sampled_mask
 
-Surrogate = Literal["clipped", "cispo", "sapo"]
-_SURROGATES: dict[str, Surrogate] = {"cispo": "cispo", "sapo": "sapo"}  # of the other loss types: "clipped"
+Surrogate = Literal["clipped", "cispo", "sapo", "vespo"]
+RatioLevel = Literal["token", "sequence"]
+# Of the other loss types: "clipped".
+_SURROGATES: dict[str, Surrogate] = {"cispo": "cispo", "sapo": "sapo", "vespo": "vespo"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class PolicyTerm:
         kl_coef: weight of the distance to the reference model, `beta`.
         kl_times_ratio: whether that distance is multiplied by the ratio, with gradient.
         max_completion_length: for `dr_grpo`.
+        ratio_limit: the largest ratio (two-sided clipping), `delta`.
+        ratio_level: whether a token has its own ratio or that of its row, `importance_sampling_level`.
+        vespo_exponents: k of advantages ≥ 0 and of others, for `vespo`.
+        vespo_rates: λ likewise.
+        off_policy_threshold: the mean log-ratio above which rows with a negative advantage have no loss; `None`:
+            none of them is masked.
+        entropy_fraction: `top_entropy_quantile`, the share of the tokens with a policy loss, of highest entropy.
+        has_entropy_bonus: whether the entropy has a weight, in the present step or in a later one.
     """
 
     loss_type: str
@@ -39,11 +48,35 @@ class PolicyTerm:
     kl_coef: float
     kl_times_ratio: bool
     max_completion_length: int
+    ratio_limit: float = math.inf
+    ratio_level: RatioLevel = "token"
+    vespo_exponents: tuple[float, float] = (2.0, 3.0)
+    vespo_rates: tuple[float, float] = (3.0, 2.0)
+    off_policy_threshold: float | None = None
+    entropy_fraction: float = 1.0
+    has_entropy_bonus: bool = False
 
     @property
     def surrogate(self) -> Surrogate:
         """The function of ratio and advantage."""
         return _SURROGATES.get(self.loss_type, "clipped")
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of the student decides about the loss or is a part of it."""
+        return self.has_entropy_bonus or self.entropy_fraction < 1.0
+
+    @property
+    def needs_log_probs(self) -> bool:
+        """Whether the pass of the divergence cannot have it: it is no function of one token's ratio alone."""
+        return (
+            self.needs_entropy
+            or self.kl_coef != 0.0
+            or self.ratio_limit < math.inf
+            or self.ratio_level != "token"
+            or self.surrogate == "vespo"
+            or self.off_policy_threshold is not None
+        )
 
 
 class PolicyTargets(NamedTuple):
@@ -53,14 +86,12 @@ class PolicyTargets(NamedTuple):
     advantages: Tensor
     weights: Tensor  # of the policy loss in the total
     kl_weights: Tensor  # of the distance to the reference model in the total
+    entropy_weights: Tensor  # of the mean entropy in the total, the same for all tokens
     reference_log_probs: Tensor | None
-
-
-class PolicySum(NamedTuple):
-    """GRPO's part of a micro-batch."""
-
-    total: Tensor  # []
-    metrics: dict[str, tuple[Tensor, Tensor]]  # sum and count by name
+    sampling_log_probs: Tensor | None = None  # of the inference engine
+    rollout_ratio: Tensor | None = (
+        None  # the trainer's probability over the inference engine's, as TRL bounds it
+    )
 
 
 def policy_term(args: Any) -> PolicyTerm:
@@ -76,7 +107,21 @@ def policy_term(args: Any) -> PolicyTerm:
         kl_coef=args.beta,
         kl_times_ratio=args.use_bias_correction_kl,
         max_completion_length=args.max_completion_length,
+        ratio_limit=_option(args, "delta", math.inf),
+        ratio_level=_option(args, "importance_sampling_level", "token"),
+        vespo_exponents=(_option(args, "vespo_k_pos", 2.0), _option(args, "vespo_k_neg", 3.0)),
+        vespo_rates=(_option(args, "vespo_lambda_pos", 3.0), _option(args, "vespo_lambda_neg", 2.0)),
+        off_policy_threshold=_option(args, "off_policy_mask_threshold", None),
+        entropy_fraction=_option(args, "top_entropy_quantile", 1.0),
+        has_entropy_bonus=_option(args, "entropy_coef", 0.0) != 0.0
+        or _option(args, "use_adaptive_entropy", False),
     )
+
+
+def _option(args: Any, name: str, off: Any) -> Any:
+    """An option that older releases of TRL, which Unsloth pins, may not have."""
+    value = getattr(args, name, None)
+    return off if value is None else value
 
 
 def part_weights(config: SDPOConfig, *, step: int, last_step: int) -> tuple[float, float]:
@@ -123,21 +168,38 @@ def token_weights(term: PolicyTerm, mask: Tensor, *, accumulation_steps: int, st
         return ones / (rows * term.max_completion_length * accumulation_steps)
     if term.loss_type == "luspo":
         return ones / (rows * accumulation_steps)
-    return ones / step_tokens.clamp(min=1)  # dapo, cispo
+    return ones / step_tokens.clamp(min=1)  # dapo, cispo, vespo
 
 
 def policy_mask(config: SDPOConfig, term: PolicyTerm, inputs: Mapping[str, Any]) -> Tensor:
-    """Tokens [B, T] bool with a policy loss.
+    """Tokens [B, T] bool that GRPO's part is computed for.
 
     Args:
         config: with `routing`: rows with a distillation loss then have no policy loss.
         term: of the run.
         inputs: of a micro-batch.
     """
+    mask = _routed_mask(config, inputs)
+    # The tokens of highest entropy are found among all.
+    return mask if term.entropy_fraction < 1.0 else mask & _has_gradient(term, inputs)
+
+
+def signal_mask(config: SDPOConfig, term: PolicyTerm, inputs: Mapping[str, Any]) -> Tensor:
+    """Of `policy_mask` the tokens [B, T] bool of rows whose part of the loss has a gradient."""
+    return _routed_mask(config, inputs) & _has_gradient(term, inputs)
+
+
+def _routed_mask(config: SDPOConfig, inputs: Mapping[str, Any]) -> Tensor:
     mask = sampled_mask(inputs)
     if config.routing == "srpo":
         mask = mask & ~inputs["loss_mask"].any(-1, keepdim=True)
-    return mask & (inputs["advantages"] != 0.0)[:, None] if term.kl_coef == 0.0 else mask
+    return mask
+
+
+def _has_gradient(term: PolicyTerm, inputs: Mapping[str, Any]) -> Tensor:
+    """Rows [B, 1] with an advantage, or with a term that needs none."""
+    advantages: Tensor = inputs["advantages"]
+    return (advantages != 0.0)[:, None] | (term.kl_coef != 0.0 or term.has_entropy_bonus)
 
 
 def policy_inputs(
@@ -146,6 +208,7 @@ def policy_inputs(
     inputs: Mapping[str, Any],
     *,
     weight: Tensor,
+    entropy_coef: float,
     accumulation_steps: int,
     step_tokens: Tensor,
 ) -> dict[str, Tensor]:
@@ -156,6 +219,7 @@ def policy_inputs(
         term: of the run.
         inputs: of the micro-batch.
         weight: [] factor of all weights.
+        entropy_coef: weight of the mean entropy in TRL's loss, in the present step.
         accumulation_steps: as in `token_weights`.
         step_tokens: as in `token_weights`.
     """
@@ -164,12 +228,13 @@ def policy_inputs(
     mask = policy_mask(config, term, inputs)
     advantages = inputs["advantages"].float()[:, None].expand(mask.shape)
     weights = (weights * weight).expand(mask.shape) * mask
-    ratio = inputs.get("importance_sampling_ratio")
+    ratio = None if term.surrogate == "vespo" else inputs.get("importance_sampling_ratio")
     return {
         "policy_mask": mask,
         "policy_advantages": advantages,
         "policy_weights": weights if ratio is None else weights * ratio.detach().float(),
         "policy_kl_weights": weights * term.kl_coef,
+        "policy_entropy_weights": (weight * (entropy_coef / accumulation_steps)).expand(mask.shape),
     }
 
 
@@ -182,69 +247,8 @@ def policy_targets(completions: Mapping[str, Tensor]) -> PolicyTargets | None:
         advantages=completions["policy_advantages"],
         weights=completions["policy_weights"],
         kl_weights=completions["policy_kl_weights"],
+        entropy_weights=completions["policy_entropy_weights"],
         reference_log_probs=completions.get("ref_per_token_logps"),
+        sampling_log_probs=completions.get("sampling_per_token_logps"),
+        rollout_ratio=completions.get("importance_sampling_ratio"),
     )
-
-
-def surrogate_loss(
-    term: PolicyTerm, log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor
-) -> Tensor:
-    """The policy loss of each token [B, T]; without `old_log_probs` the policy is its own old one."""
-    old = log_probs.detach() if old_log_probs is None else old_log_probs
-    if term.surrogate == "clipped":
-        return sdpo.clipped_policy_gradient(
-            log_probs, old, advantages, clip_low=term.clip_low, clip_high=term.clip_high
-        )
-    if term.surrogate == "cispo":
-        ratio = sdpo.importance_weights(log_probs, old, clip=1.0 + term.clip_high)
-        return -ratio * advantages * log_probs
-    ratio = (log_probs - old).exp()
-    positive, other = term.sapo_temperatures
-    temperature = torch.where(advantages > 0.0, positive, other)
-    return -(4.0 / temperature) * torch.sigmoid(temperature * (ratio - 1.0)) * advantages
-
-
-def policy_sum(
-    term: PolicyTerm,
-    targets: PolicyTargets,
-    policy_loss: Tensor,
-    *,
-    old_log_probs: Tensor | None,
-    log_probs: Tensor,
-) -> PolicySum:
-    """GRPO's part of a micro-batch: the weighted sum over its tokens, and the metrics `policy_...`.
-
-    Args:
-        term: of the run.
-        targets: of the micro-batch.
-        policy_loss: [B, T], with or without gradient.
-        old_log_probs: [B, T]; `None`: the policy is its own old one.
-        log_probs: of the sampled tokens [B, T], with a gradient where the term has a `kl_coef`.
-    """
-    mask, rows = targets.mask, targets.mask.any(dim=-1)
-    total = sdpo.self_distillation_loss(policy_loss, mask, row_mask=rows, weights=targets.weights).total
-    means = {"policy_loss": policy_loss.detach()}
-    if term.surrogate != "sapo":
-        means["policy_clip_fraction"] = _clipped(term, log_probs.detach(), old_log_probs, targets.advantages)
-    if targets.reference_log_probs is not None:
-        distance = sdpo.anchor_estimate(log_probs, targets.reference_log_probs)
-        if term.kl_times_ratio:
-            old = log_probs.detach() if old_log_probs is None else old_log_probs
-            distance = distance * (log_probs - old).exp()
-        total = (
-            total
-            + sdpo.self_distillation_loss(distance, mask, row_mask=rows, weights=targets.kl_weights).total
-        )
-        means["policy_kl"] = distance.detach()
-    sums = {name: sdpo.token_sum(values, mask) for name, values in means.items()}
-    return PolicySum(total, {name: (found.total, found.count) for name, found in sums.items()})
-
-
-def _clipped(term: PolicyTerm, log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor) -> Tensor:
-    """1.0 for tokens [B, T] whose ratio left the range in the direction of the advantage."""
-    if old_log_probs is None:
-        return torch.zeros_like(log_probs)
-    ratio = (log_probs - old_log_probs).exp()
-    above = (ratio > 1.0 + term.clip_high) & (advantages > 0.0)
-    below = (ratio < 1.0 - term.clip_low) & (advantages < 0.0)
-    return (above | below).float()
