@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 from typing import Any
@@ -364,8 +365,10 @@ class ReferenceStep:
                 weights[counts] = keeps.double() * len(keeps) / keeps.sum()
                 loss = loss * weights
             if method.anchor:
-                with torch.no_grad(), self.student.disable_adapter():
-                    base = completion_logits(self.student, prompt, row, method).softmax(-1)
+                has_adapter = hasattr(self.student, "disable_adapter")
+                with torch.no_grad(), self.student.disable_adapter() if has_adapter else nullcontext():
+                    model = self.student if has_adapter else self.first
+                    base = completion_logits(model, prompt, row, method).softmax(-1)
                 loss = loss + method.anchor * divergence(logits.softmax(-1), base, 1.0)
             loss = loss[counts]
             losses.append(loss.mean()[None] if method.sequence_mean else loss)

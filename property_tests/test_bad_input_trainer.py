@@ -435,16 +435,28 @@ TRAINER = [
         ("beta: expected 0.0", "got 0.04", "KL penalty", "grpo_weight", "enabled=False"),
     ),
     Case(
-        "a KL penalty in a fused loss",
-        lambda path: train(path, beta=0.04, sdpo_config=tiny.config(grpo_weight=0.5, loss_backend="torch")),
+        "a loss type that TRL does not have",
+        lambda path: train(path, loss_type="gspo", sdpo_config=tiny.config(grpo_weight=0.5)),
         ValueError,
-        ("loss_backend: expected 'auto' or 'logits' with beta=0.04", "got 'torch'", "set beta=0.0"),
+        ("loss_type: expected one of", "got 'gspo'", "'vespo'"),
     ),
     Case(
-        "a GRPO part with weights of whole sequences",
-        lambda path: train(path, loss_type="vespo", sdpo_config=tiny.config(grpo_weight=0.5)),
+        "a level of the importance weights that TRL does not have",
+        lambda path: train(path, importance_sampling_level="row", sdpo_config=tiny.config(grpo_weight=0.5)),
         ValueError,
-        ("loss_type: expected one of", "got 'vespo'", "whole sequences", "enabled=False"),
+        ("importance_sampling_level: expected 'token' or 'sequence'", "got 'row'"),
+    ),
+    Case(
+        "a largest ratio of 0",
+        lambda path: train(path, delta=0.0, sdpo_config=tiny.config(grpo_weight=0.5)),
+        ValueError,
+        ("delta: expected a number > 0", "got 0.0", "4.0"),
+    ),
+    Case(
+        "more than all tokens",
+        lambda path: train(path, top_entropy_quantile=1.5, sdpo_config=tiny.config(routing="srpo")),
+        ValueError,
+        ("top_entropy_quantile: expected a number in [0, 1]", "got 1.5", "1.0 for all"),
     ),
     Case(
         "a largest ratio below 1",
@@ -467,18 +479,6 @@ TRAINER = [
             "got 2",
             "change one",
         ),
-    ),
-    Case(
-        "an anchor without a reference model",
-        lambda path: train(path, sdpo_config=tiny.config(anchor_weight=0.1, loss_backend="auto")),
-        ValueError,
-        ("anchor_weight: expected 0.0 without a reference model", "got 0.1", "peft_config", "beta"),
-    ),
-    Case(
-        "an entropy bonus beside a GRPO part",
-        lambda path: train(path, entropy_coef=0.01, sdpo_config=tiny.config(grpo_weight=0.5)),
-        ValueError,
-        ("entropy_coef", "got 0.01", "entropy bonus", "enabled=False"),
     ),
     Case(
         "an entropy bonus that would be dropped",

@@ -78,6 +78,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int]]] = {
         {**HALF_BATCH, "sdpo": {"grpo_weight": 0.5, "grpo_weight_final": 0.1}},
         [1, 3],
     ),
+    "an anchor": ({**HALF_BATCH, "sdpo": {"anchor_weight": 0.3}}, [3]),
     "LoRA, an anchor": ({**HALF_BATCH, "start": lora, "sdpo": {"anchor_weight": 0.3}}, [3]),
     "full, a stream of two steps a pass": (
         {**WHOLE_BATCH, "train_dataset": tiny.conversations(4).to_iterable_dataset()},

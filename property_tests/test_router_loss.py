@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from reference_step import Method, Recorder, ReferenceStep, Row, render, trainable
+from reference_step import Method, Recorder, ReferenceStep, Row, advantage, render, trainable
 from torch import Tensor, nn
 
 from sdpo_rl import SDPOTrainer
@@ -41,13 +41,24 @@ def signal(row: Row) -> bool:
     return any(tiny.score(peer.text) and peer.text.strip() for peer in row.peers)
 
 
-def step_gap(tmp_path: Path, *, backend: str = "torch", mean: bool = False, **changes: Any) -> float:
-    """Largest relative error of the gradients of two steps; the reference is divergence plus router loss."""
+def step_gap(
+    tmp_path: Path, *, backend: str = "torch", mean: bool = False, grpo: float = 0.0, **changes: Any
+) -> float:
+    """Largest relative error of the gradients of two steps; the reference is the loss plus the router loss.
+
+    With a GRPO part of weight `grpo` all micro-batches have the same share of the router loss.
+    """
+
+    def runs(row: Row) -> bool:
+        return signal(row) or bool(grpo and advantage(row))
+
     trainer = tiny.trainer(
         tmp_path,
         start=tiny.experts(),
         sdpo_config=tiny.config(
-            loss_backend=backend, loss_aggregation="sequence-mean" if mean else "token-mean"
+            loss_backend=backend,
+            loss_aggregation="sequence-mean" if mean else "token-mean",
+            grpo_weight=grpo,
         ),
         reward_funcs=tiny.parity,
         router_aux_loss_coef=COEFFICIENT,
@@ -57,23 +68,25 @@ def step_gap(tmp_path: Path, *, backend: str = "torch", mean: bool = False, **ch
     recorder = Recorder(trainer)
     trainer.train()
     assert trainer._fused == (backend == "torch")
-    method = Method(sequence_mean=mean)
-    # `tiny.parity` returns no feedback.
+    # `tiny.parity` returns no feedback, which a row with an advantage would be shown beside it.
+    method = Method(sequence_mean=mean, grpo=grpo, feedback=False)
     reference, error = ReferenceStep(tiny.experts(), method), 0.0
     size = trainer.args.per_device_train_batch_size
     teacher = recorder.steps[0].before
     for step, logged in zip(recorder.steps, logs(trainer, "aux_loss"), strict=True):
         reference.student.load_state_dict(step.before, strict=False)
         reference.teacher.load_state_dict(teacher, strict=False)
-        active = [row for row in step.rows if signal(row)]
-        assert 0 < len(active) < len(step.rows)
-        _, gradients = reference.step(active, stale=False)
+        active = [row for row in step.rows if runs(row)]
+        assert 0 < len(active) < len(step.rows) + bool(grpo)
+        _, gradients = reference.step(step.rows if grpo else active, stale=False)
         micro_batches = [step.rows[i : i + size] for i in range(0, len(step.rows), size)]
-        parts = [[row for row in rows if signal(row)] for rows in micro_batches]
+        parts = [[row for row in rows if runs(row)] for rows in micro_batches]
         counts = [float(len(rows) if mean else sum(sum(r.counts) for r in rows)) for rows in parts]
+        if grpo:
+            counts = [float(bool(rows)) for rows in parts]
         router = torch.stack(
             [balance(reference.student, rows) * n for rows, n in zip(parts, counts, strict=True) if n]
-        ).sum() / sum(counts)
+        ).sum() / (len(parts) if grpo else sum(counts))
         assert logged == pytest.approx(router.item(), rel=1e-5)
         named = dict(reference.student.named_parameters())
         own = torch.autograd.grad(COEFFICIENT * router, list(named.values()), allow_unused=True)
@@ -93,6 +106,15 @@ def test_a_step_has_the_router_loss_of_its_active_rows(
     tmp_path: Path, split: dict[str, Any], backend: str
 ) -> None:
     assert step_gap(tmp_path, backend=backend, **split) < TOLERANCE
+
+
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+@pytest.mark.parametrize("split", [{}, FOUR], ids=["one micro-batch", "four"])
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_beside_a_grpo_part_micro_batches_have_equal_weight(
+    tmp_path: Path, weight: float, split: dict[str, Any], backend: str
+) -> None:
+    assert step_gap(tmp_path, backend=backend, grpo=weight, **split) < TOLERANCE
 
 
 def test_rows_have_equal_weight_under_sequence_mean(tmp_path: Path) -> None:

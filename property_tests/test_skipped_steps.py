@@ -174,8 +174,18 @@ def test_a_denominator_over_all_tokens_is_no_signal(tmp_path: Path) -> None:
         ({"grpo_weight": 0.0, "grpo_weight_final": 0.5}, [1.0, 0.0, 1.0]),
         ({"routing": "srpo"}, [0.0, 0.0, 1.0]),
         ({}, [1.0, 0.0, 1.0]),
+        ({"grpo_weight": 1.0, "of GRPO": {"top_entropy_quantile": 0.5}}, [0.0, 1.0, 1.0]),
+        ({"grpo_weight": 1.0, "of GRPO": {"entropy_coef": 0.1}}, [0.0, 0.0, 0.0]),
     ],
-    ids=["both parts", "GRPO alone", "GRPO from the second step on", "routed", "no GRPO"],
+    ids=[
+        "both parts",
+        "GRPO alone",
+        "GRPO from the second step on",
+        "routed",
+        "no GRPO",
+        "tokens of high entropy",
+        "an entropy bonus",
+    ],
 )
 def test_an_advantage_is_a_signal_where_it_has_a_weight(
     tmp_path: Path, options: dict[str, Any], skipped: list[float]
@@ -188,7 +198,9 @@ def test_an_advantage_is_a_signal_where_it_has_a_weight(
         feedback = "do better" if len(calls) == 2 else None
         return [(0.5 * (row % 2) * (len(calls) == 1), feedback) for row in range(len(completions))]
 
-    trainer, watch = watched(tmp_path, reward, sdpo_config=tiny.config(**options), max_steps=3)
+    arguments = options.get("of GRPO", {})
+    config = tiny.config(**{name: value for name, value in options.items() if name != "of GRPO"})
+    trainer, watch = watched(tmp_path, reward, sdpo_config=config, max_steps=3, **arguments)
     assert logs(trainer, SKIPPED) == skipped
     for before, after, waits in zip(watch.seen, watch.seen[1:], skipped[1:], strict=False):
         assert changed(before, after) == (set() if waits else {"weights", "moments", "teacher"})

@@ -94,19 +94,20 @@ def test_every_option(tmp_path: Path, option: str, split: str, backend: str) -> 
     assert trainer._fused == (backend == "torch")
 
 
+@pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "all weights"])
 @pytest.mark.parametrize("split", SPLITS)
-def test_an_anchor(tmp_path: Path, split: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The reference of adapters is the model without them."""
+def test_an_anchor(tmp_path: Path, split: str, adapters: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The reference of adapters is the model without them, that of all weights is the model at the start."""
     trainer = tiny.trainer(
         tmp_path,
         sdpo_config=tiny.config(anchor_weight=0.7, loss_backend="auto", is_clip=None),
         reward_funcs=tiny.parity,
-        peft_config=copy.deepcopy(LORA),
-        learning_rate=0.1,
+        peft_config=copy.deepcopy(LORA) if adapters else None,
+        learning_rate=0.1 if adapters else 0.02,
         max_steps=3,
         **SPLITS[split],
     )
-    blank = get_peft_model(tiny.model(), copy.deepcopy(LORA))
+    blank = get_peft_model(tiny.model(), copy.deepcopy(LORA)) if adapters else tiny.model()
     difference = compare(trainer, blank, Method(feedback=False, anchor=0.7, clip=None))
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
