@@ -87,6 +87,20 @@ RUNS = {
     "a GRPO part": Run(
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {"grpo_weight": 0.5}
     ),
+    "a GRPO part with masks and ratios of rows": Run(
+        {
+            "per_device_train_batch_size": 2,
+            "steps_per_generation": 2,
+            "num_iterations": 2,
+            "importance_sampling_level": "sequence",
+            "delta": 1.02,
+            "epsilon": 0.01,
+            "off_policy_mask_threshold": 1e-3,
+            "top_entropy_quantile": 0.53,
+        },
+        {"grpo_weight": 0.5},
+    ),
+    "an anchor": Run(config={"anchor_weight": 0.7, "loss_backend": "auto"}),
     "routing, and a rank without a distilled row": Run(
         config={"routing": "srpo", "loss_aggregation": "batch-token-mean", "token_weights": "confidence"},
         succeeds=lambda row: row in (1, 2),
@@ -116,6 +130,9 @@ SHARDED_RUNS = [
     "nobody has anything to learn",
     "steps without signal around one with",
     "a group on both ranks",
+    "a GRPO part",
+    "a GRPO part with masks and ratios of rows",
+    "an anchor",
     "routing, and a rank without a distilled row",
     "trust region",
     "live",
@@ -128,6 +145,17 @@ SHARDED_RUNS = [
 EXPERTS = {
     "all ranks": Run(experts=True),
     "one rank": Run(succeeds=lambda row: row == 1, feedback=False, experts=True),
+    "beside a GRPO part with an entropy bonus": Run(
+        {
+            "loss_type": "bnpo",
+            "entropy_coef": 0.3,
+            "use_adaptive_entropy": True,
+            "entropy_target": 9.0,
+            "entropy_coef_delta": 0.1,
+        },
+        {"grpo_weight": 0.5},
+        experts=True,
+    ),
 }
 
 

@@ -139,6 +139,7 @@ def test_the_runs_differ(one: Observed) -> None:
         "a step over two generation batches",
         "sequence mean",
         "a GRPO part",
+        "a GRPO part with masks and ratios of rows",
         "routing, and a rank without a distilled row",
         "trust region",
         "live",

@@ -26,6 +26,7 @@ LOSS_TYPES: dict[str, dict[str, Any]] = {
     "luspo": {},
     "sapo": {"sapo_temperature_neg": 2.0},
     "cispo": {"epsilon_high": 1.02},
+    "vespo": {"vespo_k_pos": 1.5},
 }
 # Several steps of one generation batch: the ratios leave 1.
 STALE: dict[str, Any] = {
@@ -70,18 +71,19 @@ def test_a_weight_of_one_is_grpo(tmp_path: Path, loss_type: str, backend: str) -
     assert gap(ours, theirs) < TOLERANCE
     for entry, other in zip(logs, expected, strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
-    if loss_type not in ("sapo", "cispo"):
+    if loss_type not in ("sapo", "cispo", "vespo"):
         clipped = [entry["self_distillation/policy_clip_fraction"] for entry in logs]
         assert max(clipped) > 0.1
 
 
-def test_a_kl_penalty_is_grpo_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+def test_a_kl_penalty_is_grpo_s(tmp_path: Path, backend: str) -> None:
     # One micro-batch a step: TRL logs the mean over micro-batches of their means.
     one = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 2}
     changes = {**STALE, **one, "beta": 0.3}
     ours, logs = recorded(
         tmp_path,
-        tiny.config(grpo_weight=1.0, loss_backend="auto"),
+        tiny.config(grpo_weight=1.0, loss_backend=backend),
         peft_config=copy.deepcopy(LORA),
         **changes,
     )
@@ -93,7 +95,65 @@ def test_a_kl_penalty_is_grpo_s(tmp_path: Path, caplog: pytest.LogCaptureFixture
         [entry["kl"] for entry in expected], rel=1e-4
     )
     assert max(entry["kl"] for entry in expected) > 0.01
-    assert "beta=0.3 is computed from whole logits" in caplog.text
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "one micro-batch": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "four micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+}
+EVERY: dict[str, Any] = {
+    "beta": 0.1,
+    "delta": 1.05,
+    "importance_sampling_level": "sequence",
+    "off_policy_mask_threshold": 1e-3,
+    "top_entropy_quantile": 0.47,
+    "entropy_coef": 0.2,
+    "use_adaptive_entropy": True,
+    "entropy_coef_delta": 0.1,
+    "entropy_coef_max": 0.35,
+    "steps_per_generation": None,  # one step of a generation batch, and a second of its second pass
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "logits"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(("loss_type", "target"), [("grpo", 9.0), ("vespo", 1.0)])
+def test_every_term_at_once_is_grpo_s(
+    tmp_path: Path, loss_type: str, target: float, split: str, backend: str
+) -> None:
+    """The entropy is below the first target, so that its weight grows, and above the second."""
+    changes = {**STALE, **SPLITS[split], **EVERY, "loss_type": loss_type, "entropy_target": target}
+    runs = [
+        recorded(tmp_path, config, peft_config=copy.deepcopy(LORA), **changes)
+        for config in (tiny.config(grpo_weight=1.0, loss_backend=backend), tiny.config(enabled=False))
+    ]
+    (ours, logs), (theirs, expected) = runs
+    assert gap(ours, theirs) < TOLERANCE
+    assert [entry["loss"] for entry in logs] == pytest.approx(
+        [entry["loss"] for entry in expected], rel=1e-4, abs=1e-6
+    )
+    coefs = [entry["entropy_coef"] for entry in expected]
+    assert [entry["entropy_coef"] for entry in logs] == coefs
+    assert coefs == pytest.approx([0.3, 0.35, 0.35, 0.35] if target == 9.0 else [0.1, 0.0, 0.0, 0.0])
+
+
+def test_the_controller_of_the_entropy_is_resumed(tmp_path: Path) -> None:
+    changes = {
+        **STALE,
+        **SPLITS["four micro-batches"],
+        **{name: value for name, value in EVERY.items() if "entropy" in name or name.startswith("steps")},
+        "entropy_target": 9.0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    config = tiny.config(grpo_weight=0.5)
+    _, whole = recorded(tmp_path, config, **changes)
+    torch.manual_seed(0)
+    trainer = tiny.trainer(tmp_path / "again", sdpo_config=config, reward_funcs=tiny.parity, **changes)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("entropy_coef", "loss", "self_distillation/policy_entropy"):
+        assert [entry[name] for entry in resumed] == [entry[name] for entry in whole], name
 
 
 def test_other_loss_types_are_other_steps(tmp_path: Path) -> None:
@@ -104,7 +164,8 @@ def test_other_loss_types_are_other_steps(tmp_path: Path) -> None:
             0
         ]
         for loss_type, options in LOSS_TYPES.items()
-        if loss_type not in ("sapo", "cispo")  # the same gradient as another type where the ratios are 1
+        if loss_type
+        not in ("sapo", "cispo", "vespo")  # the same gradient as another type where the ratios are 1
     }
     names = list(runs)
     for i, one in enumerate(names):
