@@ -40,7 +40,7 @@ DEEPSPEED: dict[str, dict[str, Any]] = {
     }
     for stage in (2, 3)
 }
-TIMEOUT = 240
+TIMEOUT = 600
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,23 @@ RUNS = {
         {"grpo_weight": 0.5},
     ),
     "an anchor": Run(config={"anchor_weight": 0.7, "loss_backend": "auto"}),
+    "weights of rows and of some tokens": Run(
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {
+            "row_weights": "pass_rate",
+            "token_weights": "confidence",
+            "token_fraction": 0.5,
+            "loss_aggregation": "batch-token-mean",
+        },
+    ),
+    "evidence in a changing GRPO part": Run(
+        config={"grpo_weight": 0.2, "grpo_weight_final": 0.8, "token_weights": "evidence"}
+    ),
+    "a gate": Run(config={"grpo_weight": 0.5, "token_weights": "gate"}),
+    "clipped entries": Run(config={"support": "full", "entry_clip": 0.002, "loss_backend": "auto"}),
+    "credit of a sequence": Run(
+        config={"support": "sampled", "alpha": 1.0, "credit": "sequence", "loss_backend": "auto"}
+    ),
     "routing, and a rank without a distilled row": Run(
         config={"routing": "srpo", "loss_aggregation": "batch-token-mean", "token_weights": "confidence"},
         succeeds=lambda row: row in (1, 2),

@@ -101,6 +101,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"loss_mask": torch.ones(8, dtype=torch.bool)}, ValueError, "loss_mask: expected"),
     ({"old_log_probs": torch.zeros(8)}, ValueError, "old_log_probs: expected shape"),
     ({"weights": torch.zeros(9, 1)}, ValueError, "weights: expected"),
+    ({"weights": torch.full((9,), -1.0)}, ValueError, "weights: expected finite numbers >= 0.*got -1.0"),
+    ({"weights": torch.full((9,), torch.nan)}, ValueError, "weights: expected finite numbers >= 0.*got nan"),
     ({"student_hidden": torch.zeros(9, 16)}, ValueError, "student.hidden: expected"),
     ({"teacher_weight": torch.zeros(65, 17)}, ValueError, "teacher.weight: expected"),
     ({"student_weight": torch.zeros(64)}, ValueError, "student.weight: expected"),

@@ -286,7 +286,8 @@ def property_unit_weights_change_nothing(loss: Any, batch: Pair) -> None:
 def step_ignoring_rows(
     values: Tensor, mask: Tensor, *, row_mask: Tensor, weights: Tensor | None = None
 ) -> Any:
-    return self_distillation_loss(values, mask, row_mask=torch.ones_like(row_mask), weights=weights)
+    given = None if weights is None else weights.detach().nan_to_num(posinf=1.0)  # others are refused
+    return self_distillation_loss(values, mask, row_mask=torch.ones_like(row_mask), weights=given)
 
 
 def step_of_doubled_values(
@@ -516,6 +517,19 @@ def test_tensors_are_checked() -> None:
         self_distillation_loss(logits, logits, row_mask=mask[:, 0])
     with pytest.raises(ValueError, match=r"weights: expected shape \(3, 4\).*got \(3, 1\)"):
         self_distillation_loss(logits, mask, row_mask=mask[:, 0], weights=torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_weights_are_finite_and_not_negative(bad: float) -> None:
+    """Where a token counts; an inactive one may have any."""
+    values, weights = torch.ones(2, 2), torch.tensor([[1.0, bad], [bad, bad]])
+    mask = torch.tensor([[True, True], [True, True]])
+    with pytest.raises(ValueError, match=rf"weights: expected finite numbers >= 0 .*got {bad}; mask such"):
+        self_distillation_loss(values, mask, row_mask=[True, False], weights=weights)
+    loss = self_distillation_loss(
+        values, mask & torch.tensor([True, False]), row_mask=[True, False], weights=weights
+    )
+    assert loss.total.item() == 1.0
 
 
 @pytest.mark.parametrize("poison", [0.0, math.inf, math.nan])

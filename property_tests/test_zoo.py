@@ -22,6 +22,7 @@ from torch import Tensor
 
 import sdpo
 from examples.zoo import losses
+from sdpo_rl import SDPOConfig
 
 ROWS, TOKENS, VOCABULARY, TEMPERATURE = 4, 3, 6, 0.8
 RNG = generator(11)
@@ -235,6 +236,7 @@ ZOO: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Logits, Logit
     "opsd": (lambda s, q: losses.opsd(s, q, MASK, alpha=0.5, clip=0.05, **T), opsd_formula),
     "sdpo_loss, generalization": (sdpo_with("generalization", 3), sdpo_formula(3, 0.5)),
     "sdpo_loss, rich feedback": (sdpo_with("rich feedback", 2), sdpo_formula(2, 1.0)),
+    "sdpo_loss, test time": (sdpo_with("test time", 4), sdpo_formula(4, 1.0)),
     "sc_sdpo": (
         lambda s, q: losses.sc_sdpo(
             s, q, MASK, row_mask=HAS_TEACHER, success=SUCCESS, group_ids=torch.tensor([0, 0, 1, 1]), **TOPK
@@ -361,6 +363,14 @@ def test_a_method_is_at_most_30_lines_and_in_the_readme(name: str) -> None:
     papers = re.findall(r"\d{4}\.\d{5}", ast.get_docstring(node) or "")
     row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
     assert all(paper in row for paper in papers)
+
+
+def test_every_setting_is_tested_and_a_preset() -> None:
+    names = {name.partition(", ")[2] for name in ZOO if name.startswith("sdpo_loss")}
+    assert names == set(losses.SDPO_SETTINGS)
+    for name, settings in losses.SDPO_SETTINGS.items():
+        preset = SDPOConfig.preset(name.replace(" ", "_"))
+        assert settings == {"alpha": preset.alpha, "k": preset.k}
 
 
 def test_every_method_is_tested() -> None:

@@ -1,6 +1,6 @@
 """Validation of the arguments of public functions: shapes, dtypes and Python scalars.
 
-Tensors' values are never read: a check costs no device synchronisation and works
+Tensors' values are read where that is free alone (`is_readable`): a check costs no device synchronisation and works
 under ``torch.func`` transforms and ``torch.compile``. Every message names the argument, what was expected,
 what came, and the fix.
 """
@@ -92,6 +92,25 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], *, like: st
         raise ValueError(
             f"{name}: expected shape {tuple(expected)} ({like}), got {tuple(value.shape)}; "
             "align the tensors before the call, nothing is broadcast"
+        )
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the values can be read without waiting for a device or breaking a transform or a compilation."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not traced
+
+
+def check_weights(name: str, weights: Tensor, active: Tensor | None) -> None:
+    """Demand finite weights ≥ 0 at the active tokens, of the same shape, where the values are readable."""
+    if not is_readable(weights) or not (active is None or is_readable(active)):
+        return
+    wrong = ~((weights >= 0.0) & weights.isfinite())
+    wrong = wrong if active is None else wrong & active
+    if wrong.any():
+        raise ValueError(
+            f"{name}: expected finite numbers >= 0 where the mask is true, got {float(weights[wrong][0])}; mask "
+            "such positions, or clamp the weights"
         )
 
 

@@ -22,6 +22,7 @@ from sdpo._validate import (
     check_real,
     check_shape,
     check_tensor,
+    is_readable,
 )
 from sdpo.divergence import generalized_jsd
 from sdpo.topk import GatheredLogProbs, add_tail_bucket, gather_log_probs, renormalize
@@ -89,7 +90,7 @@ def check_teacher_topk(ids: Tensor, log_probs: Tensor, vocabulary: int) -> None:
     check_shape("log_probs", log_probs, ids.shape, like="the shape of ids")
     check_device("log_probs", log_probs, ids, like="the device of ids")
     check_int("ids.shape[-1]", ids.shape[-1], low=1, high=vocabulary, meaning="1 to V distinct ids")
-    if not (_readable(ids) and _readable(log_probs)) or ids.numel() == 0:
+    if not (is_readable(ids) and is_readable(log_probs)) or ids.numel() == 0:
         return
     for extreme in (int(ids.min()), int(ids.max())):
         if not 0 <= extreme < vocabulary:
@@ -146,7 +147,7 @@ def safe_tail(log_probs: Tensor) -> GatheredLogProbs:
     check_distribution("log_probs", log_probs)
     log_probs = upcast(log_probs)
     log_mass = logsumexp(log_probs)
-    if _readable(log_mass):
+    if is_readable(log_mass):
         _check_mass(log_mass)
     full = log_mass >= 0.0
     # log(1 − exp(x)) of the masses below 1; the others are replaced before the logarithm sees them.
@@ -228,12 +229,6 @@ def teacher_categories(teacher: GatheredLogProbs, student_log_tail: Tensor) -> T
     log_tail = teacher.log_tail.clamp(min=math.log(SMALLEST_TAIL))
     log_tail = log_tail.masked_fill(student_log_tail.isneginf(), -math.inf)
     return renormalize(add_tail_bucket(teacher.log_probs, log_tail))
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device or breaking a transform or a compilation."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not traced
 
 
 def _check_mass(log_mass: Tensor) -> None:

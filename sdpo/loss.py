@@ -22,6 +22,7 @@ from sdpo._validate import (
     check_shape,
     check_support,
     check_tensor,
+    check_weights,
     tensor_from_sequence,
 )
 from sdpo.aggregate import MaskedSum, token_sum
@@ -189,7 +190,7 @@ def self_distillation_loss(
         loss_mask: [B, T] bool, tokens with loss: completion tokens that the model itself sampled.
         row_mask: [B] bool tensor, or a sequence of bools as ``build_reprompts`` returns it: rows whose
             teacher has something to show.
-        weights: [B, T] floating, factors of the tokens, detached; None for 1.
+        weights: [B, T] floating, finite and ≥ 0, factors of the tokens, detached; None for 1.
 
     Returns:
         LossOutput. Its metrics: ``divergence`` (unweighted) and ``weight``, means over the active tokens, 0
@@ -197,7 +198,7 @@ def self_distillation_loss(
 
     Raises:
         TypeError: per_token or weights are not floating, or a mask is not bool.
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or, checked on a CPU, a weight that counts is negative or not finite.
 
     Gradient: from total to per_token.
 
@@ -227,6 +228,7 @@ def self_distillation_loss(
     if weights is not None:
         check_tensor("weights", weights, "floating")
         check_shape("weights", weights, per_token.shape, like="the shape of per_token")
+        check_weights("weights", weights, active)
         weight = zero_where_not(upcast(weights).detach(), active)
         weighted = weight * zero_where_not(divergence, weight != 0.0)
     total, count = token_sum(weighted, active)

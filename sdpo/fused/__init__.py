@@ -172,8 +172,10 @@ def fused_distillation_loss(
         dr_grpo        1 / (B * max_completion_length)
         luspo          1 / B
 
-    Ratios of whole sequences (GSPO, vespo) and ``delta`` are not supported. Any objective whose derivative d w.r.t.
-    log_probs is known before the call has the gradient of A = −d without ``old_log_probs``.
+    Not in this pass: ratios of whole sequences (GSPO, vespo), two-sided clipping, entropies. ``fused_log_probs``
+    and ``fused_log_probs_and_entropy`` have the gradients that these need, for a second product with the head. Any
+    objective whose derivative d w.r.t. log_probs is known before the call has the gradient of A = −d without
+    ``old_log_probs``.
 
     The same inputs give the same bits on one device. Under ``torch.autocast`` the products run in autocast's dtype.
     ``torch.compile`` of a caller breaks its graph here.
@@ -197,8 +199,8 @@ def fused_distillation_loss(
             and the ratio of the policy gradient; NaN gives 1. None: no importance weights, and a ratio of 1.
         is_clip: > 0, the largest importance weight. None for no importance weights; needed with ``old_log_probs``
             unless there are ``advantages``.
-        weights: [...] floating, further factors of each token: rollout correction, row weights, 1/length for a mean
-            over sequences. None: 1.
+        weights: [...] floating, finite and ≥ 0, further factors of each token: rollout correction, row weights,
+            1/length for a mean over sequences. None: 1.
         advantages: [...], or one per row, floating and finite, of the policy gradient. None: no policy gradient.
         policy_weight: λ in [0, 1], a number or a floating tensor [...], or one per row: the share of the policy
             gradient. With the number 0 nothing of it is computed. None if and only if ``advantages`` is.

@@ -17,6 +17,7 @@ from sdpo._validate import (
     check_shape,
     check_support,
     check_tensor,
+    check_weights,
     type_name,
 )
 from sdpo.fused._types import (
@@ -289,6 +290,8 @@ def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
     active = loss_mask.flatten().nonzero().flatten()
     vocabulary, topk = operands.student.weight.shape[0], operands.teacher_topk
     _check_token_ids(operands.tokens, active, vocabulary)
+    if operands.weights is not None:
+        check_weights("weights", operands.weights, loss_mask.flatten())
     if active.shape[0] != loss_mask.numel():
         operands = operands._replace(active=active)
     if topk is not None and active.device.type == "cpu":  # elsewhere no value is read

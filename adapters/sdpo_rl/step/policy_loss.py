@@ -66,9 +66,8 @@ def policy_sum(
     if sampled.entropy is not None:
         metrics["policy_entropy"] = _mean(sampled.entropy, kept)
         if term.has_entropy_bonus:
-            total = total - _weighted(sampled.entropy, kept, targets.entropy_weights) / kept.sum().clamp(
-                min=1
-            )
+            weighted = (sampled.entropy * targets.entropy_weights).masked_fill(~kept, 0.0)
+            total = total - weighted.sum() / kept.sum().clamp(min=1)
     return PolicySum(total, metrics)
 
 
