@@ -116,7 +116,8 @@ RUNS = {
     "a gate": Run(config={"grpo_weight": 0.5, "token_weights": "gate"}),
     "clipped entries": Run(config={"support": "full", "entry_clip": 0.002, "loss_backend": "auto"}),
     "credit of a sequence": Run(
-        config={"support": "sampled", "alpha": 1.0, "credit": "sequence", "loss_backend": "auto"}
+        {"learning_rate": 0.05},
+        {"support": "sampled", "alpha": 1.0, "credit": "sequence", "loss_backend": "auto"},
     ),
     "routing, and a rank without a distilled row": Run(
         config={"routing": "srpo", "loss_aggregation": "batch-token-mean", "token_weights": "confidence"},

@@ -116,7 +116,7 @@ def test_two_ranks_balance_experts_as_two_micro_batches_do(
     for rank in two:
         seen = rank["experts", strategy, name]
         assert gradient_gap(seen["gradients"], expected["gradients"]) < TOLERANCE
-        for metric in ("loss", "aux_loss", "self_distillation/divergence"):
+        for metric in ("loss", "aux_loss", "self_distillation/divergence", "entropy_coef"):
             assert column(seen, metric) == pytest.approx(column(expected, metric), rel=TOLERANCE)
         torch.testing.assert_close(seen["student"], expected["student"], rtol=TOLERANCE, atol=TOLERANCE)
 

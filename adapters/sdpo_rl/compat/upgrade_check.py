@@ -114,6 +114,13 @@ class Finding(NamedTuple):
     problem: str
 
 
+_ENTROPY_CONTROL = ("use_adaptive_entropy", "entropy_coef", "_last_world_entropy", "_entropy_window_stats")
+_POLICY_OPTIONS = (
+    *("delta", "importance_sampling_level", "off_policy_mask_threshold", "top_entropy_quantile"),
+    *("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max"),
+    *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
+)
+
 Expectation = Method | Text | Attribute | Field
 
 EXPECTATIONS: tuple[Expectation, ...] = (
@@ -276,6 +283,8 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             "gradient_checkpointing",
         )
     ),
+    *(Attribute(name, "TRL's controller of the entropy bonus", _TRL) for name in _ENTROPY_CONTROL),
+    *(Field(name, "a term of GRPO's part of the loss", _TRL) for name in _POLICY_OPTIONS),
     Field("unsloth_num_chunks", "tells a patched GRPOConfig from one imported before the patch", _UNSLOTH),
 )
 
