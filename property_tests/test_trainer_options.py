@@ -112,6 +112,7 @@ def test_an_anchor(tmp_path: Path, split: str, adapters: bool, caplog: pytest.Lo
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
     assert "anchor_weight=0.7 is computed from whole logits" in caplog.text
+    assert "has no effect" not in caplog.text
     logged = [entry["self_distillation/anchor"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0] == pytest.approx(0.0, abs=1e-6)
     assert logged[2] > 1e-3

@@ -621,7 +621,7 @@ PUBLIC = {
 }
 PUBLIC |= {"callback_handler", "is_world_process_zero", "optimizer", "save_model", "state", "train_dataset"}
 OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask", "row_weights"}
-OUR_KEYS |= {"policy_mask", "policy_advantages", "policy_weights", "policy_kl_weights"}
+OUR_KEYS |= {f"policy_{name}" for name in ("mask", "advantages", "weights", "kl_weights", "entropy_weights")}
 
 
 def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,11 +25,6 @@ def start_of_training(
     """
     if config.anchor_weight == 0.0 or reference is not None or hasattr(model, "peft_config"):
         return None
-    frozen = replace(
-        config,
-        teacher_mode="frozen",
-        teacher_update_rate=0.0,
-        teacher_rate_samples=None,
-        teacher_dtype="float32",
-    )
+    # Of the options a store reads those of its teacher alone.
+    frozen = SDPOConfig(teacher_mode="frozen", teacher_offload=config.teacher_offload)
     return TeacherStore(model, frozen, seed=seed)
