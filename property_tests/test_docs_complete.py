@@ -49,7 +49,10 @@ def quoted(text: str) -> set[str]:
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": tiny.conversations(4)}),
     "two passes": ({}, {"num_iterations": 2}),
-    "hybrid": ({"grpo_weight": 0.5, "loss_backend": "auto", "row_weights": "pass_rate"}, {"beta": 0.1}),
+    "hybrid": (
+        {"grpo_weight": 0.5, "loss_backend": "auto", "row_weights": "pass_rate"},
+        {"beta": 0.1, "entropy_coef": 0.1},
+    ),
     "routed": ({"routing": "srpo", "token_weights": "confidence"}, {}),
     "anchored": (
         {"anchor_weight": 0.1, "loss_backend": "auto"},
@@ -85,6 +88,7 @@ def test_the_metrics_page_has_every_metric(tmp_path: Path) -> None:
         "divergence",
         "is_clip_fraction",
         "policy_kl",
+        "policy_entropy",
         "policy_loss",
         "anchor",
         "row_weight",
@@ -119,12 +123,12 @@ def test_every_option_of_grpo_has_a_row() -> None:
 
 
 def test_the_row_of_refused_options_is_that_of_the_trainer() -> None:
-    from sdpo_rl._validate import _UNSUPPORTED
+    from sdpo_rl._validate import _OF_POLICY
     from sdpo_rl.diagnose.warnings import _GRPO_LOSS_OPTIONS
 
     rows = {row[1]: quoted(row[0]) for row in table(section("From TRL's GRPO"))[1:]}
     (refused,) = (names for effect, names in rows.items() if effect.startswith("refused"))
-    assert refused >= set(_UNSUPPORTED) - {"beta"}
+    assert refused >= set(_OF_POLICY) - {"beta"}
     (policy,) = (names for effect, names in rows.items() if effect.startswith("of GRPO's part"))
     assert policy >= set(_GRPO_LOSS_OPTIONS)
 

@@ -321,7 +321,7 @@ def test_statements_of_the_readme_on_the_demo_hold() -> None:
 def test_the_readme_names_the_options_that_are_refused() -> None:
     named = re.search(r"is refused \(([^)]*)\)", README)
     assert named
-    assert set(re.findall(r"`(\w+)`", named[1])) == set(_validate._UNSUPPORTED)
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(_validate._OF_POLICY)
 
 
 def test_records_contain_no_paths() -> None:
