@@ -40,18 +40,19 @@ def evaluations(pairs: Sequence[tuple[float, float]]) -> Logs:
 # What a collapse looks like, what healthy runs look like, and a part of the message.
 COLLAPSES: dict[str, tuple[Logs, list[Logs], str]] = {
     "length_limit": (
-        series(LIMIT, [0.1] * 5 + [0.3, 0.6, 0.8, 0.9, 0.9, 0.95]),
+        series(LIMIT, [0.1] * 5 + [0.1, 0.2, 0.3, 0.5, 0.6, 0.7]),
         [
             series(LIMIT, [0.6] * 20),
-            series(LIMIT, [0.0] * 5 + [0.4] * 20),
-            series(LIMIT, [0.1] * 8 + [1.0] * 2),
+            series(LIMIT, [0.0] * 5 + [0.24] * 20),
+            series(LIMIT, [0.2] * 5 + [0.36] * 20),
+            series(LIMIT, [0.1] * 9 + [0.8]),
         ],
-        "54% of the completions are cut at max_completion_length, after 10%",
+        "34% of the completions are cut at max_completion_length, after 10%",
     ),
     "entropy": (
-        series(ENTROPY, [0.5] * 5 + [0.7, 0.9, 1.1, 1.4, 1.6, 1.7]),
-        [series(ENTROPY, [0.5] * 5 + [0.6] * 20), series(ENTROPY, [0.01] * 5 + [0.2] * 20)],
-        "rose from 0.50 to 1.14 nats per token",
+        series(ENTROPY, [0.5] * 5 + [1.0, 1.5, 2.0, 2.5, 3.0, 3.5]),
+        [series(ENTROPY, [0.5] * 5 + [1.7] * 20), series(ENTROPY, [0.01] * 5 + [0.9] * 20)],
+        "rose from 0.50 to 2.00 nats per token",
     ),
     "agreement": (
         series(DIVERGENCE, [0.1, 0.05, 0.01] + [1e-4] * 6),
@@ -59,10 +60,11 @@ COLLAPSES: dict[str, tuple[Logs, list[Logs], str]] = {
         "differ by 0.0001 nats per token",
     ),
     "held_out": (
-        evaluations([(0.1, 0.1), (0.2, 0.2), (0.1, 0.4), (0.05, 0.5), (0.0, 0.5)]),
+        evaluations([(0.1, 0.1), (0.2, 0.2), (0.05, 0.4), (0.05, 0.5), (0.0, 0.6)]),
         [
             evaluations([(0.1, 0.1), (0.5, 0.4), (0.45, 0.5), (0.42, 0.6), (0.5, 0.9)]),  # noise
-            evaluations([(0.1, 0.1), (0.5, 0.4), (0.3, 0.2), (0.1, 0.1)]),  # both fall
+            evaluations([(0.1, 0.1), (0.5, 0.4), (0.1, 0.5), (0.1, 0.5), (0.5, 0.5)]),  # a dip of two
+            evaluations([(0.1, 0.1), (0.5, 0.4), (0.3, 0.2), (0.1, 0.1), (0.1, 0.1)]),  # both fall
             evaluations([(-5.0, -6.0), (-1.0, -1.0), (-1.2, -0.9), (-1.1, -0.9)]),  # negative rewards
         ],
         "fell from 0.2 to 0, while the training reward went from 0.2 to 0.5",
@@ -157,7 +159,7 @@ def test_a_recorded_run_that_learned_is_healthy(caplog: pytest.LogCaptureFixture
 
 
 def test_a_trainer_reads_what_it_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Every completion is cut from the sixth batch on; a checkpoint is after the seventh."""
+    """Every completion is cut from the seventh batch on, after which there is a checkpoint."""
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 7, "max_steps": 12}
 
     def cut_later(trainer: Any) -> Any:
@@ -165,7 +167,7 @@ def test_a_trainer_reads_what_it_logs(tmp_path: Path, caplog: pytest.LogCaptureF
 
         def changed(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
             if "loss" in logs:
-                trainer._metrics["train"][LIMIT] = [0.0 if trainer.state.global_step < 6 else 1.0]
+                trainer._metrics["train"][LIMIT] = [0.0 if trainer.state.global_step < 7 else 1.0]
             log(logs, *args, **kwargs)
 
         trainer.log = changed

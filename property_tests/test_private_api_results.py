@@ -258,10 +258,10 @@ def test_the_other_page_has_rates_signs_and_warnings(root: Path) -> None:
     # Means of five steps: .1 at first; .7, .8, .9, 1 and 1 in the runs that fell.
     assert "| completions at the length limit | 1–5 | 0.1 (0.1–0.1) | 0.1 (0.1–0.1) |" in page
     assert "|  | 16–20 | 0.1 (0.1–0.1) | 0.88 (0.88–0.88) |" in page
-    said = "`length_limit` after 1024, `entropy` after 1088"
+    said = "`length_limit` after 896, `entropy` after 1728"
     assert f"| α=0, rate 0.05 per 64, seed 0 | after 7104 | {said} |" in page
     assert "| learned: no warning | 36 | 36 |" in page
-    assert "| fell: a warning early enough | 12 | 12 |" in page
+    assert "| fell below half of its best: a warning early enough | 12 | 12 |" in page
 
 
 @given(st.lists(st.integers(0, 96), min_size=1, max_size=30))
@@ -320,9 +320,9 @@ def test_a_healthy_and_a_collapsing_run_are_recorded() -> None:
         (HEALTHY, 10, "length_limit, entropy without a fall"),
         (COLLAPSING, 10, None),
         (COLLAPSING, None, "no warning"),
-        (COLLAPSING, 105, "after 7104 samples, the fall after 7104"),
-        (COLLAPSING, 98, "after 6656 samples, the fall after 7104"),
-        (COLLAPSING, 97, None),
+        (COLLAPSING, 107, "after 7104 samples, the fall after 7104"),
+        (COLLAPSING, 100, "after 6656 samples, the fall after 7104"),
+        (COLLAPSING, 99, None),
         ([0.0, 0.9, 0.3, 0.1, 0.0], None, "no warning"),
     ],
 )
@@ -334,6 +334,6 @@ def test_a_monitor_that_is_late_or_false_is_found(
 
 
 def test_the_held_out_monitor_sees_the_evaluations() -> None:
-    run = made_up("rate", arms.arms("rate")[3], 0, [0.0, 0.9, 0.8, 0.1, 0.0])
+    run = made_up("rate", arms.arms("rate")[3], 0, [0.0, 0.9, 0.1, 0.1, 0.0])
     assert replay.warnings(run, evaluations=True) == {"held_out": 9472}
     assert replay.warnings(run, evaluations=False) == {}

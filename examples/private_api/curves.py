@@ -65,8 +65,8 @@ def best(run: Run) -> float:
     return max(point[ACCURACY] for point in run["points"])
 
 
-def fall(run: Run) -> int | None:
-    """Samples from which on the accuracy is below .8 of its best so far, to the end; `None` if it is not.
+def fall(run: Run, share: float = FALLEN) -> int | None:
+    """Samples from which on the accuracy is below a share of its best so far, to the end; `None` if it is not.
 
     Example:
         >>> fall({"points": [[0, 0, 0.0], [64, 0, 0.5], [128, 0, 0.3], [192, 0, 0.1]]})
@@ -77,7 +77,7 @@ def fall(run: Run) -> int | None:
     largest, start = 0.0, None
     for samples, _, accuracy in run["points"]:
         largest = max(largest, accuracy)
-        if accuracy >= FALLEN * largest:
+        if accuracy >= share * largest:
             start = None
         elif start is None:
             start = samples

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from curves import ACCURACY, Run, fall
+from curves import ACCURACY, LEARNED, Run, fall
 
 from sdpo_rl.diagnose.monitors import Monitors
 
+COLLAPSED = 0.5  # of the best accuracy so far, to the end
 EARLY = 500  # samples from a warning to the fall of the accuracy, at least
 
 
@@ -47,8 +48,14 @@ def warnings(run: Run, *, evaluations: bool) -> dict[str, int]:
 
 
 def problem(run: Run) -> str | None:
-    """What is wrong with the warnings in a run: they are expected `EARLY` before a fall, and not without one."""
-    fell = fall(run)
+    """What is wrong with the warnings in a run.
+
+    Expected are warnings `EARLY` before a collapse, and none in a run that keeps what it learned. In other runs
+    nothing is wrong.
+    """
+    fell = fall(run, COLLAPSED)
+    if fell is None and (fall(run) is not None or max(point[ACCURACY] for point in run["points"]) < LEARNED):
+        return None
     if fell is None:
         found = warnings(run, evaluations=True)
         return f"{', '.join(found)} without a fall" if found else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from arms import FIRST_SEED_FOR_CHOOSING, arms, recorded_as
 from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, best, fall
-from replay import EARLY, entries, problem, warnings
+from replay import COLLAPSED, EARLY, entries, problem, warnings
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
 CHOOSING = "grpo learning rate"  # the question that seeds for choosing answer
@@ -198,8 +198,9 @@ def _range(values: Sequence[float | None]) -> str:
 
 
 def every_step(runs: Sequence[Run]) -> list[Run]:
-    """The runs that were recorded for the monitors."""
-    return [run for run in runs if "--every-step" in run["command"].split()]
+    """The runs whose log has every step and the metrics that the monitors read."""
+    whole = (run for run in runs if "self_distillation/divergence" in run["log"])
+    return [run for run in whole if run["log"]["step"] == list(range(1, len(run["log"]["step"]) + 1))]
 
 
 def first_warnings(runs: Sequence[Run]) -> str:
@@ -217,16 +218,16 @@ def first_warnings(runs: Sequence[Run]) -> str:
 
 def all_warnings(runs: Sequence[Run]) -> str:
     """How many runs the monitors judged as the accuracy did; those whose log has every step."""
-    whole = [
-        run
-        for run in runs
-        if run["log"] and run["log"]["step"] == list(range(1, len(run["log"]["step"]) + 1))
-    ]
+    whole = every_step(runs)
     rows = []
-    names = {"learned": "no warning", "fell": "a warning early enough"}
-    for name, expected in names.items():
-        group = [run for run in whole if outcome(run) == name]
-        rows.append([f"{name}: {expected}", str(len(group)), str(sum(problem(run) is None for run in group))])
+    groups = {
+        "learned: no warning": [run for run in whole if outcome(run) == "learned"],
+        "fell below half of its best: a warning early enough": [
+            run for run in whole if fall(run, COLLAPSED) is not None
+        ],
+    }
+    for name, group in groups.items():
+        rows.append([name, str(len(group)), str(sum(problem(run) is None for run in group))])
     return markdown([f"early: {EARLY} samples before", "runs", "as they should"], rows)
 
 
