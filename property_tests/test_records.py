@@ -98,6 +98,25 @@ def readme_demo() -> Iterator[str]:
         yield f"| {label} | {' | '.join(f'{mean[samples]:.2f}'.lstrip('0') for samples in chosen)} |"
 
 
+def readme_private_api() -> Iterator[str]:
+    folder = ROOT / "examples" / "private_api" / "records"
+
+    def end(name: str) -> str:
+        known = json.loads((folder / f"kit-{name}-0.json").read_text(encoding="utf-8"))
+        samples, _, accuracy = known["points"][-1]
+        assert samples == 9600
+        return f"{accuracy:.2f}"
+
+    shuffled = end("learns-SDPO-shuffled-feedback")
+    learns = (
+        f"SDPO {end('learns-SDPO')}, GRPO {end('learns-GRPO')}, feedback shuffled between rows {shuffled}"
+    )
+    yield f"Held-out accuracy after 9600 completions, one seed: {learns}."
+    yield f"too fast SDPO ends at {end('rate-α=0-rate-0.05-per-64')}"
+    cured, slower = end("cures-collapsing-SRPO"), end("cures-collapsing-rate-per-256-samples")
+    yield f"its weights at {cured}, with the rate given per 256 completions at {slower}."
+
+
 def readme_loss() -> Iterator[str]:
     rows = loss(1)
     labels = {
@@ -261,7 +280,15 @@ def ablation() -> Iterator[str]:
 PAGES = [
     *(
         (README, line)
-        for part in (readme_demo, readme_loss, readme_step, readme_ragged, readme_accuracy, readme_recipe)
+        for part in (
+            readme_demo,
+            readme_private_api,
+            readme_loss,
+            readme_step,
+            readme_ragged,
+            readme_accuracy,
+            readme_recipe,
+        )
         for line in part()
     ),
     *((METHOD, line) for part in (ablation, weighed, prompts_once) for line in part()),
