@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed check docs format wheel bench clean
+.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed check docs format wheel versions bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
@@ -57,6 +57,10 @@ format: $(READY)
 
 wheel: $(READY)
 	$(BIN)/python -m build --wheel
+
+# The oldest and the newest supported torch, transformers, TRL and PEFT: downloads gigabytes, takes an hour.
+versions: $(READY)
+	$(BIN)/python property_tests/versions.py
 
 bench: $(READY)
 	$(BIN)/python examples/benchmarks/loss.py

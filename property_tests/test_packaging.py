@@ -1,4 +1,4 @@
-"""The wheel: builds from the source tree, contains the two packages only, and works from any directory."""
+"""Wheel and sdist: build from the source tree, the wheel has the two packages only and works from any directory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -17,13 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = {"trl", "peft", "bnb", "unsloth", "triton", "viz", "docs", "dev", "all"}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built with the installed hatchling or else with one that `build` downloads."""
-    target = tmp_path_factory.mktemp("wheel")
+def build(kind: str, source: Path, target: Path) -> Path:
+    """A wheel or sdist, built with the installed hatchling or else with one that `build` downloads."""
     isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []
     result = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(target), str(ROOT)],
+        [sys.executable, "-m", "build", f"--{kind}", *isolation, "--outdir", str(target), str(source)],
         capture_output=True,
         text=True,
         cwd=target,
@@ -32,8 +31,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if result.returncode and re.search("No matching distribution|Connection|Max retries|resolve", output):
         pytest.skip("hatchling is not installed and cannot be fetched")
     assert result.returncode == 0, output
-    (built,) = target.glob("*.whl")
+    (built,) = target.glob("*.whl" if kind == "wheel" else "*.tar.gz")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 def metadata(wheel: Path) -> tuple[list[str], dict[str, list[str]]]:
@@ -107,3 +111,27 @@ print(sdpo_rl.SDPOConfig.preset("test_time").alpha, state.ticks, base)
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-3:] == ["1.0", "0", "GRPOTrainer"]
+    # The command line finds its own metadata there, and what is installed beside it.
+    doctor = script.split("import sdpo, sdpo_rl")[0] + "from sdpo_rl.cli import main; print(main(['doctor']))"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", doctor], capture_output=True, text=True, cwd=elsewhere, env=environment
+    )
+    assert result.stdout.endswith("\n0\n"), result.stdout + result.stderr
+    assert "sdpo-rl 0.1.0" in result.stdout
+
+
+def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", ROOT, tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "source", filter="data")
+    kept = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt"}
+    assert kept | {"sdpo/__init__.py", "adapters/sdpo_rl/__init__.py", "docs/index.md"} <= names
+    assert {"examples/01_pure_loss.py", "examples/recipes/full.yaml", "property_tests/tiny.py"} <= names
+    assert not [name for name in names if name.startswith((".git/", ".venv", "output/", "shared"))]
+    (source,) = (tmp_path / "source").iterdir()
+    (tmp_path / "wheel").mkdir()
+    again = build("wheel", source, tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(again) as theirs:
+        assert [(i.filename, i.CRC) for i in ours.infolist()] == [
+            (i.filename, i.CRC) for i in theirs.infolist()
+        ]

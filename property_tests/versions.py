@@ -88,7 +88,7 @@ def ends(specifier: SpecifierSet, releases: Sequence[str]) -> tuple[str, str]:
     Raises:
         ValueError: there is none.
     """
-    inside = sorted({Version(release) for release in releases if Version(release) in specifier})
+    inside = sorted(v for v in map(Version, releases) if specifier.contains(v) and not v.is_prerelease)
     if not inside:
         raise ValueError(f"releases: expected one in {specifier}, got {', '.join(releases)}")
     # `2.13.0+cpu` is a build of 2.13.0, which the installer chooses where the index has it.
@@ -103,6 +103,15 @@ def releases(package: str) -> list[str]:
     if line is None:
         raise ValueError(f"pip index versions {package}: expected a list of versions, got {listed!r}")
     return line[1].split(", ")
+
+
+def limit_ends(
+    supported: dict[str, SpecifierSet], within: Sequence[Requirement]
+) -> dict[str, tuple[str, str]]:
+    """Both ends of each range, as far as the further ranges `within` go."""
+    for need in within:
+        supported[need.name] &= need.specifier
+    return {package: ends(specifier, releases(package)) for package, specifier in supported.items()}
 
 
 def rows(limits: dict[str, tuple[str, str]]) -> Iterator[Row]:
@@ -190,9 +199,12 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, help="where environments and logs go; default: a temporary folder"
     )
+    parser.add_argument(
+        "--within", nargs="+", default=[], metavar="RANGE", help='what the index can install, as "torch<2.15"'
+    )
     parser.add_argument("--list", action="store_true", help="print the rows, build nothing")
     options = parser.parse_args()
-    limits = {package: ends(specifier, releases(package)) for package, specifier in ranges().items()}
+    limits = limit_ends(ranges(), [Requirement(text) for text in options.within])
     wanted = [row for row in rows(limits) if options.rows is None or row.name in options.rows]
     if options.list:
         for row in wanted:

@@ -13,6 +13,7 @@ RECIPE = """\
 # sdpo train --config recipe.yaml --dry_run    checks it
 # sdpo preview --config recipe.yaml            shows what the teacher reads
 # sdpo train --config recipe.yaml              trains
+# Without a GPU add --use_cpu true --bf16 false
 
 model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
 dataset: tasks.jsonl            # or a hub id; a column prompt, and what your reward function needs
@@ -39,6 +40,7 @@ lora_target_modules: all-linear
 alpha: 0.5
 k: 100
 teacher_update_rate: 0.05
+teacher_rate_samples: 256       # the rate is the paper's, for 256 completions; a step has 16 here
 """
 REWARDS = '''\
 """The reward function of recipe.yaml: a score, and in words what is wrong. The teacher reads the words."""

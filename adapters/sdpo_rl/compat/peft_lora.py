@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from ..teacher import shards
 
@@ -41,12 +41,18 @@ def fused_lora_forward(model: nn.Module) -> Iterator[None]:
 def _fused_forwards(model: nn.Module) -> list[_FusedForward]:
     """One for each plain LoRA layer."""
     peft: Any = sys.modules.get("peft.tuners.lora.layer")  # imported by whoever built a LoRA layer
-    if peft is None or _has_any_global_hook():
+    if peft is None or _has_global_hook():
         return []
     if getattr(peft.Linear.forward, "__globals__", None) is not vars(peft):  # another library replaced it
         return []
     layers = [m for m in model.modules() if type(m) is peft.Linear and "forward" not in vars(m)]
     return [forward for forward in map(_FusedForward, layers) if forward.is_plain()]
+
+
+def _has_global_hook() -> bool:
+    """Whether a hook of all modules is registered; torch 2.6 has no function that says so."""
+    kinds = ("backward_pre_hooks", "backward_hooks", "forward_pre_hooks", "forward_hooks")
+    return any(getattr(torch_module, f"_global_{kind}") for kind in kinds)
 
 
 class _FusedForward:
