@@ -210,8 +210,9 @@ FUSED_ARROWS: dict[str, set[str]] = {
     "_plan": {"_types", "_validate", "_matmul", "_torch", "triton"},
     "_rows": {"_types"},
     "_chunks": {"_types", "_matmul", "_rows"},
-    "_autograd": {"_types", "_validate", "_chunks", "_policy", "_rows", "triton"},
-    "_log_probs_autograd": {"_types", "_matmul", "_torch", "_autograd"},
+    "_derivatives": {"_validate"},
+    "_autograd": {"_types", "_derivatives", "_chunks", "_policy", "_rows", "triton"},
+    "_log_probs_autograd": {"_types", "_matmul", "_torch", "_derivatives"},
     "_log_probs": {"_types", "_validate", "_matmul", "_plan", "_log_probs_autograd"},
     "": {"_autograd", "_log_probs", "_plan", "_types", "_validate"},
 }

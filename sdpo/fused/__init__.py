@@ -5,7 +5,7 @@ several more. Here the logits of a few hundred tokens exist at a time, and their
 
     _validate, _plan    arguments; backend and chunk size
     _policy             the policy gradient of a token
-    _autograd           the autograd functions
+    _autograd           the autograd functions; _derivatives: what they refuse
     _chunks, _matmul    the loop over chunks; its matrix products
     _rows               chunks of whole rows, whose statistics weigh their tokens
     _given              the distribution of a teacher whose top K are given

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdpo.fused import triton as kernels
 from sdpo.fused._chunks import GradWeights, loss_and_grads
+from sdpo.fused._derivatives import (
+    FirstDerivative,
+    dtypes_of,
+    grads_of_inputs,
+    refuse_second_derivatives,
+)
 from sdpo.fused._policy import PolicyTerm, policy_term
 from sdpo.fused._rows import factors_of_rows
 from sdpo.fused._types import Objective, Operands, Plan, RowFactors, TokenStats
-from sdpo.fused._validate import unsupported
 
 _PER_TOKEN = TokenStats._fields.index("per_token")
 _WEIGHTS = TokenStats._fields.index("weights")
@@ -85,19 +90,7 @@ def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
     return (weights * values.masked_fill(weights == 0.0, 0.0)).sum()
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """An autograd function that has a first derivative in reverse mode, and nothing else."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise unsupported("torch.func.vmap")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise unsupported("forward-mode differentiation")
-
-
-class _TotalLoss(_FirstDerivative):
+class _TotalLoss(FirstDerivative):
     """The total, whose gradients are outputs of the forward pass."""
 
     @staticmethod
@@ -111,7 +104,7 @@ class _TotalLoss(_FirstDerivative):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         total, *others = output
-        ctx.input_dtypes = _dtypes(inputs)
+        ctx.input_dtypes = dtypes_of(inputs)
         ctx.mark_non_differentiable(*(tensor for tensor in others if tensor is not None))
         # Else autograd would allocate zeros for the gradients of these outputs.
         ctx.set_materialize_grads(False)
@@ -121,14 +114,14 @@ class _TotalLoss(_FirstDerivative):
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         total, *grads = ctx.saved_tensors
         if grad_total is None:
-            return _input_grads([None, None, None], ctx.input_dtypes)
+            return grads_of_inputs([None, None, None], ctx.input_dtypes)
         with torch.no_grad():
             scaled = [None if grad is None else kernels.scaled(grad, grad_total) for grad in grads]
-            input_grads = _input_grads(scaled, ctx.input_dtypes)
-        return _refuse_second_derivatives(input_grads, total, grad_total)
+            input_grads = grads_of_inputs(scaled, ctx.input_dtypes)
+        return refuse_second_derivatives(input_grads, total, grad_total)
 
 
-class _PerTokenLoss(_FirstDerivative):
+class _PerTokenLoss(FirstDerivative):
     """The losses of each token. What multiplies each of them is known in backward only.
 
     Then the hidden gradient of each token is multiplied by its factor. The gradient of a head sums over the tokens,
@@ -152,7 +145,7 @@ class _PerTokenLoss(_FirstDerivative):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         ctx.objective, ctx.plan, *tensors = inputs
         per_token, _, stats, grad_hidden = output
-        ctx.input_dtypes = _dtypes(inputs)
+        ctx.input_dtypes = dtypes_of(inputs)
         ctx.mark_non_differentiable(*(tensor for tensor in (stats, grad_hidden) if tensor is not None))
         ctx.set_materialize_grads(False)
         if not _is_computed_twice(ctx.plan, ctx.objective):
@@ -169,7 +162,7 @@ class _PerTokenLoss(_FirstDerivative):
         per_token, *saved = ctx.saved_tensors
         present = [grad for grad in (grad_per_token, grad_policy_loss) if grad is not None]
         if not present:
-            return _input_grads([None, None, None], ctx.input_dtypes)
+            return grads_of_inputs([None, None, None], ctx.input_dtypes)
         with torch.no_grad():
             factors = torch.zeros_like(present[0]) if grad_per_token is None else grad_per_token
             if _is_computed_twice(ctx.plan, ctx.objective):
@@ -181,42 +174,13 @@ class _PerTokenLoss(_FirstDerivative):
             else:
                 grad_hidden, active = saved
                 grads = [_scaled_tokens(grad_hidden, active, factors), None, None]
-            input_grads = _input_grads(grads, ctx.input_dtypes)
-        return _refuse_second_derivatives(input_grads, per_token, torch.stack(present))
+            input_grads = grads_of_inputs(grads, ctx.input_dtypes)
+        return refuse_second_derivatives(input_grads, per_token, torch.stack(present))
 
 
 for _function in (_TotalLoss, _PerTokenLoss):
     # Autograd reads it in every call; to compute it takes as long as a few kernel launches.
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
-
-
-class _SecondDerivative(torch.autograd.Function):
-    """Gradients as they are; to differentiate them is an error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(result: Tensor, grad_result: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> NoReturn:
-        raise unsupported("a second derivative")
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        raise unsupported("a second derivative")
-
-
-def _refuse_second_derivatives(
-    grads: tuple[Tensor | None, ...], result: Tensor, grad_result: Tensor
-) -> tuple[Tensor | None, ...]:
-    """With ``create_graph=True``, make the gradients depend on what they depend on; else return them."""
-    return _SecondDerivative.apply(result, grad_result, *grads) if torch.is_grad_enabled() else grads
 
 
 def _is_computed_twice(plan: Plan, objective: Objective) -> bool:
@@ -231,14 +195,3 @@ def _scaled_tokens(grad_hidden: Tensor | None, active: Tensor | None, factors: T
     if active is not None:
         factors = factors.new_zeros(grad_hidden.shape[0]).index_copy(0, active, factors)
     return grad_hidden * factors[:, None]
-
-
-def _dtypes(inputs: tuple[Any, ...]) -> list[torch.dtype | None]:
-    """Dtypes of a function's inputs; None for what is no tensor."""
-    return [value.dtype if isinstance(value, Tensor) else None for value in inputs]
-
-
-def _input_grads(student: list[Tensor | None], dtypes: list[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-    """Gradients of a function's inputs, each in the dtype of its input, from those of the student's tensors."""
-    grads = [None, None, *student, *[None] * (len(dtypes) - 5)]
-    return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))

@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdpo.fused._autograd import _dtypes, _FirstDerivative, _input_grads, _refuse_second_derivatives
+from sdpo.fused._derivatives import (
+    FirstDerivative,
+    dtypes_of,
+    grads_of_inputs,
+    refuse_second_derivatives,
+)
 from sdpo.fused._matmul import (
     accumulate_grad_bias,
     accumulate_grad_weight,
@@ -75,7 +80,7 @@ class Chunks:
         return logits.sub_(top), top, top_id
 
 
-class LogProbs(_FirstDerivative):
+class LogProbs(FirstDerivative):
     """Log-probabilities of tokens [n] and entropies, together [2, n], from hidden states [n, D] and an LM head."""
 
     @staticmethod
@@ -94,7 +99,7 @@ class LogProbs(_FirstDerivative):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.chunks, _, *tensors = inputs
-        ctx.input_dtypes = _dtypes(inputs)
+        ctx.input_dtypes = dtypes_of(inputs)
         # Tensors created in torch.inference_mode cannot be saved, their copies can.
         saved = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
         ctx.save_for_backward(output, *saved)
@@ -105,8 +110,8 @@ class LogProbs(_FirstDerivative):
         needed = ctx.needs_input_grad[2:5]
         with torch.no_grad(), torch.autocast(grad_values.device.type, enabled=False):
             grads = _grads(ctx.chunks, grad_values, *tensors, needed=needed)
-            input_grads = _input_grads(grads, ctx.input_dtypes)
-        return _refuse_second_derivatives(input_grads, values, grad_values)
+            input_grads = grads_of_inputs(grads, ctx.input_dtypes)
+        return refuse_second_derivatives(input_grads, values, grad_values)
 
 
 # Autograd reads it in every call; to compute it takes as long as a few kernel launches.

@@ -308,10 +308,10 @@ def row_lengths(loss_mask: Tensor) -> tuple[int, ...]:
 
 
 def unsupported(transform: str) -> NotImplementedError:
-    """The error for a transform that a gradient computed in the forward pass does not allow."""
+    """The error for a transform that a gradient computed chunk by chunk does not allow."""
     return NotImplementedError(
-        f"fused_distillation_loss: expected first derivatives in reverse mode, got {transform}, which it does not "
-        "support; use sdpo.distillation_loss on whole logits"
+        f"sdpo's fused functions: expected first derivatives in reverse mode, got {transform}, which they do not "
+        "support; use sdpo.distillation_loss, or log_softmax, on whole logits"
     )
 
 
