@@ -58,8 +58,8 @@ def test_an_arm_is_recorded_as_the_first_with_the_same_settings() -> None:
             arms.recorded_as(dataclasses.replace(collapsing, **change))
 
 
-# One of each question that no other has, among them those that need more than settings: adapters, a reference, the
-# whole vocabulary. The rest takes a minute.
+# One of each question that no other has, among them those that need more than settings: adapters, a reference. The
+# rest takes a minute.
 FAST = ("SDPO", "GRPO, lr 2e-06", "α=0.1", "K=20, no tail", "collapsing + anchor 0.1", "LoRA r=16, lr 0.0001")
 ARMS = [
     pytest.param(arm, id=arm.name, marks=[] if arm.name in FAST else pytest.mark.slow)

@@ -30,7 +30,6 @@ class Arm:
     samples_per_step: int = 64
     shuffled_feedback: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # of `SDPOConfig`, on top of SDPO_SETTINGS
-    beta: float = 0.0  # of `GRPOConfig`
     lora_rank: int | None = None  # of adapters on all linear layers; `None`: all weights train
     length: int = 1  # its samples, as a multiple of those of other arms
 
@@ -96,13 +95,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _cure("confidence weights", token_weights="confidence"),
         _cure("pass-rate weights", row_weights="pass_rate"),
         _cure("entry clip 0.05", support="full", entry_clip=0.05),
-        # All weights train, so that the reference is a model of its own: TRL loads it for `beta`, which needs a
-        # part of the loss that is GRPO's. A millionth of it changes nothing.
-        Arm(
-            "collapsing + anchor 0.1",
-            settings={**_COLLAPSING, "anchor_weight": 0.1, "grpo_weight": 1e-6},
-            beta=1e-6,
-        ),
+        _cure("anchor 0.1", anchor_weight=0.1),
         # As old on average as the moving average, which is 1 / rate batches.
         _cure("teacher restart", teacher_mode="frozen", teacher_restart_every=40),
         _cure("trust region", teacher_mode="trust_region"),

@@ -84,7 +84,6 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         "learning_rate": arm.learning_rate,
         "samples_per_step": arm.samples_per_step,
         "shuffled_feedback": arm.shuffled_feedback,
-        "beta": arm.beta,
         "lora_rank": arm.lora_rank,
         "settings": arm.all_settings(),
         "command": shlex.join(

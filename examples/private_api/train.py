@@ -160,7 +160,6 @@ def grpo_config(task: Environment, arm: Arm, *, seed: int, steps: int, folder: s
         max_completion_length=task.max_completion,
         temperature=1.0,
         learning_rate=arm.learning_rate,
-        beta=arm.beta,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=WARMUP_STEPS,
         weight_decay=0.01,
