@@ -540,7 +540,8 @@ class SDPOTrainer(_BASE):
         if self._recorder is not None and self._mode == "train":
             observe = self._recorder.observer(self.args, self.state, inputs)
             context = dataclasses.replace(context, observe=observe)
-        batch = select_rows(inputs, at_least_one=context.in_lockstep)
+        by_row = self._layout is not None and self._layout.by_row
+        batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         context, fused = self._check_model(context, batch.student)

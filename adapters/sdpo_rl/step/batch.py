@@ -39,6 +39,7 @@ class TokenBatch(NamedTuple):
     ids: Tensor  # [B, P+T] int64
     mask: Tensor  # [B, P+T] int64
     sizes: Sizes
+    prompts: list[list[int]] | None = None  # ids of each row's prompt, if they are on the host
 
     @property
     def completion_length(self) -> int:
@@ -167,6 +168,7 @@ def compact(
     completion_ids: Tensor,
     completion_mask: Tensor,
     sizes: Sizes,
+    prompts: list[list[int]] | None = None,
 ) -> TokenBatch:
     """Prompt and completion side by side, without the columns that are padding in every row.
 
@@ -176,7 +178,7 @@ def compact(
     prompt, completion = columns(sizes)
     ids = torch.cat([prompt_ids[:, -prompt:], completion_ids[:, :completion]], dim=1)
     mask = torch.cat([prompt_mask[:, -prompt:], completion_mask[:, :completion]], dim=1)
-    return TokenBatch(ids, mask, sizes)
+    return TokenBatch(ids, mask, sizes, prompts)
 
 
 def token_batch(ids: Tensor, mask: Tensor, length: int) -> TokenBatch:
@@ -187,18 +189,20 @@ def token_batch(ids: Tensor, mask: Tensor, length: int) -> TokenBatch:
     return compact(ids[:, :-length], before, ids[:, -length:], after, sizes)
 
 
-def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch | None:
+def select_rows(
+    inputs: Mapping[str, Any], *, at_least_one: bool, read_prompts: bool = False
+) -> MicroBatch | None:
     """The rows of a micro-batch that have a loss, and those of them that have a teacher; `None` without any.
 
     With `at_least_one` the first row runs where none has a loss, and where none has a teacher the first that runs
     gets its own prompt as the teacher's: other processes may have active rows, and the collectives of their
-    forwards need this one.
+    forwards need this one. With `read_prompts` the batches have their prompts on the host.
     """
     names = ("loss_mask", "prompt_mask", "teacher_prompt_mask", "completion_mask")
     masks = [inputs[name] for name in names]
     masks.append(inputs.get("policy_mask", masks[0]))
     # The only read of a micro-batch from the device: each one waits for all the work that was queued.
-    counts = torch.stack([mask.sum(-1) for mask in masks], dim=1).tolist()
+    counts, prompts = _read(inputs, masks, read_prompts=read_prompts)
     distilled = [row for row, (tokens, *_) in enumerate(counts) if tokens]
     active = [row for row, (tokens, *_, policy_tokens) in enumerate(counts) if tokens or policy_tokens]
     if not active:
@@ -211,7 +215,8 @@ def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch 
             **inputs,
             **{f"teacher_prompt_{part}": inputs[f"prompt_{part}"] for part in ("ids", "mask")},
         }
-        counts = [(0, prompt, prompt, *others) for _, prompt, _, *others in counts]
+        counts = [[0, prompt, prompt, *others] for _, prompt, _, *others in counts]
+        prompts = dict.fromkeys(prompts, prompts[""])
     device = masks[0].device
 
     def take(name: str, index: Sequence[int]) -> Tensor:
@@ -225,6 +230,7 @@ def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch 
             take("completion_ids", index),
             take("completion_mask", index),
             [(counts[row][column], counts[row][3]) for row in index],
+            [prompts[prefix][row] for row in index] if read_prompts else None,
         )
 
     student = batch("", 1, active)
@@ -239,6 +245,30 @@ def select_rows(inputs: Mapping[str, Any], *, at_least_one: bool) -> MicroBatch 
         teacher_rows,
         {name: take(name, active)[:, :length] for name in present},
     )
+
+
+def _read(
+    inputs: Mapping[str, Any], masks: Sequence[Tensor], *, read_prompts: bool
+) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+    """The tokens of each row in each mask and, by the prefix of their name, its prompts, in one read."""
+    counts = torch.stack([mask.sum(-1) for mask in masks], dim=1)
+    prefixes = ("", "teacher_") if read_prompts else ()
+    parts = [counts, *(inputs[f"{prefix}prompt_ids"] for prefix in prefixes)]
+    values = torch.cat([part.flatten() for part in parts]).tolist()
+    rows, tables = len(counts), []
+    for part in parts:
+        width = part.shape[1]
+        tables.append([values[row * width : (row + 1) * width] for row in range(rows)])
+        values = values[rows * width :]
+    lengths = {"": 1, "teacher_": 2}  # columns of the counts
+    prompts = {
+        # Prompts are padded on the left.
+        prefix: [
+            ids[len(ids) - count[lengths[prefix]] :] for ids, count in zip(table, tables[0], strict=True)
+        ]
+        for prefix, table in zip(prefixes, tables[1:], strict=True)
+    }
+    return tables[0], prompts
 
 
 def equal_groups(sizes: Sizes) -> list[RowGroup]:

@@ -35,18 +35,19 @@ def shared_prefixes(batch: TokenBatch) -> Prefixes:
     """The rows of a batch sorted by their prompts, so that the most similar ones are neighbours.
 
     Of all earlier rows, the one directly before has the longest prefix in common.
-    Reads the prompts from the device.
+    Reads the prompts from the device if the batch has none on the host.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 7, 1], [0, 5, 6, 2], [5, 6, 7, 3]])
         >>> shared_prefixes(TokenBatch(ids, (ids > 0).long(), [(3, 1), (2, 1), (3, 1)]))
         Prefixes(order=[1, 0, 2], common=[0, 2, 3])
     """
-    width = columns(batch.sizes)[0]
-    bounds = row_bounds(batch.sizes)
-    prompts = [
-        row[width - before :] for row, (before, _) in zip(batch.ids[:, :width].tolist(), bounds, strict=True)
-    ]
+    prompts = batch.prompts
+    if prompts is None or not all(prompts):
+        # An empty prompt has a column of padding.
+        width, bounds = columns(batch.sizes)[0], row_bounds(batch.sizes)
+        rows = batch.ids[:, :width].tolist()
+        prompts = [row[width - before :] for row, (before, _) in zip(rows, bounds, strict=True)]
     order = sorted(range(len(prompts)), key=prompts.__getitem__)
     common = [0, *(_common(prompts[a], prompts[b]) for a, b in pairwise(order))]
     return Prefixes(order, common)
