@@ -174,6 +174,7 @@ def test_a_rule_fires_at_its_threshold_alone(
     assert (remark.rule, remark.weight, found.outlook) == (rule, weight, outlook)
     assert fix in remark.text
     assert judged(**not_yet).remarks == []
+    assert found.summary.endswith("Mind the risk below.") == (weight == "risk")
 
 
 def test_every_rule_is_tested_and_has_a_reason() -> None:

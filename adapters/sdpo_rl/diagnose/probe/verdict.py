@@ -28,6 +28,8 @@ SUMMARIES = {
     DOES_NOT_LEARN: "do not train yet: with these settings the model does not learn from itself.",
     NOT_KNOWN: "not known: the probe could not compare the model with and without the feedback.",
 }
+# Added to the summary of a run that learns.
+AT_RISK = " Mind the risk below."
 
 
 def verdict(
@@ -71,7 +73,8 @@ def verdict(
         outlook = NOT_KNOWN
     else:
         outlook = LEARNS_SLOWLY if SLOWS in weights else LEARNS
-    return Verdict(outlook, SUMMARIES[outlook], remarks)
+    at_risk = RISK in weights and outlook in (LEARNS, LEARNS_SLOWLY)
+    return Verdict(outlook, SUMMARIES[outlook] + (AT_RISK if at_risk else ""), remarks)
 
 
 def _some(*remarks: Remark | None) -> list[Remark]:
