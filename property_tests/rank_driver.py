@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,9 +186,9 @@ DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two gene
 # --- in the testing process -------------------------------------------------------------------------------
 
 
-def launch(folder: Path, library: str, worlds: Sequence[int] = (1, 2)) -> None:
+def launch(folder: Path, library: str) -> None:
     """Run one rank, then two; each process writes `WORLD-RANK.pt` to the folder."""
-    for world in worlds:
+    for world in (1, 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

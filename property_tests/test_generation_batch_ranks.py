@@ -1,7 +1,8 @@
-"""Two ranks draw one generation batch together, each its own rows, and train as without it."""
+"""Two ranks draw one generation batch together, each its own rows; their completions table is that of one rank."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,14 @@ KINDS = [("ddp", ""), ("ddp", "lora"), ("fsdp2", ""), ("fsdp2", "lora")]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    folder = tmp_path_factory.mktemp("ranks")
-    driver.launch(folder, "batches", worlds=(2,))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    driver.launch(place, "batches")
+    return place
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[Any]:
     return [torch.load(folder / f"2-{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -49,3 +55,13 @@ def test_a_preview_shows_the_rows_of_all_ranks_on_each(ranks: list[Any], kind: A
     first, second = (rank[kind]["preview"] for rank in ranks)
     assert first == second
     assert [f"--- row {row}, prompt 0: " in first for row in range(8)] == [True] * 8
+
+
+def test_the_completions_table_of_two_ranks_is_that_of_one(folder: Path, ranks: list[Any]) -> None:
+    one, two = torch.load(folder / "1-0.pt", weights_only=False)["table"], ranks[0]["table"]
+    assert one["demonstration_rows"] == two["demonstration_rows"]
+    assert {*map(bool, two["demonstration_rows"])} == {True, False}
+    for rows, ours, theirs in zip(
+        two["demonstration_rows"], two["divergence"], one["divergence"], strict=True
+    ):
+        assert ours == (None if rows is None else pytest.approx(theirs, rel=1e-4))

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import TrainerCallback
 from . import __version__, _validate
 from .compat import model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
+from .compat.completions_table import DEMONSTRATIONS, DIVERGENCE, CompletionsTable
 from .compat.generation import GenerationTurns
 from .compat.trl import parsed_response, reference_adapter, torch_kernel
 from .config import SDPOConfig
@@ -247,6 +249,9 @@ class SDPOTrainer(_BASE):
             LogitSettings(self._transform, self.temperature, self.sdpo_config.trust_region_coef),
             writes=self.accelerator.is_main_process,
         )
+        self._table: CompletionsTable | None = None
+        if self.log_completions and hasattr(self, "_log_completion_extra"):
+            self._table = CompletionsTable(self.args.generation_batch_size)
         self._epochs_done = 0  # before the checkpoint
         self._optimizer_hook: Any = None
         self._student_moved = False  # since the last generation batch with a teacher update
@@ -323,12 +328,11 @@ class SDPOTrainer(_BASE):
         """The feedback as a column of the completions table, beside those of the reward functions."""
         if not hasattr(self, "_log_completion_extra"):
             return
-        gather = gather_object if self.accelerator.num_processes > 1 else list
-        self._extra_columns.update(gather([*self._pending_extra_logs]))
+        self._extra_columns.update(self._gather([*self._pending_extra_logs]))
         column = table_column([*self.reward_func_names, *self._extra_columns])
         table = self._logs["extra"]
         if column != "feedback" and column not in table:
-            if not any(gather(feedback)):
+            if not any(self._gather(feedback)):
                 return
             # The columns of the table must have one length, also after batches without feedback.
             table[column].extend([None] * len(self._logs["prompt"]))
@@ -338,10 +342,21 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
         rollout, context, output = self._scored_rollout(inputs)
+        first_row = self.accelerator.process_index * len(rollout.prompts)
         if self._recorder is not None and self._mode == "train":
-            first_row = self.accelerator.process_index * len(rollout.prompts)
             rows = self._recorder.rollout_rows(rollout, context, first_row=first_row)
             output["rollout_row"] = rows.to(output["completion_ids"].device)
+        if self._table is not None:
+            device = output["completion_ids"].device
+            output["rollout_row"] = torch.arange(len(rollout.prompts), device=device)[:, None]
+            used = zip(context.demonstration_rows, context.prompts.has_demonstration, strict=True)
+            self._table.add_batch(
+                self._logs["extra"],
+                self._table_columns,
+                self._mode,
+                self._gather([places if shown else [] for places, shown in used]),
+                first_row=first_row,
+            )
         return output
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
@@ -375,7 +390,7 @@ class SDPOTrainer(_BASE):
             context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,
             seed=self._selection_seed,
-            gather=gather_object if self.accelerator.num_processes > 1 else list,
+            gather=self._gather,
         )
         for name, value in context.metrics.items():
             self._metrics[mode][name].append(value)
@@ -537,9 +552,12 @@ class SDPOTrainer(_BASE):
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
         context = self._step_context(model, distillation_weight)
+        observers = []
         if self._recorder is not None and self._mode == "train":
-            observe = self._recorder.observer(self.args, self.state, inputs)
-            context = dataclasses.replace(context, observe=observe)
+            observers.append(self._recorder.observer(self.args, self.state, inputs))
+        if self._table is not None and "rollout_row" in inputs:
+            observers.append(partial(self._table.observe, self._mode))
+        context = dataclasses.replace(context, observers=[*filter(None, observers)])
         by_row = self._layout is not None and self._layout.by_row
         batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row)
         if batch is None:
@@ -691,6 +709,8 @@ class SDPOTrainer(_BASE):
             self._diagnostics.observe_means(means)
             for name, value in means.items():
                 self._metrics[mode][name].append(value)
+            if self._table is not None:
+                self._table.fill(self._logs["extra"], self._table_columns[1], self._gather)
         super().log(logs, *args, **kwargs)
         if self.sdpo_config.enabled:
             self._diagnostics.observe_logs(logs)
@@ -924,6 +944,16 @@ class SDPOTrainer(_BASE):
         """A function of the position in the run, so that a resumed run draws what the uninterrupted one drew."""
         position = (self.args.seed, self.state.global_step, self._window.index, self._mode == "eval")
         return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big")
+
+    @property
+    def _table_columns(self) -> list[str]:
+        """Names of the columns of `CompletionsTable`."""
+        taken = [*self.reward_func_names, *self._extra_columns]
+        return [table_column(taken, name) for name in (DEMONSTRATIONS, DIVERGENCE)]
+
+    def _gather(self, items: list[Any]) -> list[Any]:
+        """The items of all processes, in their order."""
+        return list(gather_object(items) if self.accelerator.num_processes > 1 else items)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all processes."""

@@ -117,13 +117,14 @@ def check_column(column: Iterable[Any], name: str = "feedback") -> None:
             )
 
 
-def table_column(taken: Iterable[str]) -> str:
-    """The name of the completions table's column of feedback: `feedback`, or `sdpo_feedback` where that is taken.
+def table_column(taken: Iterable[str], column: str = "feedback") -> str:
+    """The name of a column of the completions table: `feedback`, say, or `sdpo_feedback` where that is taken.
 
     Args:
         taken: names of reward functions, and of columns that they write by `log_extra`.
+        column: the wanted name.
     """
-    names, column = set(taken), "feedback"
+    names = set(taken)
     while column in names:
         column = f"sdpo_{column}"
     return column

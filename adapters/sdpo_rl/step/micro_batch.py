@@ -54,7 +54,7 @@ class StepContext:
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
         by_row: packed rows get `row_attention`, and read a prompt in common once.
-        observe: called with what the loss was computed from, without gradient, in the head's autocast.
+        observers: called with what the loss was computed from, without gradient, in the head's autocast.
     """
 
     config: SDPOConfig
@@ -72,7 +72,7 @@ class StepContext:
     reads_padding: bool = False
     layout: Layout = "padded"
     by_row: bool = False
-    observe: Callable[[Observation], None] | None = None
+    observers: Sequence[Callable[[Observation], None]] = ()
 
     def head_autocast(self) -> AbstractContextManager[Any]:
         """Of the products of hidden states and LM head."""
@@ -160,9 +160,9 @@ def micro_batch_loss(
         output = compute(
             config, student, teachers, targets, temperature=context.temperature, term=context.policy_term
         )
-        if context.observe is not None:
-            with torch.no_grad():
-                context.observe(Observation(batch, student, teachers, output.tokens))
+        with torch.no_grad():
+            for observe in context.observers:
+                observe(Observation(batch, student, teachers, output.tokens))
     total = output.total
     metrics = step_loss.step_metrics(config, output, targets)
     metrics |= _padding_metrics(total, run_student, run_teacher)
