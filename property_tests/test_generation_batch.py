@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scripted_turns
 import tiny
 import torch
 from checkpoint_runs import build, differences, lora, outcome
 from datasets import Dataset
 from transformers import TrainerCallback
 
+from sdpo_rl import SDPOTrainer
 from sdpo_rl.diagnose.generation_batch import GenerationBatch, generation_batch
 
 CASES: dict[str, dict[str, Any]] = {
@@ -228,6 +230,55 @@ def test_each_reason_is_named(tmp_path: Path) -> None:
     unjudged = lambda completions, **_: [None] * len(completions)  # noqa: E731
     _, batch = judged(tmp_path, reward_funcs=unjudged)
     assert all("no reward function judged" in str(reason) for reason in reasons(batch))
+
+
+class Counter:
+    """A hidden number, and a tool that counts."""
+
+    feedback = ""
+
+    def reset(self, **_: Any) -> str:
+        self.count = 0
+        self.feedback = ""
+        return " to three"
+
+    def add(self, number: int) -> str:
+        """
+        Counts on.
+
+        Args:
+            number: to add.
+        """
+        self.count += number
+        self.feedback = f"only {self.count}"
+        return "added"
+
+
+def test_environments_and_tools_run_and_their_instances_are_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    trainer = SDPOTrainer(
+        model=scripted_turns.model(),
+        args=tiny.arguments(tmp_path, max_completion_length=400),
+        sdpo_config=tiny.config(),
+        processing_class=scripted_turns.tokenizer(),
+        reward_funcs=lambda environments, **_: [each.count / 3 for each in environments],
+        train_dataset=Dataset.from_dict({"prompt": [tiny.user("count")] * 2}),
+        environment_factory=Counter,
+    )
+    turns = [scripted_turns.call("add", '{"number": 1}'), f"done{scripted_turns.END}"]
+    scripted_turns.replace_sampling(trainer, [*[turns] * 7, turns[1:]])  # the last row calls no tool
+    pool = {name: list(each) for name, each in trainer._environment_pool.items()}
+    before = trainer.environments, sorted(vars(trainer))
+    batch = generation_batch(trainer)
+    assert [row.feedback for row in batch.rows] == ["only 1"] * 7 + [None]
+    assert all("add" in row.completion and "added" in row.completion for row in batch.rows[:7])
+    decode = trainer.processing_class.decode
+    assert all("count to three" in decode(row.prompt_ids) for row in batch.rows)
+    assert all("only 1" in decode(row.teacher_prompt_ids) for row in batch.rows[:7])
+    assert trainer._environment_pool == pool
+    assert (trainer.environments, sorted(vars(trainer))) == before
 
 
 def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
