@@ -337,3 +337,26 @@ def test_the_held_out_monitor_sees_the_evaluations() -> None:
     run = made_up("rate", arms.arms("rate")[3], 0, [0.0, 0.9, 0.1, 0.1, 0.0])
     assert replay.warnings(run, evaluations=True) == {"held_out": 9472}
     assert replay.warnings(run, evaluations=False) == {}
+
+
+# --- the probe ------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_before_training_are_those_of_the_docs_and_agree_with_it() -> None:
+    probes = json.loads((EXAMPLES / "private_api" / "probe_record.json").read_text())["probes"]
+    page = (ROOT / "docs" / "probe.md").read_text()
+    ends = {
+        run["arm"]: run["points"][-1][curves.ACCURACY]
+        for run in SHOWN
+        if run["question"] == "learns" and run["seed"] == 0
+    }
+    for arm in ("SDPO", "SDPO, shuffled feedback", "SDPO, peers only"):
+        found, end = probes[arm], ends[arm]
+        retry = found["success"]["retry"]
+        with_feedback = "–" if retry is None else f"{retry * 100:.0f} %"
+        bare, signal = f"{found['success']['bare'] * 100:.0f} %", f"{found['signal']['share'] * 100:.0f} %"
+        outlook = found["verdict"]["outlook"]
+        assert f"| {arm} | {signal} | {bare} | {with_feedback} | {outlook} | {end:.2f} |" in page
+        assert (outlook == "learns") == (end > 0.5)
+    alphas = {name: found["verdict"]["outlook"] for name, found in probes.items() if name.startswith("α")}
+    assert alphas == dict.fromkeys(("α=0", "α=0.1", "α=1"), "learns")

@@ -50,7 +50,9 @@ _BEST: dict[str, Any] = {"teacher_rate_samples": 64}
 _CURED: dict[str, Any] = {
     **_COLLAPSING,
     "teacher_rate_samples": 64,
+    "routing": "srpo",
     "loss_aggregation": "batch-token-mean",
+    "token_weights": "confidence",
 }
 
 QUESTIONS: dict[str, tuple[Arm, ...]] = {
@@ -103,7 +105,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
     # Does it last?
     "lasting": tuple(
         Arm(f"{name}, batches of {samples}", samples_per_step=samples, settings=settings, length=5)
-        for name, settings in (("SDPO", _BEST), ("collapsing + batch-token-mean", _CURED))
+        for name, settings in (("SDPO", _BEST), ("collapsing + SRPO", _CURED))
         for samples in (64, 256)
     ),
     "lora": (

@@ -10,6 +10,7 @@ with the numbers and the verdict of every arm; the file is written again after e
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 from pathlib import Path
@@ -120,6 +121,8 @@ def main() -> None:
         settings = {**arm.all_settings(), "shuffled_feedback": arm.shuffled_feedback}
         record["probes"][name] = {"settings": settings, **result.to_dict()}
         options.output.write_text(json.dumps(record, indent=1) + "\n")
+        # The trainer refers to itself: its memory would be counted with that of the next.
+        gc.collect()
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def select_rows(
             **{f"teacher_prompt_{part}": inputs[f"prompt_{part}"] for part in ("ids", "mask")},
         }
         counts = [[0, prompt, prompt, *others] for _, prompt, _, *others in counts]
-        prompts = dict.fromkeys(prompts, prompts[""])
+        prompts = dict.fromkeys(prompts, prompts.get("", []))
     device = masks[0].device
 
     def take(name: str, index: Sequence[int]) -> Tensor:
