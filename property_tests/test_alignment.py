@@ -58,7 +58,7 @@ def batch(rows: list[tuple[list[int], list[int]]], left: int, right: int) -> tup
 
 def property_compact_keeps_the_tokens(squeeze: Any, rows: Any, left: int, right: int) -> None:
     sizes = [(len(prompt), len(completion)) for prompt, completion in rows]
-    ids, mask, kept = squeeze(*batch(rows, left, right), sizes)
+    ids, mask, kept, *_ = squeeze(*batch(rows, left, right), sizes)
     longest = [max(max(len(row[i]) for row in rows), 1) for i in (0, 1)]
     length = longest[1]
     assert kept == sizes

@@ -203,6 +203,13 @@ CONFIG: dict[str, list[Case]] = {
     "teacher_update_rate": fraction("teacher_update_rate", "the weight of the student"),
     "teacher_rate_samples": count("teacher_rate_samples"),
     "teacher_restart_every": count("teacher_restart_every"),
+    "credit_rows": [
+        field("credit_rows", -1, ValueError, "an int in [0, ", "completions of a logged step", "got -1"),
+        *(
+            field("credit_rows", value, TypeError, "an int", f"got {value!r}")
+            for value in (2.0, "3", True, None)
+        ),
+    ],
     "trust_region_coef": fraction("trust_region_coef", "the weight of the live student"),
     "teacher_tick": choice("teacher_tick", "generation_batch", "optimizer_step"),
     "teacher_dtype": choice("teacher_dtype", "float32", "bfloat16"),
