@@ -116,6 +116,32 @@ def property_rows_with_a_loss_run(
     assert completions["loss_mask"].sum(-1).tolist() == [len(rows[i][2]) * rows[i][3] for i in active]
 
 
+@pytest.mark.parametrize("signal", [[True, True, False], [False, False, False]])
+def test_prompts_are_read_with_the_sizes(signal: list[bool]) -> None:
+    prompts, teachers = [[5, 6, 7], [8], [9, 5]], [[6], [7, 8, 9, 5], [5, 5]]
+    prompt, prompt_mask, completion, completion_mask = batch([(p, [5, 6]) for p in prompts], 1, 2)
+    teacher, teacher_mask = left_pad(teachers, pad_id=PAD, device=CPU)
+    inputs = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt_mask,
+        "teacher_prompt_ids": teacher,
+        "teacher_prompt_mask": teacher_mask,
+        "completion_ids": completion,
+        "completion_mask": completion_mask,
+        "loss_mask": completion_loss_mask(completion_mask, torch.tensor(signal)),
+    }
+    found = select_rows(inputs, at_least_one=True, read_prompts=True)
+    assert found is not None
+    assert found.teacher is not None
+    # Without a signal the first row runs, with its own prompt as the teacher's.
+    assert found.student.prompts == (prompts[:2] if any(signal) else prompts[:1])
+    assert found.teacher.prompts == (teachers[:2] if any(signal) else prompts[:1])
+    plain = select_rows(inputs, at_least_one=True)
+    assert plain is not None
+    assert plain.student.prompts is None
+    assert plain.student.sizes == found.student.sizes
+
+
 def property_a_policy_loss_needs_no_teacher(
     select: Any, rows: list[tuple[list[int], list[int], list[int], bool, bool]], at_least_one: bool
 ) -> None:
