@@ -320,7 +320,7 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
         gaps.append(torch.linalg.vector_norm(upcast(old.to(student.device)) - student))
         norms.append(torch.linalg.vector_norm(student))
     distance, norm = (torch.linalg.vector_norm(torch.stack(parts)) for parts in (gaps, norms))
-    return distance / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return distance / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # torch 2.6 has no clamp_min of shards
 
 
 def _mix(reference: Tensor, live_values: Tensor, coef: float) -> Tensor:
