@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import SDPOConfig, training_arguments
+    from .config import SDPOConfig
     from .credit.report import credit_report
     from .diagnose.probe.run import probe
     from .diagnose.report import training_report
+    from .presets import training_arguments
     from .trainer import SDPOTrainer
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ _MODULES = {
     "SDPOTrainer": "trainer",
     "credit_report": "credit.report",
     "probe": "diagnose.probe.run",
-    "training_arguments": "config",
+    "training_arguments": "presets",
     "training_report": "diagnose.report",
 }
 # What the extra `trl` installs.

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import logging
-import math
-import numbers
-import sys
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from sdpo import Templates
-from sdpo._validate import check_choice, check_flag, check_int, check_real, type_name
+from sdpo._validate import check_flag
+
+from . import _config_checks
+from .presets import preset_settings
 
 Support = Literal["student", "teacher", "full", "sampled"]
 Tail = Literal["bucket", "renormalize"]
@@ -32,23 +30,7 @@ Truncation = Literal["middle", "left", "right", "error"]
 Backend = Literal["auto", "torch", "triton", "logits"]
 Packing = Literal["auto", "packed", "groups", "padded"]
 
-logger = logging.getLogger("sdpo_rl")
-
 _TEMPLATES = Templates()
-# Arguments of `apply_chat_template` itself, which the rendering of a reprompt sets or leaves at their defaults.
-_RENDERER_ARGUMENTS = (
-    "conversation",
-    "tools",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-)
 # Names of TRL's SDPO for fields of this class.
 _OTHER_NAMES = {"distillation_topk": "k", "distillation_add_tail": "tail"}
 
@@ -67,6 +49,27 @@ def _option(default: Any, text: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: copy.copy(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+# Of the options that are one of several words.
+_CHOICES = {
+    "support": get_args(Support),
+    "tail": get_args(Tail),
+    "loss_aggregation": get_args(Aggregation),
+    "row_weights": get_args(RowWeights),
+    "token_weights": get_args(TokenWeights),
+    "credit": get_args(Credit),
+    "routing": get_args(Routing),
+    "teacher_mode": get_args(TeacherMode),
+    "teacher_tick": get_args(TeacherTick),
+    "teacher_dtype": get_args(TeacherDtype),
+    "teacher_offload": get_args(TeacherOffload),
+    "teacher_on_resume": get_args(TeacherOnResume),
+    "demonstration_policy": get_args(Policy),
+    "reprompt_truncation": get_args(Truncation),
+    "loss_backend": get_args(Backend),
+    "packing": get_args(Packing),
+}
 
 
 @dataclass
@@ -310,120 +313,10 @@ class SDPOConfig:
         distillation_add_tail: bool | None = None,  # noqa: RUF033
     ) -> None:
         self._take_other_names(distillation_topk, distillation_add_tail)
-        _flag(self, "enabled", "dont_reprompt_on_self_success")
-        _flag(self, "remove_thinking_from_demonstration", "include_environment_feedback")
-        _flag(self, "environment_feedback_only_without_solution", "allow_control_tokens")
-        _flag(self, "fused_lora_forward", "fast_checkpointing_toggle")
-        _fraction(
-            self, "alpha", "0 for KL(teacher‖student), 1 for KL(student‖teacher), or a weight between them"
-        )
-        _fraction(self, "teacher_update_rate", "the weight of the student; 0 freezes the teacher")
-        _fraction(self, "trust_region_coef", "the weight of the live student")
-        _positive_int(
-            self,
-            k="the number of tokens of a top-K support",
-            num_demonstrations="successes shown per reprompt",
-            max_reprompt_length="tokens of a reprompt",
-            diagnostics_patience="generation batches before a warning",
-        )
-        self.credit_rows = check_int(
-            "credit_rows",
-            self.credit_rows,
-            low=0,
-            high=2**31 - 1,
-            meaning="completions of a logged step to keep",
-        )
-        if self.loss_chunk_size is not None:
-            _positive_int(self, loss_chunk_size="tokens of a chunk, or None")
-        if self.teacher_rate_samples is not None:
-            _positive_int(
-                self, teacher_rate_samples="completions that teacher_update_rate is given for, or None"
-            )
-        if self.teacher_restart_every is not None:
-            _positive_int(self, teacher_restart_every="generation batches from start to start, or None")
-        if self.max_tokens_per_forward is not None:
-            _positive_int(self, max_tokens_per_forward="tokens of a forward, or None")
-        for name in ("is_clip", "rollout_is_clip"):
-            if getattr(self, name) is not None:
-                fix = "pass the largest weight, or None to turn the weights off"
-                _number(self, name, expected="a finite number > 0", fix=fix, low=0.0)
-        _number(
-            self, "success_reward_threshold", expected="a finite number", fix="pass the score of a success"
-        )
-        _texts(self, "thinking_marks", "the two marks of a thought, before it and after it")
-        if len(self.thinking_marks) != 2:
-            raise ValueError(
-                f"thinking_marks: expected two marks, before a thought and after it, got {self.thinking_marks}; "
-                "pass both"
-            )
-        if self.success_reward_funcs is not None:
-            _texts(self, "success_reward_funcs", "the names of the functions that judge success, or None")
-        _choice(self, "support", get_args(Support))
-        _choice(self, "tail", get_args(Tail))
-        _choice(self, "loss_aggregation", get_args(Aggregation))
-        _choice(self, "row_weights", get_args(RowWeights))
-        _choice(self, "token_weights", get_args(TokenWeights))
-        if self.token_weights_beta is not None:
-            fix = "pass the factor of the teacher's entropy or evidence, or None for the published value"
-            _number(self, "token_weights_beta", expected="a finite number > 0", fix=fix, low=0.0)
-        _choice(self, "credit", get_args(Credit))
-        if self.entry_clip is not None:
-            fix = "pass the most an entry adds to a divergence, for example 0.05, or None for no bound"
-            _number(self, "entry_clip", expected="a finite number > 0", fix=fix, low=0.0)
-        self.token_fraction = check_real(
-            "token_fraction",
-            self.token_fraction,
-            low=0.0,
-            high=1.0,
-            open_low=True,
-            meaning="the share of a row's tokens, 1 for all",
-        )
-        self.anchor_weight = check_real(
-            "anchor_weight",
-            self.anchor_weight,
-            low=0.0,
-            high=sys.float_info.max,
-            meaning="the weight of the KL to the reference model, 0 for none",
-        )
-        _choice(self, "routing", get_args(Routing))
-        _fraction(self, "grpo_weight", "GRPO's share of the loss, 0 for none")
-        if self.grpo_weight_final is not None:
-            _fraction(self, "grpo_weight_final", "GRPO's share in the last step, or None for a constant one")
-        _fraction(self, "evidence_mix", "the teacher's share of the advantages")
-        clip_meaning = "how far an advantage may change, for example 0.2"
-        self.evidence_clip = check_real(
-            "evidence_clip", self.evidence_clip, low=0.0, high=1.0, open_low=True, meaning=clip_meaning
-        )
-        self._check_divergence()
-        self._check_parts()
-        _choice(self, "teacher_mode", get_args(TeacherMode))
-        _choice(self, "teacher_tick", get_args(TeacherTick))
-        _choice(self, "teacher_dtype", get_args(TeacherDtype))
-        _choice(self, "teacher_offload", get_args(TeacherOffload))
-        _choice(self, "teacher_on_resume", get_args(TeacherOnResume))
-        _choice(self, "demonstration_policy", get_args(Policy))
-        _choice(self, "reprompt_truncation", get_args(Truncation))
-        _choice(self, "loss_backend", get_args(Backend))
-        _choice(self, "packing", get_args(Packing))
-        if self.teacher_restart_every is not None and self.teacher_mode != "frozen":
-            raise ValueError(
-                f"teacher_mode: expected 'frozen' with teacher_restart_every, got {self.teacher_mode!r}; the "
-                "other teachers follow the student already: set teacher_mode='frozen', or remove "
-                "teacher_restart_every"
-            )
-        if self.support == "sampled" and self.alpha != 1.0:
-            raise ValueError(
-                f"support: expected alpha=1.0 with 'sampled', got alpha={self.alpha}; only "
-                "KL(student‖teacher) has an estimate from the sampled token alone: set alpha=1.0 or another support"
-            )
-        if self.uses_topk and self.k == 1 and self.tail == "renormalize":
-            raise ValueError(
-                "k: expected at least 2 with tail='renormalize', got 1; one renormalized token has probability 1 "
-                "under both models, so the loss would always be 0: raise k, or set tail='bucket'"
-            )
+        _config_checks.check_options(self, _CHOICES)
         self.apply_chat_template_kwargs = self.template_kwargs
         self.templates()
-        self._warn_of_settings_without_effect()
+        _config_checks.warn_of_settings_without_effect(self)
         object.__setattr__(self, "_is_made", True)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -439,49 +332,6 @@ class SDPOConfig:
             raise dataclasses.FrozenInstanceError(
                 f"{name}: expected no change of an SDPOConfig, whose options are checked together when it is "
                 f"made; use dataclasses.replace(config, {name}=...) before the trainer is constructed"
-            )
-
-    def _check_divergence(self) -> None:
-        """The options of the divergence of a token do not contradict each other."""
-        if self.credit == "sequence" and self.support != "sampled":
-            raise ValueError(
-                f"support: expected 'sampled' with credit='sequence', got {self.support!r}; a divergence over "
-                "several tokens gives each of them its own credit: set support='sampled' and alpha=1.0, or "
-                "credit='token'"
-            )
-        if self.entry_clip is not None and self.support != "full":
-            raise ValueError(
-                f"support: expected 'full' with entry_clip, got {self.support!r}; it bounds the entries of the "
-                "whole vocabulary: set support='full', or entry_clip=None"
-            )
-        if self.token_fraction < 1.0 and self.support == "sampled":
-            raise ValueError(
-                f"token_fraction: expected 1.0 with support='sampled', got {self.token_fraction}; the sampled "
-                "token alone has no divergence to choose by: set another support"
-            )
-        if self.whole_logits_option and self.loss_backend in ("torch", "triton"):
-            raise ValueError(
-                f"loss_backend: expected 'auto' or 'logits' with {self.whole_logits_option}, got "
-                f"{self.loss_backend!r}; the fused loss does not have it: change one of the two"
-            )
-
-    def _check_parts(self) -> None:
-        """The options of GRPO's part do not contradict each other."""
-        if self.routing != "none" and (self.grpo_weight > 0.0 or self.grpo_weight_final is not None):
-            name = "grpo_weight" if self.grpo_weight > 0.0 else "grpo_weight_final"
-            raise ValueError(
-                f"{name}: expected its default with routing={self.routing!r}, got {getattr(self, name)!r}; a row "
-                "then has GRPO's loss or SDPO's, not a mix: remove it, or set routing='none'"
-            )
-        if self.token_weights in ("gate", "evidence") and not self.has_policy_loss:
-            raise ValueError(
-                f"token_weights: expected 'none' or 'confidence' without GRPO's part of the loss, got "
-                f"{self.token_weights!r}; set grpo_weight above 0"
-            )
-        if self.token_weights == "evidence" and self.routing != "none":
-            raise ValueError(
-                "token_weights: expected another value with routing='srpo', got 'evidence'; rows with GRPO's loss "
-                "then have no teacher: set routing='none' and grpo_weight=1.0"
             )
 
     def _take_other_names(self, distillation_topk: int | None, distillation_add_tail: bool | None) -> None:
@@ -506,33 +356,10 @@ class SDPOConfig:
         if isinstance(self.tail, _DefaultStr):
             self.tail = cast("Tail", str(self.tail))
 
-    def _warn_of_settings_without_effect(self) -> None:
-        for name, applies, where in (
-            ("k", self.uses_topk, "support='student' or 'teacher'"),
-            ("tail", self.uses_topk, "support='student' or 'teacher'"),
-            (
-                "token_weights_beta",
-                self.token_weights in ("confidence", "gate"),
-                "token_weights='confidence' or 'gate'",
-            ),
-            ("evidence_mix", self.token_weights == "evidence", "token_weights='evidence'"),
-            ("evidence_clip", self.token_weights == "evidence", "token_weights='evidence'"),
-            ("teacher_update_rate", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
-            ("teacher_rate_samples", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
-            ("teacher_dtype", self.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
-            ("teacher_offload", self.teacher_mode != "live", "a teacher with weights of its own"),
-            ("trust_region_coef", self.teacher_mode == "trust_region", "teacher_mode='trust_region'"),
-            ("max_tokens_per_forward", self.packing != "padded", "a packing other than 'padded'"),
-        ):
-            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
-            value = getattr(self, name)
-            if self.enabled and not applies and value != default:
-                logger.warning("%s=%r has no effect: it applies to %s.", name, value, where)
-
     @property
     def template_kwargs(self) -> dict[str, Any]:
         """`apply_chat_template_kwargs` as a mapping: parsed if it is JSON (command line); `None` is empty."""
-        return _mapping(self.apply_chat_template_kwargs)
+        return _config_checks.template_arguments(self.apply_chat_template_kwargs)
 
     def templates(self) -> Templates:
         """The four templates as the core's `Templates`."""
@@ -592,7 +419,7 @@ class SDPOConfig:
                 f"SDPOConfig: expected names of its fields, got {', '.join(unknown)}; remove them"
             )
         renamed = {_OTHER_NAMES[other] for other in _OTHER_NAMES if overrides.get(other) is not None}
-        preset = {field: value for field, value in _lookup(name)[0].items() if field not in renamed}
+        preset = {field: value for field, value in preset_settings(name).items() if field not in renamed}
         return cls(**{**preset, **overrides})
 
 
@@ -601,128 +428,3 @@ class SDPOConfig:
 for _name in _OTHER_NAMES:
     delattr(SDPOConfig, _name)
     del SDPOConfig.__dataclass_fields__[_name]
-
-
-def training_arguments(preset: str) -> dict[str, Any]:
-    """The `GRPOConfig` side of a preset: `GRPOConfig(**training_arguments(name), output_dir=...)`.
-
-    Learning rate, warm-up, optimizer, clipping and sampling as the paper's Appendix prints them. Batch sizes
-    depend on the machine and stay with the caller: `generalization` and `rich_feedback` use 32 prompts × 8
-    completions (`rich_feedback` with mini-batches of one prompt), `test_time` 1 × 16.
-
-    Args:
-        preset: `generalization`, `rich_feedback` or `test_time`.
-
-    Returns:
-        Arguments of `GRPOConfig` by name.
-
-    Raises:
-        ValueError: an unknown preset.
-
-    Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix.
-
-    Example:
-        >>> training_arguments("generalization")["learning_rate"]
-        1e-05
-    """
-    return dict(_lookup(preset)[1])
-
-
-_COMMON: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "weight_decay": 0.01,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "max_grad_norm": 1.0,
-    "beta": 0.0,
-    "lr_scheduler_type": "constant_with_warmup",
-}
-_RICH = {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01}
-_RICH_ARGUMENTS = {**_COMMON, "learning_rate": 1e-6, "warmup_steps": 0}
-_PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "generalization": (
-        {
-            "alpha": 0.5,
-            "k": 100,
-            "teacher_update_rate": 0.05,
-            "include_environment_feedback": False,
-        },
-        {**_COMMON, "learning_rate": 1e-5, "warmup_steps": 10, "num_generations": 8},
-    ),
-    "rich_feedback": (_RICH, {**_RICH_ARGUMENTS, "num_generations": 8}),
-    "test_time": (_RICH, {**_RICH_ARGUMENTS, "num_generations": 16}),
-}
-
-
-def _lookup(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    if name not in _PRESETS:
-        raise ValueError(f"preset: expected one of {tuple(_PRESETS)}, got {name!r}; pass one of these names")
-    return _PRESETS[name]
-
-
-# As in the core: a wrong type is a TypeError, a wrong value a ValueError, and the message has the name, what was
-# expected, what came, and the fix. Fields hold Python's own numbers: NumPy's do not go through YAML or JSON.
-
-
-def _flag(config: SDPOConfig, *names: str) -> None:
-    for name in names:
-        check_flag(name, getattr(config, name), meaning="True or False")
-
-
-def _fraction(config: SDPOConfig, name: str, meaning: str) -> None:
-    setattr(config, name, check_real(name, getattr(config, name), low=0.0, high=1.0, meaning=meaning))
-
-
-def _number(config: SDPOConfig, name: str, *, expected: str, fix: str, low: float = -math.inf) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected {expected}, got {value!r} ({type_name(value)}); {fix}")
-    if not math.isfinite(value) or value <= low:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}; {fix}")
-    setattr(config, name, float(value))
-
-
-def _positive_int(config: SDPOConfig, **meanings: str) -> None:
-    for name, meaning in meanings.items():
-        value = check_int(name, getattr(config, name), low=1, high=2**31 - 1, meaning=meaning)
-        setattr(config, name, value)
-
-
-def _texts(config: SDPOConfig, name: str, meaning: str) -> None:
-    """A list of different texts, none of them empty."""
-    value = getattr(config, name)
-    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"{name}: expected a list of strings, got {value!r}; pass {meaning}")
-    if not value or not all(value) or len(set(value)) != len(value):
-        raise ValueError(
-            f"{name}: expected different strings that are not empty, got {value!r}; pass {meaning}"
-        )
-    setattr(config, name, list(value))
-
-
-def _choice(config: SDPOConfig, name: str, choices: tuple[str, ...]) -> None:
-    check_choice(name, getattr(config, name), choices)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    """A copy, so that a later change of the caller's mapping changes nothing here."""
-    name = "apply_chat_template_kwargs"
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{name}: expected valid JSON, got {value!r} ({error}); pass an object"
-            ) from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise TypeError(f"{name}: expected a dict, JSON or None, got {type_name(value)}; pass a dict")
-    taken = sorted(set(value) & set(_RENDERER_ARGUMENTS))
-    if taken:
-        raise ValueError(
-            f"{name}: expected variables of the chat template, got {', '.join(taken)}, which the rendering of a "
-            "reprompt sets itself; remove them (tools and chat template are those of the trainer)"
-        )
-    return dict(value)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
-from ..config import SDPOConfig, training_arguments
+from ..config import SDPOConfig
+from ..presets import training_arguments
 from . import UserError
 
 # Readers of `datasets` by the ending of a file.
