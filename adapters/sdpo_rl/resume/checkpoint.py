@@ -188,7 +188,8 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: s
     path = Path(folder) / FOLDER / name
     if not path.is_file():
         raise ValueError(
-            f"{folder}: expected {FOLDER}/{name}, got none; SDPOTrainer did not write it: {_FIX}"
+            f"{folder}: expected a {Path(name).stem} ({FOLDER}/{name}), got none; SDPOTrainer did not write it: "
+            f"{_FIX}"
         )
     layout = store.layout(model)
     with safe_open(path, "pt") as file:
