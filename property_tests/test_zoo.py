@@ -121,6 +121,11 @@ def sdpo_formula(k: int, alpha: float) -> Callable[[Logits, Logits], float]:
     return lambda student, detached: over_active(lambda b, t: term(student, detached, b, t), HAS_TEACHER)
 
 
+def hybrid_formula(student: Logits, detached: Logits) -> float:
+    policy = over_active(lambda b, t: grpo(student, b, t, float(ADVANTAGES[b])))
+    return 0.9 * policy + 0.1 * sdpo_formula(3, 0.5)(student, detached)
+
+
 def sc_sdpo_formula(student: Logits, detached: Logits) -> float:
     raw = []
     for b in range(ROWS):
@@ -237,6 +242,22 @@ ZOO: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Logits, Logit
     "sdpo_loss, generalization": (sdpo_with("generalization", 3), sdpo_formula(3, 0.5)),
     "sdpo_loss, rich feedback": (sdpo_with("rich feedback", 2), sdpo_formula(2, 1.0)),
     "sdpo_loss, test time": (sdpo_with("test time", 4), sdpo_formula(4, 1.0)),
+    "sdpo_hybrid": (
+        lambda s, q: losses.sdpo_hybrid(
+            s,
+            q,
+            *ROLLOUT,
+            row_mask=HAS_TEACHER,
+            advantages=ADVANTAGES,
+            weight=0.9,
+            is_clip=1.3,
+            alpha=0.5,
+            k=3,
+            **CLIP,
+            **T,
+        ),
+        hybrid_formula,
+    ),
     "sc_sdpo": (
         lambda s, q: losses.sc_sdpo(
             s, q, MASK, row_mask=HAS_TEACHER, success=SUCCESS, group_ids=torch.tensor([0, 0, 1, 1]), **TOPK

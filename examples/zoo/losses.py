@@ -1,4 +1,4 @@
-"""Eleven methods of distillation and policy optimization, each composed of a few functions of `sdpo`.
+"""Twelve methods of distillation and policy optimization, each composed of a few functions of `sdpo`.
 
 Every function takes tensors and returns the scalar loss of one batch::
 
@@ -14,6 +14,8 @@ README.md says so for each. Here a batch is a step. To split a step, add up tota
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +98,33 @@ def sdpo_loss(
     log_probs = sampled_log_probs(student_logits, tokens, temperature)
     weights = sdpo.importance_weights(log_probs, old_log_probs, clip=is_clip)
     return sdpo.self_distillation_loss(per_token, loss_mask, row_mask=row_mask, weights=weights).mean()
+
+
+def sdpo_hybrid(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    old_log_probs: Tensor,
+    loss_mask: Tensor,
+    *,
+    row_mask: Tensor,
+    advantages: Tensor,
+    weight: float,
+    clip_low: float,
+    clip_high: float,
+    temperature: float,
+    **objective: Any,
+) -> Tensor:
+    """SDPO with GRPO, arXiv 2601.20802, section 4.5: λ times GRPO's loss and 1 − λ times SDPO's."""
+    rollout = (tokens, old_log_probs, loss_mask)
+    distillation = sdpo_loss(
+        student_logits, teacher_logits, *rollout, row_mask=row_mask, temperature=temperature, **objective
+    )
+    log_probs = sampled_log_probs(student_logits, tokens, temperature)
+    policy = sdpo.clipped_policy_gradient(
+        log_probs, old_log_probs, advantages, clip_low=clip_low, clip_high=clip_high
+    )
+    return weight * sdpo.token_sum(policy, loss_mask).mean() + (1.0 - weight) * distillation
 
 
 def sc_sdpo(
