@@ -107,11 +107,12 @@ def test_a_dry_run_trains_nothing_and_prints_what_would_run(project: Path) -> No
     done = sdpo("train", "--config", "recipe.yaml", "--alpha", "0.25", "--dry_run", *ON_CPU, folder=project)
     assert done.returncode == 0, done.stderr[-3000:]
     values: dict = {}
-    for part in done.stdout.split("# ")[1:]:
-        values |= yaml.safe_load(part.split("\n", 1)[1].split("64 rows")[0]) or {}
+    for part in done.stdout.split("\nPreview:\n")[0].split("# ")[1:]:
+        values |= yaml.safe_load(part.split("\n", 1)[1]) or {}
     assert (values["alpha"], values["k"], values["max_steps"]) == (0.25, 8, 2)
     assert "64 rows; nothing was trained" in done.stdout
-    assert "sdpo preview, with the same arguments, shows what student and teacher read." in done.stdout
+    assert "Memory besides activations: weights " in done.stdout
+    assert done.stdout.count("student's prompt: ") == 2
     assert not (project / "output" / "model.safetensors").exists()
 
 

@@ -54,7 +54,9 @@ class RunArguments:
     max_seq_length: int | None = field(
         default=None, metadata={"help": "With unsloth: tokens of the longest reprompt and its completion."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print configuration, two sampled rows and memory; train nothing."}
+    )
     quiet: bool = field(default=False, metadata={"help": "No progress bar, warnings and errors only."})
 
 

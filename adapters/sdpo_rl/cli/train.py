@@ -17,9 +17,13 @@ import transformers
 import yaml
 from trl import get_peft_config, get_quantization_config
 
+from ..diagnose.probe.cost import stored_bytes
+from ..diagnose.probe.result import stored
 from ..trainer import SDPOTrainer
-from . import UserError, unsloth
+from . import UserError, show, unsloth
 from .recipe import Recipe, load_object, load_rows, parse
+
+_PREVIEW_ROWS = 2  # of a dry run
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -30,10 +34,12 @@ def run(arguments: Sequence[str]) -> int:
     trainer = build(recipe)
     main_process = trainer.accelerator.is_main_process
     if recipe.run.dry_run:
+        shown = trainer.preview(_PREVIEW_ROWS)
         if main_process:
-            print(resolved(recipe))
+            print(f"{resolved(recipe)}\nPreview:\n")
+            show(shown)
+            print(f"\nMemory besides activations: {stored(*stored_bytes(trainer))}.")
             print(f"{len(trainer.train_dataset)} rows; nothing was trained (dry_run).")
-            print("sdpo preview, with the same arguments, shows what student and teacher read.")
         return 0
     if recipe.run.quiet:
         trainer.remove_callback(transformers.PrinterCallback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,6 +46,40 @@ class Cost:
     forward_peak_bytes: int | None
 
 
+class StoredBytes(NamedTuple):
+    """What one process stores during training besides activations, bytes.
+
+    Attributes:
+        weights: all parameters and buffers.
+        gradients: of the trainable parameters.
+        optimizer: two values for each trainable parameter in its own dtype; `None` for an optimizer other than
+            torch's AdamW.
+        teacher: its state.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int | None
+    teacher: int
+
+
+def stored_bytes(trainer: Any) -> StoredBytes:
+    """What training stores besides activations.
+
+    Args:
+        trainer: an `SDPOTrainer`.
+    """
+    model = trainer._unwrapped
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    return StoredBytes(
+        weights=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
+        gradients=gradients,
+        optimizer=2 * gradients if optimizer in ("adamw_torch", "adamw_torch_fused") else None,
+        teacher=teacher_bytes(trainer)[0],
+    )
+
+
 def cost(
     trainer: Any,
     *,
@@ -65,22 +99,18 @@ def cost(
         generation_peak: bytes allocated on the GPU at most.
         forward_peak: bytes allocated on the GPU at most.
     """
-    model, args = trainer._unwrapped, trainer.args
-    tensors = [*model.parameters(), *model.buffers()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradient = sum(p.numel() * p.element_size() for p in trained)
-    forwards = _FORWARDS if checkpointing(model, args) == "off" else _WITH_CHECKPOINTING
-    learning = teacher_seconds + forwards * student_seconds
-    optimizer = str(getattr(args.optim, "value", args.optim))
+    stored = stored_bytes(trainer)
+    recomputes = checkpointing(trainer._unwrapped, trainer.args) != "off"
+    learning = teacher_seconds + (_WITH_CHECKPOINTING if recomputes else _FORWARDS) * student_seconds
     return Cost(
         generation_seconds=generation_seconds,
         student_seconds=student_seconds,
         teacher_seconds=teacher_seconds,
         step_seconds=generation_seconds + trainer.num_iterations * learning,
-        weight_bytes=sum(t.numel() * t.element_size() for t in tensors),
-        gradient_bytes=gradient,
-        optimizer_bytes=2 * gradient if optimizer in ("adamw_torch", "adamw_torch_fused") else None,
-        teacher_bytes=teacher_bytes(trainer)[0],
+        weight_bytes=stored.weights,
+        gradient_bytes=stored.gradients,
+        optimizer_bytes=stored.optimizer,
+        teacher_bytes=stored.teacher,
         generation_peak_bytes=generation_peak,
         forward_peak_bytes=forward_peak,
     )

@@ -328,8 +328,13 @@ def _teacher_rate(rate: TeacherRate) -> str:
     return f"{rate.per_256_samples:.2g} per 256 completions; the paper's is {rate.published:g}"
 
 
+def stored(weights: int, gradients: int, optimizer: int | None, teacher: int) -> str:
+    """The sizes of what training stores besides activations, from bytes."""
+    state = "not known" if optimizer is None else _gib(optimizer)
+    return f"weights {_gib(weights)}, gradients {_gib(gradients)}, optimizer {state}, teacher {_gib(teacher)}"
+
+
 def _cost(cost: Cost) -> list[str]:
-    optimizer = "not known" if cost.optimizer_bytes is None else _gib(cost.optimizer_bytes)
     lines = [
         _line(
             "seconds",
@@ -338,8 +343,7 @@ def _cost(cost: Cost) -> list[str]:
         ),
         _line(
             "memory",
-            f"weights {_gib(cost.weight_bytes)}, gradients {_gib(cost.gradient_bytes)}, optimizer {optimizer}, "
-            f"teacher {_gib(cost.teacher_bytes)}",
+            stored(cost.weight_bytes, cost.gradient_bytes, cost.optimizer_bytes, cost.teacher_bytes),
         ),
     ]
     if cost.generation_peak_bytes is None or cost.forward_peak_bytes is None:
