@@ -266,7 +266,7 @@ def kept(entropy: list[float], divergences: list[float], fraction: float) -> lis
         return [(value - min(values)) / width if width else 0.0 for value in values]
 
     pairs = zip(scaled(entropy), scaled(divergences), strict=True)
-    scores = [h + d - h * d for h, d in pairs]
+    scores = [1.0 - (1.0 - h) * (1.0 - d) for h, d in pairs]
     best = sorted(range(len(scores)), key=lambda i: -scores[i])[: math.ceil(fraction * len(scores))]
     return [i in best for i in range(len(scores))]
 

@@ -195,6 +195,7 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
     assert not (project / "output" / "model.safetensors").exists()
     for wrong, message in (
         (("--json", "no/probe.json"), "--json: expected a file in a folder, got 'no/probe.json'"),
+        (("--json", "."), "--json: expected a file, got the folder '.'"),
         (("--answer_column", "no"), "answer_column: expected a column of train_dataset, got 'no'"),
         (("--batches", "0"), "batches: expected at least 1, got 0"),
         (("--batches", "two"), "--batches: expected a number of generation batches, got 'two'"),
@@ -237,6 +238,22 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
         (("--config", "recipe.yaml", "--frobnicate", "3"), "--frobnicate"),
         (("--config", "recipe.yaml", "--beta", "0.1", *ON_CPU), "beta"),
         (("--config", "wrong.yaml"), "wrong.yaml: expected fields of GRPOConfig, ModelConfig, SDPOConfig"),
+        (("--config", "bytes.yaml"), "--config: expected a YAML file, got 'bytes.yaml'"),
+        (("--config", "open.yaml"), "correct the path or the file"),
+        (
+            ("--config", "number.yaml"),
+            "expected fields of GRPOConfig, ModelConfig, SDPOConfig or of the run, got 3",
+        ),
+        (("--config", "text.yaml"), "write reward_funcs: [rewards.py:judge] in the recipe"),
+        (
+            ("--config", "recipe.yaml", "--dataset", "broken.jsonl"),
+            "got 'broken.jsonl', which cannot be read",
+        ),
+        (("--config", "recipe.yaml", "--dataset", "empty.jsonl"), "got the empty file 'empty.jsonl'"),
+        (
+            ("--config", "recipe.yaml", "--dataset", "no/such"),
+            "dataset: expected a hub id with the split 'train'",
+        ),
         (("--config", "list.yaml"), "--config: expected a mapping in list.yaml, got list"),
         (("--model_name_or_path", "x"), "dataset: expected a hub id or a file, got nothing"),
         ((), "model_name_or_path: expected a hub id or a folder, got nothing"),
@@ -251,6 +268,12 @@ def test_a_mistake_ends_with_one_line_and_the_fix(
 ) -> None:
     (project / "wrong.yaml").write_text("aplha: 0.5\n")
     (project / "list.yaml").write_text("- 1\n")
+    (project / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    (project / "open.yaml").write_text("alpha: [\n k: 1\n")
+    (project / "number.yaml").write_text("3: 4\n")
+    (project / "text.yaml").write_text("reward_funcs: rewards.py:judge\n")
+    (project / "broken.jsonl").write_text('{"prompt":\n{{')
+    (project / "empty.jsonl").write_text("")
     device = () if ON_CPU[0] in arguments else ("--use_cpu", "true", "--bf16", "false")
     capsys.readouterr()
     assert main(["train", *arguments, *device]) == 2
@@ -302,6 +325,12 @@ def test_init_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "expected a folder without rewards.py" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["rewards.py"]
     assert (tmp_path / "rewards.py").read_text() == "mine"
+
+
+def test_init_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["init", str(tmp_path / "file")]) == 2
+    assert "init: expected a folder that can be written, got" in capsys.readouterr().err
 
 
 def test_doctor_finds_this_installation_sound(capsys: pytest.CaptureFixture[str]) -> None:

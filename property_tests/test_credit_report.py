@@ -420,6 +420,10 @@ def test_the_command_writes_the_file_and_says_where(
         (["{}/empty"], "RUN_DIR: expected sdpo_log.jsonl, or a checkpoint with trainer_state.json"),
         (["{}/run", "{}/empty"], "RUN_DIR: expected sdpo_log.jsonl"),
         (["{}/damaged"], "sdpo_credit.jsonl, line 1: expected a JSON object with a step"),
+        (["{}/bytes"], "sdpo_credit.jsonl, line 1: expected a JSON object with a step"),
+        (["{}/warning"], "sdpo_log.jsonl, line 1: expected a JSON object with a step"),
+        (["{}/state"], "trainer_state.json: expected global_step, and log_history"),
+        (["{}/steps"], "trainer_state.json: expected global_step, and log_history"),
         (["{}/run", "--output", "{}/empty"], "output: expected a file, got the folder"),
     ],
 )
@@ -429,11 +433,30 @@ def test_a_mistake_is_one_line_with_the_fix(
     run_folder(tmp_path / "run")
     (tmp_path / "empty").mkdir()
     (run_folder(tmp_path / "damaged") / files.CREDIT).write_text("[]\n")
+    (run_folder(tmp_path / "bytes") / files.CREDIT).write_bytes(b"\xff\xfe\n")
+    (run_folder(tmp_path / "warning") / files.LOG).write_text('{"step": 1, "warning": "leak"}\n')
+    for name, state in (("state", "[]"), ("steps", '{"global_step": 1, "log_history": [{"loss": 1}]}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(state)
     assert main(["report", *(argument.format(tmp_path) for argument in arguments)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sdpo report: ")
     assert message in line
     assert not (tmp_path / "empty" / "sdpo_report.html").exists()
+
+
+def test_numbers_without_an_axis_and_half_characters_leave_a_report(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run")
+    lines = [
+        '{"step": 1, "reward": 1e308}',
+        '{"step": 2, "reward": -1e308}',
+        f'{{"step": 3, "reward": 1{"0" * 400}}}',
+    ]
+    lines += ['{"step": 4, "reward": 0.5}', '{"step": 4, "warning": "leak", "message": "cut \\ud800"}']
+    (folder / files.LOG).write_text("\n".join([*lines, ""]))
+    text = credit_report(folder).read_text(encoding="utf-8")
+    assert "cut \\ud800" in text
+    assert "0.5 at step 4" in text
 
 
 def test_it_needs_neither_torch_nor_a_trainer(tmp_path: Path) -> None:

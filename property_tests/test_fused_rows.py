@@ -49,7 +49,7 @@ def factors_by_a_loop(
         for values in ([min(x, ceiling) for x in entropy], [float(per_token[row, t]) for t in active]):
             low, high = min(values), max(values)
             scales.append([0.0 if high == low else (x - low) / (high - low) for x in values])
-        scores = [h + d - h * d for h, d in zip(*scales, strict=True)]
+        scores = [1.0 - (1.0 - h) * (1.0 - d) for h, d in zip(*scales, strict=True)]
         order = sorted(range(len(active)), key=lambda i: -scores[i])
         for i in order[math.ceil(round(fraction * len(active), 9)) :]:
             kept[row, active[i]] = False
@@ -201,6 +201,11 @@ def test_without_active_tokens_the_gradient_is_zero() -> None:
         ({"token_weights": torch.ones(4, 10)}, TypeError, "token_weights: expected a function"),
         ({"token_weights": lambda found, kept: kept[0].float()}, ValueError, r"weigh\(...\): expected"),
         ({"token_weights": lambda found, kept: kept}, TypeError, r"weigh\(...\): expected"),
+        (
+            {"token_weights": lambda found, kept: -kept.float()},
+            ValueError,
+            r"weigh\(...\): expected numbers >= 0",
+        ),
     ],
 )
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

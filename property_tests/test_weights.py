@@ -238,7 +238,7 @@ def selection(
 
     h = scaled({t: min(entropy[t], highest) for t in positions})
     d = scaled({t: divergence[t] for t in positions})
-    score = {t: h[t] + d[t] - h[t] * d[t] for t in positions}
+    score = {t: 1.0 - (1.0 - h[t]) * (1.0 - d[t]) for t in positions}
     count = math.ceil(Fraction(fraction).limit_denominator(1000) * len(positions))
     kept = sorted(positions, key=lambda t: (-score[t], t))[:count]
     return [t in kept for t in range(len(active))]
@@ -375,6 +375,16 @@ def test_equal_scores_keep_the_earlier_token() -> None:
     equal = torch.ones(1, 5)
     active = torch.tensor([[False, True, True, True, True]])
     assert select_tokens(equal, equal, active, fraction=0.5).tolist() == [[False, True, True, False, False]]
+
+
+def test_rounding_does_not_choose_between_the_two_highest_scores() -> None:
+    """The highest entropy and the highest divergence of a row both have the score 1."""
+    generator = torch.Generator().manual_seed(0)
+    entropy, divergence = torch.rand(2, 200, 5, generator=generator)
+    entropy[:, 0], divergence[:, 1] = 2.0, 2.0
+    entropy[100:], divergence[100:] = divergence[100:].clone(), entropy[100:].clone()
+    kept = select_tokens(entropy, divergence, torch.ones(200, 5, dtype=torch.bool), fraction=0.2)
+    assert kept.nonzero()[:, 1].tolist() == [0] * 200
 
 
 def test_an_outlier_does_not_hide_the_other_entropies() -> None:

@@ -12,7 +12,7 @@ from einops import reduce
 from torch import Tensor
 
 from sdpo._numerics import upcast
-from sdpo._validate import check_shape, check_tensor
+from sdpo._validate import check_shape, check_tensor, is_readable
 from sdpo.metrics import TokenStatistics
 from sdpo.weights import rounded_up, select_tokens
 
@@ -53,7 +53,8 @@ def token_factors(
 
     Raises:
         TypeError: a mask is not bool, or the factors of ``weigh`` are not floating.
-        ValueError: shapes that do not match, or a fraction out of range.
+        ValueError: shapes that do not match, a fraction out of range, or on a CPU a negative factor of a kept
+            token.
 
     Gradient: none.
 
@@ -78,11 +79,23 @@ def token_factors(
         check_tensor("weigh(...)", factors, "floating")
         check_shape("weigh(...)", factors, loss_mask.shape, like="the shape of loss_mask")
         factors = upcast(factors.detach())
+        _refuse_negative(factors, kept)
     factors = factors.masked_fill(~kept, 0.0)
     if fraction is None:
         return factors
     active, left = (reduce(mask, "... t -> ... 1", "sum") for mask in (loss_mask, kept))
     return factors * active / left.clamp(min=1)
+
+
+def _refuse_negative(factors: Tensor, kept: Tensor) -> None:
+    """Demand no negative factor of a kept token, where the values are readable; a NaN is seen in the loss."""
+    if not (is_readable(factors) and is_readable(kept)):
+        return
+    wrong = kept & (factors < 0.0)
+    if wrong.any():
+        raise ValueError(
+            f"weigh(...): expected numbers >= 0 for the kept tokens, got {float(factors[wrong][0])}; clamp them"
+        )
 
 
 def kept_at_most(fraction: float | None, active: Sequence[int]) -> int:

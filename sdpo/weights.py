@@ -311,7 +311,7 @@ def select_tokens(
 
         h = student_entropy, the highest active // 50 values lowered to the next one
         h, d = ((x - x.min()) / (x.max() - x.min()) for x in (h, divergence))    # 0 where all are equal
-        score = h + d - h * d                                                    # high if h or d is high
+        score = 1 - (1 - h) * (1 - d)                                            # high if h or d is high
         keep the ceil(fraction * active) highest scores; of equal scores the earlier token
 
     The number of kept tokens is exact. The selection of a row does not depend on the other rows. What stands at
@@ -360,7 +360,8 @@ def select_tokens(
     descending = entropy.masked_fill(~loss_mask, -math.inf).sort(dim=-1, descending=True).values
     h = _scaled(torch.minimum(entropy, descending.gather(-1, active // ONE_IN_CLIPPED)), loss_mask)
     d = _scaled(disagreement, loss_mask)
-    score = (h + d - h * d).masked_fill(~loss_mask, -math.inf)
+    # Of h + d - h * d, rounding would say which of the two tokens with h = 1 or d = 1 ranks first.
+    score = (1.0 - (1.0 - h) * (1.0 - d)).masked_fill(~loss_mask, -math.inf)
     order = score.sort(dim=-1, descending=True, stable=True).indices
     # The inverse of a permutation: the rank of each token.
     rank = order.sort(dim=-1).indices

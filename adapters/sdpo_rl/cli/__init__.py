@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = importlib.import_module(f".{options.command}", __name__).run
         return int(run(arguments[split:]))
     except UserError as error:
-        print(f"sdpo {options.command}: {error}", file=sys.stderr)
+        # Messages of YAML and of the hub have several lines.
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"sdpo {options.command}: {message}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:

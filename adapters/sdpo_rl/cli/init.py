@@ -80,9 +80,15 @@ def run(arguments: Sequence[str]) -> int:
     files = {"recipe.yaml": RECIPE, "rewards.py": REWARDS, "tasks.jsonl": TASKS}
     if present := [name for name in files if (folder / name).exists()]:
         raise UserError(f"expected a folder without {', '.join(present)}, got {folder}; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        raise UserError(
+            f"expected a folder that can be written, got {str(folder)!r} ({error}); name another folder"
+        ) from error
+    for name in files:
         print(f"wrote {folder / name}")
     print(f"next: cd {folder} && sdpo train --config recipe.yaml --dry_run")
     return 0

@@ -34,6 +34,10 @@ def run(arguments: Sequence[str]) -> int:
         raise UserError(
             f"--json: expected a file in a folder, got {str(own.json)!r}; create the folder first"
         )
+    if own.json is not None and own.json.is_dir():
+        raise UserError(
+            f"--json: expected a file, got the folder {str(own.json)!r}; add a name that ends in .json"
+        )
     batches = _number(own.batches)
     recipe = parse(rest, command="probe", epilog=_OPTIONS)
     if recipe.run.quiet:

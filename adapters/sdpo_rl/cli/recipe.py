@@ -86,6 +86,7 @@ def parse(arguments: Sequence[str], *, command: str = "train", epilog: str | Non
     parser.add_argument("--config", help="a YAML file with any of these fields")
     known, _ = parser.parse_known_args(list(arguments))
     values = _read(known.config)
+    _demand_lists(values)
     if (preset := known.preset or values.get("preset")) is not None:
         _set_defaults(parser, _preset(preset))
     if unknown := _set_defaults(parser, values):
@@ -113,7 +114,7 @@ def _read(path: str | None) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"--config: expected a YAML file, got {path!r} ({error}); correct the path or the file"
         ) from error
@@ -122,6 +123,15 @@ def _read(path: str | None) -> dict[str, Any]:
             f"--config: expected a mapping in {path}, got {type(values).__name__}; write name: value lines"
         )
     return values
+
+
+def _demand_lists(values: dict[str, Any]) -> None:
+    """Refuse one text for several: it would be read letter by letter."""
+    for name in ("reward_funcs", "tools"):
+        if isinstance(values.get(name), str):
+            raise UserError(
+                f"{name}: expected a list, got {values[name]!r}; write {name}: [{values[name]}] in the recipe"
+            )
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -139,7 +149,7 @@ def _set_defaults(parser: TrlParser, values: dict[str, Any]) -> list[str]:
     """Make these the defaults of the parser; the names that are no field."""
     known = {action.dest for action in parser._actions}
     parser.set_defaults_with_config(**{name: value for name, value in values.items() if name in known})
-    return sorted(set(values) - known)
+    return sorted(str(name) for name in set(values) - known)
 
 
 def _without_config(arguments: Sequence[str]) -> list[str]:
@@ -197,17 +207,32 @@ def load_rows(where: str, split: str, config: str | None = None) -> Any:
     """A dataset from the hub or from a file.
 
     Raises:
-        UserError: there is no such file, or its ending is not known.
+        UserError: there is no such file, its ending is not known, or it cannot be read.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     path = Path(where)
     if path.suffix in FORMATS:
         if not path.is_file():
             raise UserError(f"dataset: expected a file or a hub id, got {where!r}; there is no such file")
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        if path.stat().st_size == 0:
+            raise UserError(f"dataset: expected rows, got the empty file {where!r}; write rows to it")
+        try:
+            return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        except DatasetGenerationError as error:
+            raise UserError(
+                f"dataset: expected {FORMATS[path.suffix]} rows, got {where!r}, which cannot be read "
+                f"({error.__cause__ or error}); correct the file"
+            ) from error
     if path.exists():
         raise UserError(
             f"dataset: expected a file that ends in {', '.join(FORMATS)}, got {where!r}; convert it"
         )
-    return load_dataset(where, config, split=split)
+    try:
+        return load_dataset(where, config, split=split)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"dataset: expected a hub id with the split {split!r}, got {where!r} ({error}); correct dataset, "
+            "dataset_config or the split, or pass a file"
+        ) from error

@@ -10,6 +10,8 @@ from .run import Run
 
 WIDTH, HEIGHT = 280, 170
 LEFT, RIGHT, TOP, BOTTOM = 38, 8, 20, 24
+# Beyond it, the differences and sums of an axis are no finite numbers.
+_LARGEST = 1e300
 # Points of a series, of which more are averaged, and those from which on it is also smoothed.
 _MOST_POINTS, _SMOOTHED_FROM = 400, 16
 _TICKS = 4
@@ -236,7 +238,7 @@ def _series(history: Iterable[dict[str, Any]], metric: Metric) -> list[tuple[int
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _smoothed(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

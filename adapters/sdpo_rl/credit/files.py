@@ -114,10 +114,12 @@ def read(path: Path) -> list[Entry]:
         ValueError: another line is not a JSON object with a `step`.
     """
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    # A byte that is no text makes its line no JSON, or is shown as such.
+    text = path.read_text(encoding="utf-8", errors="backslashreplace")
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             entry = json.loads(line)
-            if not isinstance(entry["step"], int):
+            if not isinstance(entry["step"], int) or ("warning" in entry and "message" not in entry):
                 raise TypeError
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(

@@ -60,7 +60,7 @@ def credit_report(
             f"output: expected a file, got the folder {str(path)!r}; add a name that ends in .html"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(_distinct(runs, run_dir, other)), encoding="utf-8")
+    path.write_text(render(_distinct(runs, run_dir, other)), encoding="utf-8", errors="backslashreplace")
     return path
 
 

@@ -21,6 +21,13 @@ class Warned(NamedTuple):
     message: str
 
 
+class State(NamedTuple):
+    """What the report reads of a state that the Trainer saved."""
+
+    step: int
+    history: list[dict[str, Any]]
+
+
 class Run(NamedTuple):
     """What a run left.
 
@@ -77,18 +84,26 @@ def read_run(folder: Path) -> Run:
 
 def _trainer_history(folder: Path) -> list[dict[str, Any]]:
     """The history of the last state that the Trainer saved; empty without one."""
-    states = [(state["global_step"], state["log_history"]) for state in _trainer_states(folder)]
-    history: list[dict[str, Any]] = max(states, key=lambda state: state[0], default=(0, []))[1]
-    return history
+    return max(_trainer_states(folder), key=lambda state: state.step, default=State(0, [])).history
 
 
-def _trainer_states(folder: Path) -> Iterator[dict[str, Any]]:
+def _trainer_states(folder: Path) -> Iterator[State]:
     checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     for path in (each / _STATE for each in [folder, *checkpoints]):
         if not path.is_file():
             continue
         try:
-            state = json.loads(path.read_text())
-        except json.JSONDecodeError:  # the run ended while it wrote this
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError):  # the run ended while it wrote this
             continue
-        yield state
+        try:
+            found = State(state["global_step"], state["log_history"])
+            complete = all(isinstance(entry["step"], int) for entry in found.history)
+        except (TypeError, KeyError):
+            complete = False
+        if not complete:
+            raise ValueError(
+                f"{path}: expected global_step, and log_history with a step in each entry, as the Trainer writes "
+                "them; remove the file"
+            )
+        yield found
