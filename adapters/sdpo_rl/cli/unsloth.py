@@ -51,7 +51,7 @@ def _in_file(path: Path) -> bool:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
     return isinstance(values, dict) and values.get("unsloth") is True
 
