@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 
 from sdpo_rl.cli import UserError, doctor, main, recipe
@@ -235,7 +236,11 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
             "expected file.py:name or module:name",
         ),
         (("--config", "recipe.yaml", "--preset", "fast"), "preset: expected one of"),
-        (("--config", "recipe.yaml", "--frobnicate", "3"), "--frobnicate"),
+        (
+            ("--config", "recipe.yaml", "--frobnicate", "3"),
+            "got --frobnicate 3; sdpo train --help lists them",
+        ),
+        (("--config", "recipe.yaml", "--aplha=0.5"), "got --aplha=0.5; write alpha for aplha"),
         (("--config", "recipe.yaml", "--beta", "0.1", *ON_CPU), "beta"),
         (("--config", "wrong.yaml"), "wrong.yaml: expected fields of GRPOConfig, ModelConfig, SDPOConfig"),
         (("--config", "bytes.yaml"), "--config: expected a YAML file, got 'bytes.yaml'"),
@@ -254,6 +259,7 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
             ("--config", "recipe.yaml", "--dataset", "no/such"),
             "dataset: expected a hub id with the split 'train'",
         ),
+        (("--config", "wrong.yaml"), "got aplha; write alpha for aplha"),
         (("--config", "list.yaml"), "--config: expected a mapping in list.yaml, got list"),
         (("--model_name_or_path", "x"), "dataset: expected a hub id or a file, got nothing"),
         ((), "model_name_or_path: expected a hub id or a folder, got nothing"),
@@ -280,6 +286,16 @@ def test_a_mistake_ends_with_one_line_and_the_fix(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sdpo train: ")
     assert message in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_machine_without_a_gpu_is_told_both_options(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["train", "--config", "recipe.yaml"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith("; without a GPU add --use_cpu true --bf16 false")
 
 
 def test_options_over_the_file_over_the_preset_over_the_defaults(tmp_path: Path) -> None:

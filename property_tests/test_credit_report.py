@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from sdpo_rl import credit_report
 from sdpo_rl.cli import main
 from sdpo_rl.credit import curves, files
+from sdpo_rl.credit.report import render
 from sdpo_rl.credit.run import Run, Warned
 
 ROOT = Path(__file__).parents[1]
@@ -388,6 +389,39 @@ def test_every_point_and_mark_is_inside_its_chart(numbers: list[float], stride: 
     assert min(ticks) == pytest.approx(curves.TOP)
     assert max(ticks) == pytest.approx(curves.HEIGHT - curves.BOTTOM)
     assert len(ticks) <= 7
+
+
+def _fits(text: str) -> bool:
+    """In DejaVu Sans of 11 units, a wide font, with a gap of 5 to the axis."""
+    width = {".": 3.5, "−": 9.2, "+": 9.2, "e": 6.8}
+    return sum(width.get(character, 7.0) for character in text) <= curves.LEFT - 5
+
+
+@given(st.floats(1e-9, 9e9), st.sampled_from([-1, 1]))
+def test_ticks_fit_beside_their_axis(largest: float, sign: int) -> None:
+    history = [{"step": 1, "reward": sign * largest}, {"step": 2, "reward": sign * largest / 3}]
+    (chart,) = curves.charts([Run("run", {}, history, [], [])])
+    assert all(_fits(tick.text) for tick in chart.y_ticks)
+    found = [float(tick.text.replace("−", "-")) for tick in chart.y_ticks]
+    assert found[0 if sign < 0 else -1] == pytest.approx(sign * max(map(abs, found)))
+    assert max(map(abs, found)) >= largest * (1 - 1e-6)
+
+
+def test_ticks_of_three_digits_with_an_exponent_would_not_fit() -> None:
+    assert not _fits("−1.5e+03")
+    assert not _fits("−1.5e−05")
+
+
+def test_lengths_in_thousands_are_whole_numbers() -> None:
+    history = [{"step": step, "completions/mean_length": 1500.0 + step} for step in (1, 2)]
+    (chart,) = curves.charts([Run("run", {}, history, [], [])])
+    assert [tick.text for tick in chart.y_ticks] == ["0", "500", "1000", "1500", "2000"]
+
+
+def test_the_rate_is_shown_with_the_samples_that_it_is_given_for(tmp_path: Path) -> None:
+    options = {"teacher_update_rate": 0.05, "teacher_rate_samples": 256}
+    text = render([Run("run", options, [{"step": 1, "reward": 0.1}], [], [])])
+    assert "<dt>teacher_rate_samples</dt><dd>256</dd>" in text
 
 
 def test_a_long_series_is_averaged_and_keeps_its_end() -> None:

@@ -199,6 +199,11 @@ def test_without_active_tokens_the_gradient_is_zero() -> None:
             "token_weights: expected None with reduction",
         ),
         ({"token_weights": torch.ones(4, 10)}, TypeError, "token_weights: expected a function"),
+        (
+            {"token_weights": "confidence"},
+            TypeError,
+            "pass one such as lambda statistics, mask: confidence_weights",
+        ),
         ({"token_weights": lambda found, kept: kept[0].float()}, ValueError, r"weigh\(...\): expected"),
         ({"token_weights": lambda found, kept: kept}, TypeError, r"weigh\(...\): expected"),
         (

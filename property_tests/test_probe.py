@@ -362,6 +362,8 @@ def test_the_result_prints_and_is_json(tmp_path: Path) -> None:
     text = str(result)
     assert text.startswith(f"VERDICT: {result.verdict.summary}")
     assert "α=0.5" in text
+    assert "same most likely token at" in text
+    assert "favourite" not in text
     assert "activations: not known on a CPU" in text
     assert "{" not in text
     assert max(map(len, text.splitlines())) < 140

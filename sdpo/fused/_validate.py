@@ -193,7 +193,8 @@ def check_row_factors(
     if token_weights is not None and not callable(token_weights):
         raise TypeError(
             f"token_weights: expected a function of statistics and mask, or None, got {type_name(token_weights)}; "
-            "pass tensors as weights"
+            "pass one such as lambda statistics, mask: confidence_weights(statistics.teacher_entropy, mask, "
+            "beta=1.0), or tensors as weights"
         )
     if token_fraction is None and token_weights is None:
         return None

@@ -12,6 +12,7 @@ from . import UserError
 RECIPE = """\
 # sdpo train --config recipe.yaml --dry_run    checks it
 # sdpo preview --config recipe.yaml            shows what the teacher reads
+# sdpo probe --config recipe.yaml              measures whether the model can teach itself
 # sdpo train --config recipe.yaml              trains
 # Without a GPU add --use_cpu true --bf16 false
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import os
@@ -92,21 +93,38 @@ def parse(arguments: Sequence[str], *, command: str = "train", epilog: str | Non
     if unknown := _set_defaults(parser, values):
         raise UserError(
             f"{known.config}: expected fields of GRPOConfig, ModelConfig, SDPOConfig or of the run, got "
-            f"{', '.join(unknown)}; sdpo train --help lists them"
+            f"{', '.join(unknown)}; {_similar(parser, unknown)}"
         )
     for action in parser._actions:
         if action.dest == "config":
             parser._remove_action(action)
             del parser._option_string_actions["--config"]
             break
-    return Recipe(*_dataclasses(parser, _without_config(arguments)))
+    kept = _without_config(arguments)
+    if unused := parser.parse_known_args(kept)[1]:
+        names = [value.partition("=")[0].lstrip("-") for value in unused if value.startswith("--")]
+        raise UserError(
+            "expected fields of GRPOConfig, ModelConfig, SDPOConfig or of the run, got "
+            f"{' '.join(unused)}; {_similar(parser, names)}"
+        )
+    return Recipe(*_dataclasses(parser, kept))
+
+
+def _similar(parser: TrlParser, names: Sequence[str]) -> str:
+    """What to write instead of names that are no field."""
+    known = [action.dest for action in parser._actions]
+    found = {name: difflib.get_close_matches(name, known, n=1) for name in names}
+    meant = [f"{match[0]} for {name}" for name, match in found.items() if match]
+    return f"write {', '.join(meant)}, or see sdpo train --help" if meant else "sdpo train --help lists them"
 
 
 def _dataclasses(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
     try:
         return tuple(parser.parse_args_into_dataclasses(args=arguments))
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        # GRPOConfig has bf16=True as its default, and transformers' message does not name both options.
+        no_gpu = "; without a GPU add --use_cpu true --bf16 false" if "bf16/gpu" in str(error) else ""
+        raise UserError(str(error).rstrip(".") + no_gpu) from error
 
 
 def _read(path: str | None) -> dict[str, Any]:

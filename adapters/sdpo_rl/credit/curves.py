@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from .run import Run
 
 WIDTH, HEIGHT = 280, 170
-LEFT, RIGHT, TOP, BOTTOM = 38, 8, 20, 24
+LEFT, RIGHT, TOP, BOTTOM = 55, 8, 20, 24
 # Beyond it, the differences and sums of an axis are no finite numbers.
 _LARGEST = 1e300
 # Points of a series, of which more are averaged, and those from which on it is also smoothed.
@@ -299,7 +299,18 @@ def _steps(first: int, last: int) -> list[int]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    """Three digits, in few characters: the space beside the axis is narrow.
+
+    Example:
+        >>> [_number(value) for value in (0.0, -0.15, 1500.0, 1.5e-5, 2e6)]
+        ['0', '−0.15', '1500', '1.5e−5', '2e6']
+    """
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        text = f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
+    else:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return text.replace("-", "−")
 
 
 def _path(series: Sequence[tuple[int, float]], x: Any, y: Any) -> str:

@@ -17,7 +17,16 @@ from .run import Run, read_run
 
 OUTPUT = "sdpo_report.html"
 # Options in the head of the page; of two runs also those that differ.
-_SHOWN = ("alpha", "support", "k", "teacher_mode", "teacher_update_rate", "grpo_weight", "routing")
+_SHOWN = (
+    "alpha",
+    "support",
+    "k",
+    "teacher_mode",
+    "teacher_update_rate",
+    "teacher_rate_samples",
+    "grpo_weight",
+    "routing",
+)
 
 
 def credit_report(

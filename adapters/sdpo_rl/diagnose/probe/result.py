@@ -274,7 +274,7 @@ def _retry(success: Success) -> str:
 
 def _right_answers(answers: RightAnswers | None) -> str:
     if answers is None:
-        return "none is known"
+        return "none is known; name a column of right completions as answer_column"
     return (
         f"{answers.gain_per_token:+.2f} nats per token, {answers.gain_per_sequence:+.2f} per answer (from "
         f"{answers.bare_per_sequence:.2f}), {answers.count} {answers.source}, {_percent(answers.shown)} shown"
@@ -289,7 +289,7 @@ def _agreement(result: ProbeResult) -> list[str]:
     lines = [
         _line(
             "teacher and student",
-            f"divergence {found.divergence:.3g} nats per token, same favourite at {_percent(found.argmax)}",
+            f"divergence {found.divergence:.3g} nats per token, same most likely token at {_percent(found.argmax)}",
         ),
         _line("entropy", f"student {found.student_entropy:.2f}, teacher {found.teacher_entropy:.2f} nats"),
         _line(
@@ -301,14 +301,16 @@ def _agreement(result: ProbeResult) -> list[str]:
         lines.append(
             _line(
                 "where they disagree",
-                f"the teacher's favourite has p={found.student_favourite:.2g}, q={found.teacher_favourite:.2g}",
+                f"the teacher's most likely token has p={found.student_favourite:.2g}, "
+                f"q={found.teacher_favourite:.2g}",
             )
         )
     for effect in found.effects:
         here = " (this run)" if effect.alpha == result.alpha else ""
         text = f"gradient {effect.gradient_norm:.3g} per token"
         if effect.push is not None and effect.hardly_moved is not None:
-            text += f"; favourite {effect.push:+.3g}, {_percent(effect.hardly_moved)} hardly moved"
+            text += f", moves that token by {effect.push:+.3g}"
+            text += f", hardly moves {_percent(effect.hardly_moved)} of q − p"
         lines.append(_line(f"α={effect.alpha:g}", text + here))
     return lines
 
