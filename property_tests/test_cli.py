@@ -9,13 +9,14 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 import yaml
 
-from sdpo_rl.cli import UserError, doctor, main, recipe
+from sdpo_rl.cli import UserError, doctor, main, recipe, unsloth
 
 ROOT = Path(__file__).parents[1]
 ON_CPU = ("--use_cpu", "true", "--bf16", "false", "--report_to", "none")
@@ -379,3 +380,33 @@ def test_without_a_command_the_help_lists_all(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "sdpo 0.1.0, sdpo_rl 0.1.0\n"
     with pytest.raises(SystemExit):
         main(["frobnicate"])
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [("unsloth: true", True), ("unsloth: 'true'", True), ("unsloth: 'no'", False), ("k: 20", False)],
+)
+def test_a_quoted_value_of_unsloth_means_the_same(tmp_path: Path, text: str, asked: bool) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert unsloth._asked(["--config", str(tmp_path / "recipe.yaml")]) == asked
+
+
+def test_ctrl_c_ends_a_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "sdpo doctor: interrupted\n"
+
+
+def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(arguments: Any) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(doctor, "run", closed)
+    with (tmp_path / "output").open("w") as target:
+        monkeypatch.setattr(sys, "stdout", target)
+        assert main(["doctor"]) == 0

@@ -33,7 +33,7 @@ _OTHER_NAMES = {
 # Options of `GRPOConfig` that add to GRPO's loss: the value that turns one off, and what it adds. They are refused
 # without a part of the loss that is GRPO's.
 _OF_POLICY: dict[str, tuple[Any, str]] = {
-    "beta": (0.0, "a KL penalty"),
+    "beta": (0.0, "a KL penalty (that of SDPO's part is SDPOConfig.anchor_weight)"),
     "entropy_coef": (0.0, "an entropy bonus"),
     "use_adaptive_entropy": (False, "an entropy bonus"),
     "top_entropy_quantile": (1.0, "a loss on the tokens of highest entropy alone"),

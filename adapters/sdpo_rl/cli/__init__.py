@@ -7,7 +7,8 @@
     report    a run as one HTML file
     doctor    check the installation
 
-A user's mistake ends a command with one line on standard error and the exit code 2; a failed check with 1.
+A user's mistake ends a command with one line on standard error and the exit code 2; a failed check with 1, Ctrl-C
+with 130. A reader of the output that has enough, such as `head`, ends it without a word.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; `None`: those of the process.
 
     Returns:
-        The exit code: 0, 1 for a check that failed, 2 for a mistake in the arguments or the recipe.
+        The exit code: 0, 1 for a check that failed, 2 for a mistake in the arguments or the recipe, 130 for
+        Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="sdpo",
@@ -79,7 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Before a command imports TRL.
         importlib.import_module(".unsloth", __name__).patch_if_asked(arguments[split:])
         run = importlib.import_module(f".{options.command}", __name__).run
-        return int(run(arguments[split:]))
+        code = int(run(arguments[split:]))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"sdpo {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python would write again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UserError as error:
         # Messages of YAML and of the hub have several lines.
         message = " ".join(line.strip() for line in str(error).splitlines())

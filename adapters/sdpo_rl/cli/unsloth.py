@@ -41,7 +41,7 @@ def _asked(arguments: Sequence[str]) -> bool:
     parser.add_argument("--config")
     known, _ = parser.parse_known_args(list(arguments))
     if known.unsloth is not None:
-        return known.unsloth.lower() in ("true", "yes", "y", "t", "1")
+        return _is_true(known.unsloth)
     return known.config is not None and _in_file(Path(known.config))
 
 
@@ -53,7 +53,12 @@ def _in_file(path: Path) -> bool:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return False
-    return isinstance(values, dict) and values.get("unsloth") is True
+    return isinstance(values, dict) and _is_true(values.get("unsloth"))
+
+
+def _is_true(value: object) -> bool:
+    """As the parser of options reads it, so that a quoted value means the same here."""
+    return str(value).lower() in ("true", "yes", "y", "t", "1")
 
 
 def load_model(recipe: Recipe) -> tuple[Any, Any]:
