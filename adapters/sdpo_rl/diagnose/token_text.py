@@ -28,7 +28,7 @@ class TokenText:
 
     Example:
         >>> print(TokenText("<bot>say <bot> ... done", plain=[(9, 14)], cuts=[(14, 19)]))
-        <bot>say \\\\<bot>« ... »done
+        <bot>say \\<bot>« ... »done
     """
 
     text: str
