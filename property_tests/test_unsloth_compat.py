@@ -620,7 +620,14 @@ PUBLIC = {
     "remove_callback",
 }
 PUBLIC |= {"callback_handler", "is_world_process_zero", "optimizer", "save_model", "state", "train_dataset"}
-OUR_KEYS = {"teacher_prompt_ids", "teacher_prompt_mask", "row_mask", "loss_mask", "row_weights"}
+OUR_KEYS = {
+    "teacher_prompt_ids",
+    "teacher_prompt_mask",
+    "row_mask",
+    "loss_mask",
+    "row_weights",
+    "rollout_row",
+}
 OUR_KEYS |= {f"policy_{name}" for name in ("mask", "advantages", "weights", "kl_weights", "entropy_weights")}
 
 

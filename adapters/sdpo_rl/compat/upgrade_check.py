@@ -151,6 +151,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     Method("train", ("resume_from_checkpoint",), "the checkpoint is validated before the run begins"),
     Method("_get_output_dir", ("trial",), "the teacher is saved in the checkpoint's folder"),
     Method("_get_train_sampler", (), "a resumed run has the row order of the uninterrupted one"),
+    Method("get_train_dataloader", (), "preview and probe draw the prompts that training begins with"),
     Method("_init_training_state", (), "a run over a stream is resumed in the pass it was in"),
     Method("create_model_card", ("model_name",), "the options are added to the model card"),
     *(
@@ -256,6 +257,11 @@ EXPECTATIONS: tuple[Expectation, ...] = (
                 "_pending_extra_logs",
             ),
             "environments return feedback": ("environments",),
+            "preview and probe sample as training does, and leave the environments as they were": (
+                *("eos_token_ids", "max_completion_length", "rollout_func", "vllm_mode"),
+                *("is_deepspeed_enabled", "_environment_pool"),
+            ),
+            "the completions table has rows and divergences": ("log_completions",),
             "the dataset's column of feedback is not removed": ("_signature_columns",),
             "whether the model itself generates": ("use_vllm",),
             "experts are balanced as in GRPO": ("aux_loss_enabled", "router_aux_loss_coef"),
