@@ -66,6 +66,8 @@ def main() -> None:
         dist.all_reduce(total)
         if rank == 0:
             print(f"step {step}: loss {total / count:.6f}")
+    # A process that ends while gloo's threads still hold tensors of the last reduction aborts.
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -397,6 +397,18 @@ def observe_table(folder: Path) -> Observed:
     return {name: list(column) for name, column in trainer._logs["extra"].items()}
 
 
+def leave_process_group() -> None:
+    """The end of a process of a group.
+
+    A process that ends while gloo's threads still hold tensors of the last reduction aborts.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def main_batches(folder: Path) -> None:
     import torch
 
@@ -410,8 +422,7 @@ def main_batches(folder: Path) -> None:
         for adapter in ("", "lora")
     }
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def main_deepspeed(folder: Path) -> None:
@@ -462,8 +473,7 @@ def main(folder: Path) -> None:
             "fsdp2, lora": observe_sampling(folder, "fsdp2", "lora"),
         }
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

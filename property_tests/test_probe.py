@@ -333,6 +333,8 @@ assert all(tensor.equal(before[name]) for name, tensor in trainer.model.state_di
 trainer.train()
 rank = trainer.accelerator.process_index
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(result.to_dict()))
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 

@@ -91,7 +91,8 @@ def main() -> None:
         first, last = (sum(part) / tenth for part in (rewards[:tenth], rewards[-tenth:]))
         ranks = trainer.accelerator.num_processes
         print(f"{trainer.accelerator.distributed_type} on {ranks} ranks: reward {first:.2f} -> {last:.2f}")
-    # Without this, open connections between the processes may raise an error at exit.
+    # A process that ends while a backend's threads still hold tensors of the last reduction aborts.
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 

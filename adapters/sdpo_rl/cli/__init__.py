@@ -47,6 +47,17 @@ def show(text: object) -> None:
     print(text)
 
 
+def _leave_process_group() -> None:
+    """The end of one process of several.
+
+    A process that ends while gloo's threads still hold tensors of its last reduction aborts.
+    """
+    accelerate = sys.modules.get("accelerate")  # not imported by the commands without a trainer
+    if accelerate is not None and accelerate.PartialState().num_processes > 1:
+        accelerate.PartialState().wait_for_everyone()
+        accelerate.PartialState().destroy_process_group()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -84,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = importlib.import_module(f".{options.command}", __name__).run
         code = int(run(arguments[split:]))
         sys.stdout.flush()
+        _leave_process_group()
         return code
     except KeyboardInterrupt:
         print(f"sdpo {options.command}: interrupted", file=sys.stderr)
