@@ -13,7 +13,7 @@ ELSEWHERE = {"accelerate", "demo", "private_api"}
 HERE = {
     *(path.name for path in EXAMPLES.glob("0*.py")),  # test_numbered_examples.py
     *("tiny_model.py", "unsloth_7b_24gb.py"),
-    *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "recipe", "step")),
+    *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "ranks", "recipe", "step")),
 }
 # The benchmark has one shape for CPUs, which takes half a minute.
 SMALL_LOSS = """
@@ -99,6 +99,28 @@ def test_a_step_of_several_layouts(tmp_path: Path) -> None:
     assert 4 * 10 <= record["batch"]["tokens"] < 4 * 509
     assert record["batch"]["fill"] == pytest.approx(record["batch"]["tokens"] / (4 * (9 + 342)))
     assert f"fill {record['batch']['fill']:.0%} of the padded batch" in printed
+
+
+def test_several_processes_beside_one(tmp_path: Path) -> None:
+    printed = example(
+        tmp_path,
+        "benchmarks/ranks.py",
+        *("--rows", "4", "--completion", "8", "--steps", "3", "--output", "record.json"),
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert not any("failed" in run for run in record["runs"].values()), printed
+    assert {name: (run["processes"], run["rows"]) for name, run in record["runs"].items()} == {
+        "one": (1, 4),
+        "ddp, same rows": (2, 4),
+        "ddp, rows each": (2, 8),
+    }
+    one, same, each = record["runs"].values()
+    assert one["losses"].keys() == {"1", "2", "3"}
+    assert record["compared"]["loss of ddp, same rows"] < 1e-3  # weights in bfloat16
+    assert record["compared"]["weak scaling of ddp"] > 0
+    # Other rows have another loss, so the comparison above can fail.
+    assert max(abs(each["losses"][step] / one["losses"][step] - 1) for step in one["losses"]) > 1e-3
+    assert same["teacher_bytes"] == one["teacher_bytes"] > 0
 
 
 def test_the_loss_and_its_floor(tmp_path: Path) -> None:
