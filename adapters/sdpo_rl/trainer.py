@@ -69,8 +69,6 @@ _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
 # Of `_get_per_token_logps_and_entropies`, those that ask for log-probabilities of texts alone.
 _LOG_PROB_ARGUMENTS = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
-# The Trainer's loss since the last log: a tensor, a float and the step they count from.
-_RUNNING_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 # One value per optimizer step: 1 if it changed nothing.
 _STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 
@@ -196,7 +194,7 @@ class SDPOTrainer(_BASE):
         self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
-        self._stream_position: tuple[int, int] | None = None  # of the checkpoint, for data without a length
+        self._resume = checkpoint.ResumePoint()
         super().__init__(model=model, args=args, **kwargs)
         self._turns = GenerationTurns(self.accelerator.device)
         if not self.sdpo_config.enabled:
@@ -252,7 +250,6 @@ class SDPOTrainer(_BASE):
         self._table: CompletionsTable | None = None
         if self.log_completions and hasattr(self, "_log_completion_extra"):
             self._table = CompletionsTable(self.args.generation_batch_size)
-        self._epochs_done = 0  # before the checkpoint
         self._optimizer_hook: Any = None
         self._student_moved = False  # since the last generation batch with a teacher update
         self.add_callback(
@@ -734,15 +731,13 @@ class SDPOTrainer(_BASE):
             ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
         """
         if self.sdpo_config.enabled:
-            self._epochs_done, self._stream_position = 0, None
-            resume_from_checkpoint = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
-            if isinstance(resume_from_checkpoint, str):
-                self._epochs_done = checkpoint.epochs_done(resume_from_checkpoint)
-                if not hasattr(self.train_dataset, "__len__"):
-                    self._stream_position = checkpoint.stream_position(resume_from_checkpoint)
-                if self.sdpo_config.teacher_on_resume == "restore":
-                    for name, store in self._stores.items():
-                        checkpoint.check_teacher(resume_from_checkpoint, store, self._unwrapped, name=name)
+            has_length = hasattr(self.train_dataset, "__len__")
+            self._resume = checkpoint.resume_point(
+                resume_from_checkpoint, self.args.output_dir, has_length=has_length
+            )
+            resume_from_checkpoint = self._resume.folder
+            if isinstance(resume_from_checkpoint, str) and self.sdpo_config.teacher_on_resume == "restore":
+                checkpoint.check_teachers(resume_from_checkpoint, self._stores, self._unwrapped)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -751,17 +746,16 @@ class SDPOTrainer(_BASE):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if self.sdpo_config.enabled:
-            # Every epoch draws its order from one generator, so the epochs before the checkpoint are drawn again.
-            for _ in range(self._epochs_done):
-                next(iter(sampler), None)
+        # Every epoch draws its order from one generator, so the epochs before the checkpoint are drawn again.
+        for _ in range(self._resume.epochs_done):
+            next(iter(sampler), None)
         return sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)
-        if self._stream_position is None:
+        if self._resume.stream_position is None:
             return epochs, batches
-        epochs, steps = self._stream_position
+        epochs, steps = self._resume.stream_position
         return epochs, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -795,10 +789,7 @@ class SDPOTrainer(_BASE):
             if self.args.should_save:
                 checkpoint.mark_incomplete(folder)
             self.accelerator.wait_for_everyone()
-            for name, store in self._stores.items():
-                checkpoint.save_teacher(
-                    folder, store, self._unwrapped, writes=self.args.should_save, name=name
-                )
+            checkpoint.save_teachers(folder, self._stores, self._unwrapped, writes=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -827,11 +818,10 @@ class SDPOTrainer(_BASE):
                 version=__version__,
             )
         if self.sdpo_config.enabled and checkpoint_folder is not None:
-            for name, store in self._stores.items():
-                if self.sdpo_config.teacher_on_resume == "restart":
-                    store.restart(self._unwrapped)
-                else:
-                    checkpoint.load_teacher(checkpoint_folder, store, self._unwrapped, name=name)
+            on_resume = self.sdpo_config.teacher_on_resume
+            checkpoint.continue_teachers(
+                checkpoint_folder, self._stores, self._unwrapped, on_resume=on_resume
+            )
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         super()._load_rng_state(checkpoint_folder)
@@ -851,7 +841,7 @@ class SDPOTrainer(_BASE):
             step=self._step,
             student_moved=self._student_moved,
             batches=self._buffered_inputs if self._step % self._generate_every else None,
-            running_loss={name: float(getattr(self, name)) for name in _RUNNING_LOSS if hasattr(self, name)},
+            running_loss=progress.running_loss(self),
             metrics=self._metrics["train"],
             sums=self._sums["train"].state(),
             diagnostics=self._diagnostics.state(),
@@ -865,10 +855,7 @@ class SDPOTrainer(_BASE):
         self._generations_done = self._step // self._generate_every
         if state.batches is not None:
             self._buffered_inputs = state.batches
-        for name in _RUNNING_LOSS:
-            if name in state.running_loss and hasattr(self, name):
-                value, old = state.running_loss[name], getattr(self, name)
-                setattr(self, name, old.new_tensor(value) if isinstance(old, Tensor) else type(old)(value))
+        progress.set_running_loss(self, state.running_loss)
         self._metrics["train"].update(state.metrics)
         self._sums["train"].load_state(state.sums)
         self._diagnostics.load_state(state.diagnostics)
