@@ -24,9 +24,9 @@ from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from . import __version__, _validate
-from .compat import model_card, peft_lora, trackers
+from .compat import completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
-from .compat.completions_table import DEMONSTRATIONS, DIVERGENCE, CompletionsTable
+from .compat.completions_table import CompletionsTable
 from .compat.generation import GenerationTurns
 from .compat.trl import parsed_response, reference_adapter, torch_kernel
 from .config import SDPOConfig
@@ -45,7 +45,6 @@ from .rollout.feedback import (
     FeedbackCollector,
     column_texts,
     environment_feedback,
-    table_column,
 )
 from .rollout.prompts import Renderer, completion_text
 from .rollout.rendered import rendered_prompts
@@ -322,18 +321,16 @@ class SDPOTrainer(_BASE):
         ]
 
     def _log_feedback(self, feedback: list[str | None]) -> None:
-        """The feedback as a column of the completions table, beside those of the reward functions."""
-        if not hasattr(self, "_log_completion_extra"):
-            return
-        self._extra_columns.update(self._gather([*self._pending_extra_logs]))
-        column = table_column([*self.reward_func_names, *self._extra_columns])
-        table = self._logs["extra"]
-        if column != "feedback" and column not in table:
-            if not any(self._gather(feedback)):
-                return
-            # The columns of the table must have one length, also after batches without feedback.
-            table[column].extend([None] * len(self._logs["prompt"]))
-        self._log_completion_extra(column, feedback)
+        if hasattr(self, "_log_completion_extra"):
+            self._extra_columns.update(self._gather([*self._pending_extra_logs]))
+            completions_table.add_feedback(
+                self._logs["extra"],
+                feedback,
+                self._taken_columns,
+                rows=len(self._logs["prompt"]),
+                log=self._log_completion_extra,
+                gather=self._gather,
+            )
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.sdpo_config.enabled:
@@ -346,12 +343,11 @@ class SDPOTrainer(_BASE):
         if self._table is not None:
             device = output["completion_ids"].device
             output["rollout_row"] = torch.arange(len(rollout.prompts), device=device)[:, None]
-            used = zip(context.demonstration_rows, context.prompts.has_demonstration, strict=True)
             self._table.add_batch(
                 self._logs["extra"],
-                self._table_columns,
+                completions_table.column_names(self._taken_columns),
                 self._mode,
-                self._gather([places if shown else [] for places, shown in used]),
+                self._gather(context.shown_rows),
                 first_row=first_row,
             )
         return output
@@ -707,7 +703,8 @@ class SDPOTrainer(_BASE):
             for name, value in means.items():
                 self._metrics[mode][name].append(value)
             if self._table is not None:
-                self._table.fill(self._logs["extra"], self._table_columns[1], self._gather)
+                names = completions_table.column_names(self._taken_columns)
+                self._table.fill(self._logs["extra"], names[1], self._gather)
         super().log(logs, *args, **kwargs)
         if self.sdpo_config.enabled:
             self._diagnostics.observe_logs(logs)
@@ -933,10 +930,9 @@ class SDPOTrainer(_BASE):
         return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big")
 
     @property
-    def _table_columns(self) -> list[str]:
-        """Names of the columns of `CompletionsTable`."""
-        taken = [*self.reward_func_names, *self._extra_columns]
-        return [table_column(taken, name) for name in (DEMONSTRATIONS, DIVERGENCE)]
+    def _taken_columns(self) -> list[str]:
+        """Names of columns of the completions table that reward functions write."""
+        return [*self.reward_func_names, *self._extra_columns]
 
     def _gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order."""

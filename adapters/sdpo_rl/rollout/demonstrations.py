@@ -69,6 +69,12 @@ class TeacherContext:
     demonstrations: list[list[str]]
     metrics: dict[str, float]
 
+    @property
+    def shown_rows(self) -> list[list[int]]:
+        """Of `demonstration_rows` those that are in the reprompts."""
+        shown = zip(self.demonstration_rows, self.prompts.has_demonstration, strict=True)
+        return [rows if has_demonstration else [] for rows, has_demonstration in shown]
+
 
 def teacher_context(
     rollout: Rollout,

@@ -117,19 +117,6 @@ def check_column(column: Iterable[Any], name: str = "feedback") -> None:
             )
 
 
-def table_column(taken: Iterable[str], column: str = "feedback") -> str:
-    """The name of a column of the completions table: `feedback`, say, or `sdpo_feedback` where that is taken.
-
-    Args:
-        taken: names of reward functions, and of columns that they write by `log_extra`.
-        column: the wanted name.
-    """
-    names = set(taken)
-    while column in names:
-        column = f"sdpo_{column}"
-    return column
-
-
 def column_name(columns: Iterable[str]) -> str | None:
     """Which of a dataset's columns holds feedback; `None`: none of them.
 
