@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .config import SDPOConfig
+from .rollout import rewards
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
@@ -352,6 +353,32 @@ def check_reward_functions(reward_funcs: Any) -> None:
                 f"reward_funcs[{index}]: expected a function, a reward model or a model's name, got "
                 f"{type(reward).__name__}; the order is SDPOTrainer(model, reward_funcs, args, train_dataset)"
             )
+
+
+def check_generation_batch(
+    rows: Sequence[Any],
+    config: SDPOConfig,
+    rendered: RenderedPrompts | None,
+    reward_funcs: Any,
+    *,
+    prompts: bool,
+    has_environments: bool,
+) -> None:
+    """What can be checked before a token is sampled.
+
+    Args:
+        rows: of the batch.
+        config: the SDPOConfig.
+        rendered: as for `check_rendered`.
+        reward_funcs: of the trainer.
+        prompts: as for `check_rows`.
+        has_environments: as for `check_keywords` of rewards.
+    """
+    check_rows(rows, prompts=prompts)
+    rewards.check_keywords(
+        (name for row in rows for name in row), reward_funcs, has_environments=has_environments
+    )
+    check_rendered([row["prompt"] for row in rows if "prompt" in row], rendered, config)
 
 
 def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:

@@ -46,10 +46,10 @@ from .rollout.feedback import (
     column_texts,
     environment_feedback,
 )
-from .rollout.prompts import Renderer, completion_text
+from .rollout.prompts import Renderer
 from .rollout.rendered import rendered_prompts
-from .rollout.reprompts import Reprompter
-from .rollout.thinking import without_thinking
+from .rollout.reprompts import Reprompter, make_reprompter
+from .rollout.scored import sample, scored
 from .step import entropy as step_entropy
 from .step import forward as step_forward
 from .step import head as step_head
@@ -207,14 +207,12 @@ class SDPOTrainer(_BASE):
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
-        self._rendered = rendered_prompts(
-            Renderer(
-                tokenizer=self.processing_class,
-                chat_template=getattr(self, "chat_template", None),
-                template_kwargs=self.chat_template_kwargs,
-            ),
-            self._control,
+        self._renderer = Renderer(
+            tokenizer=self.processing_class,
+            chat_template=getattr(self, "chat_template", None),
+            template_kwargs=self.chat_template_kwargs,
         )
+        self._rendered = rendered_prompts(self._renderer, self._control)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validate.check_rendered_dataset(dataset, name, self._rendered, self.sdpo_config)
         self._rollout: Rollout | None = None
@@ -280,11 +278,11 @@ class SDPOTrainer(_BASE):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        enabled = self.sdpo_config.enabled
+        config, enabled = self.sdpo_config, self.sdpo_config.enabled
         if enabled:  # before reward functions, which may change what they are given
-            rollout_prompts, rollout_completions = copy.deepcopy((list(prompts), list(completions)))
-            lengths = [len(ids) for ids in completion_ids_list]
-            demonstrations = self._demonstrations(completions, completion_ids_list)
+            sampled = sample(
+                prompts, completions, completion_ids_list, config, self.processing_class, parsed_response
+            )
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         feedback = self._feedback.take(
             len(inputs),
@@ -292,33 +290,10 @@ class SDPOTrainer(_BASE):
             environment_feedback(getattr(self, "environments", None) or []),
         )
         self._log_feedback(feedback)
-        if not enabled:
-            return rewards
-        weights = self.reward_weights.to(rewards.device)
-        reward_rules.check_finite(rewards, self.reward_func_names, weights)
-        scores = reward_rules.success_scores(
-            rewards, self.reward_func_names, weights, self.sdpo_config.success_reward_funcs
-        )
-        self._rollout = Rollout(
-            prompts=rollout_prompts,
-            completions=rollout_completions,
-            completion_lengths=lengths,
-            demonstrations=demonstrations,
-            feedback=feedback,
-            scores=scores.float().cpu(),
-            rewards=rewards.float().cpu(),
-        )
+        if enabled:
+            names, weights = self.reward_func_names, self.reward_weights
+            self._rollout = scored(sampled, feedback, rewards, config, names=names, weights=weights)
         return rewards
-
-    def _demonstrations(self, completions: Any, completion_ids: Any) -> list[str]:
-        """Each completion's text where it is shown as a solution."""
-        config = self.sdpo_config
-        if not config.remove_thinking_from_demonstration:
-            return [completion_text(completion) for completion in completions]
-        return [
-            without_thinking(completion, ids, self.processing_class, config.thinking_marks, parsed_response)
-            for completion, ids in zip(completions, completion_ids, strict=True)
-        ]
 
     def _log_feedback(self, feedback: list[str | None]) -> None:
         if hasattr(self, "_log_completion_extra"):
@@ -354,15 +329,15 @@ class SDPOTrainer(_BASE):
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
         """A generation batch: what was sampled and scored, what the teacher reads, and the inputs of the loss."""
-        # An environment may return the prompts itself.
-        _validate.check_rows(inputs, prompts=getattr(self, "environment_factories", None) is None)
-        reward_rules.check_keywords(
-            (name for row in inputs for name in row),
+        _validate.check_generation_batch(
+            inputs,
+            self.sdpo_config,
+            self._rendered,
             self.reward_funcs,
+            # An environment may return the prompts itself.
+            prompts=getattr(self, "environment_factories", None) is None,
             has_environments=getattr(self, "environments", None) is not None,
         )
-        given = [row["prompt"] for row in inputs if "prompt" in row]
-        _validate.check_rendered(given, self._rendered, self.sdpo_config)
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
@@ -389,18 +364,9 @@ class SDPOTrainer(_BASE):
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
-        return (
-            rollout,
-            context,
-            output
-            | teacher_inputs(
-                output,
-                context.prompts.ids,
-                context.distilled,
-                row_weights=context.row_weights,
-                pad_id=self._pad_id,
-            ),
-        )
+        prompt_ids, distilled, weights = context.prompts.ids, context.distilled, context.row_weights
+        further = teacher_inputs(output, prompt_ids, distilled, row_weights=weights, pad_id=self._pad_id)
+        return rollout, context, output | further
 
     def preview(self, n: int = 4) -> Preview:
         """What student and teacher read in rows of the first generation batch of the data; trains nothing.
@@ -450,24 +416,11 @@ class SDPOTrainer(_BASE):
         return step_policy.signal_mask(self.sdpo_config, self._policy_term, batch)
 
     def _reprompter(self) -> Reprompter:
-        config, row_tools = self.sdpo_config, None
+        row_tools = None
         if getattr(self, "environment_factories", None) is not None:  # each environment has its own tools
             row_tools = [self._env_tools[name] for name in self._batch_environments]
-        renderer = Renderer(
-            tokenizer=self.processing_class,
-            tools=getattr(self, "tools", None),
-            row_tools=row_tools,
-            chat_template=getattr(self, "chat_template", None),
-            template_kwargs={**self.chat_template_kwargs, **config.template_kwargs},
-            control=None if config.allow_control_tokens else self._control,
-        )
-        return Reprompter(
-            renderer,
-            config.templates(),
-            config.environment_feedback_only_without_solution,
-            config.reprompt_truncation,
-            self._rendered,
-        )
+        renderer = dataclasses.replace(self._renderer, tools=getattr(self, "tools", None))
+        return make_reprompter(self.sdpo_config, renderer, self._control, self._rendered, row_tools=row_tools)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         return self._turns.turn(super()._generate_single_turn, *args, **kwargs)
