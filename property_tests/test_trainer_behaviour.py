@@ -965,7 +965,7 @@ def test_an_adapted_head_is_trained_with_whole_logits(
         caplog.clear()
         trainer.train()
         ends[backend] = trainable(trainer.model)
-        assert not trainer._fused
+        assert not trainer._forward_mode.fused
         warned = [r for r in caplog.records if "falling back to loss_backend='logits'" in r.getMessage()]
         assert len(warned) == (backend == "auto")
         head = [n for n in before if "lm_head" in n or "token" in n]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from . import __version__, _validate
@@ -28,7 +26,7 @@ from .compat import completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.completions_table import CompletionsTable
 from .compat.generation import GenerationTurns
-from .compat.trl import parsed_response, reference_adapter, torch_kernel
+from .compat.trl import parsed_response, reference, torch_kernel
 from .config import SDPOConfig
 from .credit.files import RunLog
 from .credit.recorder import make_recorder, table_rows
@@ -39,7 +37,7 @@ from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_o
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
 from .rollout.control import ControlStrings
-from .rollout.demonstrations import Rollout, TeacherContext, teacher_context
+from .rollout.demonstrations import Rollout, TeacherContext, selection_seed, teacher_context
 from .rollout.feedback import (
     FEEDBACK_COLUMNS,
     FeedbackCollector,
@@ -55,14 +53,16 @@ from .step import forward as step_forward
 from .step import head as step_head
 from .step import micro_batch
 from .step import policy as step_policy
-from .step.batch import TokenBatch, select_rows, teacher_inputs, token_batch
-from .step.denominator import StepWindow, loss_count, signal_counts
-from .step.metrics import MetricSums
+from .step.batch import TokenBatch, select_rows, teacher_inputs
+from .step.denominator import StepWindow, batch_counts, loss_count
+from .step.forward_mode import ForwardMode, find_forward_mode
+from .step.metrics import EvaluationLoss, MetricSums
 from .step.optimizer import drop_gradients
-from .step.runner import ChosenLayout, choose_layout
+from .step.schedule import Schedule, schedule_of
 from .teacher import shards
 from .teacher.reference import start_of_training
 from .teacher.store import TeacherStore
+from .teacher.ticks import TickSchedule
 
 _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
@@ -203,7 +203,7 @@ class SDPOTrainer(_BASE):
         _validate.check_backend(self.sdpo_config, self.accelerator.device)
         shards.check_strategy(
             self.accelerator,
-            generate_every=self._generate_every,
+            generate_every=self._schedule.generate_every,
             accumulation_steps=self.args.gradient_accumulation_steps,
         )
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
@@ -216,25 +216,25 @@ class SDPOTrainer(_BASE):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             _validate.check_rendered_dataset(dataset, name, self._rendered, self.sdpo_config)
         self._rollout: Rollout | None = None
+        teacher_tick = self.sdpo_config.teacher_tick
+        samples_per_tick = self._schedule.samples_per_tick(teacher_tick)
         self._teacher = TeacherStore(
-            self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=self._samples_per_tick
+            self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=samples_per_tick
         )
+        self._ticks = TickSchedule(per_generation_batch=teacher_tick == "generation_batch")
         self._start = start_of_training(
             self._unwrapped, self.sdpo_config, self.ref_model, seed=self.args.seed
         )
         self._stores = {checkpoint.TEACHER: self._teacher}  # by their files in a checkpoint
         if self._start is not None:
             self._stores[checkpoint.REFERENCE] = self._start
-        self._generations_done = 0  # with a teacher update
         self._transform = step_head.head_transform(self._unwrapped.config)
-        self._fused: bool | None = None  # unknown until the first forward
+        self._forward_mode: ForwardMode | None = None  # unknown until the first forward
         self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
-        self._reads_padding = False
-        self._layout: ChosenLayout | None = None  # of the rows in a forward
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._eval_loss = MetricSums()
+        self._eval_loss = EvaluationLoss()
         self._diagnostics = Diagnostics(self.sdpo_config)
         self._run_log = RunLog(self.args.output_dir, writes=self.accelerator.is_main_process)
         self._recorder = make_recorder(
@@ -248,7 +248,6 @@ class SDPOTrainer(_BASE):
         if self.log_completions and hasattr(self, "_log_completion_extra"):
             self._table = CompletionsTable(self.args.generation_batch_size)
         self._optimizer_hook: Any = None
-        self._student_moved = False  # since the last generation batch with a teacher update
         self.add_callback(
             _TrainingHooks(
                 begin=self._begin_training,
@@ -266,7 +265,7 @@ class SDPOTrainer(_BASE):
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
-        warn_of_fast_teacher(self.sdpo_config, samples_per_tick=self._samples_per_tick)
+        warn_of_fast_teacher(self.sdpo_config, samples_per_tick=samples_per_tick)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -357,7 +356,7 @@ class SDPOTrainer(_BASE):
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
             context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,
-            seed=self._selection_seed,
+            seed=selection_seed(self.args.seed, self.state.global_step, self._window.index, mode == "eval"),
             gather=self._gather,
         )
         for name, value in context.metrics.items():
@@ -402,18 +401,10 @@ class SDPOTrainer(_BASE):
         inputs = super()._prepare_inputs(generation_batch)
         if self.sdpo_config.enabled and self._mode == "train" and self._buffered_inputs is not self._counted:
             self._counted = self._buffered_inputs
-            aggregation = self.sdpo_config.loss_aggregation
-            batches = self._buffered_inputs
-            counts = torch.stack([loss_count(batch, aggregation) for batch in batches])
-            signals = torch.stack([signal_counts(batch, self._signal_mask(batch)) for batch in batches])
-            totals = self._sum(torch.cat([counts[:, None], signals], dim=1))
-            self._window.set_counts(totals[:, 0], totals[:, 1:])
+            self._window.set_counts(
+                *batch_counts(self._counted, self.sdpo_config, self._policy_term, total=self._sum)
+            )
         return inputs
-
-    def _signal_mask(self, batch: Any) -> Tensor | None:
-        if self._policy_term is None:
-            return None
-        return step_policy.signal_mask(self.sdpo_config, self._policy_term, batch)
 
     def _reprompter(self) -> Reprompter:
         row_tools = None
@@ -455,7 +446,7 @@ class SDPOTrainer(_BASE):
                 denominator = self._window.denominator(
                     step=self._step,
                     length=self.current_gradient_accumulation_steps,
-                    generate_every=self._generate_every,
+                    generate_every=self._schedule.generate_every,
                     part_weights=self._part_weights,
                 )
                 # Gradients and logged losses are averaged over processes, hence the factor.
@@ -467,27 +458,21 @@ class SDPOTrainer(_BASE):
             step_entropy.update_bonus(self, found, ends_step=self.accelerator.sync_gradients)
         self._sums[self._mode].add(output.metrics)
         if self._mode == "eval":
-            self._add_eval_loss(output, denominator)
+            self._eval_loss.add(
+                output.total, output.policy_total, count=output.count, denominator=denominator
+            )
         return output.total * processes / denominator
-
-    def _add_eval_loss(self, output: micro_batch.MicroBatchOutput, denominator: Tensor) -> None:
-        policy_total = output.policy_total
-        if policy_total is None:
-            policy_total = torch.zeros_like(output.total)
-        self._eval_loss.add({"loss": (output.total - policy_total, output.count)})
-        if self._policy_term is not None:  # of which TRL takes the mean over batches
-            self._eval_loss.add({"policy_loss": (policy_total / denominator, torch.ones_like(policy_total))})
 
     def _micro_batch_output(
         self, model: nn.Module, inputs: Any, count: Tensor, *, unit: Tensor
     ) -> micro_batch.MicroBatchOutput:
         """The output of a micro-batch; `unit` is what its total is divided by on this process, []."""
-        distillation_weight, router_weight = 1.0, count
+        router_weight = count
+        policy_weight, distillation_weight = self._part_weights
         if self._policy_term is not None:
             steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             share = steps / self.args.steps_per_generation if self._mode == "train" else 1.0
             router_weight = unit / steps
-            policy_weight, distillation_weight = self._part_weights
             inputs = inputs | step_policy.policy_inputs(
                 self.sdpo_config,
                 self._policy_term,
@@ -497,21 +482,38 @@ class SDPOTrainer(_BASE):
                 accumulation_steps=steps,
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
-        context = self._step_context(model, distillation_weight)
-        observers = []
-        if self._recorder is not None and self._mode == "train":
-            observers.append(self._recorder.observer(self.args, self.state, inputs))
-        if self._table is not None and "rollout_row" in inputs:
-            observers.append(partial(self._table.observe, self._mode))
-        context = dataclasses.replace(context, observers=[*filter(None, observers)])
-        by_row = self._layout is not None and self._layout.by_row
+        context = self._step_context(model, distillation_weight, self._observers(inputs))
+        by_row = self._forward_mode is not None and self._forward_mode.layout.by_row
         batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         context, fused = self._check_model(context, batch.student)
         return micro_batch.micro_batch_loss(context, batch, count, router_weight=router_weight, fused=fused)
 
-    def _step_context(self, model: nn.Module, distillation_weight: float = 1.0) -> micro_batch.StepContext:
+    def _observers(self, inputs: Any) -> list[Callable[[micro_batch.Observation], None]]:
+        """What the loss of a micro-batch calls."""
+        observers: list[Any] = []
+        if self._recorder is not None and self._mode == "train":
+            observers.append(self._recorder.observer(self.args, self.state, inputs))
+        if self._table is not None and "rollout_row" in inputs:
+            observers.append(partial(self._table.observe, self._mode))
+        return [*filter(None, observers)]
+
+    def _step_context(
+        self,
+        model: nn.Module,
+        distillation_weight: float = 1.0,
+        observers: Sequence[Callable[[micro_batch.Observation], None]] = (),
+    ) -> micro_batch.StepContext:
+        anchor = partial(
+            reference,
+            self.model,
+            self._unwrapped,
+            self.ref_model,
+            self._start,
+            accelerator=self.accelerator,
+            training=self._mode == "train",
+        )
         return micro_batch.StepContext(
             config=self.sdpo_config,
             accelerator=self.accelerator,
@@ -523,7 +525,8 @@ class SDPOTrainer(_BASE):
             router_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else None,
             policy_term=self._policy_term,
             distillation_weight=distillation_weight,
-            reference=self._reference if self.sdpo_config.anchor_weight > 0.0 else None,
+            reference=anchor if self.sdpo_config.anchor_weight > 0.0 else None,
+            observers=observers,
             head_in_float32=self.args.cast_lm_head_to_fp32,
         )
 
@@ -534,41 +537,22 @@ class SDPOTrainer(_BASE):
 
         All processes call it.
         """
-        if self._fused is None or self._layout is None:
-            self._fused = micro_batch.can_fuse(context, tokens)
-            reads_padding = micro_batch.reads_padding(context, tokens)
-            device = self.accelerator.device
-            self._reads_padding = bool(self._sum(torch.tensor(float(reads_padding), device=device)))
-            if self._reads_padding:
+        if self._forward_mode is None:
+            self._forward_mode = find_forward_mode(context, tokens)
+            if self._forward_mode.reads_padding:
                 warn_of_padding(self._unwrapped)
-            self._layout = choose_layout(context, tokens)
-        if self._reads_padding and context.in_lockstep:
+        if self._forward_mode.reads_padding and context.in_lockstep:
             _validate.check_rows_alone(self.args, self._unwrapped, mode=self._mode)
-        layout, by_row = self._layout.layout, self._layout.by_row
-        context = dataclasses.replace(
-            context, reads_padding=self._reads_padding, layout=layout, by_row=by_row
-        )
-        return context, self._fused
-
-    @contextmanager
-    def _reference(self) -> Iterator[tuple[Any, Any, Any]]:
-        if self.ref_model is not None:
-            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model), None
-        elif self._start is not None:
-            (params,) = self._start.forwards(self._unwrapped, training=self._mode == "train")
-            yield self.model, self._unwrapped, params
-        else:
-            with reference_adapter(self._unwrapped):
-                yield self.model, self._unwrapped, None
+        return self._forward_mode.of(context), self._forward_mode.fused
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""
         if not self.sdpo_config.enabled:
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self._eval_loss = MetricSums()
+        self._eval_loss = EvaluationLoss()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        _validate.check_batches_seen("eval_dataset", len(self._eval_loss.state()))
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(self._eval_loss.means(self._sum).values(), 0.0)
+        _validate.check_batches_seen("eval_dataset", self._eval_loss.batches)
+        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss.mean(self._sum)
         return output
 
     def _get_per_token_logps_and_entropies(
@@ -591,17 +575,15 @@ class SDPOTrainer(_BASE):
         logits_to_keep: int,
         batch_size: int | None = None,
     ) -> Tensor:
-        """Of the completions [B, T], as the loss computes them, so that on-policy their ratios are 1."""
-        log_probs, own = [], model is self.model
-        unwrapped = self._unwrapped if own else self.accelerator.unwrap_model(model)  # of a reference model
-        size = batch_size or len(input_ids)
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            tokens = token_batch(ids, mask, logits_to_keep)
-            context, fused = self._check_model(self._step_context(self.model), tokens)
-            context = dataclasses.replace(context, model=model, unwrapped=unwrapped)
-            part = micro_batch.sampled_log_probs(context, tokens, fused=fused)
-            log_probs.append(pad(part, (0, logits_to_keep - part.shape[1])))
-        return torch.cat(log_probs)
+        return micro_batch.completion_log_probs(
+            partial(self._check_model, self._step_context(self.model)),
+            model,
+            self._unwrapped if model is self.model else self.accelerator.unwrap_model(model),
+            input_ids,
+            attention_mask,
+            length=logits_to_keep,
+            batch_size=batch_size,
+        )
 
     # --- training loop -----------------------------------------------------------------------------------
 
@@ -629,18 +611,9 @@ class SDPOTrainer(_BASE):
         return loss
 
     def _update_teacher(self) -> None:
-        """The updates of the optimizer step that just ended; none where no step since the last had a signal."""
-        self._student_moved = self._student_moved or self._window.has_signal
-        ticks = 1
-        if self.sdpo_config.teacher_tick == "generation_batch":
-            ticks = self._step // self._generate_every - self._generations_done
-            self._generations_done += ticks
-        if not ticks:
-            return
-        if self._student_moved:
-            for _ in range(ticks):
-                self._teacher.tick(self._unwrapped)
-        self._student_moved = False
+        ended = self._step // self._schedule.generate_every
+        for _ in range(self._ticks.due(has_signal=self._window.has_signal, generation_batches=ended)):
+            self._teacher.tick(self._unwrapped)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's logging, with the means of the metrics since the last time."""
@@ -780,17 +753,17 @@ class SDPOTrainer(_BASE):
                 progress.load(
                     checkpoint_folder,
                     process=self.accelerator.process_index,
-                    schedule=self._schedule,
+                    schedule=dataclasses.asdict(self._schedule),
                     device=self.accelerator.device,
                 )
             )
 
     def _run_state(self) -> progress.RunState:
         return progress.RunState(
-            schedule=self._schedule,
+            schedule=dataclasses.asdict(self._schedule),
             step=self._step,
-            student_moved=self._student_moved,
-            batches=self._buffered_inputs if self._step % self._generate_every else None,
+            student_moved=self._ticks.student_moved,
+            batches=self._buffered_inputs if self._step % self._schedule.generate_every else None,
             running_loss=progress.running_loss(self),
             metrics=self._metrics["train"],
             sums=self._sums["train"].state(),
@@ -801,8 +774,8 @@ class SDPOTrainer(_BASE):
     def _load_run_state(self, state: progress.RunState | None) -> None:
         if state is None:
             return
-        self._step, self._student_moved = state.step, state.student_moved
-        self._generations_done = self._step // self._generate_every
+        self._step, self._ticks.student_moved = state.step, state.student_moved
+        self._ticks.generation_batches = self._step // self._schedule.generate_every
         if state.batches is not None:
             self._buffered_inputs = state.batches
         progress.set_running_loss(self, state.running_loss)
@@ -840,11 +813,6 @@ class SDPOTrainer(_BASE):
         )
 
     @property
-    def _generate_every(self) -> int:
-        """Micro-batches from one generation batch to the next."""
-        return self.args.steps_per_generation * self.num_iterations
-
-    @property
     def _part_weights(self) -> tuple[float, float]:
         """Of the policy loss and of the divergence in the present optimizer step."""
         if self._policy_term is None:
@@ -853,34 +821,18 @@ class SDPOTrainer(_BASE):
         return step_policy.part_weights(self.sdpo_config, step=self.state.global_step, last_step=last_step)
 
     @property
-    def _samples_per_tick(self) -> float:
-        """Completions of all processes that are generated from one update of the teacher to the next."""
-        micro_batches = float(self.args.steps_per_generation)
-        if self.sdpo_config.teacher_tick == "optimizer_step":
-            micro_batches = self.args.gradient_accumulation_steps / self.num_iterations
-        return micro_batches * self.args.per_device_train_batch_size * self.accelerator.num_processes
-
-    @property
-    def _schedule(self) -> dict[str, int]:
-        """What decides which rows a micro-batch contains."""
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-        return {
-            "world_size": self.accelerator.num_processes,
-            **{name: getattr(self.args, name) for name in names},
-            "num_iterations": self.num_iterations,
-            "num_generations": self.num_generations,
-        }
+    def _schedule(self) -> Schedule:
+        return schedule_of(
+            self.args,
+            world_size=self.accelerator.num_processes,
+            num_iterations=self.num_iterations,
+            num_generations=self.num_generations,
+        )
 
     @property
     def _pad_id(self) -> int:
         processing: Any = self.processing_class
         return getattr(processing, "tokenizer", processing).pad_token_id
-
-    @property
-    def _selection_seed(self) -> int:
-        """A function of the position in the run, so that a resumed run draws what the uninterrupted one drew."""
-        position = (self.args.seed, self.state.global_step, self._window.index, self._mode == "eval")
-        return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big")
 
     @property
     def _taken_columns(self) -> list[str]:

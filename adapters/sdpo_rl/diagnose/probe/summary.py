@@ -49,6 +49,7 @@ def summarize(trainer: Any, measured: Sequence[Measured], *, answer_column: str 
     retries = _total(gather([batch.retries for batch in measured]))
     source: Source = "successes of the group" if answer_column is None else "answer_column"
     leaks = [batch.answer_in_feedback for batch in measured if batch.answer_in_feedback is not None]
+    samples_per_tick = trainer._schedule.samples_per_tick(config.teacher_tick)
     found: dict[str, Any] = {
         "alpha": config.alpha,
         "k": config.k if config.uses_topk else None,
@@ -62,9 +63,9 @@ def summarize(trainer: Any, measured: Sequence[Measured], *, answer_column: str 
         "agreement": agreement(sums, config),
         "lengths": _lengths(rows, trainer.args.max_completion_length, config.max_reprompt_length),
         "teacher_rate": TeacherRate(
-            rate_of_published_samples(config, samples_per_tick=trainer._samples_per_tick),
+            rate_of_published_samples(config, samples_per_tick=samples_per_tick),
             PUBLISHED_RATE,
-            fast_teacher(config, samples_per_tick=trainer._samples_per_tick) or "",
+            fast_teacher(config, samples_per_tick=samples_per_tick) or "",
         ),
     }
     return ProbeResult(
