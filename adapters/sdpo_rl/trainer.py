@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -19,21 +19,19 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from . import __version__, _validate
 from .compat import completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
-from .compat.completions_table import CompletionsTable
 from .compat.generation import GenerationTurns
-from .compat.trl import parsed_response, reference, torch_kernel
+from .compat.training_hooks import TrainingHooks
+from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
 from .config import SDPOConfig
-from .credit.files import RunLog
-from .credit.recorder import make_recorder, table_rows
 from .credit.tokens import LogitSettings
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.preview import Preview, preview
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
+from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
 from .rollout.control import ControlStrings
@@ -157,14 +155,9 @@ class SDPOTrainer(_BASE):
         sdpo_config: SDPOConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if trl.GRPOTrainer is not _BASE:
-            raise RuntimeError(
-                "trl.GRPOTrainer was patched after sdpo_rl.SDPOTrainer was imported, so training would run "
-                f"unpatched. Import in this order:\n{unsloth_compat.IMPORT_ORDER}"
-            )
-        named = {
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
+        unsloth_compat.check_unpatched(_BASE, trl.GRPOTrainer)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        named = datasets | {
             "processing_class": processing_class,
             "reward_processing_classes": reward_processing_classes,
             "callbacks": callbacks,
@@ -174,9 +167,7 @@ class SDPOTrainer(_BASE):
         _validate.check_model(model)
         # Before the rest: a config in their position is a common mistake.
         _validate.check_reward_functions(reward_funcs)
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-            args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
+        args = default_arguments(model) if args is None else args
         # A copy, so that a later change of its mappings changes nothing here.
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
         _validate.check_construction(model, args, self.sdpo_config, kwargs, trainer=_BASE)
@@ -188,24 +179,28 @@ class SDPOTrainer(_BASE):
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
-            listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            kwargs["reward_funcs"] = [self._feedback.wrap(reward) for reward in listed]
+            kwargs["reward_funcs"] = self._feedback.wrap_all(reward_funcs)
         self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
         self._resume = checkpoint.ResumePoint()
         super().__init__(model=model, args=args, **kwargs)
         self._turns = GenerationTurns(self.accelerator.device)
-        if not self.sdpo_config.enabled:
-            return
-        _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
-        reward_rules.check_success_functions(self.sdpo_config, self.reward_func_names)
-        _validate.check_backend(self.sdpo_config, self.accelerator.device)
-        shards.check_strategy(
-            self.accelerator,
-            generate_every=self._schedule.generate_every,
-            accumulation_steps=self.args.gradient_accumulation_steps,
+        if self.sdpo_config.enabled:
+            self._set_state(datasets)
+            self._join_trainer()
+
+    def _set_state(self, datasets: Mapping[str, Any]) -> None:
+        """The state of a run, and what can be checked once TRL has loaded model and tokenizer."""
+        config, accelerator, model = self.sdpo_config, self.accelerator, self._unwrapped
+        _validate.check_vocabulary(config, model)
+        reward_rules.check_success_functions(config, self.reward_func_names)
+        _validate.check_backend(config, accelerator.device)
+        generate_every, accumulation = (
+            self._schedule.generate_every,
+            self._schedule.gradient_accumulation_steps,
         )
+        shards.check_strategy(accelerator, generate_every=generate_every, accumulation_steps=accumulation)
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
         self._renderer = Renderer(
             tokenizer=self.processing_class,
@@ -213,51 +208,44 @@ class SDPOTrainer(_BASE):
             template_kwargs=self.chat_template_kwargs,
         )
         self._rendered = rendered_prompts(self._renderer, self._control)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _validate.check_rendered_dataset(dataset, name, self._rendered, self.sdpo_config)
+        for name, dataset in datasets.items():
+            _validate.check_rendered_dataset(dataset, name, self._rendered, config)
         self._rollout: Rollout | None = None
-        teacher_tick = self.sdpo_config.teacher_tick
-        samples_per_tick = self._schedule.samples_per_tick(teacher_tick)
-        self._teacher = TeacherStore(
-            self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=samples_per_tick
-        )
-        self._ticks = TickSchedule(per_generation_batch=teacher_tick == "generation_batch")
-        self._start = start_of_training(
-            self._unwrapped, self.sdpo_config, self.ref_model, seed=self.args.seed
-        )
-        self._stores = {checkpoint.TEACHER: self._teacher}  # by their files in a checkpoint
-        if self._start is not None:
-            self._stores[checkpoint.REFERENCE] = self._start
-        self._transform = step_head.head_transform(self._unwrapped.config)
+        samples_per_tick = self._schedule.samples_per_tick(config.teacher_tick)
+        self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
+        self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
+        self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
+        self._stores = checkpoint.stores(self._teacher, self._start)
+        self._transform = step_head.head_transform(model.config)
         self._forward_mode: ForwardMode | None = None  # unknown until the first forward
-        self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
+        self._policy_term = step_policy.policy_term(self.args) if config.has_policy_loss else None
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._eval_loss = EvaluationLoss()
-        self._diagnostics = Diagnostics(self.sdpo_config)
-        self._run_log = RunLog(self.args.output_dir, writes=self.accelerator.is_main_process)
-        self._recorder = make_recorder(
-            self.sdpo_config,
+        self._diagnostics = Diagnostics(config)
+        self._records = Records(
+            config,
             self.args,
             self.processing_class,
-            LogitSettings(self._transform, self.temperature, self.sdpo_config.trust_region_coef),
-            writes=self.accelerator.is_main_process,
+            LogitSettings(self._transform, self.temperature, config.trust_region_coef),
+            has_table=self.log_completions and hasattr(self, "_log_completion_extra"),
+            writes=accelerator.is_main_process,
+            gather=self._gather,
         )
-        self._table: CompletionsTable | None = None
-        if self.log_completions and hasattr(self, "_log_completion_extra"):
-            self._table = CompletionsTable(self.args.generation_batch_size)
         self._optimizer_hook: Any = None
-        self.add_callback(
-            _TrainingHooks(
-                begin=self._begin_training,
-                step_end=self._update_teacher,
-                epoch_end=lambda: _validate.check_batches_seen(
-                    "train_dataset", self._step or self.state.global_step
-                ),
-            )
+
+    def _join_trainer(self) -> None:
+        """What happens beside the Trainer's own: its events, its trackers, and warnings."""
+        hooks = TrainingHooks(
+            begin=self._begin_training,
+            step_end=self._update_teacher,
+            epoch_end=lambda: _validate.check_batches_seen(
+                "train_dataset", self._step or self.state.global_step
+            ),
         )
-        logged = {f"sdpo_{name}": value for name, value in dataclasses.asdict(self.sdpo_config).items()}
+        self.add_callback(hooks)
+        logged = {f"sdpo_{name}": value for name, value in self._options.items()}
         trackers.log_options(self.callback_handler, {"sdpo_rl_version": __version__, **logged})
         if self.args.cast_lm_head_to_fp32 and not _IS_UNSLOTH:
             for one in filter(None, (self._unwrapped, self.ref_model)):
@@ -265,6 +253,7 @@ class SDPOTrainer(_BASE):
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
+        samples_per_tick = self._schedule.samples_per_tick(self.sdpo_config.teacher_tick)
         warn_of_fast_teacher(self.sdpo_config, samples_per_tick=samples_per_tick)
 
     # --- rollout -----------------------------------------------------------------------------------------
@@ -310,20 +299,12 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
         rollout, context, output = self._scored_rollout(inputs)
-        first_row = self.accelerator.process_index * len(rollout.prompts)
-        if self._recorder is not None and self._mode == "train":
-            rows = self._recorder.rollout_rows(rollout, context, first_row=first_row)
-            output["rollout_row"] = rows.to(output["completion_ids"].device)
-        if self._table is not None:
-            device = output["completion_ids"].device
-            output["rollout_row"] = torch.arange(len(rollout.prompts), device=device)[:, None]
-            self._table.add_batch(
-                self._logs["extra"],
-                completions_table.column_names(self._taken_columns),
-                self._mode,
-                self._gather(context.shown_rows),
-                first_row=first_row,
-            )
+        rows = len(rollout.prompts)
+        columns, first_row = self._logs["extra"], self.accelerator.process_index * rows
+        if self._records.begin_batch(
+            rollout, context, columns, self._taken_columns, mode=self._mode, first_row=first_row
+        ):
+            output["rollout_row"] = torch.arange(rows, device=output["completion_ids"].device)[:, None]
         return output
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
@@ -482,22 +463,14 @@ class SDPOTrainer(_BASE):
                 accumulation_steps=steps,
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
-        context = self._step_context(model, distillation_weight, self._observers(inputs))
+        observers = self._records.observers(self.args, self.state, inputs, mode=self._mode)
+        context = self._step_context(model, distillation_weight, observers)
         by_row = self._forward_mode is not None and self._forward_mode.layout.by_row
         batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         context, fused = self._check_model(context, batch.student)
         return micro_batch.micro_batch_loss(context, batch, count, router_weight=router_weight, fused=fused)
-
-    def _observers(self, inputs: Any) -> list[Callable[[micro_batch.Observation], None]]:
-        """What the loss of a micro-batch calls."""
-        observers: list[Any] = []
-        if self._recorder is not None and self._mode == "train":
-            observers.append(self._recorder.observer(self.args, self.state, inputs))
-        if self._table is not None and "rollout_row" in inputs:
-            observers.append(partial(self._table.observe, self._mode))
-        return [*filter(None, observers)]
 
     def _step_context(
         self,
@@ -563,33 +536,24 @@ class SDPOTrainer(_BASE):
         others = {name for name, value in arguments.items() if value is not None and value is not False}
         # Unsloth's loss expects the conventions of its own version.
         if self.sdpo_config.enabled and not _IS_UNSLOTH and others <= _LOG_PROB_ARGUMENTS:
-            return self._sampled_log_probs(**{name: arguments[name] for name in others}), None, None
+            log_probs = micro_batch.completion_log_probs(
+                partial(self._check_model, self._step_context(self.model)),
+                model,
+                self._unwrapped if model is self.model else self.accelerator.unwrap_model(model),
+                input_ids,
+                arguments["attention_mask"],
+                length=arguments["logits_to_keep"],
+                batch_size=arguments.get("batch_size"),
+            )
+            return log_probs, None, None
         with nullcontext() if _IS_UNSLOTH else torch_kernel(input_ids.device):
             return method(model, input_ids, *args, **kwargs)
-
-    def _sampled_log_probs(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-    ) -> Tensor:
-        return micro_batch.completion_log_probs(
-            partial(self._check_model, self._step_context(self.model)),
-            model,
-            self._unwrapped if model is self.model else self.accelerator.unwrap_model(model),
-            input_ids,
-            attention_mask,
-            length=logits_to_keep,
-            batch_size=batch_size,
-        )
 
     # --- training loop -----------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
-        options = dataclasses.asdict(self.sdpo_config)
-        self._run_log.begin(self.state.global_step, options=options, history=self.state.log_history)
+        step, history = self.state.global_step, self.state.log_history
+        self._records.begin(step, options=self._options, history=history)
         for store in self._stores.values():
             store.on_train_begin(self._unwrapped)
         self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
@@ -628,17 +592,12 @@ class SDPOTrainer(_BASE):
             self._diagnostics.observe_means(means)
             for name, value in means.items():
                 self._metrics[mode][name].append(value)
-            if self._table is not None:
-                names = completions_table.column_names(self._taken_columns)
-                self._table.fill(self._logs["extra"], names[1], self._gather)
+            self._records.fill_table(self._logs["extra"], self._taken_columns)
         super().log(logs, *args, **kwargs)
         if self.sdpo_config.enabled:
             self._diagnostics.observe_logs(logs)
-            step = self.state.global_step
-            self._run_log.add(step, logs, self._diagnostics.take_warnings())
-            if self._recorder is not None and mode == "train":
-                rows = table_rows(self._recorder.write(step))
-                trackers.log_table(self.args.report_to, "credit", rows)
+            warnings = self._diagnostics.take_warnings()
+            self._records.write(self.state.global_step, logs, warnings, mode=mode)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -691,7 +650,7 @@ class SDPOTrainer(_BASE):
         super().create_model_card(*args, **kwargs)
         if self.sdpo_config.enabled and self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
-            model_card.add_options(card, dataclasses.asdict(self.sdpo_config), version=__version__)
+            model_card.add_options(card, self._options, version=__version__)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As `GRPOTrainer.save_model`; the SDPO options are in `sdpo_config.json` beside the model.
@@ -703,7 +662,7 @@ class SDPOTrainer(_BASE):
         """
         if self.sdpo_config.enabled and self.args.should_save:  # before it may be pushed to the Hub
             folder = self.args.output_dir if output_dir is None else output_dir
-            options.save(folder, dataclasses.asdict(self.sdpo_config), version=__version__)
+            options.save(folder, self._options, version=__version__)
         super().save_model(output_dir, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -733,13 +692,8 @@ class SDPOTrainer(_BASE):
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_folder)
         if checkpoint_folder is not None and self.is_world_process_zero():
-            config = self.sdpo_config
-            options.warn_of_differences(
-                checkpoint_folder,
-                dataclasses.asdict(config),
-                dataclasses.asdict(type(config)()),
-                version=__version__,
-            )
+            defaults = dataclasses.asdict(type(self.sdpo_config)())
+            options.warn_of_differences(checkpoint_folder, self._options, defaults, version=__version__)
         if self.sdpo_config.enabled and checkpoint_folder is not None:
             on_resume = self.sdpo_config.teacher_on_resume
             checkpoint.continue_teachers(
@@ -768,7 +722,7 @@ class SDPOTrainer(_BASE):
             metrics=self._metrics["train"],
             sums=self._sums["train"].state(),
             diagnostics=self._diagnostics.state(),
-            rollout_texts=[] if self._recorder is None else self._recorder.state(),
+            rollout_texts=[] if self._records.recorder is None else self._records.recorder.state(),
         )
 
     def _load_run_state(self, state: progress.RunState | None) -> None:
@@ -782,8 +736,8 @@ class SDPOTrainer(_BASE):
         self._metrics["train"].update(state.metrics)
         self._sums["train"].load_state(state.sums)
         self._diagnostics.load_state(state.diagnostics)
-        if self._recorder is not None:
-            self._recorder.load_state(state.rollout_texts)
+        if self._records.recorder is not None:
+            self._records.recorder.load_state(state.rollout_texts)
 
     # --- properties of this run --------------------------------------------------------------------------
 
@@ -791,6 +745,10 @@ class SDPOTrainer(_BASE):
     def sdpo_config(self) -> SDPOConfig:
         """The options of this run, which were checked when it was constructed."""
         return self._sdpo_config
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.sdpo_config)
 
     @property
     def _mode(self) -> str:
@@ -846,24 +804,3 @@ class SDPOTrainer(_BASE):
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all processes."""
         return self.accelerator.reduce(tensor, reduction="sum")
-
-
-class _TrainingHooks(TrainerCallback):
-    """Calls `begin()` once the model is prepared and a checkpoint loaded, the others at the ends they name."""
-
-    def __init__(
-        self, *, begin: Callable[[], None], step_end: Callable[[], None], epoch_end: Callable[[], None]
-    ) -> None:
-        self._begin, self._step_end, self._epoch_end = begin, step_end, epoch_end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first batch."""
-        self._begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before anything is logged, evaluated or saved."""
-        self._step_end()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the training stops where there was no batch."""
-        self._epoch_end()

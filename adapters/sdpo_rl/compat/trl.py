@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+import trl
 from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import linear
@@ -24,6 +25,12 @@ _CHUNK = 2**22
 _RESPONSE_FORMAT = (
     "response_template" if Version(transformers.__version__) >= Version("5.13.0.dev0") else "response_schema"
 )
+
+
+def default_arguments(model: Any) -> Any:
+    """TRL's defaults, and a folder that has the name of the model, which is a model or a name."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    return trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
 
 
 def parsed_response(tokenizer: Any, ids: Sequence[int]) -> dict[str, Any] | None:

@@ -203,6 +203,11 @@ def _instead(folder: Path | None) -> str:
 # --- the teacher ------------------------------------------------------------------------------------------
 
 
+def stores(teacher: TeacherStore, start: TeacherStore | None) -> dict[str, TeacherStore]:
+    """Teacher and start of training by the names of their files; without a start the teacher alone."""
+    return {TEACHER: teacher} | ({} if start is None else {REFERENCE: start})
+
+
 def save_teachers(folder: str, stores: Stores, model: nn.Module, *, writes: bool) -> None:
     """`save_teacher` of every store; every process must call this."""
     for name, store in stores.items():

@@ -178,6 +178,11 @@ class FeedbackCollector:
         self._watched: dict[int, _LastFeedback] = {}  # by the owner's id
         self._wrapped = 0
 
+    def wrap_all(self, reward_funcs: Any) -> list[Any]:
+        """`wrap` of each, of one or a list."""
+        listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        return [self.wrap(reward_func) for reward_func in listed]
+
     def wrap(self, reward_func: Any) -> Any:
         """`reward_func` with its texts split off; a reward model, or a name of one, is returned unchanged."""
         if not callable(reward_func) or hasattr(reward_func, "parameters"):
