@@ -15,6 +15,7 @@ import torch
 
 from .config import SDPOConfig
 from .rollout import rewards
+from .rollout.demonstrations import Rollout
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
@@ -400,13 +401,21 @@ def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
         check_column((row.get(feedback) for row in rows), feedback)
 
 
-def check_scored_batch(output: Mapping[str, Any]) -> None:
-    """A scored generation batch has no images, which tools and environments may add to the prompts."""
+def check_scored_batch(output: Mapping[str, Any], rollout: Rollout | None) -> Rollout:
+    """A scored generation batch has no images, which tools and environments may add to the prompts.
+
+    Args:
+        output: of TRL.
+        rollout: what was kept of the batch when it was scored, which is returned.
+    """
     if images := [name for name in ("pixel_values", "num_images") if output.get(name) is not None]:
         raise ValueError(
             f"rollout: expected text alone, got images ({', '.join(images)}) from a tool or an environment, which "
             "do not reach the loss; return text, or set SDPOConfig(enabled=False)"
         )
+    if rollout is None:
+        raise RuntimeError("GRPOTrainer did not call _calculate_rewards; this TRL release is not supported")
+    return rollout
 
 
 def _refuse_media(names: Iterable[str]) -> None:

@@ -322,12 +322,7 @@ class SDPOTrainer(_BASE):
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
-        _validate.check_scored_batch(output)
-        rollout, self._rollout = self._rollout, None
-        if rollout is None:
-            raise RuntimeError(
-                "GRPOTrainer did not call _calculate_rewards; this TRL release is not supported"
-            )
+        rollout, self._rollout = _validate.check_scored_batch(output, self._rollout), None
         mode = self._mode
         context = teacher_context(
             rollout,
@@ -433,15 +428,13 @@ class SDPOTrainer(_BASE):
                 # Gradients and logged losses are averaged over processes, hence the factor.
                 processes = self.accelerator.num_processes
             output = self._micro_batch_output(model, inputs, count, unit=denominator / processes)
-        if self._mode == "train" and self._policy_term is not None and self._policy_term.has_entropy_bonus:
-            none = torch.zeros_like(denominator), torch.zeros_like(denominator)
-            found = output.metrics.get("self_distillation/policy_entropy", none)
-            step_entropy.update_bonus(self, found, ends_step=self.accelerator.sync_gradients)
         self._sums[self._mode].add(output.metrics)
         if self._mode == "eval":
             self._eval_loss.add(
                 output.total, output.policy_total, count=output.count, denominator=denominator
             )
+        elif self._policy_term is not None and self._policy_term.has_entropy_bonus:
+            step_entropy.update_bonus(self, output.metrics, ends_step=self.accelerator.sync_gradients)
         return output.total * processes / denominator
 
     def _micro_batch_output(
