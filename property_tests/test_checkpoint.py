@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import sdpo_rl
 from sdpo_rl import SDPOConfig
-from sdpo_rl import trainer as trainer_module
 from sdpo_rl.resume import checkpoint, progress
 from sdpo_rl.step import metrics
 
@@ -176,7 +175,7 @@ COUNTER_EXAMPLES: dict[str, tuple[Any, str, Any, str, int, str]] = {
         "student",
     ),
     "the sums": (metrics.MetricSums, "load_state", forget, "full fine-tuning", 1, "log"),
-    "the running loss": (trainer_module, "_RUNNING_LOSS", (), "full fine-tuning", 1, "log"),
+    "the running loss": (progress, "RUNNING_LOSS", (), "full fine-tuning", 1, "log"),
     "the dtypes": (
         checkpoint,
         "trainable_dtypes_preserved",
