@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from checkpoint_runs import (
     broad_lora,
     build,
@@ -200,6 +202,10 @@ def test_the_comparison_detects_what_is_forgotten(
     tmp_path: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, attribute, counter_example, name, step, noticed = COUNTER_EXAMPLES[forgotten]
+    if forgotten == "the adapter beside others" and '"default"' in inspect.getsource(
+        transformers.Trainer._load_from_checkpoint
+    ):
+        pytest.skip("this release of transformers loads the adapter named default itself")
     case, _ = CASES[name]
     expected = outcome(run(tmp_path / "whole", **case))
     monkeypatch.setattr(owner, attribute, counter_example)
