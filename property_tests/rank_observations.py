@@ -125,7 +125,7 @@ def observe_training(trainer: Any, **resume: Any) -> Observed:
         "teacher": teacher,
         "optimizer": moments(trainer),
         "student came back": torch.equal(before, after),
-        "credit": None if trainer._recorder is None else files.read(credit),
+        "credit": None if trainer._records.recorder is None else files.read(credit),
     }
 
 

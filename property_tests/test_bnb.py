@@ -130,7 +130,7 @@ def test_the_head_is_not_quantized_and_the_loss_is_fused(run: dict[str, Any]) ->
     head = run["model"].get_output_embeddings()
     assert type(head) is nn.Linear
     assert head.weight.is_floating_point()
-    assert run["trainer"]._fused is True
+    assert run["trainer"]._forward_mode.fused is True
 
 
 def test_losses_are_finite_and_logged(run: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from checkpoint_runs import (
     broad_lora,
     build,
@@ -35,7 +37,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import sdpo_rl
 from sdpo_rl import SDPOConfig
-from sdpo_rl import trainer as trainer_module
 from sdpo_rl.resume import checkpoint, progress
 from sdpo_rl.step import metrics
 
@@ -176,7 +177,7 @@ COUNTER_EXAMPLES: dict[str, tuple[Any, str, Any, str, int, str]] = {
         "student",
     ),
     "the sums": (metrics.MetricSums, "load_state", forget, "full fine-tuning", 1, "log"),
-    "the running loss": (trainer_module, "_RUNNING_LOSS", (), "full fine-tuning", 1, "log"),
+    "the running loss": (progress, "RUNNING_LOSS", (), "full fine-tuning", 1, "log"),
     "the dtypes": (
         checkpoint,
         "trainable_dtypes_preserved",
@@ -201,6 +202,10 @@ def test_the_comparison_detects_what_is_forgotten(
     tmp_path: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, attribute, counter_example, name, step, noticed = COUNTER_EXAMPLES[forgotten]
+    if forgotten == "the adapter beside others" and '"default"' in inspect.getsource(
+        transformers.Trainer._load_from_checkpoint
+    ):
+        pytest.skip("this release of transformers loads the adapter named default itself")
     case, _ = CASES[name]
     expected = outcome(run(tmp_path / "whole", **case))
     monkeypatch.setattr(owner, attribute, counter_example)

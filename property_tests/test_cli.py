@@ -289,6 +289,39 @@ def test_a_mistake_ends_with_one_line_and_the_fix(
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--learning_rate", "abc"), "sdpo train: argument --learning_rate"),
+        (("preview", "--num_generations", "1.5"), "sdpo preview: argument --num_generations"),
+        (("probe", "--alpha"), "sdpo probe: argument --alpha: expected one argument"),
+        (("probe", "--batches"), "sdpo probe: argument --batches: expected one argument"),
+        (("train", "--config"), "sdpo train: argument --config: expected one argument"),
+        (("report",), "sdpo report: the following arguments are required: RUN_DIR"),
+        (("init", "a", "b"), "sdpo init: unrecognized arguments: b"),
+        (("doctor", "--loud"), "sdpo doctor: unrecognized arguments: --loud"),
+        (("trian",), "sdpo: argument command: invalid choice: 'trian'"),
+    ],
+)
+def test_an_argument_that_cannot_be_parsed_ends_with_one_line_and_no_usage(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith(message)
+    assert line.endswith("; correct it, or see --help")
+    assert not printed.out
+
+
+def test_a_wrong_type_in_a_process_of_its_own_prints_one_line(tmp_path: Path) -> None:
+    done = sdpo("train", "--learning_rate", "abc", folder=tmp_path)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "learning_rate" in line]
+    assert line.endswith("invalid float value: 'abc'; correct it, or see --help")
+    assert "usage" not in done.stderr + done.stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_machine_without_a_gpu_is_told_both_options(
     project: Path, capsys: pytest.CaptureFixture[str]

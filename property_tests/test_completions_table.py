@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from sdpo_rl.compat.completions_table import CompletionsTable
+from sdpo_rl.compat.completions_table import CompletionsTable, table_column
 
 SINGLE = {"per_device_train_batch_size": 1, "steps_per_generation": 8, "gradient_accumulation_steps": 1}
 
@@ -154,3 +154,9 @@ def test_a_resumed_run_writes_no_value_to_rows_it_does_not_have() -> None:
     table.observe("train", seen)  # type: ignore[arg-type]
     table.fill(columns, "divergence", list)  # type: ignore[arg-type]
     assert columns == {"divergence": None}
+
+
+def test_the_column_of_the_table_has_a_free_name() -> None:
+    assert table_column([]) == table_column(["judge"]) == "feedback"
+    assert table_column(["feedback", "judge"]) == "sdpo_feedback"
+    assert table_column(["feedback", "sdpo_feedback"]) == "sdpo_sdpo_feedback"

@@ -177,7 +177,7 @@ def test_off_is_free_and_on_changes_no_number(tmp_path: Path, monkeypatch: pytes
     off = tiny.trainer(tmp_path / "off", sdpo_config=tiny.config(credit_rows=0))
     off.train()
     assert not (tmp_path / "off" / files.CREDIT).exists()
-    assert off._recorder is None
+    assert off._records.recorder is None
     assert numbers(on) == numbers(off)
     with pytest.raises(AssertionError, match="nobody asked"):
         tiny.trainer(tmp_path / "again", sdpo_config=tiny.config(credit_rows=3)).train()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,28 @@ def test_warnings_are_on_the_chart_that_they_are_about(tmp_path: Path) -> None:
     assert "Entropy" in charts[2]
     assert f"<title>{PLAIN}</title>" in charts[2]
     assert "something else" in text
+
+
+def test_warnings_of_two_runs_at_one_step_share_a_mark_with_both_texts(tmp_path: Path) -> None:
+    first, second = (run_folder(tmp_path / name, log=entries(f"{name} became random")) for name in ("a", "b"))
+    text = credit_report(first, second).read_text()
+    (mark,) = re.findall(r'<g class="mark">.*?</g>', text, re.S)
+    assert "<title>1: a became random\n2: b became random</title>" in mark
+    assert re.findall(r"<text[^>]*>(.*?)</text>", mark) == ["1, 2"]
+    assert mark.count("<line") == 1
+
+
+@given(st.lists(st.integers(1, 100), max_size=12))
+def test_no_label_of_a_mark_hides_another_and_no_warning_is_lost(steps: list[int]) -> None:
+    history = [{"step": step, "reward": 0.5} for step in (1, 100)]
+    warned = [Warned(step, "held_out", f"message {number}") for number, step in enumerate(steps, 1)]
+    (chart,) = curves.charts([Run("run", {}, history, warned, [])])
+    spans = [(mark.at - mark.width / 2, mark.at + mark.width / 2) for mark in chart.marks]
+    assert all(before[1] <= after[0] + 0.11 for before, after in pairwise(spans))
+    assert all(low >= 0 and high <= curves.WIDTH for low, high in spans)
+    shown = [int(number) for mark in chart.marks for number in re.findall(r"message (\d+)", mark.text)]
+    assert sorted(shown) == [*range(1, len(steps) + 1)]
+    assert len({place for mark in chart.marks for place in mark.places}) == len({*steps})
 
 
 def test_every_monitor_has_a_chart() -> None:

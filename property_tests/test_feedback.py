@@ -19,7 +19,6 @@ from sdpo_rl.rollout.feedback import (
     column_texts,
     join_feedback,
     split_rewards,
-    table_column,
 )
 
 # --- one function's output --------------------------------------------------------------------------------
@@ -88,12 +87,6 @@ def test_the_largest_float32_and_what_is_not_judged_pass() -> None:
     assert scores[:3] == [largest, -largest, None]
     assert math.isnan(scores[3])  # type: ignore[arg-type]
     assert (scores[4], texts[4]) == (None, "why")
-
-
-def test_the_column_of_the_table_has_a_free_name() -> None:
-    assert table_column([]) == table_column(["judge"]) == "feedback"
-    assert table_column(["feedback", "judge"]) == "sdpo_feedback"
-    assert table_column(["feedback", "sdpo_feedback"]) == "sdpo_sdpo_feedback"
 
 
 # --- several functions, one batch -------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def everything(trainer: Any) -> dict[str, Any]:
         "buffered": trainer._buffered_inputs is None,
         "diagnostics": trainer._diagnostics.state(),
         "ticks": trainer._teacher.state.ticks,
-        "forwards": (trainer._fused, trainer._layout, trainer._reads_padding, trainer._rollout),
+        "forwards": (trainer._forward_mode, trainer._rollout),
         "loaders": (len(trainer.accelerator._dataloaders), len(gradient_state.dataloader_references)),
         "attributes": sorted(vars(trainer)),
         "random numbers": (torch.get_rng_state(), random.getstate(), repr(np.random.get_state())),

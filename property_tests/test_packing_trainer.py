@@ -63,7 +63,7 @@ def test_a_step_is_the_same_without_padding(tmp_path: Path, case: str, lora: boo
     difference = compare(trainer, fresh_model(lora), method)
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
-    assert trainer._layout.layout == layout
+    assert trainer._forward_mode.layout.layout == layout
 
 
 def prompts_with_every_row(patch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_tokens_from_tools_have_no_loss(tmp_path: Path, layout: str) -> None:
 def test_all_rows_padded_is_still_an_option(tmp_path: Path) -> None:
     trainer = make(tmp_path, "padded", False, FOUR, {})
     assert compare(trainer, fresh_model(False)).gradient < TOLERANCE
-    assert trainer._layout.layout == "padded"
+    assert trainer._forward_mode.layout.layout == "padded"
 
 
 @pytest.mark.parametrize("layout", ["packed", "groups"])

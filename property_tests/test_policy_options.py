@@ -223,7 +223,7 @@ def test_a_weight_of_one_is_the_loss_of_trl(trainers: Callable[..., Any], loss_t
     trainer = trainers(grpo_weight=1.0)
     for names in subsets([0, 1, 2, len(OPTIONS)]):
         assert compared(trainer, make_batch(), loss_type, **together(names)) < TOLERANCE, names
-    assert trainer._fused
+    assert trainer._forward_mode.fused
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_from_whole_logits_it_is_the_same(
 ) -> None:
     trainer = trainers(grpo_weight=1.0, loss_backend="logits")
     assert compared(trainer, make_batch(), loss_type, **changes) < 100 * TOLERANCE  # these logits are float32
-    assert not trainer._fused
+    assert not trainer._forward_mode.fused
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,23 @@ def test_without_any_signal_the_reason_is_named_and_nothing_is_retried(
     assert found in str(result)
 
 
+@pytest.mark.parametrize(("limit", "context"), [(150, 512), (10240, 160)])
+def test_the_limit_of_the_teacher_s_prompts_is_the_smaller_of_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, context: int
+) -> None:
+    """That of the options, and what the model's context leaves beside the longest completion."""
+    made = batches_of(monkeypatch)
+    trainer = tiny.trainer(
+        tmp_path,
+        start=tiny.model(max_position_embeddings=context),
+        sdpo_config=tiny.config(max_reprompt_length=limit),
+    )
+    result = probe(trainer, batches=1)
+    longest = max(len(row.completion_ids) for row in made[0].rows)
+    assert result.lengths.teacher_prompt_limit == min(limit, context - longest)
+    assert f" of {min(limit, context - longest)} tokens" in str(result)
+
+
 # --- nothing moves --------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def test_router_losses_average_over_every_row_s_prompt(
     seen = watch(monkeypatch)
     trainer = make(tmp_path, start=tiny.experts(), router_aux_loss_coef=0.5)
     trainer.train()
-    assert trainer._layout.by_row
+    assert trainer._forward_mode.layout.by_row
     students, teachers = seen[::2], seen[1::2]
     assert all(step["read"] == step["rows"] for step in students)
     assert all(step["read"] < step["rows"] for step in teachers)
@@ -122,5 +122,5 @@ def test_another_attention_reads_every_prompt(tmp_path: Path) -> None:
     model.set_attn_implementation("eager")
     trainer = make(tmp_path, start=model)
     trainer.train()
-    assert trainer._layout == ("packed", "", False, "its attention is 'eager', not 'sdpa'")
+    assert trainer._forward_mode.layout == ("packed", "", False, "its attention is 'eager', not 'sdpa'")
     assert torch.isfinite(torch.tensor(logs(trainer, "loss"))).all()

@@ -67,7 +67,7 @@ def step_gap(
     )
     recorder = Recorder(trainer)
     trainer.train()
-    assert trainer._fused == (backend == "torch")
+    assert trainer._forward_mode.fused == (backend == "torch")
     # `tiny.parity` returns no feedback, which a row with an advantage would be shown beside it.
     method = Method(sequence_mean=mean, grpo=grpo, feedback=False)
     reference, error = ReferenceStep(tiny.experts(), method), 0.0

@@ -91,7 +91,7 @@ def test_every_option(tmp_path: Path, option: str, split: str, backend: str) -> 
     difference = compare(trainer, tiny.model(), sparse(method))
     assert difference.gradient < TOLERANCE
     assert difference.loss < TOLERANCE
-    assert trainer._fused == (backend == "torch")
+    assert trainer._forward_mode.fused == (backend == "torch")
 
 
 @pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "all weights"])

@@ -277,7 +277,7 @@ def test_a_vocabulary_with_impossible_tokens(tmp_path: Path, teacher: Any, backe
     trainer = tiny.trainer(tmp_path, start=masked(), sdpo_config=config, **FOUR)
     difference = compare(trainer, masked(), Method(teacher=teacher))
     assert max(difference.gradient, difference.loss) < TOLERANCE
-    assert trainer._fused == (backend == "torch")
+    assert trainer._forward_mode.fused == (backend == "torch")
 
 
 # --- planted errors ---------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ from strategies import Claim
 from torch import Tensor, nn
 
 import sdpo
-from sdpo_rl import trainer as trainer_module
 from sdpo_rl import training_report
 from sdpo_rl.compat import unsloth as unsloth_compat
 from sdpo_rl.compat import upgrade_check
 from sdpo_rl.diagnose import advice
+from sdpo_rl.resume import progress
 from sdpo_rl.step import batch as step_batch
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import runner
@@ -685,7 +685,7 @@ def test_the_check_knows_all_that_is_inherited() -> None:
     attributes, keys = inherited(sources())
     assert {"_tool_call_loop", "_batch_environments", "environments", "is_fsdp_enabled"} <= attributes
     assert {"tool_mask", "importance_sampling_ratio", "old_per_token_logps"} <= keys
-    assert (attributes | set(trainer_module._RUNNING_LOSS)) - PUBLIC - named == set()
+    assert (attributes | set(progress.RUNNING_LOSS)) - PUBLIC - named == set()
     assert keys - OUR_KEYS - words == set()
 
 

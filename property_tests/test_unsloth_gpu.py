@@ -87,11 +87,11 @@ def observe_recipe() -> dict[str, Any]:
 
     def both_backends(*args: Any, **kwargs: Any) -> Any:
         output = true(*args, **kwargs)
-        fused, trainer._fused = trainer._fused, False
+        mode, trainer._forward_mode = trainer._forward_mode, trainer._forward_mode._replace(fused=False)
         with torch.no_grad():
             seen["batches"].append([float(output.total.detach()), float(true(*args, **kwargs).total)])
-        trainer._fused = fused
-        seen["fused"] = fused
+        trainer._forward_mode = mode
+        seen["fused"] = mode.fused
         return output
 
     def averaged(model: Any) -> None:

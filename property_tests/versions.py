@@ -31,8 +31,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft")
-# What the tests need besides.
-TOOLS = ("pytest", "hypothesis")
+# What the tests need besides; bitsandbytes for the resumed runs of a 4-bit base.
+TOOLS = ("pytest", "hypothesis", "bitsandbytes")
 TESTS = (
     "property_tests/test_divergence.py",
     "property_tests/test_teacher.py",

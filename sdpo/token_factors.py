@@ -5,7 +5,7 @@ What ``token_factors`` computes for whole tensors, ``fused_distillation_loss`` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from einops import reduce
@@ -46,15 +46,16 @@ def token_factors(
         fraction: in (0, 1], the share of each row's tokens to keep, rounded up. None: all.
         weigh: function of the statistics and the mask [..., T] of the kept tokens that returns factors [..., T],
             such as ``lambda statistics, kept: evidence_gate(statistics.log_probs, statistics.teacher_log_probs,
-            beta=5.0)``. None: 1.
+            beta=5.0)``; finite, ≥ 0, and it must leave its arguments as they are. None: 1.
 
     Returns:
-        [..., T] float32 (float64 for float64 inputs), 0 where no token is kept.
+        [..., T] float32 (float64 for float64 inputs), 0 where no token is kept. Where the values cannot be read
+        without waiting for a device, NaN in place of a factor below 0, so that the loss shows it.
 
     Raises:
         TypeError: a mask is not bool, or the factors of ``weigh`` are not floating.
-        ValueError: shapes that do not match, a fraction out of range, or on a CPU a negative factor of a kept
-            token.
+        ValueError: shapes that do not match, a fraction out of range, ``weigh`` changed an argument in place, or on
+            a CPU a factor of a kept token that is negative or not finite.
 
     Gradient: none.
 
@@ -75,11 +76,15 @@ def token_factors(
         kept = select_tokens(statistics.student_entropy, per_token, loss_mask, fraction=fraction)
     factors = upcast(torch.ones_like(per_token))
     if weigh is not None:
+        given = {**statistics._asdict(), "kept": kept}
+        versions = _versions(given)
         factors = weigh(statistics, kept)
+        _refuse_changes(versions, _versions(given))
         check_tensor("weigh(...)", factors, "floating")
         check_shape("weigh(...)", factors, loss_mask.shape, like="the shape of loss_mask")
         factors = upcast(factors.detach())
-        _refuse_negative(factors, kept)
+        _refuse_bad(factors, kept)
+        factors = factors.masked_fill(factors < 0.0, float("nan"))
     factors = factors.masked_fill(~kept, 0.0)
     if fraction is None:
         return factors
@@ -87,14 +92,35 @@ def token_factors(
     return factors * active / left.clamp(min=1)
 
 
-def _refuse_negative(factors: Tensor, kept: Tensor) -> None:
-    """Demand no negative factor of a kept token, where the values are readable; a NaN is seen in the loss."""
+def _refuse_bad(factors: Tensor, kept: Tensor) -> None:
+    """Demand finite factors >= 0 of the kept tokens, where the values are readable."""
     if not (is_readable(factors) and is_readable(kept)):
         return
-    wrong = kept & (factors < 0.0)
+    wrong = kept & ~((factors >= 0.0) & factors.isfinite())
     if wrong.any():
         raise ValueError(
-            f"weigh(...): expected numbers >= 0 for the kept tokens, got {float(factors[wrong][0])}; clamp them"
+            "weigh(...): expected finite numbers >= 0 for the kept tokens, got "
+            f"{float(factors[wrong][0])}; clamp or mask them"
+        )
+
+
+def _versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How often each tensor was changed in place, by name, where torch counts it."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {
+        name: tensor._version
+        for name, tensor in tensors.items()
+        if not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    }
+
+
+def _refuse_changes(before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Demand equal counts: the loss is computed from what a function would have changed."""
+    if changed := [name for name in before if before[name] != after[name]]:
+        raise ValueError(
+            "weigh: expected a function that leaves its arguments as they are, got one that changes "
+            f"{', '.join(changed)} in place; change a copy (tensor.clone())"
         )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from .config import SDPOConfig
+from .rollout import rewards
+from .rollout.demonstrations import Rollout
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
@@ -354,6 +356,32 @@ def check_reward_functions(reward_funcs: Any) -> None:
             )
 
 
+def check_generation_batch(
+    rows: Sequence[Any],
+    config: SDPOConfig,
+    rendered: RenderedPrompts | None,
+    reward_funcs: Any,
+    *,
+    prompts: bool,
+    has_environments: bool,
+) -> None:
+    """What can be checked before a token is sampled.
+
+    Args:
+        rows: of the batch.
+        config: the SDPOConfig.
+        rendered: as for `check_rendered`.
+        reward_funcs: of the trainer.
+        prompts: as for `check_rows`.
+        has_environments: as for `check_keywords` of rewards.
+    """
+    check_rows(rows, prompts=prompts)
+    rewards.check_keywords(
+        (name for row in rows for name in row), reward_funcs, has_environments=has_environments
+    )
+    check_rendered([row["prompt"] for row in rows if "prompt" in row], rendered, config)
+
+
 def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
     """A generation batch has prompts of text that end with a user turn, feedback that is text, and no media.
 
@@ -373,13 +401,21 @@ def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
         check_column((row.get(feedback) for row in rows), feedback)
 
 
-def check_scored_batch(output: Mapping[str, Any]) -> None:
-    """A scored generation batch has no images, which tools and environments may add to the prompts."""
+def check_scored_batch(output: Mapping[str, Any], rollout: Rollout | None) -> Rollout:
+    """A scored generation batch has no images, which tools and environments may add to the prompts.
+
+    Args:
+        output: of TRL.
+        rollout: what was kept of the batch when it was scored, which is returned.
+    """
     if images := [name for name in ("pixel_values", "num_images") if output.get(name) is not None]:
         raise ValueError(
             f"rollout: expected text alone, got images ({', '.join(images)}) from a tool or an environment, which "
             "do not reach the loss; return text, or set SDPOConfig(enabled=False)"
         )
+    if rollout is None:
+        raise RuntimeError("GRPOTrainer did not call _calculate_rewards; this TRL release is not supported")
+    return rollout
 
 
 def _refuse_media(names: Iterable[str]) -> None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,57 +19,53 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.nn.functional import pad
-from transformers import TrainerCallback
 
 from . import __version__, _validate
-from .compat import model_card, peft_lora, trackers
+from .compat import completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
-from .compat.completions_table import DEMONSTRATIONS, DIVERGENCE, CompletionsTable
 from .compat.generation import GenerationTurns
-from .compat.trl import parsed_response, reference_adapter, torch_kernel
+from .compat.training_hooks import TrainingHooks
+from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
 from .config import SDPOConfig
-from .credit.files import RunLog
-from .credit.recorder import make_recorder, table_rows
 from .credit.tokens import LogitSettings
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.preview import Preview, preview
 from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
+from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
 from .rollout.control import ControlStrings
-from .rollout.demonstrations import Rollout, TeacherContext, teacher_context
+from .rollout.demonstrations import Rollout, TeacherContext, selection_seed, teacher_context
 from .rollout.feedback import (
     FEEDBACK_COLUMNS,
     FeedbackCollector,
     column_texts,
     environment_feedback,
-    table_column,
 )
-from .rollout.prompts import Renderer, completion_text
+from .rollout.prompts import Renderer
 from .rollout.rendered import rendered_prompts
-from .rollout.reprompts import Reprompter
-from .rollout.thinking import without_thinking
+from .rollout.reprompts import Reprompter, make_reprompter
+from .rollout.scored import sample, scored
 from .step import entropy as step_entropy
 from .step import forward as step_forward
 from .step import head as step_head
 from .step import micro_batch
 from .step import policy as step_policy
-from .step.batch import TokenBatch, select_rows, teacher_inputs, token_batch
-from .step.denominator import StepWindow, loss_count, signal_counts
-from .step.metrics import MetricSums
+from .step.batch import TokenBatch, select_rows, teacher_inputs
+from .step.denominator import StepWindow, batch_counts, loss_count
+from .step.forward_mode import ForwardMode, find_forward_mode
+from .step.metrics import EvaluationLoss, MetricSums
 from .step.optimizer import drop_gradients
-from .step.runner import ChosenLayout, choose_layout
+from .step.schedule import Schedule, schedule_of
 from .teacher import shards
 from .teacher.reference import start_of_training
 from .teacher.store import TeacherStore
+from .teacher.ticks import TickSchedule
 
 _BASE: Any = trl.GRPOTrainer
 _IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
 # Of `_get_per_token_logps_and_entropies`, those that ask for log-probabilities of texts alone.
 _LOG_PROB_ARGUMENTS = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
-# The Trainer's loss since the last log: a tensor, a float and the step they count from.
-_RUNNING_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 # One value per optimizer step: 1 if it changed nothing.
 _STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 
@@ -160,14 +155,9 @@ class SDPOTrainer(_BASE):
         sdpo_config: SDPOConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if trl.GRPOTrainer is not _BASE:
-            raise RuntimeError(
-                "trl.GRPOTrainer was patched after sdpo_rl.SDPOTrainer was imported, so training would run "
-                f"unpatched. Import in this order:\n{unsloth_compat.IMPORT_ORDER}"
-            )
-        named = {
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
+        unsloth_compat.check_unpatched(_BASE, trl.GRPOTrainer)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        named = datasets | {
             "processing_class": processing_class,
             "reward_processing_classes": reward_processing_classes,
             "callbacks": callbacks,
@@ -177,9 +167,7 @@ class SDPOTrainer(_BASE):
         _validate.check_model(model)
         # Before the rest: a config in their position is a common mistake.
         _validate.check_reward_functions(reward_funcs)
-        if args is None:
-            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
-            args = trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
+        args = default_arguments(model) if args is None else args
         # A copy, so that a later change of its mappings changes nothing here.
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
         _validate.check_construction(model, args, self.sdpo_config, kwargs, trainer=_BASE)
@@ -191,80 +179,73 @@ class SDPOTrainer(_BASE):
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
-            listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            kwargs["reward_funcs"] = [self._feedback.wrap(reward) for reward in listed]
+            kwargs["reward_funcs"] = self._feedback.wrap_all(reward_funcs)
         self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
-        self._stream_position: tuple[int, int] | None = None  # of the checkpoint, for data without a length
+        self._resume = checkpoint.ResumePoint()
         super().__init__(model=model, args=args, **kwargs)
         self._turns = GenerationTurns(self.accelerator.device)
-        if not self.sdpo_config.enabled:
-            return
-        _validate.check_vocabulary(self.sdpo_config, self._unwrapped)
-        reward_rules.check_success_functions(self.sdpo_config, self.reward_func_names)
-        _validate.check_backend(self.sdpo_config, self.accelerator.device)
-        shards.check_strategy(
-            self.accelerator,
-            generate_every=self._generate_every,
-            accumulation_steps=self.args.gradient_accumulation_steps,
+        if self.sdpo_config.enabled:
+            self._set_state(datasets)
+            self._join_trainer()
+
+    def _set_state(self, datasets: Mapping[str, Any]) -> None:
+        """The state of a run, and what can be checked once TRL has loaded model and tokenizer."""
+        config, accelerator, model = self.sdpo_config, self.accelerator, self._unwrapped
+        _validate.check_vocabulary(config, model)
+        reward_rules.check_success_functions(config, self.reward_func_names)
+        _validate.check_backend(config, accelerator.device)
+        generate_every, accumulation = (
+            self._schedule.generate_every,
+            self._schedule.gradient_accumulation_steps,
         )
+        shards.check_strategy(accelerator, generate_every=generate_every, accumulation_steps=accumulation)
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
-        self._rendered = rendered_prompts(
-            Renderer(
-                tokenizer=self.processing_class,
-                chat_template=getattr(self, "chat_template", None),
-                template_kwargs=self.chat_template_kwargs,
-            ),
-            self._control,
+        self._renderer = Renderer(
+            tokenizer=self.processing_class,
+            chat_template=getattr(self, "chat_template", None),
+            template_kwargs=self.chat_template_kwargs,
         )
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            _validate.check_rendered_dataset(dataset, name, self._rendered, self.sdpo_config)
+        self._rendered = rendered_prompts(self._renderer, self._control)
+        for name, dataset in datasets.items():
+            _validate.check_rendered_dataset(dataset, name, self._rendered, config)
         self._rollout: Rollout | None = None
-        self._teacher = TeacherStore(
-            self._unwrapped, self.sdpo_config, seed=self.args.seed, samples_per_tick=self._samples_per_tick
-        )
-        self._start = start_of_training(
-            self._unwrapped, self.sdpo_config, self.ref_model, seed=self.args.seed
-        )
-        self._stores = {checkpoint.TEACHER: self._teacher}  # by their files in a checkpoint
-        if self._start is not None:
-            self._stores[checkpoint.REFERENCE] = self._start
-        self._generations_done = 0  # with a teacher update
-        self._transform = step_head.head_transform(self._unwrapped.config)
-        self._fused: bool | None = None  # unknown until the first forward
-        self._policy_term = step_policy.policy_term(self.args) if self.sdpo_config.has_policy_loss else None
-        self._reads_padding = False
-        self._layout: ChosenLayout | None = None  # of the rows in a forward
+        samples_per_tick = self._schedule.samples_per_tick(config.teacher_tick)
+        self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
+        self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
+        self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
+        self._stores = checkpoint.stores(self._teacher, self._start)
+        self._transform = step_head.head_transform(model.config)
+        self._forward_mode: ForwardMode | None = None  # unknown until the first forward
+        self._policy_term = step_policy.policy_term(self.args) if config.has_policy_loss else None
         self._window = StepWindow()
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
-        self._eval_loss = MetricSums()
-        self._diagnostics = Diagnostics(self.sdpo_config)
-        self._run_log = RunLog(self.args.output_dir, writes=self.accelerator.is_main_process)
-        self._recorder = make_recorder(
-            self.sdpo_config,
+        self._eval_loss = EvaluationLoss()
+        self._diagnostics = Diagnostics(config)
+        self._records = Records(
+            config,
             self.args,
             self.processing_class,
-            LogitSettings(self._transform, self.temperature, self.sdpo_config.trust_region_coef),
-            writes=self.accelerator.is_main_process,
+            LogitSettings(self._transform, self.temperature, config.trust_region_coef),
+            has_table=self.log_completions and hasattr(self, "_log_completion_extra"),
+            writes=accelerator.is_main_process,
+            gather=self._gather,
         )
-        self._table: CompletionsTable | None = None
-        if self.log_completions and hasattr(self, "_log_completion_extra"):
-            self._table = CompletionsTable(self.args.generation_batch_size)
-        self._epochs_done = 0  # before the checkpoint
         self._optimizer_hook: Any = None
-        self._student_moved = False  # since the last generation batch with a teacher update
-        self.add_callback(
-            _TrainingHooks(
-                begin=self._begin_training,
-                step_end=self._update_teacher,
-                epoch_end=lambda: _validate.check_batches_seen(
-                    "train_dataset", self._step or self.state.global_step
-                ),
-            )
+
+    def _join_trainer(self) -> None:
+        """What happens beside the Trainer's own: its events, its trackers, and warnings."""
+        hooks = TrainingHooks(
+            begin=self._begin_training,
+            step_end=self._update_teacher,
+            epoch_end=lambda: _validate.check_batches_seen(
+                "train_dataset", self._step or self.state.global_step
+            ),
         )
-        logged = {f"sdpo_{name}": value for name, value in dataclasses.asdict(self.sdpo_config).items()}
+        self.add_callback(hooks)
+        logged = {f"sdpo_{name}": value for name, value in self._options.items()}
         trackers.log_options(self.callback_handler, {"sdpo_rl_version": __version__, **logged})
         if self.args.cast_lm_head_to_fp32 and not _IS_UNSLOTH:
             for one in filter(None, (self._unwrapped, self.ref_model)):
@@ -272,7 +253,8 @@ class SDPOTrainer(_BASE):
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
-        warn_of_fast_teacher(self.sdpo_config, samples_per_tick=self._samples_per_tick)
+        samples_per_tick = self._schedule.samples_per_tick(self.sdpo_config.teacher_tick)
+        warn_of_fast_teacher(self.sdpo_config, samples_per_tick=samples_per_tick)
 
     # --- rollout -----------------------------------------------------------------------------------------
 
@@ -284,11 +266,11 @@ class SDPOTrainer(_BASE):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Tensor:
-        enabled = self.sdpo_config.enabled
+        config, enabled = self.sdpo_config, self.sdpo_config.enabled
         if enabled:  # before reward functions, which may change what they are given
-            rollout_prompts, rollout_completions = copy.deepcopy((list(prompts), list(completions)))
-            lengths = [len(ids) for ids in completion_ids_list]
-            demonstrations = self._demonstrations(completions, completion_ids_list)
+            sampled = sample(
+                prompts, completions, completion_ids_list, config, self.processing_class, parsed_response
+            )
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         feedback = self._feedback.take(
             len(inputs),
@@ -296,90 +278,51 @@ class SDPOTrainer(_BASE):
             environment_feedback(getattr(self, "environments", None) or []),
         )
         self._log_feedback(feedback)
-        if not enabled:
-            return rewards
-        weights = self.reward_weights.to(rewards.device)
-        reward_rules.check_finite(rewards, self.reward_func_names, weights)
-        scores = reward_rules.success_scores(
-            rewards, self.reward_func_names, weights, self.sdpo_config.success_reward_funcs
-        )
-        self._rollout = Rollout(
-            prompts=rollout_prompts,
-            completions=rollout_completions,
-            completion_lengths=lengths,
-            demonstrations=demonstrations,
-            feedback=feedback,
-            scores=scores.float().cpu(),
-            rewards=rewards.float().cpu(),
-        )
+        if enabled:
+            names, weights = self.reward_func_names, self.reward_weights
+            self._rollout = scored(sampled, feedback, rewards, config, names=names, weights=weights)
         return rewards
 
-    def _demonstrations(self, completions: Any, completion_ids: Any) -> list[str]:
-        """Each completion's text where it is shown as a solution."""
-        config = self.sdpo_config
-        if not config.remove_thinking_from_demonstration:
-            return [completion_text(completion) for completion in completions]
-        return [
-            without_thinking(completion, ids, self.processing_class, config.thinking_marks, parsed_response)
-            for completion, ids in zip(completions, completion_ids, strict=True)
-        ]
-
     def _log_feedback(self, feedback: list[str | None]) -> None:
-        """The feedback as a column of the completions table, beside those of the reward functions."""
-        if not hasattr(self, "_log_completion_extra"):
-            return
-        self._extra_columns.update(self._gather([*self._pending_extra_logs]))
-        column = table_column([*self.reward_func_names, *self._extra_columns])
-        table = self._logs["extra"]
-        if column != "feedback" and column not in table:
-            if not any(self._gather(feedback)):
-                return
-            # The columns of the table must have one length, also after batches without feedback.
-            table[column].extend([None] * len(self._logs["prompt"]))
-        self._log_completion_extra(column, feedback)
+        if hasattr(self, "_log_completion_extra"):
+            self._extra_columns.update(self._gather([*self._pending_extra_logs]))
+            completions_table.add_feedback(
+                self._logs["extra"],
+                feedback,
+                self._taken_columns,
+                rows=len(self._logs["prompt"]),
+                log=self._log_completion_extra,
+                gather=self._gather,
+            )
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         if not self.sdpo_config.enabled:
             return super()._generate_and_score_completions(inputs)
         rollout, context, output = self._scored_rollout(inputs)
-        first_row = self.accelerator.process_index * len(rollout.prompts)
-        if self._recorder is not None and self._mode == "train":
-            rows = self._recorder.rollout_rows(rollout, context, first_row=first_row)
-            output["rollout_row"] = rows.to(output["completion_ids"].device)
-        if self._table is not None:
-            device = output["completion_ids"].device
-            output["rollout_row"] = torch.arange(len(rollout.prompts), device=device)[:, None]
-            used = zip(context.demonstration_rows, context.prompts.has_demonstration, strict=True)
-            self._table.add_batch(
-                self._logs["extra"],
-                self._table_columns,
-                self._mode,
-                self._gather([places if shown else [] for places, shown in used]),
-                first_row=first_row,
-            )
+        rows = len(rollout.prompts)
+        columns, first_row = self._logs["extra"], self.accelerator.process_index * rows
+        if self._records.begin_batch(
+            rollout, context, columns, self._taken_columns, mode=self._mode, first_row=first_row
+        ):
+            output["rollout_row"] = torch.arange(rows, device=output["completion_ids"].device)[:, None]
         return output
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
         """A generation batch: what was sampled and scored, what the teacher reads, and the inputs of the loss."""
-        # An environment may return the prompts itself.
-        _validate.check_rows(inputs, prompts=getattr(self, "environment_factories", None) is None)
-        reward_rules.check_keywords(
-            (name for row in inputs for name in row),
+        _validate.check_generation_batch(
+            inputs,
+            self.sdpo_config,
+            self._rendered,
             self.reward_funcs,
+            # An environment may return the prompts itself.
+            prompts=getattr(self, "environment_factories", None) is None,
             has_environments=getattr(self, "environments", None) is not None,
         )
-        given = [row["prompt"] for row in inputs if "prompt" in row]
-        _validate.check_rendered(given, self._rendered, self.sdpo_config)
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
-        _validate.check_scored_batch(output)
-        rollout, self._rollout = self._rollout, None
-        if rollout is None:
-            raise RuntimeError(
-                "GRPOTrainer did not call _calculate_rewards; this TRL release is not supported"
-            )
+        rollout, self._rollout = _validate.check_scored_batch(output, self._rollout), None
         mode = self._mode
         context = teacher_context(
             rollout,
@@ -389,25 +332,16 @@ class SDPOTrainer(_BASE):
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
             context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,
-            seed=self._selection_seed,
+            seed=selection_seed(self.args.seed, self.state.global_step, self._window.index, mode == "eval"),
             gather=self._gather,
         )
         for name, value in context.metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
-        return (
-            rollout,
-            context,
-            output
-            | teacher_inputs(
-                output,
-                context.prompts.ids,
-                context.distilled,
-                row_weights=context.row_weights,
-                pad_id=self._pad_id,
-            ),
-        )
+        prompt_ids, distilled, weights = context.prompts.ids, context.distilled, context.row_weights
+        further = teacher_inputs(output, prompt_ids, distilled, row_weights=weights, pad_id=self._pad_id)
+        return rollout, context, output | further
 
     def preview(self, n: int = 4) -> Preview:
         """What student and teacher read in rows of the first generation batch of the data; trains nothing.
@@ -443,38 +377,17 @@ class SDPOTrainer(_BASE):
         inputs = super()._prepare_inputs(generation_batch)
         if self.sdpo_config.enabled and self._mode == "train" and self._buffered_inputs is not self._counted:
             self._counted = self._buffered_inputs
-            aggregation = self.sdpo_config.loss_aggregation
-            batches = self._buffered_inputs
-            counts = torch.stack([loss_count(batch, aggregation) for batch in batches])
-            signals = torch.stack([signal_counts(batch, self._signal_mask(batch)) for batch in batches])
-            totals = self._sum(torch.cat([counts[:, None], signals], dim=1))
-            self._window.set_counts(totals[:, 0], totals[:, 1:])
+            self._window.set_counts(
+                *batch_counts(self._counted, self.sdpo_config, self._policy_term, total=self._sum)
+            )
         return inputs
 
-    def _signal_mask(self, batch: Any) -> Tensor | None:
-        if self._policy_term is None:
-            return None
-        return step_policy.signal_mask(self.sdpo_config, self._policy_term, batch)
-
     def _reprompter(self) -> Reprompter:
-        config, row_tools = self.sdpo_config, None
+        row_tools = None
         if getattr(self, "environment_factories", None) is not None:  # each environment has its own tools
             row_tools = [self._env_tools[name] for name in self._batch_environments]
-        renderer = Renderer(
-            tokenizer=self.processing_class,
-            tools=getattr(self, "tools", None),
-            row_tools=row_tools,
-            chat_template=getattr(self, "chat_template", None),
-            template_kwargs={**self.chat_template_kwargs, **config.template_kwargs},
-            control=None if config.allow_control_tokens else self._control,
-        )
-        return Reprompter(
-            renderer,
-            config.templates(),
-            config.environment_feedback_only_without_solution,
-            config.reprompt_truncation,
-            self._rendered,
-        )
+        renderer = dataclasses.replace(self._renderer, tools=getattr(self, "tools", None))
+        return make_reprompter(self.sdpo_config, renderer, self._control, self._rendered, row_tools=row_tools)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         return self._turns.turn(super()._generate_single_turn, *args, **kwargs)
@@ -509,39 +422,31 @@ class SDPOTrainer(_BASE):
                 denominator = self._window.denominator(
                     step=self._step,
                     length=self.current_gradient_accumulation_steps,
-                    generate_every=self._generate_every,
+                    generate_every=self._schedule.generate_every,
                     part_weights=self._part_weights,
                 )
                 # Gradients and logged losses are averaged over processes, hence the factor.
                 processes = self.accelerator.num_processes
             output = self._micro_batch_output(model, inputs, count, unit=denominator / processes)
-        if self._mode == "train" and self._policy_term is not None and self._policy_term.has_entropy_bonus:
-            none = torch.zeros_like(denominator), torch.zeros_like(denominator)
-            found = output.metrics.get("self_distillation/policy_entropy", none)
-            step_entropy.update_bonus(self, found, ends_step=self.accelerator.sync_gradients)
         self._sums[self._mode].add(output.metrics)
         if self._mode == "eval":
-            self._add_eval_loss(output, denominator)
+            self._eval_loss.add(
+                output.total, output.policy_total, count=output.count, denominator=denominator
+            )
+        elif self._policy_term is not None and self._policy_term.has_entropy_bonus:
+            step_entropy.update_bonus(self, output.metrics, ends_step=self.accelerator.sync_gradients)
         return output.total * processes / denominator
-
-    def _add_eval_loss(self, output: micro_batch.MicroBatchOutput, denominator: Tensor) -> None:
-        policy_total = output.policy_total
-        if policy_total is None:
-            policy_total = torch.zeros_like(output.total)
-        self._eval_loss.add({"loss": (output.total - policy_total, output.count)})
-        if self._policy_term is not None:  # of which TRL takes the mean over batches
-            self._eval_loss.add({"policy_loss": (policy_total / denominator, torch.ones_like(policy_total))})
 
     def _micro_batch_output(
         self, model: nn.Module, inputs: Any, count: Tensor, *, unit: Tensor
     ) -> micro_batch.MicroBatchOutput:
         """The output of a micro-batch; `unit` is what its total is divided by on this process, []."""
-        distillation_weight, router_weight = 1.0, count
+        router_weight = count
+        policy_weight, distillation_weight = self._part_weights
         if self._policy_term is not None:
             steps = self.current_gradient_accumulation_steps if self._mode == "train" else 1
             share = steps / self.args.steps_per_generation if self._mode == "train" else 1.0
             router_weight = unit / steps
-            policy_weight, distillation_weight = self._part_weights
             inputs = inputs | step_policy.policy_inputs(
                 self.sdpo_config,
                 self._policy_term,
@@ -551,21 +456,30 @@ class SDPOTrainer(_BASE):
                 accumulation_steps=steps,
                 step_tokens=inputs["num_items_in_batch"] / self.accelerator.num_processes * share,
             )
-        context = self._step_context(model, distillation_weight)
-        observers = []
-        if self._recorder is not None and self._mode == "train":
-            observers.append(self._recorder.observer(self.args, self.state, inputs))
-        if self._table is not None and "rollout_row" in inputs:
-            observers.append(partial(self._table.observe, self._mode))
-        context = dataclasses.replace(context, observers=[*filter(None, observers)])
-        by_row = self._layout is not None and self._layout.by_row
+        observers = self._records.observers(self.args, self.state, inputs, mode=self._mode)
+        context = self._step_context(model, distillation_weight, observers)
+        by_row = self._forward_mode is not None and self._forward_mode.layout.by_row
         batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         context, fused = self._check_model(context, batch.student)
         return micro_batch.micro_batch_loss(context, batch, count, router_weight=router_weight, fused=fused)
 
-    def _step_context(self, model: nn.Module, distillation_weight: float = 1.0) -> micro_batch.StepContext:
+    def _step_context(
+        self,
+        model: nn.Module,
+        distillation_weight: float = 1.0,
+        observers: Sequence[Callable[[micro_batch.Observation], None]] = (),
+    ) -> micro_batch.StepContext:
+        anchor = partial(
+            reference,
+            self.model,
+            self._unwrapped,
+            self.ref_model,
+            self._start,
+            accelerator=self.accelerator,
+            training=self._mode == "train",
+        )
         return micro_batch.StepContext(
             config=self.sdpo_config,
             accelerator=self.accelerator,
@@ -577,7 +491,8 @@ class SDPOTrainer(_BASE):
             router_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else None,
             policy_term=self._policy_term,
             distillation_weight=distillation_weight,
-            reference=self._reference if self.sdpo_config.anchor_weight > 0.0 else None,
+            reference=anchor if self.sdpo_config.anchor_weight > 0.0 else None,
+            observers=observers,
             head_in_float32=self.args.cast_lm_head_to_fp32,
         )
 
@@ -588,41 +503,22 @@ class SDPOTrainer(_BASE):
 
         All processes call it.
         """
-        if self._fused is None or self._layout is None:
-            self._fused = micro_batch.can_fuse(context, tokens)
-            reads_padding = micro_batch.reads_padding(context, tokens)
-            device = self.accelerator.device
-            self._reads_padding = bool(self._sum(torch.tensor(float(reads_padding), device=device)))
-            if self._reads_padding:
+        if self._forward_mode is None:
+            self._forward_mode = find_forward_mode(context, tokens)
+            if self._forward_mode.reads_padding:
                 warn_of_padding(self._unwrapped)
-            self._layout = choose_layout(context, tokens)
-        if self._reads_padding and context.in_lockstep:
+        if self._forward_mode.reads_padding and context.in_lockstep:
             _validate.check_rows_alone(self.args, self._unwrapped, mode=self._mode)
-        layout, by_row = self._layout.layout, self._layout.by_row
-        context = dataclasses.replace(
-            context, reads_padding=self._reads_padding, layout=layout, by_row=by_row
-        )
-        return context, self._fused
-
-    @contextmanager
-    def _reference(self) -> Iterator[tuple[Any, Any, Any]]:
-        if self.ref_model is not None:
-            yield self.ref_model, self.accelerator.unwrap_model(self.ref_model), None
-        elif self._start is not None:
-            (params,) = self._start.forwards(self._unwrapped, training=self._mode == "train")
-            yield self.model, self._unwrapped, params
-        else:
-            with reference_adapter(self._unwrapped):
-                yield self.model, self._unwrapped, None
+        return self._forward_mode.of(context), self._forward_mode.fused
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's, with the mean loss over all its tokens in place of that over batches and processes."""
         if not self.sdpo_config.enabled:
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        self._eval_loss = MetricSums()
+        self._eval_loss = EvaluationLoss()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        _validate.check_batches_seen("eval_dataset", len(self._eval_loss.state()))
-        output.metrics[f"{metric_key_prefix}_loss"] = sum(self._eval_loss.means(self._sum).values(), 0.0)
+        _validate.check_batches_seen("eval_dataset", self._eval_loss.batches)
+        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss.mean(self._sum)
         return output
 
     def _get_per_token_logps_and_entropies(
@@ -633,35 +529,24 @@ class SDPOTrainer(_BASE):
         others = {name for name, value in arguments.items() if value is not None and value is not False}
         # Unsloth's loss expects the conventions of its own version.
         if self.sdpo_config.enabled and not _IS_UNSLOTH and others <= _LOG_PROB_ARGUMENTS:
-            return self._sampled_log_probs(**{name: arguments[name] for name in others}), None, None
+            log_probs = micro_batch.completion_log_probs(
+                partial(self._check_model, self._step_context(self.model)),
+                model,
+                self._unwrapped if model is self.model else self.accelerator.unwrap_model(model),
+                input_ids,
+                arguments["attention_mask"],
+                length=arguments["logits_to_keep"],
+                batch_size=arguments.get("batch_size"),
+            )
+            return log_probs, None, None
         with nullcontext() if _IS_UNSLOTH else torch_kernel(input_ids.device):
             return method(model, input_ids, *args, **kwargs)
-
-    def _sampled_log_probs(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-    ) -> Tensor:
-        """Of the completions [B, T], as the loss computes them, so that on-policy their ratios are 1."""
-        log_probs, own = [], model is self.model
-        unwrapped = self._unwrapped if own else self.accelerator.unwrap_model(model)  # of a reference model
-        size = batch_size or len(input_ids)
-        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
-            tokens = token_batch(ids, mask, logits_to_keep)
-            context, fused = self._check_model(self._step_context(self.model), tokens)
-            context = dataclasses.replace(context, model=model, unwrapped=unwrapped)
-            part = micro_batch.sampled_log_probs(context, tokens, fused=fused)
-            log_probs.append(pad(part, (0, logits_to_keep - part.shape[1])))
-        return torch.cat(log_probs)
 
     # --- training loop -----------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
-        options = dataclasses.asdict(self.sdpo_config)
-        self._run_log.begin(self.state.global_step, options=options, history=self.state.log_history)
+        step, history = self.state.global_step, self.state.log_history
+        self._records.begin(step, options=self._options, history=history)
         for store in self._stores.values():
             store.on_train_begin(self._unwrapped)
         self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
@@ -683,18 +568,9 @@ class SDPOTrainer(_BASE):
         return loss
 
     def _update_teacher(self) -> None:
-        """The updates of the optimizer step that just ended; none where no step since the last had a signal."""
-        self._student_moved = self._student_moved or self._window.has_signal
-        ticks = 1
-        if self.sdpo_config.teacher_tick == "generation_batch":
-            ticks = self._step // self._generate_every - self._generations_done
-            self._generations_done += ticks
-        if not ticks:
-            return
-        if self._student_moved:
-            for _ in range(ticks):
-                self._teacher.tick(self._unwrapped)
-        self._student_moved = False
+        ended = self._step // self._schedule.generate_every
+        for _ in range(self._ticks.due(has_signal=self._window.has_signal, generation_batches=ended)):
+            self._teacher.tick(self._unwrapped)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's logging, with the means of the metrics since the last time."""
@@ -709,16 +585,12 @@ class SDPOTrainer(_BASE):
             self._diagnostics.observe_means(means)
             for name, value in means.items():
                 self._metrics[mode][name].append(value)
-            if self._table is not None:
-                self._table.fill(self._logs["extra"], self._table_columns[1], self._gather)
+            self._records.fill_table(self._logs["extra"], self._taken_columns)
         super().log(logs, *args, **kwargs)
         if self.sdpo_config.enabled:
             self._diagnostics.observe_logs(logs)
-            step = self.state.global_step
-            self._run_log.add(step, logs, self._diagnostics.take_warnings())
-            if self._recorder is not None and mode == "train":
-                rows = table_rows(self._recorder.write(step))
-                trackers.log_table(self.args.report_to, "credit", rows)
+            warnings = self._diagnostics.take_warnings()
+            self._records.write(self.state.global_step, logs, warnings, mode=mode)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
@@ -734,15 +606,13 @@ class SDPOTrainer(_BASE):
             ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
         """
         if self.sdpo_config.enabled:
-            self._epochs_done, self._stream_position = 0, None
-            resume_from_checkpoint = checkpoint.resolve(resume_from_checkpoint, self.args.output_dir)
-            if isinstance(resume_from_checkpoint, str):
-                self._epochs_done = checkpoint.epochs_done(resume_from_checkpoint)
-                if not hasattr(self.train_dataset, "__len__"):
-                    self._stream_position = checkpoint.stream_position(resume_from_checkpoint)
-                if self.sdpo_config.teacher_on_resume == "restore":
-                    for name, store in self._stores.items():
-                        checkpoint.check_teacher(resume_from_checkpoint, store, self._unwrapped, name=name)
+            has_length = hasattr(self.train_dataset, "__len__")
+            self._resume = checkpoint.resume_point(
+                resume_from_checkpoint, self.args.output_dir, has_length=has_length
+            )
+            resume_from_checkpoint = self._resume.folder
+            if isinstance(resume_from_checkpoint, str) and self.sdpo_config.teacher_on_resume == "restore":
+                checkpoint.check_teachers(resume_from_checkpoint, self._stores, self._unwrapped)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -751,17 +621,16 @@ class SDPOTrainer(_BASE):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if self.sdpo_config.enabled:
-            # Every epoch draws its order from one generator, so the epochs before the checkpoint are drawn again.
-            for _ in range(self._epochs_done):
-                next(iter(sampler), None)
+        # Every epoch draws its order from one generator, so the epochs before the checkpoint are drawn again.
+        for _ in range(self._resume.epochs_done):
+            next(iter(sampler), None)
         return sampler
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*args, **kwargs)
-        if self._stream_position is None:
+        if self._resume.stream_position is None:
             return epochs, batches
-        epochs, steps = self._stream_position
+        epochs, steps = self._resume.stream_position
         return epochs, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -774,7 +643,7 @@ class SDPOTrainer(_BASE):
         super().create_model_card(*args, **kwargs)
         if self.sdpo_config.enabled and self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
-            model_card.add_options(card, dataclasses.asdict(self.sdpo_config), version=__version__)
+            model_card.add_options(card, self._options, version=__version__)
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """As `GRPOTrainer.save_model`; the SDPO options are in `sdpo_config.json` beside the model.
@@ -786,7 +655,7 @@ class SDPOTrainer(_BASE):
         """
         if self.sdpo_config.enabled and self.args.should_save:  # before it may be pushed to the Hub
             folder = self.args.output_dir if output_dir is None else output_dir
-            options.save(folder, dataclasses.asdict(self.sdpo_config), version=__version__)
+            options.save(folder, self._options, version=__version__)
         super().save_model(output_dir, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -795,10 +664,7 @@ class SDPOTrainer(_BASE):
             if self.args.should_save:
                 checkpoint.mark_incomplete(folder)
             self.accelerator.wait_for_everyone()
-            for name, store in self._stores.items():
-                checkpoint.save_teacher(
-                    folder, store, self._unwrapped, writes=self.args.should_save, name=name
-                )
+            checkpoint.save_teachers(folder, self._stores, self._unwrapped, writes=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -819,19 +685,13 @@ class SDPOTrainer(_BASE):
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint_folder)
         if checkpoint_folder is not None and self.is_world_process_zero():
-            config = self.sdpo_config
-            options.warn_of_differences(
-                checkpoint_folder,
-                dataclasses.asdict(config),
-                dataclasses.asdict(type(config)()),
-                version=__version__,
-            )
+            defaults = dataclasses.asdict(type(self.sdpo_config)())
+            options.warn_of_differences(checkpoint_folder, self._options, defaults, version=__version__)
         if self.sdpo_config.enabled and checkpoint_folder is not None:
-            for name, store in self._stores.items():
-                if self.sdpo_config.teacher_on_resume == "restart":
-                    store.restart(self._unwrapped)
-                else:
-                    checkpoint.load_teacher(checkpoint_folder, store, self._unwrapped, name=name)
+            on_resume = self.sdpo_config.teacher_on_resume
+            checkpoint.continue_teachers(
+                checkpoint_folder, self._stores, self._unwrapped, on_resume=on_resume
+            )
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         super()._load_rng_state(checkpoint_folder)
@@ -840,40 +700,37 @@ class SDPOTrainer(_BASE):
                 progress.load(
                     checkpoint_folder,
                     process=self.accelerator.process_index,
-                    schedule=self._schedule,
+                    schedule=dataclasses.asdict(self._schedule),
                     device=self.accelerator.device,
                 )
             )
 
     def _run_state(self) -> progress.RunState:
         return progress.RunState(
-            schedule=self._schedule,
+            schedule=dataclasses.asdict(self._schedule),
             step=self._step,
-            student_moved=self._student_moved,
-            batches=self._buffered_inputs if self._step % self._generate_every else None,
-            running_loss={name: float(getattr(self, name)) for name in _RUNNING_LOSS if hasattr(self, name)},
+            student_moved=self._ticks.student_moved,
+            batches=self._buffered_inputs if self._step % self._schedule.generate_every else None,
+            running_loss=progress.running_loss(self),
             metrics=self._metrics["train"],
             sums=self._sums["train"].state(),
             diagnostics=self._diagnostics.state(),
-            rollout_texts=[] if self._recorder is None else self._recorder.state(),
+            rollout_texts=[] if self._records.recorder is None else self._records.recorder.state(),
         )
 
     def _load_run_state(self, state: progress.RunState | None) -> None:
         if state is None:
             return
-        self._step, self._student_moved = state.step, state.student_moved
-        self._generations_done = self._step // self._generate_every
+        self._step, self._ticks.student_moved = state.step, state.student_moved
+        self._ticks.generation_batches = self._step // self._schedule.generate_every
         if state.batches is not None:
             self._buffered_inputs = state.batches
-        for name in _RUNNING_LOSS:
-            if name in state.running_loss and hasattr(self, name):
-                value, old = state.running_loss[name], getattr(self, name)
-                setattr(self, name, old.new_tensor(value) if isinstance(old, Tensor) else type(old)(value))
+        progress.set_running_loss(self, state.running_loss)
         self._metrics["train"].update(state.metrics)
         self._sums["train"].load_state(state.sums)
         self._diagnostics.load_state(state.diagnostics)
-        if self._recorder is not None:
-            self._recorder.load_state(state.rollout_texts)
+        if self._records.recorder is not None:
+            self._records.recorder.load_state(state.rollout_texts)
 
     # --- properties of this run --------------------------------------------------------------------------
 
@@ -881,6 +738,10 @@ class SDPOTrainer(_BASE):
     def sdpo_config(self) -> SDPOConfig:
         """The options of this run, which were checked when it was constructed."""
         return self._sdpo_config
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.sdpo_config)
 
     @property
     def _mode(self) -> str:
@@ -903,11 +764,6 @@ class SDPOTrainer(_BASE):
         )
 
     @property
-    def _generate_every(self) -> int:
-        """Micro-batches from one generation batch to the next."""
-        return self.args.steps_per_generation * self.num_iterations
-
-    @property
     def _part_weights(self) -> tuple[float, float]:
         """Of the policy loss and of the divergence in the present optimizer step."""
         if self._policy_term is None:
@@ -916,23 +772,13 @@ class SDPOTrainer(_BASE):
         return step_policy.part_weights(self.sdpo_config, step=self.state.global_step, last_step=last_step)
 
     @property
-    def _samples_per_tick(self) -> float:
-        """Completions of all processes that are generated from one update of the teacher to the next."""
-        micro_batches = float(self.args.steps_per_generation)
-        if self.sdpo_config.teacher_tick == "optimizer_step":
-            micro_batches = self.args.gradient_accumulation_steps / self.num_iterations
-        return micro_batches * self.args.per_device_train_batch_size * self.accelerator.num_processes
-
-    @property
-    def _schedule(self) -> dict[str, int]:
-        """What decides which rows a micro-batch contains."""
-        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-        return {
-            "world_size": self.accelerator.num_processes,
-            **{name: getattr(self.args, name) for name in names},
-            "num_iterations": self.num_iterations,
-            "num_generations": self.num_generations,
-        }
+    def _schedule(self) -> Schedule:
+        return schedule_of(
+            self.args,
+            world_size=self.accelerator.num_processes,
+            num_iterations=self.num_iterations,
+            num_generations=self.num_generations,
+        )
 
     @property
     def _pad_id(self) -> int:
@@ -940,16 +786,9 @@ class SDPOTrainer(_BASE):
         return getattr(processing, "tokenizer", processing).pad_token_id
 
     @property
-    def _selection_seed(self) -> int:
-        """A function of the position in the run, so that a resumed run draws what the uninterrupted one drew."""
-        position = (self.args.seed, self.state.global_step, self._window.index, self._mode == "eval")
-        return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big")
-
-    @property
-    def _table_columns(self) -> list[str]:
-        """Names of the columns of `CompletionsTable`."""
-        taken = [*self.reward_func_names, *self._extra_columns]
-        return [table_column(taken, name) for name in (DEMONSTRATIONS, DIVERGENCE)]
+    def _taken_columns(self) -> list[str]:
+        """Names of columns of the completions table that reward functions write."""
+        return [*self.reward_func_names, *self._extra_columns]
 
     def _gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order."""
@@ -958,24 +797,3 @@ class SDPOTrainer(_BASE):
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all processes."""
         return self.accelerator.reduce(tensor, reduction="sum")
-
-
-class _TrainingHooks(TrainerCallback):
-    """Calls `begin()` once the model is prepared and a checkpoint loaded, the others at the ends they name."""
-
-    def __init__(
-        self, *, begin: Callable[[], None], step_end: Callable[[], None], epoch_end: Callable[[], None]
-    ) -> None:
-        self._begin, self._step_end, self._epoch_end = begin, step_end, epoch_end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first batch."""
-        self._begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before anything is logged, evaluated or saved."""
-        self._step_end()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the training stops where there was no batch."""
-        self._epoch_end()

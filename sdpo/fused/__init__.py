@@ -208,8 +208,9 @@ def fused_distillation_loss(
             If the rows fit a chunk and there is no policy gradient, the others have no part in the product for the
             hidden gradient. None: all.
         token_weights: function of ``TokenStatistics`` [R, T] of R rows and the mask [R, T] of their tokens with a
-            divergence that returns factors [R, T] of it, such as the confidence of the teacher. Called without
-            gradient, once per chunk of whole rows. None: 1.
+            divergence that returns factors [R, T] of it, such as the confidence of the teacher; finite, ≥ 0, and it
+            must leave its arguments as they are. Called without gradient, once per chunk of whole rows. On a device
+            no factor is read, which would wait for it: one below 0 makes the loss NaN, as NaN does. None: 1.
         surrogate: the policy loss: "clipped" of PPO and GRPO, "cispo" or "sapo".
         clip_low: in [0, 1], the lower half-width of the ratio's range, for example 0.2. None with "sapo", without
             ``advantages``, or, since it has no effect, without ``old_log_probs``.

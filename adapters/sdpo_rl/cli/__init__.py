@@ -19,6 +19,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 _COMMANDS = {
     "train": "train by a recipe: sdpo train --config recipe.yaml [--any_field value]",
@@ -34,6 +35,23 @@ _EXTRA = ("trl", "transformers", "accelerate", "datasets", "peft", "yaml", "jinj
 
 class UserError(Exception):
     """A mistake in the arguments or the recipe; the message says what to change."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what cannot be parsed."""
+        raise mistake(message)
+
+
+def mistake(message: str) -> UserError:
+    """What a parser says of an argument that it cannot parse, with what to do.
+
+    Args:
+        message: argparse's.
+    """
+    return UserError(f"{message}; correct it, or see --help")
 
 
 def show(text: object) -> None:
@@ -68,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a check that failed, 2 for a mistake in the arguments or the recipe, 130 for
         Ctrl-C.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sdpo",
         description="Self-Distillation Policy Optimization for TRL.",
         epilog="\n".join(f"  {name:8} {text}" for name, text in _COMMANDS.items()),
@@ -79,7 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     # What follows the command is the command's own.
     split = next((i + 1 for i, value in enumerate(arguments) if value in _COMMANDS), len(arguments))
-    options = parser.parse_args(arguments[:split])
+    try:
+        options = parser.parse_args(arguments[:split])
+    except UserError as error:
+        print(f"sdpo: {error}", file=sys.stderr)
+        return 2
     if options.version:
         import sdpo
         import sdpo_rl

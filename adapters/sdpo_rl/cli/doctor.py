@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import platform
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
+
+from . import Parser
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 _EXTRAS = ("", "trl", "peft", "bnb", "triton", "unsloth")
@@ -25,7 +26,7 @@ class Check(NamedTuple):
 
 def run(arguments: Sequence[str]) -> int:
     """Print the findings; returns 1 if one is a problem."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sdpo doctor", description="Check versions, GPU and known conflicts of the installation."
     )
     parser.add_argument("--quiet", action="store_true", help="print problems only")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import UserError
+from . import Parser, UserError
 
 RECIPE = """\
 # sdpo train --config recipe.yaml --dry_run    checks it
@@ -73,9 +72,7 @@ TASKS = "".join(
 
 def run(arguments: Sequence[str]) -> int:
     """Write the three files; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="sdpo init", description="A recipe and a reward file to start from."
-    )
+    parser = Parser(prog="sdpo init", description="A recipe and a reward file to start from.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="where to write; default: here")
     folder = parser.parse_args(list(arguments)).folder
     files = {"recipe.yaml": RECIPE, "rewards.py": REWARDS, "tasks.jsonl": TASKS}

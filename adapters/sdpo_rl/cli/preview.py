@@ -6,11 +6,10 @@ accelerate launch -m sdpo_rl preview --config recipe.yaml
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from ..diagnose.preview import check_rows
-from . import UserError, show
+from . import Parser, UserError, show
 from .recipe import parse
 from .train import build, silence
 
@@ -19,7 +18,7 @@ _ROWS = 4
 
 def run(arguments: Sequence[str]) -> int:
     """Print rows of a generation batch; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sdpo preview", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="sdpo preview", add_help=False, allow_abbrev=False)
     parser.add_argument("--rows", default=str(_ROWS))
     own, rest = parser.parse_known_args(list(arguments))
     rows = _number(own.rows)

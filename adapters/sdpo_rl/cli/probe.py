@@ -6,14 +6,13 @@ accelerate launch -m sdpo_rl probe --config recipe.yaml
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..diagnose.probe.run import check_probe, probe
 from ..diagnose.probe.verdict import DOES_NOT_LEARN
-from . import UserError, show
+from . import Parser, UserError, show
 from .recipe import parse
 from .train import build, silence
 
@@ -25,7 +24,7 @@ _OPTIONS = f"""--json FILE: also write the numbers to this file;
 
 def run(arguments: Sequence[str]) -> int:
     """Print the result; returns 1 if the verdict is not to train."""
-    parser = argparse.ArgumentParser(prog="sdpo probe", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="sdpo probe", add_help=False, allow_abbrev=False)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batches", default=str(_BATCHES))
     parser.add_argument("--answer_column")

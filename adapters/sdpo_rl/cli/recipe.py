@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from ..config import SDPOConfig
 from ..presets import training_arguments
-from . import UserError
+from . import UserError, mistake
 
 # Readers of `datasets` by the ending of a file.
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -70,6 +70,13 @@ class Recipe(NamedTuple):
     sdpo: SDPOConfig
 
 
+class _Parser(TrlParser):
+    """TRL's parser, whose errors are one line, without the usage of all fields before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise mistake(message)
+
+
 def parse(arguments: Sequence[str], *, command: str = "train", epilog: str | None = None) -> Recipe:
     """Options over the YAML file of ``--config`` over the preset over the defaults.
 
@@ -81,7 +88,7 @@ def parse(arguments: Sequence[str], *, command: str = "train", epilog: str | Non
     Raises:
         UserError: an unknown field, a bad value, a file that cannot be read.
     """
-    parser = TrlParser(
+    parser = _Parser(
         (RunArguments, GRPOConfig, ModelConfig, SDPOConfig), prog=f"sdpo {command}", epilog=epilog
     )
     parser.add_argument("--config", help="a YAML file with any of these fields")

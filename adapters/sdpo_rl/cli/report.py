@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..credit.report import credit_report
-from . import UserError
+from . import Parser, UserError
 
 
 def run(arguments: Sequence[str]) -> int:
     """Write the file; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sdpo report",
         description="One HTML file about a run: its curves, and what the teacher said of each token.",
     )

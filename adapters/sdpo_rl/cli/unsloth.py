@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import UserError
+from . import Parser, UserError
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -36,7 +35,7 @@ def patch_if_asked(arguments: Sequence[str]) -> None:
 
 
 def _asked(arguments: Sequence[str]) -> bool:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--unsloth", nargs="?", const="true")
     parser.add_argument("--config")
     known, _ = parser.parse_known_args(list(arguments))

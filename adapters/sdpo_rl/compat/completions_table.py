@@ -1,10 +1,10 @@
-"""Columns of TRL's completions table that are known after its own: demonstrations and divergences."""
+"""The columns of TRL's completions table that this library adds: feedback, demonstrations and divergences."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,53 @@ from ..step.micro_batch import Observation
 DEMONSTRATIONS, DIVERGENCE = "demonstration_rows", "divergence"
 
 Columns = MutableMapping[str, "deque[Any]"]
+
+
+def table_column(taken: Iterable[str], column: str = "feedback") -> str:
+    """The name of a column of the completions table: `feedback`, say, or `sdpo_feedback` where that is taken.
+
+    Args:
+        taken: names of reward functions, and of columns that they write by `log_extra`.
+        column: the wanted name.
+    """
+    names = set(taken)
+    while column in names:
+        column = f"sdpo_{column}"
+    return column
+
+
+def column_names(taken: Iterable[str]) -> list[str]:
+    """`table_column` of the two columns of a `CompletionsTable`."""
+    names = list(taken)
+    return [table_column(names, name) for name in (DEMONSTRATIONS, DIVERGENCE)]
+
+
+def add_feedback(
+    columns: Columns,
+    feedback: list[str | None],
+    taken: Iterable[str],
+    *,
+    rows: int,
+    log: Callable[[str, list[str | None]], None],
+    gather: Callable[[list[Any]], list[Any]],
+) -> None:
+    """Log the feedback of a generation batch as a column, from the first batch on that has any.
+
+    Args:
+        columns: of the table that reward functions and this library add.
+        feedback: of this process's rows.
+        taken: as for `table_column`.
+        rows: of the table before this batch.
+        log: TRL's; adds the values of all processes to a column.
+        gather: concatenates a list over processes.
+    """
+    column = table_column(taken)
+    if column != "feedback" and column not in columns:
+        if not any(gather(feedback)):
+            return
+        # The columns of the table must have one length, also after batches without feedback.
+        columns[column].extend([None] * rows)
+    log(column, feedback)
 
 
 class CompletionsTable:

@@ -1,4 +1,4 @@
-"""What differs between TRL, its releases and this library: log-probabilities on a CPU, parsed responses."""
+"""What differs between TRL, its releases and this library: references, log-probabilities on a CPU, responses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+import trl
 from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import linear
 from trl.chat_template_utils import add_response_schema, parse_response
 from trl.trainer import utils
+
+from ..teacher.store import TeacherStore
 
 # Numbers of a chunk of logits: 16 MiB of float32.
 _CHUNK = 2**22
@@ -22,6 +25,12 @@ _CHUNK = 2**22
 _RESPONSE_FORMAT = (
     "response_template" if Version(transformers.__version__) >= Version("5.13.0.dev0") else "response_schema"
 )
+
+
+def default_arguments(model: Any) -> Any:
+    """TRL's defaults, and a folder that has the name of the model, which is a model or a name."""
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "") or "model"
+    return trl.GRPOConfig(f"{name.split('/')[-1]}-SDPO")
 
 
 def parsed_response(tokenizer: Any, ids: Sequence[int]) -> dict[str, Any] | None:
@@ -40,10 +49,35 @@ def parsed_response(tokenizer: Any, ids: Sequence[int]) -> dict[str, Any] | None
 
 
 @contextmanager
-def reference_adapter(model: Any) -> Iterator[None]:
-    """A PEFT model as GRPO's reference: with a copy of the adapter that it was loaded with, or without any."""
-    with utils.use_adapter(model, "ref" if "ref" in model.peft_config else None):
-        yield
+def reference(
+    model: Any,
+    unwrapped: Any,
+    ref_model: Any,
+    start: TeacherStore | None,
+    *,
+    accelerator: Any,
+    training: bool,
+) -> Iterator[tuple[Any, Any, Any]]:
+    """GRPO's reference model, wrapped and not, and the weights that replace its own; `None`: its own.
+
+    A PEFT model is its own reference, with a copy of the adapter that it was loaded with, or without any.
+
+    Args:
+        model: of the run, wrapped for several processes or not.
+        unwrapped: the model inside `model`.
+        ref_model: that TRL loaded; `None`: none.
+        start: the weights that training began with, where neither that nor an adapter gives a reference.
+        accelerator: of the run.
+        training: as for `TeacherStore.forwards`.
+    """
+    if ref_model is not None:
+        yield ref_model, accelerator.unwrap_model(ref_model), None
+    elif start is not None:
+        (params,) = start.forwards(unwrapped, training=training)
+        yield model, unwrapped, params
+    else:
+        with utils.use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+            yield model, unwrapped, None
 
 
 @contextmanager

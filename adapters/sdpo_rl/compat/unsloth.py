@@ -24,6 +24,23 @@ def is_unsloth(trainer_class: type) -> bool:
     return any(cls.__name__ == "UnslothGRPOTrainer" for cls in trainer_class.__mro__)
 
 
+def check_unpatched(base: type, present: type) -> None:
+    """The class below `SDPOTrainer` is still `trl.GRPOTrainer`.
+
+    Args:
+        base: the class below.
+        present: what `trl.GRPOTrainer` is now.
+
+    Raises:
+        RuntimeError: it was patched in between.
+    """
+    if present is not base:
+        raise RuntimeError(
+            "trl.GRPOTrainer was patched after sdpo_rl.SDPOTrainer was imported, so training would run "
+            f"unpatched. Import in this order:\n{IMPORT_ORDER}"
+        )
+
+
 def check_construction(model: Any, args: Any, peft_config: Any) -> None:
     """Refuse what Unsloth's trainer ignores silently, or fails on much later.
 

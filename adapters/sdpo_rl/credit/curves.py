@@ -15,6 +15,8 @@ _LARGEST = 1e300
 # Points of a series, of which more are averaged, and those from which on it is also smoothed.
 _MOST_POINTS, _SMOOTHED_FROM = 400, 16
 _TICKS = 4
+# The label of a mark: its height and least width, the width of a character, and the numbers that it lists.
+_LABEL, _CHARACTER, _LISTED = 16.0, 6.0, 3
 
 
 class Metric(NamedTuple):
@@ -135,10 +137,20 @@ class Line(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A warning as drawn: its place, its number in the list of warnings, and its text."""
+    """One or several warnings as drawn: where their numbers would overlap, they have one label.
 
+    Args:
+        places: of the warnings, each a line.
+        at: middle of the label.
+        width: of the label.
+        label: their numbers in the list of warnings.
+        text: their messages.
+    """
+
+    places: list[float]
     at: float
-    number: int
+    width: float
+    label: str
     text: str
 
 
@@ -219,11 +231,41 @@ def _label(panel: Panel, label: str, runs: Sequence[Run], number: int) -> str:
 
 
 def _marks(panel: Panel, runs: Sequence[Run], x: Any, first: int, last: int) -> list[Mark]:
-    marks = []
-    for number, warning in enumerate(warning for run in runs for warning in run.warnings):
-        if warning.name in panel.warnings:
-            marks.append(Mark(x(min(max(warning.step, first), last)), number + 1, warning.message))
+    warnings = enumerate((warning for run in runs for warning in run.warnings), 1)
+    found = [
+        (x(min(max(warning.step, first), last)), number, warning.message)
+        for number, warning in warnings
+        if warning.name in panel.warnings
+    ]
+    marks: list[Mark] = []
+    groups: list[list[tuple[float, int, str]]] = []
+    for one in sorted(found):
+        group = [one]
+        # A label grows as it takes others in, and may then reach the one before.
+        while marks and _mark(group).at - marks[-1].at < (_mark(group).width + marks[-1].width) / 2:
+            marks.pop()
+            group = groups.pop() + group
+        groups.append(group)
+        marks.append(_mark(group))
     return marks
+
+
+def _mark(group: Sequence[tuple[float, int, str]]) -> Mark:
+    """The mark of warnings, each with its place, number and message."""
+    places = sorted({place for place, *_ in group})
+    texts = {number: text for _, number, text in group}
+    numbers = sorted(texts)
+    label = ", ".join(map(str, numbers)) if len(numbers) <= _LISTED else f"{numbers[0]} … {numbers[-1]}"
+    width = max(_LABEL, _CHARACTER * len(label) + _LABEL / 2)
+    middle = (places[0] + places[-1]) / 2
+    text = "\n".join(f"{number}: {texts[number]}" for number in numbers)
+    return Mark(
+        places,
+        round(min(max(middle, width / 2), WIDTH - width / 2), 1),
+        round(width, 1),
+        label,
+        text if len(group) > 1 else group[0][2],
+    )
 
 
 def _series(history: Iterable[dict[str, Any]], metric: Metric) -> list[tuple[int, float]]:

@@ -83,8 +83,8 @@ class Recorder:
 
     # --- the generation batch ----------------------------------------------------------------------------
 
-    def rollout_rows(self, rollout: Rollout, context: TeacherContext, *, first_row: int) -> Tensor:
-        """Remember the texts of a generation batch; returns each row's place in it [B, 1] int64.
+    def begin_batch(self, rollout: Rollout, context: TeacherContext, *, first_row: int) -> None:
+        """Remember the texts of a generation batch, whose micro-batches have its rows' places as `rollout_row`.
 
         Args:
             rollout: the generation batch.
@@ -113,7 +113,6 @@ class Recorder:
             }
             for i in range(len(rollout.prompts))
         ]
-        return torch.arange(len(self._texts))[:, None]
 
     # --- the micro-batches of a step ---------------------------------------------------------------------
 

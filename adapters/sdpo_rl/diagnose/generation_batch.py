@@ -208,7 +208,7 @@ def training_rows(trainer: Any, *, batches: int) -> list[list[dict[str, Any]]]:
     found = iter(loader)
     try:
         # The loader repeats a batch for every step that learns from it.
-        repeats = trainer._generate_every
+        repeats = trainer._schedule.generate_every
         inputs = [list(rows) for rows in islice(found, 0, repeats * batches, repeats)]
     finally:
         # Accelerate counts a loader as active until it is exhausted, and keeps all that it has made.

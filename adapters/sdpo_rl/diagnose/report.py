@@ -140,7 +140,7 @@ def _applies(trainer: Any) -> Iterator[str]:
         return
     chunk = config.loss_chunk_size or "chosen from the shapes"
     yield f"loss: SDPO, backend {config.loss_backend}, tokens per chunk: {chunk}"
-    found = trainer._layout
+    found = None if trainer._forward_mode is None else trainer._forward_mode.layout
     layout = f"{config.packing}, chosen at the first step" if found is None else found.layout
     yield f"forwards: {layout}" + (f" ({found.note})" if found is not None and found.note else "")
     size, count = teacher_bytes(trainer)

@@ -25,10 +25,8 @@ _COPIED = (
 _REPLACED = (
     "_batch_environments",
     "_async_tool_dicts",
-    "_fused",
+    "_forward_mode",
     "_last_loaded_step",
-    "_layout",
-    "_reads_padding",
     "_rollout",
     "_signature_columns",
     "_sync_tool_dicts",

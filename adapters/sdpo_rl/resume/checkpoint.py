@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -47,7 +47,41 @@ _FIX = (
 )
 
 
+Stores = Mapping[str, TeacherStore]  # by the names of their files
+
+
 # --- folders ----------------------------------------------------------------------------------------------
+
+
+class ResumePoint(NamedTuple):
+    """Where a run begins; of a new run the defaults.
+
+    Attributes:
+        folder: the `resume_from_checkpoint` to pass on to the Trainer.
+        epochs_done: complete passes over the data.
+        stream_position: see `stream_position`; `None` for data with a length.
+    """
+
+    folder: Any = None
+    epochs_done: int = 0
+    stream_position: tuple[int, int] | None = None
+
+
+def resume_point(choice: Any, output_dir: str | Path, *, has_length: bool) -> ResumePoint:
+    """Where a run begins that was asked to resume from `choice`.
+
+    Args:
+        choice: as for `resolve`.
+        output_dir: of the run.
+        has_length: of the training data.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    folder = resolve(choice, output_dir)
+    if not isinstance(folder, str):
+        return ResumePoint(folder)
+    return ResumePoint(folder, epochs_done(folder), None if has_length else stream_position(folder))
 
 
 def is_complete(folder: str | Path) -> bool:
@@ -167,6 +201,32 @@ def _instead(folder: Path | None) -> str:
 
 
 # --- the teacher ------------------------------------------------------------------------------------------
+
+
+def stores(teacher: TeacherStore, start: TeacherStore | None) -> dict[str, TeacherStore]:
+    """Teacher and start of training by the names of their files; without a start the teacher alone."""
+    return {TEACHER: teacher} | ({} if start is None else {REFERENCE: start})
+
+
+def save_teachers(folder: str, stores: Stores, model: nn.Module, *, writes: bool) -> None:
+    """`save_teacher` of every store; every process must call this."""
+    for name, store in stores.items():
+        save_teacher(folder, store, model, writes=writes, name=name)
+
+
+def check_teachers(folder: str, stores: Stores, model: nn.Module) -> None:
+    """`check_teacher` of every store."""
+    for name, store in stores.items():
+        check_teacher(folder, store, model, name=name)
+
+
+def continue_teachers(folder: str, stores: Stores, model: nn.Module, *, on_resume: str) -> None:
+    """Load every store from the checkpoint, or start it again, by `SDPOConfig.teacher_on_resume`."""
+    for name, store in stores.items():
+        if on_resume == "restart":
+            store.restart(model)
+        else:
+            load_teacher(folder, store, model, name=name)
 
 
 def save_teacher(

@@ -30,6 +30,12 @@ logger = logging.getLogger("sdpo_rl")
 
 Batch = dict[str, Any]
 
+# The Trainer's loss since the last log: a tensor, a float and the step they count from.
+RUNNING_LOSS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
+# The step that `train_loss` is a mean from, which newer releases of transformers set to that of the checkpoint. The
+# total is that of the whole run.
+_FIRST_STEP = "_initial_global_step"
+
 _SUMS = "sums/"
 _SMALL_DTYPES = (torch.uint8, torch.int16, torch.int32)
 
@@ -124,6 +130,20 @@ def load(folder: str, *, process: int, schedule: Mapping[str, int], device: torc
         diagnostics=progress["diagnostics"],
         rollout_texts=progress["rollout_texts"],
     )
+
+
+def running_loss(trainer: Any) -> dict[str, float]:
+    """The Trainer's loss since the last log, by attribute, as far as it has begun."""
+    names = (*RUNNING_LOSS, _FIRST_STEP)
+    return {name: float(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
+
+
+def set_running_loss(trainer: Any, values: Mapping[str, float]) -> None:
+    """Continue from what `running_loss` returned."""
+    for name in (*RUNNING_LOSS, _FIRST_STEP):
+        if name in values and hasattr(trainer, name):
+            value, old = values[name], getattr(trainer, name)
+            setattr(trainer, name, old.new_tensor(value) if isinstance(old, Tensor) else type(old)(value))
 
 
 def _path(folder: str, process: int) -> Path:

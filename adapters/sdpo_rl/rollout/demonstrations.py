@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -68,6 +69,12 @@ class TeacherContext:
     demonstration_rows: list[list[int]]
     demonstrations: list[list[str]]
     metrics: dict[str, float]
+
+    @property
+    def shown_rows(self) -> list[list[int]]:
+        """Of `demonstration_rows` those that are in the reprompts."""
+        shown = zip(self.demonstration_rows, self.prompts.has_demonstration, strict=True)
+        return [rows if has_demonstration else [] for rows, has_demonstration in shown]
 
 
 def teacher_context(
@@ -152,6 +159,16 @@ def teacher_context(
         demonstrations,
         {f"self_distillation/{name}": value for name, value in metrics.items()},
     )
+
+
+def selection_seed(*position: int | bool) -> int:
+    """The seed of the random policy at a position in the run, so that a resumed run draws what the first drew.
+
+    Example:
+        >>> selection_seed(0, 1, 0, False) == selection_seed(0, 1, 0, False) != selection_seed(0, 2, 0, False)
+        True
+    """
+    return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "big")
 
 
 def _peers(rollout: Rollout, has_loss: Sequence[bool]) -> list[Peer]:

@@ -117,19 +117,6 @@ def check_column(column: Iterable[Any], name: str = "feedback") -> None:
             )
 
 
-def table_column(taken: Iterable[str], column: str = "feedback") -> str:
-    """The name of a column of the completions table: `feedback`, say, or `sdpo_feedback` where that is taken.
-
-    Args:
-        taken: names of reward functions, and of columns that they write by `log_extra`.
-        column: the wanted name.
-    """
-    names = set(taken)
-    while column in names:
-        column = f"sdpo_{column}"
-    return column
-
-
 def column_name(columns: Iterable[str]) -> str | None:
     """Which of a dataset's columns holds feedback; `None`: none of them.
 
@@ -190,6 +177,11 @@ class FeedbackCollector:
         self._counted: list[Any] = []  # the values of `last_feedback` in `_texts`
         self._watched: dict[int, _LastFeedback] = {}  # by the owner's id
         self._wrapped = 0
+
+    def wrap_all(self, reward_funcs: Any) -> list[Any]:
+        """`wrap` of each, of one or a list."""
+        listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        return [self.wrap(reward_func) for reward_func in listed]
 
     def wrap(self, reward_func: Any) -> Any:
         """`reward_func` with its texts split off; a reward model, or a name of one, is returned unchanged."""

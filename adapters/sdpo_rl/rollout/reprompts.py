@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from sdpo import Reprompts, Templates, build_reprompts
 
-from .control import enclose
+from ..config import SDPOConfig
+from .control import ControlStrings, enclose
 from .cuts import CuttableText
 from .prompts import Prompt, Renderer, question, with_question
 from .rendered import RenderedPrompts
@@ -179,6 +180,38 @@ class Reprompter:
                 return _RowPrompt(ids, built.has_demonstration[0], built.uses_feedback[0], cut)
             budget -= max(len(ids) - limit, 1)
         return None
+
+
+def make_reprompter(
+    config: SDPOConfig,
+    renderer: Renderer,
+    control: ControlStrings,
+    rendered: RenderedPrompts | None,
+    *,
+    row_tools: Sequence[Sequence[Any]] | None,
+) -> Reprompter:
+    """The reprompter of a generation batch.
+
+    Args:
+        config: of the run.
+        renderer: of the student's prompts.
+        control: the tokenizer's control strings.
+        rendered: as for `Reprompter`.
+        row_tools: as for `Renderer`.
+    """
+    teacher_renderer = replace(
+        renderer,
+        row_tools=row_tools,
+        template_kwargs={**renderer.template_kwargs, **config.template_kwargs},
+        control=None if config.allow_control_tokens else control,
+    )
+    return Reprompter(
+        teacher_renderer,
+        config.templates(),
+        config.environment_feedback_only_without_solution,
+        config.reprompt_truncation,
+        rendered,
+    )
 
 
 def _enclosed(text: str) -> str:

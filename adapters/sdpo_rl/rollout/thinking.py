@@ -8,7 +8,35 @@ from typing import Any
 
 from sdpo import strip_thinking
 
+from ..config import SDPOConfig
 from .prompts import Completion, completion_text
+
+# From tokenizer and ids to a message, by a response template; `None`: there is none.
+ParseResponse = Callable[[Any, Sequence[int]], Mapping[str, Any] | None]
+
+
+def demonstration_texts(
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    config: SDPOConfig,
+    tokenizer: Any,
+    parse: ParseResponse,
+) -> list[str]:
+    """Each completion's text where it is shown as a solution.
+
+    Args:
+        completions: one per row.
+        completion_ids: the tokens of each.
+        config: whether demonstrations have their thinking, and its marks.
+        tokenizer: as for `without_thinking`.
+        parse: as for `without_thinking`.
+    """
+    if not config.remove_thinking_from_demonstration:
+        return [completion_text(completion) for completion in completions]
+    return [
+        without_thinking(completion, ids, tokenizer, config.thinking_marks, parse)
+        for completion, ids in zip(completions, completion_ids, strict=True)
+    ]
 
 
 def without_thinking(
@@ -16,7 +44,7 @@ def without_thinking(
     ids: Sequence[int],
     tokenizer: Any,
     marks: Sequence[str],
-    parse: Callable[[Any, Sequence[int]], Mapping[str, Any] | None],
+    parse: ParseResponse,
 ) -> str:
     """A completion's text without its thinking, as `strip_thinking` defines it.
 
@@ -30,7 +58,7 @@ def without_thinking(
         ids: the completion's tokens.
         tokenizer: the trainer's processing class.
         marks: what the model writes before a thought and after it.
-        parse: from tokenizer and ids to a message, by a response template; `None`: there is none.
+        parse: finds the thinking where there are no marks.
     """
 
     def strip(text: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import Aggregation
+from ..config import Aggregation, SDPOConfig
 from .batch import sampled_mask
+from .policy import PolicyTerm, signal_mask
 
 
 def loss_count(inputs: Mapping[str, Any], aggregation: Aggregation) -> Tensor:
@@ -49,6 +50,28 @@ def signal_counts(inputs: Mapping[str, Any], policy_mask: Tensor | None) -> Tens
         distilled = distilled & (row_weights != 0)
     count = distilled.sum()
     return torch.stack([torch.zeros_like(count) if policy_mask is None else policy_mask.sum(), count])
+
+
+def batch_counts(
+    batches: Sequence[Mapping[str, Any]],
+    config: SDPOConfig,
+    term: PolicyTerm | None,
+    *,
+    total: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`loss_count` [M] and `signal_counts` [M, 2] of the M micro-batches of a generation batch, over all processes.
+
+    Args:
+        batches: the inputs of the micro-batches.
+        config: of the run.
+        term: GRPO's part of the loss; `None` without.
+        total: sums a tensor over all processes.
+    """
+    masks = [None if term is None else signal_mask(config, term, batch) for batch in batches]
+    counts = torch.stack([loss_count(batch, config.loss_aggregation) for batch in batches])
+    signals = torch.stack([signal_counts(batch, mask) for batch, mask in zip(batches, masks, strict=True)])
+    totals = total(torch.cat([counts[:, None], signals], dim=1))
+    return totals[:, 0], totals[:, 1:]
 
 
 class StepWindow:

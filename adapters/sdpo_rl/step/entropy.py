@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .metrics import Metrics
+
 # Less than any entropy, also one below 0 by rounding.
 _NO_TOKEN = -1e9
 
@@ -42,7 +44,7 @@ def bonus_coef(trainer: Any) -> float:
     return float(getattr(trainer, "entropy_coef", 0.0))
 
 
-def update_bonus(trainer: Any, entropy: tuple[Tensor, Tensor], *, ends_step: bool) -> None:
+def update_bonus(trainer: Any, metrics: Metrics, *, ends_step: bool) -> None:
     """Count the entropies of a micro-batch; at the end of a step, move TRL's controller (arXiv 2505.22312).
 
     The weight grows where the mean entropy of the step's tokens is at most the target, and shrinks elsewhere. Its
@@ -50,15 +52,17 @@ def update_bonus(trainer: Any, entropy: tuple[Tensor, Tensor], *, ends_step: boo
 
     Args:
         trainer: a GRPOTrainer with an entropy bonus.
-        entropy: sum [] and count [] of a micro-batch.
+        metrics: of a micro-batch; without entropies where no model ran on it.
         ends_step: it was the last of its optimizer step.
     """
     args = trainer.args
     if args.use_adaptive_entropy:
-        window, found = (
-            trainer._entropy_window_stats,
-            torch.stack([part.detach().float() for part in entropy]),
-        )
+        entropy = metrics.get("self_distillation/policy_entropy")
+        if entropy is None:
+            found = torch.zeros(2, device=trainer.accelerator.device)
+        else:
+            found = torch.stack([part.detach().float() for part in entropy])
+        window = trainer._entropy_window_stats
         window = found if window is None else window + found
         trainer._entropy_window_stats = None if ends_step else window
         if ends_step:

@@ -47,3 +47,34 @@ class MetricSums:
         return {
             name: total / weight for name, (total, weight) in zip(names, totals, strict=True) if weight > 0
         }
+
+
+class EvaluationLoss:
+    """The loss of an evaluation: the mean over all its tokens or rows, and GRPO's part as TRL's mean over batches.
+
+    Attributes:
+        batches: of this process so far.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self._sums = MetricSums()
+
+    def add(self, total: Tensor, policy_total: Tensor | None, *, count: Tensor, denominator: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            total: [] sum of its loss, GRPO's part included.
+            policy_total: [] GRPO's part of it; `None`: there is none.
+            count: [] tokens or rows (see `loss_count`).
+            denominator: [] what its loss is divided by.
+        """
+        self.batches += 1
+        policy = torch.zeros_like(total) if policy_total is None else policy_total
+        parts = {"loss": (total - policy, count), "policy": (policy / denominator, torch.ones_like(policy))}
+        self._sums.add(parts)
+
+    def mean(self, reduce: Callable[[Tensor], Tensor]) -> float:
+        """The loss, and start again; `reduce` sums a tensor over all processes."""
+        self.batches = 0
+        return sum(self._sums.means(reduce).values(), 0.0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import sdpo
 
@@ -21,7 +22,7 @@ from . import entropy, model_check
 from . import forward as step_forward
 from . import head as step_head
 from . import loss as step_loss
-from .batch import MicroBatch, TokenBatch
+from .batch import MicroBatch, TokenBatch, token_batch
 from .metrics import Metrics
 from .packing import Layout
 from .policy import PolicyTerm
@@ -226,6 +227,36 @@ def sampled_log_probs(context: StepContext, tokens: TokenBatch, *, fused: bool) 
             logit_scale=context.transform.logit_scale,
             chunk_size=context.config.loss_chunk_size,
         )
+
+
+def completion_log_probs(
+    check: Callable[[TokenBatch], tuple[StepContext, bool]],
+    model: Any,
+    unwrapped: Any,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    length: int,
+    batch_size: int | None,
+) -> Tensor:
+    """A model's log-probabilities [B, T] float32 of completions, as the loss computes them; on-policy ratios are 1.
+
+    Args:
+        check: the context of the student's forwards over a batch, and whether they are fused.
+        model: what runs, the student or a reference model.
+        unwrapped: the model inside `model`.
+        ids: [B, P+T].
+        mask: [B, P+T], 0 for padding.
+        length: T.
+        batch_size: rows of a forward; `None`: all.
+    """
+    log_probs, size = [], batch_size or len(ids)
+    for some_ids, some_mask in zip(ids.split(size), mask.split(size), strict=True):
+        tokens = token_batch(some_ids, some_mask, length)
+        context, fused = check(tokens)
+        part = sampled_log_probs(replace(context, model=model, unwrapped=unwrapped), tokens, fused=fused)
+        log_probs.append(pad(part, (0, length - part.shape[1])))
+    return torch.cat(log_probs)
 
 
 def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:

@@ -33,6 +33,7 @@ class Row(NamedTuple):
     length: int
     at_limit: bool
     teacher_prompt: int | None  # tokens
+    teacher_prompt_limit: int
     truncated: bool
 
 
@@ -151,6 +152,7 @@ def _rows(trainer: Any, batch: GenerationBatch, second: GenerationBatch | None) 
             length=len(row.completion_ids),
             at_limit=len(row.completion_ids) >= limit and row.completion_ids[-1] not in ends,
             teacher_prompt=len(row.teacher_prompt_ids) or None,
+            teacher_prompt_limit=row.teacher_prompt_limit,
             truncated=row.is_cut,
         )
         for row, retried in zip(batch.rows, again, strict=True)

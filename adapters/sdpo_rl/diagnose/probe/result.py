@@ -131,7 +131,8 @@ class Lengths:
         completion_limit: `max_completion_length`.
         at_limit: share of the completions that it cuts.
         teacher_prompt: mean tokens of the teacher's prompts; `None` without any.
-        teacher_prompt_limit: `max_reprompt_length`.
+        teacher_prompt_limit: `max_reprompt_length`, or what the model's context leaves beside the longest
+            completion, if that is less.
         truncated: share of the rows whose demonstration or feedback is cut.
     """
 

@@ -49,6 +49,7 @@ def summarize(trainer: Any, measured: Sequence[Measured], *, answer_column: str 
     retries = _total(gather([batch.retries for batch in measured]))
     source: Source = "successes of the group" if answer_column is None else "answer_column"
     leaks = [batch.answer_in_feedback for batch in measured if batch.answer_in_feedback is not None]
+    samples_per_tick = trainer._schedule.samples_per_tick(config.teacher_tick)
     found: dict[str, Any] = {
         "alpha": config.alpha,
         "k": config.k if config.uses_topk else None,
@@ -60,11 +61,11 @@ def summarize(trainer: Any, measured: Sequence[Measured], *, answer_column: str 
         ),
         "right_answers": right_answers(answers, source) or right_answers(retries, "successful retries"),
         "agreement": agreement(sums, config),
-        "lengths": _lengths(rows, trainer.args.max_completion_length, config.max_reprompt_length),
+        "lengths": _lengths(rows, trainer.args.max_completion_length),
         "teacher_rate": TeacherRate(
-            rate_of_published_samples(config, samples_per_tick=trainer._samples_per_tick),
+            rate_of_published_samples(config, samples_per_tick=samples_per_tick),
             PUBLISHED_RATE,
-            fast_teacher(config, samples_per_tick=trainer._samples_per_tick) or "",
+            fast_teacher(config, samples_per_tick=samples_per_tick) or "",
         ),
     }
     return ProbeResult(
@@ -169,14 +170,14 @@ def _without(rows: Sequence[Row]) -> dict[str, float]:
     return {reason: number / len(rows) for reason, number in counts.most_common()}
 
 
-def _lengths(rows: Sequence[Row], completion_limit: int, prompt_limit: int) -> Lengths:
+def _lengths(rows: Sequence[Row], completion_limit: int) -> Lengths:
     prompts = [row.teacher_prompt for row in rows if row.teacher_prompt is not None]
     return Lengths(
         completion=_mean([row.length for row in rows]),
         completion_limit=completion_limit,
         at_limit=_mean([row.at_limit for row in rows]),
         teacher_prompt=_mean(prompts) if prompts else None,
-        teacher_prompt_limit=prompt_limit,
+        teacher_prompt_limit=min(row.teacher_prompt_limit for row in rows),
         truncated=_mean([row.truncated for row in rows]),
     )
 

@@ -1,0 +1,43 @@
+"""How the forwards of a run go, which a forward of its model decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from .batch import TokenBatch
+from .micro_batch import StepContext, can_fuse, reads_padding
+from .runner import ChosenLayout, choose_layout
+
+
+class ForwardMode(NamedTuple):
+    """What the first forward of a run showed of its model.
+
+    Attributes:
+        fused: the loss is computed from hidden states and head (see `can_fuse`).
+        reads_padding: rows of different lengths run apart (see `reads_padding`), on every process alike.
+        layout: of the rows in a forward.
+    """
+
+    fused: bool
+    reads_padding: bool
+    layout: ChosenLayout
+
+    def of(self, context: StepContext) -> StepContext:
+        """The context of a step in this mode."""
+        layout, by_row = self.layout.layout, self.layout.by_row
+        return replace(context, reads_padding=self.reads_padding, layout=layout, by_row=by_row)
+
+
+def find_forward_mode(context: StepContext, tokens: TokenBatch) -> ForwardMode:
+    """The mode of a run, by forwards over `tokens`; all processes must call it.
+
+    Raises:
+        ValueError: as `choose_layout`.
+    """
+    fused = can_fuse(context, tokens)
+    own = torch.tensor(float(reads_padding(context, tokens)), device=context.accelerator.device)
+    anywhere = bool(context.accelerator.reduce(own, reduction="sum"))
+    return ForwardMode(fused, anywhere, choose_layout(context, tokens))
