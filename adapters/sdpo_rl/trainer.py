@@ -34,6 +34,7 @@ from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_o
 from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
+from .rollout.checks import check_generation_batch, check_scored_batch
 from .rollout.control import ControlStrings
 from .rollout.demonstrations import Rollout, TeacherContext, selection_seed, teacher_context
 from .rollout.feedback import (
@@ -309,7 +310,7 @@ class SDPOTrainer(_BASE):
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
         """A generation batch: what was sampled and scored, what the teacher reads, and the inputs of the loss."""
-        _validate.check_generation_batch(
+        check_generation_batch(
             inputs,
             self.sdpo_config,
             self._rendered,
@@ -322,7 +323,7 @@ class SDPOTrainer(_BASE):
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = _validate.check_scored_batch(output, self._rollout), None
+        rollout, self._rollout = check_scored_batch(output, self._rollout), None
         mode = self._mode
         context = teacher_context(
             rollout,
