@@ -197,11 +197,12 @@ class SDPOTrainer(_BASE):
         _validate.check_vocabulary(config, model)
         reward_rules.check_success_functions(config, self.reward_func_names)
         _validate.check_backend(config, accelerator.device)
-        generate_every, accumulation = (
-            self._schedule.generate_every,
-            self._schedule.gradient_accumulation_steps,
+        schedule = self._schedule
+        shards.check_strategy(
+            accelerator,
+            generate_every=schedule.generate_every,
+            accumulation_steps=schedule.gradient_accumulation_steps,
         )
-        shards.check_strategy(accelerator, generate_every=generate_every, accumulation_steps=accumulation)
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
         self._renderer = Renderer(
             tokenizer=self.processing_class,
@@ -212,7 +213,7 @@ class SDPOTrainer(_BASE):
         for name, dataset in datasets.items():
             _validate.check_rendered_dataset(dataset, name, self._rendered, config)
         self._rollout: Rollout | None = None
-        samples_per_tick = self._schedule.samples_per_tick(config.teacher_tick)
+        samples_per_tick = schedule.samples_per_tick(config.teacher_tick)
         self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
         self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
         self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
