@@ -1,4 +1,4 @@
-"""Validation of a trainer's arguments and of each generation batch, before a token is generated."""
+"""Validation of a trainer's arguments, before a token is generated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -14,15 +14,13 @@ from typing import Any
 import torch
 
 from .config import SDPOConfig
-from .rollout import rewards
-from .rollout.demonstrations import Rollout
+from .rollout.checks import MEDIA, check_rendered, holds_media, refuse_media
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
 
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 _ROWS_CHECKED = 1000
-_MEDIA = ("image", "images", "audio", "video")
 # Names in other trainers, where the nearest name would mislead.
 _OTHER_NAMES = {
     "config": "sdpo_config (for an SDPOConfig) or args (for a GRPOConfig)",
@@ -109,10 +107,10 @@ def check_dataset(dataset: Any, name: str) -> None:
         check_prompts(list(islice(dataset["prompt"], _ROWS_CHECKED)))
         if feedback := column_name(columns):
             check_column(islice(dataset[feedback], _ROWS_CHECKED), feedback)
-        _refuse_media(
+        refuse_media(
             media
-            for media in _MEDIA
-            if media in columns and any(map(_holds_media, islice(dataset[media], _ROWS_CHECKED)))
+            for media in MEDIA
+            if media in columns and any(map(holds_media, islice(dataset[media], _ROWS_CHECKED)))
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
@@ -167,30 +165,6 @@ def check_rendered_dataset(
         check_rendered(list(islice(dataset["prompt"], _ROWS_CHECKED)), rendered, config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def check_rendered(prompts: Sequence[Any], rendered: RenderedPrompts | None, config: SDPOConfig) -> None:
-    """A prompt that was rendered to a string has a place for a reprompt before the assistant's turn.
-
-    Args:
-        prompts: strings, or conversations, which have one.
-        rendered: how rendered prompts end; `None`: there is no chat template, so strings are plain text.
-        config: the SDPOConfig, whose template has the question first: where it begins in a string is unknown.
-    """
-    if rendered is None:
-        return
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            continue
-        try:
-            _, ending = rendered.split(prompt)
-        except ValueError as error:
-            raise ValueError(f"prompt {row}: {error}") from error
-        if ending and not config.reprompt_template.startswith("{prompt}"):
-            raise ValueError(
-                f"reprompt_template: expected '{{prompt}}' first, with prompts that were rendered to strings, got "
-                f"{config.reprompt_template!r}; pass lists of messages as prompts, or start with '{{prompt}}'"
-            )
 
 
 def check_tokenizer(processing_class: Any) -> None:
@@ -354,78 +328,3 @@ def check_reward_functions(reward_funcs: Any) -> None:
                 f"reward_funcs[{index}]: expected a function, a reward model or a model's name, got "
                 f"{type(reward).__name__}; the order is SDPOTrainer(model, reward_funcs, args, train_dataset)"
             )
-
-
-def check_generation_batch(
-    rows: Sequence[Any],
-    config: SDPOConfig,
-    rendered: RenderedPrompts | None,
-    reward_funcs: Any,
-    *,
-    prompts: bool,
-    has_environments: bool,
-) -> None:
-    """What can be checked before a token is sampled.
-
-    Args:
-        rows: of the batch.
-        config: the SDPOConfig.
-        rendered: as for `check_rendered`.
-        reward_funcs: of the trainer.
-        prompts: as for `check_rows`.
-        has_environments: as for `check_keywords` of rewards.
-    """
-    check_rows(rows, prompts=prompts)
-    rewards.check_keywords(
-        (name for row in rows for name in row), reward_funcs, has_environments=has_environments
-    )
-    check_rendered([row["prompt"] for row in rows if "prompt" in row], rendered, config)
-
-
-def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
-    """A generation batch has prompts of text that end with a user turn, feedback that is text, and no media.
-
-    Args:
-        rows: of the batch.
-        prompts: whether every row must have a prompt.
-    """
-    for row in rows:
-        if prompts and "prompt" not in row:
-            raise ValueError(
-                f"dataset: expected rows with a 'prompt', got one with {sorted(row)}; rename the column of "
-                "the prompts"
-            )
-    _refuse_media(media for media in _MEDIA if any(_holds_media(row.get(media)) for row in rows))
-    check_prompts([row["prompt"] for row in rows if "prompt" in row])
-    if feedback := column_name(name for row in rows for name in row):
-        check_column((row.get(feedback) for row in rows), feedback)
-
-
-def check_scored_batch(output: Mapping[str, Any], rollout: Rollout | None) -> Rollout:
-    """A scored generation batch has no images, which tools and environments may add to the prompts.
-
-    Args:
-        output: of TRL.
-        rollout: what was kept of the batch when it was scored, which is returned.
-    """
-    if images := [name for name in ("pixel_values", "num_images") if output.get(name) is not None]:
-        raise ValueError(
-            f"rollout: expected text alone, got images ({', '.join(images)}) from a tool or an environment, which "
-            "do not reach the loss; return text, or set SDPOConfig(enabled=False)"
-        )
-    if rollout is None:
-        raise RuntimeError("GRPOTrainer did not call _calculate_rewards; this TRL release is not supported")
-    return rollout
-
-
-def _refuse_media(names: Iterable[str]) -> None:
-    if media := sorted(names):
-        raise ValueError(
-            f"prompt: expected text alone, got rows with {', '.join(media)}, which cannot be reprompted; drop the "
-            "column, or set SDPOConfig(enabled=False)"
-        )
-
-
-def _holds_media(value: Any) -> bool:
-    """Neither `None` nor empty; an array has no truth value."""
-    return value is not None and getattr(value, "__len__", lambda: 1)() > 0

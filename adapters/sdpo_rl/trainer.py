@@ -34,6 +34,7 @@ from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_o
 from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
+from .rollout.checks import check_generation_batch, check_scored_batch
 from .rollout.control import ControlStrings
 from .rollout.demonstrations import Rollout, TeacherContext, selection_seed, teacher_context
 from .rollout.feedback import (
@@ -196,11 +197,12 @@ class SDPOTrainer(_BASE):
         _validate.check_vocabulary(config, model)
         reward_rules.check_success_functions(config, self.reward_func_names)
         _validate.check_backend(config, accelerator.device)
-        generate_every, accumulation = (
-            self._schedule.generate_every,
-            self._schedule.gradient_accumulation_steps,
+        schedule = self._schedule
+        shards.check_strategy(
+            accelerator,
+            generate_every=schedule.generate_every,
+            accumulation_steps=schedule.gradient_accumulation_steps,
         )
-        shards.check_strategy(accelerator, generate_every=generate_every, accumulation_steps=accumulation)
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
         self._renderer = Renderer(
             tokenizer=self.processing_class,
@@ -211,7 +213,7 @@ class SDPOTrainer(_BASE):
         for name, dataset in datasets.items():
             _validate.check_rendered_dataset(dataset, name, self._rendered, config)
         self._rollout: Rollout | None = None
-        samples_per_tick = self._schedule.samples_per_tick(config.teacher_tick)
+        samples_per_tick = schedule.samples_per_tick(config.teacher_tick)
         self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
         self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
         self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
@@ -309,7 +311,7 @@ class SDPOTrainer(_BASE):
 
     def _scored_rollout(self, inputs: Any) -> tuple[Rollout, TeacherContext, dict[str, Any]]:
         """A generation batch: what was sampled and scored, what the teacher reads, and the inputs of the loss."""
-        _validate.check_generation_batch(
+        check_generation_batch(
             inputs,
             self.sdpo_config,
             self._rendered,
@@ -322,7 +324,7 @@ class SDPOTrainer(_BASE):
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = _validate.check_scored_batch(output, self._rollout), None
+        rollout, self._rollout = check_scored_batch(output, self._rollout), None
         mode = self._mode
         context = teacher_context(
             rollout,
