@@ -311,7 +311,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tail of nothing": (lambda: safe_tail(torch.zeros(2, 0)), ValueError, "log_probs: .*at least one"),
     "unknown tail": (lambda: loss(tail="clamp"), ValueError, "tail: .*got 'clamp'"),
     "alpha above one": (lambda: loss(alpha=2.0), ValueError, "alpha: .*got 2.0"),
-    "no temperature": (lambda: loss(temperature=0.0), ValueError, r"temperature: .*\(0, inf\], got 0.0"),
+    "no temperature": (lambda: loss(temperature=0.0), ValueError, r"temperature: .*\(0, inf\), got 0.0"),
     "vocabulary as text": (lambda: check(vocabulary="9"), TypeError, "vocabulary: .*got '9'"),
     "the loss checks its teacher": (
         lambda: given_topk_distillation_loss(

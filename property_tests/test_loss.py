@@ -582,5 +582,8 @@ def test_temperature_divides_both_sides() -> None:
     options: dict[str, Any] = {"support": "student", "k": 2, "tail": "bucket", "alpha": 0.3}
     expected = distillation_loss(student / 0.6, teacher / 0.6, **options, temperature=1.0)
     assert_near(distillation_loss(student, teacher, **options, temperature=0.6), expected)
-    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\], got 0"):
+    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got 0"):
         distillation_loss(student, teacher, **options, temperature=0)
+    # −inf / inf is NaN.
+    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got inf"):
+        distillation_loss(student, teacher, **options, temperature=math.inf)

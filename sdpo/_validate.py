@@ -8,6 +8,7 @@ what came, and the fix.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 Kind = Literal["floating", "integer", "bool"]
+
+# The upper end of an interval of finite numbers.
+LARGEST = sys.float_info.max
 
 _FIX: dict[Kind, str] = {
     "floating": "convert it with `.float()`",
@@ -152,9 +156,17 @@ def check_real(
     number = float(value)
     inside = low < number <= high if open_low else low <= number <= high
     if math.isnan(number) or not inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+        end = "inf)" if high == LARGEST else f"{high:g}]"
+        interval = f"{'(' if open_low else '['}{low:g}, {end}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}; pass {meaning}")
     return number
+
+
+def check_temperature(temperature: object) -> float:
+    """Return the rollout temperature as a finite float above 0."""
+    return check_real(
+        "temperature", temperature, low=0.0, high=LARGEST, open_low=True, meaning="the rollout temperature"
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -19,8 +19,8 @@ from sdpo._validate import (
     check_device,
     check_distribution,
     check_int,
-    check_real,
     check_shape,
+    check_temperature,
     check_tensor,
     is_readable,
 )
@@ -210,9 +210,7 @@ def given_topk_distillation_loss(
     """
     check_choice("tail", tail, ("bucket", "renormalize"))
     alpha = check_alpha(alpha)
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="that of the rollout"
-    )
+    temperature = check_temperature(temperature)
     check_distribution("student_logits", student_logits)
     check_teacher_topk(teacher_ids, teacher_log_probs, student_logits.shape[-1])
     student = gather_log_probs(upcast(student_logits) / temperature, teacher_ids)

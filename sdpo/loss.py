@@ -18,9 +18,9 @@ from sdpo._validate import (
     check_alpha,
     check_device,
     check_distribution,
-    check_real,
     check_shape,
     check_support,
+    check_temperature,
     check_tensor,
     check_weights,
     tensor_from_sequence,
@@ -101,9 +101,7 @@ def distillation_loss(
         [0.0997, -0.0783, 0.0051, -0.0288, 0.0011, 0.0012]
     """
     alpha = check_alpha(alpha)
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
-    )
+    temperature = check_temperature(temperature)
     check_distribution("student_logits", student_logits)
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")

@@ -15,8 +15,8 @@ from sdpo._validate import (
     check_device,
     check_distribution,
     check_int,
-    check_real,
     check_shape,
+    check_temperature,
     check_tensor,
 )
 from sdpo.topk import gather_log_probs
@@ -122,9 +122,7 @@ def token_statistics(
     check_tensor("tokens", tokens, "integer")
     check_shape("tokens", tokens, student_logits.shape[:-1], like="the leading shape of the logits")
     check_choice("support", support, ("student", "teacher", "full", "sampled"))
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
-    )
+    temperature = check_temperature(temperature)
     student, teacher = (upcast(logits) / temperature for logits in (student_logits, teacher_logits))
     ids = rearrange(tokens.long(), "... -> ... 1")
     if support in ("student", "teacher"):

@@ -21,8 +21,8 @@ from sdpo._validate import (
     check_device,
     check_distribution,
     check_int,
-    check_real,
     check_shape,
+    check_temperature,
     check_tensor,
 )
 from sdpo.divergence import generalized_jsd
@@ -102,9 +102,7 @@ def vocab_parallel_distillation_loss(
             f"alpha: expected 1 with support='sampled', got {alpha}; only the reverse divergence has an estimate "
             "from the sampled token alone"
         )
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
-    )
+    temperature = check_temperature(temperature)
     size = student_logits.shape[-1]
     total = int(all_reduce(torch.tensor(size, device=student_logits.device), "sum"))
     if total != vocabulary:

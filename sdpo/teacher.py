@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import upcast
-from sdpo._validate import check_choice, check_flag, check_int, check_real, check_shape, check_tensor
+from sdpo._validate import LARGEST, check_choice, check_flag, check_int, check_real, check_shape, check_tensor
 
 StateDtype = Literal["float32", "bfloat16"]
 
@@ -164,10 +163,11 @@ def rate_per_tick(update_rate: float, *, samples: float, per_samples: float) -> 
         0.0127
     """
     rate = check_real("update_rate", update_rate, low=0.0, high=1.0, meaning="the weight of the student")
-    most = sys.float_info.max
-    n = check_real("samples", samples, low=0.0, high=most, open_low=True, meaning="samples between updates")
+    n = check_real(
+        "samples", samples, low=0.0, high=LARGEST, open_low=True, meaning="samples between updates"
+    )
     m = check_real(
-        "per_samples", per_samples, low=0.0, high=most, open_low=True, meaning="samples of the rate"
+        "per_samples", per_samples, low=0.0, high=LARGEST, open_low=True, meaning="samples of the rate"
     )
     return rate if rate in (0.0, 1.0) else -math.expm1(n / m * math.log1p(-rate))
 

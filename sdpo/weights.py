@@ -17,14 +17,13 @@ Throughout, the gap of a sampled token is Δ = log q(y) − log p(y), teacher mi
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from sdpo._numerics import logsumexp, upcast, zero_where_not
-from sdpo._validate import check_device, check_real, check_shape, check_tensor
+from sdpo._validate import LARGEST, check_device, check_real, check_shape, check_tensor
 from sdpo.importance import LOG_RATIO_BOUND
 
 # TIP lowers the highest 2 % of the entropies before it scales them, so that outliers do not shrink all the others.
@@ -370,7 +369,7 @@ def select_tokens(
 
 def _check_beta(beta: object, meaning: str) -> float:
     """Return ``beta`` as a finite, non-negative float."""
-    return check_real("beta", beta, low=0.0, high=sys.float_info.max, meaning=meaning)
+    return check_real("beta", beta, low=0.0, high=LARGEST, meaning=meaning)
 
 
 def _gap(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:

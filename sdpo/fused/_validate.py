@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdpo._numerics import upcast
 from sdpo._validate import (
+    LARGEST,
     check_alpha,
     check_choice,
     check_device,
@@ -16,6 +17,7 @@ from sdpo._validate import (
     check_real,
     check_shape,
     check_support,
+    check_temperature,
     check_tensor,
     check_weights,
     type_name,
@@ -105,7 +107,8 @@ def check_objective(
         # A support of all V tokens has no order and no tail.
         support, k, tail = "full", None, None
     if is_clip is not None:
-        is_clip = _check_positive("is_clip", is_clip, "the largest importance weight, or None")
+        meaning = "the largest importance weight, or None"
+        is_clip = check_real("is_clip", is_clip, low=0.0, high=math.inf, open_low=True, meaning=meaning)
     if softcap is not None:
         softcap = _check_positive("softcap", softcap, "the bound of the logits, or None")
     if trust_region_coef is not None:
@@ -119,7 +122,7 @@ def check_objective(
         tail=tail,
         alpha=alpha,
         is_clip=is_clip,
-        temperature=_check_positive("temperature", temperature, "the rollout temperature"),
+        temperature=check_temperature(temperature),
         softcap=softcap,
         logit_scale=_check_positive("logit_scale", logit_scale, "the factor of the logits"),
         trust_region_coef=trust_region_coef,
@@ -198,6 +201,7 @@ def check_row_factors(
         )
     if token_fraction is None and token_weights is None:
         return None
+    check_tensor("loss_mask", loss_mask, "bool", min_ndim=1)
     return RowFactors(loss_mask.shape[-1], token_fraction, token_weights)
 
 
@@ -221,6 +225,8 @@ def check_operands(
     check_tensor("tokens", tokens, "integer", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, tokens.shape, like="the shape of tokens")
+    if advantages is not None:
+        check_tensor("advantages", advantages, "floating")
     for name, value in (("old_log_probs", old_log_probs), ("weights", weights)):
         if value is not None:
             check_tensor(name, value, "floating")
@@ -372,7 +378,8 @@ def _check_per_token(name: str, values: Tensor, loss_mask: Tensor, high: float) 
 
 
 def _check_positive(name: str, value: object, meaning: str) -> float:
-    return check_real(name, value, low=0.0, high=math.inf, open_low=True, meaning=meaning)
+    """Return ``value`` as a finite float above 0."""
+    return check_real(name, value, low=0.0, high=LARGEST, open_low=True, meaning=meaning)
 
 
 def _check_together(name: str, value: object, other_name: str, other: object, purpose: str) -> None:
