@@ -22,6 +22,7 @@ from sdpo._validate import (
     check_support,
     check_temperature,
     check_tensor,
+    check_tokens,
     check_weights,
     tensor_from_sequence,
 )
@@ -75,9 +76,11 @@ def distillation_loss(
         gradient does; a token that the student cannot have sampled gives 0, one that the teacher excludes +inf.
 
     Raises:
-        TypeError: logits are not floating tensors, tokens not integer, or an option of the wrong type.
-        ValueError: shapes that differ, an unknown support or tail, k outside [1, V], k or tail given or missing
-            where the support has none or needs one, alpha outside [0, 1], temperature not positive.
+        TypeError: logits are not floating tensors, tokens not integer, k or tail None where the support needs one,
+            or an option of another wrong type.
+        ValueError: shapes or devices that differ, an unknown support or tail, k outside [1, V], k or tail given
+            where the support has none, alpha outside [0, 1], temperature not positive and finite, or, checked on a
+            CPU, a token outside [0, V).
 
     Gradient: to student_logits only, with a bucket also to the tokens outside the support. The choice of the
     support is piecewise constant and carries none.
@@ -122,10 +125,7 @@ def distillation_loss(
 
 def _sampled_token_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None) -> Tensor:
     """stop_gradient(log p(y) − log q(y)) · log p(y) [...] from logits [..., V]."""
-    check_tensor("tokens", tokens, "integer")
-    assert tokens is not None
-    check_shape("tokens", tokens, student.shape[:-1], like="the leading shape of the logits")
-    check_device("tokens", tokens, student, like="the device of the logits")
+    tokens = check_tokens(tokens, student, vocabulary=student.shape[-1])
     ids = rearrange(tokens.long(), "... -> ... 1")
     log_p = rearrange(log_softmax(student).gather(-1, ids), "... 1 -> ...")
     log_q = rearrange(log_softmax(teacher).gather(-1, ids), "... 1 -> ...")

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from sdpo._numerics import log_softmax, upcast
 from sdpo._validate import (
-    check_choice,
     check_device,
     check_distribution,
-    check_int,
     check_shape,
+    check_support_size,
     check_temperature,
     check_tensor,
+    check_tokens,
 )
 from sdpo.topk import gather_log_probs
 
@@ -101,8 +101,8 @@ def token_statistics(
 
     Raises:
         TypeError: logits are not floating, tokens not integer, or a scalar has the wrong type.
-        ValueError: the shapes differ, an unknown support, k outside [1, V] or given for a support that has
-            none, or temperature not positive.
+        ValueError: the shapes or devices differ, an unknown support, k outside [1, V] or given for a support that
+            has none, temperature not positive and finite, or, checked on a CPU, a token outside [0, V).
 
     Gradient: none.
 
@@ -119,24 +119,12 @@ def token_statistics(
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
     check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")
-    check_tensor("tokens", tokens, "integer")
-    check_shape("tokens", tokens, student_logits.shape[:-1], like="the leading shape of the logits")
-    check_choice("support", support, ("student", "teacher", "full", "sampled"))
+    check_tokens(tokens, student_logits, vocabulary=student_logits.shape[-1])
+    check_support_size(support, k, vocabulary=student_logits.shape[-1])
     temperature = check_temperature(temperature)
     student, teacher = (upcast(logits) / temperature for logits in (student_logits, teacher_logits))
     ids = rearrange(tokens.long(), "... -> ... 1")
-    if support in ("student", "teacher"):
-        vocabulary = student.shape[-1]
-        k = check_int(
-            "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
-        )
-        indices = (student if support == "student" else teacher).topk(k, dim=-1).indices
-    elif k is not None:
-        raise ValueError(
-            f"k: expected None with support={support!r}, got {k!r}; only a top-K support has a k"
-        )
-    else:
-        indices = ids
+    indices = ids if k is None else (student if support == "student" else teacher).topk(k, dim=-1).indices
     found: dict[str, Tensor] = {}
     for prefix, logits in (("student", student), ("teacher", teacher)):
         log_probs = log_softmax(logits)

@@ -13,6 +13,7 @@ from sdpo._validate import (
     check_alpha,
     check_choice,
     check_device,
+    check_ids,
     check_int,
     check_real,
     check_shape,
@@ -20,6 +21,7 @@ from sdpo._validate import (
     check_temperature,
     check_tensor,
     check_weights,
+    is_readable,
     type_name,
 )
 from sdpo.fused._types import (
@@ -296,7 +298,9 @@ def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
     """
     active = loss_mask.flatten().nonzero().flatten()
     vocabulary, topk = operands.student.weight.shape[0], operands.teacher_topk
-    _check_token_ids(operands.tokens, active, vocabulary)
+    if is_readable(operands.tokens):
+        fix = "mask such positions; V is the number of rows of student.weight"
+        check_ids("tokens", operands.tokens[active], vocabulary, fix=fix)
     if operands.weights is not None:
         check_weights("weights", operands.weights, loss_mask.flatten())
     if active.shape[0] != loss_mask.numel():
@@ -388,19 +392,6 @@ def _check_together(name: str, value: object, other_name: str, other: object, pu
         present, missing = (other_name, name) if value is None else (name, other_name)
         raise ValueError(
             f"{missing}: expected together with {present}, got None; pass both for {purpose}, else neither"
-        )
-
-
-def _check_token_ids(tokens: Tensor, active: Tensor, vocabulary: int) -> None:
-    """Refuse active ids outside the vocabulary where the check is free: for a GPU it would have to wait."""
-    if tokens.device.type != "cpu":
-        return
-    ids = tokens[active]
-    outside = ids[(ids < 0) | (ids >= vocabulary)]
-    if outside.numel() > 0:
-        raise ValueError(
-            f"tokens: expected ids in [0, {vocabulary}), the rows of student.weight, where loss_mask is true, "
-            f"got {int(outside[0])}; mask such positions"
         )
 
 
