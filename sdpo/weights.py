@@ -22,7 +22,7 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from sdpo._numerics import logsumexp, upcast, zero_where_not
+from sdpo._numerics import log_ratio, logsumexp, upcast, zero_where_not
 from sdpo._validate import LARGEST, check_device, check_real, check_shape, check_tensor
 from sdpo.importance import LOG_RATIO_BOUND
 
@@ -378,8 +378,7 @@ def _gap(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     check_tensor("teacher_log_probs", teacher_log_probs, "floating")
     check_shape("teacher_log_probs", teacher_log_probs, log_probs.shape, like="the shape of log_probs")
     check_device("teacher_log_probs", teacher_log_probs, log_probs, like="the device of log_probs")
-    student, teacher = upcast(log_probs).detach(), upcast(teacher_log_probs).detach()
-    gap = (teacher - student).masked_fill(teacher == student, 0.0)
+    gap = log_ratio(upcast(teacher_log_probs).detach(), upcast(log_probs).detach())
     return gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sdpo._numerics import log_ratio
 from sdpo._validate import check_choice
 from sdpo.fused._autograd import per_token_loss, policy_clipped, total_loss
 from sdpo.fused._log_probs import LogProbsAndEntropy as LogProbsAndEntropy
@@ -356,6 +357,6 @@ def _metrics(stats: TokenStats, others: dict[str, Tensor]) -> dict[str, Tensor]:
         stats.weights,
         stats,
         is_clip_fraction=stats.clipped,
-        sampled_token_overlap=(stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
+        sampled_token_overlap=log_ratio(stats.log_probs, stats.teacher_log_probs).abs().neg().exp(),
         **others,
     )
