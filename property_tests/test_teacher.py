@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sdpo
 from sdpo.teacher import (
     Teacher,
     TeacherState,
@@ -415,6 +417,48 @@ def test_inplace_rejects() -> None:
         assert rejects(reuses_the_memory_of_the_state, counter_example, fresh, students)
 
 
+def peak(action: Callable[[], Any], trace: Path) -> int:
+    """Bytes that an action allocates on the CPU at once, above those before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        action()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    found = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
+    if not found:
+        return 0
+    before = found[0][1]["Total Allocated"] - found[0][1]["Bytes"]
+    return max(arguments["Total Allocated"] for _, arguments in found) - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kept", "sizes", "units"), [("float32", [1] * 6, 1), ("float32", [3], 3), ("bfloat16", [5], 4)]
+)
+def test_an_update_in_place_allocates_no_more_than_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    kept: Any,
+    sizes: list[int],
+    units: int,
+) -> None:
+    """In units of the numbers that are averaged at once, in float32."""
+    together = 2**16
+    monkeypatch.setattr(sdpo.teacher, "_TOGETHER", together)
+    params = {str(i): torch.randn(size * together, dtype=dtype) for i, size in enumerate(sizes)}
+
+    def allocated(inplace: bool) -> float:
+        teacher = ema(update_rate=0.1, dtype=kept, inplace=inplace)
+        state = teacher.init(params)
+        return peak(lambda: teacher.update(state, params), tmp_path / "trace.json") / (4 * together)
+
+    assert allocated(inplace=True) <= 1.01 * units
+    if len(sizes) > 1:
+        assert allocated(inplace=False) > 2 * units
+
+
 def test_a_refused_update_in_place_changes_nothing() -> None:
     teacher = ema(update_rate=0.5, inplace=True)
     state = teacher.init({"a": torch.zeros(2), "b": torch.zeros(2)})
@@ -709,6 +753,14 @@ def test_differences_are_refused_by_name_and_all_listed(teacher: Teacher) -> Non
         ):
             assert part in str(caught.value)
         assert "'a'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [ema(update_rate=0.1).update, frozen().update, teacher_distance])
+def test_what_is_no_state_is_refused(call: Callable[..., Any]) -> None:
+    student = {"w": torch.zeros(2)}
+    for wrong, name in ((None, "NoneType"), (student, "dict"), ((student, 0), "tuple")):
+        with pytest.raises(TypeError, match=rf"state: expected a TeacherState, got {name}; pass what init"):
+            call(wrong, student)
 
 
 def test_a_state_of_another_precision_is_refused_by_name() -> None:
