@@ -50,15 +50,15 @@ def distillation_loss(
     With z the student's and w the teacher's logits, both divided by ``temperature``::
 
         support="full"       generalized_jsd(log_softmax(z), log_softmax(w), alpha)
-        support="student"    the same on the K largest entries of z, ``support="teacher"`` of w: both models are
-                             gathered there, each normalised over its own full vocabulary, and
-            tail="bucket"        the probability outside is one more category: a lower bound of the full
-            divergence,
-                                 which never falls as K grows and equals it at K = V
-            tail="renormalize"   both models are conditioned on the K tokens: no bound, and 0 for K = 1
-        support="sampled"    stop_gradient(log p(y) − log q(y)) · log p(y): a surrogate whose gradient, with
-        y sampled
-                             from the student, is an unbiased estimate of that of KL(student‖teacher)
+        support="student"    the same on the K largest entries of z, support="teacher" of w: both models are
+                             gathered there, each normalised over its own full vocabulary
+            tail="bucket"        the probability outside is one more category
+            tail="renormalize"   both models are conditioned on the K tokens
+        support="sampled"    stop_gradient(log p(y) - log q(y)) * log p(y)
+
+    With a bucket the loss is a lower bound of that over the full vocabulary, never falls as K grows, and equals it
+    at K = V. Conditioned on the K tokens it is no bound, and 0 for K = 1. The surrogate of the sampled token has a
+    gradient that, with y sampled from the student, is an unbiased estimate of that of KL(student‖teacher).
 
     Args:
         student_logits: [..., V] floating; -inf allowed.
@@ -180,8 +180,9 @@ def self_distillation_loss(
         total, count = (weights * per_token)[active].sum(), active.sum()
 
     The objective of a step is Σ total / Σ count over its micro-batches and processes; ``.mean()`` divides where
-    there is one of each. Values at inactive positions, even NaN or inf, reach neither the total nor the gradient,
-    and a weight of 0 removes even an infinite loss.
+    there is one of each. Values at inactive positions, even NaN or inf, reach neither the total nor the gradient of
+    per_token, and a weight of 0 removes even an infinite loss. Logits that are NaN, or −inf for every token, make
+    their own gradient NaN even so: leave such positions out before ``distillation_loss``, as the fused loss does.
 
     Args:
         per_token: [B, T] floating, nats; of ``distillation_loss``, say.
