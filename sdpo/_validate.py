@@ -99,9 +99,13 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], *, like: st
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the values can be read without waiting for a device or breaking a transform or a compilation."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not traced
+    """Whether the values can be read without waiting for a device or breaking a transform or a compilation.
+
+    A subclass may have no values, as a fake tensor, or not all of them, as a sharded one.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_weights(name: str, weights: Tensor, active: Tensor | None) -> None:

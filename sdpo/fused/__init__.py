@@ -153,9 +153,9 @@ def fused_distillation_loss(
     if the support is one model's top K. The gradient of a bf16 weight, like that of several micro-batches, is
     rounded to bf16 after each block of a few thousand tokens. Tokens outside ``loss_mask`` are never projected.
 
-    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is ``teacher``, the live model, ``reference``, the model that it
-    stays near, and c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias is
-    teacher.bias`` and there is no soft-cap, both share one product (two if the weight has 16 bits).
+    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is ``teacher``, the live model, with ``reference``, the model
+    that it stays near, and c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias
+    is teacher.bias`` and there is no soft-cap, both share one product (two if the weight has 16 bits).
 
     With ``advantages`` A and ``policy_weight`` λ, where ``ratio`` is exp(log_probs − old_log_probs), its exponent
     bounded by ±20, and 1 where ``old_log_probs`` is NaN or not given::
