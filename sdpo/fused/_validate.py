@@ -369,8 +369,7 @@ def _check_per_token(name: str, values: Tensor, loss_mask: Tensor, high: float) 
         values = values[..., None].expand(loss_mask.shape)
     check_shape(name, values, loss_mask.shape, like="one per row or the shape of tokens")
     values, low = upcast(values).detach(), 0.0 if high == 1.0 else -math.inf
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if values.device.type == "cpu" and not (is_wrapped(values) or is_wrapped(loss_mask)):
+    if is_readable(values) and is_readable(loss_mask):
         wrong = loss_mask & ~((values >= low) & (values <= high) & values.isfinite())
         if wrong.any():
             expected = "numbers in [0, 1]" if high == 1.0 else "finite numbers"
