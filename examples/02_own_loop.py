@@ -54,12 +54,17 @@ def main() -> None:
     head = model.get_output_embeddings().weight
     head_name = next(name for name, parameter in model.named_parameters() if parameter is head)
 
-    def lm_head(weights: dict[str, Tensor] | None, questions: list[str], completions: Tensor) -> sdpo.LMHead:
-        """Hidden states [B, T, D] that predict the completion tokens, and the LM head, with the given weights."""
+    def left_padded(questions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of the questions, and which of them are no padding."""
         asked = [encode_question(tokenizer, question) for question in questions]
         width = max(map(len, asked))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in asked])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in asked])
+        return ids, mask
+
+    def lm_head(weights: dict[str, Tensor] | None, questions: list[str], completions: Tensor) -> sdpo.LMHead:
+        """Hidden states [B, T, D] that predict the completion tokens, and the LM head, with the given weights."""
+        ids, mask = left_padded(questions)
         inputs = {
             "input_ids": torch.cat([ids, completions], dim=1),
             "attention_mask": torch.cat([mask, torch.ones_like(completions)], dim=1),
@@ -76,14 +81,12 @@ def main() -> None:
 
     def sample(questions: list[str]) -> Tensor:
         """Completions [B, T], padded after the end of the answer."""
-        asked = [encode_question(tokenizer, question) for question in questions]
-        width = max(map(len, asked))
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in asked])
+        ids, mask = left_padded(questions)
         generated = model.generate(
-            ids, attention_mask=(ids != tokenizer.pad_token_id).long(), do_sample=True, top_k=0,
-            max_new_tokens=LENGTH, pad_token_id=tokenizer.pad_token_id,
+            ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=LENGTH,
+            pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        return generated[:, width:]
+        return generated[:, ids.shape[1] :]
 
     for step in range(options.steps + 1):
         if step % 10 == 0:

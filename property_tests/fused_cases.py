@@ -118,9 +118,7 @@ class Case:
         """Clipped surrogate of every token, masked or not; without a known old policy the ratio is 1."""
         t, s = self.tensors, self.scalars
         log_probs = self.log_probs("student").gather(-1, t["tokens"][..., None])[..., 0]
-        on_policy = log_probs.detach()
-        old = t.get("old_log_probs", on_policy)
-        old = torch.where(old.isnan(), on_policy, old)
+        old = t.get("old_log_probs", log_probs.detach())
         return sdpo.clipped_policy_gradient(
             log_probs, old, t["advantages"], clip_low=s["clip_low"], clip_high=s["clip_high"]
         )

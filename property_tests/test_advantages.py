@@ -1,4 +1,4 @@
-"""Advantages: the policy-gradient face of the divergence, group baselines, and their blend."""
+"""Advantages: the divergence as a policy gradient, those of rewards in a group, and their blend."""
 
 from __future__ import annotations
 

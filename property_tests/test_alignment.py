@@ -81,20 +81,34 @@ def keeps_the_head(
     )
 
 
-def property_rows_with_a_loss_run(
-    select: Any, rows: list[tuple[list[int], list[int], list[int], bool]], at_least_one: bool
-) -> None:
-    """Rows are (prompt, teacher's prompt, completion, whether it has a loss)."""
-    prompt, prompt_mask, completion, completion_mask = batch([(p, c) for p, _, c, _ in rows], 1, 2)
-    teacher, teacher_mask = left_pad([t for _, t, _, _ in rows], pad_id=PAD, device=CPU)
-    inputs = {
+def rows_of_a_batch(
+    prompts: list[list[int]],
+    teachers: list[list[int]],
+    completions: list[list[int]],
+    masks: dict[str, list[bool]],
+) -> dict[str, Any]:
+    """A micro-batch, with the rows in which each mask has the completion's tokens."""
+    prompt, prompt_mask, completion, completion_mask = batch(
+        list(zip(prompts, completions, strict=True)), 1, 2
+    )
+    teacher, teacher_mask = left_pad(teachers, pad_id=PAD, device=CPU)
+    return {
         "prompt_ids": prompt,
         "prompt_mask": prompt_mask,
         "teacher_prompt_ids": teacher,
         "teacher_prompt_mask": teacher_mask,
         "completion_ids": completion,
         "completion_mask": completion_mask,
-        "loss_mask": completion_loss_mask(completion_mask, torch.tensor([row[-1] for row in rows])),
+        **{name: completion_loss_mask(completion_mask, torch.tensor(rows)) for name, rows in masks.items()},
+    }
+
+
+def property_rows_with_a_loss_run(
+    select: Any, rows: list[tuple[list[int], list[int], list[int], bool]], at_least_one: bool
+) -> None:
+    """Rows are (prompt, teacher's prompt, completion, whether it has a loss)."""
+    prompts, teachers, completed, signal = map(list, zip(*rows, strict=True))
+    inputs = rows_of_a_batch(prompts, teachers, completed, {"loss_mask": signal}) | {
         "importance_sampling_ratio": torch.arange(len(rows))[:, None],
         "old_per_token_logps": None,
         "max_left_pad": torch.zeros((), device="meta"),
@@ -119,17 +133,7 @@ def property_rows_with_a_loss_run(
 @pytest.mark.parametrize("signal", [[True, True, False], [False, False, False]])
 def test_prompts_are_read_with_the_sizes(signal: list[bool]) -> None:
     prompts, teachers = [[5, 6, 7], [8], [9, 5]], [[6], [7, 8, 9, 5], [5, 5]]
-    prompt, prompt_mask, completion, completion_mask = batch([(p, [5, 6]) for p in prompts], 1, 2)
-    teacher, teacher_mask = left_pad(teachers, pad_id=PAD, device=CPU)
-    inputs = {
-        "prompt_ids": prompt,
-        "prompt_mask": prompt_mask,
-        "teacher_prompt_ids": teacher,
-        "teacher_prompt_mask": teacher_mask,
-        "completion_ids": completion,
-        "completion_mask": completion_mask,
-        "loss_mask": completion_loss_mask(completion_mask, torch.tensor(signal)),
-    }
+    inputs = rows_of_a_batch(prompts, teachers, [[5, 6]] * 3, {"loss_mask": signal})
     found = select_rows(inputs, at_least_one=True, read_prompts=True)
     assert found is not None
     assert found.teacher is not None
@@ -146,21 +150,9 @@ def property_a_policy_loss_needs_no_teacher(
     select: Any, rows: list[tuple[list[int], list[int], list[int], bool, bool]], at_least_one: bool
 ) -> None:
     """Rows are (prompt, teacher's prompt, completion, whether it has a divergence, and a policy loss)."""
-    prompt, prompt_mask, completion, completion_mask = batch([(p, c) for p, _, c, *_ in rows], 1, 2)
-    teacher, teacher_mask = left_pad([t for _, t, *_ in rows], pad_id=PAD, device=CPU)
-    masks = {
-        name: completion_loss_mask(completion_mask, torch.tensor([row[column] for row in rows]))
-        for name, column in (("loss_mask", 3), ("policy_mask", 4))
-    }
-    inputs = {
-        "prompt_ids": prompt,
-        "prompt_mask": prompt_mask,
-        "teacher_prompt_ids": teacher,
-        "teacher_prompt_mask": teacher_mask,
-        "completion_ids": completion,
-        "completion_mask": completion_mask,
-        **masks,
-    }
+    prompts, teachers, completed, distilled_rows, policy_rows = map(list, zip(*rows, strict=True))
+    masks = {"loss_mask": distilled_rows, "policy_mask": policy_rows}
+    inputs = rows_of_a_batch(prompts, teachers, completed, masks)
     selected = select(inputs, at_least_one=at_least_one)
     active = [i for i, row in enumerate(rows) if row[3] or row[4]] or [0] * at_least_one
     distilled = [i for i, row in enumerate(rows) if row[3]]

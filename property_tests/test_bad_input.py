@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -297,6 +298,22 @@ def topk(student: Any = Z, teacher: Any = Z, k: Any = 2, alpha: Any = 0.5, tail:
     return topk_loss(student, teacher, k=k, alpha=alpha, tail=tail)
 
 
+def sampled(tokens: torch.Tensor) -> Any:
+    return sampled_loss(Z, Z, tokens)
+
+
+def statistics(tokens: torch.Tensor) -> Any:
+    return sdpo.token_statistics(Z, Z, tokens, support="full", temperature=1.0)
+
+
+def advantages(tokens: torch.Tensor) -> Any:
+    return sdpo.token_advantages(Z, Z, tokens)
+
+
+def gathered(tokens: torch.Tensor) -> Any:
+    return sdpo.gather_log_probs(Z, tokens[..., None])
+
+
 CORE = [
     Case(
         "logits of two shapes",
@@ -369,8 +386,36 @@ CORE = [
         for name, call in (
             ("tokens", lambda: sampled_loss(Z, Z, IDS[..., 0].to("meta"))),
             ("tokens", lambda: sdpo.token_advantages(Z, Z, IDS[..., 0].to("meta"))),
+            ("tokens", lambda: statistics(IDS[..., 0].to("meta"))),
             ("indices", lambda: sdpo.gather_log_probs(Z, IDS.to("meta"))),
         )
+    ),
+    *(
+        Case(
+            f"{name} {wrong} of {call.__name__}",
+            partial(call, IDS[..., 0] + wrong),
+            ValueError,
+            (name, "[0, 5)", says),
+        )
+        for wrong, says in ((-1, "got -1"), (5, "got 5"))
+        for name, call in (
+            ("tokens", sampled),
+            ("tokens", statistics),
+            ("tokens", advantages),
+            ("indices", gathered),
+        )
+    ),
+    Case(
+        "an id twice",
+        lambda: sdpo.gather_log_probs(Z, torch.tensor([3, 3]).expand(2, 3, 2)),
+        ValueError,
+        ("indices", "distinct ids", "got 3 twice", "count twice"),
+    ),
+    Case(
+        "no token ids",
+        lambda: sdpo.distillation_loss(Z, Z, support="sampled", alpha=1.0, temperature=1.0),
+        TypeError,
+        ("tokens", "integer", "NoneType", "pass one"),
     ),
     Case(
         "array", lambda: topk(student=Z.numpy()), TypeError, ("student_logits", "numpy.ndarray", "as_tensor")

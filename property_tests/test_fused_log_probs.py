@@ -316,6 +316,7 @@ def test_sixteen_bits_give_float32_products(dtype: torch.dtype) -> None:
     [
         ({"temperature": 0.0}, ValueError, "temperature: expected"),
         ({"softcap": -1.0}, ValueError, "softcap: expected"),
+        ({"softcap": float("inf")}, ValueError, r"softcap: expected a number in \(0, inf\), got inf"),
         ({"logit_scale": 0.0}, ValueError, "logit_scale: expected"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected"),
         ({"loss_mask": torch.ones(3, 7)}, TypeError, "loss_mask: expected"),

@@ -532,6 +532,12 @@ BAD_POLICY: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"sapo_temperatures\[1\]: expected",
     ),
+    (
+        {"surrogate": "sapo", "clip_low": None, "clip_high": None, "sapo_temperatures": (math.inf, 1.0)},
+        ValueError,
+        r"sapo_temperatures\[0\]: expected a number in \(0, inf\), got inf",
+    ),
+    ({"advantages": [0.0] * 9}, TypeError, "advantages: expected a tensor of floating dtype, got list"),
     ({"old_log_probs": None}, ValueError, "old_log_probs: expected together with is_clip"),
     ({"advantages": ROWS.to("meta")}, ValueError, "advantages: expected a tensor on cpu"),
 ]

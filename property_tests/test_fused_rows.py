@@ -190,6 +190,16 @@ def test_without_active_tokens_the_gradient_is_zero() -> None:
         ({"token_fraction": 0.0}, ValueError, "token_fraction: expected .*the share of a row's tokens"),
         ({"token_fraction": 1.5}, ValueError, "token_fraction: expected"),
         (
+            {"token_fraction": 0.5, "loss_mask": [[True] * 10] * 4},
+            TypeError,
+            "loss_mask: expected a tensor of bool dtype, got list",
+        ),
+        (
+            {"token_fraction": 0.5, "loss_mask": torch.tensor(True)},
+            ValueError,
+            r"loss_mask: expected at least 1 dimension\(s\), got shape \(\)",
+        ),
+        (
             {"token_fraction": 0.5, "reduction": "none"},
             ValueError,
             "multiply per_token by sdpo.token_factors",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"alpha": 1.5}, ValueError, "alpha: expected"),
     ({"tail": "none"}, ValueError, "tail: expected"),
     ({"temperature": 0.0}, ValueError, "temperature: expected"),
+    # Of an infinite number the logits are NaN, or all equal.
+    ({"temperature": math.inf}, ValueError, r"temperature: expected a number in \(0, inf\), got inf"),
+    ({"softcap": math.inf}, ValueError, r"softcap: expected a number in \(0, inf\), got inf"),
+    ({"logit_scale": math.inf}, ValueError, r"logit_scale: expected a number in \(0, inf\), got inf"),
     ({"is_clip": -1.0}, ValueError, "is_clip: expected"),
     ({"is_clip": None}, ValueError, "is_clip: expected together with old_log_probs, got None; pass both"),
     (

@@ -100,18 +100,16 @@ def property_the_student_alone_gets_a_gradient(
     loss: Any, pair: Pair, k: int, alpha: float, tail: str
 ) -> None:
     student, teacher = pair
-    ids, log_probs = served(teacher, min(k, student.shape[-1]))
+    ids, log_probs = served(teacher, min(k, student.shape[-1]), 0.7)
     options = {"tail": tail, "alpha": alpha, "temperature": 0.7}
+    got = grad(lambda x: loss(x, ids, log_probs, **options).sum())(student)
+    for z, w, row, derivative in zip(*(x.flatten(0, -2) for x in (student, teacher, ids, got)), strict=True):
+        tempered, chosen = [x / 0.7 for x in w.tolist()], row.tolist()
 
-    def from_logits(x: Tensor) -> Tensor:
-        p, q = gather_log_probs(x / 0.7, ids), GatheredLogProbs(*safe_tail(log_probs))
-        if tail == "bucket":
-            return generalized_jsd(add_tail_bucket(*p), add_tail_bucket(*q), alpha=alpha).sum()
-        return generalized_jsd(renormalize(p.log_probs), renormalize(q.log_probs), alpha=alpha).sum()
+        def value(point: list[float], tempered: Any = tempered, chosen: Any = chosen) -> float:
+            return oracles.topk_loss([x / 0.7 for x in point], tempered, chosen, alpha, tail)
 
-    assert_near(
-        grad(lambda x: loss(x, ids, log_probs, **options).sum())(student), grad(from_logits)(student), 1e-8
-    )
+        assert_near(derivative, oracles.numerical_gradient(value, z.tolist()), 1e-6)
     assert (grad(lambda q: loss(student, ids, q, **options).sum())(log_probs) == 0.0).all()
 
 
@@ -125,7 +123,7 @@ def property_rounded_numbers_stay_usable(loss: Any, pair: Pair, k: int, alpha: f
         got = loss(student, ids, rounded.clamp(max=0.0), **options)
         assert got.isfinite().all()
         if rounded.dtype == torch.float32:
-            assert ((got - exact).abs() <= 1e-3).all()
+            assert ((got - exact).abs() <= 1e-4).all()
 
 
 def without_temperature(student: Tensor, ids: Tensor, log_probs: Tensor, **options: Any) -> Tensor:
@@ -165,7 +163,7 @@ CLAIMS = [
         property_the_student_alone_gets_a_gradient,
         given_topk_distillation_loss,
         with_a_trainable_teacher,
-        {"pair": pairs, "k": ks, "alpha": alphas, "tail": tails},
+        {"pair": batched, "k": ks, "alpha": alphas, "tail": tails},
     ),
     Claim(
         property_rounded_numbers_stay_usable,
@@ -311,7 +309,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "tail of nothing": (lambda: safe_tail(torch.zeros(2, 0)), ValueError, "log_probs: .*at least one"),
     "unknown tail": (lambda: loss(tail="clamp"), ValueError, "tail: .*got 'clamp'"),
     "alpha above one": (lambda: loss(alpha=2.0), ValueError, "alpha: .*got 2.0"),
-    "no temperature": (lambda: loss(temperature=0.0), ValueError, r"temperature: .*\(0, inf\], got 0.0"),
+    "no temperature": (lambda: loss(temperature=0.0), ValueError, r"temperature: .*\(0, inf\), got 0.0"),
     "vocabulary as text": (lambda: check(vocabulary="9"), TypeError, "vocabulary: .*got '9'"),
     "the loss checks its teacher": (
         lambda: given_topk_distillation_loss(

@@ -555,6 +555,21 @@ def test_a_weight_of_zero_silences_an_infinite_loss() -> None:
     assert leaf.grad.tolist() == [[0.0, 0.25]]
 
 
+def test_logits_of_no_distribution_are_left_out_before_the_loss() -> None:
+    """A position without a possible token, such as one of padding, makes its own gradient NaN when it is masked."""
+    logits = torch.tensor([[[0.0, 1.0], [-math.inf, -math.inf]]], requires_grad=True)
+    teacher, mask = torch.zeros(1, 2, 2), torch.tensor([[True, False]])
+    masked = self_distillation_loss(full_loss(logits, teacher, alpha=0.5), mask, row_mask=[True]).mean()
+    (gradient,) = torch.autograd.grad(masked, logits)
+    assert gradient[mask].isfinite().all()
+    assert gradient[~mask].isnan().all()
+    left_out = full_loss(logits[mask], teacher[mask], alpha=0.5).mean()
+    assert left_out.item() == masked.item()
+    (expected,) = torch.autograd.grad(left_out, logits)
+    assert torch.equal(expected[mask], gradient[mask])
+    assert (expected[~mask] == 0.0).all()
+
+
 @pytest.mark.parametrize("row_mask", [[True, False], (True, False), torch.tensor([True, False])])
 def test_the_row_mask_is_a_tensor_or_a_sequence(row_mask: Any) -> None:
     loss = self_distillation_loss(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool), row_mask=row_mask)
@@ -582,5 +597,8 @@ def test_temperature_divides_both_sides() -> None:
     options: dict[str, Any] = {"support": "student", "k": 2, "tail": "bucket", "alpha": 0.3}
     expected = distillation_loss(student / 0.6, teacher / 0.6, **options, temperature=1.0)
     assert_near(distillation_loss(student, teacher, **options, temperature=0.6), expected)
-    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\], got 0"):
+    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got 0"):
         distillation_loss(student, teacher, **options, temperature=0)
+    # −inf / inf is NaN.
+    with pytest.raises(ValueError, match=r"temperature: expected a number in \(0, inf\), got inf"):
+        distillation_loss(student, teacher, **options, temperature=math.inf)

@@ -119,7 +119,8 @@ def test_works_under_grad() -> None:
         ({"num_segments": 0}, ValueError, "num_segments"),
         ({"per_token": torch.zeros(1, 3), "mask": torch.ones(1, 3).bool(), "segment_ids": torch.zeros(1, 3).long()},
          ValueError, "sequence_sum"),
-        ({"segment_ids": torch.tensor([0, 1, 2])}, IndexError, "out of"),
+        ({"segment_ids": torch.tensor([0, 1, 2])}, ValueError, r"segment_ids: expected ids in \[0, 2\), got 2"),
+        ({"segment_ids": torch.tensor([0, 1, -1])}, ValueError, r"segment_ids: expected ids in \[0, 2\), got -1"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -129,5 +130,10 @@ def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], wo
     }  # fmt: skip
     with pytest.raises(error, match=words):
         packed_sequence_sum(**good | change)
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        packed_segment_ids(torch.zeros(0).long(), num_tokens=1)
+
+
+@pytest.mark.parametrize("ends", [[], [1, 3], [0, 3, 2], [0, 3, 6], [-1, 3]])
+def test_ends_that_are_none_are_refused(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match="cu_seqlens: expected"):
+        packed_segment_ids(torch.tensor(ends, dtype=torch.int32), num_tokens=5)
+    assert packed_segment_ids(torch.tensor([0, 3, 5]), num_tokens=5).tolist() == [0, 0, 0, 1, 1]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import oracles
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from sdpo import generalized_jsd
-from sdpo._numerics import log_softmax
+from sdpo import distillation_loss
 from sdpo.parallel import vocab_parallel_distillation_loss
-from sdpo.topk import add_tail_bucket, gather_log_probs, renormalize
 
 VOCABULARY, SPLIT, K = 11, 6, 4
 CASES = [
@@ -42,23 +44,47 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def whole(case: tuple[Any, ...], student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
-    """The loss from whole logits, written out."""
+    """The loss from whole logits."""
     support, tail, alpha, temperature = case
-    z, w = student / temperature, teacher / temperature
-    if support == "full":
-        return generalized_jsd(log_softmax(z), log_softmax(w), alpha=alpha)
-    if support == "sampled":
-        log_p, log_q = (log_softmax(x).gather(-1, tokens[..., None])[..., 0] for x in (z, w))
-        return (log_p - log_q).detach() * log_p
-    ids = (z if support == "student" else w).topk(K).indices
-    p, q = (gather_log_probs(x, ids) for x in (z, w))
-    if tail == "bucket":
-        return generalized_jsd(add_tail_bucket(*p), add_tail_bucket(*q), alpha=alpha)
-    return generalized_jsd(renormalize(p.log_probs), renormalize(q.log_probs), alpha=alpha)
+    return distillation_loss(
+        student,
+        teacher,
+        tokens=tokens,
+        support=support,
+        k=K if tail else None,
+        tail=tail,
+        alpha=alpha,
+        temperature=temperature,
+    )
+
+
+def by_definition(case: tuple[Any, ...], student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """The value from whole logits, in loops."""
+    support, tail, alpha, temperature = case
+
+    def of_position(z: list[float], w: list[float], token: list[int]) -> float:
+        log_p, log_q = (oracles.log_softmax([x / temperature for x in logits]) for logits in (z, w))
+        if support == "full":
+            return oracles.jsd(log_p, log_q, alpha)
+        if support == "sampled":
+            p, q = log_p[token[0]], log_q[token[0]]
+            return 0.0 if p == -math.inf else math.inf if q == -math.inf else (p - q) * p
+        owner = log_p if support == "student" else log_q
+        ids = sorted(range(VOCABULARY), key=lambda v: -owner[v])[:K]
+        return oracles.topk_loss(log_p, log_q, ids, alpha, tail)
+
+    return oracles.per_row(of_position, student, teacher, tokens[..., None])
 
 
 def parallel(
-    case: tuple[Any, ...], student: Tensor, teacher: Tensor, tokens: Tensor, shard: int, **how: Any
+    case: tuple[Any, ...],
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tensor,
+    shard: int,
+    *,
+    num_shards: int = 2,
+    all_reduce: Any,
 ) -> Tensor:
     support, tail, alpha, temperature = case
     return vocab_parallel_distillation_loss(
@@ -72,8 +98,8 @@ def parallel(
         temperature=temperature,
         vocabulary=VOCABULARY,
         shard=shard,
-        num_shards=2,
-        **how,
+        num_shards=num_shards,
+        all_reduce=all_reduce,
     )
 
 
@@ -129,10 +155,9 @@ def reference(case: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_slices_are_the_whole(observed: list[dict[Any, Any]], case: tuple[Any, ...]) -> None:
     loss, gradient = reference(case)
+    torch.testing.assert_close(loss, by_definition(case, *inputs()), rtol=1e-12, atol=1e-12)
     for rank in range(2):
-        # An impossible sampled token has no defined value in the formula written out.
-        finite = loss.isfinite()
-        torch.testing.assert_close(observed[rank][case][0][finite], loss[finite], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(observed[rank][case][0], loss, rtol=1e-12, atol=1e-13)
     joined = torch.cat([observed[rank][case][1] for rank in range(2)], dim=-1)
     torch.testing.assert_close(joined, gradient, rtol=1e-10, atol=1e-13)
 
@@ -151,10 +176,75 @@ def test_slices_that_do_not_add_up_are_refused(observed: list[dict[Any, Any]]) -
     assert observed[0]["mistake"] != observed[1]["mistake"]
 
 
+class Threads:
+    """Processes that are threads: each calls its own `all_reduce`."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.barrier, self.tensors = count, threading.Barrier(count, timeout=60), {}
+
+    def all_reduce(self, rank: int) -> Any:
+        def reduce(tensor: Tensor, op: str) -> Tensor:
+            self.tensors[rank] = tensor.clone()
+            self.barrier.wait()
+            stacked = torch.stack([self.tensors[r] for r in range(self.count)])
+            self.barrier.wait()
+            return stacked.sum(0) if op == "sum" else stacked.amax(0)
+
+        return reduce
+
+    def run(self, function: Callable[[int, Any], Any]) -> list[Any]:
+        found: dict[int, Any] = {}
+
+        def call(rank: int) -> None:
+            try:
+                found[rank] = function(rank, self.all_reduce(rank))
+            except ValueError as error:
+                found[rank] = str(error)
+
+        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[rank] for rank in range(self.count)]
+
+
+@pytest.mark.parametrize("sizes", [(2, 6, 3), (1, 1, 9), (5, 5, 1)])
+@pytest.mark.parametrize(
+    "case", [CASES[0], ("student", "bucket", 0.3, 1.0), ("sampled", None, 1.0, 0.7)], ids=str
+)
+def test_slices_of_any_size(case: tuple[Any, ...], sizes: tuple[int, ...]) -> None:
+    student, teacher, tokens = inputs()
+    parts = list(zip(student.split(sizes, -1), teacher.split(sizes, -1), strict=True))
+
+    def loss(rank: int, all_reduce: Any) -> Tensor:
+        return parallel(case, *parts[rank], tokens, rank, num_shards=3, all_reduce=all_reduce)
+
+    for found in Threads(3).run(loss):
+        torch.testing.assert_close(found, reference(case)[0], rtol=1e-12, atol=1e-13)
+
+
+def test_an_index_that_two_processes_have_is_refused_on_all() -> None:
+    """Also on the process whose own index is right, which would wait for the others."""
+    student, teacher, tokens = inputs()
+
+    def loss(rank: int, all_reduce: Any) -> Tensor:
+        parts = (logits.split((4, 4, 3), -1)[rank] for logits in (student, teacher))
+        return parallel(CASES[0], *parts, tokens, min(rank, 1), num_shards=3, all_reduce=all_reduce)
+
+    for message in Threads(3).run(loss):
+        assert "shard: expected one process for each of 3 slices, got [1, 2, 0] processes" in message
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"support": "full", "k": 3}, "k, tail: expected None"),
+        ({"support": "full", "k": 3}, "k: expected None with support='full', got 3"),
+        ({"support": "full", "tail": "bucket"}, "tail: expected None with support='full', got 'bucket'"),
+        (
+            {"support": "sampled", "tokens": torch.tensor([0, 5])},
+            r"tokens: expected ids in \[0, 5\), got 5; give",
+        ),
         ({"support": "student", "k": 0, "tail": "bucket"}, "k: expected an int in"),
         ({"support": "sampled", "alpha": 0.5, "tokens": torch.zeros(2).long()}, "alpha: expected 1"),
         ({"temperature": 0.0}, "temperature"),

@@ -214,7 +214,7 @@ def test_the_default_templates_are_the_published_strings() -> None:
         (
             {"solution": "none"},
             ValueError,
-            "template 'solution' must hold {successful_previous_attempt} once",
+            "solution: expected a template with {successful_previous_attempt} exactly once",
         ),
         ({"solution": "{{successful_previous_attempt}}"}, ValueError, "missing"),
         ({"feedback": "{feedback_raw!r}"}, ValueError, "no conversion"),
@@ -222,9 +222,13 @@ def test_the_default_templates_are_the_published_strings() -> None:
         ({"feedback": "{feedback_raw.x}"}, ValueError, r"unknown \['feedback_raw.x'\]"),
         ({"feedback": "{feedback_raw[0]}"}, ValueError, "unknown"),
         ({"feedback": "{feedback_raw"}, ValueError, "literal braces as {{ and }}"),
-        ({"feedback": "}{feedback_raw}"}, ValueError, "template 'feedback' .* literal braces"),
-        ({"success_feedback": "{x}"}, ValueError, r"template 'success_feedback' .*unknown \['x'\]"),
-        ({"feedback": None}, TypeError, "template 'feedback' must be a string, got NoneType"),
+        ({"feedback": "}{feedback_raw}"}, ValueError, "feedback: expected .* literal braces"),
+        ({"success_feedback": "{x}"}, ValueError, r"success_feedback: expected .*unknown \['x'\]"),
+        (
+            {"feedback": None},
+            TypeError,
+            r"feedback: expected a template string with \{feedback_raw\}, got NoneType",
+        ),
     ],
 )
 def test_templates_refuse_wrong_fields_when_made(changes: dict[str, Any], error: type, message: str) -> None:

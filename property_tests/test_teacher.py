@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import sdpo
 from sdpo.teacher import (
     Teacher,
     TeacherState,
@@ -34,7 +36,9 @@ RATES = st.sampled_from([0.0, 0.01, 0.05, 0.3, 0.5, 0.7, 1.0]) | st.floats(0.0, 
 SEEDS = st.integers(0, 10_000)
 
 
-def walk(seed: int, steps: int, dtype: torch.dtype, shapes: Mapping[str, tuple] = SHAPES) -> list[Params]:
+def students_of(
+    seed: int, steps: int, dtype: torch.dtype, shapes: Mapping[str, tuple] = SHAPES
+) -> list[Params]:
     """A student's parameters θ_0, ..., θ_steps."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -139,18 +143,18 @@ def follows_the_closed_form(teacher: Teacher, students: list[Params], rate: floa
 
 @given(SEEDS, st.integers(0, 12), st.sampled_from(DTYPES), RATES)
 def test_ema_follows_the_closed_form(seed: int, steps: int, dtype: torch.dtype, rate: float) -> None:
-    students = walk(seed, steps, dtype)
+    students = students_of(seed, steps, dtype)
     follows_the_closed_form(ema(update_rate=rate), students, rate)
     follows_the_closed_form(ema(update_rate=rate, inplace=True), students, rate)
 
 
 @pytest.mark.parametrize("counter_example", [swapped, zero_start, plain_bf16])
 def test_the_closed_form_rejects(counter_example: Callable[[float], Teacher]) -> None:
-    assert rejects(follows_the_closed_form, counter_example(0.05), walk(0, 12, torch.bfloat16), 0.05)
+    assert rejects(follows_the_closed_form, counter_example(0.05), students_of(0, 12, torch.bfloat16), 0.05)
 
 
 def averages_by_name(teacher: Teacher, rate: float) -> None:
-    students = walk(1, 1, torch.float32, {"a": (4,), "b": (4,)})
+    students = students_of(1, 1, torch.float32, {"a": (4,), "b": (4,)})
     reordered = [students[0], dict(reversed(students[1].items()))]
     assert equal(run(teacher, reordered).params, run(ema(update_rate=rate), students).params)
 
@@ -203,7 +207,7 @@ def starts_as_the_student_and_rests_there(teacher: Teacher, student: Params) -> 
 
 @given(SEEDS, st.sampled_from(DTYPES), RATES)
 def test_an_unmoved_student_is_a_fixed_point(seed: int, dtype: torch.dtype, rate: float) -> None:
-    student = walk(seed, 0, dtype)[0]
+    student = students_of(seed, 0, dtype)[0]
     for teacher in (ema(update_rate=rate), frozen(), live()):
         starts_as_the_student_and_rests_there(teacher, student)
     if dtype == torch.bfloat16:
@@ -211,7 +215,7 @@ def test_an_unmoved_student_is_a_fixed_point(seed: int, dtype: torch.dtype, rate
 
 
 def test_the_fixed_point_rejects() -> None:
-    student = walk(0, 0, torch.float32)[0]
+    student = students_of(0, 0, torch.float32)[0]
     forgetting = by_rule(lambda old, new: 0.9 * old + 0.05 * new)
     # The two-product form of the average: right in exact arithmetic, adrift by a rounding every tick.
     two_products = by_rule(lambda old, new: 0.95 * old + 0.05 * new)
@@ -221,7 +225,7 @@ def test_the_fixed_point_rejects() -> None:
 
 @given(SEEDS, st.integers(1, 6), st.sampled_from(DTYPES))
 def test_rate_0_is_frozen_and_rate_1_is_the_last_student(seed: int, steps: int, dtype: torch.dtype) -> None:
-    students = walk(seed, steps, dtype)
+    students = students_of(seed, steps, dtype)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     assert equal(run(ema(update_rate=0), students).params, {n: p.to(kept) for n, p in students[0].items()})
     assert equal(run(frozen(), students).params, students[0])
@@ -241,14 +245,14 @@ def stays_in_the_hull(teacher: Teacher, students: list[Params]) -> None:
 def test_the_average_never_leaves_the_range_of_the_past(
     seed: int, steps: int, dtype: torch.dtype, rate: float
 ) -> None:
-    students = walk(seed, steps, dtype)
+    students = students_of(seed, steps, dtype)
     stays_in_the_hull(ema(update_rate=rate), students)
     if dtype == torch.bfloat16:
         stays_in_the_hull(ema(update_rate=rate, dtype="bfloat16", seed=seed), students)
 
 
 def test_the_hull_rejects_an_extrapolating_average() -> None:
-    students = walk(0, 3, torch.float32)
+    students = students_of(0, 3, torch.float32)
     assert rejects(stays_in_the_hull, by_rule(lambda old, new: torch.lerp(old, new, 1.5)), students)
 
 
@@ -383,12 +387,12 @@ def leaves_its_inputs_alone(teacher: Teacher, students: list[Params]) -> None:
 @given(SEEDS, st.sampled_from(DTYPES), RATES)
 def test_update_and_init_leave_their_inputs_alone(seed: int, dtype: torch.dtype, rate: float) -> None:
     for teacher in (ema(update_rate=rate), ema(update_rate=rate, dtype="bfloat16"), frozen(), live()):
-        leaves_its_inputs_alone(teacher, walk(seed, 1, dtype))
+        leaves_its_inputs_alone(teacher, students_of(seed, 1, dtype))
 
 
 @pytest.mark.parametrize("counter_example", [aliasing, overwriting])
 def test_purity_rejects(counter_example: Callable[[float], Teacher]) -> None:
-    assert rejects(leaves_its_inputs_alone, counter_example(0.05), walk(0, 1, torch.float32))
+    assert rejects(leaves_its_inputs_alone, counter_example(0.05), students_of(0, 1, torch.float32))
 
 
 def reuses_the_memory_of_the_state(spent: Teacher, fresh: Teacher, students: list[Params]) -> None:
@@ -406,13 +410,55 @@ def test_inplace_gives_the_same_bits_in_the_memory_of_the_state(
     seed: int, dtype: torch.dtype, rate: float, kept: Any
 ) -> None:
     fresh, spent = (ema(update_rate=rate, dtype=kept, inplace=inplace) for inplace in (False, True))
-    reuses_the_memory_of_the_state(spent, fresh, walk(seed, 3, dtype))
+    reuses_the_memory_of_the_state(spent, fresh, students_of(seed, 3, dtype))
 
 
 def test_inplace_rejects() -> None:
-    students, fresh = walk(0, 3, torch.float32), ema(update_rate=0.05)
+    students, fresh = students_of(0, 3, torch.float32), ema(update_rate=0.05)
     for counter_example in (fresh, overwriting(0.06), aliasing(0.05)):
         assert rejects(reuses_the_memory_of_the_state, counter_example, fresh, students)
+
+
+def peak(action: Callable[[], Any], trace: Path) -> int:
+    """Bytes that an action allocates on the CPU at once, above those before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        action()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    found = sorted((e["ts"], e["args"]) for e in events if e.get("name") == "[memory]")
+    if not found:
+        return 0
+    before = found[0][1]["Total Allocated"] - found[0][1]["Bytes"]
+    return max(arguments["Total Allocated"] for _, arguments in found) - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kept", "sizes", "units"), [("float32", [1] * 6, 1), ("float32", [3], 3), ("bfloat16", [5], 4)]
+)
+def test_an_update_in_place_allocates_no_more_than_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    kept: Any,
+    sizes: list[int],
+    units: int,
+) -> None:
+    """In units of the numbers that are averaged at once, in float32."""
+    together = 2**16
+    monkeypatch.setattr(sdpo.teacher, "_TOGETHER", together)
+    params = {str(i): torch.randn(size * together, dtype=dtype) for i, size in enumerate(sizes)}
+
+    def allocated(inplace: bool) -> float:
+        teacher = ema(update_rate=0.1, dtype=kept, inplace=inplace)
+        state = teacher.init(params)
+        return peak(lambda: teacher.update(state, params), tmp_path / "trace.json") / (4 * together)
+
+    assert allocated(inplace=True) <= 1.01 * units
+    if len(sizes) > 1:
+        assert allocated(inplace=False) > 2 * units
 
 
 def test_a_refused_update_in_place_changes_nothing() -> None:
@@ -424,7 +470,7 @@ def test_a_refused_update_in_place_changes_nothing() -> None:
 
 
 def continues_after(save_and_load: Callable[[TeacherState], TeacherState], teacher: Teacher) -> None:
-    students = walk(3, 6, torch.bfloat16)
+    students = students_of(3, 6, torch.bfloat16)
     state = save_and_load(run(teacher, students[:4]))
     for student in students[4:]:
         state = teacher.update(state, student)
@@ -445,7 +491,7 @@ def through_a_file(state: TeacherState) -> TeacherState:
     [ema(update_rate=0.3), ema(update_rate=0.3, dtype="bfloat16"), frozen(), live()],
 )
 def test_save_then_load_is_the_identity(teacher: Teacher) -> None:
-    state = run(teacher, walk(3, 4, torch.bfloat16))
+    state = run(teacher, students_of(3, 4, torch.bfloat16))
     loaded = through_a_file(state)
     assert loaded.ticks == state.ticks
     assert equal(loaded.params, state.params)
@@ -469,7 +515,7 @@ def test_continuation_rejects_checkpoints_that_forget() -> None:
 
 def test_update_works_under_vmap() -> None:
     teacher = ema(update_rate=0.3)
-    first, second = (walk(5, 1, torch.float32, {"w": (6, 4), "b": (6,)})[step] for step in range(2))
+    first, second = (students_of(5, 1, torch.float32, {"w": (6, 4), "b": (6,)})[step] for step in range(2))
 
     def tick(old: Params, new: Params) -> Params:
         return teacher.update(TeacherState(old, 0), new).params
@@ -525,7 +571,7 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 def test_sharded_parameters_keep_their_sharding(mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    plain = walk(2, 3, torch.bfloat16, {"w": (6, 4)})
+    plain = students_of(2, 3, torch.bfloat16, {"w": (6, 4)})
     shards = [{"w": distribute_tensor(student["w"], mesh, [Shard(0)])} for student in plain]
     for options in ({}, {"inplace": True}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "inplace": True}):
         teacher = ema(update_rate=0.3, **options)
@@ -552,7 +598,7 @@ def naive_distance(state: TeacherState, params: Params) -> float:
 
 @given(SEEDS, st.sampled_from(DTYPES), RATES)
 def test_distance_is_the_ratio_of_the_two_norms(seed: int, dtype: torch.dtype, rate: float) -> None:
-    students = walk(seed, 2, dtype)
+    students = students_of(seed, 2, dtype)
     state = run(ema(update_rate=rate), students)
     distance = teacher_distance(state, students[-1])
     assert distance.shape == ()
@@ -600,7 +646,7 @@ COEFS = st.sampled_from([0.0, 0.05, 0.5, 1.0]) | st.floats(0.0, 1.0)
 def test_trust_region_logits_are_the_geometric_mixture(
     seed: int, coef: float, dtype: torch.dtype, masked: bool
 ) -> None:
-    reference, live_ = (3 * p["z"] for p in walk(seed, 1, dtype, {"z": (4, 6)}))
+    reference, live_ = (3 * p["z"] for p in students_of(seed, 1, dtype, {"z": (4, 6)}))
     if masked:
         reference[:, 0], live_[:, 0], live_[:, 1] = -math.inf, -math.inf, -math.inf
     mixed = trust_region_logits(reference, live_, coef=coef)
@@ -618,7 +664,7 @@ def test_the_ends_of_the_trust_region_are_exact_even_where_the_other_side_is_imp
 
 
 def test_the_geometric_mixture_rejects() -> None:
-    reference, live_ = (p["z"] for p in walk(0, 1, torch.float32, {"z": (4, 6)}))
+    reference, live_ = (p["z"] for p in students_of(0, 1, torch.float32, {"z": (4, 6)}))
 
     def arithmetic(reference: Tensor, live_: Tensor, *, coef: float) -> Tensor:
         return torch.lerp(reference.softmax(-1), live_.softmax(-1), coef).log()
@@ -635,7 +681,7 @@ def test_the_geometric_mixture_rejects() -> None:
 
 @given(SEEDS, COEFS)
 def test_mixing_hidden_states_equals_mixing_logits_of_a_shared_linear_head(seed: int, coef: float) -> None:
-    hidden = walk(seed, 1, torch.float64, {"h": (5, 8)})
+    hidden = students_of(seed, 1, torch.float64, {"h": (5, 8)})
     head = torch.nn.Linear(8, 11, dtype=torch.float64)
     left = head(trust_region_hidden(hidden[0]["h"], hidden[1]["h"], coef=coef))
     right = trust_region_logits(head(hidden[0]["h"]), head(hidden[1]["h"]), coef=coef)
@@ -644,8 +690,8 @@ def test_mixing_hidden_states_equals_mixing_logits_of_a_shared_linear_head(seed:
 
 
 def test_mixing_hidden_states_is_wrong_under_soft_capping() -> None:
-    hidden = walk(0, 1, torch.float64, {"h": (5, 8)})
-    weight = walk(1, 0, torch.float64, {"w": (11, 8)})[0]["w"]
+    hidden = students_of(0, 1, torch.float64, {"h": (5, 8)})
+    weight = students_of(1, 0, torch.float64, {"w": (11, 8)})[0]["w"]
 
     def capped(h: Tensor) -> Tensor:
         return torch.tanh(h @ weight.T)
@@ -709,6 +755,14 @@ def test_differences_are_refused_by_name_and_all_listed(teacher: Teacher) -> Non
         ):
             assert part in str(caught.value)
         assert "'a'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [ema(update_rate=0.1).update, frozen().update, teacher_distance])
+def test_what_is_no_state_is_refused(call: Callable[..., Any]) -> None:
+    student = {"w": torch.zeros(2)}
+    for wrong, name in ((None, "NoneType"), (student, "dict"), ((student, 0), "tuple")):
+        with pytest.raises(TypeError, match=rf"state: expected a TeacherState, got {name}; pass what init"):
+            call(wrong, student)
 
 
 def test_a_state_of_another_precision_is_refused_by_name() -> None:

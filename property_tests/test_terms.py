@@ -439,6 +439,16 @@ def test_two_sided_clipping(limit: float, losses: list[float], moves: list[int])
     assert (log_probs.grad != 0).int().tolist() == moves
 
 
+def test_a_token_of_no_known_policy_is_on_policy() -> None:
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    old = torch.tensor([math.nan, -2.5])
+    loss = clipped_policy_gradient(log_probs, old, torch.tensor([3.0, 3.0]), clip_low=0.2, clip_high=0.9)
+    loss.sum().backward()
+    assert_near(loss, [-3.0, -3.0 * math.exp(0.5)], 1e-6)
+    assert log_probs.grad is not None
+    assert_near(log_probs.grad, [-3.0, -3.0 * math.exp(0.5)], 1e-6)
+
+
 def test_no_token_for_all_teachers() -> None:
     apart = [torch.tensor([1.0, 0.0]).log(), torch.tensor([0.0, 1.0]).log()]
     assert mixture_log_probs(apart, [0.5, 0.5], kind="geometric").tolist() == [-math.inf, -math.inf]

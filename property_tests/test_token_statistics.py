@@ -214,6 +214,26 @@ def test_no_gradient_and_the_working_precision() -> None:
     assert means["active_tokens"].item() == 2
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_token_that_is_impossible_for_both_models_is_one_on_which_they_agree(fused: bool) -> None:
+    """As with a vocabulary that constrained decoding masks: log q − log p is −inf − (−inf)."""
+    logits, token = torch.tensor([[0.0, -math.inf, 1.0]]), torch.tensor([1])
+    options: dict[str, Any] = {"support": "full", "temperature": 1.0}
+    if fused:
+        head = sdpo.LMHead(torch.zeros(1, 2), torch.zeros(3, 2), logits[0])
+        output = sdpo.fused_distillation_loss(
+            head, head, token, **options, alpha=0.5, loss_mask=torch.ones(1, dtype=torch.bool)
+        )
+        metrics = output.metrics
+        assert metrics["sampled_token_overlap"].item() == 1.0
+    else:
+        metrics = mean_metrics(
+            torch.zeros(1), torch.ones(1), token_statistics(logits, logits, token, **options)
+        )
+    assert metrics["sampled_token_log_ratio"].item() == 0.0
+    assert metrics["sampled_token_agreement"].item() == 1.0
+
+
 STATISTICS = TokenStatistics(*torch.zeros(8, 2, 3))
 
 
@@ -223,8 +243,25 @@ STATISTICS = TokenStatistics(*torch.zeros(8, 2, 3))
         (
             lambda x: mean_metrics(x, x[:, :1], STATISTICS),
             ValueError,
-            r"weight: expected shape \(2, 3\).*got \(2, 1\)",
+            r"weights: expected shape \(2, 3\).*got \(2, 1\)",
         ),
+        (lambda x: mean_metrics(x, [1.0], STATISTICS), TypeError, "weights: expected a tensor .* got list"),
+        (
+            lambda x: mean_metrics(x, x, None),
+            TypeError,
+            "statistics: expected .* got NoneType without 'log_probs'",
+        ),
+        (
+            lambda x: mean_metrics(x, x, STATISTICS._replace(teacher_entropy=None)),
+            TypeError,
+            "teacher_entropy: expected a tensor .* got NoneType",
+        ),
+        (
+            lambda x: mean_metrics(x, x, STATISTICS, length=x.long()),
+            TypeError,
+            "length: expected a tensor of float",
+        ),
+        (lambda x: sdpo.token_factors(None, x, x == 0), TypeError, "statistics: expected the fields"),
         (
             lambda x: mean_metrics(x, x, STATISTICS._replace(log_probs=x[:, :1])),
             ValueError,

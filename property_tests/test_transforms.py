@@ -11,11 +11,13 @@ import torch
 from losses import full_loss, sampled_loss, topk_loss
 from strategies import assert_near, generator
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.func import grad, jacrev, vmap
 
 import sdpo
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+STATISTICS: dict[str, Any] = {"support": "student", "k": 2, "temperature": 0.7}
 
 
 def masked_mean(student: Tensor, teacher: Tensor) -> Tensor:
@@ -200,6 +202,19 @@ def values_and_mask(*shape: int) -> tuple[Tensor, Tensor]:
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Tensor, ...]]]] = {
     "masked mean": (masked_mean, lambda: example_logits(4, 6)),
+    "token statistics": (
+        lambda s, t: torch.stack(sdpo.token_statistics(s, t, s.argmax(-1), **STATISTICS)),
+        lambda: example_logits(4, 6),
+    ),
+    "packed sequences": (
+        lambda v, m: sdpo.packed_sequence_sum(
+            v.flatten(),
+            m.flatten(),
+            segment_ids=sdpo.packed_segment_ids(torch.tensor([0, 5, 9]), num_tokens=20),
+            num_segments=3,
+        ).mean(),
+        values_and_mask,
+    ),
     "logit advantages": (sdpo.logit_advantages, lambda: example_logits(4, 6)),
     "token advantages": (
         lambda s, t: sdpo.token_advantages(s, t, s.argmax(-1)),
@@ -234,6 +249,24 @@ def test_losses_compile_without_a_graph_break(loss: Loss) -> None:
 def test_functions_compile_without_a_graph_break(name: str) -> None:
     function, inputs = FUNCTIONS[name]
     check_compiles_without_a_graph_break(function, inputs())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *LOSSES.values(),
+        masked_mean,
+        lambda s, t: sdpo.token_statistics(s, t, s.argmax(-1), **STATISTICS).student_entropy,
+        lambda s, t: sdpo.gather_log_probs(s, t.argmax(-1, keepdim=True)).log_tail,
+    ],
+)
+def test_shapes_are_known_without_values(function: Loss) -> None:
+    """Fake tensors are on the CPU, but to read a value of one is an error."""
+    student, teacher = example_logits(4, 6)
+    with FakeTensorMode() as mode:
+        got = function(mode.from_tensor(student), mode.from_tensor(teacher))
+    expected = function(student, teacher)
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
 
 
 def test_a_graph_break_is_rejected() -> None:

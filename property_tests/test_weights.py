@@ -203,8 +203,8 @@ def property_contrast_is_a_loop(contrast: Any, seed: int) -> None:
     assert not got.requires_grad
 
 
-def property_what_every_hint_says_cancels(contrast: Any, seed: int) -> None:
-    """A change of style that all hints share, and the student's own opinion, leave the evidence as it is."""
+def property_what_every_demonstration_says_cancels(contrast: Any, seed: int) -> None:
+    """A factor of the probabilities under all demonstrations leaves the evidence as it is."""
     right, wrong, mask = contrast_cases(seed)
     style = log_probs(seed + 2, 3, 4)[0]
     assert_near(contrast(right + style, wrong + style[:, None], mask), contrast(right, wrong, mask))
@@ -217,7 +217,7 @@ def contrast_of_gap_means(right: Tensor, wrong: Tensor, mask: Tensor) -> Tensor:
     )
 
 
-def contrast_with_ghosts(right: Tensor, wrong: Tensor, mask: Tensor) -> Tensor:
+def contrast_with_absent_peers(right: Tensor, wrong: Tensor, mask: Tensor) -> Tensor:
     return right - wrong.nan_to_num(0.0).logsumexp(-2)
 
 
@@ -330,7 +330,9 @@ CLAIMS = [
         property_gate_is_a_loop, evidence_gate, gate_of_the_student, {**pair, "beta": st.floats(0.0, 10.0)}
     ),
     Claim(property_contrast_is_a_loop, contrastive_evidence, contrast_of_gap_means, pair),
-    Claim(property_what_every_hint_says_cancels, contrastive_evidence, contrast_with_ghosts, pair),
+    Claim(
+        property_what_every_demonstration_says_cancels, contrastive_evidence, contrast_with_absent_peers, pair
+    ),
     Claim(property_selection_is_a_loop, select_tokens, selection_by_entropy, selected),
     Claim(property_selection_has_the_exact_size, select_tokens, selection_by_threshold, selected),
     Claim(property_selection_of_a_row_is_its_own, select_tokens, selection_of_the_batch, selected),
@@ -414,7 +416,7 @@ MASK = torch.rand(3, ROWS, TOKENS, generator=generator(1)) < 0.7
 SUCCESS = torch.tensor([[True, False, True, True], [False, False, False, True], [True, True, False, False]])
 GROUPS = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [2, 2, 2, 2]])
 WRONG = log_probs(8, 3, ROWS, 2, TOKENS)[0]
-SIBLINGS = torch.rand(3, ROWS, 2, generator=generator(2)) < 0.7
+PEERS = torch.rand(3, ROWS, 2, generator=generator(2)) < 0.7
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "route_rows": (lambda s, t: torch.stack(route_rows(s, t)), (SUCCESS, SUCCESS.flip(0))),
     "pass_rate_weights": (pass_rate_weights, (SUCCESS, GROUPS)),
@@ -424,7 +426,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (-1 - STUDENT, STUDENT, TEACHER),
     ),
     "evidence_gate": (lambda p, q: evidence_gate(p, q, beta=5.0), (STUDENT, TEACHER)),
-    "contrastive_evidence": (contrastive_evidence, (STUDENT, WRONG, SIBLINGS)),
+    "contrastive_evidence": (contrastive_evidence, (STUDENT, WRONG, PEERS)),
     "select_tokens": (lambda h, d, m: select_tokens(h, d, m, fraction=0.5), (-STUDENT, -TEACHER, MASK)),
 }
 parametrize_functions = pytest.mark.parametrize("name", FUNCTIONS)
@@ -529,12 +531,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"mix: .*\[0, 1\], got 2",
     ),
-    "siblings without an axis": (
-        lambda: contrastive_evidence(P, Q, SIBLINGS[0]),
+    "peers without an axis": (
+        lambda: contrastive_evidence(P, Q, PEERS[0]),
         ValueError,
-        "wrong: .*siblings",
+        "wrong: .*peers",
     ),
-    "sibling mask per token": (
+    "peer mask per token": (
         lambda: contrastive_evidence(P, WRONG[0], M),
         ValueError,
         r"wrong_mask: .*\(4, 2\).*got \(4, 5\)",

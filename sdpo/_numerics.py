@@ -50,6 +50,11 @@ def logaddexp(left: Tensor, right: Tensor) -> Tensor:
     return total.masked_fill(empty, -math.inf)
 
 
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p − log q, element by element; equal probabilities have 0, also where both are 0 (−∞ on both sides)."""
+    return (log_p - log_q).masked_fill(log_p == log_q, 0.0)
+
+
 def common_support(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make ``log_p − log_q`` safe to differentiate under an expectation over p.
 

@@ -8,6 +8,7 @@ what came, and the fix.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 Kind = Literal["floating", "integer", "bool"]
+
+# The upper end of an interval of finite numbers.
+LARGEST = sys.float_info.max
 
 _FIX: dict[Kind, str] = {
     "floating": "convert it with `.float()`",
@@ -41,9 +45,8 @@ def type_name(value: object) -> str:
 def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> None:
     """Demand a tensor of the dtype family ``kind`` with at least ``min_ndim`` dimensions."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name}: expected a tensor of {kind} dtype, got {type_name(value)}; wrap it in torch.as_tensor"
-        )
+        fix = "pass one" if value is None else "wrap it in torch.as_tensor"
+        raise TypeError(f"{name}: expected a tensor of {kind} dtype, got {type_name(value)}; {fix}")
     matches = {
         "floating": value.dtype.is_floating_point,
         "integer": value.dtype in (torch.int32, torch.int64),
@@ -96,9 +99,13 @@ def check_shape(name: str, value: Tensor, expected: tuple[int, ...], *, like: st
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether the values can be read without waiting for a device or breaking a transform or a compilation."""
-    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not traced
+    """Whether the values can be read without waiting for a device or breaking a transform or a compilation.
+
+    A subclass may have no values, as a fake tensor, or not all of them, as a sharded one.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_weights(name: str, weights: Tensor, active: Tensor | None) -> None:
@@ -111,6 +118,38 @@ def check_weights(name: str, weights: Tensor, active: Tensor | None) -> None:
         raise ValueError(
             f"{name}: expected finite numbers >= 0 where the mask is true, got {float(weights[wrong][0])}; mask "
             "such positions, or clamp the weights"
+        )
+
+
+def check_ids(name: str, ids: Tensor, vocabulary: int, *, fix: str) -> None:
+    """Demand ids in [0, vocabulary), where the values are readable."""
+    if not is_readable(ids) or ids.numel() == 0:
+        return
+    for extreme in (int(ids.min()), int(ids.max())):
+        if not 0 <= extreme < vocabulary:
+            raise ValueError(f"{name}: expected ids in [0, {vocabulary}), got {extreme}; {fix}")
+
+
+def check_tokens(tokens: object, logits: Tensor, *, vocabulary: int) -> Tensor:
+    """Return sampled tokens, an id per position of logits, which may be those of a slice of the vocabulary."""
+    check_tensor("tokens", tokens, "integer")
+    assert isinstance(tokens, Tensor)
+    check_shape("tokens", tokens, logits.shape[:-1], like="the leading shape of the logits")
+    check_device("tokens", tokens, logits, like="the device of the logits")
+    check_ids("tokens", tokens, vocabulary, fix="give positions without a loss any id, and mask them")
+    return tokens
+
+
+def check_distinct(name: str, ids: Tensor, *, fix: str) -> None:
+    """Demand ids [..., K] that are distinct along K, where the values are readable."""
+    if not is_readable(ids):
+        return
+    ascending = ids.sort(dim=-1).values
+    repeated = ascending[..., 1:] == ascending[..., :-1]
+    if repeated.any():
+        raise ValueError(
+            f"{name}: expected distinct ids at each position, "
+            f"got {int(ascending[..., 1:][repeated][0])} twice; {fix}"
         )
 
 
@@ -152,9 +191,17 @@ def check_real(
     number = float(value)
     inside = low < number <= high if open_low else low <= number <= high
     if math.isnan(number) or not inside:
-        interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+        end = "inf)" if high == LARGEST else f"{high:g}]"
+        interval = f"{'(' if open_low else '['}{low:g}, {end}"
         raise ValueError(f"{name}: expected a number in {interval}, got {value!r}; pass {meaning}")
     return number
+
+
+def check_temperature(temperature: object) -> float:
+    """Return the rollout temperature as a finite float above 0."""
+    return check_real(
+        "temperature", temperature, low=0.0, high=LARGEST, open_low=True, meaning="the rollout temperature"
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -182,22 +229,33 @@ def check_alpha(alpha: object) -> float:
     )
 
 
-def check_support(support: str, k: int | None, tail: str | None, alpha: float, *, vocabulary: int) -> None:
-    """Demand a known support with the k and tail that it has, and alpha 1 for the sampled token."""
+def check_support_size(support: str, k: int | None, *, vocabulary: int) -> None:
+    """Demand a known support, with a k if it is a top K and without one else."""
     check_choice("support", support, ("student", "teacher", "full", "sampled"))
     if support in ("student", "teacher"):
         meaning = f"a number of tokens, at most the vocabulary size: min(k, {vocabulary})"
         check_int("k", k, low=1, high=vocabulary, meaning=meaning)
+    else:
+        _check_unused("k", k, support)
+
+
+def check_support(support: str, k: int | None, tail: str | None, alpha: float, *, vocabulary: int) -> None:
+    """Demand a known support with the k and tail that it has, and alpha 1 for the sampled token."""
+    check_support_size(support, k, vocabulary=vocabulary)
+    if support in ("student", "teacher"):
         check_choice("tail", tail, ("bucket", "renormalize"))
-        return
-    for name, value in (("k", k), ("tail", tail)):
-        if value is not None:
-            raise ValueError(
-                f"{name}: expected None with support={support!r}, got {value!r}; only the top-K supports "
-                "'student' and 'teacher' have one"
-            )
+    else:
+        _check_unused("tail", tail, support)
     if support == "sampled" and alpha != 1.0:
         raise ValueError(
             f"alpha: expected 1 with support='sampled', got {alpha:g}; only the reverse divergence has an "
             "estimate from the sampled token alone"
+        )
+
+
+def _check_unused(name: str, value: object, support: str) -> None:
+    if value is not None:
+        raise ValueError(
+            f"{name}: expected None with support={support!r}, got {value!r}; only the top-K supports "
+            "'student' and 'teacher' have one"
         )

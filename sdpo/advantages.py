@@ -20,6 +20,7 @@ from sdpo._validate import (
     check_real,
     check_shape,
     check_tensor,
+    check_tokens,
     tensor_from_sequence,
 )
 
@@ -132,7 +133,7 @@ def token_advantages(student_logits: Tensor, teacher_logits: Tensor, tokens: Ten
 
     Raises:
         TypeError: logits are not floating, or tokens not integer.
-        ValueError: the shapes do not match.
+        ValueError: the shapes or devices do not match, or, checked on a CPU, a token is outside [0, V).
 
     Gradient: none.
 
@@ -145,9 +146,7 @@ def token_advantages(student_logits: Tensor, teacher_logits: Tensor, tokens: Ten
         0.4055
     """
     student, teacher = _both_log_probs(student_logits, teacher_logits)
-    check_tensor("tokens", tokens, "integer")
-    check_shape("tokens", tokens, student.shape[:-1], like="the leading shape of the logits")
-    check_device("tokens", tokens, student, like="the device of the logits")
+    check_tokens(tokens, student, vocabulary=student.shape[-1])
     ids = rearrange(tokens.long(), "... -> ... 1")
     return rearrange(_log_ratio(student.gather(-1, ids), teacher.gather(-1, ids)), "... 1 -> ...")
 

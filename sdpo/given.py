@@ -17,10 +17,12 @@ from sdpo._validate import (
     check_alpha,
     check_choice,
     check_device,
+    check_distinct,
     check_distribution,
+    check_ids,
     check_int,
-    check_real,
     check_shape,
+    check_temperature,
     check_tensor,
     is_readable,
 )
@@ -90,20 +92,10 @@ def check_teacher_topk(ids: Tensor, log_probs: Tensor, vocabulary: int) -> None:
     check_shape("log_probs", log_probs, ids.shape, like="the shape of ids")
     check_device("log_probs", log_probs, ids, like="the device of ids")
     check_int("ids.shape[-1]", ids.shape[-1], low=1, high=vocabulary, meaning="1 to V distinct ids")
-    if not (is_readable(ids) and is_readable(log_probs)) or ids.numel() == 0:
+    if not (is_readable(ids) and is_readable(log_probs)):
         return
-    for extreme in (int(ids.min()), int(ids.max())):
-        if not 0 <= extreme < vocabulary:
-            raise ValueError(
-                f"ids: expected ids in [0, {vocabulary}), got {extreme}; use the student's tokenizer on the server"
-            )
-    ascending = ids.sort(dim=-1).values
-    repeated = ascending[..., 1:] == ascending[..., :-1]
-    if repeated.any():
-        raise ValueError(
-            f"ids: expected distinct ids at each position, got {int(ascending[..., 1:][repeated][0])} twice; "
-            "drop the sampled token where the server adds it to its top K"
-        )
+    check_ids("ids", ids, vocabulary, fix="use the student's tokenizer on the server")
+    check_distinct("ids", ids, fix="drop the sampled token where the server adds it to its top K")
     if log_probs.isnan().any() or (log_probs > 0).any():
         worst = math.nan if log_probs.isnan().any() else float(log_probs.max())
         raise ValueError(
@@ -210,9 +202,7 @@ def given_topk_distillation_loss(
     """
     check_choice("tail", tail, ("bucket", "renormalize"))
     alpha = check_alpha(alpha)
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="that of the rollout"
-    )
+    temperature = check_temperature(temperature)
     check_distribution("student_logits", student_logits)
     check_teacher_topk(teacher_ids, teacher_log_probs, student_logits.shape[-1])
     student = gather_log_probs(upcast(student_logits) / temperature, teacher_ids)

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from sdpo._numerics import upcast
+from sdpo._numerics import log_ratio, upcast
 from sdpo._validate import check_real, check_shape, check_tensor
 
 # exp(±20) is far outside every useful clip; the bound keeps a broken log-probability from overflowing the
@@ -18,9 +18,9 @@ def importance_weights(log_probs: Tensor, old_log_probs: Tensor, *, clip: float)
     """Truncated importance weights min(π/π_old, clip), to be multiplied into a per-token loss.
 
     Formula: ``min(exp(clamp(log_probs - old_log_probs, -20, 20)), clip)``. Truncated above only: a token that
-    became unlikely is weighted down without limit, one that became likely not up without limit. Exactly
-    on-policy the ratio is 1. Where the sampler could not score a token (old_log_probs NaN) no correction is
-    known, and the ratio is 1. The same function corrects a mismatch of the inference engine:
+    became likely counts at most clip times, one that became unlikely as little as its ratio says, down to
+    exp(−20). Exactly on-policy the ratio is 1. Where the sampler could not score a token (old_log_probs NaN) no
+    correction is known, and the ratio is 1. The same function corrects a mismatch of the inference engine:
     ``importance_weights(old, rollout, clip=ρ)``.
 
     Args:
@@ -53,7 +53,5 @@ def importance_weights(log_probs: Tensor, old_log_probs: Tensor, *, clip: float)
         "clip", clip, low=0.0, high=math.inf, open_low=True, meaning="the largest weight, for example 2.0"
     )
     new, old = upcast(log_probs).detach(), upcast(old_log_probs).detach()
-    # Equal values need no subtraction, which would make NaN of a −inf on both sides.
-    uncorrected = old.isnan() | (new == old)
-    log_ratio = (new - old).masked_fill(uncorrected, 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    return log_ratio.exp().clamp(max=clip)
+    exponent = log_ratio(new, old).masked_fill(old.isnan(), 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    return exponent.exp().clamp(max=clip)

@@ -18,10 +18,11 @@ from sdpo._validate import (
     check_alpha,
     check_device,
     check_distribution,
-    check_real,
     check_shape,
     check_support,
+    check_temperature,
     check_tensor,
+    check_tokens,
     check_weights,
     tensor_from_sequence,
 )
@@ -49,15 +50,15 @@ def distillation_loss(
     With z the student's and w the teacher's logits, both divided by ``temperature``::
 
         support="full"       generalized_jsd(log_softmax(z), log_softmax(w), alpha)
-        support="student"    the same on the K largest entries of z, ``support="teacher"`` of w: both models are
-                             gathered there, each normalised over its own full vocabulary, and
-            tail="bucket"        the probability outside is one more category: a lower bound of the full
-            divergence,
-                                 which never falls as K grows and equals it at K = V
-            tail="renormalize"   both models are conditioned on the K tokens: no bound, and 0 for K = 1
-        support="sampled"    stop_gradient(log p(y) − log q(y)) · log p(y): a surrogate whose gradient, with
-        y sampled
-                             from the student, is an unbiased estimate of that of KL(student‖teacher)
+        support="student"    the same on the K largest entries of z, support="teacher" of w: both models are
+                             gathered there, each normalised over its own full vocabulary
+            tail="bucket"        the probability outside is one more category
+            tail="renormalize"   both models are conditioned on the K tokens
+        support="sampled"    stop_gradient(log p(y) - log q(y)) * log p(y)
+
+    With a bucket the loss is a lower bound of that over the full vocabulary, never falls as K grows, and equals it
+    at K = V. Conditioned on the K tokens it is no bound, and 0 for K = 1. The surrogate of the sampled token has a
+    gradient that, with y sampled from the student, is an unbiased estimate of that of KL(student‖teacher).
 
     Args:
         student_logits: [..., V] floating; -inf allowed.
@@ -75,9 +76,11 @@ def distillation_loss(
         gradient does; a token that the student cannot have sampled gives 0, one that the teacher excludes +inf.
 
     Raises:
-        TypeError: logits are not floating tensors, tokens not integer, or an option of the wrong type.
-        ValueError: shapes that differ, an unknown support or tail, k outside [1, V], k or tail given or missing
-            where the support has none or needs one, alpha outside [0, 1], temperature not positive.
+        TypeError: logits are not floating tensors, tokens not integer, k or tail None where the support needs one,
+            or an option of another wrong type.
+        ValueError: shapes or devices that differ, an unknown support or tail, k outside [1, V], k or tail given
+            where the support has none, alpha outside [0, 1], temperature not positive and finite, or, checked on a
+            CPU, a token outside [0, V).
 
     Gradient: to student_logits only, with a bucket also to the tokens outside the support. The choice of the
     support is piecewise constant and carries none.
@@ -101,9 +104,7 @@ def distillation_loss(
         [0.0997, -0.0783, 0.0051, -0.0288, 0.0011, 0.0012]
     """
     alpha = check_alpha(alpha)
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
-    )
+    temperature = check_temperature(temperature)
     check_distribution("student_logits", student_logits)
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
@@ -124,10 +125,7 @@ def distillation_loss(
 
 def _sampled_token_loss(student: Tensor, teacher: Tensor, tokens: Tensor | None) -> Tensor:
     """stop_gradient(log p(y) − log q(y)) · log p(y) [...] from logits [..., V]."""
-    check_tensor("tokens", tokens, "integer")
-    assert tokens is not None
-    check_shape("tokens", tokens, student.shape[:-1], like="the leading shape of the logits")
-    check_device("tokens", tokens, student, like="the device of the logits")
+    tokens = check_tokens(tokens, student, vocabulary=student.shape[-1])
     ids = rearrange(tokens.long(), "... -> ... 1")
     log_p = rearrange(log_softmax(student).gather(-1, ids), "... 1 -> ...")
     log_q = rearrange(log_softmax(teacher).gather(-1, ids), "... 1 -> ...")
@@ -182,8 +180,9 @@ def self_distillation_loss(
         total, count = (weights * per_token)[active].sum(), active.sum()
 
     The objective of a step is Σ total / Σ count over its micro-batches and processes; ``.mean()`` divides where
-    there is one of each. Values at inactive positions, even NaN or inf, reach neither the total nor the gradient,
-    and a weight of 0 removes even an infinite loss.
+    there is one of each. Values at inactive positions, even NaN or inf, reach neither the total nor the gradient of
+    per_token, and a weight of 0 removes even an infinite loss. Logits that are NaN, or −inf for every token, make
+    their own gradient NaN even so: leave such positions out before ``distillation_loss``, as the fused loss does.
 
     Args:
         per_token: [B, T] floating, nats; of ``distillation_loss``, say.

@@ -9,15 +9,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from sdpo._numerics import log_softmax, upcast
+from sdpo._numerics import log_ratio, log_softmax, upcast
 from sdpo._validate import (
-    check_choice,
     check_device,
     check_distribution,
-    check_int,
-    check_real,
     check_shape,
+    check_support_size,
+    check_temperature,
     check_tensor,
+    check_tokens,
+    type_name,
 )
 from sdpo.topk import gather_log_probs
 
@@ -101,8 +102,8 @@ def token_statistics(
 
     Raises:
         TypeError: logits are not floating, tokens not integer, or a scalar has the wrong type.
-        ValueError: the shapes differ, an unknown support, k outside [1, V] or given for a support that has
-            none, or temperature not positive.
+        ValueError: the shapes or devices differ, an unknown support, k outside [1, V] or given for a support that
+            has none, temperature not positive and finite, or, checked on a CPU, a token outside [0, V).
 
     Gradient: none.
 
@@ -119,26 +120,12 @@ def token_statistics(
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
     check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")
-    check_tensor("tokens", tokens, "integer")
-    check_shape("tokens", tokens, student_logits.shape[:-1], like="the leading shape of the logits")
-    check_choice("support", support, ("student", "teacher", "full", "sampled"))
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
-    )
+    check_tokens(tokens, student_logits, vocabulary=student_logits.shape[-1])
+    check_support_size(support, k, vocabulary=student_logits.shape[-1])
+    temperature = check_temperature(temperature)
     student, teacher = (upcast(logits) / temperature for logits in (student_logits, teacher_logits))
     ids = rearrange(tokens.long(), "... -> ... 1")
-    if support in ("student", "teacher"):
-        vocabulary = student.shape[-1]
-        k = check_int(
-            "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
-        )
-        indices = (student if support == "student" else teacher).topk(k, dim=-1).indices
-    elif k is not None:
-        raise ValueError(
-            f"k: expected None with support={support!r}, got {k!r}; only a top-K support has a k"
-        )
-    else:
-        indices = ids
+    indices = ids if k is None else (student if support == "student" else teacher).topk(k, dim=-1).indices
     found: dict[str, Tensor] = {}
     for prefix, logits in (("student", student), ("teacher", teacher)):
         log_probs = log_softmax(logits)
@@ -168,9 +155,9 @@ def mean_metrics(
 
     The names are ``divergence`` (of per_token, unweighted), ``weight``, ``student_entropy``, ``teacher_entropy``,
     ``student_topk_mass``, ``teacher_topk_mass``, ``student_tail_mass``, ``teacher_tail_mass``,
-    ``sampled_token_log_ratio`` (log q − log p), ``sampled_token_agreement`` (share of tokens to which the teacher
-    gives at least the student's probability), those of ``others``, and ``active_tokens``, the number of tokens. A
-    mean times ``active_tokens`` is the sum that adds up over micro-batches and processes.
+    ``sampled_token_log_ratio`` (log q − log p, 0 where both are −inf), ``sampled_token_agreement`` (share of tokens
+    to which the teacher gives at least the student's probability), those of ``others``, and ``active_tokens``, the
+    number of tokens. A mean times ``active_tokens`` is the sum that adds up over micro-batches and processes.
 
     Args:
         per_token: [...] floating, divergence in nats.
@@ -183,7 +170,7 @@ def mean_metrics(
         Scalars [] by name, detached; all 0 where no token is active.
 
     Raises:
-        TypeError: per_token is not floating, or mask not bool.
+        TypeError: per_token, weights, a statistic or one of ``others`` is not floating, or mask not bool.
         ValueError: weights, a statistic, one of ``others`` or mask has another shape than per_token.
 
     Gradient: none.
@@ -199,8 +186,8 @@ def mean_metrics(
         (1, 0.4055)
     """
     check_tensor("per_token", per_token, "floating")
-    check_shape("log_probs", statistics.log_probs, per_token.shape, like="the shape of per_token")
-    log_ratio = statistics.teacher_log_probs - statistics.log_probs
+    check_statistics(statistics, per_token)
+    gap = log_ratio(statistics.teacher_log_probs, statistics.log_probs)
     values = {
         "divergence": per_token,
         "weight": weights,
@@ -210,11 +197,12 @@ def mean_metrics(
         "teacher_topk_mass": statistics.teacher_topk_mass,
         "student_tail_mass": statistics.student_log_tail.exp(),
         "teacher_tail_mass": statistics.teacher_log_tail.exp(),
-        "sampled_token_log_ratio": log_ratio,
-        "sampled_token_agreement": (log_ratio >= 0.0).to(per_token.dtype),
+        "sampled_token_log_ratio": gap,
+        "sampled_token_agreement": (gap >= 0.0).to(per_token.dtype),
         **others,
     }
-    for name, value in values.items():
+    for name, value in {"weights": weights, **others}.items():
+        check_tensor(name, value, "floating")
         check_shape(name, value, per_token.shape, like="the shape of per_token")
     # One stack and one sum: on a GPU every operation is a launch.
     stacked = torch.stack([*values.values()]).detach()
@@ -227,3 +215,16 @@ def mean_metrics(
         stacked = stacked.masked_fill(~mask, 0.0)
     means = stacked.flatten(1).sum(dim=1) / count.clamp(min=1)
     return dict(zip(values, means.unbind(), strict=True)) | {"active_tokens": count}
+
+
+def check_statistics(statistics: object, per_token: Tensor) -> None:
+    """Demand the fields of ``TokenStatistics``, floating tensors of the shape of ``per_token``."""
+    for name in TokenStatistics._fields:
+        if not hasattr(statistics, name):
+            raise TypeError(
+                f"statistics: expected the fields of TokenStatistics, got {type_name(statistics)} without "
+                f"{name!r}; pass what token_statistics returns, or a FusedOutput"
+            )
+        value = getattr(statistics, name)
+        check_tensor(name, value, "floating")
+        check_shape(name, value, per_token.shape, like="the shape of per_token")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import upcast
-from sdpo._validate import check_int, check_shape, check_tensor
+from sdpo._validate import check_ids, check_int, check_shape, check_tensor, is_readable
 from sdpo.aggregate import MaskedSum
 
 
@@ -28,7 +28,8 @@ def packed_segment_ids(cu_seqlens: Tensor, *, num_tokens: int) -> Tensor:
 
     Raises:
         TypeError: cu_seqlens is not an integer tensor, or num_tokens not an int.
-        ValueError: cu_seqlens has no entry or more than one dimension, or num_tokens is negative.
+        ValueError: cu_seqlens has no entry or more than one dimension, num_tokens is negative, or, checked on a
+            CPU, cu_seqlens do not begin with 0, fall, or end behind num_tokens.
 
     Gradient: none.
 
@@ -46,6 +47,7 @@ def packed_segment_ids(cu_seqlens: Tensor, *, num_tokens: int) -> Tensor:
             "of each sequence"
         )
     num_tokens = check_int("num_tokens", num_tokens, low=0, high=2**62, meaning="the number of packed tokens")
+    _check_ends(cu_seqlens, num_tokens)
     positions = torch.arange(num_tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].long().contiguous(), positions, right=True)
 
@@ -70,8 +72,8 @@ def packed_sequence_sum(
 
     Raises:
         TypeError: per_token is not floating, mask not bool, segment_ids not integer, num_segments not an int.
-        ValueError: the shapes differ, or num_segments is not positive.
-        IndexError: from torch, on a CPU, for an active token whose id is outside [0, num_segments).
+        ValueError: the shapes differ, num_segments is not positive, or, checked on a CPU, the id of an active token
+            is outside [0, num_segments).
 
     Gradient: to per_token.
 
@@ -97,7 +99,21 @@ def packed_sequence_sum(
         "num_segments", num_segments, low=1, high=2**62, meaning="the number of sequences"
     )
     ids = segment_ids.long().masked_fill(~mask, 0)
+    check_ids(
+        "segment_ids", ids, num_segments, fix="pass packed_segment_ids, and mask the padding of the pack"
+    )
     values = upcast(per_token).masked_fill(~mask, 0.0)
     lengths = torch.zeros(num_segments, dtype=torch.int64, device=ids.device).index_add(0, ids, mask.long())
     sums = values.new_zeros(num_segments).index_add(0, ids, values)
     return MaskedSum(total=(sums / lengths.clamp(min=1)).sum(), count=(lengths > 0).sum())
+
+
+def _check_ends(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Demand 0 and then ends that never fall, within the pack, where the values are readable."""
+    if not is_readable(cu_seqlens):
+        return
+    if cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any() or cu_seqlens[-1] > num_tokens:
+        raise ValueError(
+            f"cu_seqlens: expected 0 and then ends that never fall, at most num_tokens={num_tokens}, got "
+            f"{cu_seqlens.tolist()}; pass the cumulative lengths of the sequences"
+        )

@@ -17,13 +17,13 @@ from torch import Tensor
 from sdpo._numerics import common_support, upcast
 from sdpo._validate import (
     check_alpha,
-    check_choice,
     check_device,
     check_distribution,
     check_int,
-    check_real,
     check_shape,
-    check_tensor,
+    check_support,
+    check_temperature,
+    check_tokens,
 )
 from sdpo.divergence import generalized_jsd
 
@@ -67,7 +67,7 @@ def vocab_parallel_distillation_loss(
         temperature: divides both models' logits.
         vocabulary: V, the sum of the sizes of all slices.
         shard: index of this slice, in the order of the token ids.
-        num_shards: S, number of slices. All but the last must have the same size.
+        num_shards: S, number of slices, which may be of different sizes.
         all_reduce: ``(tensor, "sum" | "max") -> tensor``, the reduction over all slices' processes. It may work in
             place; every process must call this function, and ``backward``, equally often.
 
@@ -77,7 +77,8 @@ def vocab_parallel_distillation_loss(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that differ, scalars out of range, slices that do not add up to ``vocabulary``.
+        ValueError: shapes or devices that differ, scalars out of range, slices that do not add up to
+            ``vocabulary``, two processes with one ``shard``, or, checked on a CPU, a token outside [0, V).
 
     Gradient: to student_logits, each process to its own slice. As for any replicated loss, every process calls
     ``backward`` on its own copy; do not divide by the number of slices.
@@ -95,33 +96,20 @@ def vocab_parallel_distillation_loss(
         >>> round(loss.item(), 4)
         0.1435
     """
-    _check(student_logits, teacher_logits, tokens, support, k, tail, vocabulary, shard, num_shards)
+    _check(student_logits, teacher_logits, vocabulary, shard, num_shards)
     alpha = check_alpha(alpha)
-    if support == "sampled" and alpha != 1.0:
-        raise ValueError(
-            f"alpha: expected 1 with support='sampled', got {alpha}; only the reverse divergence has an estimate "
-            "from the sampled token alone"
-        )
-    temperature = check_real(
-        "temperature", temperature, low=0.0, high=math.inf, open_low=True, meaning="the rollout temperature"
-    )
-    size = student_logits.shape[-1]
-    total = int(all_reduce(torch.tensor(size, device=student_logits.device), "sum"))
-    if total != vocabulary:
-        raise ValueError(
-            f"vocabulary: expected the sum of all slices, {total}, got {vocabulary}; pass the whole vocabulary's "
-            "size, and to each process its own slice"
-        )
+    check_support(support, k, tail, alpha, vocabulary=vocabulary)
+    if support == "sampled":
+        tokens = check_tokens(tokens, student_logits, vocabulary=vocabulary)
+    temperature = check_temperature(temperature)
+    first = _first_token(student_logits, vocabulary, shard, num_shards, all_reduce)
     student, teacher = (upcast(logits) / temperature for logits in (student_logits, teacher_logits.detach()))
     log_p, log_q = (_log_softmax(logits, all_reduce) for logits in (student, teacher))
     if support == "full":
         return _sum_losses(generalized_jsd(log_p, log_q, alpha=alpha), all_reduce)
     if support == "sampled":
         assert tokens is not None
-        # All slices before the last have one size, so the last one starts where the others end.
-        start = shard * size if shard < num_shards - 1 else vocabulary - size
-        ids = tokens.long() - start
-        return _sampled(log_p, log_q, ids, num_shards, all_reduce)
+        return _sampled(log_p, log_q, tokens.long() - first, num_shards, all_reduce)
     assert k is not None
     owner = student if support == "student" else teacher
     inside = _topk_mask(owner.detach(), k, shard, num_shards, all_reduce)
@@ -240,21 +228,12 @@ class _SumOfLosses(torch.autograd.Function):
 
 
 def _check(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    tokens: Tensor | None,
-    support: str,
-    k: int | None,
-    tail: str | None,
-    vocabulary: int,
-    shard: int,
-    num_shards: int,
+    student_logits: Tensor, teacher_logits: Tensor, vocabulary: int, shard: int, num_shards: int
 ) -> None:
     check_distribution("student_logits", student_logits)
     check_distribution("teacher_logits", teacher_logits)
     check_shape("teacher_logits", teacher_logits, student_logits.shape, like="the shape of student_logits")
     check_device("teacher_logits", teacher_logits, student_logits, like="the device of student_logits")
-    check_choice("support", support, ("student", "teacher", "full", "sampled"))
     check_int(
         "num_shards",
         num_shards,
@@ -264,17 +243,22 @@ def _check(
     )
     check_int("shard", shard, low=0, high=num_shards - 1, meaning="the index of this process's slice")
     check_int("vocabulary", vocabulary, low=1, high=2**31, meaning="the size of the whole vocabulary")
-    if support in ("student", "teacher"):
-        check_int(
-            "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
-        )
-        check_choice("tail", tail, ("bucket", "renormalize"))
-    elif k is not None or tail is not None:
+
+
+def _first_token(logits: Tensor, vocabulary: int, shard: int, num_shards: int, all_reduce: AllReduce) -> int:
+    """The id of the first token of this slice, from the sizes of all slices."""
+    own = torch.zeros(2, num_shards, dtype=torch.int64, device=logits.device)
+    own[:, shard] = torch.tensor([logits.shape[-1], 1])
+    # Every process sees the same sums, so that all of them raise or none.
+    sizes, processes = all_reduce(own, "sum").tolist()
+    if processes != [1] * num_shards:
         raise ValueError(
-            f"k, tail: expected None with support={support!r}, got k={k!r}, tail={tail!r}; they belong to a top-K "
-            "support"
+            f"shard: expected one process for each of {num_shards} slices, got {processes} processes; pass the "
+            "rank within the group"
         )
-    if support == "sampled":
-        check_tensor("tokens", tokens, "integer")
-        assert tokens is not None
-        check_shape("tokens", tokens, student_logits.shape[:-1], like="the leading shape of the logits")
+    if sum(sizes) != vocabulary:
+        raise ValueError(
+            f"vocabulary: expected the sum of all slices, {sum(sizes)}, got {vocabulary}; pass the whole "
+            "vocabulary's size, and to each process its own slice"
+        )
+    return sum(sizes[:shard])

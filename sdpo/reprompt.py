@@ -77,7 +77,7 @@ class Templates:
         '\\nThe following'
         >>> Templates(feedback="{remark}")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        ValueError: template 'feedback' must hold {feedback_raw} once each, got '{remark}': missing ...
+        ValueError: feedback: expected a template with {feedback_raw} exactly once each, got '{remark}': missing ...
     """
 
     reprompt: str = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
@@ -114,8 +114,8 @@ def select_demonstrations(
 
     Invariant exactly, for every policy: renaming the groups; adding, removing, moving or interleaving other
     groups (the indices follow their rows). Reordering rows *within* a group permutes the result exactly under
-    "best", "shortest" and "longest" without ties, in law under "random" (the distribution over seeds), and
-    not under "first". No global random state is touched; processes that see the same batch decide alike.
+    "best", "shortest" and "longest" without ties, leaves its distribution over seeds unchanged under "random",
+    and changes it under "first". No global random state is touched; processes that see the same batch decide alike.
 
     Args:
         rewards: [B] tensor, array or sequence of numbers; NaN could not be scored and is never a success.
@@ -157,7 +157,9 @@ def select_demonstrations(
     check_int("seed", seed, low=0, high=2**64 - 1, meaning="a new number per batch")
     check_int("count", count, low=1, high=2**31 - 1, meaning="how many demonstrations a row may have")
     if policy in ("shortest", "longest") and (lengths is None or any(math.isnan(size) for size in sizes)):
-        raise ValueError(f"lengths: policy {policy!r} needs one number per row, got {lengths}; count tokens")
+        raise ValueError(
+            f"lengths: expected a number for each row with policy={policy!r}, got {lengths}; count its tokens"
+        )
     # 0.7 in float32 lies below the double 0.7; an array's comparison rounds the threshold to its dtype.
     successes = (
         (rewards >= success_threshold).tolist()
@@ -219,7 +221,7 @@ def distillation_mask(
         [True, True, False]
     """
     signals = _signals(demonstrations, feedback, feedback_only_without_solution)
-    return [bool(shown or hint) for shown, hint in signals]
+    return [bool(shown or used) for shown, used in signals]
 
 
 def build_reprompts(
@@ -268,24 +270,25 @@ def build_reprompts(
     if not isinstance(templates, Templates):
         raise TypeError(f"templates: expected sdpo.Templates, got {type_name(templates)}; build one")
     signals = _signals(demonstrations, feedback, feedback_only_without_solution)
-    row_mask = [bool(shown or hint) for shown, hint in signals]
+    row_mask = [bool(shown or used) for shown, used in signals]
     texts = _column("prompts", prompts, str, len(signals))
     successes = [False] * len(signals)
     if succeeded is not None:
         successes = _column("succeeded", succeeded, bool, len(signals))
-    for row, (shown, hint) in enumerate(signals):
+    for row, (shown, used) in enumerate(signals):
         if row_mask[row]:
             solutions = (templates.solution.format(successful_previous_attempt=text) for text in shown)
-            words = templates.success_feedback if successes[row] else templates.feedback
-            remark = words.format(feedback_raw=hint) if hint else ""
+            template = templates.success_feedback if successes[row] else templates.feedback
             texts[row] = templates.reprompt.format(
-                prompt=texts[row], solution="".join(solutions), feedback=remark
+                prompt=texts[row],
+                solution="".join(solutions),
+                feedback=template.format(feedback_raw=used) if used else "",
             )
     return Reprompts(
         texts=texts,
         row_mask=row_mask,
         has_demonstration=[bool(shown) for shown, _ in signals],
-        uses_feedback=[bool(hint) for _, hint in signals],
+        uses_feedback=[bool(used) for _, used in signals],
     )
 
 
@@ -309,7 +312,7 @@ def strip_thinking(text: str, *, opening: str = "<think>", closing: str = "</thi
         TypeError: a text or mark that is not a string.
         ValueError: an empty mark, or two equal ones.
 
-    Source: the reference implementation's ``remove_thinking_from_demonstration``, made total.
+    Source: the reference implementation's ``remove_thinking_from_demonstration``, here for any text.
 
     Example:
         >>> strip_thinking("<think>2, no, 3</think>\\n\\nThe answer is 3."), strip_thinking("hm</think> 3")
@@ -403,13 +406,13 @@ def _signals(
         feedback_only_without_solution,
         meaning="True to drop the feedback of rows that have a demonstration",
     )
-    hints = _column("feedback", feedback, (str, NoneType))
+    remarks = _column("feedback", feedback, (str, NoneType))
     signals = []
-    for row, texts in enumerate(_column("demonstrations", demonstrations, Sequence, len(hints))):
+    for row, texts in enumerate(_column("demonstrations", demonstrations, Sequence, len(remarks))):
         shown = [text for text in _column(f"demonstrations[{row}]", texts, str) if text.strip()]
-        hint = hints[row] or ""
-        suppressed = not hint.strip() or (feedback_only_without_solution and shown)
-        signals.append((shown, "" if suppressed else hint))
+        remark = remarks[row] or ""
+        suppressed = not remark.strip() or (feedback_only_without_solution and shown)
+        signals.append((shown, "" if suppressed else remark))
     return signals
 
 
@@ -426,29 +429,37 @@ def _column(name: str, values: object, kind: type | tuple[type, ...], rows: int 
         raise ValueError(f"{name}: expected shape [B], got {tuple(values.shape)}; flatten it")
     column = values.tolist() if _is_array(values) else list(values)
     if rows is not None and len(column) != rows:
-        raise ValueError(f"{name}: expected {rows} entries, one per row, got {len(column)}")
+        raise ValueError(
+            f"{name}: expected {rows} entries, one per row, got {len(column)}; pass all arguments for the same rows"
+        )
     for row, value in enumerate(column):
         # A tensor hashes by identity: as a group id it would silently make every row its own group.
         if isinstance(value, Tensor) or not isinstance(value, kind):
-            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            kinds = " or ".join(
+                "number" if k is Real else k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))
+            )
             raise TypeError(f"{name}[{row}]: expected {kinds}, got {type_name(value)}; convert the entry")
     return column
 
 
 def _check_template(name: str, template: str, fields: tuple[str, ...]) -> None:
-    if not isinstance(template, str):
-        raise TypeError(f"template {name!r} must be a string, got {type(template).__name__}")
     expected = ", ".join(f"{{{field}}}" for field in fields)
-    complaint = f"template {name!r} must hold {expected} once each, got {template!r}: "
+    if not isinstance(template, str):
+        raise TypeError(
+            f"{name}: expected a template string with {expected}, got {type_name(template)}; pass text"
+        )
+    problem = f"{name}: expected a template with {expected} exactly once each, got {template!r}: "
+    fix = "write literal braces as {{ and }}"
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ValueError(f"{complaint}{error}; write literal braces as {{{{ and }}}}") from error
+        raise ValueError(f"{problem}{error}; {fix}") from error
     plain = [field or "" for _, field, spec, conversion in parts if not spec and not conversion]
     if len(plain) != len(parts):
-        raise ValueError(f"{complaint}a field takes no conversion (!) and no format spec (:)")
+        raise ValueError(
+            f"{problem}a field takes no conversion (!) and no format spec (:); remove it, or {fix}"
+        )
     if sorted(plain) != sorted(fields):
         missing, unknown = sorted(set(fields) - set(plain)), sorted(set(plain) - set(fields))
         repeated = sorted({field for field in fields if plain.count(field) > 1})
-        wrong = f"missing {missing}, unknown {unknown}, repeated {repeated}"
-        raise ValueError(f"{complaint}{wrong}; write literal braces as {{{{ and }}}}")
+        raise ValueError(f"{problem}missing {missing}, unknown {unknown}, repeated {repeated}; {fix}")

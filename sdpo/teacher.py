@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -19,7 +18,16 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import upcast
-from sdpo._validate import check_choice, check_flag, check_int, check_real, check_shape, check_tensor
+from sdpo._validate import (
+    LARGEST,
+    check_choice,
+    check_flag,
+    check_int,
+    check_real,
+    check_shape,
+    check_tensor,
+    type_name,
+)
 
 StateDtype = Literal["float32", "bfloat16"]
 
@@ -100,7 +108,8 @@ def ema(
         Teacher. Its state has the names and shapes of the parameters.
 
     Raises:
-        TypeError: a parameter is not a floating tensor (frozen quantized storage, say); all are named.
+        TypeError: a parameter is not a floating tensor (frozen quantized storage, say); all are named. The state is
+            no TeacherState.
         ValueError: update_rate outside [0, 1]; no parameters; or names, shapes or dtypes that differ between
             the state and the student, all listed.
 
@@ -164,10 +173,11 @@ def rate_per_tick(update_rate: float, *, samples: float, per_samples: float) -> 
         0.0127
     """
     rate = check_real("update_rate", update_rate, low=0.0, high=1.0, meaning="the weight of the student")
-    most = sys.float_info.max
-    n = check_real("samples", samples, low=0.0, high=most, open_low=True, meaning="samples between updates")
+    n = check_real(
+        "samples", samples, low=0.0, high=LARGEST, open_low=True, meaning="samples between updates"
+    )
     m = check_real(
-        "per_samples", per_samples, low=0.0, high=most, open_low=True, meaning="samples of the rate"
+        "per_samples", per_samples, low=0.0, high=LARGEST, open_low=True, meaning="samples of the rate"
     )
     return rate if rate in (0.0, 1.0) else -math.expm1(n / m * math.log1p(-rate))
 
@@ -299,7 +309,8 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
         [] ratio, float32 or float64, without a device synchronisation; 0 for ``live``.
 
     Raises:
-        TypeError, ValueError: params are not the state's, as in ``ema``.
+        TypeError: state is no TeacherState, or a parameter not a floating tensor.
+        ValueError: params are not the state's, as in ``ema``.
 
     Gradient: none.
 
@@ -310,6 +321,7 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
         >>> teacher_distance(state, {"a": torch.tensor([6.0]), "b": torch.tensor([8.0])})
         tensor(0.5000)
     """
+    _check_state(state)
     _check_params(params)
     if not state.params:
         return upcast(next(iter(params.values())).detach()).new_zeros(())
@@ -384,7 +396,8 @@ def _lerp_rounded(old: Tensor, new: Tensor, rate: float, target: Tensor, key: st
     generator = torch.Generator(starts.device).manual_seed(int.from_bytes(digest))
     rows = max(1, _TOGETHER * len(starts) // max(1, starts.numel()))
     for start, end, out in zip(starts.split(rows), ends.split(rows), rounded.split(rows), strict=True):
-        average = torch.lerp(start.float(), end.float(), rate)
+        # In place: one tensor less beside those of the last rows, which are still there.
+        average = start.float().lerp_(end.float(), rate)
         noise = torch.randint(
             _LOWER_HALF + 1, average.shape, generator=generator, dtype=torch.int32, device=average.device
         )
@@ -427,8 +440,16 @@ def _check_params(params: Mapping[str, Tensor]) -> None:
         )
 
 
+def _check_state(state: object) -> None:
+    if not isinstance(state, TeacherState):
+        raise TypeError(
+            f"state: expected a TeacherState, got {type_name(state)}; pass what init or the last update returned"
+        )
+
+
 def _check_match(state: TeacherState, params: Mapping[str, Tensor], dtype: StateDtype | None = None) -> None:
     """The state and the student have the same names and shapes, and the state is stored as this rule does."""
+    _check_state(state)
     _check_params(params)
     kept = None if dtype is None else (getattr(torch, dtype), torch.float64)
     shared = [name for name in state.params if name in params]

@@ -65,7 +65,8 @@ def clipped_policy_gradient(
 
     Args:
         log_probs: [B, T] log-probability of the sampled token under the policy, in nats.
-        old_log_probs: [B, T] the same when the token was sampled. On-policy: ``log_probs.detach()``.
+        old_log_probs: [B, T] the same when the token was sampled. On-policy: ``log_probs.detach()``. NaN, where it
+            is not known, gives the ratio 1, as in ``importance_weights``.
         advantages: [B], one per row, or [B, T].
         clip_low: in [0, 1], the lower half-width of the range. GRPO uses 0.2.
         clip_high: in [0, inf], the upper half-width. GRPO uses 0.2, DAPO 0.28.
@@ -108,9 +109,10 @@ def clipped_policy_gradient(
         check_shape("advantages", weight, policy.shape[:-1], like="one per row")
         weight = repeat(weight, "... -> ... t", t=policy.shape[-1])
     check_shape("advantages", weight, policy.shape, like="one per row or the shape of log_probs")
+    old = torch.where(old.isnan(), policy, old).detach()
     never = policy.isneginf() & old.isneginf()
-    log_ratio = policy.masked_fill(never, 0.0) - old.detach().masked_fill(never, 0.0)
-    ratio = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
+    exponent = policy.masked_fill(never, 0.0) - old.masked_fill(never, 0.0)
+    ratio = exponent.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp()
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return -torch.minimum(ratio.clamp(max=ratio_limit) * weight, clipped * weight)
 

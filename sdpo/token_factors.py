@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdpo._numerics import upcast
 from sdpo._validate import check_shape, check_tensor, is_readable
-from sdpo.metrics import TokenStatistics
+from sdpo.metrics import TokenStatistics, check_statistics
 from sdpo.weights import rounded_up, select_tokens
 
 # From the statistics [R, T] of R rows, and the mask [R, T] of the tokens that have a loss, factors [R, T].
@@ -53,7 +53,7 @@ def token_factors(
         without waiting for a device, NaN in place of a factor below 0, so that the loss shows it.
 
     Raises:
-        TypeError: a mask is not bool, or the factors of ``weigh`` are not floating.
+        TypeError: loss_mask is not bool, or per_token, a statistic or a factor of ``weigh`` not floating.
         ValueError: shapes that do not match, a fraction out of range, ``weigh`` changed an argument in place, or on
             a CPU a factor of a kept token that is negative or not finite.
 
@@ -71,6 +71,7 @@ def token_factors(
     check_tensor("loss_mask", loss_mask, "bool", min_ndim=1)
     check_tensor("per_token", per_token, "floating")
     check_shape("per_token", per_token, loss_mask.shape, like="the shape of loss_mask")
+    check_statistics(statistics, per_token)
     kept = loss_mask
     if fraction is not None:
         kept = select_tokens(statistics.student_entropy, per_token, loss_mask, fraction=fraction)

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from sdpo._numerics import log_softmax, logsumexp, upcast
-from sdpo._validate import check_device, check_distribution, check_int, check_shape, check_tensor
+from sdpo._validate import (
+    check_device,
+    check_distinct,
+    check_distribution,
+    check_ids,
+    check_int,
+    check_shape,
+    check_tensor,
+)
 
 
 class TopK(NamedTuple):
@@ -101,7 +109,8 @@ def gather_log_probs(logits: Tensor, indices: Tensor) -> GatheredLogProbs:
 
     Raises:
         TypeError: logits are not floating, or indices not integer.
-        ValueError: the leading shapes differ, or K is not in [1, V].
+        ValueError: the leading shapes or devices differ, K is not in [1, V], or, checked on a CPU, ids repeat or
+            lie outside the vocabulary.
 
     Gradient: to the logits, through both results.
 
@@ -120,6 +129,8 @@ def gather_log_probs(logits: Tensor, indices: Tensor) -> GatheredLogProbs:
     )
     check_shape("indices", indices, (*logits.shape[:-1], k), like="the leading shape of logits, then K")
     check_device("indices", indices, logits, like="the device of the logits")
+    check_ids("indices", indices, logits.shape[-1], fix="pass ids of the model's own vocabulary")
+    check_distinct("indices", indices, fix="drop the repetition, whose probability would count twice")
     return GatheredLogProbs(*_gather(logits, indices.long()))
 
 

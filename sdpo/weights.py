@@ -17,14 +17,13 @@ Throughout, the gap of a sampled token is Δ = log q(y) − log p(y), teacher mi
 from __future__ import annotations
 
 import math
-import sys
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from sdpo._numerics import logsumexp, upcast, zero_where_not
-from sdpo._validate import check_device, check_real, check_shape, check_tensor
+from sdpo._numerics import log_ratio, logsumexp, upcast, zero_where_not
+from sdpo._validate import LARGEST, check_device, check_real, check_shape, check_tensor
 from sdpo.importance import LOG_RATIO_BOUND
 
 # TIP lowers the highest 2 % of the entropies before it scales them, so that outliers do not shrink all the others.
@@ -173,7 +172,8 @@ def evidence_weights(
         advantages * ((1 - mix) + mix * clamp(exp(sign(advantages) * gap), 1 - clip, 1 + clip))
 
     A rewarded row is pushed harder where the teacher finds the token likelier than the student does, a punished row
-    where it finds it less likely. The factor is never negative: no hint can turn a punishment into a reward.
+    where it finds it less likely. The factor is never negative: whatever the teacher reads, a punishment does not
+    become a reward.
 
     Args:
         advantages: [B], one per row, or [B, T].
@@ -257,17 +257,17 @@ def contrastive_evidence(right: Tensor, wrong: Tensor, wrong_mask: Tensor) -> Te
         right - log(mean(exp(wrong[:, k]) over the k with wrong_mask[:, k]))
 
     The student's own log-probability would cancel: a difference of two gaps is a difference of two teachers. What
-    every hint does to the text, its style and its brevity, cancels too. The mean is one of probabilities, as in the
-    paper's equation, not one of gaps.
+    any demonstration does to the text, to its style and its length, cancels too. The mean is one of probabilities,
+    as in the paper's equation, not one of gaps.
 
     Args:
-        right: [B, T] log-probability of the sampled token under the teacher that sees a right sibling, in nats.
-        wrong: [B, K, T] the same under teachers that see a wrong sibling each, in the same template.
-        wrong_mask: [B, K] bool. Which of the K wrong siblings exist. A row without any has evidence 0.
+        right: [B, T] log-probability of the sampled token under the teacher that sees a right peer, in nats.
+        wrong: [B, K, T] the same under teachers that see a wrong peer each, in the same template.
+        wrong_mask: [B, K] bool. Which of the K wrong peers exist. A row without any has evidence 0.
 
     Returns:
-        [B, T] evidence in nats, within ±20, float32 (float64 for float64 inputs). Positive: the right sibling makes
-        the token likelier than the wrong ones do. A row without a right sibling must be masked by the caller.
+        [B, T] evidence in nats, within ±20, float32 (float64 for float64 inputs). Positive: the right peer makes
+        the token likelier than the wrong ones do. A row without a right peer must be masked by the caller.
 
     Raises:
         TypeError: right or wrong is not floating, or wrong_mask not bool.
@@ -287,17 +287,17 @@ def contrastive_evidence(right: Tensor, wrong: Tensor, wrong_mask: Tensor) -> Te
     check_tensor("right", right, "floating", min_ndim=1)
     check_tensor("wrong", wrong, "floating", min_ndim=2)
     check_tensor("wrong_mask", wrong_mask, "bool", min_ndim=1)
-    siblings = wrong.shape[-2]
+    peers = wrong.shape[-2]
     check_shape(
-        "wrong", wrong, (*right.shape[:-1], siblings, right.shape[-1]), like="right with an axis of siblings"
+        "wrong", wrong, (*right.shape[:-1], peers, right.shape[-1]), like="right with an axis of peers"
     )
-    check_shape("wrong_mask", wrong_mask, (*right.shape[:-1], siblings), like="one per row and wrong sibling")
+    check_shape("wrong_mask", wrong_mask, (*right.shape[:-1], peers), like="one per row and wrong peer")
     check_device("wrong", wrong, right, like="the device of right")
     check_device("wrong_mask", wrong_mask, right, like="the device of right")
     missing = rearrange(~wrong_mask, "... k -> ... 1 k")
-    per_sibling = rearrange(upcast(wrong).detach(), "... k t -> ... t k").masked_fill(missing, -math.inf)
+    per_peer = rearrange(upcast(wrong).detach(), "... k t -> ... t k").masked_fill(missing, -math.inf)
     count = reduce(wrong_mask, "... k -> ... 1", "sum")
-    log_mean = logsumexp(per_sibling) - count.clamp(min=1).to(per_sibling.dtype).log()
+    log_mean = logsumexp(per_peer) - count.clamp(min=1).to(per_peer.dtype).log()
     return zero_where_not(_gap(log_mean, right), count > 0)
 
 
@@ -370,7 +370,7 @@ def select_tokens(
 
 def _check_beta(beta: object, meaning: str) -> float:
     """Return ``beta`` as a finite, non-negative float."""
-    return check_real("beta", beta, low=0.0, high=sys.float_info.max, meaning=meaning)
+    return check_real("beta", beta, low=0.0, high=LARGEST, meaning=meaning)
 
 
 def _gap(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -379,8 +379,7 @@ def _gap(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     check_tensor("teacher_log_probs", teacher_log_probs, "floating")
     check_shape("teacher_log_probs", teacher_log_probs, log_probs.shape, like="the shape of log_probs")
     check_device("teacher_log_probs", teacher_log_probs, log_probs, like="the device of log_probs")
-    student, teacher = upcast(log_probs).detach(), upcast(teacher_log_probs).detach()
-    gap = (teacher - student).masked_fill(teacher == student, 0.0)
+    gap = log_ratio(upcast(teacher_log_probs).detach(), upcast(log_probs).detach())
     return gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 

@@ -22,6 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sdpo._numerics import log_ratio
 from sdpo._validate import check_choice
 from sdpo.fused._autograd import per_token_loss, policy_clipped, total_loss
 from sdpo.fused._log_probs import LogProbsAndEntropy as LogProbsAndEntropy
@@ -152,9 +153,9 @@ def fused_distillation_loss(
     if the support is one model's top K. The gradient of a bf16 weight, like that of several micro-batches, is
     rounded to bf16 after each block of a few thousand tokens. Tokens outside ``loss_mask`` are never projected.
 
-    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is ``teacher``, the live model, ``reference``, the centre, and
-    c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias is teacher.bias`` and
-    there is no soft-cap, both share one product (two if the weight has 16 bits).
+    A trust-region teacher q ∝ q_ref^(1−c) · q_live^c is ``teacher``, the live model, with ``reference``, the model
+    that it stays near, and c = ``trust_region_coef``. If ``reference.weight is teacher.weight``, ``reference.bias
+    is teacher.bias`` and there is no soft-cap, both share one product (two if the weight has 16 bits).
 
     With ``advantages`` A and ``policy_weight`` λ, where ``ratio`` is exp(log_probs − old_log_probs), its exponent
     bounded by ±20, and 1 where ``old_log_probs`` is NaN or not given::
@@ -219,7 +220,8 @@ def fused_distillation_loss(
             ``surrogate`` is "sapo".
         softcap: > 0, bound of the logits (Gemma 2's final soft-cap). None: no bound.
         logit_scale: > 0, factor of the logits before the soft-cap.
-        reference: LMHead of a trust region's centre, with the shapes of ``teacher``. None for any other teacher.
+        reference: LMHead of the model that a trust region stays near, with the shapes of ``teacher``. None for any
+            other teacher.
         trust_region_coef: c in [0, 1], the weight of the live model. None if and only if ``reference`` is.
         reduction: with "sum" ``total`` alone has a gradient, with "none" ``per_token`` and ``policy_loss`` too, for
             callers that reduce them themselves; backward then computes all chunks a second time if the head is
@@ -357,6 +359,6 @@ def _metrics(stats: TokenStats, others: dict[str, Tensor]) -> dict[str, Tensor]:
         stats.weights,
         stats,
         is_clip_fraction=stats.clipped,
-        sampled_token_overlap=(stats.log_probs - stats.teacher_log_probs).abs().neg().exp(),
+        sampled_token_overlap=log_ratio(stats.log_probs, stats.teacher_log_probs).abs().neg().exp(),
         **others,
     )

@@ -179,7 +179,7 @@ class _ChunkLoop:
         return self.project(self.operands.student, chunk, self.student_products)
 
     def project_teacher(self, chunk: slice) -> ModelChunk | TeacherTopK:
-        """The teacher's products [C, V]; of a trust region, those of its centre too, or of both models mixed.
+        """The teacher's products [C, V]; of a trust region, those of its reference too, or of both models mixed.
 
         Of a teacher whose top K are given, those [C, K].
         """
@@ -190,18 +190,18 @@ class _ChunkLoop:
         if reference is None:
             return self.project(teacher, chunk, self.teacher_products)
         if self.reference_products is not None:
-            centre = self.project(reference, chunk, self.reference_products)
+            start = self.project(reference, chunk, self.reference_products)
             live = self.project(teacher, chunk, self.teacher_products)
-            return live._replace(reference=centre.products, reference_bias=centre.bias)
+            return live._replace(reference=start.products, reference_bias=start.bias)
         # Through one linear head, the mixture of the logits is the logits of the mixed hidden states. These are not
         # rounded: in 16 bits that would change the loss by a few thousandths.
         dtype = operand_dtype(teacher.hidden, teacher.weight, self.plan.autocast_dtype)
-        centre_hidden, live_hidden = (
+        reference_hidden, live_hidden = (
             self.active_tokens(hidden, chunk).to(dtype).to(working_dtype(dtype))
             for hidden in (reference.hidden, teacher.hidden)
         )
         assert self.objective.trust_region_coef is not None
-        mixed = centre_hidden.lerp(live_hidden, self.objective.trust_region_coef)
+        mixed = reference_hidden.lerp(live_hidden, self.objective.trust_region_coef)
         return self.project_hidden(mixed, teacher, dtype, self.teacher_products)
 
     def project(self, head: LMHead, chunk: slice, out: Tensor) -> ModelChunk:

@@ -123,7 +123,7 @@ def logits_from_products(
 
 
 def teacher_logits(teacher: ModelChunk, objective: Objective) -> Tensor:
-    """The teacher's logits [C, V]: of a trust region, the mixture of its centre's and the live model's."""
+    """The teacher's logits [C, V]: of a trust region, the mixture of its reference's and the live model's."""
     logits = logits_from_products(teacher.products, teacher.bias, teacher.accumulation_bias, objective)
     coef = objective.trust_region_coef
     if teacher.reference is None or coef is None:

@@ -92,7 +92,7 @@ class ModelChunk(NamedTuple):
     )
     weight: Tensor | None = None  # [V, D]
     accumulation_bias: float = 0.0  # relative error of the products: by how much of itself each is too small
-    reference: Tensor | None = None  # [C, V] products of the trust region's centre, if they are not mixed in
+    reference: Tensor | None = None  # [C, V] products of the trust region's reference, if not mixed in
     reference_bias: Tensor | None = None  # [V]
 
 
@@ -162,7 +162,7 @@ class Operands(NamedTuple):
 
     student: LMHead  # hidden [N, D]
     teacher: LMHead | None  # hidden [N, D'] with the teacher's own hidden size D'; None: its top K are given
-    reference: LMHead | None  # the trust region's centre, hidden [N, D']
+    reference: LMHead | None  # that of a trust region, hidden [N, D']
     teacher_topk: TeacherTopK | None  # [N, K]; None: there is a teacher
     tokens: Tensor  # [N] int64
     active: Tensor | None  # [n] int64, positions where the loss mask is true; None: all N
@@ -211,7 +211,7 @@ class Plan(NamedTuple):
     chunk_size: int  # tokens whose logits exist at a time
     grad_block_size: int  # tokens whose logit gradients are collected for one product with the hidden states
     shared_buffer: bool  # the backend reads one model's products before it projects the other
-    separate_reference: bool  # the trust region's centre needs products of its own
+    separate_reference: bool  # a trust region's reference needs products of its own
     autocast_dtype: torch.dtype | None  # dtype of the products under torch.autocast
     grad_hidden: bool  # compute the gradient of the student's hidden states
     grad_weight: bool  # of its LM head's weight

@@ -9,15 +9,19 @@ from torch import Tensor
 
 from sdpo._numerics import upcast
 from sdpo._validate import (
+    LARGEST,
     check_alpha,
     check_choice,
     check_device,
+    check_ids,
     check_int,
     check_real,
     check_shape,
     check_support,
+    check_temperature,
     check_tensor,
     check_weights,
+    is_readable,
     type_name,
 )
 from sdpo.fused._types import (
@@ -105,7 +109,8 @@ def check_objective(
         # A support of all V tokens has no order and no tail.
         support, k, tail = "full", None, None
     if is_clip is not None:
-        is_clip = _check_positive("is_clip", is_clip, "the largest importance weight, or None")
+        meaning = "the largest importance weight, or None"
+        is_clip = check_real("is_clip", is_clip, low=0.0, high=math.inf, open_low=True, meaning=meaning)
     if softcap is not None:
         softcap = _check_positive("softcap", softcap, "the bound of the logits, or None")
     if trust_region_coef is not None:
@@ -119,7 +124,7 @@ def check_objective(
         tail=tail,
         alpha=alpha,
         is_clip=is_clip,
-        temperature=_check_positive("temperature", temperature, "the rollout temperature"),
+        temperature=check_temperature(temperature),
         softcap=softcap,
         logit_scale=_check_positive("logit_scale", logit_scale, "the factor of the logits"),
         trust_region_coef=trust_region_coef,
@@ -198,6 +203,7 @@ def check_row_factors(
         )
     if token_fraction is None and token_weights is None:
         return None
+    check_tensor("loss_mask", loss_mask, "bool", min_ndim=1)
     return RowFactors(loss_mask.shape[-1], token_fraction, token_weights)
 
 
@@ -221,6 +227,8 @@ def check_operands(
     check_tensor("tokens", tokens, "integer", min_ndim=1)
     check_tensor("loss_mask", loss_mask, "bool")
     check_shape("loss_mask", loss_mask, tokens.shape, like="the shape of tokens")
+    if advantages is not None:
+        check_tensor("advantages", advantages, "floating")
     for name, value in (("old_log_probs", old_log_probs), ("weights", weights)):
         if value is not None:
             check_tensor(name, value, "floating")
@@ -290,7 +298,9 @@ def find_active(operands: Operands, loss_mask: Tensor) -> Operands:
     """
     active = loss_mask.flatten().nonzero().flatten()
     vocabulary, topk = operands.student.weight.shape[0], operands.teacher_topk
-    _check_token_ids(operands.tokens, active, vocabulary)
+    if is_readable(operands.tokens):
+        fix = "mask such positions; V is the number of rows of student.weight"
+        check_ids("tokens", operands.tokens[active], vocabulary, fix=fix)
     if operands.weights is not None:
         check_weights("weights", operands.weights, loss_mask.flatten())
     if active.shape[0] != loss_mask.numel():
@@ -359,8 +369,7 @@ def _check_per_token(name: str, values: Tensor, loss_mask: Tensor, high: float) 
         values = values[..., None].expand(loss_mask.shape)
     check_shape(name, values, loss_mask.shape, like="one per row or the shape of tokens")
     values, low = upcast(values).detach(), 0.0 if high == 1.0 else -math.inf
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if values.device.type == "cpu" and not (is_wrapped(values) or is_wrapped(loss_mask)):
+    if is_readable(values) and is_readable(loss_mask):
         wrong = loss_mask & ~((values >= low) & (values <= high) & values.isfinite())
         if wrong.any():
             expected = "numbers in [0, 1]" if high == 1.0 else "finite numbers"
@@ -372,7 +381,8 @@ def _check_per_token(name: str, values: Tensor, loss_mask: Tensor, high: float) 
 
 
 def _check_positive(name: str, value: object, meaning: str) -> float:
-    return check_real(name, value, low=0.0, high=math.inf, open_low=True, meaning=meaning)
+    """Return ``value`` as a finite float above 0."""
+    return check_real(name, value, low=0.0, high=LARGEST, open_low=True, meaning=meaning)
 
 
 def _check_together(name: str, value: object, other_name: str, other: object, purpose: str) -> None:
@@ -381,19 +391,6 @@ def _check_together(name: str, value: object, other_name: str, other: object, pu
         present, missing = (other_name, name) if value is None else (name, other_name)
         raise ValueError(
             f"{missing}: expected together with {present}, got None; pass both for {purpose}, else neither"
-        )
-
-
-def _check_token_ids(tokens: Tensor, active: Tensor, vocabulary: int) -> None:
-    """Refuse active ids outside the vocabulary where the check is free: for a GPU it would have to wait."""
-    if tokens.device.type != "cpu":
-        return
-    ids = tokens[active]
-    outside = ids[(ids < 0) | (ids >= vocabulary)]
-    if outside.numel() > 0:
-        raise ValueError(
-            f"tokens: expected ids in [0, {vocabulary}), the rows of student.weight, where loss_mask is true, "
-            f"got {int(outside[0])}; mask such positions"
         )
 
 

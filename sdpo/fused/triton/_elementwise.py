@@ -31,7 +31,7 @@ def scaled(values: Tensor, factor: Tensor) -> Tensor:
 
 @triton.jit
 def sum_partials_kernel(
-    partials_ptr, row_scale_ptr, out_ptr, C, D, PARTIALS, HAS_ROW_SCALE: tl.constexpr, BLOCK_D: tl.constexpr
+    partials_ptr, row_scale_ptr, out_ptr, D, PARTIALS, HAS_ROW_SCALE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """out [C, D] = row_scale [C] · the sum of partials [PARTIALS, C, D] over the first dimension."""
     pid_c = tl.program_id(0).to(tl.int64)
@@ -39,9 +39,11 @@ def sum_partials_kernel(
     mask = offs_d < D
     offs = pid_c * D + offs_d
     total = tl.load(partials_ptr + offs, mask=mask, other=0.0)
+    # C as an int64: the sums of a long chunk with a small vocabulary may be more than 2^31 numbers.
+    stride = tl.num_programs(0).to(tl.int64) * D
     offs_partial = offs
     for _ in range(1, PARTIALS):
-        offs_partial += C * D
+        offs_partial += stride
         total += tl.load(partials_ptr + offs_partial, mask=mask, other=0.0)
     if HAS_ROW_SCALE:
         total *= tl.load(row_scale_ptr + pid_c)
@@ -53,7 +55,7 @@ def sum_partials(partials: Tensor, row_scale: Tensor | None, out: Tensor) -> Ten
     count, tokens, width = partials.shape
     with torch.cuda.device_of(partials):
         sum_partials_kernel[(tokens, triton.cdiv(width, SUM_BLOCK_D))](
-            partials, row_scale, out, tokens, width, count,
+            partials, row_scale, out, width, count,
             HAS_ROW_SCALE=row_scale is not None, BLOCK_D=SUM_BLOCK_D, num_warps=4,
         )  # fmt: skip
     return out

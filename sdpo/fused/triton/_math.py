@@ -135,7 +135,7 @@ def _log1p_near_zero(x):
 
 @triton.jit
 def _kl_terms(log_p, log_q):
-    """p · log(p/q) − p + q and p · log(p/q), as in ``sdpo.fused._torch.divergence``, infinities included."""
+    """p · log(p/q) − p + q and p · log(p/q), as ``divergence_and_grad`` in sdpo.fused._torch has them."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     p_is_zero = log_p == -float("inf")
     q_is_zero = log_q == -float("inf")
