@@ -172,7 +172,7 @@ def test_the_nearest_settings_to_trl_sdpo_are_its_defaults() -> None:
 
 
 def own_of_this_library(theirs: Any) -> set[str]:
-    """Fields of SDPOConfig without a field of that name there, and the templates, which end in line breaks there."""
+    """Fields of SDPOConfig that are not there, and the templates, which end in line breaks there."""
     ours = {field.name for field in dataclasses.fields(SDPOConfig)}
     templates = {name for name in ours if name.endswith("_template")}
     for name in templates - {"success_feedback_template"}:

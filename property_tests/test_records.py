@@ -20,7 +20,8 @@ RECORDS = ROOT / "examples" / "benchmarks" / "records"
 DEMO = json.loads((ROOT / "examples" / "demo" / "record.json").read_text())
 PICTURE = (ROOT / "docs" / "images" / "demo.svg").read_text()
 README = (ROOT / "README.md").read_text()
-METHOD = (ROOT / "docs" / "method.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+LOSSES = (ROOT / "docs" / "losses.md").read_text()
 UNSLOTH = (ROOT / "docs" / "unsloth.md").read_text()
 LEVELS = ("flat", "ordinary", "peaked")
 
@@ -151,19 +152,22 @@ def readme_ragged() -> Iterator[str]:
     known = record("step-7b-ragged-h100")
     ratios = known["ratios"]
 
-    def pair(measure: str, layout: str) -> str:
-        names = (f"{measure} sdpo[{layout}]/{peer}" for peer in ("grpo", "trl-sdpo"))
-        return " and ".join(f"{ratios[name]:.2f}" for name in names)
+    def cells(layout: str) -> str:
+        names = (
+            f"{measure} sdpo[{layout}]/{peer}"
+            for peer in ("grpo", "trl-sdpo")
+            for measure in ("time", "memory")
+        )
+        return " | ".join(f"{ratios[name]:.2f}" for name in names)
 
     once = record("step-7b-prompts-h200")["ratios"]
     time, memory = (once[f"{measure} sdpo[packed]/grpo"] for measure in ("time", "memory"))
-    yield f"takes {time:.2f} of the time of GRPO and {memory:.2f} of its memory"
-    yield f"fill {known['batch']['fill'] * 100:.0f} % of the padded batch of that 7B step"
-    time = pair("time", "packed").replace(" and ", " of the time of GRPO and ")
-    memory, padded = pair("memory", "packed"), pair("time", "padded")
-    yield f"a step takes {time} of TRL's SDPO, and {memory} of their memory; padded, {padded} of their time"
+    yield f"step-7b-prompts-h200.json)) | {time:.2f} | {memory:.2f} | – | – |"
+    yield f"step-7b-ragged-h100.json)) | {cells('packed')} |"
+    fill = f"{known['batch']['fill'] * 100:.0f} %"
+    yield f"the same rows, padded: tokens fill {fill} of the batch | {cells('padded')} |"
     hybrid = 1 / record("step-7b-h100")["ratios"]["time sdpo/sdpo-hybrid"]
-    yield f"(`grpo_weight=0.1`) costs {hybrid:.2f} of the 7B step without"
+    yield f"(`grpo_weight=0.1`) the 7B step of the first table takes {hybrid:.2f} of its time without"
 
 
 def readme_accuracy() -> Iterator[str]:
@@ -291,7 +295,8 @@ PAGES = [
         )
         for line in part()
     ),
-    *((METHOD, line) for part in (ablation, weighed, prompts_once) for line in part()),
+    *((PERFORMANCE, line) for part in (ablation, prompts_once) for line in part()),
+    *((LOSSES, line) for line in weighed()),
     *((UNSLOTH, line) for line in guide()),
 ]
 
