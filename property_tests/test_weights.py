@@ -529,12 +529,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"mix: .*\[0, 1\], got 2",
     ),
-    "siblings without an axis": (
+    "peers without an axis": (
         lambda: contrastive_evidence(P, Q, SIBLINGS[0]),
         ValueError,
-        "wrong: .*siblings",
+        "wrong: .*peers",
     ),
-    "sibling mask per token": (
+    "peer mask per token": (
         lambda: contrastive_evidence(P, WRONG[0], M),
         ValueError,
         r"wrong_mask: .*\(4, 2\).*got \(4, 5\)",

@@ -179,8 +179,8 @@ def sdpg_formula(student: Logits, detached: Logits) -> float:
 def rlcsd_formula(student: Logits, detached: Logits) -> float:
     moved, unmoved = [], []
     for b, t in ACTIVE:
-        siblings = [math.exp(float(WRONG[b, k, t])) for k in range(2) if WRONG_MASK[b, k]]
-        evidence = float(RIGHT[b, t]) - math.log(mean(siblings)) if siblings and RIGHT_MASK[b] else 0.0
+        peers = [math.exp(float(WRONG[b, k, t])) for k in range(2) if WRONG_MASK[b, k]]
+        evidence = float(RIGHT[b, t]) - math.log(mean(peers)) if peers and RIGHT_MASK[b] else 0.0
         shift = 0.5 * math.tanh(evidence / 0.5)
         a = float(ADVANTAGES[b])
         if abs(shift) <= 0.1:

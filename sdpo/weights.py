@@ -261,13 +261,13 @@ def contrastive_evidence(right: Tensor, wrong: Tensor, wrong_mask: Tensor) -> Te
     paper's equation, not one of gaps.
 
     Args:
-        right: [B, T] log-probability of the sampled token under the teacher that sees a right sibling, in nats.
-        wrong: [B, K, T] the same under teachers that see a wrong sibling each, in the same template.
-        wrong_mask: [B, K] bool. Which of the K wrong siblings exist. A row without any has evidence 0.
+        right: [B, T] log-probability of the sampled token under the teacher that sees a right peer, in nats.
+        wrong: [B, K, T] the same under teachers that see a wrong peer each, in the same template.
+        wrong_mask: [B, K] bool. Which of the K wrong peers exist. A row without any has evidence 0.
 
     Returns:
-        [B, T] evidence in nats, within ±20, float32 (float64 for float64 inputs). Positive: the right sibling makes
-        the token likelier than the wrong ones do. A row without a right sibling must be masked by the caller.
+        [B, T] evidence in nats, within ±20, float32 (float64 for float64 inputs). Positive: the right peer makes
+        the token likelier than the wrong ones do. A row without a right peer must be masked by the caller.
 
     Raises:
         TypeError: right or wrong is not floating, or wrong_mask not bool.
@@ -287,17 +287,17 @@ def contrastive_evidence(right: Tensor, wrong: Tensor, wrong_mask: Tensor) -> Te
     check_tensor("right", right, "floating", min_ndim=1)
     check_tensor("wrong", wrong, "floating", min_ndim=2)
     check_tensor("wrong_mask", wrong_mask, "bool", min_ndim=1)
-    siblings = wrong.shape[-2]
+    peers = wrong.shape[-2]
     check_shape(
-        "wrong", wrong, (*right.shape[:-1], siblings, right.shape[-1]), like="right with an axis of siblings"
+        "wrong", wrong, (*right.shape[:-1], peers, right.shape[-1]), like="right with an axis of peers"
     )
-    check_shape("wrong_mask", wrong_mask, (*right.shape[:-1], siblings), like="one per row and wrong sibling")
+    check_shape("wrong_mask", wrong_mask, (*right.shape[:-1], peers), like="one per row and wrong peer")
     check_device("wrong", wrong, right, like="the device of right")
     check_device("wrong_mask", wrong_mask, right, like="the device of right")
     missing = rearrange(~wrong_mask, "... k -> ... 1 k")
-    per_sibling = rearrange(upcast(wrong).detach(), "... k t -> ... t k").masked_fill(missing, -math.inf)
+    per_peer = rearrange(upcast(wrong).detach(), "... k t -> ... t k").masked_fill(missing, -math.inf)
     count = reduce(wrong_mask, "... k -> ... 1", "sum")
-    log_mean = logsumexp(per_sibling) - count.clamp(min=1).to(per_sibling.dtype).log()
+    log_mean = logsumexp(per_peer) - count.clamp(min=1).to(per_peer.dtype).log()
     return zero_where_not(_gap(log_mean, right), count > 0)
 
 
