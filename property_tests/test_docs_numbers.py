@@ -6,6 +6,7 @@ import ast
 import re
 from pathlib import Path
 
+from sdpo_rl.credit import files, recorder
 from sdpo_rl.diagnose import monitors, warnings
 from sdpo_rl.diagnose.probe import verdict
 
@@ -100,6 +101,18 @@ def test_the_rules_of_the_probe_fire_at_the_limits_of_the_page() -> None:
     }.items():
         assert words in rules[rule], rule
     assert verdict.CERTAIN == 2
+
+
+def test_the_sizes_of_what_a_run_writes_are_those_of_the_page() -> None:
+    text = page("docs/report.md")
+    characters = f"{recorder.MOST_CHARACTERS // 2:,}".replace(",", " ")
+    for sentence in (
+        f"at most {files.CREDIT_LIMIT // 2**20} MiB",
+        f"the first {recorder.MOST_TOKENS} tokens are kept",
+        f"the first and the last {characters} characters",
+        f"the {WORDS[recorder.LIKELIEST]} likeliest tokens of both models",
+    ):
+        assert sentence in text, sentence
 
 
 def test_methods_and_recipes_are_as_many_as_the_pages_say() -> None:

@@ -23,6 +23,9 @@ README = (ROOT / "README.md").read_text()
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 LOSSES = (ROOT / "docs" / "losses.md").read_text()
 UNSLOTH = (ROOT / "docs" / "unsloth.md").read_text()
+LORA = (ROOT / "docs" / "lora.md").read_text()
+NUMERICS = (ROOT / "docs" / "numerics.md").read_text()
+RECIPES = ROOT / "examples" / "recipes"
 LEVELS = ("flat", "ordinary", "peaked")
 
 
@@ -198,6 +201,16 @@ def readme_recipe() -> Iterator[str]:
     yield f"The teacher is {cases['Unsloth 4-bit SDPO']['teacher_mib']:.0f} MiB"
 
 
+def numerics_accuracy() -> Iterator[str]:
+    least_and_worst, _, medians = readme_accuracy()
+    yield least_and_worst.replace(" (median), ", " (median), and ")
+    yield medians.partition(" and the gradient")[0]
+
+
+def recipe_gib(name: str) -> str:
+    return f"{record('recipe-h200')['cases'][name]['peak_gib']:.1f} GiB"
+
+
 def guide() -> Iterator[str]:
     known = record("recipe-h200")
     cases = known["cases"]
@@ -298,6 +311,11 @@ PAGES = [
     *((PERFORMANCE, line) for part in (ablation, prompts_once) for line in part()),
     *((LOSSES, line) for line in weighed()),
     *((UNSLOTH, line) for line in guide()),
+    *((NUMERICS, line) for line in numerics_accuracy()),
+    (LORA, f"{recipe_gib('Unsloth 4-bit SDPO')} with SDPO in 4 bits"),
+    (LORA, f"{recipe_gib('TRL bf16 SDPO')} in bfloat16 without Unsloth"),
+    ((RECIPES / "lora_24gb.yaml").read_text(), f"{recipe_gib('TRL bf16 SDPO')} at the peak in the record"),
+    ((RECIPES / "unsloth_4bit.yaml").read_text(), f"{recipe_gib('Unsloth 4-bit SDPO')} at the peak (record"),
 ]
 
 
