@@ -79,6 +79,7 @@ def test_the_blocks_run_on_a_tiny_model(
     on_a_tiny_model: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if page.name == "unsloth.md":
         pytest.skip("it needs a GPU; property_tests/test_unsloth_gpu.py makes such a trainer")
@@ -88,10 +89,13 @@ def test_the_blocks_run_on_a_tiny_model(
     if page.name == "README.md" and page.parent == ROOT:
         module.__dict__["judge"] = verdict
     if page.name == "probe.md":  # "with the trainer of your own script"
-        module.__dict__["trainer"] = tiny.trainer(Path("own"), reward_funcs=[judge])
+        module.__dict__["trainer"] = tiny.trainer(
+            Path("own"), reward_funcs=[judge], sdpo_config=tiny.config(teacher_rate_samples=256)
+        )
     codes = [(line, code) for path, line, code in skipped() if path == page]
     for line, code in codes:
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), module.__dict__)
+    assert "where the paper has" not in caplog.text  # no first script gets the warning of a fast teacher
     printed = capsys.readouterr().out
     if "preview" in "".join(code for _, code in codes):
         assert "rows of a generation batch" in printed
@@ -99,7 +103,7 @@ def test_the_blocks_run_on_a_tiny_model(
 
 def test_a_block_with_a_wrong_option_fails(on_a_tiny_model: dict[str, Any]) -> None:
     right = next(code for page, _, code in skipped() if page.name == "lora.md")
-    wrong = right.replace("SDPOConfig()", "SDPOConfig(teacher_rate=0.05)")
+    wrong = right.replace("teacher_rate_samples=256", "teacher_rate=0.05")
     assert wrong != right
     with pytest.raises(TypeError, match="teacher_rate"):
         exec(wrong, dict(on_a_tiny_model))
