@@ -90,7 +90,9 @@ def test_the_blocks_run_on_a_tiny_model(
         module.__dict__["judge"] = verdict
     if page.name == "probe.md":  # "with the trainer of your own script"
         module.__dict__["trainer"] = tiny.trainer(
-            Path("own"), reward_funcs=[judge], sdpo_config=tiny.config(teacher_rate_samples=256)
+            Path("own"),
+            reward_funcs=[judge],
+            sdpo_config=tiny.config(teacher_update_rate=0.05, teacher_rate_samples=256),
         )
     codes = [(line, code) for path, line, code in skipped() if path == page]
     for line, code in codes:
