@@ -112,6 +112,9 @@ def test_a_dry_run_trains_nothing_and_prints_what_would_run(project: Path) -> No
     for part in done.stdout.split("\nPreview:\n")[0].split("# ")[1:]:
         values |= yaml.safe_load(part.split("\n", 1)[1]) or {}
     assert (values["alpha"], values["k"], values["max_steps"]) == (0.25, 8, 2)
+    # Neither a default nor what transformers makes of one.
+    assert "# GRPOConfig, without defaults" in done.stdout
+    assert not {"num_generations", "accelerator_config", "debug"} & set(values)
     assert "64 rows; nothing was trained" in done.stdout
     assert "Memory besides activations: weights " in done.stdout
     assert done.stdout.count("student's prompt: ") == 2
@@ -180,8 +183,8 @@ def test_the_help_of_preview_names_its_own_option(capsys: pytest.CaptureFixture[
         main(["preview", "--help"])
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert "usage: sdpo preview" in printed
-    assert "--rows N" in printed
+    assert printed.startswith("usage: sdpo preview --config recipe.yaml [--any_field value]\n\n--rows N: ")
+    assert "SDPOConfig.\n\noptions:\n" in printed
 
 
 def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,6 +323,18 @@ def test_a_wrong_type_in_a_process_of_its_own_prints_one_line(tmp_path: Path) ->
     (line,) = [line for line in done.stderr.splitlines() if "learning_rate" in line]
     assert line.endswith("invalid float value: 'abc'; correct it, or see --help")
     assert "usage" not in done.stderr + done.stdout
+
+
+def test_the_reward_to_start_from_tells_a_wrong_number_from_a_mark_after_it(project: Path) -> None:
+    judge = recipe.load_object("rewards.py:judge", "reward_funcs")
+    replies = ("It is 32", "It is **32**.", "It is 42", "")
+    verdicts = judge([[{"role": "assistant", "content": reply}] for reply in replies], ["32"] * 4)
+    assert verdicts[0] == (1.0, None)
+    assert verdicts[1] == (
+        0.0, "The number is right, but the last word was '**32**.'; end with the digits alone.",
+    )  # fmt: skip
+    assert verdicts[2] == (0.0, "The last word was '42'; the sum of the two numbers ends in 2.")
+    assert verdicts[3] == (0.0, "The last word was ''; the sum of the two numbers ends in 2.")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

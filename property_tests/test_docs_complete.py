@@ -138,6 +138,48 @@ def test_every_option_of_trl_sdpo_has_a_row() -> None:
     assert not_covered(own(PeerConfig) - own(GRPOConfig), text) == set()
 
 
+def other_defaults() -> set[tuple[str, str]]:
+    """Options that TRL's SDPO shares with GRPOConfig, with both defaults where they differ."""
+    theirs, ours = (
+        {field.name: field.default for field in dataclasses.fields(config)}
+        for config in (PeerConfig, GRPOConfig)
+    )
+    shared = set(theirs) & set(ours)
+    return {(name, f"{theirs[name]} → {ours[name]}") for name in shared if theirs[name] != ours[name]}
+
+
+def test_shared_options_with_other_defaults_in_trl_sdpo_are_listed() -> None:
+    rows = table(section("From TRL's experimental SDPO"))
+    head = next(i for i, row in enumerate(rows) if row[0] == "option")
+    assert {(row[0].strip("`"), row[1].replace("`", "")) for row in rows[head + 1 :]} == other_defaults()
+    assert ("learning_rate", "1e-06 → 1e-06") not in other_defaults()
+
+
+def test_the_nearest_settings_to_trl_sdpo_are_its_defaults() -> None:
+    block = section("From TRL's experimental SDPO").split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    theirs = PeerConfig(output_dir="unused", use_cpu=True, bf16=False)
+    config = names["config"]
+    for name in {field.name for field in dataclasses.fields(config)} - own_of_this_library(theirs):
+        assert getattr(config, name) == getattr(theirs, name), name
+    assert (config.support, config.alpha) == (
+        theirs.distillation_mode.split("_")[0],
+        theirs.distillation_alpha,
+    )
+    assert config.is_clip == theirs.distillation_is_clip
+    assert config.max_reprompt_length == theirs.max_reprompt_len
+
+
+def own_of_this_library(theirs: Any) -> set[str]:
+    """Fields of SDPOConfig that are not there, and the templates, which end in line breaks there."""
+    ours = {field.name for field in dataclasses.fields(SDPOConfig)}
+    templates = {name for name in ours if name.endswith("_template")}
+    for name in templates - {"success_feedback_template"}:
+        assert getattr(theirs, name).rstrip("\n") == getattr(SDPOConfig(), name)
+    return {name for name in ours if not hasattr(theirs, name)} | templates
+
+
 # Options of SDPOConfig in sdpo-rl 0.0.3, and the names that it exported.
 EARLIER = {
     *("enabled", "alpha", "full_logit_distillation", "distillation_topk", "distillation_add_tail", "is_clip"),
@@ -148,6 +190,7 @@ EARLIER = {
     *("aggregate_loss", "apply_importance_sampling_correction", "compute_self_distillation_loss"),
     *("top_k_kl_divergence", "build_teacher_prompts", "compute_self_distillation_mask", "ema_update"),
     *("remove_thinking_tags", "select_demonstration", "EMATeacherCallback", "LoraEMATeacherCallback"),
+    *("ema_update_lora_adapters", "init_lora_ema_teacher", "LORA_EMA_TEACHER_ADAPTER", "SDPOConfig"),
 }
 
 

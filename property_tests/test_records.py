@@ -20,8 +20,12 @@ RECORDS = ROOT / "examples" / "benchmarks" / "records"
 DEMO = json.loads((ROOT / "examples" / "demo" / "record.json").read_text())
 PICTURE = (ROOT / "docs" / "images" / "demo.svg").read_text()
 README = (ROOT / "README.md").read_text()
-METHOD = (ROOT / "docs" / "method.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
+LOSSES = (ROOT / "docs" / "losses.md").read_text()
 UNSLOTH = (ROOT / "docs" / "unsloth.md").read_text()
+LORA = (ROOT / "docs" / "lora.md").read_text()
+NUMERICS = (ROOT / "docs" / "numerics.md").read_text()
+RECIPES = ROOT / "examples" / "recipes"
 LEVELS = ("flat", "ordinary", "peaked")
 
 
@@ -151,19 +155,22 @@ def readme_ragged() -> Iterator[str]:
     known = record("step-7b-ragged-h100")
     ratios = known["ratios"]
 
-    def pair(measure: str, layout: str) -> str:
-        names = (f"{measure} sdpo[{layout}]/{peer}" for peer in ("grpo", "trl-sdpo"))
-        return " and ".join(f"{ratios[name]:.2f}" for name in names)
+    def cells(layout: str) -> str:
+        names = (
+            f"{measure} sdpo[{layout}]/{peer}"
+            for peer in ("grpo", "trl-sdpo")
+            for measure in ("time", "memory")
+        )
+        return " | ".join(f"{ratios[name]:.2f}" for name in names)
 
     once = record("step-7b-prompts-h200")["ratios"]
     time, memory = (once[f"{measure} sdpo[packed]/grpo"] for measure in ("time", "memory"))
-    yield f"takes {time:.2f} of the time of GRPO and {memory:.2f} of its memory"
-    yield f"fill {known['batch']['fill'] * 100:.0f} % of the padded batch of that 7B step"
-    time = pair("time", "packed").replace(" and ", " of the time of GRPO and ")
-    memory, padded = pair("memory", "packed"), pair("time", "padded")
-    yield f"a step takes {time} of TRL's SDPO, and {memory} of their memory; padded, {padded} of their time"
+    yield f"step-7b-prompts-h200.json)) | {time:.2f} | {memory:.2f} | – | – |"
+    yield f"step-7b-ragged-h100.json)) | {cells('packed')} |"
+    fill = f"{known['batch']['fill'] * 100:.0f} %"
+    yield f"the same rows, padded: tokens fill {fill} of the batch | {cells('padded')} |"
     hybrid = 1 / record("step-7b-h100")["ratios"]["time sdpo/sdpo-hybrid"]
-    yield f"(`grpo_weight=0.1`) costs {hybrid:.2f} of the 7B step without"
+    yield f"(`grpo_weight=0.1`) the 7B step of the first table takes {hybrid:.2f} of its time without"
 
 
 def readme_accuracy() -> Iterator[str]:
@@ -192,6 +199,16 @@ def readme_recipe() -> Iterator[str]:
     yield f"within {cases['Unsloth 4-bit SDPO, 2048 + 4096']['peak_gib']:.2f} GiB"
     yield f"Unsloth's GRPO takes {cases['Unsloth 4-bit GRPO']['peak_gib']:.2f} GiB"
     yield f"The teacher is {cases['Unsloth 4-bit SDPO']['teacher_mib']:.0f} MiB"
+
+
+def numerics_accuracy() -> Iterator[str]:
+    least_and_worst, _, medians = readme_accuracy()
+    yield least_and_worst.replace(" (median), ", " (median), and ")
+    yield medians.partition(" and the gradient")[0]
+
+
+def recipe_gib(name: str) -> str:
+    return f"{record('recipe-h200')['cases'][name]['peak_gib']:.1f} GiB"
 
 
 def guide() -> Iterator[str]:
@@ -291,8 +308,14 @@ PAGES = [
         )
         for line in part()
     ),
-    *((METHOD, line) for part in (ablation, weighed, prompts_once) for line in part()),
+    *((PERFORMANCE, line) for part in (ablation, prompts_once) for line in part()),
+    *((LOSSES, line) for line in weighed()),
     *((UNSLOTH, line) for line in guide()),
+    *((NUMERICS, line) for line in numerics_accuracy()),
+    (LORA, f"{recipe_gib('Unsloth 4-bit SDPO')} with SDPO in 4 bits"),
+    (LORA, f"{recipe_gib('TRL bf16 SDPO')} in bfloat16 without Unsloth"),
+    ((RECIPES / "lora_24gb.yaml").read_text(), f"{recipe_gib('TRL bf16 SDPO')} at the peak in the record"),
+    ((RECIPES / "unsloth_4bit.yaml").read_text(), f"{recipe_gib('Unsloth 4-bit SDPO')} at the peak (record"),
 ]
 
 

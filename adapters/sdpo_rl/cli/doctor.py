@@ -82,7 +82,7 @@ def device() -> Iterator[Check]:
 def conflicts() -> Iterator[Check]:
     """Combinations that do not work."""
     if importlib.util.find_spec("unsloth") is not None:
-        yield Check(NOTE, "Unsloth: import it and call PatchFastRL before sdpo_rl; see docs/unsloth.md")
+        yield Check(NOTE, "Unsloth: set unsloth: true in a recipe; for a script see docs/unsloth.md")
     if _has("vllm") and _has("trl"):
         from trl.import_utils import is_vllm_available
 

@@ -52,15 +52,17 @@ def judge(completions, answer, **columns):
 
 
 def check(reply, right):
-    found = reply.strip().split()[-1] if reply.strip() else ""
+    found = reply.split()[-1] if reply.strip() else ""
     if found == right:
         return 1.0, None
+    if found.strip("*.,!$") == right:
+        return 0.0, f"The number is right, but the last word was {found!r}; end with the digits alone."
     return 0.0, f"The last word was {found!r}; the sum of the two numbers ends in {right[-1]}."
 '''
 TASKS = "".join(
     json.dumps(
         {
-            "prompt": [{"role": "user", "content": f"What is {a} + {b}? End with the number."}],
+            "prompt": [{"role": "user", "content": f"What is {a} + {b}? End with the number alone."}],
             "answer": str(a + b),
         }
     )

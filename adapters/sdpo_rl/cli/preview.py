@@ -22,7 +22,9 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--rows", default=str(_ROWS))
     own, rest = parser.parse_known_args(list(arguments))
     rows = _number(own.rows)
-    recipe = parse(rest, command="preview", epilog=f"--rows N: how many rows to show, {_ROWS} by default")
+    recipe = parse(
+        rest, command="preview", own_options=[f"--rows N: how many rows to show, {_ROWS} by default"]
+    )
     if recipe.run.quiet:
         silence(recipe)
     trainer = build(recipe)

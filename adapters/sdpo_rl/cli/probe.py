@@ -17,9 +17,11 @@ from .recipe import parse
 from .train import build, silence
 
 _BATCHES = 2
-_OPTIONS = f"""--json FILE: also write the numbers to this file;
---batches N: generation batches, {_BATCHES} by default;
---answer_column NAME: a column of the dataset with a right completion of each prompt"""
+_OPTIONS = (
+    "--json FILE: also write the numbers to this file",
+    f"--batches N: generation batches, {_BATCHES} by default",
+    "--answer_column NAME: a column of the dataset with a right completion of each prompt",
+)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -38,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
             f"--json: expected a file, got the folder {str(own.json)!r}; add a name that ends in .json"
         )
     batches = _number(own.batches)
-    recipe = parse(rest, command="probe", epilog=_OPTIONS)
+    recipe = parse(rest, command="probe", own_options=_OPTIONS)
     if recipe.run.quiet:
         silence(recipe)
     trainer = build(recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import importlib.util
@@ -19,8 +20,15 @@ from ..config import SDPOConfig
 from ..presets import training_arguments
 from . import UserError, mistake
 
+_DESCRIPTION = """\
+--config FILE: a recipe, a YAML file with any of the fields below; options replace its values.
+The fields follow in this order: those of a run (--dataset to --quiet), GRPOConfig, ModelConfig, SDPOConfig."""
 # Readers of `datasets` by the ending of a file.
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The default of each field, and the lines of the description as they are written."""
 
 
 @dataclass
@@ -77,19 +85,24 @@ class _Parser(TrlParser):
         raise mistake(message)
 
 
-def parse(arguments: Sequence[str], *, command: str = "train", epilog: str | None = None) -> Recipe:
+def parse(arguments: Sequence[str], *, command: str = "train", own_options: Sequence[str] = ()) -> Recipe:
     """Options over the YAML file of ``--config`` over the preset over the defaults.
 
     Args:
         arguments: of the command, without its own.
         command: its name, for the help.
-        epilog: what the help says at its end.
+        own_options: lines of the help about options that only this command has.
 
     Raises:
         UserError: an unknown field, a bad value, a file that cannot be read.
     """
     parser = _Parser(
-        (RunArguments, GRPOConfig, ModelConfig, SDPOConfig), prog=f"sdpo {command}", epilog=epilog
+        (RunArguments, GRPOConfig, ModelConfig, SDPOConfig),
+        prog=f"sdpo {command}",
+        # In place of the list of all options, which is hundreds of lines before the help.
+        usage=f"sdpo {command} --config recipe.yaml [--any_field value]",
+        description="\n".join((*own_options, _DESCRIPTION)),
+        formatter_class=_Help,
     )
     parser.add_argument("--config", help="a YAML file with any of these fields")
     known, _ = parser.parse_known_args(list(arguments))

@@ -121,13 +121,28 @@ def resolved(recipe: Recipe) -> str:
     """The configuration as YAML: of `SDPOConfig` everything, of the others what is not a default."""
     parts = {"run": recipe.run, "GRPOConfig": recipe.training, "ModelConfig": recipe.model}
     text = []
-    for title, part in {**parts, "SDPOConfig": recipe.sdpo}.items():
-        values = {item.name: _plain(getattr(part, item.name)) for item in dataclasses.fields(part)}
-        if part is not recipe.sdpo:
-            default = {item.name: _default(item) for item in dataclasses.fields(part)}
-            values = {name: value for name, value in values.items() if value != default[name]}
-        text.append(f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}")
+    for title, part in parts.items():
+        values = {
+            item.name: _plain(value)
+            for item in dataclasses.fields(part)
+            if not _is_default(value := getattr(part, item.name), _default(item))
+        }
+        text.append(_section(f"{title}, without defaults", values))
+    fields = dataclasses.fields(recipe.sdpo)
+    text.append(
+        _section("SDPOConfig", {item.name: _plain(getattr(recipe.sdpo, item.name)) for item in fields})
+    )
     return "\n".join(text)
+
+
+def _section(title: str, values: dict[str, Any]) -> str:
+    return f"# {title}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether a value is the default of its field, or what `TrainingArguments` makes of that."""
+    made = dataclasses.is_dataclass(value) and not isinstance(value, type) and value == type(value)()
+    return made or _plain(value) in (default, [], {})
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
