@@ -25,8 +25,9 @@ import sdpo_rl.trainer as trainer_module
 from sdpo_rl.compat import trackers
 from sdpo_rl.credit import files, recorder
 from sdpo_rl.credit.selection import Candidate, choose
-from sdpo_rl.credit.tokens import token_text, token_texts
+from sdpo_rl.credit.tokens import LogitSettings, token_text, token_texts
 from sdpo_rl.step import micro_batch
+from sdpo_rl.step.head import HeadTransform
 
 TEMPERATURE = 0.8
 
@@ -181,6 +182,32 @@ def test_off_is_free_and_on_changes_no_number(tmp_path: Path, monkeypatch: pytes
     assert numbers(on) == numbers(off)
     with pytest.raises(AssertionError, match="nobody asked"):
         tiny.trainer(tmp_path / "again", sdpo_config=tiny.config(credit_rows=3)).train()
+
+
+class CountedReads(torch.Tensor):
+    """A tensor that counts how often its numbers are read one at a time, each of which waits for a device."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.reads += func is torch.Tensor.item
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_rows_without_a_signal_are_read_at_once(tmp_path: Path) -> None:
+    settings = LogitSettings(HeadTransform(1.0, None), 1.0, 0.5)
+    one = recorder.Recorder(tmp_path / files.CREDIT, tiny.config(credit_rows=2), str, settings)
+    one.load_state([{"success": row % 2 == 0, "row": row} for row in range(6)])
+    ones = torch.ones(6, 3, dtype=torch.long).as_subclass(CountedReads)
+    inputs = {"rollout_row": torch.arange(6)[:, None].as_subclass(CountedReads), "loss_mask": ones == 0}
+    inputs |= {name: ones for name in ("completion_mask", "completion_ids", "prompt_ids", "prompt_mask")}
+    state = SimpleNamespace(global_step=0, logging_steps=1)
+    assert one.observer(SimpleNamespace(logging_first_step=False), state, inputs) is not None
+    assert CountedReads.reads == 0
+    assert [row["row"] for row in one.write(1)] == [0]
+    inputs["rollout_row"][0].item()
+    assert CountedReads.reads == 1
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -424,7 +451,9 @@ def test_a_resumed_run_writes_every_row_once(tmp_path: Path, kept: int) -> None:
     assert len(rows_of(tmp_path)) > len(rows)
 
 
-def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [False, True])
+def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: Path, table: bool) -> None:
+    """Also of a run whose completions table numbers the rows of the batch that was saved."""
     changes = {
         "per_device_train_batch_size": 4,
         "steps_per_generation": 2,
@@ -432,7 +461,7 @@ def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: P
         "save_strategy": "steps",
         "save_steps": 1,
     }
-    tiny.trainer(tmp_path, **changes).train()
+    tiny.trainer(tmp_path, log_completions=table, **changes).train()
     (tmp_path / files.LOG).unlink()
     again = tiny.trainer(tmp_path, sdpo_config=tiny.config(credit_rows=2), **changes)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
