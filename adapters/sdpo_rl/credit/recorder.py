@@ -129,7 +129,7 @@ class Recorder:
         """
         step = state.global_step + 1
         is_logged = step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        # A batch from the checkpoint of a run without `credit_rows` has no texts, though a table may number its rows.
+        # A batch from the checkpoint of a run without `credit_rows` has no texts, even if its rows have places.
         if not is_logged or not self._texts or "rollout_row" not in inputs:
             return None
         if step != self._step:
