@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -201,7 +202,7 @@ def test_rows_without_a_signal_are_read_at_once(tmp_path: Path) -> None:
     one.load_state([{"success": row % 2 == 0, "row": row} for row in range(6)])
     ones = torch.ones(6, 3, dtype=torch.long).as_subclass(CountedReads)
     inputs = {"rollout_row": torch.arange(6)[:, None].as_subclass(CountedReads), "loss_mask": ones == 0}
-    inputs |= {name: ones for name in ("completion_mask", "completion_ids", "prompt_ids", "prompt_mask")}
+    inputs |= dict.fromkeys(("completion_mask", "completion_ids", "prompt_ids", "prompt_mask"), ones)
     state = SimpleNamespace(global_step=0, logging_steps=1)
     assert one.observer(SimpleNamespace(logging_first_step=False), state, inputs) is not None
     assert CountedReads.reads == 0
@@ -468,6 +469,54 @@ def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: P
     assert {row["step"] for row in rows_of(tmp_path)} == {3, 4}  # step 2 is of the batch that was saved
     # The history comes from the checkpoint.
     assert [entry["step"] for entry in log_of(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that cannot be made, and a disk that is full after the first entries, are one warning a file."""
+    (tmp_path / "file").touch()
+    log = files.RunLog(tmp_path / "file", writes=True)
+    log.begin(3, options={}, history=[])
+    log.add(4, {"loss": 1.0}, {})
+    (message,) = caplog.messages
+    assert f"{files.LOG} ends before step 3" in message
+    written, append = 0, files.append
+
+    def until_full(path: Path, entries: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 3:
+            with path.open("a") as file:
+                file.write('{"step":')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, entries)
+
+    monkeypatch.setattr(files, "append", until_full)
+    trainer = tiny.trainer(tmp_path / "full", sdpo_config=tiny.config(credit_rows=2), max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    full = [m.partition(" ends before ")[2][:6] for m in caplog.messages if "No space left" in m]
+    assert full == ["step 1", "step 2"]  # of the rows and of the log
+    # What was written can be read, and nothing follows the half entries.
+    assert {entry["step"] for entry in log_of(tmp_path / "full")} == {0, 1}
+    assert rows_of(tmp_path / "full") == []
+
+
+def test_a_damaged_file_of_rows_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "append_bounded", partial(files.append_bounded, limit=10))
+    path = tmp_path / files.CREDIT
+    path.write_text("damaged\n")
+    settings = LogitSettings(HeadTransform(1.0, None), 1.0, 0.5)
+    one = recorder.Recorder(path, tiny.config(credit_rows=1), str, settings)
+    for step in (1, 2):
+        one._step, one._kept = step, [Candidate(0, None, True, {"row": step})]
+        assert one.write(step) == [{"step": step, "row": step}]
+    assert len(caplog.messages) == 1
+    assert "line 1: expected a JSON object" in caplog.messages[0]
+    assert path.read_text() == "damaged\n"
 
 
 # --- texts of tokens --------------------------------------------------------------------------------------

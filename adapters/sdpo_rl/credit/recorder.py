@@ -72,6 +72,7 @@ class Recorder:
         self._kept: list[Candidate] = []
         self._seen = 0  # rows of the step
         self._step: int | None = None  # that the kept rows are of
+        self._writes = True
 
     def state(self) -> list[dict[str, Any]]:
         """The texts of the generation batch, in JSON's types."""
@@ -242,7 +243,12 @@ class Recorder:
             return []
         rows = [{"step": step, **row.content} for row in self._kept]
         self._step, self._kept = None, []
-        files.append_bounded(self._path, rows)
+        if self._writes:
+            try:
+                files.append_bounded(self._path, rows)
+            except (OSError, ValueError) as error:  # the disk, or a line that something else damaged
+                self._writes = False
+                files.warn_of_end(self._path, step, error)
         return rows
 
 
