@@ -40,7 +40,7 @@ class RunState:
     """What is saved of one process.
 
     Attributes:
-        schedule: what decides which rows a micro-batch contains, by name; with another one the state cannot be used.
+        schedule: what decides which rows a micro-batch contains, by name; with another the state cannot be used.
         step: micro-batches so far, TRL's count.
         student_moved: whether an optimizer step had a signal since the last generation batch that ended.
         batches: the micro-batches of the generation batch; `None` if it is used up.
