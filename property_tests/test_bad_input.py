@@ -188,6 +188,22 @@ CONFIG: dict[str, list[Case]] = {
             ValueError,
             ("token_weights", "routing='srpo'", "got 'evidence'", "grpo_weight=1.0"),
         ),
+        *(
+            Case(
+                f"{name}: {value} of a part without a share of the loss, λ to {final}",
+                partial(SDPOConfig, grpo_weight=1.0, grpo_weight_final=final, **{name: value}),
+                ValueError,
+                (name, "with grpo_weight=1.0", f"got {value!r}", "lower grpo_weight"),
+            )
+            for name, value in (
+                ("anchor_weight", 0.1),
+                ("row_weights", "pass_rate"),
+                ("token_weights", "confidence"),
+                ("token_weights", "gate"),
+                ("token_fraction", 0.5),
+            )
+            for final in (None, 1.0)
+        ),
     ],
     "evidence_mix": fraction("evidence_mix", "the teacher's share of the advantages"),
     "evidence_clip": [

@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ import sdpo_rl
 from sdpo_rl import SDPOConfig
 from sdpo_rl.resume import checkpoint, progress
 from sdpo_rl.step import metrics
+from sdpo_rl.teacher import shards
 
 WHOLE_BATCH = {"steps_per_generation": 2}
 HALF_BATCH = {"steps_per_generation": 4}
@@ -293,6 +296,48 @@ def test_another_schedule_starts_the_generation_batch_again(
     assert "progress-0.safetensors is missing" in caplog.text
 
 
+def test_damaged_files_of_a_checkpoint_are_named_with_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The computer failed before the disk had all of a file."""
+    run(tmp_path, max_steps=1, **HALF_BATCH)
+    folder = tmp_path / "checkpoint-1" / "sdpo"
+    whole = (folder / "progress-0.safetensors").read_bytes()
+    (folder / "progress-0.safetensors").write_bytes(whole[:100])
+    with caplog.at_level(logging.WARNING, "sdpo_rl"):
+        run(tmp_path, max_steps=2, resume=True, **HALF_BATCH)
+    assert re.search(
+        r"progress-0.safetensors is damaged \(.*the generation batch and its metrics start", caplog.text
+    )
+    whole = (tmp_path / "checkpoint-2" / "sdpo" / "teacher.safetensors").read_bytes()
+    (tmp_path / "checkpoint-2" / "sdpo" / "teacher.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"teacher.safetensors: expected a whole .*; resume from an earlier"):
+        run(tmp_path, max_steps=3, resume=True, **HALF_BATCH)
+
+
+def test_a_generation_batch_starts_again_on_all_processes_or_on_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Processes that continue would wait for those that generate."""
+    state = progress.RunState({"world_size": 2}, 3, True, None, {}, {}, {}, {}, [])
+    progress.save(str(tmp_path), state, process=0)
+    asked: list[bool] = []
+    others = [False, True]
+
+    def any_rank(flag: bool, device: torch.device) -> bool:
+        asked.append(flag)
+        return flag or others[0]
+
+    monkeypatch.setattr(shards, "any_rank", any_rank)
+    load = partial(progress.load, str(tmp_path), schedule={"world_size": 2}, device=torch.device("cpu"))
+    assert load(process=0) == state
+    assert load(process=1) is None
+    others[0] = True
+    assert load(process=0) is None
+    assert asked == [False, True, False]
+    assert "Another process cannot continue" in caplog.messages[-1]
+
+
 def test_a_longer_run_continues_a_stream_that_ended_within_its_first_pass(tmp_path: Path) -> None:
     stream: dict[str, Any] = {
         "train_dataset": tiny.conversations().to_iterable_dataset(),
@@ -367,7 +412,10 @@ def test_a_checkpoint_without_options_resumes_and_says_so_once(
     run(tmp_path, max_steps=1)
     (tmp_path / "checkpoint-1" / "sdpo_config.json").unlink()
     (message,) = warnings_on_resume(caplog, tmp_path, 2)
-    assert "checkpoint-1 has no sdpo_config.json" in message
+    assert "checkpoint-1 has no sdpo_config.json that can be read" in message
+    (tmp_path / "checkpoint-2" / "sdpo_config.json").write_text('{"options": {"al')
+    (message,) = warnings_on_resume(caplog, tmp_path, 3)
+    assert "checkpoint-2 has no sdpo_config.json that can be read" in message
 
 
 def test_grpo_has_no_options_to_save_or_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -202,6 +202,7 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
         (("--json", "no/probe.json"), "--json: expected a file in a folder, got 'no/probe.json'"),
         (("--json", "."), "--json: expected a file, got the folder '.'"),
         (("--answer_column", "no"), "answer_column: expected a column of train_dataset, got 'no'"),
+        (("--answer_column", "prompt"), "answer_column: expected a column of texts, got list in 'prompt'"),
         (("--batches", "0"), "batches: expected at least 1, got 0"),
         (("--batches", "two"), "--batches: expected a number of generation batches, got 'two'"),
         (("--enabled", "false"), "expected enabled=True, got False"),

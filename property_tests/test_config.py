@@ -316,6 +316,17 @@ def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
         ({"evidence_mix": 0.1, "evidence_clip": 0.3}, ["evidence_mix=0.1", "evidence_clip=0.3"]),
         ({"trust_region_coef": 0.3}, ["trust_region_coef=0.3"]),
         ({"teacher_mode": "trust_region", "trust_region_coef": 0.3}, []),
+        ({"teacher_mode": "live", "teacher_tick": "optimizer_step"}, ["teacher_tick='optimizer_step'"]),
+        (
+            {"teacher_mode": "frozen", "teacher_restart_every": 4, "teacher_tick": "optimizer_step"},
+            [],
+        ),
+        (
+            {"include_environment_feedback": False, "environment_feedback_only_without_solution": False},
+            ["environment_feedback_only_without_solution=False"],
+        ),
+        ({"loss_backend": "logits", "loss_chunk_size": 64}, ["loss_chunk_size=64"]),
+        ({"support": "full", "entry_clip": 0.05, "loss_chunk_size": 64}, ["loss_chunk_size=64"]),
         ({"support": "full", "enabled": False, "k": 7}, []),
         ({}, []),
     ],

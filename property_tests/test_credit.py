@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -25,8 +26,9 @@ import sdpo_rl.trainer as trainer_module
 from sdpo_rl.compat import trackers
 from sdpo_rl.credit import files, recorder
 from sdpo_rl.credit.selection import Candidate, choose
-from sdpo_rl.credit.tokens import token_text, token_texts
+from sdpo_rl.credit.tokens import LogitSettings, token_text, token_texts
 from sdpo_rl.step import micro_batch
+from sdpo_rl.step.head import HeadTransform
 
 TEMPERATURE = 0.8
 
@@ -181,6 +183,32 @@ def test_off_is_free_and_on_changes_no_number(tmp_path: Path, monkeypatch: pytes
     assert numbers(on) == numbers(off)
     with pytest.raises(AssertionError, match="nobody asked"):
         tiny.trainer(tmp_path / "again", sdpo_config=tiny.config(credit_rows=3)).train()
+
+
+class CountedReads(torch.Tensor):
+    """A tensor that counts how often its numbers are read one at a time, each of which waits for a device."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.reads += func is torch.Tensor.item
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_rows_without_a_signal_are_read_at_once(tmp_path: Path) -> None:
+    settings = LogitSettings(HeadTransform(1.0, None), 1.0, 0.5)
+    one = recorder.Recorder(tmp_path / files.CREDIT, tiny.config(credit_rows=2), str, settings)
+    one.load_state([{"success": row % 2 == 0, "row": row} for row in range(6)])
+    ones = torch.ones(6, 3, dtype=torch.long).as_subclass(CountedReads)
+    inputs = {"rollout_row": torch.arange(6)[:, None].as_subclass(CountedReads), "loss_mask": ones == 0}
+    inputs |= dict.fromkeys(("completion_mask", "completion_ids", "prompt_ids", "prompt_mask"), ones)
+    state = SimpleNamespace(global_step=0, logging_steps=1)
+    assert one.observer(SimpleNamespace(logging_first_step=False), state, inputs) is not None
+    assert CountedReads.reads == 0
+    assert [row["row"] for row in one.write(1)] == [0]
+    inputs["rollout_row"][0].item()
+    assert CountedReads.reads == 1
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -424,7 +452,9 @@ def test_a_resumed_run_writes_every_row_once(tmp_path: Path, kept: int) -> None:
     assert len(rows_of(tmp_path)) > len(rows)
 
 
-def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [False, True])
+def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: Path, table: bool) -> None:
+    """Also of a run whose completions table numbers the rows of the batch that was saved."""
     changes = {
         "per_device_train_batch_size": 4,
         "steps_per_generation": 2,
@@ -432,13 +462,61 @@ def test_a_checkpoint_of_a_run_without_rows_can_be_resumed_with_them(tmp_path: P
         "save_strategy": "steps",
         "save_steps": 1,
     }
-    tiny.trainer(tmp_path, **changes).train()
+    tiny.trainer(tmp_path, log_completions=table, **changes).train()
     (tmp_path / files.LOG).unlink()
     again = tiny.trainer(tmp_path, sdpo_config=tiny.config(credit_rows=2), **changes)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert {row["step"] for row in rows_of(tmp_path)} == {3, 4}  # step 2 is of the batch that was saved
     # The history comes from the checkpoint.
     assert [entry["step"] for entry in log_of(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that cannot be made, and a disk that is full after the first entries, are one warning a file."""
+    (tmp_path / "file").touch()
+    log = files.RunLog(tmp_path / "file", writes=True)
+    log.begin(3, options={}, history=[])
+    log.add(4, {"loss": 1.0}, {})
+    (message,) = caplog.messages
+    assert f"{files.LOG} ends before step 3" in message
+    written, append = 0, files.append
+
+    def until_full(path: Path, entries: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 3:
+            with path.open("a") as file:
+                file.write('{"step":')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, entries)
+
+    monkeypatch.setattr(files, "append", until_full)
+    trainer = tiny.trainer(tmp_path / "full", sdpo_config=tiny.config(credit_rows=2), max_steps=4)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    full = [m.partition(" ends before ")[2][:6] for m in caplog.messages if "No space left" in m]
+    assert full == ["step 1", "step 2"]  # of the rows and of the log
+    # What was written can be read, and nothing follows the half entries.
+    assert {entry["step"] for entry in log_of(tmp_path / "full")} == {0, 1}
+    assert rows_of(tmp_path / "full") == []
+
+
+def test_a_damaged_file_of_rows_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "append_bounded", partial(files.append_bounded, limit=10))
+    path = tmp_path / files.CREDIT
+    path.write_text("damaged\n")
+    settings = LogitSettings(HeadTransform(1.0, None), 1.0, 0.5)
+    one = recorder.Recorder(path, tiny.config(credit_rows=1), str, settings)
+    for step in (1, 2):
+        one._step, one._kept = step, [Candidate(0, None, True, {"row": step})]
+        assert one.write(step) == [{"step": step, "row": step}]
+    assert len(caplog.messages) == 1
+    assert "line 1: expected a JSON object" in caplog.messages[0]
+    assert path.read_text() == "damaged\n"
 
 
 # --- texts of tokens --------------------------------------------------------------------------------------

@@ -482,6 +482,10 @@ def test_the_command_writes_the_file_and_says_where(
         (["{}/state"], "trainer_state.json: expected global_step, and log_history"),
         (["{}/steps"], "trainer_state.json: expected global_step, and log_history"),
         (["{}/run", "--output", "{}/empty"], "output: expected a file, got the folder"),
+        (
+            ["{}/run", "--output", "{}/run/sdpo_log.jsonl/a.html"],
+            "output: expected a file that can be written",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_the_fix(

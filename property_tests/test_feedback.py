@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from sdpo_rl.rollout.feedback import (
     FeedbackCollector,
     column_name,
     column_texts,
+    environment_feedback,
     join_feedback,
     split_rewards,
 )
@@ -69,6 +71,33 @@ def test_two_rows_are_no_pair_of_lists() -> None:
     assert split_rewards("judge", torch.tensor([1.0, 0.0]), 2) == ([1.0, 0.0], [None, None])
     with pytest.raises(ValueError, match=r"expected 8 items.*got 2 items"):
         split_rewards("judge", [(1.0, "a"), (0.0, "b")], 8)
+
+
+@pytest.mark.parametrize("score", ["1.0", "nan", b"1", torch.empty((), device="meta")])
+def test_what_only_looks_like_a_number_is_refused_with_function_and_row(score: Any) -> None:
+    for item in (score, (score, "why"), {"score": score}):
+        with pytest.raises(TypeError, match=r"'judge', row 1: expected a number.*return one of these"):
+            split_rewards("judge", [0.0, item], 2)
+
+
+@pytest.mark.parametrize("outputs", [{0.0, 1.0}, frozenset([0.0, 1.0]), b"ab"])
+def test_outputs_without_an_order_are_refused(outputs: Any) -> None:
+    with pytest.raises(TypeError, match=r"'judge': expected one item per row, got .*; return a list"):
+        split_rewards("judge", outputs, 2)
+
+
+def test_texts_that_no_tokenizer_takes_are_refused_where_they_come_from() -> None:
+    """The text of a subprocess, say, that was decoded with errors='surrogateescape'."""
+    broken = b"caf\xe9".decode(errors="surrogateescape")
+    found = r"expected text that UTF-8 can encode, got '\\udce9' at character 3; decode bytes"
+    with pytest.raises(ValueError, match=rf"reward function 'judge', row 1: {found}"):
+        split_rewards("judge", [0.0, (0.0, broken)], 2)
+    with pytest.raises(ValueError, match=rf"the column 'feedback', row 1: {found}"):
+        column_texts([{"feedback": "fine"}, {"feedback": broken}])
+    with pytest.raises(ValueError, match=rf"SimpleNamespace.feedback: {found}"):
+        environment_feedback([SimpleNamespace(feedback=broken)])
+    fine = "\U0001f600 \0 \u202e"
+    assert split_rewards("judge", [(0.0, fine)], 1) == ([0.0], [fine])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import scripted_turns
 import tiny
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from programs import ROOT
 from programs import run as program
@@ -404,11 +404,23 @@ def test_a_fast_teacher_is_told_in_the_words_of_the_trainer(
         ({"batches": 0}, ValueError, "batches: expected at least 1, got 0"),
         ({"batches": 1.5}, TypeError, "batches: expected an integer, got float"),
         ({"answer_column": "no"}, ValueError, "answer_column: expected a column of train_dataset, got 'no'"),
+        ({"answer_column": "prompt"}, TypeError, "expected a column of texts, got list in 'prompt'; write"),
+        ({"answer_column": "number"}, TypeError, "expected a column of texts, got int in 'number'; write"),
+        ({"answer_column": "some"}, TypeError, "expected a column of texts, got NoneType in 'some'; write"),
     ],
 )
-def test_bad_arguments(tmp_path: Path, changes: dict, error: type, message: str) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bad_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, error: type, message: str, streamed: bool
+) -> None:
+    """Before anything is generated, also where the rows of a stream are the first to show it."""
+    data = tiny.conversations(number=list(range(8)), some=[None] * 8)
+    stream = IterableDataset.from_generator(lambda: iter(list(data)))  # does not know its columns
+    trainer = tiny.trainer(tmp_path, train_dataset=stream if streamed else data)
+    made = batches_of(monkeypatch)
     with pytest.raises(error, match=message):
-        probe(tiny.trainer(tmp_path), **changes)
+        probe(trainer, **changes)
+    assert made == []
 
 
 def test_grpo_has_nothing_to_probe(tmp_path: Path) -> None:

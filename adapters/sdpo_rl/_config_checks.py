@@ -157,6 +157,8 @@ def _check_parts(config: Any) -> None:
             f"{name}: expected its default with routing={config.routing!r}, got {getattr(config, name)!r}; a row "
             "then has GRPO's loss or SDPO's, not a mix: remove it, or set routing='none'"
         )
+    if config.grpo_weight == 1.0 and config.grpo_weight_final in (None, 1.0):
+        _check_grpo_alone(config)
     if config.token_weights in ("gate", "evidence") and not config.has_policy_loss:
         raise ValueError(
             f"token_weights: expected 'none' or 'confidence' without GRPO's part of the loss, got "
@@ -167,6 +169,23 @@ def _check_parts(config: Any) -> None:
             "token_weights: expected another value with routing='srpo', got 'evidence'; rows with GRPO's loss "
             "then have no teacher: set routing='none' and grpo_weight=1.0"
         )
+
+
+def _check_grpo_alone(config: Any) -> None:
+    """No option weighs SDPO's part of a loss that has none."""
+    for name, off in (
+        ("anchor_weight", (0.0,)),
+        ("row_weights", ("none",)),
+        ("token_weights", ("none", "evidence")),
+        ("token_fraction", (1.0,)),
+    ):
+        value = getattr(config, name)
+        if value not in off:
+            penalty = " (GRPO's own penalty is GRPOConfig(beta=...))" if name == "anchor_weight" else ""
+            raise ValueError(
+                f"{name}: expected {' or '.join(map(repr, off))} with grpo_weight=1.0, got {value!r}; it weighs "
+                f"the divergence, which then has no share of the loss{penalty}: lower grpo_weight, or remove it"
+            )
 
 
 def _check_teacher(config: Any) -> None:
@@ -206,6 +225,21 @@ def warn_of_settings_without_effect(config: Any) -> None:
         ("teacher_dtype", config.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
         ("teacher_offload", config.teacher_mode != "live", "a teacher with weights of its own"),
         ("trust_region_coef", config.teacher_mode == "trust_region", "teacher_mode='trust_region'"),
+        (
+            "teacher_tick",
+            config.teacher_mode in ("ema", "lora_ema") or config.teacher_restart_every is not None,
+            "a teacher that is updated",
+        ),
+        (
+            "environment_feedback_only_without_solution",
+            config.include_environment_feedback,
+            "include_environment_feedback=True",
+        ),
+        (
+            "loss_chunk_size",
+            config.loss_backend != "logits" and config.whole_logits_option is None,
+            "the fused loss",
+        ),
         ("max_tokens_per_forward", config.packing != "padded", "a packing other than 'padded'"),
     ):
         default = next(f.default for f in dataclasses.fields(config) if f.name == name)

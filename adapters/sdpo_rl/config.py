@@ -36,11 +36,11 @@ _OTHER_NAMES = {"distillation_topk": "k", "distillation_add_tail": "tail"}
 
 
 class _DefaultInt(int):
-    """A default that is told apart from the same number, given."""
+    """A default value; the same number, when it is passed, is a plain `int`."""
 
 
 class _DefaultStr(str):
-    """A default that is told apart from the same text, given."""
+    """A default value; the same text, when it is passed, is a plain `str`."""
 
     __slots__ = ()
 
@@ -115,7 +115,8 @@ class SDPOConfig:
             active tokens.
         grpo_weight: λ of λ·GRPO + (1−λ)·SDPO (paper §4.5, where .9 helped a 0.6B model). The mean of GRPO's part
             is that of `GRPOConfig.loss_type`, the mean of SDPO's that of `loss_aggregation`. Default 0.0: no
-            GRPO. At 1 the divergence is still measured; `enabled=False` is GRPO without a teacher.
+            GRPO. At 1 the divergence is only measured, and options that weigh it are refused; `enabled=False` is
+            GRPO without a teacher.
         grpo_weight_final: λ of the last optimizer step, to which it changes linearly. Default `None`: constant.
         routing: `none` (default), or `srpo` (SRPO, arXiv 2604.02288 §3.1): failed rows with a teacher signal
             have SDPO's loss alone, all others GRPO's alone. SRPO's denominator is
@@ -258,7 +259,9 @@ class SDPOConfig:
     trust_region_coef: float = _option(0.5, "Weight of the live student in the trust-region teacher.")
     teacher_tick: TeacherTick = _option("generation_batch", "When the moving average moves.")
     teacher_dtype: TeacherDtype = _option("float32", "Dtype of the averaged weights.")
-    teacher_offload: TeacherOffload = _option("none", "Where the averaged weights rest.")
+    teacher_offload: TeacherOffload = _option(
+        "none", "Where the averaged weights are stored between forwards."
+    )
     teacher_on_resume: TeacherOnResume = _option("restore", "What to do about the teacher on resume.")
     success_reward_threshold: float = _option(1.0, "A score that reaches it is a success.")
     success_reward_funcs: list[str] | None = _option(

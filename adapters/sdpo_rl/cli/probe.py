@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     trainer = build(recipe)
     try:
         check_probe(trainer, batches, own.answer_column)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     result = probe(trainer, batches=batches, answer_column=own.answer_column)
     if trainer.accelerator.is_main_process:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 
 LOG, CREDIT = "sdpo_log.jsonl", "sdpo_credit.jsonl"
 CREDIT_LIMIT = 16 * 2**20  # bytes
+logger = logging.getLogger("sdpo_rl")
+
 # What rows that are thinned out leave, so that not every later row rewrites the file.
 _THINNED = 0.75
 
@@ -22,7 +25,7 @@ Entry = dict[str, Any]
 
 
 class RunLog:
-    """Writes the log of a run while it trains.
+    """Writes the log of a run while it trains; a file that cannot be written is a warning and ends the log.
 
     Args:
         folder: of the run.
@@ -45,6 +48,12 @@ class RunLog:
         self._began = True
         if not self._writes:
             return
+        try:
+            self._start(step, options, history)
+        except OSError as error:
+            self._stop(step, error)
+
+    def _start(self, step: int, options: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         for path in (self._path, self._path.with_name(CREDIT)):
             if step and path.is_file():
                 keep_until(path, step)
@@ -59,7 +68,31 @@ class RunLog:
         if self._writes and self._began:
             entries: list[Mapping[str, Any]] = [{**logs, "step": step}]
             entries += [{"step": step, "warning": name, "message": text} for name, text in warnings.items()]
-            append(self._path, entries)
+            try:
+                append(self._path, entries)
+            except OSError as error:
+                self._stop(step, error)
+
+    def _stop(self, step: int, error: OSError) -> None:
+        self._writes = False  # a later entry would follow what there is of this one
+        warn_of_end(self._path, step, error)
+
+
+def warn_of_end(path: Path, step: int, error: Exception) -> None:
+    """Warn that a file of the report cannot be written further; the run goes on.
+
+    Args:
+        path: the file.
+        step: the optimizer step that it does not have.
+        error: why.
+    """
+    logger.warning(
+        "%s ends before step %d, and so does the report of this run: it cannot be written (%s). Free space or "
+        "correct the permissions, and resume from a checkpoint, to have the rest.",
+        path,
+        step,
+        error,
+    )
 
 
 def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:

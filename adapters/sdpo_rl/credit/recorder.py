@@ -72,6 +72,7 @@ class Recorder:
         self._kept: list[Candidate] = []
         self._seen = 0  # rows of the step
         self._step: int | None = None  # that the kept rows are of
+        self._writes = True
 
     def state(self) -> list[dict[str, Any]]:
         """The texts of the generation batch, in JSON's types."""
@@ -128,27 +129,28 @@ class Recorder:
         """
         step = state.global_step + 1
         is_logged = step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        if not is_logged or "rollout_row" not in inputs:
+        # A batch from the checkpoint of a run without `credit_rows` has no texts, even if its rows have places.
+        if not is_logged or not self._texts or "rollout_row" not in inputs:
             return None
         if step != self._step:
             self._step, self._kept, self._seen = step, [], 0
-        self._see_silent(inputs)
+        self._see_without_signal(inputs)
         return self._see
 
-    def _see_silent(self, inputs: Mapping[str, Any]) -> None:
+    def _see_without_signal(self, inputs: Mapping[str, Any]) -> None:
         """The rows without a signal."""
         has_tokens, has_loss = (inputs[name].any(-1) for name in ("completion_mask", "loss_mask"))
-        silent = (has_tokens & ~has_loss).nonzero().flatten().tolist()
-        new = []
-        for position in silent:
-            text = self._texts[inputs["rollout_row"][position].item()]
-            new.append(Candidate(self._seen, None, text["success"], {}))
-            self._seen += 1
+        # Read at once: each read waits for the device.
+        columns = torch.stack([(has_tokens & ~has_loss).long(), inputs["rollout_row"].flatten()]).T.tolist()
+        places = [(position, self._texts[row]) for position, (is_one, row) in enumerate(columns) if is_one]
+        first = self._seen
+        new = [Candidate(first + i, None, text["success"], {}) for i, (_, text) in enumerate(places)]
+        self._seen += len(new)
         for row in self._choose(new):
-            position = silent[row.order - new[0].order]
+            position, text = places[row.order - first]
             ids = inputs["completion_ids"][position][inputs["completion_mask"][position].bool()]
             row.content.update(
-                self._texts[inputs["rollout_row"][position].item()],
+                text,
                 prompt=self._text(inputs["prompt_ids"][position], inputs["prompt_mask"][position]),
                 teacher_prompt=None,
                 divergence=None,
@@ -240,7 +242,12 @@ class Recorder:
             return []
         rows = [{"step": step, **row.content} for row in self._kept]
         self._step, self._kept = None, []
-        files.append_bounded(self._path, rows)
+        if self._writes:
+            try:
+                files.append_bounded(self._path, rows)
+            except (OSError, ValueError) as error:  # the disk, or a line that something else damaged
+                self._writes = False
+                files.warn_of_end(self._path, step, error)
         return rows
 
 

@@ -51,7 +51,7 @@ def credit_report(
         The file's path.
 
     Raises:
-        ValueError: a folder without a run's files, a damaged file, or an output that is a folder.
+        ValueError: a folder without a run's files, a damaged file, or an output that cannot be written.
 
     Source: the log-ratio is the credit of SDPO, arXiv 2601.20802, section 2.
 
@@ -68,8 +68,14 @@ def credit_report(
         raise ValueError(
             f"output: expected a file, got the folder {str(path)!r}; add a name that ends in .html"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(_distinct(runs, run_dir, other)), encoding="utf-8", errors="backslashreplace")
+    page = render(_distinct(runs, run_dir, other))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ValueError(
+            f"output: expected a file that can be written, got {str(path)!r} ({error}); name another one"
+        ) from error
     return path
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -243,7 +243,8 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: s
     """Check that the checkpoint's teacher can replace the run's.
 
     Raises:
-        ValueError: there is none, or its rule, names, shapes or dtypes differ; each difference is named.
+        ValueError: there is none, its file is damaged, or its rule, names, shapes or dtypes differ; each difference
+            is named.
     """
     path = Path(folder) / FOLDER / name
     if not path.is_file():
@@ -252,7 +253,7 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: s
             f"{_FIX}"
         )
     layout = store.layout(model)
-    with safe_open(path, "pt") as file:
+    with _open(path) as file:
         rule, saved = _about(file)["rule"], set(file.keys())
         differences = [] if rule == store.rule else [f"its rule is {rule!r}, this run's {store.rule!r}"]
         differences += [f"it lacks {key!r}" for key in layout if key not in saved]
@@ -280,9 +281,19 @@ def load_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: st
         ValueError: as `check_teacher`.
     """
     check_teacher(folder, store, model, name=name)
-    with safe_open(Path(folder) / FOLDER / name, "pt") as file:
+    with _open(Path(folder) / FOLDER / name) as file:
         tensors = ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 - no mapping
         store.load(model, tensors, ticks=_about(file)["ticks"])
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, got a damaged one ({error}); resume from an earlier "
+            "checkpoint, or set SDPOConfig(teacher_on_resume='restart')"
+        ) from error
 
 
 def _about(file: Any) -> dict[str, Any]:

@@ -41,14 +41,16 @@ def warn_of_differences(
         defaults: of this version; what an option has that the earlier version did not know.
         version: of this library.
     """
-    path = Path(folder) / FILE
-    if not path.is_file():
+    try:
+        content = json.loads((Path(folder) / FILE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         if options["enabled"]:
             logger.warning(
-                "%s has no %s: whether its run had the SDPO options of this one is unknown.", folder, FILE
+                "%s has no %s that can be read: whether its run had the SDPO options of this one is unknown.",
+                folder,
+                FILE,
             )
         return
-    content = json.loads(path.read_text())
     now = json.loads(json.dumps(dict(options), default=repr))
     saved = {**json.loads(json.dumps(dict(defaults), default=repr)), **content["options"]}
     changes = [
@@ -62,7 +64,8 @@ def warn_of_differences(
         since = content["sdpo_rl_version"]
         by = "" if since == version else f" by sdpo_rl {since} (this is {version})"
         logger.warning(
-            "Since %s was saved%s, SDPO options changed: %s. The run continues with the new ones.",
+            "Since %s was saved%s, SDPO options changed: %s. The run continues with the new ones; what is left of "
+            "a generation batch keeps its reprompts and the weights of its rows.",
             folder,
             by,
             ", ".join(changes),

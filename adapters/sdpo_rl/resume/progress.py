@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..teacher import shards
 from .checkpoint import FOLDER, write
 
 logger = logging.getLogger("sdpo_rl")
@@ -45,7 +46,7 @@ class RunState:
     """What is saved of one process.
 
     Attributes:
-        schedule: what decides which rows a micro-batch contains, by name; under another the state means nothing.
+        schedule: what decides which rows a micro-batch contains, by name; with another the state cannot be used.
         step: micro-batches so far, TRL's count.
         student_moved: whether an optimizer step had a signal since the last generation batch that ended.
         batches: the micro-batches of the generation batch; `None` if it is used up.
@@ -95,19 +96,34 @@ def save(folder: str, state: RunState, *, process: int) -> None:
 def load(folder: str, *, process: int, schedule: Mapping[str, int], device: torch.device) -> RunState | None:
     """One process's state; `None`, with a warning, where the generation batch must start again.
 
+    It starts again on all processes or on none, since they generate together; all of them must call this.
+
     Args:
         folder: of the checkpoint.
         process: its index.
         schedule: this run's.
         device: of the tensors.
     """
+    found = _read(folder, process, schedule, device)
+    if shards.any_rank(isinstance(found, str), device):
+        problem = found if isinstance(found, str) else f"Another process cannot continue {folder}"
+        logger.warning("%s; the generation batch and its metrics start again.", problem)
+        return None
+    assert isinstance(found, RunState)
+    return found
+
+
+def _read(folder: str, process: int, schedule: Mapping[str, int], device: torch.device) -> RunState | str:
+    """One process's state, or why there is none."""
     path = _path(folder, process)
     if not path.is_file():
-        logger.warning("%s is missing; the generation batch and its metrics start again.", path)
-        return None
-    with safe_open(path, "pt") as file:
-        progress = json.loads(file.metadata()["sdpo_progress"])
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - no mapping
+        return f"{path} is missing"
+    try:
+        with safe_open(path, "pt") as file:
+            progress = json.loads(file.metadata()["sdpo_progress"])
+            tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        return f"{path} is damaged ({error})"
     saved = progress["schedule"]
     if saved != schedule:
         changes = ", ".join(
@@ -115,10 +131,7 @@ def load(folder: str, *, process: int, schedule: Mapping[str, int], device: torc
             for name, value in schedule.items()
             if saved.get(name) != value
         )
-        logger.warning(
-            "Since %s was saved: %s. The generation batch and its metrics start again.", folder, changes
-        )
-        return None
+        return f"Since {folder} was saved: {changes}"
     return RunState(
         schedule=saved,
         step=progress["step"],

@@ -219,7 +219,7 @@ def _tells_an_answer(
 ) -> list[bool | None]:
     """Whether the feedback of each row of this process has a correct completion of its group.
 
-    `None` where nobody can know: without feedback, without a success in the group, and for a success.
+    `None` where it is unknown: without feedback, without a success in the group, and for a success.
     """
     told: list[bool | None] = []
     for row, text in enumerate(feedback, start=first_row):

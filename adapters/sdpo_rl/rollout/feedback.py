@@ -25,15 +25,16 @@ def split_rewards(name: str, outputs: Any, rows: int) -> tuple[list[Score], list
 
     Raises:
         TypeError: an output or item of another kind, naming the function and the row.
-        ValueError: a number of items other than `rows`, a mapping with other keys, or a score that is infinite
-            in float32.
+        ValueError: a number of items other than `rows`, a mapping with other keys, a score that is infinite in
+            float32, or a feedback that cannot be encoded.
 
     Example:
         >>> split_rewards("judge", [1.0, (0.0, "off by one"), {"score": None}], 3)
         ([1.0, 0.0, None], [None, 'off by one', None])
     """
     try:
-        items = None if isinstance(outputs, str | Mapping) else list(outputs)
+        # A set has lost the order of the rows.
+        items = None if isinstance(outputs, str | bytes | Mapping | set | frozenset) else list(outputs)
     except TypeError:
         items = None
     if items is None:
@@ -79,13 +80,16 @@ def _split_item(name: str, row: int, item: Any) -> tuple[Score, str | None]:
             f"reward function {name!r}, row {row}: expected feedback that is a string or None, got "
             f"{type(text).__name__}; return (score, text)"
         )
+    check_encodable(text, f"reward function {name!r}, row {row}")
     if score is None:
         return None, text
     try:
+        if isinstance(score, str | bytes):
+            raise TypeError("a text is no number, also one of digits")
         score = float(score)
     except OverflowError:  # an integer beyond the largest float
         score = float("inf") if score > 0 else -float("inf")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of torch, for a tensor without data
         raise TypeError(
             f"reward function {name!r}, row {row}: expected {_EXPECTED}, got {item!r}; return one of these"
         ) from error
@@ -95,6 +99,31 @@ def _split_item(name: str, row: int, item: Any) -> tuple[Score, str | None]:
             "for a completion that it does not judge"
         )
     return score, text
+
+
+def check_encodable(text: str | None, where: str) -> None:
+    """A text can be tokenized: it has no lone surrogate, which `errors="surrogateescape"` makes of bytes.
+
+    Args:
+        text: feedback; `None`: none.
+        where: it comes from, for the message.
+
+    Raises:
+        ValueError: the text has one.
+
+    Example:
+        >>> check_encodable("caf\\udce9", "row 0")
+        Traceback (most recent call last):
+            ...
+        ValueError: row 0: expected text that UTF-8 can encode, got '\\udce9' at character 3; decode bytes with ...
+    """
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: expected text that UTF-8 can encode, got {error.object[error.start]!r} at character "
+            f"{error.start}; decode bytes with errors='replace'"
+        ) from error
 
 
 def join_feedback(texts: Sequence[str | None]) -> str | None:
@@ -108,6 +137,7 @@ def check_column(column: Iterable[Any], name: str = "feedback") -> None:
 
     Raises:
         TypeError: an entry of another kind, naming its row.
+        ValueError: a text that cannot be encoded, naming its row.
     """
     for row, text in enumerate(column):
         if text is not None and not isinstance(text, str):
@@ -115,6 +145,7 @@ def check_column(column: Iterable[Any], name: str = "feedback") -> None:
                 f"the column {name!r}: expected strings or None, got {type(text).__name__} in row {row}; join "
                 "several texts into one string, or rename the column"
             )
+        check_encodable(text, f"the column {name!r}, row {row}")
 
 
 def column_name(columns: Iterable[str]) -> str | None:
@@ -137,6 +168,7 @@ def column_texts(rows: Sequence[Mapping[str, Any]]) -> list[str | None]:
 
     Raises:
         TypeError: an entry that is not a text, naming its row.
+        ValueError: a text that cannot be encoded, naming its row.
     """
     # A rollout_func may add `feedback` to rows of a dataset with the other name.
     name = next((name for name in FEEDBACK_COLUMNS if any(name in row for row in rows)), "feedback")
@@ -150,6 +182,7 @@ def environment_feedback(environments: Sequence[Any]) -> list[str | None]:
 
     Raises:
         TypeError: a `feedback` that is not a text; a method would be offered to the model as a tool.
+        ValueError: a text that cannot be encoded.
     """
     texts = [getattr(environment, "feedback", None) for environment in environments]
     for environment, text in zip(environments, texts, strict=True):
@@ -158,6 +191,7 @@ def environment_feedback(environments: Sequence[Any]) -> list[str | None]:
                 f"{type(environment).__name__}.feedback: expected a string or None, got {type(text).__name__}; "
                 "make it an attribute or a property"
             )
+        check_encodable(text, f"{type(environment).__name__}.feedback")
     return texts
 
 

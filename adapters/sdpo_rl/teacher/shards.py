@@ -114,6 +114,8 @@ def scale_gradients(model: nn.Module, factor: Tensor) -> None:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank."""
+    if not _has_process_group():
+        return flag
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags)
     return bool(flags)

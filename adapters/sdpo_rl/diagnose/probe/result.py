@@ -44,7 +44,7 @@ class Signal:
         share: of all rows.
         without: share of all rows by the reason why they have none.
         answer_in_feedback: share of the failed rows with feedback whose feedback has a right completion of their
-            prompt in it; `None` where nobody can know.
+            prompt in it; `None` where it is unknown: no such row, or no right completion.
     """
 
     share: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Any
 
 from ..generation_batch import check_trainer, training_rows
@@ -10,12 +12,15 @@ from .measure import measure
 from .result import ProbeResult
 from .summary import summarize
 
+# Of a dataset, before anything is generated.
+_ROWS_CHECKED = 1000
+
 
 def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -> ProbeResult:
     """Measure, before any training, whether a model can teach itself with the settings of a trainer.
 
     Generates `batches` generation batches, and as many completions again from the teacher's prompts, which the same
-    reward functions judge. Compares both models on them, and says in words what training will do. Weights,
+    reward functions judge. Compares both models on them, and predicts in words what training will do. Weights,
     optimizer, teacher, random numbers, metrics and data order stay as they are. Reward functions, tools and
     environments run; an environment must set the same task for the same row.
 
@@ -31,7 +36,7 @@ def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -
         The numbers and the verdict. `print` shows them; `to_dict()` is for JSON.
 
     Raises:
-        TypeError: something that is not an SDPOTrainer, or a number of the wrong type.
+        TypeError: something that is not an SDPOTrainer, a number of the wrong type, or an answer that is no text.
         ValueError: no batch, `enabled=False`, FSDP or DeepSpeed, a column that the dataset does not have.
 
     Source: a choice of this library.
@@ -46,6 +51,10 @@ def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -
     with unchanged(trainer):
         trainer.model.train()  # as in training: the mode decides the number of generations
         inputs = training_rows(trainer, batches=batches)
+        if answer_column is not None:
+            for row in chain(*inputs):
+                _check_column(answer_column, row)
+                check_answers(answer_column, [row[answer_column]])
         measured = [measure(trainer, rows, answer_column=answer_column) for rows in inputs]
     return summarize(trainer, measured, answer_column=answer_column)
 
@@ -72,8 +81,35 @@ def check_probe(trainer: Any, batches: Any, answer_column: Any) -> None:
             "trainer: expected one process or DDP, got FSDP or DeepSpeed, which hold parts of the weights; "
             "probe on one process"
         )
-    columns = getattr(trainer.train_dataset, "column_names", None)
-    if answer_column is not None and columns is not None and answer_column not in columns:
+    dataset = trainer.train_dataset
+    columns = getattr(dataset, "column_names", None)
+    if answer_column is None or columns is None:
+        return
+    _check_column(answer_column, columns)
+    if hasattr(dataset, "__len__"):
+        check_answers(answer_column, islice(dataset[answer_column], _ROWS_CHECKED))
+
+
+def _check_column(name: str, columns: Iterable[str]) -> None:
+    if name not in columns:
         raise ValueError(
-            f"answer_column: expected a column of train_dataset, got {answer_column!r}; it has {', '.join(columns)}"
+            f"answer_column: expected a column of train_dataset, got {name!r}; it has {', '.join(columns)}"
         )
+
+
+def check_answers(name: str, answers: Iterable[Any]) -> None:
+    """Right completions are texts.
+
+    Args:
+        name: of their column.
+        answers: its entries.
+
+    Raises:
+        TypeError: an entry of another kind.
+    """
+    for answer in answers:
+        if not isinstance(answer, str):
+            raise TypeError(
+                f"answer_column: expected a column of texts, got {type(answer).__name__} in {name!r}; write the "
+                "completion that a right answer is, or name another column"
+            )

@@ -191,5 +191,5 @@ def _largest(values: Sequence[int | None]) -> int | None:
     return max(known) if known else None
 
 
-def _mean(values: Sequence[float | bool | None]) -> float:
-    return sum(float(value or 0) for value in values) / len(values)
+def _mean(values: Sequence[float | bool]) -> float:
+    return sum(map(float, values)) / len(values)

@@ -114,7 +114,7 @@ def solved(success: Success) -> Remark | None:
 
 
 def no_better(success: Success, right_answers: RightAnswers | None) -> Remark | None:
-    """What the model cannot do with the feedback before its eyes, it cannot teach itself to do without.
+    """What the model cannot do with the feedback in its prompt, it cannot learn from itself to do without it.
 
     Rates of success decide, not the log-probability of right answers: feedback on another question also makes the
     form of an answer likelier, and teaches nothing.
