@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from trl import import_utils
 
 from sdpo_rl.cli import UserError, doctor, main, recipe, unsloth
 
@@ -418,6 +419,17 @@ def test_doctor_names_what_is_wrong_and_the_fix(
     monkeypatch.setattr(doctor, "expectations", lambda: iter(()))
     assert main(["doctor"]) == 1
     assert "problem trl 1.2.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("release", "taken"), [("0.31.0", True), ("99.0", False)])
+def test_doctor_finds_a_vllm_that_trl_does_not_support(
+    monkeypatch: pytest.MonkeyPatch, release: str, taken: bool
+) -> None:
+    monkeypatch.setattr(doctor, "_has", lambda package: package in ("vllm", "trl"))
+    monkeypatch.setattr(import_utils, "_is_package_available", lambda *_, **__: (True, release))
+    problems = [check for check in doctor.conflicts() if check.status == doctor.PROBLEM]
+    assert not problems if taken else [check.fix for check in problems] == ['pip install "trl[vllm]"']
+    assert taken or "You have version 99.0" in problems[0].text
 
 
 def test_without_a_command_the_help_lists_all(capsys: pytest.CaptureFixture[str]) -> None:

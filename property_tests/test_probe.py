@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from programs import run as program
 from sdpo_rl import SDPOTrainer, probe
 from sdpo_rl.diagnose.probe import measure
 from sdpo_rl.diagnose.probe.result import ProbeResult
+from sdpo_rl.diagnose.probe.retry import why_not
 
 
 class Judge:
@@ -340,6 +342,7 @@ def test_environments_and_tools_run_for_both_completions_of_a_row(
 DRIVER = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
 import tiny
 from sdpo_rl import probe
@@ -455,6 +458,22 @@ def test_a_rollout_function_is_not_asked_to_retry(tmp_path: Path) -> None:
     assert result.verdict.outlook == "not known"
     assert "not measured: a rollout_func" in str(result)
     assert result.right_answers is not None
+
+
+def test_vllm_is_not_asked_for_more_than_it_can_hold(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, max_completion_length=8)
+    model = SimpleNamespace(max_model_len=20)
+    trainer.vllm_generation = SimpleNamespace(
+        llm=SimpleNamespace(llm_engine=SimpleNamespace(model_config=model))
+    )
+    assert why_not(trainer, [[1] * 100]) is None
+    trainer.use_vllm, trainer.vllm_mode = True, "colocate"
+    assert why_not(trainer, [[1] * 12, [1]]) is None
+    assert why_not(trainer, [[1], [1] * 13]) == (
+        "the teacher's prompts and completions need 21 tokens, vllm_max_model_length is 20"
+    )
+    trainer.vllm_mode = "server"
+    assert "samples all completions of a group from one prompt" in (why_not(trainer, [[1]]) or "")
 
 
 def test_prompts_that_are_not_used_are_not_taken_for_a_retry(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import NamedTuple
@@ -86,9 +87,12 @@ def conflicts() -> Iterator[Check]:
     if _has("vllm") and _has("trl"):
         from trl.import_utils import is_vllm_available
 
-        if not is_vllm_available():
-            problem = f"vllm {version('vllm')} is not a release that this TRL takes"
-            yield Check(PROBLEM, problem, 'pip install "trl[vllm]"')
+        # TRL takes other releases too, with a warning.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            is_vllm_available()
+        for warning in caught:
+            yield Check(PROBLEM, f"vllm: {warning.message}", 'pip install "trl[vllm]"')
 
 
 def expectations() -> Iterator[Check]:

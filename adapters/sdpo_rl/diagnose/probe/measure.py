@@ -133,9 +133,9 @@ def _retry(
     """A completion for each row from its teacher's prompt, or why there is none."""
     if batch.metrics["self_distillation/reprompt_sample_fraction"] == 0.0:
         return None, "no row has a signal"
-    if reason := retry.why_not(trainer):
-        return None, reason
     prompts = [row.teacher_prompt_ids or row.prompt_ids for row in batch.rows]
+    if reason := retry.why_not(trainer, prompts):
+        return None, reason
     with retry.prompts_replaced(trainer, prompts) as used:
         second = scored_batch(trainer, copy.deepcopy(inputs))
     return (second, "") if used else (None, "this GRPOTrainer writes its prompts in another way")

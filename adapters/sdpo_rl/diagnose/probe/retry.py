@@ -6,16 +6,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 
-def why_not(trainer: Any) -> str | None:
-    """Why completions cannot be sampled from the teacher's prompts; `None` if they can."""
+
+def why_not(trainer: Any, ids: Sequence[Sequence[int]]) -> str | None:
+    """Why completions cannot be sampled from the teacher's prompts; `None` if they can.
+
+    All processes give the same answer.
+
+    Args:
+        trainer: an `SDPOTrainer`.
+        ids: tokens of the prompt of each of this process's rows.
+    """
     if getattr(trainer, "rollout_func", None) is not None:
         return "a rollout_func writes its own prompts"
-    if getattr(trainer, "use_vllm", False) and getattr(trainer, "vllm_mode", "") == "server":
-        return "a vLLM server samples all completions of a group from one prompt"
     if not hasattr(trainer, "_tokenize_prompts"):
         return "this GRPOTrainer has no _tokenize_prompts"
-    return None
+    if not getattr(trainer, "use_vllm", False):
+        return None
+    if trainer.vllm_mode == "server":
+        return "a vLLM server samples all completions of a group from one prompt"
+    return _too_long_for_vllm(trainer, ids)
+
+
+def _too_long_for_vllm(trainer: Any, ids: Sequence[Sequence[int]]) -> str | None:
+    """vLLM refuses a prompt of its whole length, and cuts completions that do not fit beside theirs."""
+    accelerator = trainer.accelerator
+    longest = torch.tensor([max(map(len, ids))], device=accelerator.device)
+    needed = int(accelerator.gather(longest).max()) + trainer.args.max_completion_length
+    limit = trainer.vllm_generation.llm.llm_engine.model_config.max_model_len
+    if needed <= limit:
+        return None
+    return f"the teacher's prompts and completions need {needed} tokens, vllm_max_model_length is {limit}"
 
 
 @contextmanager
