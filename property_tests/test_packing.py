@@ -120,7 +120,7 @@ def losses(
         else:
             chosen = packing.alike_rows(batch.sizes, CallLimits(math.inf, token_limit, 1.0))
         made = packing.model_calls(batch, layout, chosen, count=calls)
-        arguments = partial(step_forward.call_arguments, model)
+        arguments = [step_forward.call_arguments(model, call) for call in made]
         head = packing.run_calls(forward, made, arguments=arguments, rows=len(rows), length=length)
     transform = head_transform(model.config)
     logits = nn.functional.linear(head.hidden, head.weight, head.bias) * transform.logit_scale
@@ -188,7 +188,7 @@ def test_rows_that_continue_each_other_s_positions_are_detected() -> None:
     calls = packing.model_calls(batch, "packed", [[0, 1, 2, 3]])
     forward = partial(step_forward.completion_head, model, model)
     right, wrong = (
-        packing.run_calls(forward, calls, arguments=partial(arguments, model), rows=4, length=7).hidden
+        packing.run_calls(forward, calls, arguments=[arguments(model, *calls)], rows=4, length=7).hidden
         for arguments in (step_forward.call_arguments, one_row)
     )
     torch.testing.assert_close(right[0, :4], wrong[0, :4], rtol=1e-5, atol=1e-5)
@@ -215,7 +215,7 @@ def test_whole_logits_of_a_layout(layout: Any) -> None:
     )
     expected = forward(padded, length=length)
     calls = packing.model_calls(batch, layout, [[0, 2], [1, 3]])
-    arguments = partial(step_forward.call_arguments, model)
+    arguments = [step_forward.call_arguments(model, call) for call in calls]
     got = packing.run_calls(forward, calls, arguments=arguments, rows=len(ROWS), length=length)
     assert got.shape == expected.shape
     real = batch.mask[:, -length:].bool()

@@ -34,10 +34,11 @@ def shared_calls(rows: Rows, token_limit: float = math.inf) -> list[packing.Mode
 def shared_losses(model: Any, rows: Rows, *, token_limit: float = math.inf) -> list[Tensor]:
     """As `losses`, with each prompt read once."""
     length = max(len(completion) for _, completion in rows)
+    calls = shared_calls(rows, token_limit)
     head = packing.run_calls(
         partial(step_forward.completion_head, model, model),
-        shared_calls(rows, token_limit),
-        arguments=partial(step_forward.call_arguments, model),
+        calls,
+        arguments=[step_forward.call_arguments(model, call) for call in calls],
         rows=len(rows),
         length=length,
     )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import Claim
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
@@ -244,6 +245,57 @@ def test_the_kernel_gets_the_rows(shape: Any, window: int | None) -> None:
     got, calls = by_stand_in(stand_in, tensors, attn_mask=mask, scale=0.3)
     assert calls == 1
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((output * weights).sum(), tensors) for output in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
+@given(shape=trees())
+def test_gradients_of_tokens_in_common_are_added_row_by_row(shape: Any) -> None:
+    rows, places = tree(*shape)
+    generator = torch.Generator().manual_seed(0)
+    key = torch.zeros(sum(rows.own), 1, 2, dtype=torch.bfloat16, requires_grad=True)
+    taken = row_attention._taken(rows, CPU)
+    weights = torch.randn(len(taken.tokens), 1, 2, generator=generator).bfloat16()
+    outputs = row_attention._Take.apply(taken, key, key.detach())
+    (got,) = torch.autograd.grad((outputs[0] * weights).sum(), key)
+    expected: dict[int, Tensor] = {}
+    for token, weight in zip((token for row in places for token in row), weights, strict=True):
+        expected[token] = expected[token] + weight if token in expected else weight  # rounded each time
+    assert torch.equal(got, torch.stack([expected[token] for token in range(len(key))]))
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts what is launched on a GPU, views among it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(groups: int) -> int:
+    """Of the kernel's attention over so many pairs of rows with a prompt in common, and of its backward."""
+    pieces = [5, 4, 3] * groups
+    members = [[3 * i, 3 * i + j] for i in range(groups) for j in (1, 2)]
+    rows = Rows(pieces, members, [9, 3] * groups)
+    tensors, mask = inputs(sum(pieces), 2, 2), RowMask(rows, CPU)
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: Any, window_size: Any) -> Tensor:
+        return query + key.sum() + value.sum()
+
+    with CountedOperations() as counted:
+        output, _ = by_stand_in(kernel, tensors, attn_mask=mask, scale=0.3)
+        output.sum().backward()
+    return counted.count
+
+
+def test_more_rows_are_no_more_operations() -> None:
+    """A small model's GPU waits for them, in every layer."""
+    assert operations(8) == operations(1) <= 40
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ..step.modules import all_modules
 from ..teacher import shards
 
 
@@ -45,7 +46,11 @@ def _fused_forwards(model: nn.Module) -> list[_FusedForward]:
         return []
     if getattr(peft.Linear.forward, "__globals__", None) is not vars(peft):  # another library replaced it
         return []
-    layers = [m for m in model.modules() if type(m) is peft.Linear and "forward" not in vars(m)]
+    layers = [
+        module
+        for module in all_modules(model)
+        if type(module) is peft.Linear and "forward" not in vars(module)
+    ]
     return [forward for forward in map(_FusedForward, layers) if forward.is_plain()]
 
 

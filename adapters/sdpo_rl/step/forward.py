@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import pad
 
 import sdpo
@@ -17,6 +16,7 @@ import sdpo
 from ..teacher import shards
 from .batch import RowGroup
 from .head import linear_head
+from .modules import all_modules, replaced_parameters
 from .packing import ModelCall
 from .row_attention import row_masks
 
@@ -68,7 +68,7 @@ def context_length(model: Any) -> float:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; every module's own mode is restored afterwards."""
     # Written past `nn.Module.__setattr__`, which checks for parameters: there are thousands of modules.
-    modes = [(vars(module), module.training) for module in model.modules()]
+    modes = [(vars(module), module.training) for module in all_modules(model)]
     for attributes, _ in modes:
         # On a CPU bitsandbytes repacks a 4-bit layer in evaluation mode for good, and it passes no gradient then.
         if getattr(attributes["_parameters"].get("weight"), "quant_state", None) is None:
@@ -86,7 +86,7 @@ def checkpointing_disabled(model: nn.Module) -> Iterator[None]:
 
     Transformers' own way to disable and enable it traverses all modules several times and loses the arguments.
     """
-    attributes = [vars(module) for module in model.modules()]
+    attributes = [vars(module) for module in all_modules(model)]
     checkpointed = [each for each in attributes if each.get("gradient_checkpointing") is True]
     for each in checkpointed:
         each["gradient_checkpointing"] = False
@@ -253,21 +253,8 @@ def _run(
     if shards.is_sharded(unwrapped):
         with shards.swap_shards(unwrapped, params):
             return model(**arguments)
-    # The slots are expanded here: `tie_weights=True` leaves the replacement in a module that has two names.
-    return functional_call(unwrapped, _every_slot(unwrapped, params), (), dict(arguments), tie_weights=False)
-
-
-def _every_slot(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`params` with a name for every parameter slot: a tied parameter has one in each module that holds it."""
-    slots: dict[str, Tensor] = {}
-    first_names: dict[int, str] = {}  # of each parameter, as in `named_parameters`
-    for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            name = f"{prefix}.{key}" if prefix else key
-            first = first_names.setdefault(id(parameter), name)
-            if parameter is not None and first in params:
-                slots[name] = params[first]
-    return slots
+    with replaced_parameters(unwrapped, params):
+        return unwrapped(**arguments)
 
 
 def router_loss(outputs: Any) -> Tensor:

@@ -305,16 +305,16 @@ def run_calls(
     forward: Callable[..., Any],
     calls: Sequence[ModelCall],
     *,
-    arguments: Callable[[ModelCall], Any],
+    arguments: Sequence[Any],
     rows: int,
     length: int,
 ) -> Any:
-    """`forward(arguments(call), index=call.predictors)` for every call: an `LMHead` or logits of all tokens.
+    """`forward(arguments, index=call.predictors)` for every call: an `LMHead` or logits of all tokens.
 
     Args:
         forward: returns an `LMHead` with hidden states [A, D], or logits [A, V].
         calls: of the model.
-        arguments: of a call's forward, by name.
+        arguments: of each call's forward, by name.
         rows: B.
         length: T.
 
@@ -322,7 +322,7 @@ def run_calls(
         An `LMHead` with hidden states [B, T, D], or logits [B, T, V]; zeros where a row has no token. The gradient
         reaches every call, with zeros for repeated ones.
     """
-    outputs = [forward(arguments(call), index=call.predictors) for call in calls]
+    outputs = [forward(each, index=call.predictors) for call, each in zip(calls, arguments, strict=True)]
     states = [output.hidden if isinstance(output, sdpo.LMHead) else output for output in outputs]
     used = torch.cat([each for each, call in zip(states, calls, strict=True) if not call.repeats])
     targets = torch.cat([call.targets for call in calls if not call.repeats])

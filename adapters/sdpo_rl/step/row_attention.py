@@ -12,11 +12,13 @@ configuration says by then.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +76,9 @@ class RowMask(torch.Tensor):
 
     rows: Rows
     window: int | None
-    _bounds: Tensor  # [2, B+1] int32: where each row's own tokens begin, and its tokens
+    _bounds: tuple[Tensor, Tensor]  # [B+1] int32 each: where each row's own tokens begin, and its tokens
     _longest: tuple[int, int]  # the most of either
+    _taken: _Taken | None  # `None`: no tokens in common, the rows take those of the sequence
 
     def __new__(cls, rows: Rows, device: torch.device, window: int | None = None) -> RowMask:
         """A mask of these rows."""
@@ -84,8 +87,11 @@ class RowMask(torch.Tensor):
         mask = unstored.as_subclass(cls)
         mask.rows, mask.window = rows, window
         # Copied to the device once, not in every layer.
-        mask._bounds = torch.tensor([[0, *rows.own], [0, *rows.lengths]]).cumsum(1).int().to(device)
+        bounds = torch.tensor([[0, *rows.own], [0, *rows.lengths]]).cumsum(1).int().to(device)
+        mask._bounds = bounds[0], bounds[1]
         mask._longest = max(rows.own), max(rows.lengths)
+        has_common = any(len(members) > 1 for members in rows.members)
+        mask._taken = _taken(rows, device) if has_common else None
         return mask
 
     def __init__(self, rows: Rows, device: torch.device, window: int | None = None) -> None:
@@ -175,12 +181,7 @@ def _as_autocast(tensor: Tensor) -> Tensor:
 def _of_rows(tensor: Tensor, rows: Rows) -> list[Tensor]:
     """The keys or values [1, H, n, D] of each row, of those of the sequence [1, H, N, D]."""
     pieces = tensor.split(list(rows.pieces), dim=2)
-    return [_joined(pieces, members) for members in rows.members]
-
-
-def _joined(pieces: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-    # Their gradients are added in a fixed order, which those of an index would not be.
-    return torch.cat([pieces[i] for i in members], dim=2)
+    return [torch.cat([pieces[i] for i in members], dim=2) for members in rows.members]
 
 
 def _dense(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -199,12 +200,18 @@ def _kernel_options(window: int | None, scale: float | None, width: int) -> dict
     """What makes the kernel causal, with this window and scale; `None` where it cannot be."""
     if _KERNEL is None:
         return None
-    if "window_size" in inspect.signature(_KERNEL).parameters:
+    if _takes_window(_KERNEL):
         # Tokens before a query, and after it.
         return {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     # Torch 2.10.
     usual = scale is None or math.isclose(scale, width**-0.5)
     return {"is_causal": True} if window is None and usual else None
+
+
+@functools.lru_cache(maxsize=1)
+def _takes_window(kernel: Callable[..., Tensor]) -> bool:
+    # A signature takes as long as several kernel launches, and every layer asks.
+    return "window_size" in inspect.signature(kernel).parameters
 
 
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -220,13 +227,60 @@ def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: RowMask, options: Mapping[str, Any]
 ) -> Tensor:
     assert _KERNEL is not None
-    rows = mask.rows
-    if any(len(members) > 1 for members in rows.members):
-        taken = [piece for members in rows.members for piece in members]
-        key, value = (_joined(each.split(list(rows.pieces), dim=2), taken) for each in (key, value))
     # Layers may be on several devices.
-    own, lengths = mask._bounds.to(query.device)
-    sequences = [each[0].transpose(0, 1) for each in (query, key, value)]
+    own, lengths = (each.to(query.device) for each in mask._bounds)
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    if mask._taken is not None:
+        key, value = _Take.apply(mask._taken.to(query.device), key, value)
     # The last query of a row meets its last key.
-    output = _KERNEL(*sequences, own, lengths, *mask._longest, **options)
+    output = _KERNEL(query, key, value, own, lengths, *mask._longest, **options)
     return output.transpose(0, 1)[None]
+
+
+class _Taken(NamedTuple):
+    """The tokens of all rows, one row after another at M places, among those of the packed sequence."""
+
+    tokens: Tensor  # [M] int64
+    uses: Sequence[tuple[Tensor, Tensor]]  # tokens and places: the first of every token, then the second, ...
+
+    def to(self, device: torch.device) -> _Taken:
+        tokens, *parts = (each.to(device) for each in (self.tokens, *chain(*self.uses)))
+        return _Taken(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
+
+
+def _taken(rows: Rows, device: torch.device) -> _Taken:
+    pieces = torch.arange(sum(rows.pieces)).split(list(rows.pieces))
+    tokens = torch.cat([pieces[i] for members in rows.members for i in members])
+    by_token, places = tokens.sort(stable=True)
+    counts = tokens.bincount()
+    earlier = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[by_token]  # places of the same token
+    chosen = [earlier == i for i in range(int(counts.max()))]
+    parts = [tokens, *(part[these] for these in chosen for part in (by_token, places))]
+    # One copy to the device.
+    tokens, *parts = torch.cat(parts).to(device).split([len(part) for part in parts])
+    return _Taken(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
+
+
+class _Take(torch.autograd.Function):
+    """Keys and values [N, H, D] of the sequence at the M places, [M, H, D] each.
+
+    The gradients of a token's places are added in their order; those of an index would be added in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, taken: _Taken, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.uses = taken.uses
+        return key.index_select(0, taken.tokens), value.index_select(0, taken.tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(_added(grad, ctx.uses) for grad in grads)
+
+
+def _added(grad: Tensor, uses: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of gradients [M, ...] of the places, those [N, ...] of the tokens."""
+    (_, first), *later = uses
+    total = grad.index_select(0, first)
+    for tokens, places in later:
+        total.index_add_(0, tokens, grad.index_select(0, places))
+    return total

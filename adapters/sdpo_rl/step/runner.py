@@ -205,7 +205,8 @@ def _call_runner(context: StepContext, tokens: TokenBatch, calls: Sequence[Model
     run = partial(
         packing.run_calls,
         calls=calls,
-        arguments=partial(step_forward.call_arguments, context.unwrapped),
+        # Made here: a mask copied to the device after the teacher's forward would wait for it.
+        arguments=[step_forward.call_arguments(context.unwrapped, call) for call in calls],
         rows=len(tokens.sizes),
         length=tokens.completion_length,
     )
