@@ -190,7 +190,7 @@ EARLIER = {
     *("aggregate_loss", "apply_importance_sampling_correction", "compute_self_distillation_loss"),
     *("top_k_kl_divergence", "build_teacher_prompts", "compute_self_distillation_mask", "ema_update"),
     *("remove_thinking_tags", "select_demonstration", "EMATeacherCallback", "LoraEMATeacherCallback"),
-    *("ema_update_lora_adapters", "init_lora_ema_teacher", "LORA_EMA_TEACHER_ADAPTER", "SDPOConfig"),
+    *("ema_update_lora_adapters", "init_lora_ema_teacher", "LORA_EMA_TEACHER_ADAPTER"),
 }
 
 
