@@ -38,7 +38,7 @@ test-gpu: $(READY)
 # and it needs a C++ compiler when it runs. It stays installed in .venv, and `test` then runs these tests too.
 test-deepspeed: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps $(DEEPSPEED)
-	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py
+	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py property_tests/test_ranks_deepspeed_head.py
 
 check: $(READY)
 	$(BIN)/ruff check .

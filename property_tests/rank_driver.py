@@ -1,7 +1,7 @@
 """Runs of several ranks, each in a new process that communicates over gloo, and the trainers they build.
 
-A rank runs rank_observations.py; test_ranks.py, test_ranks_deepspeed.py and test_generation_batch_ranks.py read
-what it saw.
+A rank runs rank_observations.py or rank_head_observations.py; test_ranks.py, test_ranks_deepspeed.py,
+test_ranks_deepspeed_head.py and test_generation_batch_ranks.py read what it saw.
 
 Rollouts are written down instead of sampled, by the place of a row among the rows of all ranks, so that any
 number of ranks trains on the same ones.
@@ -186,13 +186,13 @@ DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two gene
 # --- in the testing process -------------------------------------------------------------------------------
 
 
-def launch(folder: Path, library: str) -> None:
+def launch(folder: Path, library: str, script: str = "rank_observations.py") -> None:
     """Run one rank, then two; each process writes `WORLD-RANK.pt` to the folder."""
     for world in (1, 2):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [_start(folder, library, world, rank, port) for rank in range(world)]
+        ranks = [_start(folder, script, library, world, rank, port) for rank in range(world)]
         deadline = time.monotonic() + TIMEOUT
         try:
             for rank in ranks:
@@ -213,7 +213,9 @@ def _output(folder: Path, world: int, rank: int) -> Path:
     return folder / f"{world}-{rank}.log"
 
 
-def _start(folder: Path, library: str, world: int, rank: int, port: int) -> subprocess.Popen[bytes]:
+def _start(
+    folder: Path, script: str, library: str, world: int, rank: int, port: int
+) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent / "adapters"), str(HERE)]),
@@ -236,7 +238,7 @@ def _start(folder: Path, library: str, world: int, rank: int, port: int) -> subp
     # Not to pipes: a rank whose pipe is full, while another one's is read, would stop all of them.
     with _output(folder, world, rank).open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, str(HERE / "rank_observations.py"), str(folder), library],
+            [sys.executable, str(HERE / script), str(folder), library],
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,

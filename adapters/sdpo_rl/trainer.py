@@ -108,7 +108,7 @@ class SDPOTrainer(_BASE):
     **Evaluation.** `eval_loss` is a mean over all tokens (or rows) of the evaluation, in any batches.
 
     **Several processes.** DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step has the loss and the gradient of the same
-    rows on one process, and a group may be on several. ZeRO-3 computes whole logits.
+    rows on one process, and a group may be on several.
 
     Args:
         model: a model, a PEFT model, or a name or path.

@@ -88,8 +88,6 @@ def conflicts() -> Iterator[Check]:
         if not is_vllm_available():
             problem = f"vllm {version('vllm')} is not a release that this TRL takes"
             yield Check(PROBLEM, problem, 'pip install "trl[vllm]"')
-    if _has("deepspeed"):
-        yield Check(NOTE, "DeepSpeed ZeRO-3 computes whole logits: more memory than the other strategies")
 
 
 def expectations() -> Iterator[Check]:

@@ -112,7 +112,8 @@ def completion_head(
 ) -> sdpo.LMHead:
     """The LM head's own tensors with the hidden states [B, T, D] that predict the last T tokens.
 
-    The head gets a single position, so the whole logits are never computed.
+    The head gets a single position, so the whole logits are never computed. Under DeepSpeed ZeRO-3 the tensors of a
+    head that is not replaced are empty afterwards, except within a call of the head (see `call_with`).
 
     Args:
         model: the model that runs, wrapped for several processes or not.
@@ -127,11 +128,11 @@ def completion_head(
         ValueError: the head is not one linear layer.
         RuntimeError: the model calls its head more than once.
     """
-    head_module = unwrapped.get_output_embeddings()
+    # The layer itself, which may be inside PEFT's wrapper: under ZeRO-3 its weight exists only during its own call.
+    linear = linear_head(unwrapped.get_output_embeddings())
     captured: list[sdpo.LMHead] = []
 
     def capture(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        linear = linear_head(module)
         # Read inside the forward, where replaced and gathered parameters are in place.
         weight: Tensor = linear.weight
         bias: Tensor | None = linear.bias
@@ -140,7 +141,7 @@ def completion_head(
         captured.append(sdpo.LMHead(_predicting(args[0], length, index), weight, bias))
         return (args[0][:, -1:], *args[1:])
 
-    handle = head_module.register_forward_pre_hook(capture)
+    handle = linear.register_forward_pre_hook(capture)
     try:
         _run(model, unwrapped, arguments, params, router_losses)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +75,36 @@ def never_autocast(module: Any, device: torch.device) -> None:
     module.forward = torch.autocast(device.type, enabled=False)(module.forward)
 
 
+def call_with(module: Any, compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`compute(hidden)` in place of the head's own product, within a call of the head.
+
+    DeepSpeed ZeRO-3 gathers the weight around a call of the head and, where the output has a gradient, around the
+    head's backward pass. All processes must call it.
+
+    Args:
+        module: the output embeddings, whose weight and bias `compute` reads.
+        compute: returns one tensor, the only result with a gradient.
+        hidden: hidden states that the head projects. They are an argument so that DeepSpeed sees where the head's
+            backward pass ends.
+
+    Returns:
+        What `compute` returns, with its gradient.
+
+    Raises:
+        ValueError: the head is not one linear layer.
+    """
+    attributes = vars(linear_head(module))
+    replaced = {name: attributes[name] for name in ("forward",) if name in attributes}
+    attributes["forward"] = compute
+    try:
+        # The module and not the layer inside: with PEFT's wrapper DeepSpeed expects backward passes of both.
+        output: Tensor = module(hidden)
+    finally:
+        del attributes["forward"]
+        attributes.update(replaced)
+    return output
+
+
 def class_name(module: Any) -> str:
     """The class of a module with its package: adapter layers are called Linear, too."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
@@ -94,18 +124,19 @@ def transform_matches(model: Any, arguments: Mapping[str, Any], transform: HeadT
     if "logits_to_keep" in one_row:
         one_row["logits_to_keep"] = _POSITIONS
     products: list[Tensor] = []
+    # The layer itself, which may be inside PEFT's wrapper: under ZeRO-3 its weight exists only during its own call.
+    head = linear_head(model.get_output_embeddings())
 
     def cut(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][:, -_POSITIONS:], *args[1:])
 
     def multiply(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        linear, dtype = linear_head(module), output.dtype
-        bias = None if linear.bias is None else linear.bias.to(dtype)
+        dtype = output.dtype
+        bias = None if head.bias is None else head.bias.to(dtype)
         # In the head's own precision, with or without autocast.
         with torch.autocast(output.device.type, enabled=False):
-            products.append(nn.functional.linear(args[0].to(dtype), linear.weight.to(dtype), bias))
+            products.append(nn.functional.linear(args[0].to(dtype), head.weight.to(dtype), bias))
 
-    head = model.get_output_embeddings()
     # Prepended: before a hook that frees gathered parameters.
     handles = [head.register_forward_pre_hook(cut), head.register_forward_hook(multiply, prepend=True)]
     try:

@@ -156,14 +156,21 @@ def micro_batch_loss(
         student = run_student(partial(forward, router_losses=router_losses))
         if not teachers:  # no token has a divergence
             teachers = [student._replace(hidden=student.hidden.detach()) if fused else student.detach()]
-    with context.head_autocast():
+    outputs: list[step_loss.StepLoss] = []
+
+    def total_loss(student: Any) -> Tensor:
         output = compute(
             config, student, teachers, targets, temperature=context.temperature, term=context.policy_term
         )
         with torch.no_grad():
             for observe in context.observers:
                 observe(Observation(batch, student, teachers, output.tokens))
-    total = output.total
+        outputs.append(output)
+        return output.total
+
+    with context.head_autocast():
+        total = _with_head(context, total_loss, student) if fused else total_loss(student)
+    output = outputs[0]
     metrics = step_loss.step_metrics(config, output, targets)
     metrics |= _padding_metrics(total, run_student, run_teacher)
     if router_losses and context.router_loss_coef is not None:
@@ -171,6 +178,16 @@ def micro_batch_loss(
         total = total + context.router_loss_coef * router_total
         metrics["aux_loss"] = router_total, router_weight
     return MicroBatchOutput(total, count, metrics, output.policy_total)
+
+
+def _with_head(
+    context: StepContext, compute: Callable[[sdpo.LMHead], Tensor], student: sdpo.LMHead
+) -> Tensor:
+    """`compute(student)` where the tensors of the model's head are: under ZeRO-3 within a call of the head."""
+    head = context.unwrapped.get_output_embeddings()
+    if not shards.is_partitioned(head):
+        return compute(student)
+    return step_head.call_with(head, lambda hidden: compute(student._replace(hidden=hidden)), student.hidden)
 
 
 def _padding_metrics(total: Tensor, student: Runner, teacher: Runner | None) -> Metrics:
@@ -214,18 +231,19 @@ def sampled_log_probs(context: StepContext, tokens: TokenBatch, *, fused: bool) 
         student = make_runner(context, tokens)(partial(forward, context.model, context.unwrapped))
     sampled = tokens.ids[:, -length:]
     if not fused:
-        log_probs = (student.float() / context.temperature).log_softmax(dim=-1)
-        return log_probs.gather(-1, sampled[..., None]).squeeze(-1)
+        every = (student.float() / context.temperature).log_softmax(dim=-1)
+        return every.gather(-1, sampled[..., None]).squeeze(-1)
+    log_probs = partial(
+        sdpo.fused_log_probs,
+        tokens=sampled,
+        loss_mask=tokens.mask[:, -length:].bool(),
+        temperature=context.temperature,
+        softcap=context.transform.softcap,
+        logit_scale=context.transform.logit_scale,
+        chunk_size=context.config.loss_chunk_size,
+    )
     with context.head_autocast():
-        return sdpo.fused_log_probs(
-            student,
-            sampled,
-            loss_mask=tokens.mask[:, -length:].bool(),
-            temperature=context.temperature,
-            softcap=context.transform.softcap,
-            logit_scale=context.transform.logit_scale,
-            chunk_size=context.config.loss_chunk_size,
-        )
+        return _with_head(context, log_probs, student)
 
 
 def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:
@@ -240,12 +258,6 @@ def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:
             "%s is computed from whole logits, which stay in memory, not by the fused loss.", needs
         )
         return False
-    if shards.is_partitioned(context.unwrapped):
-        logger.warning(
-            "Under DeepSpeed ZeRO-3 the LM head is gathered only for its own forward; falling back to "
-            "loss_backend='logits', which keeps whole logits in memory."
-        )
-        return False
     head = context.unwrapped.get_output_embeddings()
     if context.config.loss_backend == "auto" and step_head.plain_head(head) is None:
         logger.warning(
@@ -257,6 +269,9 @@ def can_fuse(context: StepContext, tokens: TokenBatch) -> bool:
     arguments = padded_arguments(context.unwrapped, tokens)
     with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         matches = step_head.transform_matches(context.unwrapped, arguments, context.transform)
+    # Rounding may decide a close case, and under ZeRO-3 the fused loss calls the head once more; one way for all.
+    flag = torch.tensor([int(matches)], device=tokens.ids.device)
+    matches = bool(context.accelerator.gather(flag).min() > 0)
     if not matches:
         logger.warning(
             "The model changes its logits after the LM head in a way that its configuration does not declare; "
