@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from programs import EXAMPLES, run
+from trl import GRPOConfig
 
 FOLDER = EXAMPLES / "accelerate"
 KINDS = {
@@ -34,6 +36,14 @@ def test_accelerate_reads_every_file(name: str) -> None:
         assert config.fsdp_config["fsdp_version"] == 2
     if name.startswith("zero"):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+def test_zero3_gathers_the_model_for_generation_unless_told_otherwise() -> None:
+    """As docs/many-gpus.md says."""
+    fields = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    option = fields["ds3_gather_for_generation"]
+    assert option.default is True
+    assert "single GPU" in option.metadata["help"]
 
 
 def test_the_script_runs_on_two_ranks(tmp_path: Path) -> None:
