@@ -34,7 +34,7 @@ def test_the_fused_loss_has_the_gradients_of_whole_logits(seen: dict[str, Any], 
         for ours, theirs in zip(run["gradients"], expected["gradients"], strict=True):
             assert ours.keys() == theirs.keys()
             for parameter, gradient in theirs.items():
-                assert gradient.abs().max() > 100 * TOLERANCE
+                assert gradient.abs().max() > 10 * TOLERANCE
                 torch.testing.assert_close(ours[parameter], gradient, rtol=TOLERANCE, atol=TOLERANCE)
 
 
