@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_cases import Operations
 from strategies import Claim
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 
@@ -265,18 +265,6 @@ def test_gradients_of_tokens_in_common_are_added_row_by_row(shape: Any) -> None:
     assert torch.equal(got, torch.stack([expected[token] for token in range(len(key))]))
 
 
-class CountedOperations(TorchDispatchMode):
-    """Counts what is launched on a GPU, views among it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def operations(groups: int) -> int:
     """Of the kernel's attention over so many pairs of rows with a prompt in common, and of its backward."""
     pieces = [5, 4, 3] * groups
@@ -287,10 +275,10 @@ def operations(groups: int) -> int:
     def kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: Any, window_size: Any) -> Tensor:
         return query + key.sum() + value.sum()
 
-    with CountedOperations() as counted:
+    with Operations() as counted:
         output, _ = by_stand_in(kernel, tensors, attn_mask=mask, scale=0.3)
         output.sum().backward()
-    return counted.count
+    return sum(counted.counts.values())
 
 
 def test_more_rows_are_no_more_operations() -> None:

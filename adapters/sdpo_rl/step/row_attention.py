@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -254,7 +255,8 @@ def _taken(rows: Rows, device: torch.device) -> _Taken:
     by_token, places = tokens.sort(stable=True)
     counts = tokens.bincount()
     earlier = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[by_token]  # places of the same token
-    chosen = [earlier == i for i in range(int(counts.max()))]
+    most = max(Counter(chain.from_iterable(rows.members)).values())
+    chosen = [earlier == i for i in range(most)]
     parts = [tokens, *(part[these] for these in chosen for part in (by_token, places))]
     # One copy to the device.
     tokens, *parts = torch.cat(parts).to(device).split([len(part) for part in parts])
