@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
 import run as demo
 import torch
 import transformers
@@ -118,12 +116,7 @@ def main() -> None:
     if not 1 <= options.seeds <= len(RECORD["machines"]):
         parser.error(f"--seeds must be from 1 to {len(RECORD['machines'])}, got {options.seeds}")
 
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    # The trainer warns of the teacher's rate at each construction; the verdict says it too.
-    logging.getLogger("sdpo_rl").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    demo.prepare()  # it silences the warning of the teacher's rate, which the verdict says too
 
     runs = []
     for arm in SETTINGS:

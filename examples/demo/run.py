@@ -58,7 +58,6 @@ from sdpo_rl import SDPOConfig, SDPOTrainer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 PROMPTS, GROUP = 16, 4  # prompts a step, completions a prompt
-SAMPLES = PROMPTS * GROUP
 
 
 # --- The environment: a score and a feedback text for every completion -----------------------------------------
@@ -85,12 +84,18 @@ def shuffling_interpreter(completions: Sequence[Any], answer: Sequence[str], **_
 
 @dataclass(frozen=True)
 class Arm:
-    """One method: its learning rate, its reward function and its changes to `sdpo_config`."""
+    """One method: its learning rate, its reward function, its changes to `sdpo_config` and its batch."""
 
     name: str
     learning_rate: float
     reward: Callable[..., list[Verdict]] = interpreter
     changes: dict[str, Any] = field(default_factory=dict)
+    prompts: int = PROMPTS  # of a step
+
+    @property
+    def samples(self) -> int:
+        """Completions of a step."""
+        return self.prompts * GROUP
 
 
 # Learning rates: the best of 3e-4, 5e-4 and 7e-4 for each over three seeds; the control has that of SDPO.
@@ -102,12 +107,14 @@ ARMS = (
 )
 
 
+# The settings of every arm that says nothing else.
+SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 20, "teacher_update_rate": 0.05}
+
+
 def sdpo_config(arm: Arm) -> SDPOConfig:
     """The settings of all arms, with the templates that the checkpoint was trained on, and the arm's changes."""
     settings = {
-        "alpha": 0.5,
-        "k": 20,
-        "teacher_update_rate": 0.05,
+        **SETTINGS,
         "environment_feedback_only_without_solution": False,
         "reprompt_template": TEMPLATES.reprompt,
         "solution_template": TEMPLATES.solution,
@@ -121,7 +128,7 @@ def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
     return trl.GRPOConfig(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=SAMPLES,
+        per_device_train_batch_size=arm.samples,
         num_generations=GROUP,
         max_completion_length=20,
         temperature=1.0,
@@ -144,17 +151,17 @@ def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
 
 
 class Watch(TrainerCallback):
-    """Evaluates the model while it trains, and shows one line of progress."""
+    """Evaluates the model while an arm trains it, and shows one line of progress."""
 
-    def __init__(self, label: str, steps: int, every: int, score: Callable[[], tuple[float, float]]) -> None:
+    def __init__(self, arm: Arm, steps: int, every: int, score: Callable[[], tuple[float, float]]) -> None:
         self.samples: list[int] = []
         self.probability: list[float] = []
         self.greedy: list[float] = []
         self.reward: list[float] = []  # of every step
-        self._every, self._score = every, score
+        self._batch, self._every, self._score = arm.samples, every, score
         self._bar = tqdm(
-            total=steps * SAMPLES,
-            desc=f"{label:23}",
+            total=steps * arm.samples,
+            desc=f"{arm.name:23}",
             bar_format="{desc} {bar} {n:4d}/{total} samples{postfix}  {elapsed}",
             ncols=min(shutil.get_terminal_size().columns, 100),
         )
@@ -172,7 +179,7 @@ class Watch(TrainerCallback):
         """Every few steps, a point of the curve."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._evaluate(state.global_step)
-        self._bar.update(SAMPLES)
+        self._bar.update(self._batch)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the progress line."""
@@ -180,7 +187,7 @@ class Watch(TrainerCallback):
 
     def _evaluate(self, step: int) -> None:
         probability, greedy = self._score()
-        self.samples.append(step * SAMPLES)
+        self.samples.append(step * self._batch)
         self.probability.append(probability)
         self.greedy.append(greedy)
         reward = f"{fmean(self.reward[-self._every :]):.2f}" if self.reward else "   -"
@@ -196,19 +203,21 @@ def training_prompts(machine: Machine, seed: int, count: int) -> datasets.Datase
     )
 
 
+def score(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, machine: Machine
+) -> tuple[float, float]:
+    """Mean probability of the right answer to a held-out question, and the share that greedy decoding finds."""
+    tests = held_out_tasks()
+    result = evaluate(model, tokenizer, [t.prompt for t in tests], [t.answer(machine) for t in tests])
+    return result.probability.mean().item(), result.greedy.float().mean().item()
+
+
 def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
     """Train the checkpoint with one arm on the machine of `seed`; returns curves and examples."""
     machine = changed_machine(seed)
     tokenizer = load_tokenizer(CHECKPOINT)
     model = Qwen2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    tests = held_out_tasks()
-    questions, answers = [t.prompt for t in tests], [t.answer(machine) for t in tests]
-
-    def score() -> tuple[float, float]:
-        result = evaluate(model, tokenizer, questions, answers)
-        return result.probability.mean().item(), result.greedy.float().mean().item()
-
-    watch = Watch(arm.name, steps, every, score)
+    watch = Watch(arm, steps, every, lambda: score(model, tokenizer, machine))
     start = time.perf_counter()
     with TemporaryDirectory() as folder:
         trainer = SDPOTrainer(
@@ -217,7 +226,7 @@ def learn(arm: Arm, seed: int, steps: int, every: int) -> dict[str, Any]:
             sdpo_config=sdpo_config(arm),
             processing_class=tokenizer,
             reward_funcs=[arm.reward],
-            train_dataset=training_prompts(machine, seed, count=steps * PROMPTS),
+            train_dataset=training_prompts(machine, seed, count=steps * arm.prompts),
             callbacks=[watch],
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -257,6 +266,16 @@ def examples(
 # --- All runs --------------------------------------------------------------------------------------------------
 
 
+def prepare() -> None:
+    """One thread, and no messages of the libraries."""
+    torch.set_num_threads(1)  # the model is small: more threads are slower and change the order of summation
+    transformers.utils.logging.set_verbosity_error()
+    # The trainer warns that the teacher is faster than the paper's: batches are small, and it was chosen so.
+    logging.getLogger("sdpo_rl").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="SDPO against GRPO on a machine whose opcodes have changed.")
     parser.add_argument("--seeds", type=int, default=1, help="repeat everything over this many seeds")
@@ -267,12 +286,7 @@ def main() -> None:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     steps, every = (4, 2) if options.quick else (80, 4)
 
-    torch.set_num_threads(1)  # the model is small: more threads are slower and change the order of summation
-    transformers.utils.logging.set_verbosity_error()
-    # The trainer warns that the teacher is faster than the paper's: batches are small, and it was chosen so.
-    logging.getLogger("sdpo_rl").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    prepare()
 
     runs = []
     for seed in range(options.seeds):

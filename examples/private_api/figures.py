@@ -9,7 +9,6 @@ record answers is empty there.
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from collections import Counter
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pages
 import tables
 from arms import arms
 from curves import ACCURACY, Run, band
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 RECORDS = Path(__file__).with_name("records")
 IMAGES, PREFIX = "docs/images", "private-api"
 PAGES = ("docs/results.md", "docs/choosing.md")
-PLACE = re.compile(r"(<!-- generated: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = pages.place("generated")
 
 
 class Question(NamedTuple):
@@ -156,61 +156,32 @@ def figure(question: str, by_arm: tables.Runs) -> str:
     return draw({"": lines}, "held-out accuracy")
 
 
-def filled(page: str, texts: dict[str, str]) -> str:
-    """A page with each text at its place.
-
-    Raises:
-        ValueError: the page has a place for a text that there is not.
-    """
-
-    def fill(match: re.Match[str]) -> str:
-        if match[2] not in texts:
-            raise ValueError(f"page: expected places of {', '.join(texts)}, got {match[2]!r}; remove it")
-        text = texts[match[2]]
-        return match[1] + (f"\n{text}\n\n" if text else "") + match[3]
-
-    return PLACE.sub(fill, page)
-
-
 def files(root: Path, records: Path) -> dict[Path, str | None]:
     """What the pages and figures are by the records; `None` for a figure that no record has."""
     texts, images = blocks_and_images(tables.load(records))
     wanted: dict[Path, str | None] = dict.fromkeys((root / IMAGES).glob(f"{PREFIX}-*.svg"))
     wanted |= {root / IMAGES / name: f"{svg}\n" for name, svg in images.items()}
     for page in PAGES:
-        wanted[root / page] = filled((root / page).read_text(encoding="utf-8"), texts)
+        wanted[root / page] = pages.filled((root / page).read_text(encoding="utf-8"), texts, PLACE)
     return wanted
 
 
 def differences(root: Path = ROOT, records: Path = RECORDS) -> list[str]:
     """The files that are not what the records say."""
-    return [
-        str(path.relative_to(root))
-        for path, text in files(root, records).items()
-        if (path.read_text(encoding="utf-8") if path.exists() else None) != text
-    ]
+    return pages.differences(root, files(root, records))
 
 
 def write(root: Path = ROOT, records: Path = RECORDS) -> None:
     """Write the pages and figures, and remove figures that no record has."""
-    for path, text in files(root, records).items():
-        if text is None:
-            path.unlink()
-        else:
-            path.write_text(text, encoding="utf-8")
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Figures and tables of the records.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
-    if not parser.parse_args().check:
-        write()
-        return 0
-    found = differences()
-    for name in found:
-        print(f"{name} is not what the records say; run examples/private_api/figures.py")
-    return 1 if found else 0
+    pages.write(files(root, records))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(
+        pages.main(
+            "Figures and tables of the records.",
+            "examples/private_api/figures.py",
+            ROOT,
+            lambda: files(ROOT, RECORDS),
+        )
+    )

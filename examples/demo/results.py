@@ -1,0 +1,251 @@
+"""The tables, figures and findings of the documentation on the embedded task, from its records.
+
+    python examples/demo/results.py            # write them
+    python examples/demo/results.py --check    # say what differs from the records, and fail if anything does
+
+The records are `record.json` and those that `questions.py` writes into `records/`. Each text has a place in a page,
+between the comments `<!-- embedded: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from machine import held_out_tasks
+from questions import QUESTIONS, RECORDS, SAMPLES, demo, demo_runs, recorded_as
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "private_api"))
+
+import figures
+import pages
+import tables
+from arms import FIRST_SEED_FOR_CHOOSING
+from curves import ACCURACY, PROBABILITY, Run, best
+from record import weights_hash
+
+ROOT = Path(__file__).parents[2]
+IMAGES, PREFIX = "docs/images", "embedded"
+PAGES = ("docs/results.md", "docs/choosing.md")
+PLACE = pages.place("embedded")
+EARLY = 1024  # samples
+
+
+class Section(NamedTuple):
+    """How the page asks a question, and what came out; numbers stand there as `{end[ARM]}`, see `numbers`."""
+
+    heading: str
+    text: str
+    findings: tuple[str, ...]
+
+
+SECTIONS = {
+    "learns": Section(
+        "Embedded: SDPO, GRPO and controls",
+        "The arms of `make demo`, and as an upper bound supervised steps on the right answers to their prompts.",
+        (
+            "SDPO ends at {end[SDPO]}, near the {end[supervised]} of the upper bound; GRPO ends at {end[GRPO]}. "
+            "Unlike on the private API GRPO does learn: some prompts succeed from the start.",
+            "Without feedback, with peers' solutions alone, SDPO ends at {end[SDPO, peers only]}, where GRPO does.",
+            "With the feedback of other failures it ends at {end[SDPO, shuffled feedback]}. Its teacher still sees "
+            "peers' solutions; two of three seeds lose again what they gained.",
+        ),
+    ),
+    "alpha": Section(
+        "Embedded: α",
+        "All else as SDPO above.",
+        (
+            "α=0 collapses: {best[α=0]} at its best, {end[α=0]} at the end, where its probability of the right "
+            "answer is {probability[α=0]}.",
+            "α=0.1 ends at {end[α=0.1]} with a probability of {probability[α=0.1]}; α=0.5 and α=1 at "
+            "{end[α=0.5]} and {end[α=1]}, with {probability[α=0.5]} and {probability[α=1]}.",
+            "α=0 is not faster at the start: {early[α=0]} after 1024 samples, beside {early[α=0.1]}, "
+            "{early[α=0.5]} and {early[α=1]}.",
+        ),
+    ),
+    "cures": Section(
+        "Embedded: a collapse and its cures",
+        "SDPO with α=0, alone and with one change.",
+        (
+            "A slower teacher cures it, as on the private API: {end[collapsing + rate 0.01]} at the end. The trust "
+            "region does, too ({end[collapsing + trust region]}), unlike there.",
+            "SRPO ends at {end[collapsing + SRPO]}, GRPO's loss as a half at {end[collapsing + hybrid λ=0.5]}, the "
+            "teacher that restarts at {end[collapsing + teacher restart]}, the anchor at "
+            "{end[collapsing + anchor 0.1]}.",
+            "The denominator of `batch-token-mean` alone is no cure ({end[collapsing + batch-token-mean]}). "
+            "A smaller learning rate ends at {end[collapsing + lr 0.0003]}, having learned less.",
+            "α=0.5 instead ends at {end[collapsing + α=0.5]}, with a probability of the right answer of "
+            "{probability[collapsing + α=0.5]}. With α=0 no change brings that above "
+            "{probability[collapsing + trust region]}.",
+        ),
+    ),
+    "rate": Section(
+        "Embedded: the teacher's rate",
+        "The rate is the student's weight in one update of the teacher, which follows each batch.",
+        (
+            "With α=0.5 it makes no difference from a frozen teacher to the rate 0.05: "
+            "{end[α=0.5, rate 0 per 64]}, {end[α=0.5, rate 0.0025 per 64]}, {end[α=0.5, rate 0.01 per 64]} and "
+            "{end[α=0.5, rate 0.05 per 64]}. The rate 1, with which the teacher is the student itself, ends at "
+            "{end[α=0.5, rate 1 per 64]}. In the paper's Table 4 it is last, too; but there the average is better "
+            "than a frozen teacher.",
+            "With α=0 it decides: {end[α=0, rate 0 per 64]}, {end[α=0, rate 0.01 per 64]} and "
+            "{end[α=0, rate 0.05 per 64]} with 0, 0.01 and 0.05.",
+            "The rate belongs to samples: with α=0 and batches of 256, in a quarter of the steps, the rate 0.05 "
+            "ends at {end[α=0, rate 0.05 per 256]} and falls on no seed; 0.185, as fast per sample as 0.05 in "
+            "batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The probabilities of the right answer are "
+            "{probability[α=0, rate 0.05 per 256]} and {probability[α=0, rate 0.185 per 256]}.",
+        ),
+    ),
+    "support": Section(
+        "Embedded: K",
+        "The vocabulary has 39 tokens.",
+        (
+            "No difference beyond that of the seeds: {end[K=5]} with K=5, {end[K=5, no tail]} without the rest, "
+            "{end[K=20]} with K=20, and {end[full vocabulary]} with the whole vocabulary.",
+        ),
+    ),
+    "lasting": Section(
+        "Embedded: five times the samples",
+        "SDPO as above, one seed.",
+        ("It reaches {best[SDPO]}, keeps it for most of the run, and ends at {end[SDPO]}.",),
+    ),
+}
+# Sentences of the other page, by the name of their place: the question whose runs they are about, and the text.
+SENTENCES = {
+    "choosing rate": (
+        "rate",
+        "On the [embedded task](results.md#on-the-embedded-task), in batches of 64, α=0.5 is as good with a frozen "
+        "teacher ({end[α=0.5, rate 0 per 64]}) as with the rate 0.05 ({end[α=0.5, rate 0.05 per 64]}), and ends at "
+        "{end[α=0.5, rate 1 per 64]} with the rate 1; α=0 ends at {end[α=0, rate 0.01 per 64]} with 0.01 and at "
+        "{end[α=0, rate 0.05 per 64]} with 0.05.",
+    ),
+    "choosing alpha": (
+        "alpha",
+        "On the embedded task α=0 is not faster: {early[α=0]} after 1024 samples, beside {early[α=0.5]} with α=0.5 "
+        "and {early[α=1]} with α=1. It ends at {end[α=0]}, α=0.1 at {end[α=0.1]}, α=0.5 at {end[α=0.5]} and α=1 at "
+        "{end[α=1]}.",
+    ),
+    "choosing k": (
+        "support",
+        "On the embedded task, whose vocabulary has 39 tokens, K=5 ends at {end[K=5]} and the whole vocabulary at "
+        "{end[full vocabulary]}.",
+    ),
+    "choosing cures": (
+        "cures",
+        "On the embedded task, where SDPO with α=0 ends at {end[collapsing]}: {end[collapsing + α=0.5]} with "
+        "α=0.5, {end[collapsing + rate 0.01]} with the rate 0.01, {end[collapsing + SRPO]} with SRPO, "
+        "{end[collapsing + trust region]} with the trust region, {end[collapsing + hybrid λ=0.5]} with a half of "
+        "GRPO's loss, and {end[collapsing + batch-token-mean]} with the denominator alone.",
+    ),
+}
+
+
+def load(folder: Path) -> list[Run]:
+    """The demo's runs and the records of a folder."""
+    return [*demo_runs(), *tables.load(folder)]
+
+
+def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
+    """The runs of each arm of a question, in the order of seeds, without those for choosing settings."""
+    found: dict[str, list[Run]] = {}
+    for arm in QUESTIONS[question].arms:
+        recorded_question, recorded = recorded_as(question, arm)
+        of_arm = [
+            run
+            for run in runs
+            if (run["question"], run["arm"]) == (recorded_question, recorded.name)
+            and run["seed"] < FIRST_SEED_FOR_CHOOSING
+        ]
+        if of_arm:
+            found[arm.name] = sorted(of_arm, key=lambda run: run["seed"])
+    return found
+
+
+def numbers(by_arm: tables.Runs) -> dict[str, dict[str, str]]:
+    """What a text can name, by arm: means over seeds.
+
+    `end` is the accuracy at the end, `best` the best, `early` that after EARLY samples, and `probability` the
+    probability of the right answer at the end.
+    """
+    measures: dict[str, Callable[[Run], float]] = {
+        "end": lambda run: run["points"][-1][ACCURACY],
+        "best": best,
+        "early": lambda run: tables.at(run, EARLY, ACCURACY),
+        "probability": lambda run: run["points"][-1][PROBABILITY],
+    }
+    return {
+        name: {arm: f"{fmean(map(measure, runs)):.2f}" for arm, runs in by_arm.items()}
+        for name, measure in measures.items()
+    }
+
+
+def section(by_arm: tables.Runs, question: str) -> str:
+    """Heading, findings, figure, table and command of a question."""
+    heading, text, findings = SECTIONS[question]
+    known = numbers(by_arm)
+    said = "\n".join(f"* {finding.format(**known)}" for finding in findings)
+    seeds = sorted({run["seed"] for runs in by_arm.values() for run in runs})
+    command = ["python", "examples/demo/questions.py", "--question", question, "--seeds", *map(str, seeds)]
+    parts = [
+        f"### {heading}",
+        text,
+        said,
+        f"![{heading}](images/{image(question)})",
+        tables.results(by_arm),
+        f"```bash\n{shlex.join(command)}\n```",
+    ]
+    return "\n\n".join(filter(None, parts))
+
+
+def image(question: str) -> str:
+    """The file name of a question's figure."""
+    return f"{PREFIX}-{question}.svg"
+
+
+def setup(runs: Sequence[Run]) -> str:
+    """Model, machine, versions and sizes."""
+
+    def each(values: Sequence[Any]) -> str:
+        return ", ".join(dict.fromkeys(map(str, values)))
+
+    names = dict.fromkeys(name for run in runs for name in run["versions"])
+    versions = [
+        f"{name} {each([run['versions'][name] for run in runs if name in run['versions']])}" for name in names
+    ]
+    usual = [run["cpu_seconds"] for run in runs if run["samples"] == SAMPLES and "cpu_seconds" in run]
+    rows = [
+        ["model", "`examples/demo/checkpoint`"],
+        ["SHA-256 of its weights", str(weights_hash(demo.CHECKPOINT))],
+        ["processor", f"{each([run['device'] for run in runs if 'device' in run])}, one thread"],
+        ["versions", f"Python {each([run['python'] for run in runs])}, {', '.join(versions)}"],
+        ["runs", f"{len(runs)}, most of {SAMPLES} completions"],
+        ["held-out questions", str(len(held_out_tasks()))],
+        ["seconds of the processor for such a run", tables.spread(usual, "{:.0f}".format)],
+    ]
+    return tables.markdown(["", ""], rows)
+
+
+def files(root: Path = ROOT, records: Path = RECORDS) -> dict[Path, str | None]:
+    """What the pages and figures are by the records; `None` for a figure that no question has."""
+    runs = load(records)
+    by_question = {question: of_question(runs, question) for question in QUESTIONS}
+    wanted: dict[Path, str | None] = dict.fromkeys((root / IMAGES).glob(f"{PREFIX}-*.svg"))
+    for question, by_arm in by_question.items():
+        wanted[root / IMAGES / image(question)] = f"{figures.figure(question, by_arm)}\n"
+    texts = {question: section(by_arm, question) for question, by_arm in by_question.items()}
+    for name, (question, text) in SENTENCES.items():
+        texts[name] = text.format(**numbers(by_question[question]))
+    texts["setup"] = setup([run for run in runs if run["seed"] < FIRST_SEED_FOR_CHOOSING])
+    for page in PAGES:
+        wanted[root / page] = pages.filled((root / page).read_text(encoding="utf-8"), texts, PLACE)
+    return wanted
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        pages.main("Tables and figures of the embedded task.", "examples/demo/results.py", ROOT, files)
+    )
