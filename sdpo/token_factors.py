@@ -5,7 +5,7 @@ What ``token_factors`` computes for whole tensors, ``fused_distillation_loss`` c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import reduce
@@ -54,8 +54,8 @@ def token_factors(
 
     Raises:
         TypeError: loss_mask is not bool, or per_token, a statistic or a factor of ``weigh`` not floating.
-        ValueError: shapes that do not match, a fraction out of range, ``weigh`` changed an argument in place, or on
-            a CPU a factor of a kept token that is negative or not finite.
+        ValueError: shapes that do not match, a fraction out of range, or on a CPU a factor of a kept token
+            that is negative or not finite.
 
     Gradient: none.
 
@@ -77,10 +77,7 @@ def token_factors(
         kept = select_tokens(statistics.student_entropy, per_token, loss_mask, fraction=fraction)
     factors = upcast(torch.ones_like(per_token))
     if weigh is not None:
-        given = {**statistics._asdict(), "kept": kept}
-        versions = _versions(given)
         factors = weigh(statistics, kept)
-        _refuse_changes(versions, _versions(given))
         check_tensor("weigh(...)", factors, "floating")
         check_shape("weigh(...)", factors, loss_mask.shape, like="the shape of loss_mask")
         factors = upcast(factors.detach())
@@ -102,26 +99,6 @@ def _refuse_bad(factors: Tensor, kept: Tensor) -> None:
         raise ValueError(
             "weigh(...): expected finite numbers >= 0 for the kept tokens, got "
             f"{float(factors[wrong][0])}; clamp or mask them"
-        )
-
-
-def _versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """How often each tensor was changed in place, by name, where torch counts it."""
-    if torch.compiler.is_compiling():
-        return {}
-    return {
-        name: tensor._version
-        for name, tensor in tensors.items()
-        if not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-    }
-
-
-def _refuse_changes(before: Mapping[str, int], after: Mapping[str, int]) -> None:
-    """Demand equal counts: the loss is computed from what a function would have changed."""
-    if changed := [name for name in before if before[name] != after[name]]:
-        raise ValueError(
-            "weigh: expected a function that leaves its arguments as they are, got one that changes "
-            f"{', '.join(changed)} in place; change a copy (tensor.clone())"
         )
 
 
