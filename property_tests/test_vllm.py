@@ -229,7 +229,7 @@ def test_the_probe_retries_where_a_reprompt_fits(
     assert fits or success.not_measured.endswith("vllm_max_model_length is 64")
     if not fits:  # what vLLM would do
         generate = partial(trainer.vllm_generation.generate, images=None, num_generations=1)
-        with pytest.raises(ValueError, match="maximum context length is 64 tokens"):
+        with pytest.raises(vllm.exceptions.VLLMValidationError, match="length is 64 tokens"):
             generate(prompts=[[9] * 65])
         _, completions, *_ = generate(prompts=[[9] * 60] * 16)
         assert max(map(len, completions)) == 4 < trainer.args.max_completion_length
