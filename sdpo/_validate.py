@@ -123,11 +123,11 @@ def check_weights(name: str, weights: Tensor, active: Tensor | None) -> None:
 
 def check_ids(name: str, ids: Tensor, vocabulary: int, *, fix: str) -> None:
     """Demand ids in [0, vocabulary), where the values are readable."""
-    if not is_readable(ids) or ids.numel() == 0:
+    if not is_readable(ids):
         return
-    for extreme in (int(ids.min()), int(ids.max())):
-        if not 0 <= extreme < vocabulary:
-            raise ValueError(f"{name}: expected ids in [0, {vocabulary}), got {extreme}; {fix}")
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if outside.numel() > 0:
+        raise ValueError(f"{name}: expected ids in [0, {vocabulary}), got {int(outside[0])}; {fix}")
 
 
 def check_tokens(tokens: object, logits: Tensor, *, vocabulary: int) -> Tensor:
