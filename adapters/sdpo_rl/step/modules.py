@@ -52,7 +52,7 @@ def replaced_parameters(model: nn.Module, params: Mapping[str, Tensor]) -> Itera
     ]
     try:
         for parameters, key, parameter in slots:
-            parameters[key] = cast(nn.Parameter, tensors[cast(nn.Parameter, parameter)])
+            parameters[key] = cast(nn.Parameter, tensors[parameter])
         yield
     finally:
         for parameters, key, parameter in slots:
