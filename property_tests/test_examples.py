@@ -101,6 +101,7 @@ def test_a_step_of_several_layouts(tmp_path: Path) -> None:
     assert f"fill {record['batch']['fill']:.0%} of the padded batch" in printed
 
 
+@pytest.mark.slow
 def test_several_processes_beside_one(tmp_path: Path) -> None:
     printed = example(
         tmp_path,

@@ -164,10 +164,12 @@ def launch(
     values |= {"rows": rows, "result": result, "folder": scratch / "run", **changes}
     if options.prompt_tokens:
         values["prompt-tokens"] = options.prompt_tokens
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(processes)]
-    if not torch.cuda.is_available():
-        command.append("--cpu")
+    if torch.cuda.is_available():
+        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command += ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(processes)]
+    else:  # Accelerate's files of several GPUs start one process on a CPU
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(processes)]
     command += [str(Path(__file__).resolve()), "--worker"]
     command += [text for name, value in values.items() for text in (f"--{name}", str(value))]
     command += ["--checkpointing"] * options.checkpointing
@@ -256,6 +258,8 @@ def main() -> None:
     if options.worker:
         work(options)
         return
+    if set(options.kinds) - {"ddp"} and not torch.cuda.is_available():
+        parser.error("--kinds: expected ddp on a machine without a GPU, where Accelerate shards nothing")
     if options.rows % (options.processes * options.group):
         parser.error(
             f"--rows: expected a multiple of {options.processes * options.group}, "
