@@ -146,6 +146,18 @@ def test_states_through_the_head_are_the_model_s_logits(name: str) -> None:
             torch.testing.assert_close(also, alone(model, row), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_without_its_adapter_a_model_has_the_head_that_it_had_before() -> None:
+    model = head_trained_in_full()
+    adapted = projected(model, completion_head(model, model, arguments(model), length=LENGTH))
+    with model.disable_adapter():
+        assert transform_matches(model, arguments(model), head_transform(model.config))
+        through = projected(model, completion_head(model, model, arguments(model), length=LENGTH))
+        for row, got, other in zip(ROWS, through, adapted, strict=True):
+            torch.testing.assert_close(got, alone(model, row), rtol=1e-4, atol=1e-5)
+            assert (got - other).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_replaced_weights_are_those_of_the_other_model_and_do_not_change_this_one(name: str) -> None:

@@ -38,7 +38,7 @@ def _first(config: Any, *names: str) -> float | None:
 
 
 def plain_head(module: Any) -> nn.Linear | None:
-    """The linear layer behind an output-embedding module, through PEFT's `modules_to_save` wrapper.
+    """The linear layer behind an output-embedding module: in PEFT's `modules_to_save` wrapper the one it calls now.
 
     `None` for a head that is more than one linear map of floating-point tensors.
     """
@@ -46,7 +46,8 @@ def plain_head(module: Any) -> nn.Linear | None:
     if isinstance(saved, nn.ModuleDict):
         adapters = getattr(module, "active_adapters", None) or [getattr(module, "active_adapter", "default")]
         name = adapters[0]
-        module = saved[name] if name in saved else module.original_module  # noqa: SIM401 - ModuleDict has no get()
+        is_saved = name in saved and not module.disable_adapters
+        module = saved[name] if is_saved else module.original_module
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         return None
     # Adapter layers of some libraries are subclasses of nn.Linear with further parameters.
