@@ -48,11 +48,6 @@ test-deepspeed: $(READY)
 test-vllm: $(VLLM_VENV)/.ready
 	TORCH_COMPILE_DISABLE=1 $(VLLM_BIN)/python -m pytest -o filterwarnings=default property_tests/test_vllm.py
 
-# vLLM itself on a CPU, which `test` skips, in an environment of its own. Its builds of torchaudio, torchvision and
-# torchcodec do not fit torch's plain one, and text needs none of them. Compiling kernels would take longer than the tests.
-test-vllm: $(VLLM_VENV)/.ready
-	TORCH_COMPILE_DISABLE=1 $(VLLM_BIN)/python -m pytest -o filterwarnings=default property_tests/test_vllm.py
-
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
