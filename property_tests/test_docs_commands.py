@@ -29,7 +29,8 @@ OWN = {
     "doctor": {"quiet"},
     "report": {"output"},
 }
-TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+RULES = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+TARGETS = set(RULES)
 
 
 def commands(page: Path) -> list[str]:
@@ -104,3 +105,8 @@ def test_what_the_commands_of_a_page_name_exists(page: Path) -> None:
 )
 def test_a_wrong_command_is_found(command: str) -> None:
     assert problem(command) is not None
+
+
+def test_every_make_target_has_one_rule() -> None:
+    # Of two, make takes the last and warns.
+    assert [target for target in TARGETS if RULES.count(target) > 1] == []

@@ -240,10 +240,6 @@ def clipped_kl_terms(log_p: Tensor, log_q: Tensor, *, alpha: float, clip: float)
     return terms.nan_to_num(0.0).clamp(max=clip).sum(-1)
 
 
-def clipped_sum(log_p: Tensor, log_q: Tensor, *, alpha: float, clip: float) -> Tensor:
-    return generalized_jsd(log_p, log_q, alpha=alpha).clamp(max=clip * log_p.shape[-1])
-
-
 def bregman_without_masks(log_p: Tensor, log_q: Tensor, *, alpha: float, clip: float) -> Tensor:
     def terms(x: Tensor, y: Tensor) -> Tensor:
         return x.exp() * (x - y) - x.exp() + y.exp()

@@ -51,10 +51,6 @@ class WithLastFeedback:
         return [0.0] * len(completions)
 
 
-def first_half(completions: list[Any], **_: Any) -> list[Any]:
-    return [(0.0, (feedback_on(text) or "")[: len(text) // 2]) for text in texts(completions)]
-
-
 FEEDBACK_SOURCES: dict[str, tuple[Callable[[], Any], Callable[[str], str | None]]] = {
     "pairs": (lambda: pairs, feedback_on),
     "mappings": (lambda: mappings, feedback_on),
