@@ -240,6 +240,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             "metrics are logged with the others, and saved": ("_metrics",),
             "the running loss is saved": ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
             "scores are weighted as rewards are": ("reward_weights",),
+            "the probe asks vLLM for no more tokens than it can hold": ("vllm_generation",),
             "student and teacher share temperature and chat template": (
                 "temperature",
                 "chat_template",
