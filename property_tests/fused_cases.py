@@ -62,7 +62,7 @@ class Case:
         return replace(self, tensors=self.tensors | trainable), list(trainable.values())
 
     def arguments(self) -> dict[str, Any]:
-        """Of ``fused_distillation_loss``, by name. A centre without a weight of its own has the teacher's head."""
+        """Of ``fused_distillation_loss``, by name. A reference without a weight has the teacher's head."""
         tensors = dict(self.tensors)
         if "reference_hidden" in tensors and "reference_weight" not in tensors:
             shared = {f"reference_{part}": tensors.get(f"teacher_{part}") for part in HEAD_PARTS[1:]}

@@ -1,4 +1,4 @@
-"""LM heads that cannot be fused."""
+"""LM heads that cannot be fused, and one beside adapters."""
 
 from __future__ import annotations
 
@@ -65,3 +65,25 @@ def test_an_explicit_backend_refuses_an_adapted_head(
         ValueError, match=r"LM head: expected a plain linear layer, got peft\.\S+, .*loss_backend='logits'"
     ):
         trainer.train()
+
+
+def test_the_reference_of_a_head_beside_adapters_is_the_head_that_training_began_with(
+    tmp_path: Path,
+) -> None:
+    ends = {}
+    for backend in ("auto", "logits"):
+        torch.manual_seed(0)
+        trainer = tiny.trainer(
+            tmp_path,
+            start=tiny.model(tie_word_embeddings=False),
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+            sdpo_config=tiny.config(grpo_weight=0.5, is_clip=2.0, loss_backend=backend),
+            beta=0.3,
+            learning_rate=1e-2,
+            max_steps=3,
+        )
+        trainer.train()
+        assert trainer._forward_mode.fused == (backend == "auto")
+        ends[backend] = trainable(trainer.model)
+    for name, end in ends["auto"].items():
+        torch.testing.assert_close(end, ends["logits"][name], rtol=1e-4, atol=1e-4)

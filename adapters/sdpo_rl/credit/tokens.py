@@ -42,7 +42,7 @@ def likeliest_tokens(
     """Ids and probabilities of the k likeliest tokens at the first `length` positions of a row, likeliest first.
 
     Args:
-        outputs: of one model, or of the centre and the live model of a trust region.
+        outputs: of one model, or of the reference and the live model of a trust region.
         row: of the batch.
         length: positions.
         settings: of the loss.

@@ -150,7 +150,7 @@ def fused(
     term: PolicyTerm | None = None,
     entropy_mask: EntropyMask | None = None,
 ) -> StepLoss:
-    """The fused loss over hidden states. Two `teachers` are the centre and the live model of a trust region.
+    """The fused loss over hidden states. Two `teachers` are the reference and the live model of a trust region.
 
     GRPO's part is computed in the pass of the divergence, or, where it `needs_log_probs`, from those that a second
     pass gives with their gradient.

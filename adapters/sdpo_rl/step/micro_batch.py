@@ -93,7 +93,7 @@ class Observation(NamedTuple):
 
     batch: MicroBatch
     student: sdpo.LMHead | Tensor  # or logits [B, T, V]
-    teachers: Sequence[sdpo.LMHead | Tensor]  # two of a trust region: its centre and the live model
+    teachers: Sequence[sdpo.LMHead | Tensor]  # two of a trust region: its reference and the live model
     tokens: step_loss.TokenValues
 
 
