@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -191,6 +192,15 @@ def test_a_text_has_the_means_of_its_arms() -> None:
     assert known["early"]["α=1"] == f"{fmean(early):.2f}"
     best = [max(point[curves.ACCURACY] for point in run["points"]) for run in BY_QUESTION["alpha"]["α=0"]]
     assert known["best"]["α=0"] == f"{fmean(best):.2f}"
+
+
+def test_a_column_of_a_table_is_an_evaluation_of_every_run() -> None:
+    for by_arm in BY_QUESTION.values():
+        head = tables.results(by_arm).splitlines()[0]
+        named = {int(samples) for samples in re.findall(r"after (\d+)", head)}
+        assert len(named) == 2
+        for points in (one["points"] for runs in by_arm.values() for one in runs):
+            assert named <= {point[0] for point in points}
 
 
 def test_what_the_page_says_of_the_controls_holds() -> None:

@@ -67,7 +67,7 @@ def summary(results: Results) -> str:
 
 # --- The plot --------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 46, 228, 14, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 66, 244, 14, 44
 
 
 def plot(results: Results) -> str:
@@ -97,6 +97,8 @@ def plot(results: Results) -> str:
         parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick}</text>')
     middle = (LEFT + x(last)) / 2
     parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">samples</text>')
+    turned = f'transform="translate(14 {y(0.5):.1f}) rotate(-90)" text-anchor="middle"'
+    parts.append(f"<text {turned}>held-out probability of the right answer</text>")
 
     means = {arm: mean_curve(results, arm) for arm in results["arms"]}
     for arm in means:
@@ -128,6 +130,9 @@ pre { font: 14px/1.45 ui-monospace, monospace; background: #f6f6f4; padding: 10p
 td pre { background: none; padding: 0; } small { color: #777; } .wrong { color: #b3261e; background: #fbeae9; }
 .row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; font-size: 14px; color: #555; }
 .completions td, .completions th { text-align: left; } footer { margin: 40px 0; font-size: 13px; color: #777; }
+@media (max-width: 600px) {
+  table { display: block; overflow-x: auto; } .row { grid-template-columns: repeat(2, 1fr); }
+}
 """
 
 

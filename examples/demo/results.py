@@ -94,18 +94,18 @@ SECTIONS = {
             "than a frozen teacher.",
             "With α=0 it decides: {end[α=0, rate 0 per 64]}, {end[α=0, rate 0.01 per 64]} and "
             "{end[α=0, rate 0.05 per 64]} with 0, 0.01 and 0.05.",
-            "The rate belongs to samples: with α=0 and batches of 256, in a quarter of the steps, the rate 0.05 "
-            "ends at {end[α=0, rate 0.05 per 256]} and falls on no seed; 0.185, as fast per sample as 0.05 in "
-            "batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The probabilities of the right answer are "
-            "{probability[α=0, rate 0.05 per 256]} and {probability[α=0, rate 0.185 per 256]}.",
+            "What counts is the rate per sample, not per step. With α=0 and batches of 256, so a quarter of the "
+            "steps, the rate 0.05 ends at {end[α=0, rate 0.05 per 256]} and falls on no seed; 0.185, as fast per "
+            "sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The "
+            "probabilities of the right answer are {probability[α=0, rate 0.05 per 256]} and {probability[α=0, rate 0.185 per 256]}.",
         ),
     ),
     "support": Section(
         "Embedded: K",
         "The vocabulary has 39 tokens.",
         (
-            "No difference beyond that of the seeds: {end[K=5]} with K=5, {end[K=5, no tail]} without the rest, "
-            "{end[K=20]} with K=20, and {end[full vocabulary]} with the whole vocabulary.",
+            "No difference beyond that of the seeds: {end[K=5]} with K=5, {end[K=5, no tail]} with K=5 and no "
+            "tail, {end[K=20]} with K=20, and {end[full vocabulary]} with the whole vocabulary.",
         ),
     ),
     "lasting": Section(

@@ -16,6 +16,7 @@ DASHES = ("", "6 3", "2 3")  # a dash for each round through the colors
 TEXT = "#808080"
 WIDTH, HEIGHT, SMALL_HEIGHT = 860, 400, 230  # of the figure, of one panel, of each of several
 LEFT, TOP, BOTTOM = 46, 14, 44  # of a panel, around its axes
+TITLE_WIDTH = 20  # of the y axis, of a single panel
 TITLE_HEIGHT, LABEL_HEIGHT = 20, 17
 
 
@@ -59,7 +60,7 @@ def draw(
 
     Args:
         panels: lines by name, by the heading of their panel; values in [0, 1].
-        title: what the y axis is.
+        title: what the y axis is; a single panel has it beside the axis.
         columns: panels side by side.
         label_width: space for the labels at the right of a panel.
 
@@ -77,6 +78,7 @@ def draw(
     above = TOP + (TITLE_HEIGHT if any(panels) else 0)
     height = max(HEIGHT if len(panels) == 1 else SMALL_HEIGHT, above + BOTTOM + LABEL_HEIGHT * labels)
     width = WIDTH / columns
+    margin = LEFT + (TITLE_WIDTH if len(panels) == 1 else 0)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {rows * height}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="13" fill="{TEXT}">',
@@ -84,12 +86,15 @@ def draw(
     ]
     for place, (heading, bands) in enumerate(panels.items()):
         left, top = place % columns * width, place // columns * height
-        frame = Frame(left + LEFT, left + width - label_width, top + above, top + height - BOTTOM, last)
+        frame = Frame(left + margin, left + width - label_width, top + above, top + height - BOTTOM, last)
         if heading:
             parts.append(
                 f'<text x="{frame.left:.1f}" y="{top + TOP + 2}" font-weight="600">{escape(heading)}</text>'
             )
         parts += [*_axes(frame), *_lines(frame, bands, styles), *_labels(frame, bands, styles)]
+        if len(panels) == 1:
+            place = f'transform="translate(14 {(frame.top + frame.bottom) / 2:.1f}) rotate(-90)"'
+            parts.append(f'<text {place} text-anchor="middle">{escape(title)}</text>')
     return "\n".join([*parts, "</svg>"])
 
 

@@ -81,7 +81,10 @@ def spread(values: Sequence[float], form: Callable[[float], str] = "{:.2f}".form
 def results(by_arm: Runs) -> str:
     """What came out of each arm."""
     last = max(run["points"][-1][0] for runs in by_arm.values() for run in runs)
-    chosen = [last // 4, last // 2]
+    evaluated = set.intersection(
+        *({point[0] for point in run["points"]} for runs in by_arm.values() for run in runs)
+    )
+    chosen = [max(samples for samples in evaluated if samples <= last // part) for part in (4, 2)]
     head = [
         "",
         "seeds",
