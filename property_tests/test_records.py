@@ -95,10 +95,10 @@ def readme_demo() -> Iterator[str]:
     sdpo, grpo, peers, shuffled = (shown(arm, last) for arm in arms)
     yield (
         f"After {last} samples the right answer has a probability of {sdpo} with SDPO, {grpo} with GRPO, "
-        f"{peers} with peers' solutions only, and {shuffled} with the feedback shuffled between rows, "
-        f"from {shown('SDPO', 0)} at the start"
+        f"{peers} with peers' solutions only, and {shuffled} with the feedback shuffled between rows; "
+        f"at the start it is {shown('SDPO', 0)} (means of three seeds"
     )
-    yield f"(`make demo SEEDS={len(demo_runs('SDPO'))}`"
+    yield f"three seeds, `make demo SEEDS={len(demo_runs('SDPO'))}`"
 
 
 def readme_private_api() -> Iterator[str]:
@@ -117,7 +117,8 @@ def readme_private_api() -> Iterator[str]:
     yield f"Held-out accuracy after 9600 completions, one seed: {learns}."
     yield f"too fast SDPO ends at {end('rate-α=0-rate-0.05-per-64')}"
     cured, slower = end("cures-collapsing-SRPO"), end("cures-collapsing-rate-per-256-samples")
-    yield f"its weights at {cured}, with the rate given per 256 completions at {slower}."
+    yield f"its weights, and at {slower} with the teacher's rate given per 256 completions instead of 64."
+    yield f'the same setting ends at {cured} with `routing="srpo"`'
 
 
 def readme_loss() -> Iterator[str]:
