@@ -97,7 +97,8 @@ SECTIONS = {
             "What counts is the rate per sample, not per step. With α=0 and batches of 256, so a quarter of the "
             "steps, the rate 0.05 ends at {end[α=0, rate 0.05 per 256]} and falls on no seed; 0.185, as fast per "
             "sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The "
-            "probabilities of the right answer are {probability[α=0, rate 0.05 per 256]} and {probability[α=0, rate 0.185 per 256]}.",
+            "probabilities of the right answer are {probability[α=0, rate 0.05 per 256]} and "
+            "{probability[α=0, rate 0.185 per 256]}.",
         ),
     ),
     "support": Section(
