@@ -273,6 +273,10 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
             ("--model_name_or_path", "x", "--dataset", "tasks.jsonl"),
             "expected at least one, got none",
         ),
+        (
+            ("--config", "recipe.yaml", "--model_name_or_path", "./no_model"),
+            "model_name_or_path: expected a hub id or a folder, got './no_model', which is no folder",
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_the_fix(

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -71,6 +72,12 @@ def build(recipe: Recipe) -> SDPOTrainer:
     if model.model_name_or_path is None:
         raise UserError(
             "model_name_or_path: expected a hub id or a folder, got nothing; add it to the recipe"
+        )
+    name = model.model_name_or_path
+    # What begins like this is no hub id; the hub's own message says how to name a repository.
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UserError(
+            f"model_name_or_path: expected a hub id or a folder, got {name!r}, which is no folder; correct the path"
         )
     if run.dataset is None:
         raise UserError("dataset: expected a hub id or a file, got nothing; add it to the recipe")
