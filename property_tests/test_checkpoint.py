@@ -413,9 +413,11 @@ def test_a_checkpoint_without_options_resumes_and_says_so_once(
     (tmp_path / "checkpoint-1" / "sdpo_config.json").unlink()
     (message,) = warnings_on_resume(caplog, tmp_path, 2)
     assert "checkpoint-1 has no sdpo_config.json that can be read" in message
-    (tmp_path / "checkpoint-2" / "sdpo_config.json").write_text('{"options": {"al')
-    (message,) = warnings_on_resume(caplog, tmp_path, 3)
-    assert "checkpoint-2 has no sdpo_config.json that can be read" in message
+    for steps, damaged in ((3, '{"options": {"al'), (4, '{"alpha": 1.0}'), (5, "[]")):
+        folder = tmp_path / f"checkpoint-{steps - 1}"
+        (folder / "sdpo_config.json").write_text(damaged)
+        (message,) = warnings_on_resume(caplog, tmp_path, steps)
+        assert f"{folder.name} has no sdpo_config.json that can be read" in message
 
 
 def test_grpo_has_no_options_to_save_or_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

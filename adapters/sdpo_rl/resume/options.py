@@ -43,7 +43,8 @@ def warn_of_differences(
     """
     try:
         content = json.loads((Path(folder) / FILE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        known, since = dict(content["options"]), content["sdpo_rl_version"]
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         if options["enabled"]:
             logger.warning(
                 "%s has no %s that can be read: whether its run had the SDPO options of this one is unknown.",
@@ -52,7 +53,7 @@ def warn_of_differences(
             )
         return
     now = json.loads(json.dumps(dict(options), default=repr))
-    saved = {**json.loads(json.dumps(dict(defaults), default=repr)), **content["options"]}
+    saved = {**json.loads(json.dumps(dict(defaults), default=repr)), **known}
     changes = [
         f"{name} {saved[name]!r} -> {now[name]!r}"
         if name in now
@@ -61,7 +62,6 @@ def warn_of_differences(
         if name not in now or saved[name] != now[name]
     ]
     if changes:
-        since = content["sdpo_rl_version"]
         by = "" if since == version else f" by sdpo_rl {since} (this is {version})"
         logger.warning(
             "Since %s was saved%s, SDPO options changed: %s. The run continues with the new ones; what is left of "
