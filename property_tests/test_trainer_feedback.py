@@ -123,20 +123,13 @@ def test_the_table_stays_aligned_when_a_batch_has_no_feedback(tmp_path: Path) ->
             return [(0.0, "about " + text) for text in texts(completions)]
         return [0.0 for _ in completions]
 
-    trainer = tiny.trainer(
-        tmp_path,
-        reward_funcs=sometimes_feedback,
-        log_completions=True,
-        max_steps=4,
-        eval_dataset=tiny.conversations(1),
-        per_device_eval_batch_size=4,
-    )
-    trainer.evaluate()
-    trainer.train()
-    for path in (tmp_path / "completions").glob("*.parquet"):
-        table = pandas.read_parquet(path)
+    tables = completions_tables(tmp_path, [sometimes_feedback], True, steps=4)
+    shown = 0
+    for table in tables:
         for completion, text in zip(table["completion"], table["feedback"], strict=True):
             assert not isinstance(text, str) or text == "about " + tiny.text_of(list(completion))
+            shown += isinstance(text, str)
+    assert 0 < shown < sum(map(len, tables))
 
 
 def own_column(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
@@ -157,14 +150,14 @@ def feedback(completions: list[Any], **_: Any) -> list[float]:
     return [float(len(text)) for text in texts(completions)]
 
 
-def completions_tables(path: Path, functions: list[Any], enabled: bool) -> list[Any]:
-    """Of three batches; each with its texts."""
+def completions_tables(path: Path, functions: list[Any], enabled: bool, *, steps: int = 3) -> list[Any]:
+    """The tables of an evaluation and of as many batches as steps."""
     trainer = tiny.trainer(
         path,
         sdpo_config=tiny.config(enabled=enabled),
         reward_funcs=functions,
         log_completions=True,
-        max_steps=3,
+        max_steps=steps,
         eval_dataset=tiny.conversations(1),
         per_device_eval_batch_size=4,
     )

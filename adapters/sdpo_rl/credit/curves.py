@@ -336,8 +336,8 @@ def _steps(first: int, last: int) -> list[int]:
         return [first]
     size = max(1, round(_nice((last - first) / _TICKS)))
     middle = range(math.ceil(first / size) * size, last, size)
-    room = (last - first) / 8
-    return [first, *(step for step in middle if step - first > room and last - step > room), last]
+    least = (last - first) / 8  # nearer to an end, two labels would overlap
+    return [first, *(step for step in middle if step - first > least and last - step > least), last]
 
 
 def _number(value: float) -> str:
