@@ -255,9 +255,9 @@ def test_gradients_of_tokens_in_common_are_added_row_by_row(shape: Any) -> None:
     rows, places = tree(*shape)
     generator = torch.Generator().manual_seed(0)
     key = torch.zeros(sum(rows.own), 1, 2, dtype=torch.bfloat16, requires_grad=True)
-    taken = row_attention._taken(rows, CPU)
-    weights = torch.randn(len(taken.tokens), 1, 2, generator=generator).bfloat16()
-    outputs = row_attention._Take.apply(taken, key, key.detach())
+    index = row_attention._gather_index(rows, CPU)
+    weights = torch.randn(len(index.tokens), 1, 2, generator=generator).bfloat16()
+    outputs = row_attention._Gather.apply(index, key, key.detach())
     (got,) = torch.autograd.grad((outputs[0] * weights).sum(), key)
     expected: dict[int, Tensor] = {}
     for token, weight in zip((token for row in places for token in row), weights, strict=True):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """The model and the modules below it, each once; not in the order of `model.modules()`.
 
-    With adapters a model has thousands of modules, and a step goes through them several times. One loop takes a
-    fifth of the time of `model.modules()`, which is one generator inside another for every level of the model.
+    With adapters a model has thousands of modules, and a step goes through them several times. `model.modules()`
+    nests one generator for each level of the model; this is one loop.
 
     Example:
         >>> inner = nn.ReLU()
@@ -21,7 +21,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
         ['Sequential', 'ReLU']
     """
     found, seen = [model], {model}
-    for module in found:  # it grows meanwhile
+    for module in found:  # extended during the iteration
         for child in module._modules.values():
             if child is not None and child not in seen:
                 seen.add(child)
@@ -31,10 +31,11 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def replaced_parameters(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other tensors as the parameters of these names; its own are back afterwards.
+    """The model with other tensors in place of the named parameters; its own are restored on exit.
 
     A tied parameter is replaced in every module that holds it. `torch.func.functional_call` with `tie_weights=True`
-    leaves the replacement in a module that has two names, and without it needs every name of a parameter.
+    does not restore a parameter of a module that has two names; with `tie_weights=False` it must be given every
+    name of a tied parameter.
 
     Example:
         >>> import torch

@@ -1,13 +1,13 @@
-"""Attention of packed rows that costs what the rows alone cost: a mask that replaces SDPA's computation.
+"""Attention over packed rows without work across rows: an SDPA mask subclass that computes each row separately.
 
 A dense mask of a packed sequence makes attention compute every pair of its tokens. `RowMask` is a mask for
 `scaled_dot_product_attention` that knows the rows instead: each row's queries meet that row's keys, with torch's
-kernel for sequences of different lengths where there is one, and row by row elsewhere. Rows may have their first
-tokens in common, which the sequence then holds once.
+kernel for sequences of different lengths where there is one, and row by row elsewhere. Rows may share a prefix,
+which the sequence then stores once.
 
-Like torch's own `torch.nn.attention.bias.CausalBias`, it is a tensor subclass that overrides the function. It is an
-argument of every layer, so gradient checkpointing computes the same attention again, whatever the model's
-configuration says by then.
+Like torch's own `torch.nn.attention.bias.CausalBias`, it is a tensor subclass that overrides
+`scaled_dot_product_attention` through `__torch_function__`. Every layer gets it as an argument, so recomputation
+under gradient checkpointing uses the same attention, even if the model's configuration has changed since.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from torch.nn.functional import scaled_dot_product_attention
 _KERNEL: Callable[..., Tensor] | None = (
     import_module("torch.nn.attention.varlen").varlen_attn if find_spec("torch.nn.attention.varlen") else None
 )
-_KERNEL_WIDTH = 8  # head sizes are multiples of it
+_HEAD_DIM_MULTIPLE = 8  # the kernel needs a head_dim that is a multiple of it
 
 
 class Rows(NamedTuple):
     """Which tokens of a packed sequence belong to each row.
 
-    The sequence is cut into pieces. A row's tokens are some of them in order: first pieces of earlier rows with the
-    same first tokens, then its own.
+    The sequence is split into contiguous pieces. A row is a list of pieces: first the prefix that it shares with
+    earlier rows, if any, then its own suffix. The suffixes are in the sequence in the order of the rows.
     """
 
-    pieces: Sequence[int]  # tokens of each piece; their sum is N
-    members: Sequence[Sequence[int]]  # the pieces of each row
-    own: Sequence[int]  # the last tokens of each row, which no earlier row has; their sum is N
+    pieces: Sequence[int]  # length of each piece; the sum is N
+    members: Sequence[Sequence[int]]  # indices of each row's pieces
+    own: Sequence[int]  # length of each row's suffix, which no earlier row has; the sum is N
 
     @property
     def lengths(self) -> list[int]:
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
 
 
 class RowMask(torch.Tensor):
-    """A mask [1, 1, N, N] by which every token attends the tokens of its row up to itself; it has no N² entries.
+    """A causal mask of each row, of shape [1, 1, N, N], that does not store N² entries.
 
     Args:
         rows: of the packed sequence.
@@ -65,7 +65,7 @@ class RowMask(torch.Tensor):
         window: number of nearest tokens that a token attends, itself included; `None`: all.
 
     Raises:
-        TypeError: anything but `scaled_dot_product_attention` computes with the mask.
+        TypeError: another operation than `scaled_dot_product_attention` uses the mask's values.
 
     Example:
         >>> rows = Rows(pieces=[1, 2, 2], members=[[0, 1], [0, 2]], own=[3, 2])
@@ -77,9 +77,11 @@ class RowMask(torch.Tensor):
 
     rows: Rows
     window: int | None
-    _bounds: tuple[Tensor, Tensor]  # [B+1] int32 each: where each row's own tokens begin, and its tokens
-    _longest: tuple[int, int]  # the most of either
-    _taken: _Taken | None  # `None`: no tokens in common, the rows take those of the sequence
+    _cu_seqlens: tuple[
+        Tensor, Tensor
+    ]  # [B+1] int32: cumulative lengths of queries (own) and keys (whole rows)
+    _max_seqlens: tuple[int, int]  # the largest number of queries and of keys
+    _gather: _GatherIndex | None  # `None`: no prefix is shared, and keys and values are used as they are
 
     def __new__(cls, rows: Rows, device: torch.device, window: int | None = None) -> RowMask:
         """A mask of these rows."""
@@ -88,11 +90,11 @@ class RowMask(torch.Tensor):
         mask = unstored.as_subclass(cls)
         mask.rows, mask.window = rows, window
         # Copied to the device once, not in every layer.
-        bounds = torch.tensor([[0, *rows.own], [0, *rows.lengths]]).cumsum(1).int().to(device)
-        mask._bounds = bounds[0], bounds[1]
-        mask._longest = max(rows.own), max(rows.lengths)
-        has_common = any(len(members) > 1 for members in rows.members)
-        mask._taken = _taken(rows, device) if has_common else None
+        cumulative = torch.tensor([[0, *rows.own], [0, *rows.lengths]]).cumsum(1).int().to(device)
+        mask._cu_seqlens = cumulative[0], cumulative[1]
+        mask._max_seqlens = max(rows.own), max(rows.lengths)
+        has_prefix = any(len(members) > 1 for members in rows.members)
+        mask._gather = _gather_index(rows, device) if has_prefix else None
         return mask
 
     def __init__(self, rows: Rows, device: torch.device, window: int | None = None) -> None:
@@ -172,10 +174,10 @@ def _attention(
 
 
 def _as_autocast(tensor: Tensor) -> Tensor:
-    """As autocast converts the arguments of attention."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
-        return tensor.to(torch.get_autocast_dtype(kind))
+    """The tensor in autocast's dtype, which autocast does for SDPA's arguments and not for `varlen_attn`'s."""
+    device_type = tensor.device.type
+    if torch.is_autocast_enabled(device_type) and tensor.dtype != torch.float64:
+        return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
 
 
@@ -186,7 +188,7 @@ def _of_rows(tensor: Tensor, rows: Rows) -> list[Tensor]:
 
 
 def _dense(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask [queries, keys] of a row's last tokens; `None` for one that is only causal."""
+    """The mask [queries, keys] of the last tokens of a row; `None` where `is_causal=True` is enough."""
     if queries == keys and (window is None or window >= keys):
         return None
     places = torch.arange(keys, device=device)
@@ -197,15 +199,15 @@ def _dense(queries: int, keys: int, window: int | None, device: torch.device) ->
 # --- torch's kernel for sequences of different lengths ----------------------------------------------------
 
 
-def _kernel_options(window: int | None, scale: float | None, width: int) -> dict[str, Any] | None:
-    """What makes the kernel causal, with this window and scale; `None` where it cannot be."""
+def _kernel_options(window: int | None, scale: float | None, head_dim: int) -> dict[str, Any] | None:
+    """The kernel's arguments for causal attention with this window and scale; `None` if this torch lacks them."""
     if _KERNEL is None:
         return None
     if _takes_window(_KERNEL):
         # Tokens before a query, and after it.
         return {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    # Torch 2.10.
-    usual = scale is None or math.isclose(scale, width**-0.5)
+    # Torch 2.10 has `is_causal` alone: no window, and the default scale.
+    usual = scale is None or math.isclose(scale, head_dim**-0.5)
     return {"is_causal": True} if window is None and usual else None
 
 
@@ -218,7 +220,7 @@ def _takes_window(kernel: Callable[..., Tensor]) -> bool:
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not query.is_cuda or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
         return False
-    if query.shape[-1] % _KERNEL_WIDTH or query.shape[1] != key.shape[1]:
+    if query.shape[-1] % _HEAD_DIM_MULTIPLE or query.shape[1] != key.shape[1]:
         return False
     # What the device, the precision, the head size and the user's own settings allow.
     return bool(can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False)))
@@ -229,60 +231,66 @@ def _by_kernel(
 ) -> Tensor:
     assert _KERNEL is not None
     # Layers may be on several devices.
-    own, lengths = (each.to(query.device) for each in mask._bounds)
+    cu_seq_q, cu_seq_k = (each.to(query.device) for each in mask._cu_seqlens)
     query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-    if mask._taken is not None:
-        key, value = _Take.apply(mask._taken.to(query.device), key, value)
-    # The last query of a row meets its last key.
-    output = _KERNEL(query, key, value, own, lengths, *mask._longest, **options)
+    if mask._gather is not None:
+        key, value = _Gather.apply(mask._gather.to(query.device), key, value)
+    # The kernel aligns its causal mask at the last query and key, as a prefix without queries requires.
+    output = _KERNEL(query, key, value, cu_seq_q, cu_seq_k, *mask._max_seqlens, **options)
     return output.transpose(0, 1)[None]
 
 
-class _Taken(NamedTuple):
-    """The tokens of all rows, one row after another at M places, among those of the packed sequence."""
+class _GatherIndex(NamedTuple):
+    """The index that lays out all rows, one after another at M positions, from the N tokens of the sequence."""
 
     tokens: Tensor  # [M] int64
-    uses: Sequence[tuple[Tensor, Tensor]]  # tokens and places: the first of every token, then the second, ...
+    uses: Sequence[
+        tuple[Tensor, Tensor]
+    ]  # [i]: tokens with more than i positions, and the position of number i
 
-    def to(self, device: torch.device) -> _Taken:
+    def to(self, device: torch.device) -> _GatherIndex:
         tokens, *parts = (each.to(device) for each in (self.tokens, *chain(*self.uses)))
-        return _Taken(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
+        return _GatherIndex(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
 
 
-def _taken(rows: Rows, device: torch.device) -> _Taken:
+def _gather_index(rows: Rows, device: torch.device) -> _GatherIndex:
     pieces = torch.arange(sum(rows.pieces)).split(list(rows.pieces))
     tokens = torch.cat([pieces[i] for members in rows.members for i in members])
-    by_token, places = tokens.sort(stable=True)
+    by_token, positions = tokens.sort(stable=True)
     counts = tokens.bincount()
-    earlier = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[by_token]  # places of the same token
+    occurrence = (
+        torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[by_token]
+    )  # earlier positions of the token
     most = max(Counter(chain.from_iterable(rows.members)).values())
-    chosen = [earlier == i for i in range(most)]
-    parts = [tokens, *(part[these] for these in chosen for part in (by_token, places))]
+    chosen = [occurrence == i for i in range(most)]
+    parts = [tokens, *(part[these] for these in chosen for part in (by_token, positions))]
     # One copy to the device.
     tokens, *parts = torch.cat(parts).to(device).split([len(part) for part in parts])
-    return _Taken(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
+    return _GatherIndex(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
 
 
-class _Take(torch.autograd.Function):
-    """Keys and values [N, H, D] of the sequence at the M places, [M, H, D] each.
+class _Gather(torch.autograd.Function):
+    """Keys and values [N, H, D] of the sequence at the M positions, [M, H, D] each.
 
-    The gradients of a token's places are added in their order; those of an index would be added in any order.
+    One index for all rows: pieces that are split and joined are operations for each row in every layer. A token's
+    gradients are added in the order of its positions; `index_select` would add them by atomic operations, whose
+    order varies.
     """
 
     @staticmethod
-    def forward(ctx: Any, taken: _Taken, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.uses = taken.uses
-        return key.index_select(0, taken.tokens), value.index_select(0, taken.tokens)
+    def forward(ctx: Any, index: _GatherIndex, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.uses = index.uses
+        return key.index_select(0, index.tokens), value.index_select(0, index.tokens)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(_added(grad, ctx.uses) for grad in grads)
+        return None, *(_scatter_add(grad, ctx.uses) for grad in grads)
 
 
-def _added(grad: Tensor, uses: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Of gradients [M, ...] of the places, those [N, ...] of the tokens."""
+def _scatter_add(grad: Tensor, uses: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sums [N, ...] of the gradients [M, ...] of all positions of each token."""
     (_, first), *later = uses
     total = grad.index_select(0, first)
-    for tokens, places in later:
-        total.index_add_(0, tokens, grad.index_select(0, places))
+    for tokens, positions in later:
+        total.index_add_(0, tokens, grad.index_select(0, positions))
     return total
