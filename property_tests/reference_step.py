@@ -54,7 +54,8 @@ class Step:
 
 
 def trainable(model: nn.Module) -> Weights:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """Copies on the CPU, where the reference computes."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Recorder(TrainerCallback):
@@ -116,7 +117,7 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            name: (torch.zeros_like(p) if p.grad is None else p.grad).to("cpu", copy=True)
             for name, p in self._model.named_parameters()
             if p.requires_grad
         }

@@ -13,7 +13,7 @@ ELSEWHERE = {"accelerate", "demo", "private_api"}
 HERE = {
     *(path.name for path in EXAMPLES.glob("0*.py")),  # test_numbered_examples.py
     *("tiny_model.py", "unsloth_7b_24gb.py"),
-    *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "ranks", "recipe", "step")),
+    *(f"benchmarks/{name}.py" for name in ("loss", "loss_accuracy", "ranks", "recipe", "rollout", "step")),
 }
 # The benchmark has one shape for CPUs, which takes half a minute.
 SMALL_LOSS = """
@@ -99,6 +99,30 @@ def test_a_step_of_several_layouts(tmp_path: Path) -> None:
     assert 4 * 10 <= record["batch"]["tokens"] < 4 * 509
     assert record["batch"]["fill"] == pytest.approx(record["batch"]["tokens"] / (4 * (9 + 342)))
     assert f"fill {record['batch']['fill']:.0%} of the padded batch" in printed
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_the_rollouts_share_of_a_step(tmp_path: Path, training: str) -> None:
+    printed = example(
+        tmp_path,
+        "benchmarks/rollout.py",
+        *("--training", training, "--rows", "2", "--completion", "8", "--steps", "2", "--warmup", "1"),
+        *("--engines", "generate", "--output", "record.json"),
+    )
+    record = json.loads((tmp_path / "record.json").read_text())
+    result = record["results"]["generate"]
+    # There is no engine to hand weights to, and no ratio to compute.
+    assert result["parts"].keys() == {
+        *("generation", "rollout, rest", "teacher", "student", "optimizer", "rest"),
+    }
+    assert all(seconds > 0 for seconds in result["parts"].values())
+    assert len(result["steps"]) == len(result["logged"]["loss"]) == 2
+    assert result["completion_tokens"] == 2 * 8
+    shares = record["summary"]["generate"]
+    assert sum(shares[part] for part in ("rollout", "teacher", "student", "optimizer", "rest")) == (
+        pytest.approx(1.0)
+    )
+    assert "\ngenerate " in printed
 
 
 @pytest.mark.slow

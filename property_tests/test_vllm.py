@@ -7,6 +7,8 @@ attention, sampler and the loading of weights are vLLM's, and TRL's code is unch
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +20,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from programs import EXAMPLES
 from reference_step import Method, Row, compare
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -213,6 +216,28 @@ def test_a_missing_correction_is_detected(tmp_path: Path, folder: Path) -> None:
     trainer = make(tmp_path, folder)
     watch = Watch(trainer)
     assert compare(trainer, blank(False), alter=watch.forget).gradient > 30 * TOLERANCE
+
+
+@pytest.mark.usefixtures("loadable")
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_the_benchmark_of_the_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    benchmark = importlib.import_module("rollout")
+    record = tmp_path / "record.json"
+    arguments = f"--training {training} --engines vllm --rows 2 --completion 8 --steps 2 --warmup 2 --output"
+    monkeypatch.setattr("sys.argv", ["rollout.py", *arguments.split(), str(record)])
+    benchmark.main()
+    result = json.loads(record.read_text())["results"]["vllm"]
+    assert result["parts"].keys() >= {"generation", "hand-over", "sampled log-probs", "teacher", "student"}
+    # Both hand-overs were compared: rounding to bfloat16, and no more.
+    assert len(result["weight_differences"]) == 2
+    assert all(0 < difference < 0.01 for difference in result["weight_differences"])
+    gaps = result["logged"]["sampling/sampling_logp_difference/mean"]
+    assert len(gaps) == 2
+    assert all(0 < gap < 0.2 for gap in gaps)
+    assert "largest relative difference of a weight" in capsys.readouterr().out
 
 
 # --- limits -----------------------------------------------------------------------------------------------

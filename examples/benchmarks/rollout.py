@@ -1,12 +1,12 @@
-"""The rollout's share of an SDPO step: completions by Transformers' `generate`, by vLLM, and by vLLM with sleep mode.
+"""The rollout's share of an SDPO step: completions by `generate`, by vLLM, and by vLLM with sleep mode.
 
     python examples/benchmarks/rollout.py --shape 7b --training lora --rows 16 --completion 512 --checkpointing \\
         --output examples/benchmarks/records/rollout-7b-lora-h200.json
 
-Random weights of a published shape, so completions have nearly always the full length: `generate`, which runs until
-the longest row ends, loses nothing to rows of different lengths here. vLLM runs in the mode `colocate`. Its start is
-that of TRL, but for `load_format="dummy"`: TRL hands all weights over before the first completion, so nothing is
-read from a file. `--eager` also starts it without torch.compile and CUDA graphs.
+Random weights of a published shape, so completions have nearly always the full length: Transformers' `generate`,
+which runs until the longest row ends, loses nothing to rows of different lengths here. vLLM runs in the mode
+`colocate`. Its start is that of TRL, but for `load_format="dummy"`: TRL hands all weights over before the first
+completion, so nothing is read from a file. `--eager` also starts it without torch.compile and CUDA graphs.
 
 Engines, one after another in one process:
 
@@ -17,9 +17,9 @@ Engines, one after another in one process:
 Reported for each: the median time of the parts of a step and of the step, with the device idle between the parts;
 completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
 the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also the
-largest difference between a weight of the engine and the trainer's, relative to the largest of its matrix, after the
-hand-overs of the first `--warmup` steps, and what TRL and this library log of the difference between the two models'
-log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
+largest difference between a weight of the engine and the trainer's, relative to the largest of its matrix, after
+the hand-overs of the first `--warmup` steps, and what TRL and this library log of the difference between the two
+models' log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -71,6 +72,14 @@ SHAPES_HERE: dict[str, dict[str, Any]] = {
 }
 
 
+def card_in_use() -> int:
+    """Bytes of the card's memory in use by any program; 0 without a card."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 class Parts(TrainerCallback):
     """Time and memory of the parts of each step. A part within another is not counted in the outer one."""
 
@@ -97,8 +106,7 @@ class Parts(TrainerCallback):
             name = self._open[-1]
             self.steps[-1][name] += now - self._since
             if torch.cuda.is_available():
-                free, total = torch.cuda.mem_get_info()
-                self.in_use[name] = max(self.in_use.get(name, 0), total - free)
+                self.in_use[name] = max(self.in_use.get(name, 0), card_in_use())
                 self.peak[name] = max(self.peak.get(name, 0), torch.cuda.max_memory_allocated())
                 torch.cuda.reset_peak_memory_stats()
         self._since = time.perf_counter()
@@ -183,9 +191,12 @@ def engine_start(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def end_engine() -> None:
+def end_engine(trainer: SDPOTrainer) -> None:
+    """Give back vLLM's memory and its process group."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    del trainer.vllm_generation
     cleanup_dist_env_and_memory()
 
 
@@ -204,7 +215,7 @@ def trained_weight(model: Any, parameters: dict[str, torch.Tensor], name: str) -
 
 @torch.no_grad()
 def weight_difference(trainer: SDPOTrainer) -> float:
-    """The largest difference of a weight in the engine from the trainer's, over the largest weight of its matrix."""
+    """The largest difference of a weight in the engine from the trainer's, over the largest of its matrix."""
     model = trainer._unwrapped
     parameters = {
         name.removeprefix("base_model.model."): parameter.detach()
@@ -315,8 +326,9 @@ def teacher_forwards(parts: Parts) -> Iterator[None]:
 
 def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
     """Train a few steps with one engine."""
-    parts = Parts()
-    with tempfile.TemporaryDirectory() as folder:
+    parts, before = Parts(), card_in_use()
+    # TRL sets variables for vLLM's process group.
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         start = time.perf_counter()
         trainer = make_trainer(folder, engine, options, device)
         synchronize()
@@ -340,6 +352,7 @@ def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, 
         "completion_tokens": statistics.fmean(entry["completions/mean_length"] for entry in logged)
         * options.rows,
         "peak_bytes": {part: parts.peak[part] for part in PARTS if part in parts.peak},
+        "in_use_bytes_before": before,
         "in_use_bytes": {part: parts.in_use[part] for part in PARTS if part in parts.in_use},
         "weight_differences": differences,
         "logged": {
@@ -348,10 +361,10 @@ def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, 
             if name.startswith("sampling/") or "rollout" in name or name in ("loss", "grad_norm")
         },
     }
+    if trainer.use_vllm:
+        end_engine(trainer)
     del trainer
     gc.collect()
-    if engine != "generate":
-        end_engine()
     if device == "cuda":
         torch.cuda.empty_cache()
     if any(difference > 2 * torch.finfo(torch.bfloat16).eps for difference in differences):
