@@ -220,9 +220,7 @@ def test_a_missing_correction_is_detected(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.usefixtures("loadable")
 @pytest.mark.parametrize("training", ["lora", "full"])
-def test_the_benchmark_of_the_rollout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmark_of_the_rollout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: str) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     benchmark = importlib.import_module("rollout")
     record = tmp_path / "record.json"
@@ -231,13 +229,13 @@ def test_the_benchmark_of_the_rollout(
     benchmark.main()
     result = json.loads(record.read_text())["results"]["vllm"]
     assert result["parts"].keys() >= {"generation", "hand-over", "sampled log-probs", "teacher", "student"}
-    # Both hand-overs were compared: rounding to bfloat16, and no more.
-    assert len(result["weight_differences"]) == 2
-    assert all(0 < difference < 0.01 for difference in result["weight_differences"])
+    # Both hand-overs were compared: rounding to bfloat16, and no more. A new adapter changes no weight.
+    first, second = result["weight_differences"]
+    assert 0 <= first < 0.01
+    assert 0 < second < 0.01
     gaps = result["logged"]["sampling/sampling_logp_difference/mean"]
     assert len(gaps) == 2
     assert all(0 < gap < 0.2 for gap in gaps)
-    assert "largest relative difference of a weight" in capsys.readouterr().out
 
 
 # --- limits -----------------------------------------------------------------------------------------------

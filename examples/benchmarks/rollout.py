@@ -324,8 +324,10 @@ def teacher_forwards(parts: Parts) -> Iterator[None]:
         yield
 
 
-def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Train a few steps with one engine."""
+def measure(
+    engine: str, options: argparse.Namespace, device: str, *, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Train a few steps with one engine; `keep` gets the result before the engine ends."""
     parts, before = Parts(), card_in_use()
     # TRL sets variables for vLLM's process group.
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
@@ -361,6 +363,7 @@ def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, 
             if name.startswith("sampling/") or "rollout" in name or name in ("loss", "grad_norm")
         },
     }
+    keep(result)
     if trainer.use_vllm:
         end_engine(trainer)
     del trainer
@@ -369,7 +372,6 @@ def measure(engine: str, options: argparse.Namespace, device: str) -> dict[str, 
         torch.cuda.empty_cache()
     if any(difference > 2 * torch.finfo(torch.bfloat16).eps for difference in differences):
         raise SystemExit(f"{engine}: the engine's weights are not the trainer's: {differences}")
-    return result
 
 
 def summary(result: dict[str, Any]) -> dict[str, float]:
@@ -413,6 +415,17 @@ def vllm_version() -> str | None:
     return None
 
 
+def save(options: argparse.Namespace, device: str, results: dict[str, dict[str, Any]]) -> None:
+    record = {
+        "environment": environment(device) | {"vllm": vllm_version()},
+        "options": {k: str(v) for k, v in vars(options).items() if k != "output"},
+        "results": results,
+        "summary": {name: summary(result) for name, result in results.items()},
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -440,17 +453,14 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, dict[str, Any]] = {}
+
+    def keep(engine: str, result: dict[str, Any]) -> None:
+        results[engine] = result
+        if options.output:  # kept if a later engine fails
+            save(options, device, results)
+
     for engine in options.engines:
-        results[engine] = measure(engine, options, device)
-        if options.output:  # what was measured is kept if a later engine fails
-            record = {
-                "environment": environment(device) | {"vllm": vllm_version()},
-                "options": {k: str(v) for k, v in vars(options).items() if k != "output"},
-                "results": results,
-                "summary": {name: summary(result) for name, result in results.items()},
-            }
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(record, indent=1) + "\n")
+        measure(engine, options, device, keep=partial(keep, engine))
     show(results)
 
 
