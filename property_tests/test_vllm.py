@@ -224,7 +224,7 @@ def test_the_benchmark_of_the_rollout(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
     benchmark = importlib.import_module("rollout")
     record = tmp_path / "record.json"
-    arguments = f"--training {training} --engines vllm --rows 2 --completion 8 --steps 2 --warmup 2 --output"
+    arguments = f"--training {training} --engines vllm --rows 2 --completion 8 --steps 2 --warmup 1 --output"
     monkeypatch.setattr("sys.argv", ["rollout.py", *arguments.split(), str(record)])
     benchmark.main()
     result = json.loads(record.read_text())["results"]["vllm"]

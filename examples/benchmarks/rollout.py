@@ -18,8 +18,8 @@ Reported for each: the median time of the parts of a step and of the step, with 
 completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
 the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also the
 largest difference between a weight of the engine and the trainer's, relative to the largest of its matrix, after
-the hand-overs of the first `--warmup` steps, and what TRL and this library log of the difference between the two
-models' log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
+the first two hand-overs (no step counts the comparison), and what TRL and this library log of the difference between
+the two models' log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ ENGINES = ("generate", "vllm", "vllm-sleep")
 ROLLOUT = ("generation", "hand-over", "sleep", "sampled log-probs", "rollout, rest")
 PARTS = (*ROLLOUT, "teacher", "student", "optimizer", "rest")
 CHECK = "check"  # of the weights; no part of a step
+CHECKED = 2  # hand-overs: before the first step and after it
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SHAPES_HERE: dict[str, dict[str, Any]] = {
     **SHAPES,
@@ -233,17 +234,18 @@ def weight_difference(trainer: SDPOTrainer) -> float:
     return largest
 
 
-def check_hand_overs(trainer: SDPOTrainer, parts: Parts, steps: int) -> list[float]:
-    """Compare the weights after the hand-overs of the first steps; returns the list that is filled."""
+def check_hand_overs(trainer: SDPOTrainer, parts: Parts) -> list[float]:
+    """Compare the weights after the first hand-overs; returns the list that is filled."""
     found: list[float] = []
     hand_over: Callable[[], None] = trainer.vllm_generation.sync_weights
 
     def sync() -> None:
         with parts.part("hand-over"):
             hand_over()
-        if trainer.state.global_step < steps:
+        if len(found) < CHECKED:
             with parts.part(CHECK):
                 found.append(weight_difference(trainer))
+                torch.cuda.empty_cache()
 
     trainer.vllm_generation.sync_weights = sync
     return found
@@ -338,7 +340,7 @@ def measure(
         differences: list[float] = []
         watch(trainer, parts)
         if trainer.use_vllm:
-            differences = check_hand_overs(trainer, parts, options.warmup)
+            differences = check_hand_overs(trainer, parts)
         with teacher_forwards(parts):
             trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][options.warmup :]
