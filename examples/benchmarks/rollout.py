@@ -18,8 +18,8 @@ Reported for each: the median time of the parts of a step and of the step, with 
 completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
 the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also the
 largest difference between a weight of the engine and the trainer's, relative to the largest of its matrix, after
-the first two hand-overs (no step counts the comparison), and what TRL and this library log of the difference between
-the two models' log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
+the first two hand-overs (no step counts the comparison), and what TRL and this library log of the difference
+between the two models' log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
 """
 
 from __future__ import annotations
