@@ -263,10 +263,10 @@ def test_what_the_page_says_of_k_and_of_long_runs_holds() -> None:
     apart = max(max(of) - min(of) for of in seeds.values())
     assert max(map(fmean, seeds.values())) - min(map(fmean, seeds.values())) < apart < 0.06
     long = BY_QUESTION["lasting"]
-    for run in long["SDPO"]:
-        best = curves.best(run)
+    for sdpo in long["SDPO"]:
+        best = curves.best(sdpo)
         assert best >= 0.99
-        assert [at for at, _, accuracy in run["points"] if accuracy > 0.9][-1] > 0.5 * 5 * SAMPLES
+        assert [at for at, _, accuracy in sdpo["points"] if accuracy > 0.9][-1] > 0.5 * 5 * SAMPLES
     assert sum(curves.fall(run, 0.5) is not None for run in long["SDPO"]) == 1
     cured = {runs[0]["samples"]: fmean(map(curves.best, runs)) for runs in (long["collapsing + SRPO"],)}
     assert min(cured.values()) > 0.8

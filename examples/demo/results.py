@@ -113,8 +113,8 @@ SECTIONS = {
         "Embedded: five times the samples",
         "SDPO and GRPO as above, and the setting that collapses with SRPO.",
         (
-            "SDPO reaches {best[SDPO]}, stays above 0.9 for more than half of the run, and ends at {end[SDPO]}: one "
-            "of three seeds loses most of it.",
+            "SDPO reaches {best[SDPO]}, stays above 0.9 for more than half of the run, and ends at {end[SDPO]}: "
+            "one of three seeds loses most of it.",
             "SRPO only delays the collapse: it reaches {best[collapsing + SRPO]}, and ends at "
             "{end[collapsing + SRPO]}.",
             "GRPO, which is slower, ends at {end[GRPO]}.",
