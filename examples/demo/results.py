@@ -111,8 +111,14 @@ SECTIONS = {
     ),
     "lasting": Section(
         "Embedded: five times the samples",
-        "SDPO as above, one seed.",
-        ("It reaches {best[SDPO]}, keeps it for most of the run, and ends at {end[SDPO]}.",),
+        "SDPO and GRPO as above, and the setting that collapses with SRPO.",
+        (
+            "SDPO reaches {best[SDPO]}, stays above 0.9 for more than half of the run, and ends at {end[SDPO]}: "
+            "one of three seeds loses most of it.",
+            "SRPO only delays the collapse: it reaches {best[collapsing + SRPO]}, and ends at "
+            "{end[collapsing + SRPO]}.",
+            "GRPO, which is slower, ends at {end[GRPO]}.",
+        ),
     ),
 }
 # Sentences of the other page, by the name of their place: the question whose runs they are about, and the text.
