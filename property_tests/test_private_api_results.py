@@ -104,7 +104,7 @@ def root(tmp_path: Path) -> Path:
 def recorded(question: str, seeds: tuple[int, ...] = (0, 1, 2)) -> list[curves.Run]:
     """Runs of every arm of a question; the seeds differ by .1 at the end."""
     return [
-        made_up(*arms.recorded_as(arm), seed, [*HEALTHY[:-1], 0.7 + seed % 100 / 10])
+        made_up(*arms.recorded_as(question, arm), seed, [*HEALTHY[:-1], 0.7 + seed % 100 / 10])
         for arm in arms.arms(question)
         for seed in seeds
     ]
@@ -117,16 +117,18 @@ def test_pages_and_figures_are_what_the_records_say() -> None:
     assert figures.differences() == []
 
 
-@pytest.mark.skipif(
-    not tables.of_question(SHOWN, tables.CHOOSING), reason="no record of GRPO's learning rates"
+@pytest.mark.parametrize(
+    ("question", "name"),
+    [
+        ("grpo learning rate", f"GRPO, lr {arms.GRPO_LEARNING_RATE:g}"),
+        ("settings", arms.CHOSEN),
+    ],
 )
-def test_the_learning_rate_of_grpo_is_the_best_of_those_tried() -> None:
-    by_arm = tables.of_question(SHOWN, tables.CHOOSING)
-    ends = {
-        arm.learning_rate: fmean(run["points"][-1][curves.ACCURACY] for run in by_arm[arm.name])
-        for arm in arms.arms(tables.CHOOSING)
-    }
-    assert ends[arms.GRPO_LEARNING_RATE] == max(ends.values())
+def test_the_chosen_settings_are_the_best_of_those_tried(question: str, name: str) -> None:
+    by_arm = tables.of_question(SHOWN, question)
+    assert set(by_arm) == {arm.name for arm in arms.arms(question)}
+    ends = {arm: fmean(run["points"][-1][curves.ACCURACY] for run in runs) for arm, runs in by_arm.items()}
+    assert ends[name] == max(ends.values())
 
 
 def test_the_prose_of_the_results_has_no_number() -> None:
@@ -152,7 +154,7 @@ def test_no_record_leaves_the_pages_empty(root: Path) -> None:
 
 @pytest.mark.parametrize("question", figures.QUESTIONS)
 def test_a_question_with_records_has_a_section(question: str, root: Path) -> None:
-    seeds = (100, 101) if question == tables.CHOOSING else (0, 1, 2)
+    seeds = (100, 101) if question in arms.CHOOSING else (0, 1, 2)
     write(root / "records", recorded(question, seeds))
     figures.write(root, root / "records")
     assert figures.differences(root, root / "records") == []
@@ -177,7 +179,7 @@ def test_a_question_with_records_has_a_section(question: str, root: Path) -> Non
 
 
 def test_a_table_has_the_means_of_its_seeds(root: Path) -> None:
-    sdpo, grpo = arms.arms("learns")[:2]
+    sdpo, _, grpo = arms.arms("learns")[:3]
     runs = [
         made_up("learns", sdpo, 0, [0.0, 0.4, 0.8, 0.6, 0.9]),
         made_up("learns", sdpo, 1, [0.0, 0.2, 0.9, 0.8, 0.5]),
@@ -211,10 +213,10 @@ def test_runs_for_choosing_and_runs_that_were_stopped_are_not_shown(root: Path) 
     write(root / "records", [*runs, stopped])
     loaded = tables.load(root / "records")
     assert [run["seed"] for run in tables.of_question(loaded, "learns")["SDPO"]] == [0, 1, 2]
-    grpo = arms.arms(tables.CHOOSING)
+    grpo = arms.arms("grpo learning rate")
     chosen = tables.of_question(
-        [made_up(tables.CHOOSING, arm, seed, [0.0, 0.1]) for arm in grpo for seed in (0, 100)],
-        tables.CHOOSING,
+        [made_up("grpo learning rate", arm, seed, [0.0, 0.1]) for arm in grpo for seed in (0, 100)],
+        "grpo learning rate",
     )
     # The arm that was chosen is that of "learns", too.
     assert {run["seed"] for runs in chosen.values() for run in runs} == {100}

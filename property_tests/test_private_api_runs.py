@@ -40,22 +40,24 @@ def test_every_question_has_arms_of_different_names() -> None:
 
 def recorded_arms() -> list[arms.Arm]:
     """Every arm that has a record of its own."""
-    found = {
-        recorded[1].name: recorded[1]
-        for q in arms.QUESTIONS
-        for recorded in map(arms.recorded_as, arms.arms(q))
-    }
-    return list(found.values())
+    recorded = [
+        arms.recorded_as(question, arm)[1] for question in arms.QUESTIONS for arm in arms.arms(question)
+    ]
+    return list({arm.name: arm for arm in recorded}.values())
 
 
 def test_an_arm_is_recorded_as_the_first_with_the_same_settings() -> None:
-    assert arms.recorded_as(arms.arms("support")[2]) == ("learns", arms.arms("learns")[0])
+    assert arms.recorded_as("support", arms.arms("support")[2]) == ("learns", arms.arms("learns")[0])
     collapsing = arms.arms("cures")[0]
-    assert arms.recorded_as(collapsing)[1].name == "α=0, rate 0.05 per 64"
-    assert arms.recorded_as(arms.arms("lasting")[0])[0] == "lasting"
+    assert arms.recorded_as("cures", collapsing)[1].name == "α=0, rate 0.05 per 64"
+    assert arms.recorded_as("lasting", arms.arms("lasting")[0])[0] == "lasting"
+    for question in arms.CHOOSING:
+        assert [arms.recorded_as(question, arm) for arm in arms.arms(question)] == [
+            (question, arm) for arm in arms.arms(question)
+        ]
     for change in ({"learning_rate": 1.0}, {"lora_rank": 3}, {"length": 7}, {"settings": {"alpha": 0.25}}):
         with pytest.raises(ValueError, match="arm: expected an arm of QUESTIONS"):
-            arms.recorded_as(dataclasses.replace(collapsing, **change))
+            arms.recorded_as("cures", dataclasses.replace(collapsing, **change))
 
 
 # One of each question that no other has, among them those that need more than settings: adapters, a reference. The

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import os
 import statistics
@@ -49,6 +50,13 @@ TOGETHER: dict[str, list[str]] = {
     "Unsloth 4-bit SDPO, chunk from free memory": ["--chunk", "0", "--steps", "2"],
 }
 PEER_CASE = {PEER + ", Unsloth 4-bit, 4 rows": ["--batch", "4", "--steps", "2"]}
+# Given completions of different lengths, whose rows are padded or not.
+RAGGED = {
+    f"Unsloth 4-bit SDPO, 8 ragged rows, {packing}": [
+        *("--batch", "8", "--completion", "1024", "--steps", "4", "--limit-gib", "0")
+    ]
+    for packing in ("padded", "auto")
+}
 LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
 
 
@@ -62,6 +70,8 @@ def run_case(options: argparse.Namespace) -> None:
     if options.peer_path:
         sys.path.insert(0, str(options.peer_path))
         build = build_peer
+    if options.packing:
+        build = functools.partial(build_ragged, options.packing)
     record = recipe.run(arguments, build)
     options.output.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -85,6 +95,18 @@ def build_peer(options: argparse.Namespace, model: Any, args: Any, **shared: Any
     return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, reward_funcs=[Reward()], **shared)
 
 
+def build_ragged(packing: str, options: argparse.Namespace, model: Any, args: Any, **shared: Any) -> Any:
+    """This library's trainer on the lengths of `step.py --lengths lognormal`, with completions that are given."""
+    import step
+
+    from sdpo_rl import SDPOConfig, SDPOTrainer
+
+    lengths = argparse.Namespace(lengths="lognormal", rows=options.batch, completion=options.completion)
+    step.fix_completions(model, step.completion_lengths(lengths), options.completion)
+    sdpo_config = SDPOConfig(alpha=0.5, k=100, loss_chunk_size=options.chunk or None, packing=packing)
+    return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, **shared)
+
+
 # --- all cases --------------------------------------------------------------------------------------------
 
 
@@ -98,6 +120,8 @@ def launch(name: str, arguments: list[str], options: argparse.Namespace) -> dict
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--output", str(result)]
     if name.startswith(PEER):
         command += ["--peer-path", str(options.peer_path.resolve())]
+    if name in RAGGED:
+        command += ["--packing", name.rpartition(", ")[2]]
     command += [
         "--",
         "--random-weights",
@@ -145,7 +169,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
             f"{record['loading_peak_gib']:.2f} | {record['peak_gib']:.2f} | {record['reserved_gib']:.2f} | "
             f"{record['teacher_mib']:.0f} | {typical(record['step_seconds']):.2f} | "
             f"{typical(record['generation_seconds']):.2f} |"
-            if name in TIMED
+            if name in TIMED or name in RAGGED
             else f"| {name} | {record['loaded_gib']:.2f} | | {record['loading_peak_gib']:.2f} | "
             f"{record['peak_gib']:.2f} | {record['reserved_gib']:.2f} | {record['teacher_mib']:.0f} | | |"
         )
@@ -158,13 +182,18 @@ def typical(seconds: list[float]) -> float:
 
 
 def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """SDPO over Unsloth's GRPO: step time and peak; plain TRL over Unsloth: loading time."""
+    """SDPO over Unsloth's GRPO and ragged rows over padded ones: step time and peak; loading time."""
     result: dict[str, float] = {}
     done = {name: record for name, record in records.items() if "failed" not in record}
     sdpo, grpo = done.get("Unsloth 4-bit SDPO"), done.get("Unsloth 4-bit GRPO")
     if sdpo and grpo:
         result["step time SDPO / GRPO"] = typical(sdpo["step_seconds"]) / typical(grpo["step_seconds"])
         result["peak SDPO - GRPO, GiB"] = sdpo["peak_gib"] - grpo["peak_gib"]
+    padded, auto = (done.get(name) for name in RAGGED)
+    if padded and auto:
+        result["step time auto / padded"] = typical(auto["step_seconds"]) / typical(padded["step_seconds"])
+        if padded["peak_gib"]:  # 0 on a CPU
+            result["peak auto / padded"] = auto["peak_gib"] / padded["peak_gib"]
     fast, plain = (done.get(name) for name in LOADING)
     if fast and plain:
         result["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]
@@ -186,6 +215,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
     parser.add_argument("--at-a-time", type=int, default=4, help="cases that run together")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--packing", help=argparse.SUPPRESS)  # of a worker
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs="*", help="after `--`: further arguments of every case")
     options = parser.parse_args()
@@ -198,7 +228,7 @@ def main() -> None:
     began = time.perf_counter()
     recipe.make_weights(options.weights, options.shape)
     print(f"weights ready after {time.perf_counter() - began:.0f} s", flush=True)
-    timed, together = copy.copy(TIMED), copy.copy(TOGETHER)
+    timed, together = {**TIMED, **RAGGED}, copy.copy(TOGETHER)
     if options.peer_path:
         together |= PEER_CASE
     if options.cases:

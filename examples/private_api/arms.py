@@ -12,12 +12,14 @@ Method = Literal["sdpo", "grpo", "supervised"]
 GROUP = 8  # completions of a prompt
 # Seeds from here on are for choosing settings, such as GRPO's learning rate; the seeds of the results are below.
 FIRST_SEED_FOR_CHOOSING = 100
+CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer, and no other
 
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch of 64 samples; the paper's
 # .05 per 256 samples is .013 per 64.
 SDPO_SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 100, "teacher_update_rate": 0.01}
-# The best of "grpo learning rate", by seeds for choosing.
+# The best of "grpo learning rate" and of "settings", by seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6
+CHOSEN = "α=0, SRPO"
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,44 @@ def _cure(name: str, **settings: Any) -> Arm:
     return Arm(f"collapsing + {name}", settings={**_COLLAPSING, **settings})
 
 
-# "does it last?": the rates are those of 64 samples, also in larger batches.
-_BEST: dict[str, Any] = {"teacher_rate_samples": 64}
-_CURED: dict[str, Any] = {
-    **_COLLAPSING,
-    "teacher_rate_samples": 64,
+# SRPO as published: with its denominator and its weights of tokens.
+_SRPO: dict[str, Any] = {
     "routing": "srpo",
     "loss_aggregation": "batch-token-mean",
     "token_weights": "confidence",
 }
 
+# What "settings" compares, by seeds for choosing.
+_CANDIDATES: tuple[Arm, ...] = (
+    Arm("α=0.5"),
+    Arm("α=0.1", settings={"alpha": 0.1}),
+    Arm("α=0", settings={"alpha": 0.0}),
+    Arm("α=0, lr 2e-05", learning_rate=2e-5, settings={"alpha": 0.0}),
+    Arm("α=0, confidence weights", settings={"alpha": 0.0, "token_weights": "confidence"}),
+    Arm("α=0, hybrid λ=0.5", settings={"alpha": 0.0, "grpo_weight": 0.5}),
+    Arm("α=0, SRPO", settings={"alpha": 0.0, **_SRPO}),
+    Arm("α=0, SRPO, lr 2e-05", learning_rate=2e-5, settings={"alpha": 0.0, **_SRPO}),
+    Arm("α=0, SRPO, rate 0.02", settings={"alpha": 0.0, "teacher_update_rate": 0.02, **_SRPO}),
+    Arm("α=0.5, SRPO", settings=_SRPO),
+)
+
+
+def _chosen(name: str, **changes: Any) -> Arm:
+    """The chosen candidate with something changed."""
+    return replace(next(arm for arm in _CANDIDATES if arm.name == CHOSEN), name=name, **changes)
+
+
+# In large batches the teacher's rate is as fast per sample as in batches of 64.
+_LARGE: dict[str, Any] = {"samples_per_step": 256, "length": 5}
+
 QUESTIONS: dict[str, tuple[Arm, ...]] = {
     # Does SDPO learn what GRPO cannot?
     "learns": (
         Arm("SDPO"),
+        _chosen("SDPO, chosen settings"),
         Arm("GRPO", method="grpo", learning_rate=GRPO_LEARNING_RATE),
         Arm("SDPO, shuffled feedback", shuffled_feedback=True),
+        _chosen("SDPO, chosen settings, shuffled feedback", shuffled_feedback=True),
         Arm("SDPO, peers only", settings={"include_environment_feedback": False}),
         Arm("supervised", method="supervised"),
     ),
@@ -68,6 +92,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         Arm(f"GRPO, lr {rate:g}", method="grpo", learning_rate=rate) for rate in (2e-6, 5e-6, 1e-5)
     ),
     # Is collapse the teacher's rate, and does the rate belong to samples?
+    "settings": _CANDIDATES,
     "rate": tuple(
         Arm(
             f"α={alpha:g}, rate {rate:g} per {samples}",
@@ -90,8 +115,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _cure("rate per 256 samples", teacher_rate_samples=256),
         _cure("batch-token-mean", loss_aggregation="batch-token-mean"),
         _cure("SRPO routing", routing="srpo"),
-        # As published: with its denominator and its weights of tokens.
-        _cure("SRPO", routing="srpo", loss_aggregation="batch-token-mean", token_weights="confidence"),
+        _cure("SRPO", **_SRPO),
         _cure("hybrid λ=0.1", grpo_weight=0.1),
         _cure("hybrid λ=0.5", grpo_weight=0.5),
         _cure("confidence weights", token_weights="confidence"),
@@ -103,10 +127,17 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _cure("trust region", teacher_mode="trust_region"),
     ),
     # Does it last?
-    "lasting": tuple(
-        Arm(f"{name}, batches of {samples}", samples_per_step=samples, settings=settings, length=5)
-        for name, settings in (("SDPO", _BEST), ("collapsing + SRPO", _CURED))
-        for samples in (64, 256)
+    "lasting": (
+        _chosen(
+            "SDPO, chosen settings",
+            settings={**_chosen("").settings, "teacher_rate_samples": 64},
+            **_LARGE,
+        ),
+        Arm(
+            "collapsing + SRPO",
+            settings={**_COLLAPSING, **_SRPO, "teacher_rate_samples": 64},
+            **_LARGE,
+        ),
     ),
     "lora": (
         Arm("all weights"),
@@ -128,19 +159,21 @@ def arms(question: str) -> tuple[Arm, ...]:
     return QUESTIONS[question]
 
 
-def recorded_as(arm: Arm) -> tuple[str, Arm]:
+def recorded_as(question: str, arm: Arm) -> tuple[str, Arm]:
     """The question and the arm that an arm is recorded as: the first with the same settings.
 
-    Several questions have an arm in common, which runs once.
+    Several questions have an arm in common, which runs once; the arms of a question in CHOOSING run for it alone.
 
     Example:
-        >>> recorded_as(arms("alpha")[2])[1].name
+        >>> recorded_as("alpha", arms("alpha")[2])[1].name
         'SDPO'
     """
-    for question, others in QUESTIONS.items():
-        for other in others:
+    if question in CHOOSING:
+        return question, arm
+    for other_question, others in QUESTIONS.items():
+        for other in others if other_question not in CHOOSING else ():
             if _nameless(other) == _nameless(arm):
-                return question, other
+                return other_question, other
     raise ValueError(f"arm: expected an arm of QUESTIONS, got {arm.name!r}; add it to one of them")
 
 

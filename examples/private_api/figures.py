@@ -43,9 +43,14 @@ QUESTIONS = {
         "SDPO beside GRPO at the best of its learning rates, SDPO with the feedback of other failures, SDPO "
         "without feedback, and cross-entropy on the right calls as an upper bound.",
     ),
-    tables.CHOOSING: Question(
+    "grpo learning rate": Question(
         "Which learning rate for GRPO?",
         "By seeds that no other table has.",
+    ),
+    "settings": Question(
+        "Which settings for SDPO?",
+        "By seeds that no other table has, but that of GRPO's learning rate. The best at the end is \"SDPO, chosen "
+        'settings" above and below.',
     ),
     "rate": Question(
         "Is collapse the teacher's rate, and does the rate belong to samples?",

@@ -2,8 +2,8 @@
 
     python examples/private_api/probe.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --output output/probe.json
 
-`--model` is a hub id or a folder. Probes the arms of the question "learns" that have a teacher, and SDPO with each
-α of the question "alpha": what training then does is what `run.py` reports for the same arms. Writes one JSON file
+`--model` is a hub id or a folder. Probes the arms of the question "learns" that have a teacher and all other settings
+of the arm "SDPO", and SDPO with each α of the question "alpha": what training then does is what `run.py` reports for the same arms. Writes one JSON file
 with the numbers and the verdict of every arm; the file is written again after each of them.
 """
 
@@ -39,7 +39,7 @@ ARMS = tuple(
         (arm.shuffled_feedback, *sorted(arm.all_settings().items())): arm
         for question in ("alpha", "learns")
         for arm in QUESTIONS[question]
-        if arm.method == "sdpo"
+        if arm.method == "sdpo" and not arm.name.startswith("SDPO, chosen settings")
     }.values()
 )
 

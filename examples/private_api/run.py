@@ -34,8 +34,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     """The runs to make, each once."""
     found: dict[Path, Job] = {}
     for seed in options.seeds:
-        for _, arm in chosen_arms(options):
-            recorded_question, recorded_arm = recorded_as(arm)
+        for question, arm in chosen_arms(options):
+            recorded_question, recorded_arm = recorded_as(question, arm)
             path = record_path(options.output, options.task, recorded_question, recorded_arm, seed)
             every_step = arm.name in options.every_step or recorded_arm.name in options.every_step
             given = (
@@ -64,7 +64,7 @@ def report(question: str, options: argparse.Namespace) -> None:
     runs = []
     for name, arm in chosen_arms(options):
         for seed in options.seeds if name == question else []:
-            path = record_path(options.output, options.task, *recorded_as(arm), seed)
+            path = record_path(options.output, options.task, *recorded_as(name, arm), seed)
             if (record := read(path)) is not None:
                 runs.append({**record, "arm": arm.name})
     if runs:

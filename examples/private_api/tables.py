@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from arms import FIRST_SEED_FOR_CHOOSING, arms, recorded_as
+from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
 from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, best, fall
 from replay import COLLAPSED, EARLY, entries, problem, warnings
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
-CHOOSING = "grpo learning rate"  # the question that seeds for choosing answer
 NONE = "–"
 # Steps of the signs: those that the monitors compare with, and the last of the first twenty.
 FIRST, LATER = range(1, 6), range(16, 21)
@@ -44,16 +43,16 @@ def load(folder: Path) -> list[Run]:
 def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
     """The runs of each arm of a question, in the order of seeds; none if fewer than two arms have any.
 
-    Seeds for choosing answer the question about GRPO's learning rate alone.
+    Seeds for choosing answer the questions in CHOOSING alone.
     """
     found: dict[str, list[Run]] = {}
     for arm in arms(question):
-        recorded_question, recorded = recorded_as(arm)
+        recorded_question, recorded = recorded_as(question, arm)
         of_arm = [
             run
             for run in runs
             if (run["question"], run["arm"]) == (recorded_question, recorded.name)
-            and (run["seed"] >= FIRST_SEED_FOR_CHOOSING) == (question == CHOOSING)
+            and (run["seed"] >= FIRST_SEED_FOR_CHOOSING) == (question in CHOOSING)
         ]
         if of_arm:
             found[arm.name] = sorted(of_arm, key=lambda run: run["seed"])
