@@ -130,22 +130,29 @@ def test_several_processes_beside_one(tmp_path: Path) -> None:
     printed = example(
         tmp_path,
         "benchmarks/ranks.py",
-        *("--rows", "4", "--completion", "8", "--steps", "3", "--output", "record.json"),
+        *("--rows", "4", "--completion", "8", "--steps", "4", "--float32", "tiny", "--output", "record.json"),
     )
     record = json.loads((tmp_path / "record.json").read_text())
-    assert not any("failed" in run for run in record["runs"].values()), printed
-    assert {name: (run["processes"], run["rows"]) for name, run in record["runs"].items()} == {
-        "one": (1, 4),
-        "ddp, same rows": (2, 4),
-        "ddp, rows each": (2, 8),
-    }
-    one, same, each = record["runs"].values()
-    assert one["losses"].keys() == {"1", "2", "3"}
-    assert record["compared"]["loss of ddp, same rows"] < 1e-3  # weights in bfloat16
-    assert record["compared"]["weak scaling of ddp"] > 0
-    # Other rows have another loss, so the comparison above can fail.
-    assert max(abs(each["losses"][step] / one["losses"][step] - 1) for step in one["losses"]) > 1e-3
-    assert same["teacher_bytes"] == one["teacher_bytes"] > 0
+    launches = record["runs"]["ddp"]
+    assert {
+        count: {name: run.get("rows") for name, run in runs.items()} for count, runs in launches.items()
+    } == {
+        "2": {"same rows": 4, "rows each": 8, "float32": 4, "resumed": 4},
+        "1": {"same rows": 4, "micro-batches": 4, "float32": 4, "resumed": 4},
+    }, printed
+    for runs in launches.values():
+        assert [list(runs[name]["losses"]) for name in ("float32", "resumed")] == [list("1234"), list("34")]
+        assert runs["same rows"]["teacher_bytes"] == launches["1"]["same rows"]["teacher_bytes"] > 0
+    found = record["compared"]
+    for name in ("ddp on 2, same rows", "ddp on 1, micro-batches"):
+        assert found[name]["relative"] < 1e-2  # weights in bfloat16
+    assert found["ddp on 2, float32"]["relative"] < 1e-5
+    assert found["ddp on 2, resumed"] == {"steps": 2, "relative": 0, "absolute": 0}
+    assert found["ddp on 1, resumed"]["relative"] < 1e-5
+    assert found["ddp on 2, rows each"]["weak scaling"] > 0
+    # Other rows have another loss, so the comparisons above can fail.
+    each, one = (launches[count][name]["losses"] for count, name in (("2", "rows each"), ("1", "same rows")))
+    assert max(abs(each[step] / one[step] - 1) for step in one) > 1e-2
 
 
 def test_the_loss_and_its_floor(tmp_path: Path) -> None:

@@ -1,26 +1,36 @@
 """Training on several processes beside one: the same losses, time with as many rows each, memory, resuming.
 
-    python examples/benchmarks/ranks.py --shape 7b --training lora --kinds ddp zero2 --rows 8 \\
-        --output examples/benchmarks/records/ranks-7b-lora-h200.json
-    python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero3 --rows 4 --resume \\
-        --output examples/benchmarks/records/ranks-1.5b-full-h200.json
+    python examples/benchmarks/ranks.py --shape 7b --training lora --kinds ddp --processes 4 2 1 --rows 8 \\
+        --checkpointing --float32 small --output examples/benchmarks/records/ranks-7b-lora-h200.json
+    python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 --processes 4 2 1 \\
+        --rows 32 --checkpointing --float32 small --output examples/benchmarks/records/ranks-1.5b-full-h200.json
 
-Every run is a launch of its own by `accelerate launch` with the files of `examples/accelerate`; random weights of a
-published shape and given completions, as in `step.py`. Runs:
+Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
+is a launch by `accelerate launch` with a file of `examples/accelerate`. Its runs, one after the other:
 
-* `one`: one process with `--rows` rows in a step, the reference.
-* `KIND, same rows`: `--processes` processes that share these rows. Its losses are compared with those of `one`.
-* `KIND, rows each`: as many rows in each process as `one` has. Weak scaling is the time of `one` over its time.
-* With `--resume`: `KIND, saved` writes a checkpoint after half of the steps, and `KIND, resumed on N` goes on from
-  it, on as many processes and on one. Their losses are compared with those of `KIND, same rows`.
+* `same rows`: the processes share `--rows` rows. The losses are compared with those of one process of this kind.
+* `micro-batches`: on one process, the same rows in two micro-batches. Its losses differ from those of `same rows`
+  as far as rounding makes them, where rows are split.
+* `rows each`: each process has `--rows` rows. Weak scaling is the time of one process over this time.
+* With `--float32 SHAPE`: `float32` is `same rows` of that shape without mixed precision; on the largest number of
+  processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
+  compared with the run that saved it. DeepSpeed reads its optimizer's state on as many processes only.
+* On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
 
 Reported: the losses of all steps, the median time of a step after the first two, the peak of allocated memory and
 the bytes of the teacher in each process.
+
+A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined:
+
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/benchmarks/ranks.py \\
+        --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch /tmp/ranks ...
+    python examples/benchmarks/ranks.py --join *.json --output record.json
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -44,7 +54,7 @@ from step import (
     make_tokenizer,
     prompt_text,
 )
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
@@ -54,10 +64,46 @@ CONFIGS = Path(__file__).resolve().parents[1] / "accelerate"
 KINDS = ("ddp", "fsdp2", "zero2", "zero3")
 RANKS_SHAPES: dict[str, dict[str, Any]] = {
     **SHAPES,
+    "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+                  intermediate_size=1408, vocab_size=32768, tie_word_embeddings=True),
     "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
                  intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True),
 }  # fmt: skip
-WARMUP = 2
+RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed")
+WARMUP, TIMED = 2, 5
+COMMON = ("shape", "training", "rows", "steps", "completion", "lengths", "group", "prompt_tokens")
+Result = dict[str, Any]
+
+
+# --- in a process of a launch -----------------------------------------------------------------------------
+
+
+class SaveOnce(TrainerCallback):
+    """A checkpoint after one step and no other."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = state.global_step == self.step
+
+
+def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str, dict[str, Any]]:
+    """What a launch measures by name, as changes to its options."""
+    most, half = max(options.processes), options.steps // 2
+    folder = Path(options.scratch) / kind
+    exact = {"shape": options.float32, "dtype": "float32", "folder": folder}
+    runs: dict[str, dict[str, Any]] = {"same rows": {}}
+    if processes == 1:
+        runs["micro-batches"] = {"micro_batches": 2}
+    else:
+        steps = min(options.steps, WARMUP + TIMED)
+        runs["rows each"] = {"rows": options.rows * processes, "steps": steps}
+    if options.float32:
+        runs["float32"] = {**exact, "save": half if processes == most else None}
+    if options.float32 and (processes == most or not kind.startswith("zero")):
+        runs["resumed"] = {**exact, "checkpoint": str(folder / f"checkpoint-{half}")}
+    return {name: changes for name, changes in runs.items() if name in (options.only or runs)}
 
 
 def fix_completions(model: Any, options: argparse.Namespace, process: int) -> None:
@@ -77,45 +123,29 @@ def fix_completions(model: Any, options: argparse.Namespace, process: int) -> No
     model.generate = generate
 
 
-def whole_model(shape: dict[str, Any], device: str) -> Any:
-    """A model in float32, for training of all weights."""
-    torch.manual_seed(0)
-    config = Qwen2Config(**shape, max_position_embeddings=8192, pad_token_id=0, eos_token_id=1)
-    with torch.device(device):
-        model = Qwen2ForCausalLM(config)
-    model.config._name_or_path = "random"
-    return model
-
-
-def work(options: argparse.Namespace) -> None:
-    """One process of a run; the first writes the result."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    on_gpu = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    shape = RANKS_SHAPES[options.shape]
-    model = make_model(shape, device) if options.training == "lora" else whole_model(shape, device)
+def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPOTrainer:
+    """The trainer of a run, the same for any number of processes."""
+    lora, processes = options.training == "lora", int(os.environ.get("WORLD_SIZE", "1"))
+    dtype = torch.bfloat16 if lora and options.dtype == "bfloat16" else torch.float32
     arguments = GRPOConfig(
-        options.folder,
-        per_device_train_batch_size=options.rows // processes,
+        str(options.folder),
+        per_device_train_batch_size=options.rows // processes // options.micro_batches,
+        gradient_accumulation_steps=options.micro_batches,
         num_generations=options.group,
         max_completion_length=options.completion,
         max_steps=options.steps,
-        bf16=on_gpu and options.dtype == "bfloat16",
-        use_cpu=not on_gpu,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=device == "cpu",
         gradient_checkpointing=options.checkpointing,
-        learning_rate=1e-4 if options.training == "lora" else 1e-5,
+        learning_rate=1e-4 if lora else 1e-5,
         report_to=[],
-        save_strategy="steps" if options.save_steps else "no",
-        save_steps=options.save_steps or 500,
+        save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
         shuffle_dataset=False,
     )
-    clock = Clock()
     trainer = SDPOTrainer(
-        model=model,
+        model=make_model(RANKS_SHAPES[options.shape], device, dtype, lora),
         args=arguments,
         sdpo_config=SDPOConfig(k=100, **TEMPLATES),
         processing_class=make_tokenizer(),
@@ -127,108 +157,154 @@ def work(options: argparse.Namespace) -> None:
                 "feedback": [FEEDBACK] * options.rows,
             }
         ),
-        callbacks=[clock],
+        callbacks=[clock, SaveOnce(options.save)],
     )
     fix_completions(trainer._unwrapped, options, trainer.accelerator.process_index)
-    if on_gpu:
+    return trainer
+
+
+def measure(options: argparse.Namespace, device: str) -> Result:
+    """One run."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    clock = Clock()
+    trainer = make_trainer(options, device, clock)
     trainer.train(resume_from_checkpoint=options.checkpoint)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+    peak = torch.cuda.max_memory_allocated() if device != "cpu" else 0
     bytes_here = torch.tensor([peak, teacher_bytes(trainer)[0]], device=trainer.accelerator.device)
     most = trainer.accelerator.gather(bytes_here).view(-1, 2).amax(dim=0).tolist()
-    if trainer.accelerator.is_main_process:
-        log = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result = {
-            "processes": processes,
-            "rows": options.rows,
-            "losses": {entry["step"]: entry["loss"] for entry in log},
-            "gradient_norms": {entry["step"]: entry["grad_norm"] for entry in log},
-            "steps": clock.steps[WARMUP:],
-            "peak_bytes": most[0],
-            "teacher_bytes": most[1],
-            "environment": environment("cuda" if on_gpu else "cpu"),
-        }
-        Path(options.result).write_text(json.dumps(result))
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    return {
+        "rows": options.rows,
+        "losses": {str(entry["step"]): entry["loss"] for entry in log if entry["step"] > options.first},
+        "steps": clock.steps[WARMUP:],
+        "peak_bytes": most[0],
+        "teacher_bytes": most[1],
+    }
 
 
-def launch(
-    options: argparse.Namespace, scratch: Path, kind: str, processes: int, rows: int, **changes: Any
-) -> dict[str, Any]:
-    """Run `work` on several processes; returns its result, or what it failed with."""
-    result = scratch / "result.json"
-    result.unlink(missing_ok=True)
-    kept = ("shape", "training", "dtype", "steps", "completion", "lengths", "group")
-    values = {name: getattr(options, name) for name in kept}
-    values |= {"rows": rows, "result": result, "folder": scratch / "run", **changes}
-    if options.prompt_tokens:
-        values["prompt-tokens"] = options.prompt_tokens
+def work(options: argparse.Namespace) -> None:
+    """All runs of a launch in this process; the first process writes each result when it is there."""
+    processes, rank = (int(os.environ.get(name, alone)) for name, alone in (("WORLD_SIZE", 1), ("RANK", 0)))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    (kind,) = options.kinds
+    found: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changes in runs_of(options, kind, processes).items():
+            first = options.steps // 2 if "checkpoint" in changes else 0
+            fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first, "micro_batches": 1}
+            found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
+            if rank == 0:
+                result = {
+                    "options": {key: str(getattr(options, key)) for key in (*COMMON, "checkpointing")},
+                    "environment": environment("cpu" if device == "cpu" else "cuda"),
+                    "runs": {kind: {str(processes): found}},
+                }
+                options.worker.write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        # A process that ends while others still communicate with it stops them.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+# --- in the process that the user starts ------------------------------------------------------------------
+
+
+def launch(options: argparse.Namespace, kind: str, processes: int, result: Path) -> None:
+    """Run `work` on several processes; adds what it failed with to the results."""
+    variables = dict(os.environ)
     if torch.cuda.is_available():
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         command += ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(processes)]
     else:  # Accelerate's files of several GPUs start one process on a CPU
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes)]
-    command += [str(Path(__file__).resolve()), "--worker"]
-    command += [text for name, value in values.items() for text in (f"--{name}", str(value))]
+        variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # the default, cpu:0, is no place to restore a tensor to
+    command += [str(Path(__file__).resolve()), "--worker", str(result), "--kinds", kind]
+    command += ["--processes", *map(str, options.processes)]
+    for name in (*COMMON, "dtype", "float32", "scratch"):
+        if getattr(options, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--checkpointing"] * options.checkpointing
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not result.exists():
-        return {"failed": (done.stderr or done.stdout)[-2000:]}
-    return dict(json.loads(result.read_text()))
+    command += ["--only", *options.only] if options.only else []
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    known = json.loads(result.read_text()) if result.exists() else {"runs": {kind: {str(processes): {}}}}
+    for name in runs_of(options, kind, processes):
+        text = (done.stderr or done.stdout)[-2000:]
+        known["runs"][kind][str(processes)].setdefault(name, {"failed": text})
+    result.write_text(json.dumps(known))
 
 
-def difference(run: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest difference of two runs' losses, relative, over the steps that both have."""
-    steps = run["losses"].keys() & other["losses"].keys()
-    return max(
-        abs(run["losses"][step] - other["losses"][step]) / abs(other["losses"][step]) for step in steps
-    )
+def join(results: list[Result]) -> Result:
+    """The record of several launches.
+
+    Raises:
+        ValueError: launches with other options.
+    """
+    record: Result = {"runs": {}}
+    for result in results:
+        for key in ("options", "environment"):
+            if record.setdefault(key, result.get(key)) != result.get(key, record[key]):
+                raise ValueError(f"{key}: expected those of all launches alike, got {result[key]}")
+        for kind, launches in result["runs"].items():
+            for processes, runs in launches.items():
+                record["runs"].setdefault(kind, {}).setdefault(processes, {}).update(runs)
+    return {**record, "compared": compare(record["runs"])}
 
 
-def measure_all(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All runs of the command by name."""
-    runs: dict[str, dict[str, Any]] = {}
-    count, rows = options.processes, options.rows
-    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
-        folder = Path(name)
-
-        def add(name: str, *launched: Any, **changes: Any) -> None:
-            runs[name] = launch(options, folder, *launched, **changes)
-            print(f"{name}: {'failed' if 'failed' in runs[name] else 'done'}", file=sys.stderr, flush=True)
-
-        add("one", "ddp", 1, rows)
-        for kind in options.kinds:
-            add(f"{kind}, same rows", kind, count, rows)
-            add(f"{kind}, rows each", kind, count, rows * count)
-            if options.resume:
-                half = options.steps // 2
-                saved = {"save-steps": half, "folder": folder / kind}
-                add(f"{kind}, saved", kind, count, rows, **saved)
-                checkpoint = folder / kind / f"checkpoint-{half}"
-                add(f"{kind}, resumed on {count}", kind, count, rows, checkpoint=checkpoint)
-                # A sharded state of DeepSpeed's optimizer is read by as many processes as wrote it.
-                if not kind.startswith("zero"):
-                    add(f"{kind}, resumed on 1", "ddp", 1, rows, checkpoint=checkpoint)
-    return runs
+def difference(run: Result, other: Result) -> dict[str, float]:
+    """The largest difference of two runs' losses over the steps that both have."""
+    steps = sorted(run["losses"].keys() & other["losses"].keys(), key=int)
+    off = [abs(run["losses"][step] - other["losses"][step]) for step in steps]
+    relative = [value / abs(other["losses"][step]) for value, step in zip(off, steps, strict=True)]
+    return {"steps": len(steps), "relative": max(relative), "absolute": max(off)}
 
 
-def compare(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
+def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str, float]]:
     """Differences of losses and the weak scaling, of the runs that did not fail."""
-    found: dict[str, float] = {}
-    for name, run in runs.items():
-        kind, _, what = name.partition(", ")
-        other = runs["one"] if what in ("same rows", "rows each") else runs.get(f"{kind}, same rows", {})
-        if not what or "failed" in run or "losses" not in other:
-            continue
-        if what == "rows each":
-            found[f"weak scaling of {kind}"] = statistics.median(other["steps"]) / statistics.median(
-                run["steps"]
-            )
-        else:
-            found[f"loss of {name}"] = difference(run, other)
+    found: dict[str, dict[str, float]] = {}
+    for kind, launches in runs.items():
+        one = launches.get("1", {})
+        most = launches[max(launches, key=int)]
+        for processes, measured in launches.items():
+            references = dict.fromkeys(("same rows", "float32"), one) if processes != "1" else {}
+            if processes == "1" and kind != "ddp":
+                references = {"float32": runs.get("ddp", {}).get("1", {})}
+            pairs = {name: reference.get(name, {}) for name, reference in references.items()}
+            pairs |= dict.fromkeys(("rows each", "micro-batches"), one.get("same rows", {}))
+            pairs["resumed"] = most.get("float32", {})
+            for name, other in pairs.items():
+                run, label = measured.get(name, {}), f"{kind} on {processes}, {name}"
+                if "losses" not in run or "losses" not in other:
+                    continue
+                if name == "rows each":
+                    median, alone = (statistics.median(of["steps"]) for of in (run, other))
+                    found[label] = {"weak scaling": alone / median}
+                else:
+                    found[label] = difference(run, other)
     return found
+
+
+def show(record: Result) -> None:
+    """Print a record."""
+    print(f"{'run':28}{'s/step':>10}{'peak GiB':>10}{'teacher GiB':>13}")
+    for kind, launches in record["runs"].items():
+        for processes, runs in launches.items():
+            for name, run in runs.items():
+                label = f"{kind} on {processes}, {name}"
+                if "failed" in run:
+                    print(f"{label:28}failed: {(run['failed'].strip().splitlines() or ['?'])[-1][:80]}")
+                    continue
+                seconds = statistics.median(run["steps"]) if run["steps"] else float("nan")
+                peak, teacher = (run[f"{what}_bytes"] / 2**30 for what in ("peak", "teacher"))
+                print(f"{label:28}{seconds:10.3f}{peak:10.2f}{teacher:13.3f}")
+    for label, values in record["compared"].items():
+        print(f"{label:28}" + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
 
 
 def main() -> None:
@@ -238,8 +314,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=RANKS_SHAPES, default="tiny")
     parser.add_argument("--training", choices=("lora", "full"), default="lora")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--float32", choices=RANKS_SHAPES, help="also compare losses of this shape in float32, and resume"
+    )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["ddp"])
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--rows", type=int, default=8, help="of a step on one process")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--completion", type=int, default=512)
@@ -247,42 +326,46 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--group", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="also save, and resume")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="no other runs")
     parser.add_argument("--scratch", help="folder for checkpoints; default: a temporary one")
     parser.add_argument("--output", type=Path)
-    for name in ("result", "folder", "checkpoint"):
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
-    parser.add_argument("--save-steps", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--join", nargs="+", type=Path, help="results of launches started by hand")
+    parser.add_argument("--worker", type=Path, help="be a process of a launch; its result goes to this file")
     options = parser.parse_args()
+    whole = max(options.processes) * options.group
+    if options.rows % whole:
+        parser.error(
+            f"--rows: expected a multiple of {whole}, whole groups of {options.group} for each of "
+            f"{max(options.processes)} processes, got {options.rows}"
+        )
     if options.worker:
         work(options)
         return
-    if set(options.kinds) - {"ddp"} and not torch.cuda.is_available():
+    if options.join:
+        results = [json.loads(path.read_text()) for path in options.join]
+    elif set(options.kinds) - {"ddp"} and not torch.cuda.is_available():
         parser.error("--kinds: expected ddp on a machine without a GPU, where Accelerate shards nothing")
-    if options.rows % (options.processes * options.group):
-        parser.error(
-            f"--rows: expected a multiple of {options.processes * options.group}, "
-            f"whole groups of {options.group} for each of {options.processes} processes, got {options.rows}"
-        )
-    runs = measure_all(options)
-    print(f"{'run':28}{'s/step':>10}{'peak GiB':>10}{'teacher GiB':>13}")
-    for name, run in runs.items():
-        if "failed" in run:
-            print(f"{name:28}failed: {run['failed'].strip().splitlines()[-1][:80]}")
-            continue
-        seconds = statistics.median(run["steps"]) if run["steps"] else float("nan")
-        print(
-            f"{name:28}{seconds:10.3f}{run['peak_bytes'] / 2**30:10.2f}{run['teacher_bytes'] / 2**30:13.3f}"
-        )
-    ratios = compare(runs)
-    for name, value in ratios.items():
-        print(f"{name:44}{value:12.3g}")
+    else:
+        results = measure_all(options)
+    record = join(results)
+    show(record)
     if options.output:
-        shown = {k: v for k, v in vars(options).items() if v and k not in ("output", "scratch")}
-        record = {"options": {k: str(v) for k, v in shown.items()}, "runs": runs, "compared": ratios}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def measure_all(options: argparse.Namespace) -> list[Result]:
+    """The results of all launches; the largest number of processes comes first, because it saves."""
+    results = []
+    with tempfile.TemporaryDirectory() as name:
+        options.scratch = options.scratch or name
+        for kind in options.kinds:
+            for processes in sorted(options.processes, reverse=True):
+                file = Path(name) / f"{kind}-{processes}.json"
+                launch(options, kind, processes, file)
+                results.append(json.loads(file.read_text()))
+                print(f"{kind} on {processes}: done", file=sys.stderr, flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -89,16 +89,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_model(shape: dict[str, Any], device: str) -> Any:
+def make_model(
+    shape: dict[str, Any], device: str, dtype: torch.dtype = torch.bfloat16, lora: bool = True
+) -> Any:
     torch.manual_seed(0)
     config = Qwen2Config(**shape, max_position_embeddings=8192, pad_token_id=0, eos_token_id=1)
     with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(dtype)
         model = Qwen2ForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.config._name_or_path = "random"
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
-    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+    if not lora:
+        return model
+    adapter = LoraConfig(r=16, lora_alpha=16, target_modules=LINEAR, task_type="CAUSAL_LM")
+    return get_peft_model(model, adapter, autocast_adapter_dtype=False)
 
 
 def completion_lengths(options: argparse.Namespace) -> list[int]:
