@@ -43,6 +43,7 @@ def test_launches_are_compared_with_one_process() -> None:
         "resumed": measured([4.0, 6.0], first=3),
     }
     one["runs"]["fsdp2"]["1"]["float32"] = measured([1.0, 2.0, 4.0, 10.0])
+    one["runs"]["fsdp2"]["1"]["micro-batches"] = measured([2.0, 5.0])
     one["runs"]["fsdp2"]["1"]["resumed"] = {"failed": "out of memory"}
     plain["runs"]["ddp"]["1"] = {"float32": measured([1.0, 2.0, 5.0, 10.0])}
     compared = join([four, one, plain])["compared"]
@@ -51,7 +52,10 @@ def test_launches_are_compared_with_one_process() -> None:
     assert compared["fsdp2 on 4, float32"] == pytest.approx({"steps": 4, "relative": 0.2, "absolute": 2.0})
     assert compared["fsdp2 on 4, resumed"] == pytest.approx({"steps": 2, "relative": 0.25, "absolute": 2.0})
     assert compared["fsdp2 on 1, float32"] == pytest.approx({"steps": 4, "relative": 0.2, "absolute": 1.0})
-    assert len(compared) == 5
+    assert compared["fsdp2 on 1, micro-batches"] == pytest.approx(
+        {"steps": 2, "relative": 0.25, "absolute": 1.0}
+    )
+    assert len(compared) == 6
 
 
 def test_launches_with_other_options_are_not_joined() -> None:

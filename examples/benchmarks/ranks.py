@@ -9,6 +9,8 @@ Random weights of a published shape and given completions, as in `step.py`. Ever
 is a launch by `accelerate launch` with a file of `examples/accelerate`. Its runs, one after the other:
 
 * `same rows`: the processes share `--rows` rows. The losses are compared with those of one process of this kind.
+* `micro-batches`: on one process, the same rows in two micro-batches. Its losses differ from those of `same rows`
+  as far as rounding makes them, where rows are split.
 * `rows each`: each process has `--rows` rows. Weak scaling is the time of one process over this time.
 * With `--float32 SHAPE`: `float32` is `same rows` of that shape without mixed precision; on the largest number of
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
@@ -21,7 +23,7 @@ the bytes of the teacher in each process.
 A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined:
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/benchmarks/ranks.py \\
-        --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch /tmp/ranks ...
+        --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch FOLDER ...
     python examples/benchmarks/ranks.py --join *.json --output record.json
 """
 
@@ -67,7 +69,7 @@ RANKS_SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
                  intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True),
 }  # fmt: skip
-RUNS = ("same rows", "rows each", "float32", "resumed")
+RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed")
 WARMUP, TIMED = 2, 5
 COMMON = ("shape", "training", "rows", "steps", "completion", "lengths", "group", "prompt_tokens")
 Result = dict[str, Any]
@@ -92,7 +94,9 @@ def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str,
     folder = Path(options.scratch) / kind
     exact = {"shape": options.float32, "dtype": "float32", "folder": folder}
     runs: dict[str, dict[str, Any]] = {"same rows": {}}
-    if processes > 1:
+    if processes == 1:
+        runs["micro-batches"] = {"micro_batches": 2}
+    else:
         steps = min(options.steps, WARMUP + TIMED)
         runs["rows each"] = {"rows": options.rows * processes, "steps": steps}
     if options.float32:
@@ -121,11 +125,12 @@ def fix_completions(model: Any, options: argparse.Namespace, process: int) -> No
 
 def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPOTrainer:
     """The trainer of a run, the same for any number of processes."""
-    lora = options.training == "lora"
+    lora, processes = options.training == "lora", int(os.environ.get("WORLD_SIZE", "1"))
     dtype = torch.bfloat16 if lora and options.dtype == "bfloat16" else torch.float32
     arguments = GRPOConfig(
         str(options.folder),
-        per_device_train_batch_size=options.rows // int(os.environ.get("WORLD_SIZE", "1")),
+        per_device_train_batch_size=options.rows // processes // options.micro_batches,
+        gradient_accumulation_steps=options.micro_batches,
         num_generations=options.group,
         max_completion_length=options.completion,
         max_steps=options.steps,
@@ -192,7 +197,7 @@ def work(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, changes in runs_of(options, kind, processes).items():
             first = options.steps // 2 if "checkpoint" in changes else 0
-            fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first}
+            fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first, "micro_batches": 1}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
                 result = {
@@ -271,7 +276,8 @@ def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str
             if processes == "1" and kind != "ddp":
                 references = {"float32": runs.get("ddp", {}).get("1", {})}
             pairs = {name: reference.get(name, {}) for name, reference in references.items()}
-            pairs |= {"resumed": most.get("float32", {}), "rows each": one.get("same rows", {})}
+            pairs |= dict.fromkeys(("rows each", "micro-batches"), one.get("same rows", {}))
+            pairs["resumed"] = most.get("float32", {})
             for name, other in pairs.items():
                 run, label = measured.get(name, {}), f"{kind} on {processes}, {name}"
                 if "losses" not in run or "losses" not in other:
