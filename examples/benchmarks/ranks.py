@@ -23,7 +23,7 @@ the bytes of the teacher in each process.
 A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined:
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/benchmarks/ranks.py \\
-        --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch /tmp/ranks ...
+        --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch FOLDER ...
     python examples/benchmarks/ranks.py --join *.json --output record.json
 """
 
