@@ -106,7 +106,7 @@ def observe_recipe() -> dict[str, Any]:
     trainer._micro_batch_output, trainer._teacher.tick = both_backends, averaged
     trainer.train()
     after = trainable(model)
-    held = trainer._teacher.state.params
+    held = {name: tensor.cpu() for name, tensor in trainer._teacher.state.params.items()}
     seen |= {
         "mro": [cls.__name__ for cls in type(trainer).__mro__],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

@@ -40,8 +40,8 @@ class Question(NamedTuple):
 QUESTIONS = {
     "learns": Question(
         "Does SDPO learn what GRPO cannot?",
-        "SDPO beside GRPO at the best of its learning rates, SDPO with the feedback of other failures, SDPO "
-        "without feedback, and cross-entropy on the right calls as an upper bound.",
+        "SDPO beside GRPO, SDPO with the feedback of other failures, SDPO without feedback, and cross-entropy on "
+        "the right calls as an upper bound.",
     ),
     "grpo learning rate": Question(
         "Which learning rate for GRPO?",
