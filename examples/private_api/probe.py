@@ -3,8 +3,8 @@
     python examples/private_api/probe.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct --output output/probe.json
 
 `--model` is a hub id or a folder. Probes SDPO with each α of the question "alpha", and those arms of "learns" that
-change its feedback: what training then does is what `run.py` reports for the same arms. Writes one JSON file with the
-numbers and the verdict of every arm; the file is written again after each of them.
+change its feedback: what training then does is what `run.py` reports for the same arms. Writes one JSON file with
+the numbers and the verdict of every arm; the file is written again after each of them.
 """
 
 from __future__ import annotations
