@@ -365,12 +365,11 @@ def test_equal_rows_are_complete_and_without_padding(sizes: Any, limit: int) -> 
         assert len(rows) == 1 or real(sizes, rows) <= limit
 
 
-def cost(sizes: Any, calls: Sequence[Sequence[int]], call_tokens: float) -> float:
-    return sum(
-        len(rows) * (max(max(sizes[r][0], 1) for r in rows) + max(max(sizes[r][1], 1) for r in rows))
-        + call_tokens
-        for rows in calls
-    )
+def cost(sizes: Any, calls: Sequence[Sequence[int]], call_tokens: float, busy_tokens: float = 0) -> float:
+    def positions(rows: Sequence[int]) -> int:
+        return len(rows) * (max(max(sizes[r][0], 1) for r in rows) + max(max(sizes[r][1], 1) for r in rows))
+
+    return sum(max(positions(rows) + call_tokens, busy_tokens) for rows in calls)
 
 
 def divisions(order: list[int]) -> list[list[list[int]]]:
@@ -379,8 +378,10 @@ def divisions(order: list[int]) -> list[list[list[int]]]:
     return [[order[:n], *rest] for n in range(1, len(order) + 1) for rest in divisions(order[n:])]
 
 
-def property_groups_cost_the_least(choose: Any, sizes: Any, limit: int, call_tokens: int) -> None:
-    calls = choose(sizes, CallLimits(width=limit, tokens=3 * limit, call_tokens=call_tokens))
+def property_groups_cost_the_least(
+    choose: Any, sizes: Any, limit: int, call_tokens: int, busy_tokens: int
+) -> None:
+    calls = choose(sizes, CallLimits(limit, 3 * limit, call_tokens, busy_tokens))
     assert sorted(row for rows in calls for row in rows) == list(range(len(sizes)))
 
     def allowed(rows: Sequence[int]) -> bool:
@@ -390,7 +391,8 @@ def property_groups_cost_the_least(choose: Any, sizes: Any, limit: int, call_tok
     assert all(map(allowed, calls))
     order = sorted(range(len(sizes)), key=lambda row: (-real(sizes, [row]), row))
     possible = [each for each in divisions(order) if all(map(allowed, each))]
-    assert cost(sizes, calls, call_tokens) == min(cost(sizes, each, call_tokens) for each in possible)
+    least = min(cost(sizes, each, call_tokens, busy_tokens) for each in possible)
+    assert cost(sizes, calls, call_tokens, busy_tokens) == least
 
 
 def in_the_given_order(sizes: Any, limits: CallLimits) -> list[list[int]]:
@@ -401,7 +403,12 @@ GROUPS = Claim(
     property_groups_cost_the_least,
     packing.alike_rows,
     in_the_given_order,
-    {"sizes": sizes_of_rows, "limit": st.integers(2, 30), "call_tokens": st.integers(0, 30)},
+    {
+        "sizes": sizes_of_rows,
+        "limit": st.integers(2, 30),
+        "call_tokens": st.integers(0, 30),
+        "busy_tokens": st.integers(0, 60),
+    },
 )
 
 

@@ -122,5 +122,7 @@ def test_another_attention_reads_every_prompt(tmp_path: Path) -> None:
     model.set_attn_implementation("eager")
     trainer = make(tmp_path, start=model)
     trainer.train()
-    assert trainer._forward_mode.layout == ("packed", "", False, "its attention is 'eager', not 'sdpa'")
+    assert trainer._forward_mode.layout == runner.ChosenLayout(
+        "packed", by_row_reason="its attention is 'eager', not 'sdpa'"
+    )
     assert torch.isfinite(torch.tensor(logs(trainer, "loss"))).all()

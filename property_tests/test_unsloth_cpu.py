@@ -161,6 +161,32 @@ def observe_padding(fast: bool) -> dict[str, Any]:
     return errors
 
 
+def observe_packing() -> dict[str, Any]:
+    """What the tests of the model say of packed rows, and of more than `max_seq_length` tokens together."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    from sdpo_rl.step import model_check
+    from sdpo_rl.step.batch import TokenBatch, left_pad
+
+    tokens = driver.tokenizer()
+    model = driver.fast_model(FastLanguageModel, tokens, max_seq_length=128)
+    driver.randomize_lora(model)
+    model.eval()
+    ids, mask = left_pad([list(range(3, 20)), list(range(10, 30))], pad_id=0, device=torch.device("cpu"))
+    batch = TokenBatch(ids, mask, [(5, 12), (6, 14)])
+    seen: dict[str, Any] = {
+        "layout": list(model_check.supported_layout(model, batch)),
+        "limit": model_check.sequence_limit(model, batch),
+        "max_seq_length": model.max_seq_length,
+    }
+    # One row that is too long: what the limit is for.
+    long = torch.randint(3, len(tokens), (1, 150))
+    with torch.no_grad():
+        seen["long_row"] = model(input_ids=long, use_cache=False).logits.shape[1]
+    return seen
+
+
 # --- tests ------------------------------------------------------------------------------------------------
 
 
@@ -236,3 +262,12 @@ def test_ragged_rows_equal_rows_alone_in_fast_language_model(tmp_path: Path) -> 
     # In training mode Unsloth drops the mask unless some row is padded on the left.
     assert errors["interior train positions=True rows=1"] > 1e-2
     assert errors["interior train positions=True rows=3"] < 1e-5
+
+
+@pytest.mark.slow
+def test_fast_language_model_packs_more_rows_than_max_seq_length_holds(tmp_path: Path) -> None:
+    seen = driver.run("test_unsloth_cpu:observe_packing", tmp_path, interpreter=True)
+    assert seen["layout"] == ["packed", ""]
+    # Its `max_position_embeddings`.
+    assert seen["limit"] == 512
+    assert seen["max_seq_length"] == seen["long_row"] == 128

@@ -27,8 +27,14 @@ class ForwardMode(NamedTuple):
 
     def of(self, context: StepContext) -> StepContext:
         """The context of a step in this mode."""
-        layout, by_row = self.layout.layout, self.layout.by_row
-        return replace(context, reads_padding=self.reads_padding, layout=layout, by_row=by_row)
+        found = self.layout
+        return replace(
+            context,
+            reads_padding=self.reads_padding,
+            layout=found.layout,
+            by_row=found.by_row,
+            sequence_limit=found.sequence_limit,
+        )
 
 
 def find_forward_mode(context: StepContext, tokens: TokenBatch) -> ForwardMode:

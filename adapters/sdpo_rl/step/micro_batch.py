@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ class StepContext:
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
         by_row: packed rows get `row_attention`, and read a prompt in common once.
+        sequence_limit: tokens of a packed sequence that the model runs right (see `model_check`).
         observers: called with what the loss was computed from, without gradient, in the head's autocast.
     """
 
@@ -73,6 +75,7 @@ class StepContext:
     reads_padding: bool = False
     layout: Layout = "padded"
     by_row: bool = False
+    sequence_limit: float = math.inf
     observers: Sequence[Callable[[Observation], None]] = ()
 
     def head_autocast(self) -> AbstractContextManager[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.nn.functional import pad
 
 from .batch import TokenBatch, left_pad, position_ids
 from .forward import accepts, call_arguments, forward_arguments
+from .modules import all_modules
 from .packing import Layout, ModelCall, group, pack, pack_prefixes
 from .prefixes import place_rows, shared_prefixes
 
@@ -29,6 +31,7 @@ _LENGTHS = (7, 9)  # tokens of the two rows of `supported_layout`
 _LEAK = 1e-5
 _SHORT_WINDOW = 4  # of `row_attention_problem`, shorter than its rows
 _WINDOW_SETTINGS = {"sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"}
+_ROPE_BY_LENGTH = {"dynamic", "longrope"}  # frequencies that change with the length of a sequence
 # Largest mean relative difference between packed and separate rows, for which attention uses other kernels.
 _DIFFERENCE = 5e-3
 
@@ -109,6 +112,8 @@ def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
     packed, other_first, other_second = (
         _hidden_states(model, each, pack) for each in (rows, [others[0], second], [first, others[1]])
     )
+    if any(states is None for states in (packed, other_first, other_second)):
+        return LayoutSupport("groups", "it does not compute every position of packed rows")
     split, tolerance = len(first), max(torch.finfo(dtype).eps for dtype in _dtypes(model, packed))
     if _gap(packed[:split], other_first[:split]).mean() <= 10 * tolerance:
         return LayoutSupport(
@@ -128,6 +133,52 @@ def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
             "groups", f"packed hidden states differ by {difference:.1e} from those of separate rows"
         )
     return LayoutSupport("packed", "")
+
+
+def sequence_limit(model: Any, batch: TokenBatch) -> float:
+    """The number of tokens of a packed sequence that the model runs right; infinity where it has no bound.
+
+    A model with `max_seq_length`, as Unsloth's, silently truncates a longer sequence, unless it sees by the
+    positions that this holds several rows. Whether it does is tested with its `max_seq_length` made shorter than
+    two short rows together. Then only its table of positions, `max_position_embeddings`, bounds a sequence.
+
+    Every process makes the same calls of the model, because what the result depends on is the same for all.
+
+    Args:
+        model: in evaluation mode, not wrapped for several processes; it can run packed rows.
+        batch: any batch of the run; its tokens make up the rows.
+    """
+    limit = getattr(model, "max_seq_length", None)
+    if not limit:
+        return math.inf
+    text = model.config.get_text_config()
+    if _rope_types(text) & _ROPE_BY_LENGTH:
+        return float(limit)
+    with _short_sequences(model):
+        if model.max_seq_length == limit or supported_layout(model, batch).layout != "packed":
+            return float(limit)
+    return float(max(limit, getattr(text, "max_position_embeddings", None) or limit))
+
+
+def _rope_types(config: Any) -> set[str]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some models have one for each type of layer.
+    each = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    return {str(part.get("rope_type", part.get("type"))) for part in each}
+
+
+@contextmanager
+def _short_sequences(model: Any) -> Iterator[None]:
+    """The `max_seq_length` of the model, and of modules below it, is that of the longest test row."""
+    modules = [vars(module) for module in all_modules(model) if "max_seq_length" in vars(module)]
+    limits = [attributes["max_seq_length"] for attributes in modules]
+    try:
+        for attributes in modules:
+            attributes["max_seq_length"] = max(_LENGTHS)
+        yield
+    finally:
+        for attributes, limit in zip(modules, limits, strict=True):
+            attributes["max_seq_length"] = limit
 
 
 def row_attention_problem(model: Any, batch: TokenBatch) -> str:

@@ -23,9 +23,6 @@ from .row_attention import Rows
 
 Layout = Literal["packed", "groups", "padded"]
 
-# What a call costs besides its tokens, in tokens, for a model of hidden size 3584 (7B). It grows as the hidden size
-# falls, because a GPU then needs more tokens to be busy.
-_CALL_TOKENS, _CALL_WIDTH = 1024, 3584
 # The mask of a packed sequence of N tokens has N² entries where attention takes a dense one, and attention computes
 # all of them: two sequences of N/2 tokens cost half of that.
 _DENSE_MASK_TOKENS = 8192
@@ -194,22 +191,26 @@ def packed_rows(sizes: Sizes, *, token_limit: float) -> list[list[int]]:
 
 
 class CallLimits(NamedTuple):
-    """What bounds a padded call, and what it costs. A single row may exceed both bounds."""
+    """What bounds a padded call, and what it costs (see `call_cost`). A single row may exceed both bounds."""
 
     width: float  # columns
     tokens: float  # rows times columns
     call_tokens: float  # cost of a call besides its tokens, in tokens
+    busy_tokens: float = 0.0  # cost of a smaller call
 
 
 def alike_rows(sizes: Sizes, limits: CallLimits) -> list[list[int]]:
     """Rows for each padded call: those of similar length, so that all calls together cost the least.
 
-    A call costs its rows times its columns, and `call_tokens`. Rows are sorted by their length, and every division
-    of the sorted rows is considered.
+    A call costs max(rows · columns + `call_tokens`, `busy_tokens`). Rows are sorted by their length, and every
+    division of the sorted rows is considered.
 
     Example:
         >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], CallLimits(width=20, tokens=100, call_tokens=1))
         [[0, 2], [1, 3]]
+        >>> limits = CallLimits(width=20, tokens=100, call_tokens=1, busy_tokens=30)
+        >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], limits)
+        [[0, 1, 2, 3]]
     """
     each = row_bounds(sizes)
     order = sorted(range(len(sizes)), key=lambda row: (-sum(each[row]), row))
@@ -224,7 +225,7 @@ def alike_rows(sizes: Sizes, limits: CallLimits) -> list[list[int]]:
             cost = (end - start) * (left + right)
             if end - start > 1 and (left + right > limits.width or cost > limits.tokens):
                 break
-            options.append((best[start][0] + cost + limits.call_tokens, start))
+            options.append((best[start][0] + max(cost + limits.call_tokens, limits.busy_tokens), start))
         best.append(min(options))
     calls = []
     end = len(order)
@@ -341,8 +342,3 @@ def default_token_limit(config: Any) -> float:
     return (
         _DENSE_MASK_TOKENS if getattr(config, "_attn_implementation", None) in _DENSE_ATTENTION else math.inf
     )
-
-
-def call_tokens(hidden_size: int) -> float:
-    """What a call of a model of this hidden size costs besides its tokens, in tokens."""
-    return _CALL_TOKENS * _CALL_WIDTH / hidden_size

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import forward as step_forward
 from . import packing
 from .batch import MicroBatch, RowGroup, TokenBatch, equal_groups, position_ids, row_bounds, row_groups
-from .model_check import row_attention_problem, supported_layout
+from .call_cost import call_cost
+from .model_check import row_attention_problem, sequence_limit, supported_layout
 from .packing import CallLimits, Layout, ModelCall
 from .prefixes import Prefixes, packed_tokens, prefix_rows, shared_prefixes
 
@@ -57,6 +58,7 @@ class ChosenLayout(NamedTuple):
     reason: str = ""  # why not a denser one that the configuration allows
     by_row: bool = False  # packed rows get `row_attention`, and read a prompt in common once
     by_row_reason: str = ""  # why packed rows do not
+    sequence_limit: float = math.inf  # tokens of a packed sequence that the model runs right
 
     @property
     def note(self) -> str:
@@ -65,7 +67,8 @@ class ChosenLayout(NamedTuple):
             return self.reason
         if self.by_row:
             return "a prompt in common is read once"
-        return f"a prompt in common is read for every row, because {self.by_row_reason}"
+        bound = "" if self.sequence_limit == math.inf else f"at most {self.sequence_limit:.0f} tokens, and "
+        return f"{bound}a prompt in common is read for every row, because {self.by_row_reason}"
 
 
 def choose_layout(context: StepContext, tokens: TokenBatch) -> ChosenLayout:
@@ -97,10 +100,14 @@ def choose_layout(context: StepContext, tokens: TokenBatch) -> ChosenLayout:
     if layout == "packed":
         with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
             problem = row_attention_problem(context.unwrapped, tokens)
+            longest = sequence_limit(context.unwrapped, tokens)
         fits = torch.tensor([not problem], device=tokens.ids.device)
         by_row = bool(context.accelerator.gather(fits.int()).min() > 0)
+        bound = torch.tensor([longest], dtype=torch.float32, device=tokens.ids.device)
         chosen = chosen._replace(
-            by_row=by_row, by_row_reason="" if by_row else problem or "the test failed on another process"
+            by_row=by_row,
+            by_row_reason="" if by_row else problem or "the test failed on another process",
+            sequence_limit=context.accelerator.gather(bound).min().item(),
         )
     logger.info("Forwards run with packing=%r%s.", layout, chosen.note and f": {chosen.note}")
     return chosen
@@ -171,12 +178,12 @@ def _plan(context: StepContext, wanted: _Wanted) -> _Plan:
     config, text = context.config, context.unwrapped.config.get_text_config()
     tokens, token_limit, averages = wanted
     layout = context.layout
-    call_tokens = packing.call_tokens(getattr(text, "hidden_size", _TEACHER_WIDTH))
+    cost = call_cost(context.unwrapped)
     dense = packing.default_token_limit(text)
     if config.max_tokens_per_forward is not None:
         token_limit = dense = config.max_tokens_per_forward
     elif averages:
-        token_limit, call_tokens = math.inf, _FORBIDDING
+        token_limit, cost = math.inf, cost._replace(call_tokens=_FORBIDDING)
         if config.packing == "auto" and sum(map(sum, row_bounds(tokens.sizes))) > dense:
             layout = "groups"
         dense = math.inf
@@ -187,13 +194,11 @@ def _plan(context: StepContext, wanted: _Wanted) -> _Plan:
     if layout == "packed" and prefixes is not None:
         return _Plan(layout, prefix_rows(tokens.sizes, prefixes, token_limit=token_limit), prefixes)
     if layout == "packed":
-        # A model with `max_seq_length` silently truncates what is longer.
-        longest = getattr(context.unwrapped, "max_seq_length", None) or math.inf
-        limit = min(token_limit, dense, longest)
+        limit = min(token_limit, dense, context.sequence_limit)
         return _Plan(layout, packing.packed_rows(tokens.sizes, token_limit=limit))
     if context.reads_padding:
         return _Plan(layout, packing.equal_rows(tokens.sizes, token_limit=token_limit))
-    limits = CallLimits(step_forward.context_length(context.unwrapped), token_limit, call_tokens)
+    limits = CallLimits(step_forward.context_length(context.unwrapped), token_limit, *cost)
     return _Plan(layout, packing.alike_rows(tokens.sizes, limits))
 
 
