@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import tiny
+from peft import LoraConfig, get_peft_model
 from reference_step import compare
 from test_packing import ROWS, batch_of, build
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sdpo_rl import training_report
 from sdpo_rl.step import packing, runner
@@ -71,6 +73,16 @@ def test_many_ragged_rows_are_several_calls_that_save_padding() -> None:
 def test_a_call_costs_more_in_4_bits_and_in_a_small_model() -> None:
     assert call_cost(of_size(3584, four_bits=True)).call_tokens > call_cost(of_size(3584)).call_tokens
     assert call_cost(of_size(896)).busy_tokens == 16 * call_cost(of_size(3584)).busy_tokens
+
+
+def test_quantized_weights_are_seen(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny.model().save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    assert call_cost(model).call_tokens == 450
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    assert call_cost(adapted).call_tokens == 450
 
 
 # --- how long a packed sequence may be --------------------------------------------------------------------

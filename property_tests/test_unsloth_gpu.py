@@ -26,14 +26,16 @@ WIDTH = 256
 # --- in the fresh process ---------------------------------------------------------------------------------
 
 
-def quantized_model(**changes: Any) -> Any:
+def quantized_model(*, max_position_embeddings: int = 512, **changes: Any) -> Any:
     """A 4-bit base under bf16 LoRA on all linear layers, as the 24 GB recipe has it."""
     from unsloth import FastLanguageModel
 
     folder = Path.cwd() / "qwen2"
     if not folder.exists():
         sizes = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "tie_word_embeddings": False}
-        tiny.model(initializer_range=0.1, **sizes).bfloat16().save_pretrained(folder)
+        tiny.model(
+            initializer_range=0.1, max_position_embeddings=max_position_embeddings, **sizes
+        ).bfloat16().save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
     model, _ = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=500, dtype=None, load_in_4bit=True
@@ -174,6 +176,50 @@ def observe_grpo() -> dict[str, float]:
     }
 
 
+def observe_packed() -> dict[str, Any]:
+    """Hidden states and gradients of rows that together exceed `max_seq_length`, packed and one by one."""
+    from functools import partial
+
+    from sdpo_rl.step import forward, model_check, packing
+    from sdpo_rl.step.batch import TokenBatch, left_pad
+    from sdpo_rl.step.call_cost import call_cost
+
+    model = quantized_model(lora_dropout=0.0, max_position_embeddings=4096)
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 30, (n,), generator=generator).tolist() for n in (400, 90, 350, 200)]
+    ids, mask = left_pad([row[:40] for row in rows], pad_id=0, device=torch.device("cuda"))
+    longest = max(map(len, rows)) - 40
+    tails = torch.tensor([row[40:] + [0] * (longest - len(row) + 40) for row in rows], device="cuda")
+    ids = torch.cat([ids, tails], dim=1)
+    mask = torch.cat([mask, (tails > 0).long()], dim=1)
+    batch = TokenBatch(ids, mask, [(40, len(row) - 40) for row in rows])
+    seen: dict[str, Any] = {
+        "layout": list(model_check.supported_layout(model, batch)),
+        "limit": model_check.sequence_limit(model, batch),
+        "call_tokens": call_cost(model).call_tokens,
+    }
+    model.for_training()
+    probe = torch.randn(1, 1, WIDTH, generator=generator).cuda()
+    found = []
+    for layout, division in (("packed", [[0, 1, 2, 3]]), ("groups", [[0], [1], [2], [3]])):
+        calls = packing.model_calls(batch, layout, division)
+        head = packing.run_calls(
+            partial(forward.completion_head, model, model),
+            calls,
+            arguments=[forward.call_arguments(model, call) for call in calls],
+            rows=len(rows),
+            length=batch.completion_length,
+        )
+        model.zero_grad()
+        (head.hidden.float() * probe).mean().backward()
+        grads = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
+        found.append((head.hidden.detach().float(), torch.cat(grads)))
+    for name, packed, alone in zip(("hidden", "gradient"), *found, strict=True):
+        seen[name] = float((packed - alone).norm() / alone.norm())
+    return seen
+
+
 def observe_exact(runs: list[str]) -> dict[str, Any]:
     """The runs of the CPU suite, in float32, by FastLanguageModel's kernels and attention."""
     import test_unsloth_sdpo
@@ -228,6 +274,17 @@ def test_an_out_of_memory_error_has_advice(recipe: dict[str, Any]) -> None:
 def test_the_report_names_the_parts(recipe: dict[str, Any]) -> None:
     for part in ("Unsloth's rewritten GRPOTrainer", "4-bit", "bitsandbytes", "GPU"):
         assert part in recipe["report"]
+
+
+def test_packed_rows_may_exceed_max_seq_length(tmp_path: Path) -> None:
+    """1040 tokens in one forward of a model with `max_seq_length=500` are its four rows."""
+    seen = driver.run("test_unsloth_gpu:observe_packed", tmp_path, gpu=True)
+    assert seen["layout"] == ["packed", ""]
+    assert seen["limit"] == 4096
+    assert seen["call_tokens"] == 450
+    # Of bfloat16; a row that attends another changes by far more.
+    assert seen["hidden"] < 0.02
+    assert seen["gradient"] < 0.05
 
 
 def test_grpo_is_unsloths_own(tmp_path: Path) -> None:

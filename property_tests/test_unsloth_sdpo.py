@@ -66,7 +66,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], reference.Method]] = {
 
 def start_model(*, fast: bool, device: str) -> Any:
     """Random adapters over the same random base; with `fast`, by FastLanguageModel."""
-    base = tiny.model(tie_word_embeddings=False)
+    # More positions than `max_seq_length`: several rows are packed into more tokens than a row may have.
+    base = tiny.model(tie_word_embeddings=False, max_position_embeddings=4096)
     if fast:
         from unsloth import FastLanguageModel
 
