@@ -66,7 +66,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], reference.Method]] = {
 
 def start_model(*, fast: bool, device: str) -> Any:
     """Random adapters over the same random base; with `fast`, by FastLanguageModel."""
-    # More positions than `max_seq_length`: several rows are packed into more tokens than a row may have.
+    # A row has less than `max_seq_length` tokens; packed rows of the teacher have more together.
     base = tiny.model(tie_word_embeddings=False, max_position_embeddings=4096)
     if fast:
         from unsloth import FastLanguageModel
@@ -75,7 +75,7 @@ def start_model(*, fast: bool, device: str) -> Any:
         base.save_pretrained(folder)
         tiny.tokenizer().save_pretrained(folder)
         model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=500, dtype=torch.float32, load_in_4bit=False, device_map=device,
+            folder, max_seq_length=200, dtype=torch.float32, load_in_4bit=False, device_map=device,
         )  # fmt: skip
         model = FastLanguageModel.get_peft_model(
             model, r=4, lora_alpha=8, target_modules=TARGETS, lora_dropout=0, bias="none",
