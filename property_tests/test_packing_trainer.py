@@ -261,6 +261,17 @@ def test_the_share_of_padding_is_logged(tmp_path: Path) -> None:
             assert max(fractions) < 0.9
 
 
+def test_the_number_of_forwards_is_logged(tmp_path: Path) -> None:
+    for limit, several in ((None, False), (30, True)):
+        trainer = make(tmp_path, "packed", False, {}, {"max_tokens_per_forward": limit})
+        trainer.train()
+        for name in ("student", "teacher"):
+            forwards = logs(trainer, f"self_distillation/{name}_forwards")
+            assert len(forwards) == 3
+            assert min(forwards) >= (2 if several else 1)
+            assert (max(forwards) == 1.0) != several
+
+
 def test_a_batch_with_little_padding_runs_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = []
     true = packing.model_calls

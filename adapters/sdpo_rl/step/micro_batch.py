@@ -176,7 +176,7 @@ def micro_batch_loss(
         total = _with_head(context, total_loss, student) if fused else total_loss(student)
     output = outputs[0]
     metrics = step_loss.step_metrics(config, output, targets)
-    metrics |= _padding_metrics(total, run_student, run_teacher)
+    metrics |= _forward_metrics(total, run_student, run_teacher)
     if router_losses and context.router_loss_coef is not None:
         router_total = run_student.mean(router_losses).to(total.device) * router_weight
         total = total + context.router_loss_coef * router_total
@@ -194,13 +194,15 @@ def _with_head(
     return step_head.call_with(head, lambda hidden: compute(student._replace(hidden=hidden)), student.hidden)
 
 
-def _padding_metrics(total: Tensor, student: Runner, teacher: Runner | None) -> Metrics:
+def _forward_metrics(total: Tensor, student: Runner, teacher: Runner | None) -> Metrics:
+    """Calls of the model, and the share of padding in what they compute."""
     metrics = {}
     for name, run in (("student", student), ("teacher", teacher)):
-        counts = (0, 0) if run is None else (run.padding, run.positions)
+        calls, *counts = (0, 0, 0) if run is None else (len(run.weights), run.padding, run.positions)
         # Filled on the device: a copy to it could wait for the forwards.
         padding, positions = (total.new_full((), count) for count in counts)
         metrics[f"self_distillation/{name}_padding_fraction"] = padding, positions
+        metrics[f"self_distillation/{name}_forwards"] = total.new_full((), calls), total.new_ones(())
     return metrics
 
 
