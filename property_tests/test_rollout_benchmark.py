@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,26 +68,63 @@ class Trained(nn.Module):
         self.k_proj, self.v_proj = nn.Linear(4, 2, bias=False), nn.Linear(4, 2, bias=False)
 
 
-def difference(benchmark: Any, model: nn.Module, engine: nn.Module) -> float:
+def compare(benchmark: Any, model: nn.Module, engine: nn.Module, before: dict[str, Any]) -> dict[str, float]:
     runner = SimpleNamespace(model=engine)
     executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
     llm = SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor))
-    trainer = SimpleNamespace(_unwrapped=model, vllm_generation=SimpleNamespace(llm=llm))
-    return float(benchmark.weight_difference(trainer))
+    trainer: Any = SimpleNamespace(_unwrapped=model, vllm_generation=SimpleNamespace(llm=llm))
+    return dict(benchmark.compare_weights(trainer, before))
+
+
+def merged(model: Any) -> list[torch.Tensor]:
+    update = 2 * model.q_proj.lora_B["default"].weight @ model.q_proj.lora_A["default"].weight
+    weights = [model.q_proj.base_layer.weight + update, model.k_proj.weight, model.v_proj.weight, model.embed]
+    return [weight.detach().clone() for weight in weights]
 
 
 def test_weights_of_both_sides(benchmark: Any) -> None:
     torch.manual_seed(0)
     model: Any = Trained()
-    update = 2 * model.q_proj.lora_B["default"].weight @ model.q_proj.lora_A["default"].weight
-    q = (model.q_proj.base_layer.weight + update).detach()
-    weights = [q, model.k_proj.weight.detach(), model.v_proj.weight.detach(), model.embed.detach()]
-    assert difference(benchmark, model, Engine(*weights)) < 1e-6
+    weights = merged(model)
+    assert compare(benchmark, model, Engine(*weights), {})["difference"] < 1e-6
     # Without the adapter, with k and v exchanged, or with one other weight it is seen.
     base = model.q_proj.base_layer.weight.detach()
     for wrong in (
         Engine(base, *weights[1:]),
-        Engine(q, weights[2], weights[1], weights[3]),
+        Engine(weights[0], weights[2], weights[1], weights[3]),
         Engine(*weights[:3], weights[3] + nn.functional.one_hot(torch.arange(5) % 4, 4) * 0.1),
     ):
-        assert difference(benchmark, model, wrong) > 0.01
+        assert compare(benchmark, model, wrong, {})["difference"] > 0.01
+
+
+def test_a_hand_over_that_did_not_arrive_is_seen_below_the_rounding(benchmark: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = Trained()
+    old = Engine(*merged(model)).to(torch.bfloat16)
+    with torch.no_grad():  # a step as small as a half of the last bit of the largest weights
+        for parameter in model.parameters():
+            parameter += 1e-3 * parameter.sign()
+    new = Engine(*merged(model)).to(torch.bfloat16)
+
+    def two_hand_overs(second: nn.Module) -> list[dict[str, float]]:
+        before: dict[str, Any] = {}
+        return [compare(benchmark, model, engine, before) for engine in (old, second)]
+
+    arrived, missing = two_hand_overs(new), two_hand_overs(old)
+    assert arrived[1]["unequal"] == 0 < arrived[1]["changed"] < 1
+    assert missing[1]["changed"] == 0
+    assert missing[1]["unequal"] == arrived[1]["changed"]
+    benchmark.check_weights("vllm", arrived)
+    with pytest.raises(SystemExit, match="the weights before the step"):
+        benchmark.check_weights("vllm", missing)
+    with pytest.raises(SystemExit, match="are not the trainer's"):
+        benchmark.check_weights("vllm", [{"difference": 0.02, "unequal": 1.0, "changed": 0.0}])
+
+
+def test_weights_in_bfloat16_keep_the_frequencies_of_the_rotary_embedding(
+    benchmark: Any, tmp_path: Path
+) -> None:
+    options = SimpleNamespace(shape="tiny", training="full", dtype="bfloat16")
+    model, _ = benchmark.prepare(tmp_path, options, "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32

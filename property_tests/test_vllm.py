@@ -233,6 +233,8 @@ def test_the_benchmark_of_the_rollout(tmp_path: Path, monkeypatch: pytest.Monkey
     first, second = result["weight_differences"]
     assert 0 <= first < 0.01
     assert 0 < second < 0.01
+    (changed,) = result["weights_changed"]
+    assert max(result["weights_unequal"]) < changed / 2 < 0.5
     gaps = result["logged"]["sampling/sampling_logp_difference/mean"]
     assert len(gaps) == 2
     assert all(0 < gap < 0.2 for gap in gaps)

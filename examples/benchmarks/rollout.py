@@ -16,10 +16,13 @@ Engines, one after another in one process:
 
 Reported for each: the median time of the parts of a step and of the step, with the device idle between the parts;
 completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
-the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also the
-largest difference between a weight of the engine and the trainer's, relative to the largest of its matrix, after
-the first two hand-overs (no step counts the comparison), and what TRL and this library log of the difference
-between the two models' log-probabilities. A difference above two roundings to bfloat16 ends the run with an error.
+the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also,
+after the first two hand-overs, the largest difference between a weight of the engine and the trainer's, relative to
+the largest of its matrix, the share of weights that differ from the trainer's after rounding, and the share that
+changed since the hand-over before (no step counts the comparison); and what TRL and this library log of the
+difference between the two models' log-probabilities. A difference above two roundings to bfloat16, or weights that
+differ as much as a step changes them, end the run with an error. `peak_bytes` counts what PyTorch has allocated,
+vLLM's memory included, also what sleep mode has given back; `in_use_bytes` does not.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from unittest import mock
 
 import torch
 from datasets import Dataset
-from ranks import whole_model
+from rollout_weights import check_weights, compare_weights
 from step import (
     ALPHABET,
     FEEDBACK,
@@ -65,7 +68,6 @@ ROLLOUT = ("generation", "hand-over", "sleep", "sampled log-probs", "rollout, re
 PARTS = (*ROLLOUT, "teacher", "student", "optimizer", "rest")
 CHECK = "check"  # of the weights; no part of a step
 CHECKED = 2  # hand-overs: before the first step and after it
-STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SHAPES_HERE: dict[str, dict[str, Any]] = {
     **SHAPES,
     # vLLM has attention kernels for heads of 32 and more.
@@ -174,7 +176,8 @@ def prepare(folder: Path, options: argparse.Namespace, device: str) -> tuple[Any
         model = make_model(shape, device)
         inner = model.get_base_model()
     else:
-        inner = model = whole_model(shape, device).to(getattr(torch, options.dtype))
+        # Not cast afterwards: `to(torch.bfloat16)` also rounds the frequencies of the rotary embedding.
+        inner = model = make_model(shape, device, getattr(torch, options.dtype), lora=False)
     inner.name_or_path = inner.config._name_or_path = str(folder)
     return model, tokenizer
 
@@ -201,42 +204,10 @@ def end_engine(trainer: SDPOTrainer) -> None:
     cleanup_dist_env_and_memory()
 
 
-def trained_weight(model: Any, parameters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A parameter by its name in a model without adapters, float32: W, or W + (α/r)·B·A."""
-    layer, _, kind = name.rpartition(".")
-    base = parameters.get(f"{layer}.base_layer.{kind}")
-    if base is None:
-        return parameters[name].float()
-    if kind != "weight":
-        return base.float()
-    lora = model.peft_config["default"]
-    a, b = (parameters[f"{layer}.lora_{half}.default.weight"].float() for half in "AB")
-    return base.float() + lora.lora_alpha / lora.r * (b @ a)
-
-
-@torch.no_grad()
-def weight_difference(trainer: SDPOTrainer) -> float:
-    """The largest difference of a weight in the engine from the trainer's, over the largest of its matrix."""
-    model = trainer._unwrapped
-    parameters = {
-        name.removeprefix("base_model.model."): parameter.detach()
-        for name, parameter in model.named_parameters()
-    }
-    runner = trainer.vllm_generation.llm.llm_engine.model_executor.driver_worker.model_runner
-    largest = 0.0
-    for name, theirs in runner.model.named_parameters():
-        stack = next((stack for stack in STACKED if stack in name), None)
-        names = [name] if stack is None else [name.replace(stack, part) for part in STACKED[stack]]
-        ours = torch.cat([trained_weight(model, parameters, each) for each in names])
-        # The engine's embeddings may have more rows than the vocabulary.
-        error = (theirs[: len(ours)].float() - ours).abs().max() / ours.abs().max().clamp(min=1e-9)
-        largest = max(largest, error.item())
-    return largest
-
-
-def check_hand_overs(trainer: SDPOTrainer, parts: Parts) -> list[float]:
+def check_hand_overs(trainer: SDPOTrainer, parts: Parts) -> list[dict[str, float]]:
     """Compare the weights after the first hand-overs; returns the list that is filled."""
-    found: list[float] = []
+    found: list[dict[str, float]] = []
+    before: dict[str, torch.Tensor] = {}
     hand_over: Callable[[], None] = trainer.vllm_generation.sync_weights
 
     def sync() -> None:
@@ -244,7 +215,7 @@ def check_hand_overs(trainer: SDPOTrainer, parts: Parts) -> list[float]:
             hand_over()
         if len(found) < CHECKED:
             with parts.part(CHECK):
-                found.append(weight_difference(trainer))
+                found.append(compare_weights(trainer, before))
                 torch.cuda.empty_cache()
 
     trainer.vllm_generation.sync_weights = sync
@@ -337,10 +308,10 @@ def measure(
         trainer = make_trainer(folder, engine, options, device)
         synchronize()
         started = time.perf_counter() - start
-        differences: list[float] = []
+        compared: list[dict[str, float]] = []
         watch(trainer, parts)
         if trainer.use_vllm:
-            differences = check_hand_overs(trainer, parts)
+            compared = check_hand_overs(trainer, parts)
         with teacher_forwards(parts):
             trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][options.warmup :]
@@ -358,7 +329,9 @@ def measure(
         "peak_bytes": {part: parts.peak[part] for part in PARTS if part in parts.peak},
         "in_use_bytes_before": before,
         "in_use_bytes": {part: parts.in_use[part] for part in PARTS if part in parts.in_use},
-        "weight_differences": differences,
+        "weight_differences": [each["difference"] for each in compared],
+        "weights_unequal": [each["unequal"] for each in compared],
+        "weights_changed": [each["changed"] for each in compared[1:]],
         "logged": {
             name: [entry[name] for entry in logged if name in entry]
             for name in sorted({name for entry in logged for name in entry})
@@ -372,8 +345,7 @@ def measure(
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    if any(difference > 2 * torch.finfo(torch.bfloat16).eps for difference in differences):
-        raise SystemExit(f"{engine}: the engine's weights are not the trainer's: {differences}")
+    check_weights(engine, compared)
 
 
 def summary(result: dict[str, Any]) -> dict[str, float]:
@@ -403,6 +375,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             print(f"  {part:20}{seconds:9.3f} s{memory}")
         if result["weight_differences"]:
             print(f"  largest relative difference of a weight: {max(result['weight_differences']):.1e}")
+            unequal, changed = max(result["weights_unequal"]), max(result["weights_changed"], default=0.0)
+            print(f"  share of weights that differ {unequal:.1e}, that a step changed {changed:.1e}")
         for name, values in result["logged"].items():
             if name not in ("loss", "grad_norm"):
                 print(f"  {name}: {statistics.fmean(values):.4g}")
