@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,24 @@ def test_a_cast_rounds_the_rotary_embedding_and_from_pretrained_does_not(tmp_pat
     difference = cast.model.rotary_emb.inv_freq.float() / loaded.model.rotary_emb.inv_freq - 1
     assert difference.abs().max() == pytest.approx(0, abs=2**-8)
     assert difference.abs().max() > 2**-12
+
+
+@torch.no_grad()
+def test_rounded_frequencies_change_log_probabilities_more_than_bfloat16_does() -> None:
+    shape = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 512}
+    # Queries and keys as large as in a 7B model with random weights.
+    spread = 0.02 * (3584 / shape["hidden_size"]) ** 0.5
+    exact = tiny.model(**shape, initializer_range=spread).bfloat16().float()
+    ids = torch.randint(2, 512, (2, 391), generator=torch.Generator().manual_seed(0))
+
+    def log_probs(dtype: torch.dtype, frequencies: torch.dtype) -> torch.Tensor:
+        model = copy.deepcopy(exact).to(dtype)
+        model.model.rotary_emb.inv_freq = inverse.to(frequencies).float()
+        logits = model(ids).logits[:, 135:-1].float()
+        return logits.log_softmax(-1).gather(-1, ids[:, 136:, None])
+
+    inverse = tiny.model(**shape).model.rotary_emb.inv_freq.clone()
+    reference = log_probs(torch.float32, torch.float32)
+    precision = (log_probs(torch.bfloat16, torch.float32) - reference).abs().mean()
+    frequencies = (log_probs(torch.float32, torch.bfloat16) - reference).abs().mean()
+    assert frequencies > 2 * precision

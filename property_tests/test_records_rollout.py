@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from programs import EXAMPLES
-from test_records import README, RECORDS, ROOT, bound, record
+from test_records import README, RECORDS, ROOT, record
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 PAGE = (ROOT / "docs" / "vllm.md").read_text()
@@ -66,6 +66,11 @@ def parameters(shape: dict[str, Any]) -> int:
         return sum(p.numel() for p in Qwen2ForCausalLM(Qwen2Config(**shape)).parameters())
 
 
+def short(number: float) -> str:
+    mantissa, power = f"{number:.1e}".split("e")
+    return f"{mantissa}e{int(power)}"
+
+
 def with_vllm(run: str) -> dict[str, Any]:
     return {engine: result for engine, result in results(run).items() if engine != "generate"}
 
@@ -98,13 +103,13 @@ def of_the_two_models() -> Iterator[str]:
     yield f"{lora:.2f} for the 7B model with LoRA, {full:.3f} for the 0.5B model with all weights in float32"
     yield f"the recorded {gap('7b-full', 'vllm-sleep'):.2f} of the 7B model with all weights"
     rounding = max(results("0.5b-full")["vllm"]["weight_differences"])
-    yield f"{bound(rounding)} of the largest weight of a matrix with weights in float32"
+    yield f"{short(rounding)} of the largest weight of a matrix with weights in float32"
     merged = max(
         result["weight_differences"][1]
         for run in ("0.5b-lora", "7b-lora")
         for result in with_vllm(run).values()
     )
-    yield f"{bound(merged)} after the first step"
+    yield f"{short(merged)} after the first step"
 
 
 def of_the_readme() -> Iterator[str]:
