@@ -32,7 +32,9 @@ def nothing_trains(path: Path) -> None:
 
 
 def by_name(path: Path) -> None:
+    """Without its weights, which are not to be loaded before the refusal."""
     tiny.model().save_pretrained(path / "model")
+    (path / "model" / "model.safetensors").unlink()
     train(path, start=str(path / "model"), sdpo_config=SDPOConfig(k=103))
 
 

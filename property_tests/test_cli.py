@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
@@ -218,6 +219,21 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
     assert "--json FILE" in capsys.readouterr().out
 
 
+def test_k_beyond_the_vocabulary_is_refused_before_the_weights_are_loaded(
+    project: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No bar comes before the message; the folder has no weights, so a smaller K ends with another error."""
+    shutil.copytree(model_folder, project / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    arguments = ("--config", "recipe.yaml", *ON_CPU, "--model_name_or_path", str(project / "model"))
+    capsys.readouterr()
+    assert main(["probe", *arguments, "--k", "103"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sdpo probe: k: expected at most 102, the model's vocabulary, got 103; lower it")
+    for accepted in (("--k", "102"), ("--k", "103", "--enabled", "false")):
+        assert main(["probe", *arguments, *accepted]) == 2
+        assert "k: " not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -245,6 +261,14 @@ def test_probe_prints_a_verdict_and_writes_json(project: Path, capsys: pytest.Ca
         (
             ("--config", "recipe.yaml", "--frobnicate", "3"),
             "got --frobnicate 3; sdpo train --help lists them",
+        ),
+        (
+            ("--config", "recipe.yaml", "--num_generations", "3"),
+            "num_generations: expected a divisor of 8, the completions of a generation batch, got 3; set 2, 4 or 8",
+        ),
+        (
+            ("--config", "recipe.yaml", "--num_generations", "3", "--per_device_train_batch_size", "1"),
+            "expected a divisor of 1, the completions of a generation batch, got 3; raise per_device_train",
         ),
         (("--config", "recipe.yaml", "--aplha=0.5"), "got --aplha=0.5; write alpha for aplha"),
         (("--config", "recipe.yaml", "--beta", "0.1", *ON_CPU), "beta"),

@@ -43,13 +43,10 @@ _OF_POLICY: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_construction(
-    model: Any, args: Any, config: SDPOConfig, keywords: Mapping[str, Any], *, trainer: type
-) -> None:
-    """Everything that can be checked before the trainer is built.
+def check_construction(args: Any, config: SDPOConfig, keywords: Mapping[str, Any], *, trainer: type) -> None:
+    """Everything but the model that can be checked before the trainer is built.
 
     Args:
-        model: the model, or its name.
         args: the GRPOConfig.
         config: the SDPOConfig; with `enabled=False` only types and keywords are checked.
         keywords: the other arguments, by name.
@@ -70,8 +67,6 @@ def check_construction(
         check_dataset(keywords.get("eval_dataset"), "eval_dataset")
     check_sizes(args, keywords.get("train_dataset"), keywords.get("eval_dataset"))
     check_tokenizer(keywords.get("processing_class"))
-    if not isinstance(model, str):
-        check_vocabulary(config, model)
 
 
 def check_model(model: Any) -> None:
@@ -304,17 +299,6 @@ def check_policy(args: Any, config: SDPOConfig) -> None:
             f"steps_per_generation: expected a multiple of gradient_accumulation_steps ({accumulation}) with "
             f"GRPO's part of the loss, got {args.steps_per_generation}; the divergence's denominator of a step "
             "over several generation batches is known only at its end: change one of the two"
-        )
-
-
-def check_vocabulary(config: SDPOConfig, model: Any) -> None:
-    """K is at most the size of the model's vocabulary."""
-    text_config = model.config.get_text_config()
-    vocabulary = getattr(text_config, "vocab_size", None)
-    if vocabulary is not None and config.uses_topk and config.k > vocabulary:
-        raise ValueError(
-            f"k: expected at most {vocabulary}, the model's vocabulary, got {config.k}; lower it, or set "
-            "support='full'"
         )
 
 

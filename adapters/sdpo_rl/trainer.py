@@ -26,6 +26,7 @@ from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
 from .compat.training_hooks import TrainingHooks
 from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
+from .compat.vocabulary import check_vocabulary
 from .config import SDPOConfig
 from .credit.tokens import LogitSettings
 from .diagnose.advice import memory_advice, warn_if_slow
@@ -171,8 +172,11 @@ class SDPOTrainer(_BASE):
         args = default_arguments(model) if args is None else args
         # A copy, so that a later change of its mappings changes nothing here.
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
-        _validate.check_construction(model, args, self.sdpo_config, kwargs, trainer=_BASE)
-        if self.sdpo_config.enabled:  # what TRL's model card says
+        _validate.check_construction(args, self.sdpo_config, kwargs, trainer=_BASE)
+        if self.sdpo_config.enabled:
+            k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
+            check_vocabulary(k, model, args.model_init_kwargs)
+            # What TRL's model card says.
             self._name, self._tag_names, self._paper = "SDPO", ["trl", "grpo", "sdpo"], model_card.PAPER
         if self.sdpo_config.enabled and not args.remove_unused_columns:
             reward_rules.check_columns(reward_funcs, kwargs)
@@ -194,7 +198,6 @@ class SDPOTrainer(_BASE):
     def _set_state(self, datasets: Mapping[str, Any]) -> None:
         """The state of a run, and what can be checked once TRL has loaded model and tokenizer."""
         config, accelerator, model = self.sdpo_config, self.accelerator, self._unwrapped
-        _validate.check_vocabulary(config, model)
         reward_rules.check_success_functions(config, self.reward_func_names)
         _validate.check_backend(config, accelerator.device)
         schedule = self._schedule

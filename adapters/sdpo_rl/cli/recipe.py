@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,10 @@ _DESCRIPTION = """\
 The fields follow in this order: those of a run (--dataset to --quiet), GRPOConfig, ModelConfig, SDPOConfig."""
 # Readers of `datasets` by the ending of a file.
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# What TRL says of a batch that holds a part of a group; in other words, it is passed on as it is.
+_PARTIAL_GROUPS = re.compile(
+    r"generation_batch_size \((\d+)\) must be divisible by num_generations \((\d+)\)"
+)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -142,9 +147,24 @@ def _dataclasses(parser: TrlParser, arguments: list[str]) -> tuple[Any, ...]:
     try:
         return tuple(parser.parse_args_into_dataclasses(args=arguments))
     except (ValueError, TypeError) as error:
-        # GRPOConfig has bf16=True as its default, and transformers' message does not name both options.
-        no_gpu = "; without a GPU add --use_cpu true --bf16 false" if "bf16/gpu" in str(error) else ""
-        raise UserError(str(error).rstrip(".") + no_gpu) from error
+        raise UserError(_with_a_fix(str(error))) from error
+
+
+def _with_a_fix(message: str) -> str:
+    """What `GRPOConfig` says of its values; where that names no remedy, with one."""
+    # bf16=True is its default, and transformers' message does not name both options.
+    if "bf16/gpu" in message:
+        return f"{message.rstrip('.')}; without a GPU add --use_cpu true --bf16 false"
+    if found := _PARTIAL_GROUPS.match(message):
+        batch, group = map(int, found.groups())
+        divisors = [str(size) for size in range(2, batch + 1) if batch % size == 0]
+        one_of = " or ".join(filter(None, (", ".join(divisors[:-1]), *divisors[-1:])))
+        fix = f"set {one_of}, or change" if divisors else "raise"
+        return (
+            f"num_generations: expected a divisor of {batch}, the completions of a generation batch, got {group}; "
+            f"{fix} per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    return message.rstrip(".")
 
 
 def _read(path: str | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import transformers
 import yaml
 from trl import get_peft_config, get_quantization_config
 
+from ..compat.vocabulary import check_vocabulary
 from ..diagnose.probe.cost import stored_bytes
 from ..diagnose.probe.result import stored
 from ..trainer import SDPOTrainer
@@ -89,6 +90,8 @@ def build(recipe: Recipe) -> SDPOTrainer:
         extra["environment_factory"] = load_object(run.environment, "environment")
     if run.tools:
         extra["tools"] = [load_object(where, "tools") for where in run.tools]
+    if not run.unsloth:  # which may load another repository than that of the name
+        _prepare_model(recipe)
     rows = load_rows(run.dataset, run.train_split, run.dataset_config)
     if run.eval_dataset is not None or run.eval_split is not None:
         extra["eval_dataset"] = load_rows(
@@ -107,12 +110,9 @@ def build(recipe: Recipe) -> SDPOTrainer:
         raise UserError(str(error)) from error
 
 
-def _model_arguments(recipe: Recipe) -> dict[str, Any]:
-    """The model as the trainer takes it: a name with its adapters' configuration, or loaded by Unsloth."""
+def _prepare_model(recipe: Recipe) -> None:
+    """How the trainer loads the model, and what its configuration refuses before data or weights are read."""
     model = recipe.model
-    if recipe.run.unsloth:
-        loaded, tokenizer = unsloth.load_model(recipe)
-        return {"model": loaded, "processing_class": tokenizer}
     recipe.training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -121,6 +121,19 @@ def _model_arguments(recipe: Recipe) -> dict[str, Any]:
     }
     if (quantization := get_quantization_config(model)) is not None:
         recipe.training.model_init_kwargs["quantization_config"] = quantization
+    k = recipe.sdpo.k if recipe.sdpo.enabled and recipe.sdpo.uses_topk else None
+    try:
+        check_vocabulary(k, model.model_name_or_path, recipe.training.model_init_kwargs)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _model_arguments(recipe: Recipe) -> dict[str, Any]:
+    """The model as the trainer takes it: a name with its adapters' configuration, or loaded by Unsloth."""
+    model = recipe.model
+    if recipe.run.unsloth:
+        loaded, tokenizer = unsloth.load_model(recipe)
+        return {"model": loaded, "processing_class": tokenizer}
     return {"model": model.model_name_or_path, "peft_config": get_peft_config(model)}
 
 
