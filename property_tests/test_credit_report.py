@@ -372,7 +372,7 @@ def test_every_monitor_has_a_chart() -> None:
         "entropy",
         "agreement",
         "held_out",
-        "leak",
+        "answer_in_feedback",
     }
     assert {name for panel in curves.PANELS for name in panel.warnings} == names
 
@@ -495,7 +495,9 @@ def test_a_mistake_is_one_line_with_the_fix(
     (tmp_path / "empty").mkdir()
     (run_folder(tmp_path / "damaged") / files.CREDIT).write_text("[]\n")
     (run_folder(tmp_path / "bytes") / files.CREDIT).write_bytes(b"\xff\xfe\n")
-    (run_folder(tmp_path / "warning") / files.LOG).write_text('{"step": 1, "warning": "leak"}\n')
+    (run_folder(tmp_path / "warning") / files.LOG).write_text(
+        '{"step": 1, "warning": "answer_in_feedback"}\n'
+    )
     for name, state in (("state", "[]"), ("steps", '{"global_step": 1, "log_history": [{"loss": 1}]}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(state)
@@ -513,7 +515,10 @@ def test_numbers_without_an_axis_and_half_characters_leave_a_report(tmp_path: Pa
         '{"step": 2, "reward": -1e308}',
         f'{{"step": 3, "reward": 1{"0" * 400}}}',
     ]
-    lines += ['{"step": 4, "reward": 0.5}', '{"step": 4, "warning": "leak", "message": "cut \\ud800"}']
+    lines += [
+        '{"step": 4, "reward": 0.5}',
+        '{"step": 4, "warning": "answer_in_feedback", "message": "cut \\ud800"}',
+    ]
     (folder / files.LOG).write_text("\n".join([*lines, ""]))
     text = credit_report(folder).read_text(encoding="utf-8")
     assert "cut \\ud800" in text

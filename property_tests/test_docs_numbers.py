@@ -47,13 +47,15 @@ def test_the_warnings_of_a_run_come_at_the_limits_of_the_page() -> None:
         f"{WORDS[warnings._BASELINE_BATCHES]}",
         f"{WORDS[evaluations]} evaluations in succession are below the best by more than {WORDS[fall]}",
         f"now less than {short(monitors._NO_DIVERGENCE)} |",
-        f"now {WORDS[monitors._MANY_LEAKS]} or more of them",
+        f"now {WORDS[monitors._MANY_ANSWERS]} or more of them",
         f"more than {WORDS[warnings._MANY_TRUNCATED]} of a generation batch",
         f"less than {WORDS[warnings._LOW_TOPK_MASS]} |",
         f"more than {WORDS[warnings._FAST_PACE]} times the paper's rate",
     ):
         assert sentence in text, sentence
-    assert f"{short(monitors._MANY_LEAKS)} or more: the feedback tells the answer" in page("docs/metrics.md")
+    assert f"{short(monitors._MANY_ANSWERS)} or more: the answer is in the feedback" in page(
+        "docs/metrics.md"
+    )
     assert f"more than {WORDS[warnings._FAST_PACE]} times as fast as the paper's" in page("docs/teacher.md")
 
 
@@ -96,7 +98,7 @@ def test_the_rules_of_the_probe_fire_at_the_limits_of_the_page() -> None:
         "cut_completions": f"{WORDS[verdict.MANY_CUT]} of the completions",
         "cut_prompts": f"more than {WORDS[warnings._MANY_TRUNCATED]}",
         "unmoved": f"{WORDS[verdict.MOSTLY_UNMOVED]} of the difference",
-        "answer_in_feedback": f"{WORDS[monitors._MANY_LEAKS]} of the feedback texts",
+        "answer_in_feedback": f"{WORDS[monitors._MANY_ANSWERS]} of the feedback texts",
         "fast_teacher": f"more than {warnings._FAST_PACE} times",
     }.items():
         assert words in rules[rule], rule

@@ -14,11 +14,13 @@ import tiny
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnose import monitors
 from sdpo_rl.diagnose.monitors import Monitors
+from sdpo_rl.diagnose.probe import verdict
+from sdpo_rl.diagnose.probe.result import Signal
 from sdpo_rl.diagnose.warnings import Diagnostics, warn_of_fast_teacher
-from sdpo_rl.rollout.answers import tells_an_answer
+from sdpo_rl.rollout.answers import answer_in_feedback
 
 LIMIT, REWARD = "completions/clipped_ratio", "reward"
-ENTROPY, DIVERGENCE, TOLD = (
+ENTROPY, DIVERGENCE, ANSWERS = (
     f"self_distillation/{name}" for name in ("student_entropy", "divergence", "answer_in_feedback_fraction")
 )
 Logs = list[dict[str, float]]
@@ -69,9 +71,9 @@ COLLAPSES: dict[str, tuple[Logs, list[Logs], str]] = {
         ],
         "fell from 0.2 to 0, while the training reward went from 0.2 to 0.5",
     ),
-    "leak": (
-        series(TOLD, [0.5] * 5),
-        [series(TOLD, [0.0, 1.0, 0.0, 0.0, 0.0] + [0.1] * 20)],
+    "answer_in_feedback": (
+        series(ANSWERS, [0.5] * 5),
+        [series(ANSWERS, [0.0, 1.0, 0.0, 0.0, 0.0] + [0.1] * 20)],
         "The feedback of 50% of the failed rows",
     ),
 }
@@ -143,6 +145,15 @@ def test_several_data_sets_are_not_mixed(caplog: pytest.LogCaptureFixture) -> No
     assert len(messages(caplog, fallen)) == 1
 
 
+def test_metric_monitor_and_rule_of_the_probe_have_one_name() -> None:
+    watch = Monitors()
+    (name,) = [watch.observe(entry) for entry in series(ANSWERS, [0.5] * 5)][-1]
+    rule = verdict.answer_in_feedback(Signal(share=1.0, without={}, answer_in_feedback=0.5))
+    assert rule is not None
+    assert f"self_distillation/{name}_fraction" == ANSWERS
+    assert rule.rule == name
+
+
 def test_entries_without_numbers_are_left_out() -> None:
     watch = Monitors()
     for entry in ({}, {REWARD: None}, {REWARD: float("nan")}, {"eval_reward": None}, {"train_runtime": 3.0}):
@@ -153,7 +164,7 @@ def test_entries_without_numbers_are_left_out() -> None:
 def test_a_recorded_run_that_learned_is_healthy(caplog: pytest.LogCaptureFixture) -> None:
     """The embedded demo's SDPO arm, every logged entry, with its exact held-out accuracy as the held-out reward."""
     recording = json.loads((Path(__file__).parent / "recordings" / "healthy.json").read_text())
-    assert {REWARD, LIMIT, ENTROPY, DIVERGENCE, TOLD} <= {name for entry in recording for name in entry}
+    assert {REWARD, LIMIT, ENTROPY, DIVERGENCE, ANSWERS} <= {name for entry in recording for name in entry}
     assert len(recording) > 40
     assert messages(caplog, recording) == []
 
@@ -179,7 +190,7 @@ def test_a_trainer_reads_what_it_logs(tmp_path: Path, caplog: pytest.LogCaptureF
     assert caplog.text.count("are cut at max_completion_length, after 0%") == 1
 
 
-# --- feedback that tells the answer -----------------------------------------------------------------------
+# --- the answer in the feedback ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,10 +211,10 @@ def test_a_trainer_reads_what_it_logs(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_an_answer_is_found_as_whole_words(
     feedback: str, completion: str, answers: list[str], expected: bool
 ) -> None:
-    assert tells_an_answer(feedback, completion, answers) is expected
+    assert answer_in_feedback(feedback, completion, answers) is expected
 
 
-def telling(tells: Callable[[list[str], int], str]) -> Any:
+def feedback_by(tells: Callable[[list[str], int], str]) -> Any:
     """A reward by `tiny.score`; the feedback of a failure from the successes of its group and its row."""
 
     def reward(completions: list[Any], **_: Any) -> list[Any]:
@@ -229,9 +240,9 @@ def telling(tells: Callable[[list[str], int], str]) -> Any:
 def test_a_trainer_measures_the_rows_whose_feedback_tells(
     tmp_path: Path, tells: Callable[[list[str], int], str], expected: float
 ) -> None:
-    trainer = tiny.trainer(tmp_path, reward_funcs=telling(tells), max_steps=3)
+    trainer = tiny.trainer(tmp_path, reward_funcs=feedback_by(tells), max_steps=3)
     trainer.train()
-    logged = [entry[TOLD] for entry in trainer.state.log_history if TOLD in entry]
+    logged = [entry[ANSWERS] for entry in trainer.state.log_history if ANSWERS in entry]
     assert logged == [expected] * len(logged)
     assert logged
 

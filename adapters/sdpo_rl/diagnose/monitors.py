@@ -26,7 +26,7 @@ _NO_DIVERGENCE = 1e-3
 # evaluations in succession: in the same records two such evaluations passed in runs that went on to learn.
 _HELD_OUT_FALL, _FALLEN_EVALUATIONS = 0.25, 3
 # Fraction of the rows with feedback whose feedback has the answer: fewer are chance.
-_MANY_LEAKS = 0.25
+_MANY_ANSWERS = 0.25
 
 _SLOW_DOWN = (
     "Resume from a checkpoint before that with a lower learning rate or a slower teacher "
@@ -127,20 +127,20 @@ def held_out(evaluations: Sequence[Evaluation]) -> str | None:
     )
 
 
-def leak(fraction: float) -> str | None:
-    """The feedback tells the answer.
+def answer_in_feedback(fraction: float) -> str | None:
+    """The answer is in the feedback.
 
     Args:
         fraction: rows whose feedback has a correct completion of their group, among the failed rows with feedback
             whose group has one.
 
     Example:
-        >>> leak(0.1) is None
+        >>> answer_in_feedback(0.1) is None
         True
-        >>> leak(0.5)[:64]
+        >>> answer_in_feedback(0.5)[:64]
         'The feedback of 50% of the failed rows has a correct completion '
     """
-    if fraction < _MANY_LEAKS:
+    if fraction < _MANY_ANSWERS:
         return None
     return (
         f"The feedback of {fraction:.0%} of the failed rows has a correct completion of their prompt in it. The "
@@ -194,8 +194,10 @@ class Monitors:
                 "agreement": self._compare(
                     logs, "self_distillation/divergence", lambda _, now: agreement(now)
                 ),
-                "leak": self._compare(
-                    logs, "self_distillation/answer_in_feedback_fraction", lambda _, now: leak(now)
+                "answer_in_feedback": self._compare(
+                    logs,
+                    "self_distillation/answer_in_feedback_fraction",
+                    lambda _, now: answer_in_feedback(now),
                 ),
             }
         return {name: message for name, message in messages.items() if message is not None}

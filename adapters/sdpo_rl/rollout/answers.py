@@ -1,11 +1,11 @@
-"""Whether feedback tells the answer."""
+"""Whether the answer is in the feedback."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def tells_an_answer(feedback: str, completion: str, answers: Sequence[str]) -> bool:
+def answer_in_feedback(feedback: str, completion: str, answers: Sequence[str]) -> bool:
     """Whether a text on a failed completion has one of the answers, as whole words.
 
     An answer that is in the completion itself does not count: feedback quotes what it is about.
@@ -16,11 +16,11 @@ def tells_an_answer(feedback: str, completion: str, answers: Sequence[str]) -> b
         answers: correct completions of the same prompt.
 
     Example:
-        >>> tells_an_answer("expected 42, got 41", "41", ["42"])
+        >>> answer_in_feedback("expected 42, got 41", "41", ["42"])
         True
-        >>> tells_an_answer("expected 420, got 41", "41", ["42"])
+        >>> answer_in_feedback("expected 420, got 41", "41", ["42"])
         False
-        >>> tells_an_answer("'6 * 7' is no number", "6 * 7 = 42", ["6 * 7"])
+        >>> answer_in_feedback("'6 * 7' is no number", "6 * 7 = 42", ["6 * 7"])
         False
     """
     stripped = (answer.strip() for answer in answers)

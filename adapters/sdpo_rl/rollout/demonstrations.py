@@ -13,7 +13,7 @@ from torch import Tensor
 from sdpo import pass_rate_weights, route_rows, select_demonstrations
 
 from ..config import SDPOConfig
-from .answers import tells_an_answer
+from .answers import answer_in_feedback
 from .prompts import Completion, Prompt, completion_text
 from .reprompts import Reprompter, TeacherPrompts
 
@@ -143,10 +143,10 @@ def teacher_context(
     if len(judged):
         metrics["best_score"] = judged.max().item()
     metrics["empty_target_batch"] = float(metrics["reprompt_sample_fraction"] == 0.0)
-    told = gather(_tells_an_answer(peers, successes, feedback, group_size, rank * row_count))
-    told = [flag for flag in told if flag is not None]
-    if told:
-        metrics["answer_in_feedback_fraction"] = _mean(told)
+    found = gather(_answers_in_feedback(peers, successes, feedback, group_size, rank * row_count))
+    found = [flag for flag in found if flag is not None]
+    if found:
+        metrics["answer_in_feedback_fraction"] = _mean(found)
     row_weights = None
     if config.row_weights == "pass_rate":
         weights = pass_rate_weights(success, torch.arange(len(success)) // group_size)
@@ -210,7 +210,7 @@ def _choose(
     return chosen
 
 
-def _tells_an_answer(
+def _answers_in_feedback(
     peers: Sequence[Peer],
     successes: Sequence[bool],
     feedback: Sequence[str | None],
@@ -221,15 +221,15 @@ def _tells_an_answer(
 
     `None` where it is unknown: without feedback, without a success in the group, and for a success.
     """
-    told: list[bool | None] = []
+    found: list[bool | None] = []
     for row, text in enumerate(feedback, start=first_row):
         start = row // group_size * group_size
         answers = [peers[i].demonstration for i in range(start, start + group_size) if successes[i]]
         if text is None or not answers or successes[row]:
-            told.append(None)
+            found.append(None)
         else:
-            told.append(tells_an_answer(text, peers[row].completion, answers))
-    return told
+            found.append(answer_in_feedback(text, peers[row].completion, answers))
+    return found
 
 
 def _mean(flags: Sequence[bool]) -> float:

@@ -48,7 +48,7 @@ def summarize(trainer: Any, measured: Sequence[Measured], *, answer_column: str 
     answers = _total(gather([batch.answers for batch in measured]))
     retries = _total(gather([batch.retries for batch in measured]))
     source: Source = "successes of the group" if answer_column is None else "answer_column"
-    leaks = [batch.answer_in_feedback for batch in measured if batch.answer_in_feedback is not None]
+    fractions = [batch.answer_in_feedback for batch in measured if batch.answer_in_feedback is not None]
     samples_per_tick = trainer._schedule.samples_per_tick(config.teacher_tick)
     found: dict[str, Any] = {
         "alpha": config.alpha,
@@ -57,7 +57,7 @@ def summarize(trainer: Any, measured: Sequence[Measured], *, answer_column: str 
         "signal": Signal(
             share=_mean([row.without_signal is None for row in rows]),
             without=_without(rows),
-            answer_in_feedback=_mean(leaks) if leaks else None,
+            answer_in_feedback=_mean(fractions) if fractions else None,
         ),
         "right_answers": right_answers(answers, source) or right_answers(retries, "successful retries"),
         "agreement": agreement(sums, config),

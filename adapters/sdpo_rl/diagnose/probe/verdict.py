@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..monitors import agreement as agreement_monitor
-from ..monitors import leak
+from ..monitors import answer_in_feedback as answer_in_feedback_monitor
 from ..warnings import low_mass, truncated_reprompts
 from .result import Agreement, Lengths, Remark, RightAnswers, Signal, Success, TeacherRate, Verdict
 
@@ -176,7 +176,8 @@ def outside(agreement: Agreement, k: int | None) -> Remark | None:
 
 def answer_in_feedback(signal: Signal) -> Remark | None:
     """A teacher that reads the answer copies it. The monitor of a run has the limit."""
-    message = None if signal.answer_in_feedback is None else leak(signal.answer_in_feedback)
+    fraction = signal.answer_in_feedback
+    message = None if fraction is None else answer_in_feedback_monitor(fraction)
     return None if message is None else Remark("answer_in_feedback", RISK, message)
 
 
