@@ -116,10 +116,10 @@ def readme_private_api() -> Iterator[str]:
         f"SDPO {end('learns-SDPO')}, GRPO {end('learns-GRPO')}, feedback shuffled between rows {shuffled}"
     )
     yield f"Held-out accuracy after 9600 completions, one seed: {learns}."
-    yield f"too fast SDPO ends at {end('rate-α=0-rate-0.05-per-64')}"
+    yield f"too fast, SDPO ends at {end('rate-α=0-rate-0.05-per-64')}."
     cured, slower = end("cures-collapsing-SRPO"), end("cures-collapsing-rate-per-256-samples")
-    yield f"its weights, and at {slower} with the teacher's rate given per 256 completions instead of 64."
-    yield f'the same setting ends at {cured} with `routing="srpo"`'
+    yield f'`routing="srpo"` with its weights ends at {cured}'
+    yield f"and a teacher's rate per 256 completions instead of 64 at {slower}."
 
 
 def small_step() -> str:
@@ -141,6 +141,9 @@ def readme_loss() -> Iterator[str]:
         bold = "**" if name == "fused" else ""
         over, memory = f"{rows[name]['over']:.2f}", f"{rows[name]['beside_gradients_gib']:.1f} GiB"
         yield f"| {label} | {bold}{over}{bold} | {bold}{memory}{bold} |"
+
+
+def trainable_head() -> Iterator[str]:
     wide, narrow = loss(2)["fused"], loss(3)["fused"]
     yield f"{wide['over']:.2f} and {wide['beside_gradients_gib']:.1f} GiB at 8192 × 3584 × 152064"
     yield f"{narrow['over']:.2f} and {narrow['beside_gradients_gib']:.1f} GiB at 4096 × 896 × 151936"
@@ -154,12 +157,28 @@ def readme_step() -> Iterator[str]:
             f"| {label}, {rows} | {ratios['time sdpo/trl-sdpo']:.2f} | {ratios['memory sdpo/trl-sdpo']:.2f} | "
             f"{ratios['time sdpo/grpo']:.2f} | {1 / ratios['time sdpo/sdpo-half']:.2f} of the time |"
         )
-        if "time sdpo-plain/grpo" in ratios:  # not in the first records
-            peer, grpo = (ratios[f"time sdpo-plain/{name}"] for name in ("trl-sdpo", "grpo"))
-            yield f"{peer:.2f} of TRL's SDPO and {grpo:.2f} of GRPO ({label})"
+    peer, grpo = without_special_paths("7b")
+    yield f"a 7B step of the table takes {peer} of the time of TRL's SDPO and {grpo} of that of GRPO"
+    once = record("step-7b-prompts-h200")["ratios"]
+    time, memory = (once[f"{measure} sdpo[packed]/grpo"] for measure in ("time", "memory"))
+    yield f"takes {time:.2f} of the time and {memory:.2f} of the memory of GRPO"
 
 
-def readme_ragged() -> Iterator[str]:
+def without_special_paths(name: str) -> list[str]:
+    """The time of a step over that of TRL's SDPO and of GRPO, without what these could have as well."""
+    ratios = record(f"step-{name}-h100")["ratios"]
+    return [f"{ratios[f'time sdpo-plain/{peer}']:.2f}" for peer in ("trl-sdpo", "grpo")]
+
+
+def beside_peers() -> Iterator[str]:
+    for name, label in {"7b": "Qwen2.5-7B", "0.5b": "Qwen2.5-0.5B"}.items():
+        peer, grpo = without_special_paths(name)
+        yield f"{peer} of TRL's SDPO and {grpo} of GRPO ({label})"
+    hybrid = 1 / record("step-7b-h100")["ratios"]["time sdpo/sdpo-hybrid"]
+    yield f"(`grpo_weight=0.1`) the 7B step of that table takes {hybrid:.2f} of its time without"
+
+
+def ragged() -> Iterator[str]:
     packed, padded = record("step-7b-ragged-h200"), record("step-7b-ragged-h100")
 
     def cells(ratios: dict[str, float], layout: str) -> str:
@@ -178,17 +197,15 @@ def readme_ragged() -> Iterator[str]:
     assert packed["batch"]["tokens"] == padded["batch"]["tokens"]
     fill, link = (
         f"{padded['batch']['fill'] * 100:.0f} %",
-        "examples/benchmarks/records/step-7b-ragged-h100.json",
+        "../examples/benchmarks/records/step-7b-ragged-h100.json",
     )
     yield (
         f"padded: tokens fill {fill} of the batch ([record]({link}) of one H100) | "
         f"{cells(padded['ratios'], 'padded')} |"
     )
-    hybrid = 1 / record("step-7b-h100")["ratios"]["time sdpo/sdpo-hybrid"]
-    yield f"(`grpo_weight=0.1`) the 7B step of the first table takes {hybrid:.2f} of its time without"
 
 
-def readme_accuracy() -> Iterator[str]:
+def accuracy() -> Iterator[str]:
     known = record("loss-accuracy-h100")
     ours = [known[level]["errors"]["fused"] for level in LEVELS]
     peers = [
@@ -211,13 +228,11 @@ def readme_accuracy() -> Iterator[str]:
 def readme_recipe() -> Iterator[str]:
     cases = record("recipe-h200")["cases"]
     yield f"trains within {cases['Unsloth 4-bit SDPO']['peak_gib']:.2f} GiB"
-    yield f"within {cases['Unsloth 4-bit SDPO, 2048 + 4096']['peak_gib']:.2f} GiB"
     yield f"Unsloth's GRPO takes {cases['Unsloth 4-bit GRPO']['peak_gib']:.2f} GiB"
-    yield f"The teacher is {cases['Unsloth 4-bit SDPO']['teacher_mib']:.0f} MiB"
 
 
 def numerics_accuracy() -> Iterator[str]:
-    least_and_worst, _, medians = readme_accuracy()
+    least_and_worst, _, medians = accuracy()
     yield least_and_worst.replace(" (median), ", " (median), and ")
     yield medians.partition(" and the gradient")[0]
 
@@ -317,13 +332,16 @@ PAGES = [
             readme_private_api,
             readme_loss,
             readme_step,
-            readme_ragged,
-            readme_accuracy,
+            numerics_accuracy,
             readme_recipe,
         )
         for line in part()
     ),
-    *((PERFORMANCE, line) for part in (ablation, prompts_once) for line in part()),
+    *(
+        (PERFORMANCE, line)
+        for part in (ablation, prompts_once, beside_peers, ragged, trainable_head, accuracy)
+        for line in part()
+    ),
     (DEBT, small_step()),
     *((LOSSES, line) for line in weighed()),
     *((UNSLOTH, line) for line in guide()),
