@@ -174,14 +174,15 @@ class SDPOTrainer(_BASE):
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
         _validate.check_construction(args, self.sdpo_config, kwargs, trainer=_BASE)
         if self.sdpo_config.enabled:
-            k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
-            check_vocabulary(k, model, args.model_init_kwargs)
             # What TRL's model card says.
             self._name, self._tag_names, self._paper = "SDPO", ["trl", "grpo", "sdpo"], model_card.PAPER
         if self.sdpo_config.enabled and not args.remove_unused_columns:
             reward_rules.check_columns(reward_funcs, kwargs)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
+        if self.sdpo_config.enabled:
+            k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
+            check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
             kwargs["reward_funcs"] = self._feedback.wrap_all(reward_funcs)
