@@ -24,7 +24,7 @@ class Prefixes(NamedTuple):
 
 
 class PackedRows(NamedTuple):
-    """Where rows lie in a packed sequence of N tokens."""
+    """The positions of rows in a packed sequence of N tokens."""
 
     taken: list[int]  # the first tokens of each row, which an earlier row holds
     places: list[torch.Tensor]  # of each row's tokens in the sequence, [n] int64
@@ -109,7 +109,7 @@ def prefix_rows(sizes: Sizes, prefixes: Prefixes, *, token_limit: float) -> list
 
 
 def place_rows(sizes: Sizes, prefixes: Prefixes, rows: Sequence[int]) -> PackedRows:
-    """Where these rows lie in a packed sequence, in the order of `prefixes`, each prefix in common once.
+    """The positions of these rows in a packed sequence, in the order of `prefixes`, each prefix in common once.
 
     Example:
         >>> packed = place_rows([(3, 1), (2, 1), (3, 1)], Prefixes([1, 0, 2], [0, 2, 3]), [0, 2])
