@@ -365,11 +365,11 @@ def test_equal_rows_are_complete_and_without_padding(sizes: Any, limit: int) -> 
         assert len(rows) == 1 or real(sizes, rows) <= limit
 
 
-def cost(sizes: Any, calls: Sequence[Sequence[int]], call_tokens: float, busy_tokens: float = 0) -> float:
+def cost(sizes: Any, calls: Sequence[Sequence[int]], overhead_tokens: float, min_tokens: float = 0) -> float:
     def positions(rows: Sequence[int]) -> int:
         return len(rows) * (max(max(sizes[r][0], 1) for r in rows) + max(max(sizes[r][1], 1) for r in rows))
 
-    return sum(max(positions(rows) + call_tokens, busy_tokens) for rows in calls)
+    return sum(max(positions(rows) + overhead_tokens, min_tokens) for rows in calls)
 
 
 def divisions(order: list[int]) -> list[list[list[int]]]:
@@ -379,9 +379,9 @@ def divisions(order: list[int]) -> list[list[list[int]]]:
 
 
 def property_groups_cost_the_least(
-    choose: Any, sizes: Any, limit: int, call_tokens: int, busy_tokens: int
+    choose: Any, sizes: Any, limit: int, overhead_tokens: int, min_tokens: int
 ) -> None:
-    calls = choose(sizes, CallLimits(limit, 3 * limit, call_tokens, busy_tokens))
+    calls = choose(sizes, CallLimits(limit, 3 * limit, overhead_tokens, min_tokens))
     assert sorted(row for rows in calls for row in rows) == list(range(len(sizes)))
 
     def allowed(rows: Sequence[int]) -> bool:
@@ -391,8 +391,8 @@ def property_groups_cost_the_least(
     assert all(map(allowed, calls))
     order = sorted(range(len(sizes)), key=lambda row: (-real(sizes, [row]), row))
     possible = [each for each in divisions(order) if all(map(allowed, each))]
-    least = min(cost(sizes, each, call_tokens, busy_tokens) for each in possible)
-    assert cost(sizes, calls, call_tokens, busy_tokens) == least
+    least = min(cost(sizes, each, overhead_tokens, min_tokens) for each in possible)
+    assert cost(sizes, calls, overhead_tokens, min_tokens) == least
 
 
 def in_the_given_order(sizes: Any, limits: CallLimits) -> list[list[int]]:
@@ -406,8 +406,8 @@ GROUPS = Claim(
     {
         "sizes": sizes_of_rows,
         "limit": st.integers(2, 30),
-        "call_tokens": st.integers(0, 30),
-        "busy_tokens": st.integers(0, 60),
+        "overhead_tokens": st.integers(0, 30),
+        "min_tokens": st.integers(0, 60),
     },
 )
 

@@ -197,7 +197,7 @@ def observe_packed() -> dict[str, Any]:
     seen: dict[str, Any] = {
         "layout": list(model_check.supported_layout(model, batch)),
         "limit": model_check.sequence_limit(model, batch),
-        "call_tokens": call_cost(model).call_tokens,
+        "overhead_tokens": call_cost(model).overhead_tokens,
     }
     model.for_training()
     probe = torch.randn(1, 1, WIDTH, generator=generator).cuda()
@@ -281,7 +281,7 @@ def test_packed_rows_may_exceed_max_seq_length(tmp_path: Path) -> None:
     seen = driver.run("test_unsloth_gpu:observe_packed", tmp_path, gpu=True)
     assert seen["layout"] == ["packed", ""]
     assert seen["limit"] == 4096
-    assert seen["call_tokens"] == 450
+    assert seen["overhead_tokens"] == 450
     # Of bfloat16; a row that attends another changes by far more.
     assert seen["hidden"] < 0.02
     assert seen["gradient"] < 0.05

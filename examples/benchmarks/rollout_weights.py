@@ -1,4 +1,4 @@
-"""Every weight of vLLM's engine beside the trainer's, for `rollout.py`."""
+"""Compare every weight of vLLM's engine with the trainer's, for `rollout.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pr
 
 
 def trained_weight(model: Any, parameters: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A parameter by its name in a model without adapters, float32: W, or W + (α/r)·B·A."""
+    """A parameter by its name in a model without adapters, float32: W, or W + (α/r)·B·A (plain LoRA)."""
     layer, _, kind = name.rpartition(".")
     base = parameters.get(f"{layer}.base_layer.{kind}")
     if base is None:
@@ -53,7 +53,8 @@ def compare_weights(trainer: SDPOTrainer, before: dict[str, torch.Tensor]) -> di
     largest, unequal, changed, total = 0.0, 0, 0, 0
     for name, theirs, ours in both_sides(trainer):
         error = (theirs.float() - ours).abs().max() / ours.abs().max().clamp(min=1e-9)
-        largest = max(largest, error.item())
+        # `max` of Python would drop a NaN.
+        largest = max(largest, torch.nan_to_num(error, nan=torch.inf).item())
         unequal += int((theirs != ours.to(theirs.dtype)).sum())
         if name in before:
             changed += int((theirs != before[name].to(theirs.device)).sum())
@@ -66,8 +67,8 @@ def check_weights(engine: str, found: list[dict[str, float]]) -> None:
     """Stop where a comparison shows other weights than rounding makes.
 
     Raises:
-        SystemExit: a difference above two roundings to bfloat16, or weights that a later hand-over left as they
-            were.
+        SystemExit: a difference above twice the machine epsilon of bfloat16, or weights that a later hand-over
+            left as they were.
     """
     if any(each["difference"] > 2 * torch.finfo(torch.bfloat16).eps for each in found):
         raise SystemExit(f"{engine}: the engine's weights are not the trainer's: {found}")

@@ -1,4 +1,4 @@
-"""K against the vocabulary of a model, from its configuration: before weights are loaded."""
+"""Check K against the size of a model's vocabulary before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from transformers import AutoConfig
 
 
 def check_vocabulary(k: int | None, model: Any, init_kwargs: Mapping[str, Any] | None) -> None:
-    """K is at most the size of the model's vocabulary.
+    """Check that K does not exceed the size of the model's vocabulary.
 
     Args:
-        k: of a top-K support; `None` for another support.
+        k: number of tokens of the top-K support; `None` for other supports.
         model: the model, or its name.
-        init_kwargs: what TRL loads a model by name with, `GRPOConfig.model_init_kwargs`.
+        init_kwargs: keyword arguments with which TRL loads a model given by name, `GRPOConfig.model_init_kwargs`.
 
     Raises:
         ValueError: K is larger.

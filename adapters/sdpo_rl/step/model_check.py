@@ -136,11 +136,12 @@ def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
 
 
 def sequence_limit(model: Any, batch: TokenBatch) -> float:
-    """The number of tokens of a packed sequence that the model runs right; infinity where it has no bound.
+    """The number of tokens of a packed sequence that the model computes correctly; infinity without a bound.
 
-    A model with `max_seq_length`, as Unsloth's, silently truncates a longer sequence, unless it sees by the
-    positions that this holds several rows. Whether it does is tested with its `max_seq_length` made shorter than
-    two short rows together. Then only its table of positions, `max_position_embeddings`, bounds a sequence.
+    A model with `max_seq_length`, as Unsloth's, silently truncates longer sequences, unless it recognizes from the
+    positions that a sequence is packed. This is tested with `max_seq_length` lowered below the length of two packed
+    test rows: if these are still computed correctly, only `max_position_embeddings` limits a sequence. Where the
+    frequencies of RoPE depend on the length of a sequence, `max_seq_length` stays the limit.
 
     Every process makes the same calls of the model, because what the result depends on is the same for all.
 
@@ -162,14 +163,14 @@ def sequence_limit(model: Any, batch: TokenBatch) -> float:
 
 def _rope_types(config: Any) -> set[str]:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Some models have one for each type of layer.
+    # Some models have separate parameters of RoPE for each type of layer.
     each = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     return {str(part.get("rope_type", part.get("type"))) for part in each}
 
 
 @contextmanager
 def _short_sequences(model: Any) -> Iterator[None]:
-    """The `max_seq_length` of the model, and of modules below it, is that of the longest test row."""
+    """Temporarily set `max_seq_length` of the model and its submodules to the length of the longest test row."""
     modules = [vars(module) for module in all_modules(model) if "max_seq_length" in vars(module)]
     limits = [attributes["max_seq_length"] for attributes in modules]
     try:

@@ -195,20 +195,20 @@ class CallLimits(NamedTuple):
 
     width: float  # columns
     tokens: float  # rows times columns
-    call_tokens: float  # cost of a call besides its tokens, in tokens
-    busy_tokens: float = 0.0  # cost of a smaller call
+    overhead_tokens: float  # cost of a call besides its tokens, in tokens
+    min_tokens: float = 0.0  # least cost of a call
 
 
 def alike_rows(sizes: Sizes, limits: CallLimits) -> list[list[int]]:
     """Rows for each padded call: those of similar length, so that all calls together cost the least.
 
-    A call costs max(rows · columns + `call_tokens`, `busy_tokens`). Rows are sorted by their length, and every
+    A call costs max(rows · columns + `overhead_tokens`, `min_tokens`). Rows are sorted by their length, and every
     division of the sorted rows is considered.
 
     Example:
-        >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], CallLimits(width=20, tokens=100, call_tokens=1))
+        >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], CallLimits(width=20, tokens=100, overhead_tokens=1))
         [[0, 2], [1, 3]]
-        >>> limits = CallLimits(width=20, tokens=100, call_tokens=1, busy_tokens=30)
+        >>> limits = CallLimits(width=20, tokens=100, overhead_tokens=1, min_tokens=30)
         >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], limits)
         [[0, 1, 2, 3]]
     """
@@ -225,7 +225,7 @@ def alike_rows(sizes: Sizes, limits: CallLimits) -> list[list[int]]:
             cost = (end - start) * (left + right)
             if end - start > 1 and (left + right > limits.width or cost > limits.tokens):
                 break
-            options.append((best[start][0] + max(cost + limits.call_tokens, limits.busy_tokens), start))
+            options.append((best[start][0] + max(cost + limits.overhead_tokens, limits.min_tokens), start))
         best.append(min(options))
     calls = []
     end = len(order)

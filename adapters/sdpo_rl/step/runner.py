@@ -183,7 +183,7 @@ def _plan(context: StepContext, wanted: _Wanted) -> _Plan:
     if config.max_tokens_per_forward is not None:
         token_limit = dense = config.max_tokens_per_forward
     elif averages:
-        token_limit, cost = math.inf, cost._replace(call_tokens=_FORBIDDING)
+        token_limit, cost = math.inf, cost._replace(overhead_tokens=_FORBIDDING)
         if config.packing == "auto" and sum(map(sum, row_bounds(tokens.sizes))) > dense:
             layout = "groups"
         dense = math.inf
