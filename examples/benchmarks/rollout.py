@@ -20,9 +20,9 @@ the card in use at its end, whoever has it; the time to build the trainer, vLLM'
 after the first two hand-overs, the largest difference between a weight of the engine and the trainer's, relative to
 the largest of its matrix, the share of weights that differ from the trainer's after rounding, and the share that
 changed since the hand-over before (no step counts the comparison); and what TRL and this library log of the
-difference between the two models' log-probabilities. A difference above twice bfloat16's machine epsilon, or weights
-that differ as much as a step changes them, end the run with an error. `peak_bytes` counts what PyTorch has allocated,
-vLLM's memory included, also what sleep mode has given back; `in_use_bytes` does not.
+difference between the two models' log-probabilities. A difference above twice bfloat16's machine epsilon, or
+weights that differ as much as a step changes them, end the run with an error. `peak_bytes` counts what PyTorch has
+allocated, vLLM's memory included, also what sleep mode has given back; `in_use_bytes` does not.
 """
 
 from __future__ import annotations
