@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from environment import Environment, Question
 
-BATCH = 16  # questions a forward: their logits are over the whole vocabulary
+BATCH = 32  # questions a forward: their logits are over the whole vocabulary
 
 
 class Score(NamedTuple):
@@ -70,8 +70,8 @@ def forced(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
     """``p(answer | prompt) = prod_t p(y_t | prompt, y_<t)``, and whether every ``y_t`` is the argmax."""
     rows = [(prompt_ids(tokenizer, question), answer_ids(tokenizer, question)) for question in questions]
     device = next(model.parameters()).device
-    probabilities: list[float] = []
-    found: list[bool] = []
+    likelihoods: list[torch.Tensor] = []  # left on the device: one wait at the end
+    found: list[torch.Tensor] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
@@ -83,11 +83,11 @@ def forced(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
         with autocast(device):
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         for row, (prompt, answer) in zip(logits, batch, strict=True):
-            log_probs = row[len(prompt) - 1 : len(prompt + answer) - 1].float().log_softmax(-1).cpu()
-            target = torch.tensor(answer)
-            probabilities.append(log_probs.gather(-1, target[:, None]).sum().exp().item())
-            found.append(bool((log_probs.argmax(-1) == target).all()))
-    return Score(fmean(probabilities), fmean(found))
+            log_probs = row[len(prompt) - 1 : len(prompt + answer) - 1].float().log_softmax(-1)
+            target = torch.tensor(answer, device=device)
+            likelihoods.append(log_probs.gather(-1, target[:, None]).sum().exp())
+            found.append((log_probs.argmax(-1) == target).all())
+    return Score(torch.stack(likelihoods).mean().item(), torch.stack(found).float().mean().item())
 
 
 @torch.no_grad()

@@ -165,6 +165,8 @@ def grpo_config(task: Environment, arm: Arm, *, seed: int, steps: int, folder: s
         weight_decay=0.01,
         seed=seed,
         bf16=torch.cuda.is_available(),
+        # Generation runs in float32, outside of the bfloat16 autocast.
+        tf32=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
         logging_steps=1,
