@@ -177,6 +177,18 @@ def test_the_memory_that_the_engine_needs(monkeypatch: pytest.MonkeyPatch) -> No
     assert f"{needed:.1f} GiB for the 16 rows" in text
 
 
+@pytest.mark.parametrize("run", RUNS)
+def test_the_summary_of_a_record_is_that_of_its_parts(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "benchmarks"))
+    benchmark = importlib.import_module("rollout")
+    stored = record(f"rollout-{run}-h200")["summary"]
+    assert stored.keys() == results(run).keys()
+    for engine, result in results(run).items():
+        for parts in ("parts", "peak_bytes", "in_use_bytes"):
+            assert result[parts].keys() <= set(benchmark.PARTS)
+        assert benchmark.summary(result) == pytest.approx(stored[engine])
+
+
 def test_what_the_page_lists_is_what_ran() -> None:
     assert [list(results(run)) for run in RUNS] == [
         ["generate", "vllm", "vllm-sleep"],

@@ -97,7 +97,7 @@ def test_weights_of_both_sides(benchmark: Any) -> None:
         assert compare(benchmark, model, wrong, {})["difference"] > 0.01
 
 
-def test_a_hand_over_that_did_not_arrive_is_seen_below_the_rounding(benchmark: Any) -> None:
+def test_a_weight_sync_that_did_not_arrive_is_seen_below_the_rounding(benchmark: Any) -> None:
     torch.manual_seed(0)
     model: Any = Trained()
     old = Engine(*merged(model)).to(torch.bfloat16)
@@ -106,11 +106,11 @@ def test_a_hand_over_that_did_not_arrive_is_seen_below_the_rounding(benchmark: A
             parameter += 1e-3 * parameter.sign()
     new = Engine(*merged(model)).to(torch.bfloat16)
 
-    def two_hand_overs(second: nn.Module) -> list[dict[str, float]]:
+    def two_syncs(second: nn.Module) -> list[dict[str, float]]:
         before: dict[str, Any] = {}
         return [compare(benchmark, model, engine, before) for engine in (old, second)]
 
-    arrived, missing = two_hand_overs(new), two_hand_overs(old)
+    arrived, missing = two_syncs(new), two_syncs(old)
     assert arrived[1]["unequal"] == 0 < arrived[1]["changed"] < 1
     assert missing[1]["changed"] == 0
     assert missing[1]["unequal"] == arrived[1]["changed"]
@@ -119,6 +119,18 @@ def test_a_hand_over_that_did_not_arrive_is_seen_below_the_rounding(benchmark: A
         benchmark.check_weights("vllm", missing)
     with pytest.raises(SystemExit, match="are not the trainer's"):
         benchmark.check_weights("vllm", [{"difference": 0.02, "unequal": 1.0, "changed": 0.0}])
+
+
+def test_a_weight_that_is_nan_in_the_engine_is_a_difference(benchmark: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = Trained()
+    weights = merged(model)
+    weights[1][0, 0] = torch.nan
+    found = compare(benchmark, model, Engine(*weights), {})
+    assert found["difference"] == float("inf")
+    assert found["unequal"] == 1 / sum(weight.numel() for weight in weights)
+    with pytest.raises(SystemExit, match="are not the trainer's"):
+        benchmark.check_weights("vllm", [found])
 
 
 def test_weights_in_bfloat16_keep_the_frequencies_of_the_rotary_embedding(

@@ -220,8 +220,8 @@ def test_the_merge_for_an_engine_moves_a_base_in_bfloat16(dtype: torch.dtype, mo
     engine = VLLMGeneration.__new__(VLLMGeneration)
     engine.model = model
     engine._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda _: nullcontext())
-    handed_over = [name for name, _ in engine._iter_named_params()]
-    assert sorted(handed_over) == sorted(name for name, _ in tiny.model().named_parameters())
+    sent = [name for name, _ in engine._iter_named_params()]
+    assert sorted(sent) == sorted(name for name, _ in tiny.model().named_parameters())
     change = max(float((parts[name] - before).norm() / before.norm()) for name, before in base.items())
     assert (change > 1e-4) == moves
     assert moves or change < 1e-6

@@ -228,8 +228,8 @@ def test_the_benchmark_of_the_rollout(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("sys.argv", ["rollout.py", *arguments.split(), str(record)])
     benchmark.main()
     result = json.loads(record.read_text())["results"]["vllm"]
-    assert result["parts"].keys() >= {"generation", "hand-over", "sampled log-probs", "teacher", "student"}
-    # Both hand-overs were compared: rounding to bfloat16, and no more. A new adapter changes no weight.
+    assert result["parts"].keys() >= {"generation", "weight sync", "sampled log-probs", "teacher", "student"}
+    # Both weight syncs were compared: rounding to bfloat16, and no more. A new adapter changes no weight.
     first, second = result["weight_differences"]
     assert 0 <= first < 0.01
     assert 0 < second < 0.01

@@ -5,7 +5,7 @@
 
 Random weights of a published shape, so completions have nearly always the full length: Transformers' `generate`,
 which runs until the longest row ends, loses nothing to rows of different lengths here. vLLM runs in the mode
-`colocate`. Its start is that of TRL, but for `load_format="dummy"`: TRL hands all weights over before the first
+`colocate`. Its start is that of TRL, but for `load_format="dummy"`: TRL syncs all weights before the first
 completion, so nothing is read from a file. `--eager` also starts it without torch.compile and CUDA graphs.
 
 Engines, one after another in one process:
@@ -17,12 +17,12 @@ Engines, one after another in one process:
 Reported for each: the median time of the parts of a step and of the step, with the device idle between the parts;
 completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
 the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also,
-after the first two hand-overs, the largest difference between a weight of the engine and the trainer's, relative to
-the largest of its matrix, the share of weights that differ from the trainer's after rounding, and the share that
-changed since the hand-over before (no step counts the comparison); and what TRL and this library log of the
-difference between the two models' log-probabilities. A difference above twice bfloat16's machine epsilon, or
-weights that differ as much as a step changes them, end the run with an error. `peak_bytes` counts what PyTorch has
-allocated, vLLM's memory included, also what sleep mode has given back; `in_use_bytes` does not.
+after the first two weight syncs, the largest difference between a weight of the engine and the trainer's, relative
+to the largest of its matrix, the share of weights that differ from the trainer's after rounding, and the share that
+changed since the sync before (no step counts the comparison); and what TRL and this library log of the difference
+between the two models' log-probabilities. A difference above twice bfloat16's machine epsilon, or weights that
+differ as much as a step changes them, end the run with an error. `peak_bytes` counts what PyTorch has allocated,
+vLLM's memory included, also what sleep mode has given back; `in_use_bytes` does not.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ from sdpo_rl import SDPOConfig, SDPOTrainer
 from sdpo_rl.step import forward
 
 ENGINES = ("generate", "vllm", "vllm-sleep")
-CHECKED = 2  # hand-overs: before the first step and after it
+CHECKED = 2  # weight syncs: before the first step and after it
 SHAPES_HERE: dict[str, dict[str, Any]] = {
     **SHAPES,
     # vLLM has attention kernels for heads of 32 and more.
@@ -127,15 +127,15 @@ def end_engine(trainer: SDPOTrainer) -> None:
     cleanup_dist_env_and_memory()
 
 
-def check_hand_overs(trainer: SDPOTrainer, parts: Parts) -> list[dict[str, float]]:
-    """Compare the weights after the first hand-overs; returns the list that is filled."""
+def check_weight_syncs(trainer: SDPOTrainer, parts: Parts) -> list[dict[str, float]]:
+    """Compare the weights after the first weight syncs; returns the list that is filled."""
     found: list[dict[str, float]] = []
     before: dict[str, torch.Tensor] = {}
-    hand_over: Callable[[], None] = trainer.vllm_generation.sync_weights
+    sync_weights: Callable[[], None] = trainer.vllm_generation.sync_weights
 
     def sync() -> None:
-        with parts.part("hand-over"):
-            hand_over()
+        with parts.part("weight sync"):
+            sync_weights()
         if len(found) < CHECKED:
             with parts.part(CHECK):
                 found.append(compare_weights(trainer, before))
@@ -234,7 +234,7 @@ def measure(
         compared: list[dict[str, float]] = []
         watch(trainer, parts)
         if trainer.use_vllm:
-            compared = check_hand_overs(trainer, parts)
+            compared = check_weight_syncs(trainer, parts)
         with teacher_forwards(parts):
             trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][options.warmup :]

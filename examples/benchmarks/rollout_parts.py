@@ -12,7 +12,7 @@ import torch
 from step import synchronize
 from transformers import TrainerCallback
 
-ROLLOUT = ("generation", "hand-over", "sleep", "sampled log-probs", "rollout, rest")
+ROLLOUT = ("generation", "weight sync", "sleep", "sampled log-probs", "rollout, rest")
 PARTS = (*ROLLOUT, "teacher", "student", "optimizer", "rest")
 CHECK = "check"  # of the weights; no part of a step
 

@@ -67,7 +67,7 @@ def check_weights(engine: str, found: list[dict[str, float]]) -> None:
     """Stop where a comparison shows other weights than rounding makes.
 
     Raises:
-        SystemExit: a difference above twice the machine epsilon of bfloat16, or weights that a later hand-over
+        SystemExit: a difference above twice the machine epsilon of bfloat16, or weights that a later sync
             left as they were.
     """
     if any(each["difference"] > 2 * torch.finfo(torch.bfloat16).eps for each in found):
