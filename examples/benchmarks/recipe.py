@@ -1,6 +1,7 @@
 """The 24 GB recipe in several configurations: memory, size of the teacher, step and loading times in one table.
 
     python examples/benchmarks/recipe.py --output examples/benchmarks/records/recipe-h200.json
+    python examples/benchmarks/recipe.py --cases ragged --output examples/benchmarks/records/recipe-ragged-h200.json
     python examples/benchmarks/recipe.py --peer-path FOLDER   # compare with an unpacked sdpo-rl 0.0.3
 
 Every case runs in its own process with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
