@@ -55,17 +55,20 @@ def _results(seed_count: int = 2) -> dict:
     }
 
 
-def test_the_plot_has_a_line_per_seed_and_one_per_mean_at_the_right_height() -> None:
+def test_the_plot_has_a_mean_and_a_band_of_each_arm_at_the_right_height() -> None:
     results = _results()
     svg = ElementTree.fromstring(report.plot(results))
-    lines = svg.findall("{*}polyline")
-    assert len(lines) == len(run.ARMS) * (2 + 1)
-    thick = [line for line in lines if line.get("stroke-width") == "3"]
-    heights = {line.get("stroke"): float(line.get("points", "").split(",")[-1]) for line in thick}
-    for arm, color in report.COLORS.items():
-        mean = sum(r["probability"][-1] for r in results["runs"] if r["arm"] == arm) / 2
-        scale = report.HEIGHT - report.TOP - report.BOTTOM
-        assert heights[color] == pytest.approx(report.HEIGHT - report.BOTTOM - mean * scale, abs=0.06)
+    lines, bands = svg.findall("{*}polyline"), svg.findall("{*}polygon")
+    ticks = {text.text: float(text.get("y", "")) for text in svg.findall("{*}text[@text-anchor='end']")}
+    for arm, line, band in zip(run.ARMS, lines, bands, strict=True):
+        seeds = [r["probability"][-1] for r in results["runs"] if r["arm"] == arm.name]
+
+        def height(value: float) -> float:
+            return pytest.approx(ticks["0"] + value * (ticks["1"] - ticks["0"]), abs=0.06)
+
+        assert float(line.get("points", "").split(",")[-1]) == height(sum(seeds) / 2)
+        points = [float(point.split(",")[1]) for point in band.get("points", "").split()]
+        assert points[3:5] == [height(max(seeds)), height(min(seeds))]
 
 
 def test_the_page_is_self_contained_and_escapes_what_the_model_wrote(tmp_path: Path) -> None:

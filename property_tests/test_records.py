@@ -367,32 +367,41 @@ def test_a_wrong_figure_is_noticed() -> None:
 
 
 def check_picture(picture: str) -> None:
-    """Every curve and every mean, in the scale of the ticks; coordinates have one decimal."""
+    """Every mean, band and last value, in the scale of the ticks; coordinates have one decimal."""
     svg = ElementTree.fromstring(picture)
-    labels = {(t.get("text-anchor"), t.text): t for t in svg.findall("{*}text")}
-    left, right = (float(labels["middle", tick].get("x", "")) for tick in ("0", "5120"))
-    bottom, top = (float(labels["end", tick].get("y", "")) - 4 for tick in ("0", "1"))
-    arms = list(DEMO["arms"])
-    curves = [(arm, curve) for arm in arms for curve in demo_runs(arm)] + [
-        (arm, demo_mean(arm)) for arm in arms
-    ]
-    for line, (arm, curve) in zip(svg.findall("{*}polyline"), curves, strict=True):
-        assert line.get("stroke") == labels[None, f"{arm} {demo_mean(arm)[5120]:.2f}"].get("fill")
-        points = [tuple(map(float, point.split(","))) for point in line.get("points", "").split()]
+    texts = {(t.get("text-anchor"), t.text): t for t in svg.findall("{*}text")}
+    left, right = (float(texts["middle", tick].get("x", "")) for tick in ("0", "5000"))
+    bottom, top = (float(texts["end", tick].get("y", "")) for tick in ("0", "1"))
+
+    def points(shape: ElementTree.Element, curve: list[tuple[int, float]]) -> None:
+        found = [tuple(map(float, point.split(","))) for point in shape.get("points", "").split()]
         expected = [
-            (left + samples / 5120 * (right - left), bottom + probability * (top - bottom))
-            for samples, probability in curve.items()
+            (left + samples / 5000 * (right - left), bottom + probability * (top - bottom))
+            for samples, probability in curve
         ]
-        assert points == [pytest.approx(point, abs=0.06) for point in expected]
+        assert found == [pytest.approx(point, abs=0.11) for point in expected]
+
+    names = svg.findall("{*}text")[-len(DEMO["arms"]) :]  # of the legend
+    values = {text.get("class"): text.text for text in svg.findall("{*}text") if text.get("class")}
+    shapes = zip(svg.findall("{*}polyline"), svg.findall("{*}polygon"), strict=True)
+    for name, arm, (line, band) in zip(names, DEMO["arms"], shapes, strict=True):
+        assert name.text == arm
+        color = line.get("class", "").split()[-1]
+        assert values[f"value {color}"] == f"{demo_mean(arm)[5120]:.2f}"
+        points(line, list(demo_mean(arm).items()))
+        seeds = [(at, [run[at] for run in demo_runs(arm)]) for at in demo_mean(arm)]
+        points(band, [(at, max(of)) for at, of in seeds] + [(at, min(of)) for at, of in reversed(seeds)])
 
 
 def test_the_picture_shows_the_record() -> None:
     check_picture(PICTURE)
-    first = ElementTree.fromstring(PICTURE).findall("{*}polyline")[0].get("points", "")
-    lower = first[:-1] + str((int(first[-1]) + 5) % 10)
-    for other in (PICTURE.replace(first, lower), PICTURE.replace(">SDPO 0.", ">SDPO 1.")):
+    svg = ElementTree.fromstring(PICTURE)
+    lines = [svg.findall(f"{{*}}{shape}")[0].get("points", "") for shape in ("polyline", "polygon")]
+    wrong = [(line, line[:-1] + str((int(line[-1]) + 5) % 10)) for line in lines]
+    for right, other in [*wrong, (">0.94<", ">0.95<"), (">SDPO<", ">GRPO<")]:
+        assert right in PICTURE
         with pytest.raises((AssertionError, KeyError)):
-            check_picture(other)
+            check_picture(PICTURE.replace(right, other))
 
 
 def test_statements_of_the_readme_on_the_demo_hold() -> None:

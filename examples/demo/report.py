@@ -19,12 +19,11 @@ from machine import interpret, what_changed
 
 from sdpo import build_reprompts
 
-COLORS = {
-    "SDPO": "#0b7a57",
-    "SDPO, peers only": "#4a6fb5",
-    "SDPO, shuffled feedback": "#8a8a8a",
-    "GRPO": "#d0582a",
-}
+sys.path.append(str(Path(__file__).resolve().parents[1] / "private_api"))
+
+import style
+from drawing import Band, draw
+
 Results = dict[str, Any]
 Points = list[tuple[int, float]]
 
@@ -67,72 +66,26 @@ def summary(results: Results) -> str:
 
 # --- The plot --------------------------------------------------------------------------------------------------
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 780, 400, 66, 244, 14, 44
+
+def band(results: Results, arm: str) -> Band:
+    """The mean over seeds of `seed_curves`, and their range."""
+    curves = seed_curves(results, arm)
+    seeds = [[value for _, value in points] for points in zip(*curves, strict=True)]
+    return Band([at for at, _ in curves[0]], [*map(fmean, seeds)], [*map(min, seeds)], [*map(max, seeds)])
 
 
 def plot(results: Results) -> str:
-    """Held-out probability over samples as SVG: a thin line per seed, a thick line for their mean."""
-    last = columns(results)[-1]
-
-    def x(samples: float) -> float:
-        return LEFT + samples / last * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - value * (HEIGHT - TOP - BOTTOM)
-
-    def line(points: Points, color: str, style: str) -> str:
-        path = " ".join(f"{x(samples):.1f},{y(value):.1f}" for samples, value in points)
-        return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-linejoin="round" {style}/>'
-
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="13" fill="#555">',
-        "<title>Held-out probability of the right answer against samples</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-    ]
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(f'<path d="M{LEFT} {y(tick):.1f}H{x(last):.1f}" stroke="#e6e6e6"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in columns(results):
-        parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{tick}</text>')
-    middle = (LEFT + x(last)) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">samples</text>')
-    turned = f'transform="translate(14 {y(0.5):.1f}) rotate(-90)" text-anchor="middle"'
-    parts.append(f"<text {turned}>held-out probability of the right answer</text>")
-
-    means = {arm: mean_curve(results, arm) for arm in results["arms"]}
-    for arm in means:
-        parts += [
-            line(points, COLORS[arm], 'stroke-width="1" opacity=".4"') for points in seed_curves(results, arm)
-        ]
-    parts += [line(points, COLORS[arm], 'stroke-width="3"') for arm, points in means.items()]
-    label_y = 0.0
-    for arm, points in sorted(means.items(), key=lambda item: -item[1][-1][1]):
-        end = points[-1][1]
-        label_y = max(y(end) + 4, label_y + 17)  # labels do not overlap
-        style = f'fill="{COLORS[arm]}" font-weight="600"'
-        parts.append(f'<text x="{x(last) + 8:.1f}" y="{label_y:.1f}" {style}>{arm} {end:.2f}</text>')
-    return "\n".join([*parts, "</svg>"])
+    """Held-out probability over samples as SVG: the mean of each arm, and the range of its seeds."""
+    return draw({"": {arm: band(results, arm) for arm in results["arms"]}}, "probability of the right answer")
 
 
 # --- The page --------------------------------------------------------------------------------------------------
 
-STYLE = """
-body { max-width: 780px; margin: 48px auto; padding: 0 20px; color: #222; background: #fff;
-       font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 20px; margin: 40px 0 8px; }
-.lead { font-size: 18px; color: #444; } svg { width: 100%; height: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-th, td { padding: 6px 8px; border-bottom: 1px solid #e6e6e6; text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; color: #555; }
-pre { font: 14px/1.45 ui-monospace, monospace; background: #f6f6f4; padding: 10px 12px; margin: 0;
-      white-space: pre-wrap; }
-td pre { background: none; padding: 0; } small { color: #777; } .wrong { color: #b3261e; background: #fbeae9; }
-.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; font-size: 14px; color: #555; }
-.completions td, .completions th { text-align: left; } footer { margin: 40px 0; font-size: 13px; color: #777; }
-@media (max-width: 600px) {
-  table { display: block; overflow-x: auto; } .row { grid-template-columns: repeat(2, 1fr); }
-}
+STYLE = f"""{style.PAGE}\
+.row {{ display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; font-size: 14px;
+       color: var(--soft); }}
+.row pre {{ margin-top: 4px; padding: 10px 12px; background: var(--card); color: var(--ink); }}
+@media (max-width: {style.PHONE}px) {{ .row {{ grid-template-columns: repeat(2, minmax(0, 1fr)); }} }}
 """
 
 
@@ -153,6 +106,11 @@ def lead(results: Results) -> str:
     )
 
 
+def scrolling(table: str, label: str) -> str:
+    """A table in a box that scrolls where the page is narrower."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{table}</div>'
+
+
 def numbers(results: Results) -> str:
     """The mean curves as a table."""
     chosen = columns(results)
@@ -162,7 +120,8 @@ def numbers(results: Results) -> str:
         points = dict(mean_curve(results, arm))
         cells = "".join(f"<td>{points[samples]:.3f}</td>" for samples in chosen)
         rows.append(f"<tr><td>{arm}</td><td>{settings['learning_rate']:g}</td>{cells}</tr>")
-    return f"<table><tr><th>samples</th><th>learning rate</th>{head}</tr>{''.join(rows)}</table>"
+    table = f"<table><tr><th>samples</th><th>learning rate</th>{head}</tr>{''.join(rows)}</table>"
+    return scrolling(table, "Probability of the right answer")
 
 
 def marked(completion: str, answer: str) -> str:
@@ -189,7 +148,8 @@ def completions(results: Results) -> str:
             text = marked(texts[index]["completion"], example["answer"])
             cells += f"<td>{text}<small>p&nbsp;=&nbsp;{texts[index]['probability']:.2f}</small></td>"
         rows.append(f"<tr>{cells}</tr>")
-    return f'<table class="completions"><tr>{head}</tr>{"".join(rows)}</table>'
+    table = f'<table class="text"><tr>{head}</tr>{"".join(rows)}</table>'
+    return scrolling(table, "Completions before and after training")
 
 
 def one_row(results: Results) -> str:
@@ -215,14 +175,15 @@ def page(results: Results) -> str:
     quick = "<p><b>A quick run of a few steps: it only checks that everything works.</b></p>"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>SDPO on a shifted task</title><style>{STYLE}</style>
 <h1>SDPO on a shifted task</h1>
 <p class="lead">{lead(results)}</p>
 {quick if results["quick"] else ""}
 {plot(results)}
 <p>Probability of the right answer on 200 held-out prompts, computed exactly; it is the expected accuracy at
-temperature 1. Thin lines are seeds, thick lines their mean. Each learning rate is the best of 0.0003, 0.0005 and
+temperature 1. Lines are means over seeds, bands
+go from the least to the largest of them. Each learning rate is the best of 0.0003, 0.0005 and
 0.0007 for its arm over three seeds; the control with shuffled feedback has that of SDPO.</p>
 {numbers(results)}
 

@@ -1,6 +1,6 @@
-"""Curves as SVG, without a plotting library: readable on light and dark pages.
+"""Curves as SVG, without a plotting library: readable in light and dark, on a phone and on a wide page.
 
-A module of `report.py` and `figures.py`; nothing to run.
+A module of `report.py` and `figures.py`, and of the embedded demo's report; nothing to run.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-# On white and on black, each with a contrast of 3 at least.
-COLORS = ("#12906a", "#d9622f", "#5b80c9", "#8a8a8a", "#a065b8", "#a8820a", "#c2508a", "#3f8fa3")
+from style import FIGURE, LINES, PALETTE, PHONE_FONT
+
 DASHES = ("", "6 3", "2 3")  # a dash for each round through the colors
-TEXT = "#808080"
-WIDTH, HEIGHT, SMALL_HEIGHT = 860, 400, 230  # of the figure, of one panel, of each of several
-LEFT, TOP, BOTTOM = 46, 14, 44  # of a panel, around its axes
-TITLE_WIDTH = 20  # of the y axis, of a single panel
-TITLE_HEIGHT, LABEL_HEIGHT = 20, 17
+# Units of the figure. The text of a phone must fit, which is the largest.
+WIDTH, HEIGHT, SMALL_HEIGHT = (
+    640,
+    300,
+    130,
+)  # of the figure, between the axes of one panel, of each of several
+LEFT, RIGHT = 62, 84  # of a panel, beside its axes
+TITLE_HEIGHT, HEADING_HEIGHT, TICKS_HEIGHT = 52, 38, 40
+LABEL_HEIGHT, LINE_HEIGHT = 22, 28  # of a value at the end of a line, of a line of the legend
+SWATCH = 40
+CHARACTER = 0.57 * PHONE_FONT  # mean width
+MIDDLE = 'dy=".35em"'  # text is centered on its height
 
 
 class Band(NamedTuple):
@@ -53,99 +60,105 @@ class Frame(NamedTuple):
         )
 
 
-def draw(
-    panels: Mapping[str, Mapping[str, Band]], title: str, *, columns: int = 1, label_width: int = 290
-) -> str:
-    """Mean lines between bands from the least to the largest seed, with labels at their ends.
+class Look(NamedTuple):
+    """How the line of a name is drawn."""
+
+    color: str  # a class of the style
+    dashes: str  # an attribute
+
+
+def draw(panels: Mapping[str, Mapping[str, Band]], title: str, *, columns: int = 1) -> str:
+    """Mean lines between bands from the least to the largest seed, with their last values, above a legend.
 
     Args:
         panels: lines by name, by the heading of their panel; values in [0, 1].
-        title: what the y axis is; a single panel has it beside the axis.
+        title: what the values are.
         columns: panels side by side.
-        label_width: space for the labels at the right of a panel.
 
     Returns:
-        The SVG element, the same for the same panels.
+        The SVG element with its style, the same for the same panels.
     """
-    names = list(dict.fromkeys(name for bands in panels.values() for name in bands))
-    styles = {
-        name: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)])
-        for i, name in enumerate(names)
-    }
+    names = dict.fromkeys(name for bands in panels.values() for name in bands)
+    looks = {name: _look(i) for i, name in enumerate(names)}
     last = max(band.samples[-1] for bands in panels.values() for band in bands.values())
-    rows = math.ceil(len(panels) / columns)
-    labels = max(len(bands) for bands in panels.values())
-    above = TOP + (TITLE_HEIGHT if any(panels) else 0)
-    height = max(HEIGHT if len(panels) == 1 else SMALL_HEIGHT, above + BOTTOM + LABEL_HEIGHT * labels)
-    width = WIDTH / columns
-    margin = LEFT + (TITLE_WIDTH if len(panels) == 1 else 0)
+    above = HEADING_HEIGHT if any(panels) else 0
+    inside = HEIGHT if len(panels) == 1 else SMALL_HEIGHT
+    width, height = WIDTH / columns, above + inside + TICKS_HEIGHT
+    below = TITLE_HEIGHT + math.ceil(len(panels) / columns) * height
+    legend, end = _legend(looks, below + LINE_HEIGHT / 2)
+    heading = f"{title[0].upper()}{title[1:]} over samples"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {rows * height}" role="img" '
-        f'font-family="system-ui, sans-serif" font-size="13" fill="{TEXT}">',
-        f"<title>{escape(title)} against samples</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {end:.0f}" role="img" class="figure">',
+        f"<title>{escape(heading)}</title>",
+        f"<style>\n{PALETTE}{FIGURE}</style>",
+        f'<rect class="card" width="{WIDTH}" height="{end:.0f}" rx="10"/>',
+        f'<text class="heading" x="16" y="24" {MIDDLE}>{escape(heading)}</text>',
     ]
-    for place, (heading, bands) in enumerate(panels.items()):
-        left, top = place % columns * width, place // columns * height
-        frame = Frame(left + margin, left + width - label_width, top + above, top + height - BOTTOM, last)
-        if heading:
-            parts.append(
-                f'<text x="{frame.left:.1f}" y="{top + TOP + 2}" font-weight="600">{escape(heading)}</text>'
-            )
-        parts += [*_axes(frame), *_lines(frame, bands, styles), *_labels(frame, bands, styles)]
-        if len(panels) == 1:
-            place = f'transform="translate(14 {(frame.top + frame.bottom) / 2:.1f}) rotate(-90)"'
-            parts.append(f'<text {place} text-anchor="middle">{escape(title)}</text>')
-    return "\n".join([*parts, "</svg>"])
+    for place, (name, bands) in enumerate(panels.items()):
+        left, top = place % columns * width, TITLE_HEIGHT + place // columns * height
+        frame = Frame(left + LEFT, left + width - RIGHT, top + above, top + above + inside, last)
+        if name:
+            at = f'x="{left + 16:.1f}" y="{top + 12:.1f}"'
+            parts.append(f'<text class="heading" {at} {MIDDLE}>{escape(name)}</text>')
+        parts += [*_axes(frame), *_lines(frame, bands, looks), *_values(frame, bands, looks)]
+    return "\n".join([*parts, *legend, "</svg>"])
+
+
+def _look(number: int) -> Look:
+    dash = DASHES[number // LINES % len(DASHES)]
+    return Look(f"c{number % LINES}", f' stroke-dasharray="{dash}"' if dash else "")
 
 
 def _axes(frame: Frame) -> list[str]:
     parts = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         at = frame.y(tick)
+        parts.append(f'<path class="grid" d="M{frame.left:.1f} {at:.1f}H{frame.right:.1f}"/>')
         parts.append(
-            f'<path d="M{frame.left:.1f} {at:.1f}H{frame.right:.1f}" stroke="{TEXT}" opacity=".25"/>'
+            f'<text x="{frame.left - 8:.1f}" y="{at:.1f}" {MIDDLE} text-anchor="end">{tick:g}</text>'
         )
-        parts.append(f'<text x="{frame.left - 8:.1f}" y="{at + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for samples in ticks(frame.last, at_most=max(2, int((frame.right - frame.left) / 70))):
-        parts.append(
-            f'<text x="{frame.x(samples):.1f}" y="{frame.bottom + 20:.1f}" text-anchor="middle">{samples}</text>'
-        )
-    middle = (frame.left + frame.right) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{frame.bottom + 38:.1f}" text-anchor="middle">samples</text>')
+    for samples in ticks(frame.last, at_most=max(2, int((frame.right - frame.left) / 80))):
+        place = f'x="{frame.x(samples):.1f}" y="{frame.bottom + 20:.1f}"'
+        parts.append(f'<text {place} {MIDDLE} text-anchor="middle">{samples}</text>')
     return parts
 
 
-def _lines(frame: Frame, bands: Mapping[str, Band], styles: Mapping[str, tuple[str, str]]) -> list[str]:
+def _lines(frame: Frame, bands: Mapping[str, Band], looks: Mapping[str, Look]) -> list[str]:
     parts = []
     for name, band in bands.items():
         outline = frame.points(band.samples + band.samples[::-1], band.high + band.low[::-1])
-        parts.append(f'<polygon points="{outline}" fill="{styles[name][0]}" opacity=".15"/>')
+        parts.append(f'<polygon class="band {looks[name].color}" points="{outline}"/>')
     for name, band in bands.items():
-        color, dash = styles[name]
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(
-            f'<polyline points="{frame.points(band.samples, band.mean)}" fill="none" stroke="{color}" '
-            f'stroke-width="2.5" stroke-linejoin="round"{dashes}/>'
-        )
+        points = frame.points(band.samples, band.mean)
+        parts.append(f'<polyline class="line {looks[name].color}" points="{points}"{looks[name].dashes}/>')
     return parts
 
 
-def _labels(frame: Frame, bands: Mapping[str, Band], styles: Mapping[str, tuple[str, str]]) -> list[str]:
-    """The last mean and the name of each line, joined to its end."""
+def _values(frame: Frame, bands: Mapping[str, Band], looks: Mapping[str, Look]) -> list[str]:
+    """The last mean of each line, joined to its end."""
     parts = []
     places = label_places({name: frame.y(band.mean[-1]) for name, band in bands.items()}, frame.bottom)
     for name, place in places.items():
-        band, color = bands[name], styles[name][0]
+        band, color = bands[name], looks[name].color
         start, end = frame.x(band.samples[-1]) + 2, frame.right + 14
-        parts.append(
-            f'<path d="M{start:.1f} {frame.y(band.mean[-1]):.1f}L{end:.1f} {place:.1f}" stroke="{color}" '
-            'opacity=".5"/>'
-        )
-        parts.append(
-            f'<text x="{end + 4:.1f}" y="{place + 4:.1f}" fill="{color}" font-weight="600">'
-            f"{band.mean[-1]:.2f} {escape(name)}</text>"
-        )
+        line = f"M{start:.1f} {frame.y(band.mean[-1]):.1f}L{end:.1f} {place:.1f}"
+        parts.append(f'<path class="link {color}" d="{line}"/>')
+        at = f'x="{end + 4:.1f}" y="{place:.1f}"'
+        parts.append(f'<text class="value {color}" {at} {MIDDLE}>{band.mean[-1]:.2f}</text>')
     return parts
+
+
+def _legend(looks: Mapping[str, Look], top: float) -> tuple[list[str], float]:
+    """The name of each line, in as many columns as the longest name leaves, and where the legend ends."""
+    longest = SWATCH + CHARACTER * max(map(len, looks))
+    columns = max(1, min(len(looks), int((WIDTH - 16) / (longest + 16))))
+    parts = []
+    for number, (name, look) in enumerate(looks.items()):
+        x = 16 + number % columns * (WIDTH - 16) / columns
+        y = top + number // columns * LINE_HEIGHT
+        parts.append(f'<path class="line {look.color}" d="M{x:.1f} {y:.1f}h{SWATCH - 12}"{look.dashes}/>')
+        parts.append(f'<text x="{x + SWATCH:.1f}" y="{y:.1f}" {MIDDLE}>{escape(name)}</text>')
+    return parts, top + math.ceil(len(looks) / columns) * LINE_HEIGHT
 
 
 def ticks(last: int, *, at_most: int) -> list[int]:

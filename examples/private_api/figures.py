@@ -146,7 +146,7 @@ def figure(question: str, by_arm: tables.Runs) -> str:
             settings = runs[0]["settings"]
             heading = f"α={settings['alpha']:g}, batches of {runs[0]['samples_per_step']}"
             panels.setdefault(heading, {})[f"rate {settings['teacher_update_rate']:g}"] = lines[arm]
-        return draw(panels, "held-out accuracy", columns=2, label_width=155)
+        return draw(panels, "held-out accuracy", columns=2)
     if question == "cures":
         alone = arms(question)[0].name
         panels = {
@@ -157,7 +157,7 @@ def figure(question: str, by_arm: tables.Runs) -> str:
             for arm, line in lines.items()
             if arm != alone
         }
-        return draw(panels, "held-out accuracy", columns=3, label_width=115)
+        return draw(panels, "held-out accuracy", columns=2)
     return draw({"": lines}, "held-out accuracy")
 
 

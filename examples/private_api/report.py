@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from curves import ACCURACY, PROBABILITY, Run, band, by_arm, summary, table
 from drawing import draw
+from style import PAGE as STYLE
 
 TITLES = {
     "kit": (
@@ -36,32 +37,27 @@ def plot(runs: Sequence[Run], column: int, label: str) -> str:
 
 
 PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ title }}</title><style>
-:root { color-scheme: light dark; }
-body { max-width: 880px; margin: 40px auto; padding: 0 16px; font: 16px/1.5 system-ui, sans-serif; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; margin: 12px 0 28px; }
-th, td { padding: 5px 8px; border-bottom: 1px solid #8884; text-align: right; vertical-align: top; }
-th:first-child, td:first-child, .text td, .text th { text-align: left; }
-svg { width: 100%; height: auto; } code { font-size: 13px; white-space: pre-wrap; }
-.right { color: #0b7a57; } .wrong { color: #c2411c; } footer { font-size: 13px; opacity: .7; }
-</style></head><body>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title><style>{{ style | safe }}</style></head><body>
 <h1>{{ title }}</h1>
-<p>{{ lead }} Accuracy: share of held-out questions that greedy decoding answers right.
+<p class="lead">{{ lead }}</p>
+<p>Accuracy: share of held-out questions that greedy decoding answers right.
 {{ seeds }} seed{{ "s" if seeds > 1 }}; bands go from the least to the largest of them.</p>
 {{ accuracy_plot | safe }}
+<div class="scroll" tabindex="0" role="region" aria-label="Held-out accuracy">
 <table><tr><th>held-out accuracy</th>{% for s in ticks %}<th>{{ s }}</th>{% endfor %}</tr>
 {% for arm, values in rows %}<tr><td>{{ arm }}</td>{% for v in values %}<td>{{ "%.2f" % v }}</td>{% endfor %}</tr>
-{% endfor %}</table>
+{% endfor %}</table></div>
 {{ probability_plot | safe }}
 <h2>Before and after</h2>
 {% for arm, run in examples %}<h3>{{ arm }}</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="{{ arm }}, before and after">
 <table class="text"><tr><th>question</th><th>before</th><th>feedback on it</th><th>after</th></tr>
 {% for before, after in run %}<tr><td>{{ before.question }}</td>
 <td class="{{ 'right' if before.score else 'wrong' }}"><code>{{ before.reply }}</code></td>
 <td>{{ before.feedback or "" }}</td>
 <td class="{{ 'right' if after.score else 'wrong' }}"><code>{{ after.reply }}</code></td></tr>
-{% endfor %}</table>{% endfor %}
+{% endfor %}</table></div>{% endfor %}
 <footer>{{ footer }}</footer>
 </body></html>
 """)
@@ -74,6 +70,7 @@ def write_report(runs: Sequence[Run], folder: Path) -> Path:
     first = runs[0]
     title, lead = TITLES.get(first["task"], (first["task"], ""))
     page = PAGE.render(
+        style=STYLE,
         title=title,
         lead=lead,
         seeds=len({run["seed"] for run in runs}),

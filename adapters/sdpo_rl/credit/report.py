@@ -86,7 +86,10 @@ def render(runs: Sequence[Run]) -> str:
         runs: with different names.
     """
     page = resources.files(__package__) / "page"
-    script, style = ((page / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
+    script, palette, style = (
+        (page / name).read_text(encoding="utf-8") for name in ("report.js", "palette.css", "report.css")
+    )
+    style = palette + style
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
