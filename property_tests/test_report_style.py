@@ -86,6 +86,21 @@ def test_texts_are_readable_in_light_and_in_dark() -> None:
     assert "dark: soft on page" in unreadable(PALETTE.replace(dark["soft"], light["soft"]))
 
 
+def test_the_diagram_of_a_step_is_readable_in_light_and_in_dark() -> None:
+    blocks = re.findall(r"svg \{ (--.*?) \}", (IMAGES / "step.svg").read_text())
+    for block in blocks:
+        colors = {name: long(color) for name, color in re.findall(r"--([\w-]+): (#[0-9a-f]+);", block)}
+        for back in ("page", "plain", "student", "teacher"):
+            assert contrast(colors["soft"], colors[back]) >= 4.5
+            assert contrast(colors["ink"], colors[back]) >= 4.5
+    assert len(blocks) == 2
+
+
+def long(color: str) -> str:
+    """A color with six digits."""
+    return color if len(color) == 7 else "#" + "".join(2 * digit for digit in color[1:])
+
+
 def test_every_color_is_one_of_the_palette() -> None:
     page = (CSS / "report.css").read_text()
     for css in (page, demo_report.STYLE, style.PAGE, style.FIGURE):
@@ -157,7 +172,15 @@ def figure(names: int = 3, panels: int = 1, length: int = 20) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["demo", "embedded-learns", "embedded-alpha", "embedded-cures", "embedded-lasting", "embedded-rate"],
+    [
+        "step",
+        "demo",
+        "embedded-learns",
+        "embedded-alpha",
+        "embedded-cures",
+        "embedded-lasting",
+        "embedded-rate",
+    ],
 )
 def test_a_figure_of_the_documentation_fits_a_phone(name: str) -> None:
     assert faults((IMAGES / f"{name}.svg").read_text()) == []
