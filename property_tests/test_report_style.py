@@ -277,7 +277,7 @@ def test_a_page_is_not_wider_than_a_phone(name: str, tmp_path: Path) -> None:
         ("initial-scale=1", ""),
         ("<svg", '<svg width="860"'),
         ("overflow-x: auto", ""),
-        ("min-width: 170px", "min-width: 400px"),
+        ("min-width: 204px", "min-width: 400px"),
     ):
         assert too_wide(page.replace(old, new)), old
 

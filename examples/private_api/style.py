@@ -52,7 +52,7 @@ th, td {{ padding: 6px 8px; border-bottom: 1px solid var(--faint); text-align: r
 th {{ color: var(--soft); font-weight: 600; }}
 th:first-child, td:first-child, .text th, .text td {{ text-align: left; }} .text td {{ min-width: 96px; }}
 pre, code {{ font: 13.5px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }}
-pre {{ margin: 0; }} td code {{ display: inline-block; min-width: 170px; }}
+pre {{ margin: 0; }} td code {{ display: inline-block; min-width: 204px; }}
 small, footer {{ color: var(--soft); font-size: 13px; }} footer {{ margin: 40px 0 0; }}
 .right {{ color: var(--good); }} .wrong {{ color: var(--bad); }}
 @media (max-width: {PHONE}px) {{
