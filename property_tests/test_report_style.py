@@ -180,6 +180,7 @@ def figure(names: int = 3, panels: int = 1, length: int = 20) -> str:
         "embedded-cures",
         "embedded-lasting",
         "embedded-rate",
+        "embedded-support",
     ],
 )
 def test_a_figure_of_the_documentation_fits_a_phone(name: str) -> None:
