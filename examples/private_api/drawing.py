@@ -14,11 +14,8 @@ from style import FIGURE, LINES, PALETTE, PHONE_FONT
 
 DASHES = ("", "6 3", "2 3")  # a dash for each round through the colors
 # Units of the figure. The text of a phone must fit, which is the largest.
-WIDTH, HEIGHT, SMALL_HEIGHT = (
-    640,
-    300,
-    130,
-)  # of the figure, between the axes of one panel, of each of several
+WIDTH = 640
+HEIGHT, SMALL_HEIGHT = 300, 130  # between the axes of a single panel, of each of several
 LEFT, RIGHT = 62, 84  # of a panel, beside its axes
 TITLE_HEIGHT, HEADING_HEIGHT, TICKS_HEIGHT = 52, 38, 40
 LABEL_HEIGHT, LINE_HEIGHT = 22, 28  # of a value at the end of a line, of a line of the legend
