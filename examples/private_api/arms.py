@@ -17,7 +17,7 @@ CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer,
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch of 64 samples; the paper's
 # .05 per 256 samples is .013 per 64.
 SDPO_SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 100, "teacher_update_rate": 0.01}
-# To be the best of "grpo learning rate" and of "settings" by seeds for choosing, of which there is no record yet.
+# The best of "grpo learning rate", where all are the same, and of "settings", by seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6
 CHOSEN = "α=0, SRPO"
 
