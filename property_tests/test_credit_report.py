@@ -370,6 +370,7 @@ def test_every_monitor_has_a_chart() -> None:
     names = set(re.findall(r'_warn(?:_once)?\(\s*"(\w+)"', source)) | {
         "length_limit",
         "entropy",
+        "reward",
         "agreement",
         "held_out",
         "answer_in_feedback",

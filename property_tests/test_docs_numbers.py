@@ -6,12 +6,16 @@ import ast
 import re
 from pathlib import Path
 
+from trl import GRPOConfig
+
 from sdpo_rl.credit import files, recorder
 from sdpo_rl.diagnose import monitors, warnings
 from sdpo_rl.diagnose.probe import verdict
 
 ROOT = Path(__file__).parents[1]
 WORDS = {
+    0.125: "an eighth",
+    0.2: "a fifth",
     0.25: "a quarter",
     0.5: "half",
     0.9: "nine tenths",
@@ -21,6 +25,7 @@ WORDS = {
     5: "five",
     8: "eight",
     12: "twelve",
+    15: "fifteen",
 }
 
 
@@ -35,17 +40,22 @@ def short(number: float) -> str:
 
 def test_the_warnings_of_a_run_come_at_the_limits_of_the_page() -> None:
     text = page("docs/metrics.md").partition("## What the trainer warns of")[2]
-    at_limit, rise = monitors._MANY_AT_LIMIT, monitors._RISE_AT_LIMIT
-    ratio, nats = monitors._ENTROPY_RATIO, monitors._ENTROPY_RISE
-    fall, evaluations = monitors._HELD_OUT_FALL, monitors._FALLEN_EVALUATIONS
-    assert nats == 1
+    rise, certain = monitors.RISE_AT_LIMIT, monitors.RISE_AT_LIMIT_WHERE_CERTAIN
+    ratio, nats = monitors.ENTROPY_RATIO, monitors._ENTROPY_RISE
+    fall, evaluations = monitors.HELD_OUT_FALL, monitors.FALLEN_EVALUATIONS
     for sentence in (
-        f"the first and of the last {WORDS[monitors._WINDOW]} logged values",
-        f"now {WORDS[at_limit]} or more, and {short(rise)} more than at the start",
-        f"now {WORDS[ratio]} times that of the start or more, and by one nat at least",
+        f"the first and of the last {WORDS[monitors.WINDOW]} logged values",
+        f"means of the last {WORDS[monitors.LONG_WINDOW]}, where those that are missing count as the start's",
+        f"{WORDS[monitors.LONG_WINDOW]} values are {monitors.LONG_WINDOW * GRPOConfig.logging_steps} steps",
+        f"{WORDS[rise]} more of the completions than at the start, or {WORDS[certain]} more where the student's "
+        "entropy is not above its start",
+        f"now {WORDS[ratio]} times that of the start or more, and by {WORDS[nats]} a nat at least",
+        f"the mean of the last {WORDS[monitors.LONG_WINDOW]} is below the best such mean by more than "
+        f"{WORDS[monitors.REWARD_FALL]} of the range of logged rewards",
         f"less than {WORDS[warnings._COLLAPSED_LENGTH]} of the mean length of the first "
         f"{WORDS[warnings._BASELINE_BATCHES]}",
-        f"{WORDS[evaluations]} evaluations in succession are below the best by more than {WORDS[fall]}",
+        f"{WORDS[evaluations]} evaluations in succession are below the best mean of {WORDS[evaluations]} by more "
+        f"than {WORDS[fall]} of the range of rewards, and the training reward fell by less",
         f"now less than {short(monitors._NO_DIVERGENCE)} |",
         f"now {WORDS[monitors._MANY_ANSWERS]} or more of them",
         f"more than {WORDS[warnings._MANY_TRUNCATED]} of a generation batch",
@@ -80,7 +90,7 @@ def test_every_warning_of_the_page_is_one_of_the_trainer() -> None:
         parts = [part.strip() for part in text.replace("`", "").split("…") if part.strip()]
         return any(all(part in message for part in parts) for message in known)
 
-    assert len(quoted) == 11
+    assert len(quoted) == 12
     assert [text for text in quoted if not is_message(text)] == []
     assert not is_message("The run is doing fine")
 

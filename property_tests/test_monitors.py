@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -30,6 +31,10 @@ def series(name: str, values: Sequence[float]) -> Logs:
     return [{name: value} for value in values]
 
 
+def joined(one: Logs, other: Logs) -> Logs:
+    return [{**a, **b} for a, b in zip(one, other, strict=True)]
+
+
 def evaluations(pairs: Sequence[tuple[float, float]]) -> Logs:
     """Training rewards and, after each two of them, an evaluation."""
     return [
@@ -42,19 +47,37 @@ def evaluations(pairs: Sequence[tuple[float, float]]) -> Logs:
 # What a collapse looks like, what healthy runs look like, and a part of the message.
 COLLAPSES: dict[str, tuple[Logs, list[Logs], str]] = {
     "length_limit": (
-        series(LIMIT, [0.1] * 5 + [0.1, 0.2, 0.3, 0.5, 0.6, 0.7]),
+        joined(
+            series(LIMIT, [0.1] * 20 + [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+            series(ENTROPY, [0.5] * 5 + [0.6] * 21),
+        ),
         [
-            series(LIMIT, [0.6] * 20),
-            series(LIMIT, [0.0] * 5 + [0.24] * 20),
-            series(LIMIT, [0.2] * 5 + [0.36] * 20),
-            series(LIMIT, [0.1] * 9 + [0.8]),
+            series(LIMIT, [0.6] * 40),
+            series(LIMIT, [0.0] * 5 + [0.24] * 40),  # as certain as at the start, as far as is known
+            joined(series(LIMIT, [0.0] * 5 + [0.24] * 40), series(ENTROPY, [0.5] * 45)),
+            joined(series(LIMIT, [0.2] * 5 + [0.32] * 40), series(ENTROPY, [0.5] * 5 + [1.5] * 40)),
+            joined(
+                series(LIMIT, [0.1] * 5 + [0.4] * 5 + [0.1] * 40), series(ENTROPY, [0.5] * 5 + [1.5] * 45)
+            ),
+            joined(series(LIMIT, [0.1] * 5 + [1.0] * 2), series(ENTROPY, [0.5] * 5 + [1.5] * 2)),
+            joined(series(LIMIT, [0.1] * 19 + [0.8]), series(ENTROPY, [0.5] * 5 + [1.5] * 15)),
         ],
-        "34% of the completions are cut at max_completion_length, after 10%",
+        "24% of the completions are cut at max_completion_length, after 10%",
     ),
     "entropy": (
         series(ENTROPY, [0.5] * 5 + [1.0, 1.5, 2.0, 2.5, 3.0, 3.5]),
-        [series(ENTROPY, [0.5] * 5 + [1.7] * 20), series(ENTROPY, [0.01] * 5 + [0.9] * 20)],
+        [series(ENTROPY, [0.5] * 5 + [1.7] * 20), series(ENTROPY, [0.01] * 5 + [0.4] * 20)],
         "rose from 0.50 to 2.00 nats per token",
+    ),
+    "reward": (
+        series(REWARD, [0.0] * 5 + [0.2, 0.6] * 10 + [0.2] * 15),
+        [
+            series(REWARD, [0.0] * 5 + [0.2, 0.6] * 10 + [0.4] * 15),
+            series(REWARD, [-9.0, -1.0] * 10 + [-8.0, -2.0] * 10),
+            series(REWARD, [0.0] * 20 + [0.1] + [0.0] * 20),  # a single success
+            series(REWARD, [0.5] * 40),
+        ],
+        "The training reward fell from 0.413 to 0.28",
     ),
     "agreement": (
         series(DIVERGENCE, [0.1, 0.05, 0.01] + [1e-4] * 6),
@@ -62,14 +85,15 @@ COLLAPSES: dict[str, tuple[Logs, list[Logs], str]] = {
         "differ by 0.0001 nats per token",
     ),
     "held_out": (
-        evaluations([(0.1, 0.1), (0.2, 0.2), (0.05, 0.4), (0.05, 0.5), (0.0, 0.6)]),
+        evaluations([(0.2, 0.1), (0.4, 0.1), (0.3, 0.4), (0.05, 0.4), (0.05, 0.5), (0.0, 0.6)]),
         [
-            evaluations([(0.1, 0.1), (0.5, 0.4), (0.45, 0.5), (0.42, 0.6), (0.5, 0.9)]),  # noise
-            evaluations([(0.1, 0.1), (0.5, 0.4), (0.1, 0.5), (0.1, 0.5), (0.5, 0.5)]),  # a dip of two
-            evaluations([(0.1, 0.1), (0.5, 0.4), (0.3, 0.2), (0.1, 0.1), (0.1, 0.1)]),  # both fall
-            evaluations([(-5.0, -6.0), (-1.0, -1.0), (-1.2, -0.9), (-1.1, -0.9)]),  # negative rewards
+            evaluations([(0.1, 0.1), (0.5, 0.4), (0.5, 0.4), (0.45, 0.5), (0.42, 0.6), (0.5, 0.9)]),  # noise
+            evaluations([(0.1, 0.1), (0.2, 0.1), (0.8, 0.1), (0.2, 0.2), (0.2, 0.2), (0.2, 0.2)]),  # one high
+            evaluations([*[(0.5, 0.4)] * 3, (0.1, 0.5), (0.1, 0.5), (0.5, 0.5)]),  # a dip of two
+            evaluations([*[(0.5, 0.4)] * 3, (0.3, 0.2), (0.1, 0.1), (0.1, 0.1)]),  # both fall
+            evaluations([(-5, -6), (-1, -1), (-1, -1), (-1, -1), (-1.2, -0.9), (-1.1, -0.9), (-1.2, -0.9)]),
         ],
-        "fell from 0.2 to 0, while the training reward went from 0.2 to 0.5",
+        "fell from 0.3 to 0, while the training reward went from 0.2 to 0.5",
     ),
     "answer_in_feedback": (
         series(ANSWERS, [0.5] * 5),
@@ -101,12 +125,19 @@ def test_a_healthy_run_has_no_warning(name: str, caplog: pytest.LogCaptureFixtur
         assert messages(caplog, logs) == []
 
 
-@pytest.mark.parametrize("name", ["length_limit", "entropy"])
-def test_the_start_is_that_of_the_run(name: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("name", "metric"), [("length_limit", LIMIT), ("entropy", ENTROPY)])
+def test_the_start_is_that_of_the_run(name: str, metric: str, caplog: pytest.LogCaptureFixture) -> None:
     """The counter-example: compared with a fixed number, a task that begins there would be a collapse."""
     logs, _, _ = COLLAPSES[name]
-    (metric,) = logs[0]
-    assert messages(caplog, series(metric, [logs[-1][metric]] * 20)) == []
+    assert messages(caplog, [{**entry, metric: logs[-1][metric]} for entry in [*logs, *logs]]) == []
+
+
+def test_completions_that_repeat_themselves_with_certainty_are_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    certain = series(ENTROPY, [0.5] * 5 + [0.1] * 20)
+    (message,) = messages(caplog, joined(series(LIMIT, [0.1] * 5 + [0.36] * 20), certain))
+    assert "36% of the completions are cut" in message
 
 
 @pytest.mark.parametrize("name", COLLAPSES)
@@ -161,12 +192,44 @@ def test_entries_without_numbers_are_left_out() -> None:
     assert watch.state()["trained"] == []
 
 
-def test_a_recorded_run_that_learned_is_healthy(caplog: pytest.LogCaptureFixture) -> None:
-    """The embedded demo's SDPO arm, every logged entry, with its exact held-out accuracy as the held-out reward."""
-    recording = json.loads((Path(__file__).parent / "recordings" / "healthy.json").read_text())
-    assert {REWARD, LIMIT, ENTROPY, DIVERGENCE, ANSWERS} <= {name for entry in recording for name in entry}
-    assert len(recording) > 40
-    assert messages(caplog, recording) == []
+def recording(name: str) -> Logs:
+    """The log of an arm of the embedded task, with its exact held-out accuracy as the held-out reward."""
+    entries: Logs = json.loads((Path(__file__).parent / "recordings" / f"{name}.json").read_text())
+    assert {REWARD, LIMIT, ENTROPY, DIVERGENCE, ANSWERS} <= {key for entry in entries for key in entry}
+    assert len(entries) > 40
+    return entries
+
+
+def rise(values: list[float], window: int) -> list[float]:
+    return [fmean(values[end - window : end]) - fmean(values[:5]) for end in range(window, len(values) + 1)]
+
+
+@pytest.mark.parametrize("name", ["healthy", "cured"])
+def test_a_recorded_run_that_learned_is_healthy(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The demo's SDPO; its α=0, which collapses, with a half of GRPO's loss."""
+    entries = recording(name)
+    assert messages(caplog, entries) == []
+    # As near to the limits as their comments say.
+    assert 0.1 < max(rise([entry[ENTROPY] for entry in entries if ENTROPY in entry], 5)) < 0.3
+    rewards = [entry[REWARD] for entry in entries if REWARD in entry]
+    means = rise(rewards, monitors.LONG_WINDOW)
+    fall = max(max(means[: end + 1]) - mean for end, mean in enumerate(means)) / (max(rewards) - min(rewards))
+    assert fall < 0.18
+
+
+def test_a_recorded_run_that_collapsed_is_warned_about_early() -> None:
+    """The demo with α=0, whose completions all end."""
+    entries = recording("collapsing")
+    watch, said = Monitors(), dict[str, int]()
+    for entry in entries:
+        for name in watch.observe(entry):
+            said.setdefault(name, int(entry["samples"]))
+    accuracy = {int(entry["samples"]): entry["eval_reward"] for entry in entries if "eval_reward" in entry}
+    best = max(accuracy.values())
+    fallen = max(samples for samples, value in accuracy.items() if value >= best / 2)
+    assert said == {"reward": 3328, "entropy": 3904}
+    assert max(said.values()) + 500 <= min(samples for samples in accuracy if samples > fallen)
+    assert 0.65 < max(rise([entry[ENTROPY] for entry in entries if ENTROPY in entry], 5)) < 0.75
 
 
 def test_a_trainer_reads_what_it_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,9 +23,12 @@ import arms
 import curves
 import drawing
 import figures
+import margins
 import pages
 import replay
 import tables
+
+from sdpo_rl.diagnose import monitors
 
 LIMIT, ENTROPY = "completions/clipped_ratio", "self_distillation/student_entropy"
 DIVERGENCE, REWARD = "self_distillation/divergence", "reward"
@@ -265,10 +268,14 @@ def test_the_other_page_has_rates_signs_and_warnings(root: Path) -> None:
     # Means of five steps: .1 at first; .7, .8, .9, 1 and 1 in the runs that fell.
     assert "| completions at the length limit | 1–5 | 0.1 (0.1–0.1) | 0.1 (0.1–0.1) |" in page
     assert "|  | 16–20 | 0.1 (0.1–0.1) | 0.88 (0.88–0.88) |" in page
-    said = "`length_limit` after 896, `entropy` after 1728"
-    assert f"| α=0, rate 0.05 per 64, seed 0 | after 7104 | {said} |" in page
+    said = "`length_limit` after 1024, `entropy` after 1728"
+    assert f"| α=0, rate 0.05 per 64, seed 0 | after 7104 | after 7104 | {said} | – |" in page
     assert "| learned: no warning | 36 | 36 |" in page
-    assert "| fell below half of its best: a warning early enough | 12 | 12 |" in page
+    assert "| fell below 0.5 of its best: a warning early enough | 12 | 12 |" in page
+    assert (
+        "| limit | largest of 36 runs that learned | smallest of 12 runs that fell below 0.5 of their best |"
+        in page
+    )
 
 
 @given(st.lists(st.integers(0, 96), min_size=1, max_size=30))
@@ -296,7 +303,7 @@ RECORDED = tables.every_step(SHOWN)
 
 
 @pytest.mark.skipif(not RECORDED, reason="no run was recorded step by step")
-@pytest.mark.parametrize("run", RECORDED, ids=lambda run: f"{run['arm']}, seed {run['seed']}")
+@pytest.mark.parametrize("run", RECORDED, ids=tables.run_name)
 def test_the_monitors_are_silent_on_a_recorded_run_or_early(run: curves.Run) -> None:
     steps = replay.entries(run)
     assert [entry["step"] for entry in steps] == list(range(1, len(steps) + 1))
@@ -304,9 +311,47 @@ def test_the_monitors_are_silent_on_a_recorded_run_or_early(run: curves.Run) -> 
     assert replay.problem(run) is None
 
 
-@pytest.mark.skipif(not RECORDED, reason="no run was recorded step by step")
-def test_a_healthy_and_a_collapsing_run_are_recorded() -> None:
-    assert {curves.fall(run) is None for run in RECORDED} == {False, True}
+def test_runs_that_keep_what_they_learned_are_silent_and_collapses_are_warned_about_early() -> None:
+    kept, collapsed = tables.kept_and_collapsed(SHOWN)
+    assert (len(kept), len(collapsed)) == (13, 6)
+    assert [tables.run_name(run) for run in kept + collapsed if replay.problem(run) is not None] == []
+    # Runs of which neither is expected: those that learned nothing, or lost less than half.
+    others = {
+        tables.run_name(run): set(replay.warnings(run, evaluations=True))
+        for run in RECORDED
+        if run not in kept and run not in collapsed
+    }
+    assert len(others) == 12
+    assert {name: said for name, said in others.items() if said} == {
+        "α=0, rate 0.05 per 64, seed 0": {"length_limit", "reward"},
+        "collapsing + trust region, seed 0": {"held_out", "reward"},
+    }
+
+
+def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
+    kept, collapsed = tables.kept_and_collapsed(SHOWN)
+    assert 0.10 < max(margins.most_at_limit(run, uncertain=True) for run in kept) < 0.11
+    assert 0.12 < max(margins.most_at_limit(run, uncertain=False) for run in kept) < 0.13
+    assert 0.15 < min(margins.most_at_limit(run, uncertain=True) for run in collapsed) < 0.16
+    assert 0.14 < max(margins.most_reward(run) for run in kept) < 0.15
+    assert 3.4 < max(margins.most_entropy(run) for run in RECORDED) < 3.55
+    first = [sum(run["log"][LIMIT][step : step + 5]) / 5 for run in kept for step in range(16)]
+    assert 0.24 < max(first) < 0.25
+
+
+@pytest.mark.parametrize("run", RECORDED, ids=tables.run_name)
+def test_the_margins_are_those_of_the_monitors(run: curves.Run) -> None:
+    """Two computations: a warning comes in time where, and only where, the number is beyond the limit."""
+    said = replay.warnings(run, evaluations=True)
+    in_time = {name for name, samples in said.items() if samples <= margins.in_time(run)}
+    at_limit = [
+        margins.most_at_limit(run, uncertain=True) >= monitors.RISE_AT_LIMIT,
+        margins.most_at_limit(run, uncertain=False) >= monitors.RISE_AT_LIMIT_WHERE_CERTAIN,
+    ]
+    assert ("length_limit" in in_time) == any(at_limit)
+    assert ("entropy" in in_time) == (margins.most_entropy(run) >= monitors.ENTROPY_RATIO)
+    assert ("reward" in in_time) == (margins.most_reward(run) > monitors.REWARD_FALL)
+    assert ("held_out" in said) == (margins.most_held_out(run) > monitors.HELD_OUT_FALL)
 
 
 @pytest.mark.parametrize(
@@ -316,9 +361,9 @@ def test_a_healthy_and_a_collapsing_run_are_recorded() -> None:
         (HEALTHY, 10, "length_limit, entropy without a fall"),
         (COLLAPSING, 10, None),
         (COLLAPSING, None, "no warning"),
-        (COLLAPSING, 107, "after 7104 samples, the fall after 7104"),
-        (COLLAPSING, 100, "after 6656 samples, the fall after 7104"),
-        (COLLAPSING, 99, None),
+        (COLLAPSING, 105, "after 7104 samples, the fall after 7104"),
+        (COLLAPSING, 98, "after 6656 samples, the fall after 7104"),
+        (COLLAPSING, 97, None),
         ([0.0, 0.9, 0.3, 0.1, 0.0], None, "no warning"),
     ],
 )
@@ -330,8 +375,8 @@ def test_a_monitor_that_is_late_or_false_is_found(
 
 
 def test_the_held_out_monitor_sees_the_evaluations() -> None:
-    run = made_up("rate", arms.arms("rate")[3], 0, [0.0, 0.9, 0.1, 0.1, 0.0])
-    assert replay.warnings(run, evaluations=True) == {"held_out": 9472}
+    run = made_up("rate", arms.arms("rate")[3], 0, [0.0, 0.9, 0.9, 0.9, 0.1, 0.1, 0.0])
+    assert replay.warnings(run, evaluations=True) == {"held_out": 9600}
     assert replay.warnings(run, evaluations=False) == {}
 
 

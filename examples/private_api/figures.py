@@ -84,6 +84,7 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
         "others",
         "signs",
         "warnings",
+        "margins",
         "rates",
         *(f"short {name}" for name in SHORT),
     ]
@@ -105,6 +106,7 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
     if any(tables.outcome(run) == "learned" and run["log"] for run in main):
         texts["signs"] = tables.signs(main)
     if tables.every_step(main):
+        texts["margins"] = tables.margins(main)
         texts["warnings"] = f"{tables.first_warnings(main)}\n\n{tables.all_warnings(main)}"
     others = []
     for other in sorted({(run["task"], run["model"]) for run in runs} - {(task, model)}):

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
 from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, best, fall
+from margins import left_out, most_at_limit, most_entropy, most_held_out, most_reward
 from replay import COLLAPSED, EARLY, entries, problem, warnings
+
+from sdpo_rl.diagnose.monitors import (
+    ENTROPY_RATIO,
+    HELD_OUT_FALL,
+    REWARD_FALL,
+    RISE_AT_LIMIT,
+    RISE_AT_LIMIT_WHERE_CERTAIN,
+)
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
 NONE = "–"
@@ -32,6 +42,22 @@ SIGNS = {
     "grad_norm": "gradient norm",
 }
 OUTCOMES = ("learned", "fell", "learned nothing")
+# What the monitors compare with a limit.
+MARGINS: tuple[tuple[str, float, Callable[[Run], float]], ...] = (
+    (
+        "rise of the completions at the length limit, student's entropy above its start",
+        RISE_AT_LIMIT,
+        partial(most_at_limit, uncertain=True),
+    ),
+    (
+        "the same, student's entropy not above its start",
+        RISE_AT_LIMIT_WHERE_CERTAIN,
+        partial(most_at_limit, uncertain=False),
+    ),
+    ("student's entropy, as a multiple of its start", ENTROPY_RATIO, most_entropy),
+    ("fall of the training reward", REWARD_FALL, most_reward),
+    ("fall of the held-out reward, to the end", HELD_OUT_FALL, most_held_out),
+)
 
 
 def load(folder: Path) -> list[Run]:
@@ -209,28 +235,74 @@ def first_warnings(runs: Sequence[Run]) -> str:
     """When accuracy fell, and when the trainer's monitors warned."""
     rows = []
     for run in every_step(runs):
-        found = warnings(run, evaluations=False)
-        said = ", ".join(f"`{name}` after {samples}" for name, samples in found.items())
-        fell = fall(run)
+        of_training = warnings(run, evaluations=False)
+        with_evaluations = warnings(run, evaluations=True)
         rows.append(
-            [f"{run['arm']}, seed {run['seed']}", NONE if fell is None else f"after {fell}", said or NONE]
+            [
+                run_name(run),
+                *(NONE if fell is None else f"after {fell}" for fell in (fall(run), fall(run, COLLAPSED))),
+                _said(of_training),
+                _said({name: at for name, at in with_evaluations.items() if name not in of_training}),
+            ]
         )
-    return markdown(["run", "accuracy fell", "warnings"], rows)
+    head = ["run", f"below {FALLEN:g} of its best", f"below {COLLAPSED:g}"]
+    return markdown([*head, "warnings from the log of training", "from evaluations"], rows)
+
+
+def run_name(run: Run) -> str:
+    """Its arm and seed."""
+    return f"{run['arm']}, seed {run['seed']}"
+
+
+def _said(found: Mapping[str, int]) -> str:
+    return ", ".join(f"`{name}` after {samples}" for name, samples in found.items()) or NONE
 
 
 def all_warnings(runs: Sequence[Run]) -> str:
     """How many runs the monitors judged as the accuracy did; those whose log has every step."""
-    whole = every_step(runs)
-    rows = []
+    kept, collapsed = kept_and_collapsed(runs)
     groups = {
-        "learned: no warning": [run for run in whole if outcome(run) == "learned"],
-        "fell below half of its best: a warning early enough": [
-            run for run in whole if fall(run, COLLAPSED) is not None
-        ],
+        "learned: no warning": kept,
+        f"fell below {COLLAPSED:g} of its best: a warning early enough": collapsed,
     }
-    for name, group in groups.items():
-        rows.append([name, str(len(group)), str(sum(problem(run) is None for run in group))])
+    rows = [
+        [name, str(len(group)), str(sum(problem(run) is None for run in group))]
+        for name, group in groups.items()
+    ]
     return markdown([f"early: {EARLY} samples before", "runs", "as they should"], rows)
+
+
+def kept_and_collapsed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs that are to have no warning, and those that are to have one; of those whose log has every step."""
+    whole = every_step(runs)
+    return (
+        [run for run in whole if outcome(run) == "learned"],
+        [run for run in whole if fall(run, COLLAPSED) is not None],
+    )
+
+
+def margins(runs: Sequence[Run]) -> str:
+    """How far the limits of the warnings are from the runs on either side; empty if there are none on one."""
+    kept, collapsed = kept_and_collapsed(runs)
+    if len(kept) < 2 or len(collapsed) < 2:
+        return ""
+    rows = []
+    for name, limit, most in MARGINS:
+        below, above = ({run_name(run): most(run) for run in group} for group in (kept, collapsed))
+        highest, lowest = max(below, key=below.__getitem__), min(above, key=above.__getitem__)
+        right = left_out(list(below.values()), list(above.values()))
+        rows.append(
+            [
+                name,
+                f"{limit:g}",
+                f"{below[highest]:.3g} ({highest})",
+                f"{above[lowest]:.3g} ({lowest})" if above[lowest] > 0 else NONE,
+                f"{right} of {len(kept) + len(collapsed)}" if above[lowest] > below[highest] else NONE,
+            ]
+        )
+    head = ["", "limit", f"largest of {len(kept)} runs that learned"]
+    head += [f"smallest of {len(collapsed)} runs that fell below {COLLAPSED:g} of their best"]
+    return markdown([*head, "right where left out"], rows)
 
 
 def setup(runs: Sequence[Run], held_out: int) -> str:

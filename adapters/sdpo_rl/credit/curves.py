@@ -53,7 +53,7 @@ PANELS = (
         "Reward",
         "mean of a batch",
         (Metric("training", ("reward",)), Metric("held-out", ("eval_reward",))),
-        ("held_out",),
+        ("held_out", "reward"),
     ),
     Panel(
         "Divergence",

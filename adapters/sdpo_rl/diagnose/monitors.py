@@ -6,25 +6,35 @@ A run is compared with its own start, since lengths, entropies and rewards diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, TypeGuard
 
 # Logged values that are averaged, at the start and now: one value is a batch, and batches differ.
-_WINDOW = 5
-# Fraction of completions at the length limit: a quarter, and much more than at the start. In the records of
-# examples/private_api, runs that kept what they had learned stayed below .23; one that lost it passed .25 a
-# thousand completions before it did, and ended with .6.
-_MANY_AT_LIMIT, _RISE_AT_LIMIT = 0.25, 0.18
-# Entropy in nats per token, as a multiple of the start's and as a difference. In these records it rises to 3.5
-# times the start's within twenty steps, and falls again, whether a run learns or not. The difference is for starts
-# near 0.
-_ENTROPY_RATIO, _ENTROPY_RISE = 4.0, 1.0
-# Nats per token between teacher and student. A token of a useful batch has a hundredth and more on average; this is
-# what few of a thousand tokens leave where the models agree on all others.
+WINDOW = 5
+# Rise of the fraction of completions at the length limit, over more values: within their first twenty steps some
+# runs cut nearly a quarter of the completions for five steps, and learn all the same. The first number is for a student
+# whose entropy is above the start's: one that learns to write longer answers becomes certain of them. The second
+# is for one that is as certain as at the start, which may repeat itself. In the records of examples/private_api,
+# runs that kept what they had learned stayed below .11 and .13; those that lost it passed .15 at least 500
+# completions before. For how far the limits are from each run see docs/choosing.md.
+LONG_WINDOW = 15
+RISE_AT_LIMIT, RISE_AT_LIMIT_WHERE_CERTAIN = 0.125, 0.25
+# Entropy in nats per token, as a multiple of the start's and as a difference. In the same records it rises to 3.5
+# times the start's within twenty steps, and falls again, whether a run learns or not. The difference is for
+# starts near 0: it is .1 to .3 in the recordings of property_tests/recordings that learn, and .7 in the one that
+# collapses.
+ENTROPY_RATIO, _ENTROPY_RISE = 4.0, 0.5
+# Fall of the training reward from its best, both over the long window, as a fraction of the range of the logged
+# rewards. Runs that kept what they had learned stayed below .15 in the records, and below .18 in the recordings.
+REWARD_FALL = 0.2
+# Nats per token between teacher and student. A token of a useful batch has a hundredth and more on average; this
+# is what few of a thousand tokens leave where the models agree on all others.
 _NO_DIVERGENCE = 1e-3
-# Fall of the held-out reward from its best, as a fraction of the range of all rewards of the run, in this many
-# evaluations in succession: in the same records two such evaluations passed in runs that went on to learn.
-_HELD_OUT_FALL, _FALLEN_EVALUATIONS = 0.25, 3
+# Fall of the held-out reward from its best, as a fraction of the range of all rewards of the run. The best is a
+# mean of this many evaluations in succession, and as many are to be below it: in the same records a single
+# evaluation can be far above its neighbours, or below, in a run that goes on to learn.
+HELD_OUT_FALL, FALLEN_EVALUATIONS = 0.25, 3
 # Fraction of the rows with feedback whose feedback has the answer: fewer are chance.
 _MANY_ANSWERS = 0.25
 
@@ -33,23 +43,27 @@ _SLOW_DOWN = (
     "(teacher_rate_samples=256 with teacher_update_rate=0.05 or less), or enlarge the generation batch."
 )
 
+_REWARD, _ENTROPY = "reward", "self_distillation/student_entropy"
+
+Comparison = Callable[[float, float], str | None]  # of the start and now
 Evaluation = tuple[float, float]  # held-out reward, mean training reward since the evaluation before
 
 
-def length_limit(start: float, now: float) -> str | None:
+def length_limit(start: float, now: float, *, uncertain: bool) -> str | None:
     """Completions no longer end.
 
     Args:
         start: fraction of completions at the length limit when training began.
         now: the same of the last batches.
+        uncertain: the student's entropy is above that of the start.
 
     Example:
-        >>> length_limit(0.1, 0.25) is None
+        >>> length_limit(0.1, 0.25, uncertain=False) is None
         True
-        >>> length_limit(0.1, 0.8)[:70]
-        '80% of the completions are cut at max_completion_length, after 10% at '
+        >>> length_limit(0.1, 0.25, uncertain=True)[:70]
+        '25% of the completions are cut at max_completion_length, after 10% at '
     """
-    if now < _MANY_AT_LIMIT or now - start < _RISE_AT_LIMIT:
+    if now - start < (RISE_AT_LIMIT if uncertain else RISE_AT_LIMIT_WHERE_CERTAIN):
         return None
     return (
         f"{now:.0%} of the completions are cut at max_completion_length, after {start:.0%} at the start. If they "
@@ -70,11 +84,32 @@ def entropy(start: float, now: float) -> str | None:
         >>> entropy(0.5, 2.4)[:68]
         'The entropy of the student rose from 0.50 to 2.40 nats per token: it'
     """
-    if now < _ENTROPY_RATIO * start or now - start < _ENTROPY_RISE:
+    if now < ENTROPY_RATIO * start or now - start < _ENTROPY_RISE:
         return None
     return (
         f"The entropy of the student rose from {start:.2f} to {now:.2f} nats per token: it becomes random, and its "
         f"teacher follows it. {_SLOW_DOWN}"
+    )
+
+
+def reward(best: float, now: float, extent: float) -> str | None:
+    """The training reward fell.
+
+    Args:
+        best: largest mean of successive batches.
+        now: mean of as many, the last ones.
+        extent: the largest reward of a batch less the smallest.
+
+    Example:
+        >>> reward(0.5, 0.4, extent=0.8) is None
+        True
+        >>> reward(0.5, 0.3, extent=0.8)[:46]
+        'The training reward fell from 0.5 to 0.3: what'
+    """
+    if best - now <= REWARD_FALL * extent:
+        return None
+    return (
+        f"The training reward fell from {best:.3g} to {now:.3g}: what was learned is being lost. {_SLOW_DOWN}"
     )
 
 
@@ -100,31 +135,40 @@ def agreement(now: float) -> str | None:
 
 
 def held_out(evaluations: Sequence[Evaluation]) -> str | None:
-    """The held-out reward fell while that of training did not.
+    """The held-out reward fell while that of training did not, or by less.
 
     Args:
         evaluations: of one data set, in order.
 
     Example:
-        >>> held_out([(0.1, 0.1), (0.4, 0.3), (0.5, 0.5), (0.45, 0.6)]) is None
+        >>> held_out([(0.1, 0.1), (0.4, 0.3), (0.5, 0.5), (0.6, 0.5), (0.5, 0.6), (0.45, 0.6)]) is None
         True
-        >>> held_out([(0.1, 0.1), (0.5, 0.3), (0.2, 0.6), (0.1, 0.7), (0.1, 0.7)])[:64]
+        >>> fallen = [(0.4, 0.3), (0.5, 0.3), (0.6, 0.3), (0.2, 0.6), (0.1, 0.7), (0.1, 0.7)]
+        >>> held_out(fallen)[:64]
         'The held-out reward fell from 0.5 to 0.1, while the training rew'
     """
-    if len(evaluations) <= _FALLEN_EVALUATIONS:
+    in_succession = [
+        evaluations[end - FALLEN_EVALUATIONS : end] for end in range(FALLEN_EVALUATIONS, len(evaluations) + 1)
+    ]
+    earlier, last = in_succession[:-FALLEN_EVALUATIONS], evaluations[-FALLEN_EVALUATIONS:]
+    if not earlier:
         return None
-    earlier, last = evaluations[:-_FALLEN_EVALUATIONS], evaluations[-_FALLEN_EVALUATIONS:]
-    best, trained = max(earlier, key=lambda evaluation: evaluation[0])
+    best, trained = max((_means(some) for some in earlier), key=lambda means: means[0])
     rewards = [reward for evaluation in evaluations for reward in evaluation]
-    fall = _HELD_OUT_FALL * (max(rewards) - min(rewards))
-    trained_now = sum(reward for _, reward in last) / len(last)
-    if trained_now < trained or any(best - reward <= fall for reward, _ in last):
+    fall = HELD_OUT_FALL * (max(rewards) - min(rewards))
+    _, trained_now = _means(last)
+    if trained - trained_now > fall or any(best - reward <= fall for reward, _ in last):
         return None
     return (
         f"The held-out reward fell from {best:.3g} to {last[-1][0]:.3g}, while the training reward went from "
         f"{trained:.3g} to {trained_now:.3g}: the model memorizes its prompts. Go back to the checkpoint of the "
         "best evaluation, and train with more prompts or a lower learning rate."
     )
+
+
+def _means(evaluations: Sequence[Evaluation]) -> Evaluation:
+    held_out_rewards, trained = zip(*evaluations, strict=True)
+    return fmean(held_out_rewards), fmean(trained)
 
 
 def answer_in_feedback(fraction: float) -> str | None:
@@ -155,6 +199,7 @@ class Monitors:
     def __init__(self) -> None:
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
+        self._rewards: dict[str, float] = {}  # of batches: the smallest, the largest, and the best mean
         self._trained: list[float] = []  # training rewards from one evaluation to the next
         self._evaluated = False  # since the last of them
         self._evaluations: dict[str, list[Evaluation]] = {}  # by data set
@@ -164,6 +209,7 @@ class Monitors:
         return {
             "first": self._first,
             "last": self._last,
+            "rewards": self._rewards,
             "trained": self._trained,
             "evaluated": self._evaluated,
             "evaluations": {name: [list(e) for e in seen] for name, seen in self._evaluations.items()},
@@ -173,6 +219,7 @@ class Monitors:
         """Continue from `state()`."""
         self._first = {name: list(values) for name, values in state["first"].items()}
         self._last = {name: list(values) for name, values in state["last"].items()}
+        self._rewards = dict(state["rewards"])
         self._trained, self._evaluated = list(state["trained"]), state["evaluated"]
         self._evaluations = {
             name: [(held_out_reward, reward) for held_out_reward, reward in seen]
@@ -184,13 +231,20 @@ class Monitors:
         if "eval_reward" in logs:
             messages = {"held_out": self._evaluate(logs)}
         else:
-            if _is_number(reward := logs.get("reward")):
+            if _is_number(reward := logs.get(_REWARD)):
                 # Not by the evaluation: there may be one for each of several data sets.
                 self._trained = [*([] if self._evaluated else self._trained), reward]
                 self._evaluated = False
             messages = {
-                "length_limit": self._compare(logs, "completions/clipped_ratio", length_limit),
-                "entropy": self._compare(logs, "self_distillation/student_entropy", entropy),
+                "entropy": self._compare(logs, _ENTROPY, entropy),
+                # After the entropy of the same entry.
+                "length_limit": self._compare(
+                    logs,
+                    "completions/clipped_ratio",
+                    lambda start, now: length_limit(start, now, uncertain=self._rose(_ENTROPY)),
+                    window=LONG_WINDOW,
+                ),
+                "reward": self._reward(logs.get(_REWARD)),
                 "agreement": self._compare(
                     logs, "self_distillation/divergence", lambda _, now: agreement(now)
                 ),
@@ -202,20 +256,43 @@ class Monitors:
             }
         return {name: message for name, message in messages.items() if message is not None}
 
-    def _compare(self, logs: Mapping[str, Any], name: str, monitor: Any) -> str | None:
+    def _compare(
+        self, logs: Mapping[str, Any], name: str, monitor: Comparison, window: int = WINDOW
+    ) -> str | None:
         """The message of `monitor(start, now)`, once there are enough values."""
         value = logs.get(name)
         if not _is_number(value):
             return None
-        first, last = self._first.setdefault(name, []), self._last.setdefault(name, [])
-        if len(first) < _WINDOW:
+        first, last = self._first.setdefault(name, []), self._keep(name, value)
+        if len(first) < WINDOW:
             first.append(value)
+        return monitor(fmean(first), self._now(name, window)) if len(last) >= WINDOW else None
+
+    def _keep(self, name: str, value: float) -> list[float]:
+        """The last values, with this one."""
+        last = self._last.setdefault(name, [])
         last.append(value)
-        del last[:-_WINDOW]
-        if len(last) < _WINDOW:
+        del last[:-LONG_WINDOW]
+        return last
+
+    def _reward(self, value: Any) -> str | None:
+        if not _is_number(value):
             return None
-        message: str | None = monitor(sum(first) / _WINDOW, sum(last) / _WINDOW)
-        return message
+        last, seen = self._keep(_REWARD, value), self._rewards
+        seen["low"], seen["high"] = min(seen.get("low", value), value), max(seen.get("high", value), value)
+        if len(last) < LONG_WINDOW:
+            return None
+        seen["best"] = max(seen.get("best", -math.inf), fmean(last))
+        return reward(seen["best"], fmean(last), seen["high"] - seen["low"])
+
+    def _now(self, name: str, window: int) -> float:
+        """The mean of the last values; those that are still missing count as the start's."""
+        start, last = fmean(self._first[name]), self._last[name][-window:]
+        return start + sum(value - start for value in last) / window
+
+    def _rose(self, name: str) -> bool:
+        """Whether the last values are above the first."""
+        return name in self._first and self._now(name, LONG_WINDOW) > fmean(self._first[name])
 
     def _evaluate(self, logs: Mapping[str, Any]) -> str | None:
         reward = logs["eval_reward"]
@@ -225,7 +302,7 @@ class Monitors:
         self._evaluated = True
         if not self._trained or not _is_number(reward):
             return None
-        seen.append((reward, sum(self._trained) / len(self._trained)))
+        seen.append((reward, fmean(self._trained)))
         return held_out(seen)
 
 
