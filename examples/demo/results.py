@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 from machine import held_out_tasks
@@ -22,10 +21,11 @@ from questions import QUESTIONS, RECORDS, SAMPLES, demo, demo_runs, recorded_as
 sys.path.append(str(Path(__file__).resolve().parents[1] / "private_api"))
 
 import figures
+import findings
 import pages
 import tables
 from arms import FIRST_SEED_FOR_CHOOSING
-from curves import ACCURACY, PROBABILITY, Run, best
+from curves import Run
 from record import weights_hash
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ EARLY = 1024  # samples
 
 
 class Section(NamedTuple):
-    """How the page asks a question, and what came out; numbers stand there as `{end[ARM]}`, see `numbers`."""
+    """How the page asks a question, and what came out; numbers stand there as in `findings.py`."""
 
     heading: str
     text: str
@@ -71,8 +71,8 @@ SECTIONS = {
         "Embedded: a collapse and its cures",
         "SDPO with α=0, alone and with one change.",
         (
-            "A slower teacher cures it, as on the private API: {end[collapsing + rate 0.01]} at the end. The trust "
-            "region does, too ({end[collapsing + trust region]}), unlike there.",
+            "A slower teacher cures it: {end[collapsing + rate 0.01]} at the end; on the private API it does on "
+            "one of two seeds. The trust region does, too ({end[collapsing + trust region]}), unlike there.",
             "SRPO ends at {end[collapsing + SRPO]}, GRPO's loss as a half at {end[collapsing + hybrid λ=0.5]}, the "
             "teacher that restarts at {end[collapsing + teacher restart]}, the anchor at "
             "{end[collapsing + anchor 0.1]}.",
@@ -172,29 +172,10 @@ def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
     return found
 
 
-def numbers(by_arm: tables.Runs) -> dict[str, dict[str, str]]:
-    """What a text can name, by arm: means over seeds.
-
-    `end` is the accuracy at the end, `best` the best, `early` that after EARLY samples, and `probability` the
-    probability of the right answer at the end.
-    """
-    measures: dict[str, Callable[[Run], float]] = {
-        "end": lambda run: run["points"][-1][ACCURACY],
-        "best": best,
-        "early": lambda run: tables.at(run, EARLY, ACCURACY),
-        "probability": lambda run: run["points"][-1][PROBABILITY],
-    }
-    return {
-        name: {arm: f"{fmean(map(measure, runs)):.2f}" for arm, runs in by_arm.items()}
-        for name, measure in measures.items()
-    }
-
-
 def section(by_arm: tables.Runs, question: str) -> str:
     """Heading, findings, figure, table and command of a question."""
-    heading, text, findings = SECTIONS[question]
-    known = numbers(by_arm)
-    said = "\n".join(f"* {finding.format(**known)}" for finding in findings)
+    heading, text, sentences = SECTIONS[question]
+    said = "\n".join(f"* {finding}" for finding in findings.said(sentences, by_arm, EARLY))
     seeds = sorted({run["seed"] for runs in by_arm.values() for run in runs})
     command = ["python", "examples/demo/questions.py", "--question", question, "--seeds", *map(str, seeds)]
     parts = [
@@ -245,7 +226,7 @@ def files(root: Path = ROOT, records: Path = RECORDS) -> dict[Path, str | None]:
         wanted[root / IMAGES / image(question)] = f"{figures.figure(question, by_arm)}\n"
     texts = {question: section(by_arm, question) for question, by_arm in by_question.items()}
     for name, (question, text) in SENTENCES.items():
-        texts[name] = text.format(**numbers(by_question[question]))
+        (texts[name],) = findings.said([text], by_question[question], EARLY)
     texts["setup"] = setup([run for run in runs if run["seed"] < FIRST_SEED_FOR_CHOOSING])
     for page in PAGES:
         wanted[root / page] = pages.filled((root / page).read_text(encoding="utf-8"), texts, PLACE)

@@ -65,6 +65,11 @@ def best(run: Run) -> float:
     return max(point[ACCURACY] for point in run["points"])
 
 
+def at(run: Run, samples: int, column: int) -> float:
+    """A run's value at the last evaluation until then."""
+    return float([point[column] for point in run["points"] if point[0] <= samples][-1])
+
+
 def fall(run: Run, share: float = FALLEN) -> int | None:
     """Samples from which on the accuracy is below a share of its best so far, to the end; `None` if it is not.
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import findings
 import pages
 import tables
 from arms import arms
@@ -49,8 +50,8 @@ QUESTIONS = {
     ),
     "settings": Question(
         "Which settings for SDPO?",
-        "By seeds that no other table has, but that of GRPO's learning rate. The best at the end is \"SDPO, chosen "
-        'settings" above and below.',
+        "By a seed that no other table has but that of GRPO's learning rate. `arms.py` names the best at the end "
+        '"SDPO, chosen settings".',
     ),
     "rate": Question(
         "Is collapse the teacher's rate, and does the rate belong to samples?",
@@ -73,7 +74,7 @@ QUESTIONS = {
     ),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }
-SHORT = ("alpha", "support", "cures", "lasting", "lora")  # tables of the other page
+SHORT = ("settings", "alpha", "support", "cures", "lasting", "lora")  # tables of the other page
 
 
 def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, str]]:
@@ -87,6 +88,7 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
         "margins",
         "rates",
         *(f"short {name}" for name in SHORT),
+        *findings.SENTENCES,
     ]
     texts = dict.fromkeys(names, "")
     images: dict[str, str] = {}
@@ -96,11 +98,16 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
     main = [run for run in runs if (run["task"], run["model"]) == (task, model)]
     texts["setup"] = f"## Setup\n\n{tables.setup(main, HELD_OUT)}"
     for question in QUESTIONS:
-        texts[question] = section(main, question, PREFIX, images)
+        texts[question] = section(
+            main, question, PREFIX, images, sentences=findings.FINDINGS.get(question, ())
+        )
     by_question = {question: tables.of_question(main, question) for question in QUESTIONS}
     for question in SHORT:
         if by_question[question]:
             texts[f"short {question}"] = tables.short(by_question[question])
+    for name, (questions, sentence) in findings.SENTENCES.items():
+        about = {arm: of_arm for question in questions for arm, of_arm in by_question[question].items()}
+        texts[name] = "".join(findings.said([sentence], about))
     if by_question["rate"]:
         texts["rates"] = tables.rates(by_question["rate"])
     if any(tables.outcome(run) == "learned" and run["log"] for run in main):
@@ -121,9 +128,17 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
 
 
 def section(
-    runs: Sequence[Run], question: str, prefix: str, images: dict[str, str], above: str = "## "
+    runs: Sequence[Run],
+    question: str,
+    prefix: str,
+    images: dict[str, str],
+    above: str = "## ",
+    sentences: Sequence[str] = (),
 ) -> str:
-    """Heading, figure, table and command of a question, whose figure is added to `images`; empty without runs."""
+    """Heading, findings, figure, table and command of a question, whose figure is added to `images`.
+
+    Empty without runs.
+    """
     by_arm = tables.of_question(runs, question)
     if not by_arm:
         return ""
@@ -135,8 +150,9 @@ def section(
     task = [] if first["task"] == "kit" else ["--task", first["task"]]
     command = ["python", "examples/private_api/run.py", "--model", first["model"], *task]
     command += ["--question", question, "--seeds", *map(str, seeds)]
-    parts = [f"{above}{heading}", text, f"![{heading}](images/{file})", tables.results(by_arm)]
-    return "\n\n".join([*parts, f"```bash\n{shlex.join(command)}\n```"])
+    found = "\n".join(f"* {sentence}" for sentence in findings.said(sentences, by_arm))
+    parts = [f"{above}{heading}", text, found, f"![{heading}](images/{file})", tables.results(by_arm)]
+    return "\n\n".join(filter(None, [*parts, f"```bash\n{shlex.join(command)}\n```"]))
 
 
 def figure(question: str, by_arm: tables.Runs) -> str:

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
-from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, best, fall
+from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, at, best, fall
 from margins import left_out, most_at_limit, most_entropy, most_held_out, most_reward
 from replay import COLLAPSED, EARLY, entries, problem, warnings
 
@@ -151,11 +151,6 @@ def short(by_arm: Runs) -> str:
     ]
     head = ["", "accuracy at the end", "end / best", f"fell below {FALLEN:g} of its best"]
     return markdown(head, rows)
-
-
-def at(run: Run, samples: int, column: int) -> float:
-    """A run's value at the last evaluation until then."""
-    return float([point[column] for point in run["points"] if point[0] <= samples][-1])
 
 
 def kept(runs: Sequence[Run]) -> str:

@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 # Logged values that are averaged, at the start and now: one value is a batch, and batches differ.
 WINDOW = 5
 # Rise of the fraction of completions at the length limit, over more values: within their first twenty steps some
-# runs cut nearly a quarter of the completions for five steps, and learn all the same. The first number is for a student
-# whose entropy is above the start's: one that learns to write longer answers becomes certain of them. The second
-# is for one that is as certain as at the start, which may repeat itself. In the records of examples/private_api,
-# runs that kept what they had learned stayed below .11 and .13; those that lost it passed .15 at least 500
-# completions before. For how far the limits are from each run see docs/choosing.md.
+# runs cut nearly a quarter of the completions for five steps, and learn all the same. The first number is for a
+# student whose entropy is above the start's: one that learns to write longer answers becomes certain of them. The
+# second is for one that is as certain as at the start, which may repeat itself. In the records of
+# examples/private_api, runs that kept what they had learned stayed below .11 and .13; those that lost it passed
+# .15 at least 500 completions before. For how far the limits are from each run see docs/choosing.md.
 LONG_WINDOW = 15
 RISE_AT_LIMIT, RISE_AT_LIMIT_WHERE_CERTAIN = 0.125, 0.25
 # Entropy in nats per token, as a multiple of the start's and as a difference. In the same records it rises to 3.5
@@ -103,13 +103,14 @@ def reward(best: float, now: float, extent: float) -> str | None:
     Example:
         >>> reward(0.5, 0.4, extent=0.8) is None
         True
-        >>> reward(0.5, 0.3, extent=0.8)[:46]
-        'The training reward fell from 0.5 to 0.3: what'
+        >>> reward(0.5, 0.3, extent=0.8)[:41]
+        'The training reward fell from 0.5 to 0.3.'
     """
     if best - now <= REWARD_FALL * extent:
         return None
     return (
-        f"The training reward fell from {best:.3g} to {now:.3g}: what was learned is being lost. {_SLOW_DOWN}"
+        f"The training reward fell from {best:.3g} to {now:.3g}. Unless the prompts became harder, what was "
+        f"learned is being lost. {_SLOW_DOWN}"
     )
 
 
