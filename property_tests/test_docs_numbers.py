@@ -49,6 +49,8 @@ def test_the_warnings_of_a_run_come_at_the_limits_of_the_page() -> None:
         f"{WORDS[monitors.LONG_WINDOW]} values are {monitors.LONG_WINDOW * GRPOConfig.logging_steps} steps",
         f"{WORDS[rise]} more of the completions than at the start, or {WORDS[certain]} more where the student's "
         "entropy is not above its start",
+        f"must also rise by {WORDS[monitors.ERRORS_AT_LIMIT]} standard errors and the training reward fall by "
+        f"{WORDS[monitors.ERRORS_OF_REWARD]}, by the differences of successive values",
         f"now {WORDS[ratio]} times that of the start or more, and by {WORDS[nats]} a nat at least",
         f"the mean of the last {WORDS[monitors.LONG_WINDOW]} is below the best such mean by more than "
         f"{WORDS[monitors.REWARD_FALL]} of the range of logged rewards",

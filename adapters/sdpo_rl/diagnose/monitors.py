@@ -28,6 +28,11 @@ ENTROPY_RATIO, _ENTROPY_RISE = 4.0, 0.5
 # Fall of the training reward from its best, both over the long window, as a fraction of the range of the logged
 # rewards. Runs that kept what they had learned stayed below .15 in the records, and below .18 in the recordings.
 REWARD_FALL = 0.2
+# Both changes are also this many standard errors of the difference of the two means: of small batches, and of a
+# reward that stays where it is, the noise alone would pass the limits sooner or later. In a thousand batches of
+# noise, one run in twenty has a warning at most.
+# The reward is compared with the best of many means, which is more above their own mean than the start.
+ERRORS_AT_LIMIT, ERRORS_OF_REWARD = 4.0, 5.0
 # Nats per token between teacher and student. A token of a useful batch has a hundredth and more on average; this
 # is what few of a thousand tokens leave where the models agree on all others.
 _NO_DIVERGENCE = 1e-3
@@ -43,19 +48,20 @@ _SLOW_DOWN = (
     "(teacher_rate_samples=256 with teacher_update_rate=0.05 or less), or enlarge the generation batch."
 )
 
-_REWARD, _ENTROPY = "reward", "self_distillation/student_entropy"
+_REWARD, _AT_LIMIT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
 
 Comparison = Callable[[float, float], str | None]  # of the start and now
 Evaluation = tuple[float, float]  # held-out reward, mean training reward since the evaluation before
 
 
-def length_limit(start: float, now: float, *, uncertain: bool) -> str | None:
+def length_limit(start: float, now: float, *, uncertain: bool, error: float = 0.0) -> str | None:
     """Completions no longer end.
 
     Args:
         start: fraction of completions at the length limit when training began.
         now: the same of the last batches.
         uncertain: the student's entropy is above that of the start.
+        error: standard error of `now - start`.
 
     Example:
         >>> length_limit(0.1, 0.25, uncertain=False) is None
@@ -63,7 +69,8 @@ def length_limit(start: float, now: float, *, uncertain: bool) -> str | None:
         >>> length_limit(0.1, 0.25, uncertain=True)[:70]
         '25% of the completions are cut at max_completion_length, after 10% at '
     """
-    if now - start < (RISE_AT_LIMIT if uncertain else RISE_AT_LIMIT_WHERE_CERTAIN):
+    limit = RISE_AT_LIMIT if uncertain else RISE_AT_LIMIT_WHERE_CERTAIN
+    if now - start < max(limit, ERRORS_AT_LIMIT * error):
         return None
     return (
         f"{now:.0%} of the completions are cut at max_completion_length, after {start:.0%} at the start. If they "
@@ -92,13 +99,14 @@ def entropy(start: float, now: float) -> str | None:
     )
 
 
-def reward(best: float, now: float, extent: float) -> str | None:
+def reward(best: float, now: float, extent: float, *, error: float = 0.0) -> str | None:
     """The training reward fell.
 
     Args:
         best: largest mean of successive batches.
         now: mean of as many, the last ones.
         extent: the largest reward of a batch less the smallest.
+        error: standard error of `best - now`.
 
     Example:
         >>> reward(0.5, 0.4, extent=0.8) is None
@@ -106,7 +114,7 @@ def reward(best: float, now: float, extent: float) -> str | None:
         >>> reward(0.5, 0.3, extent=0.8)[:41]
         'The training reward fell from 0.5 to 0.3.'
     """
-    if best - now <= REWARD_FALL * extent:
+    if best - now <= max(REWARD_FALL * extent, ERRORS_OF_REWARD * error):
         return None
     return (
         f"The training reward fell from {best:.3g} to {now:.3g}. Unless the prompts became harder, what was "
@@ -200,6 +208,8 @@ class Monitors:
     def __init__(self) -> None:
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
+        # Of successive values: the sum of the squares of their differences, and how many.
+        self._differences: dict[str, tuple[float, int]] = {}
         self._rewards: dict[str, float] = {}  # of batches: the smallest, the largest, and the best mean
         self._trained: list[float] = []  # training rewards from one evaluation to the next
         self._evaluated = False  # since the last of them
@@ -210,6 +220,7 @@ class Monitors:
         return {
             "first": self._first,
             "last": self._last,
+            "differences": {name: list(sums) for name, sums in self._differences.items()},
             "rewards": self._rewards,
             "trained": self._trained,
             "evaluated": self._evaluated,
@@ -220,6 +231,9 @@ class Monitors:
         """Continue from `state()`."""
         self._first = {name: list(values) for name, values in state["first"].items()}
         self._last = {name: list(values) for name, values in state["last"].items()}
+        self._differences = {
+            name: (squares, count) for name, (squares, count) in state["differences"].items()
+        }
         self._rewards = dict(state["rewards"])
         self._trained, self._evaluated = list(state["trained"]), state["evaluated"]
         self._evaluations = {
@@ -241,8 +255,10 @@ class Monitors:
                 # After the entropy of the same entry.
                 "length_limit": self._compare(
                     logs,
-                    "completions/clipped_ratio",
-                    lambda start, now: length_limit(start, now, uncertain=self._rose(_ENTROPY)),
+                    _AT_LIMIT,
+                    lambda start, now: length_limit(
+                        start, now, uncertain=self._rose(_ENTROPY), error=self._error(_AT_LIMIT, WINDOW)
+                    ),
                     window=LONG_WINDOW,
                 ),
                 "reward": self._reward(logs.get(_REWARD)),
@@ -272,6 +288,9 @@ class Monitors:
     def _keep(self, name: str, value: float) -> list[float]:
         """The last values, with this one."""
         last = self._last.setdefault(name, [])
+        if last:
+            squares, count = self._differences.get(name, (0.0, 0))
+            self._differences[name] = squares + (value - last[-1]) ** 2, count + 1
         last.append(value)
         del last[:-LONG_WINDOW]
         return last
@@ -284,7 +303,16 @@ class Monitors:
         if len(last) < LONG_WINDOW:
             return None
         seen["best"] = max(seen.get("best", -math.inf), fmean(last))
-        return reward(seen["best"], fmean(last), seen["high"] - seen["low"])
+        extent, error = seen["high"] - seen["low"], self._error(_REWARD, LONG_WINDOW)
+        return reward(seen["best"], fmean(last), extent, error=error)
+
+    def _error(self, name: str, others: int) -> float:
+        """The standard error of the mean of the last values less that of some others, by the noise of all values.
+
+        That of successive values, whose differences have twice its variance: a trend does not count as noise.
+        """
+        squares, count = self._differences.get(name, (0.0, 0))
+        return math.sqrt(squares / (2 * count) * (1 / LONG_WINDOW + 1 / others)) if count else 0.0
 
     def _now(self, name: str, window: int) -> float:
         """The mean of the last values; those that are still missing count as the start's."""
