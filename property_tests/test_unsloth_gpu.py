@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_unsloth_fast
 import tiny
 import torch
 import unsloth_driver as driver
@@ -221,11 +222,10 @@ def observe_packed() -> dict[str, Any]:
 
 
 def observe_exact(runs: list[str]) -> dict[str, Any]:
-    """The runs of the CPU suite, in float32, by FastLanguageModel's kernels and attention."""
-    import test_unsloth_sdpo
-
+    """Runs of the CPU suite, in float32, by FastLanguageModel's kernels and attention."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    return test_unsloth_sdpo.observe(fast=True, device="cuda:0", runs=runs)
+    seen = test_unsloth_fast.observe(runs, device="cuda:0")
+    return {"layouts": seen, "allow_tf32": torch.backends.cuda.matmul.allow_tf32}
 
 
 # --- tests ------------------------------------------------------------------------------------------------
@@ -293,11 +293,33 @@ def test_grpo_is_unsloths_own(tmp_path: Path) -> None:
     assert moved["ours"] <= 2 * moved["again"] + 1e-6
 
 
-def test_steps_equal_plain_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EXACT = ["two micro-batches", "two passes"]
+
+
+@pytest.fixture(scope="module")
+def exact_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exact")
+
+
+@pytest.fixture(scope="module")
+def exact(exact_folder: Path) -> dict[str, Any]:
+    seen = driver.run("test_unsloth_gpu:observe_exact", exact_folder, gpu=True, runs=EXACT)
+    assert seen["allow_tf32"] is False
+    return seen["layouts"]
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("name", EXACT)
+def test_a_step_equals_plain_transformers(
+    exact_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr(tiny, "remark", long_remark)
-    runs = ["two micro-batches", "two passes"]
-    driver.run("test_unsloth_gpu:observe_exact", tmp_path, gpu=True, runs=runs)
-    for name in runs:
-        difference = differences(tmp_path / f"{name}.pt", RUNS[name][2])
-        assert difference.gradient < 10 * TOLERANCE
-        assert difference.loss < 10 * TOLERANCE
+    difference = differences(exact_folder / f"{name}.pt", RUNS[name][2])
+    print(difference)
+    assert difference.gradient < 10 * TOLERANCE
+    assert difference.loss < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_layout_gives_the_step_of_rows_alone(exact: dict[str, Any], name: str) -> None:
+    test_unsloth_fast.check_layouts(exact[name], tolerance=10 * TOLERANCE)
