@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import forward as step_forward
 from . import packing
-from .batch import MicroBatch, RowGroup, TokenBatch, equal_groups, position_ids, row_bounds, row_groups
+from .batch import MicroBatch, RowGroup, Sizes, TokenBatch, equal_groups, position_ids, row_bounds, row_groups
 from .call_cost import call_cost
 from .model_check import row_attention_problem, sequence_limit, supported_layout
 from .packing import CallLimits, Layout, ModelCall
@@ -144,6 +144,7 @@ class _Wanted(NamedTuple):
 
 
 def _make(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
+    _check_lengths(context.unwrapped, [size for each in wanted for size in each.tokens.sizes])
     if context.layout == "padded":
         return [_padded_runner(context, each.tokens, each.token_limit) for each in wanted]
     plans = [_plan(context, each) for each in wanted]
@@ -159,6 +160,16 @@ def _make(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
         )
         for each, plan, count in zip(wanted, plans, counts, strict=True)
     ]
+
+
+def _check_lengths(model: Any, sizes: Sizes) -> None:
+    limit, longest = getattr(model, "max_seq_length", None), max(map(sum, sizes), default=0)
+    if limit and longest > limit:
+        raise ValueError(
+            f"batch: expected rows of at most max_seq_length={limit} tokens, got a prompt and completion of {longest}, "
+            "which the model would truncate without a message; load it with a larger max_seq_length, remove long "
+            "prompts, or lower max_completion_length"
+        )
 
 
 class _Plan(NamedTuple):
