@@ -215,6 +215,8 @@ def test_what_the_page_says_of_the_controls_holds() -> None:
 def test_what_the_page_says_of_alpha_holds() -> None:
     mean, probability = means("alpha"), means("alpha", curves.PROBABILITY)
     assert mean["α=0"] < 0.5 < fmean(map(curves.best, BY_QUESTION["alpha"]["α=0"]))
+    assert mean["α=0"] == min(mean.values())
+    assert sum(curves.fall(run) is not None for run in BY_QUESTION["alpha"]["α=0"]) == 2
     assert probability["α=0"] < probability["α=0.1"] < min(probability["α=0.5"], probability["α=1"])
     early = {
         arm: float(value)
@@ -281,3 +283,7 @@ def test_what_the_page_says_of_k_and_of_long_runs_holds() -> None:
     )
     assert max(ends("lasting")["collapsing + SRPO"]) < 0.01
     assert min(ends("lasting")["GRPO"]) >= 0.99
+    quarter = {
+        arm: fmean(curves.at(run, SAMPLES, curves.ACCURACY) for run in runs) for arm, runs in long.items()
+    }
+    assert quarter["SDPO"] > quarter["GRPO"] + 0.3

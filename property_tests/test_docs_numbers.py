@@ -40,17 +40,18 @@ def short(number: float) -> str:
 
 def test_the_warnings_of_a_run_come_at_the_limits_of_the_page() -> None:
     text = page("docs/metrics.md").partition("## What the trainer warns of")[2]
-    rise, certain = monitors.RISE_AT_LIMIT, monitors.RISE_AT_LIMIT_WHERE_CERTAIN
+    rise, alone = monitors.CUT_RISE_WITH_ENTROPY, monitors.CUT_RISE_ALONE
     ratio, nats = monitors.ENTROPY_RATIO, monitors._ENTROPY_RISE
     fall, evaluations = monitors.HELD_OUT_FALL, monitors.FALLEN_EVALUATIONS
     for sentence in (
-        f"the first and of the last {WORDS[monitors.WINDOW]} logged values",
-        f"means of the last {WORDS[monitors.LONG_WINDOW]}, where those that are missing count as the start's",
+        f'"Start" is the mean of the first {WORDS[monitors.WINDOW]} logged values, "now" the mean of the last '
+        f"{WORDS[monitors.WINDOW]}.",
+        f"the mean of the last {WORDS[monitors.LONG_WINDOW]} values, of the entropy as well",
         f"{WORDS[monitors.LONG_WINDOW]} values are {monitors.LONG_WINDOW * GRPOConfig.logging_steps} steps",
-        f"{WORDS[rise]} more of the completions than at the start, or {WORDS[certain]} more where the student's "
+        f"now {WORDS[rise]} more of the completions than at the start, or {WORDS[alone]} more where the student's "
         "entropy is not above its start",
-        f"must also rise by {WORDS[monitors.ERRORS_AT_LIMIT]} standard errors and the training reward fall by "
-        f"{WORDS[monitors.ERRORS_OF_REWARD]}, by the differences of successive values",
+        f"must also rise by {WORDS[monitors.CUT_STANDARD_ERRORS]} standard errors, and the training reward fall by "
+        f"{WORDS[monitors.REWARD_STANDARD_ERRORS]}.",
         f"now {WORDS[ratio]} times that of the start or more, and by {WORDS[nats]} a nat at least",
         f"the mean of the last {WORDS[monitors.LONG_WINDOW]} is below the best such mean by more than "
         f"{WORDS[monitors.REWARD_FALL]} of the range of logged rewards",

@@ -153,8 +153,8 @@ def test_noise_is_no_collapse(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
         return found
 
     assert warned() <= 2
-    monkeypatch.setattr(monitors, "ERRORS_AT_LIMIT", 0.0)
-    monkeypatch.setattr(monitors, "ERRORS_OF_REWARD", 0.0)
+    monkeypatch.setattr(monitors, "CUT_STANDARD_ERRORS", 0.0)
+    monkeypatch.setattr(monitors, "REWARD_STANDARD_ERRORS", 0.0)
     assert warned() > 30
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from itertools import pairwise
@@ -22,6 +23,7 @@ import replay
 import tables
 
 from sdpo import rate_per_tick
+from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnose import monitors
 
 SHOWN = tables.load(figures.RECORDS)
@@ -44,6 +46,16 @@ def one(by_arm: Any, arm: str) -> curves.Run:
 
 def accuracies(run: curves.Run) -> list[float]:
     return [point[curves.ACCURACY] for point in run["points"]]
+
+
+def standard_error(run: curves.Run) -> float:
+    """Binomial standard error of the largest early rise of the cut completions."""
+    shares = run["log"][margins.CUT]
+    start, completions = fmean(shares[: monitors.WINDOW]), run["samples_per_step"]
+    rises = margins.rises(run, margins.CUT)
+    now = start + max(rise for samples, rise in rises if samples <= margins.last_early(run))
+    variance = now * (1 - now) / monitors.LONG_WINDOW + start * (1 - start) / monitors.WINDOW
+    return math.sqrt(variance / completions)
 
 
 def kept(run: curves.Run) -> bool:
@@ -79,11 +91,21 @@ def test_every_finding_is_shown(question: str) -> None:
     assert all(f"\n* {sentence}\n" in text for sentence in shown)
 
 
-def test_every_sentence_is_on_the_other_page() -> None:
-    text = (ROOT / "docs" / "choosing.md").read_text()
+def test_every_sentence_is_on_its_page() -> None:
     for name in findings.SENTENCES:
+        text = (ROOT / "docs" / f"{name.split()[0]}.md").read_text()
         (shown,) = re.findall(rf"<!-- generated: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
         assert shown.strip()
+
+
+@pytest.mark.parametrize("name", ["results", "choosing"])
+def test_a_page_begins_with_what_the_runs_show(name: str) -> None:
+    """Before the first heading of a section, within thirty lines."""
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    above = text[: text.index(f"<!-- generated: {name} summary -->")]
+    assert above.count("\n") < 30
+    assert "\n## " not in above
+    assert "\n|" not in above
 
 
 # --- what they say in words -----------------------------------------------------------------------------------
@@ -99,6 +121,29 @@ def test_sdpo_still_rises_and_the_controls_have_no_success() -> None:
         max(max(run["log"]["reward"]) for runs in BY_QUESTION["grpo learning rate"].values() for run in runs)
         == 0
     )
+
+
+def test_what_the_pages_begin_with_is_in_the_records() -> None:
+    assert {run["seed"] for runs in LEARNS.values() for run in runs} == {0, 1, 2}
+    assert {len(runs) for runs in LEARNS.values()} == {3}
+    for arm in ("GRPO", "SDPO, shuffled feedback", "SDPO, peers only"):
+        assert max(accuracies(run)[-1] for run in LEARNS[arm]) == 0
+    alone, slower = (CURES[arm] for arm in ("collapsing", "collapsing + rate per 256 samples"))
+    assert [run["seed"] for run in alone] == [run["seed"] for run in slower] == [0, 1]
+    assert [accuracies(run)[-1] for run in alone] == [0, 0]
+    settings = alone[0]["settings"]
+    assert (settings["alpha"], settings["teacher_update_rate"], alone[0]["samples_per_step"]) == (
+        0.0,
+        0.05,
+        64,
+    )
+    assert rate_per_tick(0.05, samples=256, per_samples=64) / 0.05 == pytest.approx(4, abs=0.5)
+    for arm in ("collapsing + SRPO", "collapsing + hybrid λ=0.5"):
+        assert kept(one(CURES, arm))
+    alpha = {arm: findings.begins(one(SETTINGS, arm)) for arm in ("α=0", "α=0.1", "α=0.5")}
+    assert alpha["α=0"] == min(start for start in alpha.values() if start is not None)
+    presets = (SDPOConfig.preset(name) for name in ("generalization", "rich_feedback", "test_time"))
+    assert {config.alpha for config in presets} == {0.5, 1.0}
 
 
 def test_what_keeps_and_what_loses_in_the_setting_that_collapses() -> None:
@@ -148,10 +193,19 @@ def test_what_the_settings_that_were_tried_show() -> None:
     assert sum(value < 0.05 for value in accuracies(hybrid)[learned:]) == 3
     assert kept(hybrid)
     ends = {arm: accuracies(one(SETTINGS, arm))[-1] for arm in SETTINGS}
+    changes = {
+        arm: max(abs(after - before) for before, after in pairwise(accuracies(one(SETTINGS, arm))))
+        for arm in SETTINGS
+    }
+    assert (sum(change >= 0.25 for change in changes.values()), len(changes)) == (6, 10)
     assert ends["α=0, SRPO"] > ends["α=0"]
-    assert ends["α=0, hybrid λ=0.5"] > ends["α=0"]
     for srpo, without in (("α=0.5, SRPO", "α=0.5"), ("α=0, SRPO, lr 2e-05", "α=0, lr 2e-05")):
         assert ends[srpo] < ends[without]
+    # With the setting that collapses, SRPO was compared four times and half of the loss from GRPO twice.
+    cured = {arm: fmean(accuracies(run)[-1] for run in runs) for arm, runs in CURES.items()}
+    assert cured["collapsing + SRPO"] > cured["collapsing"]
+    assert cured["collapsing + hybrid λ=0.5"] > cured["collapsing"]
+    assert ends["α=0, hybrid λ=0.5"] > ends["α=0"]
     assert not kept(one(SETTINGS, "α=0, SRPO, rate 0.02"))
     assert not kept(one(SETTINGS, "α=0, confidence weights"))
 
@@ -161,7 +215,7 @@ def test_the_settings_that_were_tried_have_a_slow_teacher() -> None:
     assert {arm: rate for arm, rate in rates.items() if rate != 0.01} == {"α=0, SRPO, rate 0.02": 0.02}
     assert 0.01 < rate_per_tick(0.05, samples=64, per_samples=256) < 0.02
     text = page("docs/choosing.md")
-    assert "With the teacher's rate 0.01 per 64 completions, a little slower than the paper's" in text
+    assert "The teacher's rate is 0.01 per 64 completions, a little slower than the paper's" in text
     assert f"These runs end after {max(run['points'][-1][0] for run in SHOWN)} completions" in text
 
 
@@ -236,9 +290,9 @@ def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
         assert fell is not None
         leads.append(fell - min(replay.warnings(run, evaluations=False).values()))
         # The entropy is above its start until then.
-        assert margins.most_at_limit(run, uncertain=False) < 1e-9
+        assert margins.largest_cut_rise(run, entropy_rose=False) < 1e-9
     assert f"the first warning comes {min(leads)} to {max(leads)} completions before" in text
-    assert f"until {replay.EARLY} completions before a fall below half" in text
+    assert f"until {replay.EARLY} completions before that fall" in text
     partly = [run for run in RECORDED if curves.fall(run) is not None and run not in collapsed]
     assert len(partly) == 6
     for run in partly:
@@ -251,50 +305,52 @@ def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
     assert f"in {early} of the {len(RECORDED)} runs it is highest within the first twenty steps" in text
     (never,) = [run for run in RECORDED if tables.run_name(run) == "α=0, rate 0.05 per 64, seed 0"]
     assert curves.best(never) == 0
-    cut = fmean(never["log"][margins.LIMIT][-monitors.LONG_WINDOW :])
+    cut = fmean(never["log"][margins.CUT][-monitors.LONG_WINDOW :])
     assert f"at the end {cut:.2f} of its completions are cut" in text
     # Without the entropy, another run is the nearest.
     by_name = {tables.run_name(run): run for run in kept_runs}
     any_entropy = {
-        name: max(margins.most_at_limit(run, uncertain=uncertain) for uncertain in (False, True))
+        name: max(margins.largest_cut_rise(run, entropy_rose=entropy_rose) for entropy_rose in (False, True))
         for name, run in by_name.items()
     }
     assert max(any_entropy, key=lambda name: any_entropy[name]) == "collapsing + hybrid λ=0.5, seed 0"
-    assert {f"{margins.standard_error(run):.2f}" for run in collapsed} == {"0.02"}
+    errors = [standard_error(run) for run in collapsed]
+    assert {f"{error:.2f}" for error in errors} == {"0.02"}
     distances = [
-        monitors.RISE_AT_LIMIT - max(margins.most_at_limit(run, uncertain=True) for run in kept_runs),
-        min(margins.most_at_limit(run, uncertain=True) for run in collapsed) - monitors.RISE_AT_LIMIT,
+        monitors.CUT_RISE_WITH_ENTROPY
+        - max(margins.largest_cut_rise(run, entropy_rose=True) for run in kept_runs),
+        min(margins.largest_cut_rise(run, entropy_rose=True) for run in collapsed)
+        - monitors.CUT_RISE_WITH_ENTROPY,
     ]
-    error = min(margins.standard_error(run) for run in collapsed)
-    assert all(0.9 < distance / error < 2.1 for distance in distances)
+    assert all(0.9 < distance / min(errors) < 2.1 for distance in distances)
 
 
 def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
     kept, collapsed = tables.kept_and_collapsed(SHOWN)
-    assert 0.10 < max(margins.most_at_limit(run, uncertain=True) for run in kept) < 0.11
-    assert 0.12 < max(margins.most_at_limit(run, uncertain=False) for run in kept) < 0.13
-    assert 0.15 < min(margins.most_at_limit(run, uncertain=True) for run in collapsed) < 0.16
-    assert 0.14 < max(margins.most_reward(run) for run in kept) < 0.15
-    assert 3.4 < max(margins.most_entropy(run) for run in RECORDED) < 3.55
-    first = [sum(run["log"][margins.LIMIT][step : step + 5]) / 5 for run in kept for step in range(16)]
+    assert 0.10 < max(margins.largest_cut_rise(run, entropy_rose=True) for run in kept) < 0.11
+    assert 0.12 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in kept) < 0.13
+    assert 0.15 < min(margins.largest_cut_rise(run, entropy_rose=True) for run in collapsed) < 0.16
+    assert 0.14 < max(margins.largest_reward_fall(run) for run in kept) < 0.15
+    assert 3.4 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.55
+    first = [sum(run["log"][margins.CUT][step : step + 5]) / 5 for run in kept for step in range(16)]
     assert 0.24 < max(first) < 0.25
 
 
 def test_a_limit_between_the_others_is_counted() -> None:
-    assert margins.left_out([0.0, 0.1], [0.3, 0.5]) == 4
+    assert margins.leave_one_out([0.0, 0.1], [0.3, 0.5]) == 4
     # Without the largest that is to be below, the middle is 0.2; without the smallest above, 0.4.
-    assert margins.left_out([0.0, 0.1, 0.25], [0.3, 0.55]) == 3
+    assert margins.leave_one_out([0.0, 0.1, 0.25], [0.3, 0.55]) == 3
 
 
 def test_a_rise_counts_values_before_the_first_as_the_start() -> None:
     values = [0.1, 0.1, 0.2, 0.1, 0.0, 0.6, 0.4]
-    run = {"samples_per_step": 64, "log": {"step": list(range(1, 8)), margins.LIMIT: values}}
-    assert [samples for samples, _ in margins.rises(run, margins.LIMIT)] == [320, 384, 448]
-    assert [rise for _, rise in margins.rises(run, margins.LIMIT)] == pytest.approx([0.0, 0.5 / 15, 0.8 / 15])
+    run = {"samples_per_step": 64, "log": {"step": list(range(1, 8)), margins.CUT: values}}
+    assert [samples for samples, _ in margins.rises(run, margins.CUT)] == [320, 384, 448]
+    assert [rise for _, rise in margins.rises(run, margins.CUT)] == pytest.approx([0.0, 0.5 / 15, 0.8 / 15])
     long = {
         "samples_per_step": 64,
-        "log": {"step": list(range(1, 41)), margins.LIMIT: [0.1] * 20 + [0.3] * 20},
+        "log": {"step": list(range(1, 41)), margins.CUT: [0.1] * 20 + [0.3] * 20},
     }
-    rises = [rise for _, rise in margins.rises(long, margins.LIMIT)]
+    rises = [rise for _, rise in margins.rises(long, margins.CUT)]
     assert rises[-1] == pytest.approx(0.2)
     assert all(before <= after + 1e-12 for before, after in pairwise(rises))

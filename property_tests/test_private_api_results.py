@@ -266,7 +266,7 @@ def test_the_other_page_has_rates_signs_and_warnings(root: Path) -> None:
     assert "| 0.01 | 0.80 (0.70–0.90) |" in page
     assert "|  | steps | learned (18 runs) | fell (6 runs) |" in page
     # Means of five steps: .1 at first; .7, .8, .9, 1 and 1 in the runs that fell.
-    assert "| completions at the length limit | 1–5 | 0.1 (0.1–0.1) | 0.1 (0.1–0.1) |" in page
+    assert "| cut completions | 1–5 | 0.1 (0.1–0.1) | 0.1 (0.1–0.1) |" in page
     assert "|  | 16–20 | 0.1 (0.1–0.1) | 0.88 (0.88–0.88) |" in page
     said = "`length_limit` after 1024, `entropy` after 1728"
     assert f"| α=0, rate 0.05 per 64, seed 0 | after 7104 | after 7104 | {said} | – |" in page
@@ -332,15 +332,15 @@ def test_runs_that_keep_what_they_learned_are_silent_and_collapses_are_warned_ab
 def test_the_margins_are_those_of_the_monitors(run: curves.Run) -> None:
     """Two computations: a warning comes in time where, and only where, the number is beyond the limit."""
     said = replay.warnings(run, evaluations=True)
-    in_time = {name for name, samples in said.items() if samples <= margins.in_time(run)}
+    in_time = {name for name, samples in said.items() if samples <= margins.last_early(run)}
     at_limit = [
-        margins.most_at_limit(run, uncertain=True) >= monitors.RISE_AT_LIMIT,
-        margins.most_at_limit(run, uncertain=False) >= monitors.RISE_AT_LIMIT_WHERE_CERTAIN,
+        margins.largest_cut_rise(run, entropy_rose=True) >= monitors.CUT_RISE_WITH_ENTROPY,
+        margins.largest_cut_rise(run, entropy_rose=False) >= monitors.CUT_RISE_ALONE,
     ]
     assert ("length_limit" in in_time) == any(at_limit)
-    assert ("entropy" in in_time) == (margins.most_entropy(run) >= monitors.ENTROPY_RATIO)
-    assert ("reward" in in_time) == (margins.most_reward(run) > monitors.REWARD_FALL)
-    assert ("held_out" in said) == (margins.most_held_out(run) > monitors.HELD_OUT_FALL)
+    assert ("entropy" in in_time) == (margins.largest_entropy_ratio(run) >= monitors.ENTROPY_RATIO)
+    assert ("reward" in in_time) == (margins.largest_reward_fall(run) > monitors.REWARD_FALL)
+    assert ("held_out" in said) == (margins.largest_held_out_fall(run) > monitors.HELD_OUT_FALL)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ EARLY = 1024  # samples
 
 
 class Section(NamedTuple):
-    """How the page asks a question, and what came out; numbers stand there as in `findings.py`."""
+    """Heading, introduction and findings of a question on the page; numbers stand there as in `findings.py`."""
 
     heading: str
     text: str
@@ -46,58 +46,61 @@ class Section(NamedTuple):
 SECTIONS = {
     "learns": Section(
         "Embedded: SDPO, GRPO and controls",
-        "The arms of `make demo`, and as an upper bound supervised steps on the right answers to their prompts.",
+        "The arms of `make demo`, and cross-entropy on the right answers to their prompts as an upper bound.",
         (
-            "SDPO ends at {end[SDPO]}, near the {end[supervised]} of the upper bound; GRPO ends at {end[GRPO]}. "
-            "Unlike on the private API GRPO does learn: some prompts succeed from the start.",
-            "Without feedback, with peers' solutions alone, SDPO ends at {end[SDPO, peers only]}, where GRPO does.",
-            "With the feedback of other failures it ends at {end[SDPO, shuffled feedback]}. Its teacher still sees "
-            "peers' solutions; two of three seeds lose again what they gained.",
+            "SDPO ends at {end[SDPO]}, near the upper bound of {end[supervised]}. GRPO ends at {end[GRPO]}: "
+            "unlike on the private API some prompts succeed from the start, so it has rewards to learn from.",
+            "Without feedback, with peers' solutions alone, SDPO ends at {end[SDPO, peers only]}, about "
+            "where GRPO ends.",
+            "With the feedback of other failures SDPO ends at {end[SDPO, shuffled feedback]}. Its teacher "
+            "still sees peers' solutions, and two of three seeds fall.",
         ),
     ),
     "alpha": Section(
         "Embedded: α",
-        "All else as SDPO above.",
+        "All other settings are those of SDPO above.",
         (
-            "α=0 collapses: {best[α=0]} at its best, {end[α=0]} at the end, where its probability of the right "
-            "answer is {probability[α=0]}.",
-            "α=0.1 ends at {end[α=0.1]} with a probability of {probability[α=0.1]}; α=0.5 and α=1 at "
-            "{end[α=0.5]} and {end[α=1]}, with {probability[α=0.5]} and {probability[α=1]}.",
-            "α=0 is not faster at the start: {early[α=0]} after 1024 samples, beside {early[α=0.1]}, "
-            "{early[α=0.5]} and {early[α=1]}.",
+            "α=0 falls on two of three seeds. Its mean accuracy is {best[α=0]} at the best and {end[α=0]} at "
+            "the end, and its probability of the right answer at the end is {probability[α=0]}.",
+            "α=0.1, α=0.5 and α=1 end at {end[α=0.1]}, {end[α=0.5]} and {end[α=1]}, with probabilities of "
+            "{probability[α=0.1]}, {probability[α=0.5]} and {probability[α=1]}.",
+            "α=0 is not faster at the start: after 1024 samples it is at {early[α=0]}, and α=0.1, α=0.5 and "
+            "α=1 are at {early[α=0.1]}, {early[α=0.5]} and {early[α=1]}.",
         ),
     ),
     "cures": Section(
-        "Embedded: a collapse and its cures",
+        "Embedded: what prevents the collapse",
         "SDPO with α=0, alone and with one change.",
         (
-            "A slower teacher cures it: {end[collapsing + rate 0.01]} at the end; on the private API it does on "
-            "one of two seeds. The trust region does, too ({end[collapsing + trust region]}), unlike there.",
-            "SRPO ends at {end[collapsing + SRPO]}, GRPO's loss as a half at {end[collapsing + hybrid λ=0.5]}, the "
-            "teacher that restarts at {end[collapsing + teacher restart]}, the anchor at "
-            "{end[collapsing + anchor 0.1]}.",
-            "The denominator of `batch-token-mean` alone is no cure ({end[collapsing + batch-token-mean]}). "
-            "A smaller learning rate ends at {end[collapsing + lr 0.0003]}, having learned less.",
-            "α=0.5 instead ends at {end[collapsing + α=0.5]}, with a probability of the right answer of "
-            "{probability[collapsing + α=0.5]}. With α=0 no change brings that above "
+            "A slower teacher ends at {end[collapsing + rate 0.01]} and does not fall; on the private API "
+            "one of two seeds does. The trust region ends at {end[collapsing + trust region]}; on the "
+            "private API it falls.",
+            "SRPO ends at {end[collapsing + SRPO]}, half of the loss from GRPO at "
+            "{end[collapsing + hybrid λ=0.5]}, the teacher that restarts at "
+            "{end[collapsing + teacher restart]} and the anchor at {end[collapsing + anchor 0.1]}.",
+            "The denominator `batch-token-mean` alone does not prevent the collapse "
+            "({end[collapsing + batch-token-mean]}). With a smaller learning rate SDPO learns less, and ends "
+            "at {end[collapsing + lr 0.0003]}.",
+            "With α=0.5 instead, SDPO ends at {end[collapsing + α=0.5]} and its probability of the right "
+            "answer at {probability[collapsing + α=0.5]}. With α=0 this probability is at most "
             "{probability[collapsing + trust region]}.",
         ),
     ),
     "rate": Section(
         "Embedded: the teacher's rate",
-        "The rate is the student's weight in one update of the teacher, which follows each batch.",
+        "The rate is the student's weight in one update of the teacher. An update follows each batch.",
         (
-            "With α=0.5 it makes no difference from a frozen teacher to the rate 0.05: "
-            "{end[α=0.5, rate 0 per 64]}, {end[α=0.5, rate 0.0025 per 64]}, {end[α=0.5, rate 0.01 per 64]} and "
-            "{end[α=0.5, rate 0.05 per 64]}. The rate 1, with which the teacher is the student itself, ends at "
-            "{end[α=0.5, rate 1 per 64]}. In the paper's Table 4 it is last, too; but there the average is better "
-            "than a frozen teacher.",
-            "With α=0 it decides: {end[α=0, rate 0 per 64]}, {end[α=0, rate 0.01 per 64]} and "
-            "{end[α=0, rate 0.05 per 64]} with 0, 0.01 and 0.05.",
-            "What counts is the rate per sample, not per step. With α=0 and batches of 256, so a quarter of the "
-            "steps, the rate 0.05 ends at {end[α=0, rate 0.05 per 256]} and falls on no seed; 0.185, as fast per "
-            "sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The "
-            "probabilities of the right answer are {probability[α=0, rate 0.05 per 256]} and "
+            "With α=0.5 the rates 0 (a frozen teacher), 0.0025, 0.01 and 0.05 make no difference: they end "
+            "at {end[α=0.5, rate 0 per 64]}, {end[α=0.5, rate 0.0025 per 64]}, "
+            "{end[α=0.5, rate 0.01 per 64]} and {end[α=0.5, rate 0.05 per 64]}. With the rate 1 the teacher "
+            "is the student itself, and the run ends at {end[α=0.5, rate 1 per 64]}. The paper's Table 4 "
+            "also has this one last, but there the average is better than a frozen teacher.",
+            "With α=0 the rate matters: 0, 0.01 and 0.05 end at {end[α=0, rate 0 per 64]}, "
+            "{end[α=0, rate 0.01 per 64]} and {end[α=0, rate 0.05 per 64]}.",
+            "The rate per sample counts, not the rate per step. With α=0 in batches of 256, the rate 0.05 "
+            "ends at {end[α=0, rate 0.05 per 256]} and falls on no seed. The rate 0.185, which is as fast "
+            "per sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The probabilities "
+            "of the right answer are {probability[α=0, rate 0.05 per 256]} and "
             "{probability[α=0, rate 0.185 per 256]}.",
         ),
     ),
@@ -105,48 +108,54 @@ SECTIONS = {
         "Embedded: K",
         "The vocabulary has 39 tokens.",
         (
-            "No difference beyond that of the seeds: {end[K=5]} with K=5, {end[K=5, no tail]} with K=5 and no "
-            "tail, {end[K=20]} with K=20, and {end[full vocabulary]} with the whole vocabulary.",
+            "The settings differ by less than the seeds: {end[K=5]} with K=5, {end[K=5, no tail]} with K=5 "
+            "and no tail, {end[K=20]} with K=20, and {end[full vocabulary]} with the whole vocabulary.",
         ),
     ),
     "lasting": Section(
         "Embedded: five times the samples",
         "SDPO and GRPO as above, and the setting that collapses with SRPO.",
         (
-            "SDPO reaches {best[SDPO]}, stays above 0.9 for more than half of the run, and ends at {end[SDPO]}: "
-            "one of three seeds loses most of it.",
-            "SRPO only delays the collapse: it reaches {best[collapsing + SRPO]}, and ends at "
+            "SDPO reaches {best[SDPO]} and stays above 0.9 for more than half of the run. It ends at "
+            "{end[SDPO]}, because one of three seeds loses most of what it learned.",
+            "SRPO only delays the collapse: it reaches {best[collapsing + SRPO]} and ends at "
             "{end[collapsing + SRPO]}.",
-            "GRPO, which is slower, ends at {end[GRPO]}.",
+            "GRPO learns more slowly and ends at {end[GRPO]}.",
         ),
     ),
 }
 # Sentences of the other page, by the name of their place: the question whose runs they are about, and the text.
 SENTENCES = {
+    "results summary": (
+        "lasting",
+        "* On the embedded task SDPO learns faster than GRPO and reaches {best[SDPO]}. In runs five times as "
+        "long one of three seeds loses most of what it learned: the mean ends at {end[SDPO]}, that of GRPO "
+        "at {end[GRPO]}.",
+    ),
     "choosing rate": (
         "rate",
-        "On the [embedded task](results.md#on-the-embedded-task), in batches of 64, α=0.5 is as good with a frozen "
-        "teacher ({end[α=0.5, rate 0 per 64]}) as with the rate 0.05 ({end[α=0.5, rate 0.05 per 64]}), and ends at "
-        "{end[α=0.5, rate 1 per 64]} with the rate 1; α=0 ends at {end[α=0, rate 0.01 per 64]} with 0.01 and at "
-        "{end[α=0, rate 0.05 per 64]} with 0.05.",
+        "On the [embedded task](results.md#on-the-embedded-task), in batches of 64, α=0.5 ends as high with "
+        "a frozen teacher ({end[α=0.5, rate 0 per 64]}) as with the rate 0.05 "
+        "({end[α=0.5, rate 0.05 per 64]}), and ends at {end[α=0.5, rate 1 per 64]} with the rate 1; α=0 ends "
+        "at {end[α=0, rate 0.01 per 64]} with 0.01 and at {end[α=0, rate 0.05 per 64]} with 0.05.",
     ),
     "choosing alpha": (
         "alpha",
-        "On the embedded task α=0 is not faster: {early[α=0]} after 1024 samples, beside {early[α=0.5]} with α=0.5 "
-        "and {early[α=1]} with α=1. It ends at {end[α=0]}, α=0.1 at {end[α=0.1]}, α=0.5 at {end[α=0.5]} and α=1 at "
-        "{end[α=1]}.",
+        "On the embedded task α=0 is not faster: after 1024 samples it is at {early[α=0]}, α=0.5 at "
+        "{early[α=0.5]} and α=1 at {early[α=1]}. It ends at {end[α=0]}, α=0.1 at {end[α=0.1]}, α=0.5 at "
+        "{end[α=0.5]} and α=1 at {end[α=1]}.",
     ),
     "choosing k": (
         "support",
-        "On the embedded task, whose vocabulary has 39 tokens, K=5 ends at {end[K=5]} and the whole vocabulary at "
-        "{end[full vocabulary]}.",
+        "On the embedded task, whose vocabulary has 39 tokens, K=5 ends at {end[K=5]} and the whole "
+        "vocabulary at {end[full vocabulary]}.",
     ),
     "choosing cures": (
         "cures",
         "On the embedded task, where SDPO with α=0 ends at {end[collapsing]}: {end[collapsing + α=0.5]} with "
         "α=0.5, {end[collapsing + rate 0.01]} with the rate 0.01, {end[collapsing + SRPO]} with SRPO, "
-        "{end[collapsing + trust region]} with the trust region, {end[collapsing + hybrid λ=0.5]} with a half of "
-        "GRPO's loss, and {end[collapsing + batch-token-mean]} with the denominator alone.",
+        "{end[collapsing + trust region]} with the trust region, {end[collapsing + hybrid λ=0.5]} with half "
+        "of the loss from GRPO, and {end[collapsing + batch-token-mean]} with the denominator alone.",
     ),
 }
 

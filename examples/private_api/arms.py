@@ -17,7 +17,7 @@ CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer,
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch of 64 samples; the paper's
 # .05 per 256 samples is .013 per 64.
 SDPO_SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 100, "teacher_update_rate": 0.01}
-# The best of "grpo learning rate", where all are the same, and of "settings", by seeds for choosing.
+# From "grpo learning rate", where all end at 0, and the best at the end of "settings"; both on seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6
 CHOSEN = "α=0, SRPO"
 
@@ -54,7 +54,7 @@ _SRPO: dict[str, Any] = {
     "token_weights": "confidence",
 }
 
-# What "settings" compares, by seeds for choosing.
+# The arms of "settings", which run on seeds for choosing.
 _CANDIDATES: tuple[Arm, ...] = (
     Arm("α=0.5"),
     Arm("α=0.1", settings={"alpha": 0.1}),
@@ -91,8 +91,8 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
     "grpo learning rate": tuple(
         Arm(f"GRPO, lr {rate:g}", method="grpo", learning_rate=rate) for rate in (2e-6, 5e-6, 1e-5)
     ),
-    # Is collapse the teacher's rate, and does the rate belong to samples?
     "settings": _CANDIDATES,
+    # How fast may the teacher follow the student?
     "rate": tuple(
         Arm(
             f"α={alpha:g}, rate {rate:g} per {samples}",

@@ -4,7 +4,7 @@
     python examples/private_api/figures.py --check    # say what differs from the records, and fail if anything does
 
 A page has the place of each text between two comments, `<!-- generated: NAME -->` and `<!-- end -->`. What no
-record answers is empty there.
+record answers has an empty place.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PLACE = pages.place("generated")
 
 
 class Question(NamedTuple):
-    """How the page asks a question."""
+    """Heading and introduction of a question on the page."""
 
     heading: str
     text: str
@@ -46,31 +46,32 @@ QUESTIONS = {
     ),
     "grpo learning rate": Question(
         "Which learning rate for GRPO?",
-        "By seeds that no other table has.",
+        "On seeds that no table of results has.",
     ),
     "settings": Question(
         "Which settings for SDPO?",
-        "By a seed that no other table has but that of GRPO's learning rate. `arms.py` names the best at the end "
-        '"SDPO, chosen settings".',
+        "Settings of SDPO, on a seed that no table of results has. `arms.py` calls the one with the best accuracy "
+        'at the end "SDPO, chosen settings".',
     ),
     "rate": Question(
-        "Is collapse the teacher's rate, and does the rate belong to samples?",
-        "The rate is the student's weight in one update of the teacher, which follows each generation batch.",
+        "How fast may the teacher follow the student?",
+        "The rate is the student's weight in one update of the teacher. An update follows each generation batch.",
     ),
-    "alpha": Question("Which α?", "All else as SDPO above."),
+    "alpha": Question("Which α?", "All other settings are those of SDPO above."),
     "support": Question(
         "Which K?",
-        "The top K of the student with the rest as one category, without the rest, and the whole vocabulary.",
+        "The student's K most probable tokens with all others as one category, without the others, and the whole "
+        "vocabulary.",
     ),
     "cures": Question(
-        "Do the cures cure?",
-        "A setting that collapses, alone and with one option added. In all of them, as always, a step without a "
-        "signal changes nothing.",
+        "What prevents the collapse?",
+        "A setting that collapses (α=0 with the teacher's rate 0.05 per batch of 64), alone and with one option "
+        "added.",
     ),
     "lasting": Question(
         "Does it last?",
-        "Several times the samples. The teacher's rate is given per samples, so that it is the same in larger "
-        "batches.",
+        "Five times the samples, in batches of 256. The teacher's rate is given per 64 samples, as in the other "
+        "tables.",
     ),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }

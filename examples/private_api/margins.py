@@ -1,6 +1,7 @@
 """How far the limits of the trainer's warnings are from the recorded runs.
 
-Computed from the records alone, not by the monitors. A module of `tables.py`; nothing to run.
+The numbers are computed from the records without calling the monitors, and a test compares the two. A module of
+`tables.py`; nothing to run.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from replay import COLLAPSED, EARLY, entries
 
 from sdpo_rl.diagnose.monitors import FALLEN_EVALUATIONS, HELD_OUT_FALL, LONG_WINDOW, WINDOW
 
-LIMIT, ENTROPY, REWARD = "completions/clipped_ratio", "self_distillation/student_entropy", "reward"
+CUT, ENTROPY, REWARD = "completions/clipped_ratio", "self_distillation/student_entropy", "reward"
 
 
 def rises(run: Run, name: str, window: int = LONG_WINDOW) -> list[tuple[int, float]]:
-    """Samples, and the mean of the last values of a metric less that of the first.
+    """Rise of a metric over its start, at each step: pairs of samples and rise.
+
+    The start is the mean of the first `WINDOW` values; the rise is the mean of the last values minus the start.
 
     Args:
         run: a record with the log of every step.
-        name: of the metric.
-        window: the last values; those before the first count as the start.
+        name: name of the metric.
+        window: number of last values; while there are fewer, the start stands for the missing ones.
     """
     samples: list[int] = []
     values: list[float] = []
@@ -39,53 +42,55 @@ def rises(run: Run, name: str, window: int = LONG_WINDOW) -> list[tuple[int, flo
     return found
 
 
-def in_time(run: Run) -> int:
-    """The samples after which a warning is no longer early; all of a run that does not collapse."""
+def last_early(run: Run) -> int:
+    """The last number of samples at which a warning is early; the end of a run that does not collapse."""
     fell = fall(run, COLLAPSED)
     return int(run["points"][-1][0]) if fell is None else fell - EARLY
 
 
-def most_at_limit(run: Run, *, uncertain: bool) -> float:
-    """The largest rise of the completions at the length limit, in time.
+def largest_cut_rise(run: Run, *, entropy_rose: bool) -> float:
+    """The largest rise of the cut completions until `last_early`.
 
     Args:
         run: a record with the log of every step.
-        uncertain: where the student's entropy is above the start's, or where it is not.
+        entropy_rose: count the steps at which the student's entropy is above its start, or all others.
     """
     entropy = dict(rises(run, ENTROPY))
-    now = 0.0  # of the entropy, which some steps do not have
+    entropy_rise = 0.0  # some steps log no entropy and keep the value before
     largest = 0.0
-    for samples, rise in rises(run, LIMIT):
-        now = entropy.get(samples, now)
-        if samples <= in_time(run) and (now > 0) == uncertain:
+    for samples, rise in rises(run, CUT):
+        entropy_rise = entropy.get(samples, entropy_rise)
+        if samples <= last_early(run) and (entropy_rise > 0) == entropy_rose:
             largest = max(largest, rise)
     return largest
 
 
-def most_entropy(run: Run) -> float:
-    """The largest entropy of the student over the start's, in time."""
+def largest_entropy_ratio(run: Run) -> float:
+    """The largest entropy of the student until `last_early`, as a multiple of its start."""
     start = fmean([entry[ENTROPY] for entry in entries(run) if ENTROPY in entry][:WINDOW])
-    return max(1 + rise / start for samples, rise in rises(run, ENTROPY, WINDOW) if samples <= in_time(run))
+    return max(
+        1 + rise / start for samples, rise in rises(run, ENTROPY, WINDOW) if samples <= last_early(run)
+    )
 
 
-def most_reward(run: Run) -> float:
-    """The largest fall of the training reward from its best mean, over the range of rewards until then, in time."""
+def largest_reward_fall(run: Run) -> float:
+    """The largest fall of the training reward until `last_early`, over the range of rewards so far."""
     rewards = [(int(entry["step"]) * run["samples_per_step"], entry[REWARD]) for entry in entries(run)]
     best, largest = -math.inf, 0.0
     for end in range(LONG_WINDOW, len(rewards) + 1):
         seen = [reward for _, reward in rewards[:end]]
-        now, extent = fmean(seen[-LONG_WINDOW:]), max(seen) - min(seen)
+        now, reward_range = fmean(seen[-LONG_WINDOW:]), max(seen) - min(seen)
         best = max(best, now)
-        if extent > 0 and rewards[end - 1][0] <= in_time(run):
-            largest = max(largest, (best - now) / extent)
+        if reward_range > 0 and rewards[end - 1][0] <= last_early(run):
+            largest = max(largest, (best - now) / reward_range)
     return largest
 
 
-def most_held_out(run: Run) -> float:
-    """The largest fall of the held-out accuracy while that of training did not fall so far, to the end of the run.
+def largest_held_out_fall(run: Run) -> float:
+    """The largest fall of the held-out accuracy in a whole run, while the training reward did not fall as far.
 
-    From the best mean of some evaluations in succession to the largest of as many, over the range of both
-    accuracies until then.
+    The fall goes from the best mean of `FALLEN_EVALUATIONS` successive evaluations to the largest of as many last
+    ones, over the range of held-out accuracies and training rewards so far.
     """
     size = FALLEN_EVALUATIONS
     seen: list[tuple[float, float]] = []
@@ -98,45 +103,40 @@ def most_held_out(run: Run) -> float:
     for before, point in zip(run["points"], run["points"][1:], strict=False):
         trained = [reward for samples, reward in rewards.items() if before[0] < samples <= point[0]]
         seen.append((point[ACCURACY], fmean(trained)))
-        extent = max(map(max, seen)) - min(map(min, seen))
-        if len(seen) < 2 * size or extent == 0:
+        reward_range = max(map(max, seen)) - min(map(min, seen))
+        if len(seen) < 2 * size or reward_range == 0:
             continue
         groups = [seen[end - size : end] for end in range(size, len(seen) - size + 1)]
         means = [(fmean(held for held, _ in group), fmean(reward for _, reward in group)) for group in groups]
         best, trained_then = max(means, key=lambda mean: mean[0])
-        share = (best - max(held for held, _ in seen[-size:])) / extent
-        trained_fall = (trained_then - fmean(reward for _, reward in seen[-size:])) / extent
+        share = (best - max(held for held, _ in seen[-size:])) / reward_range
+        trained_fall = (trained_then - fmean(reward for _, reward in seen[-size:])) / reward_range
         if trained_fall <= HELD_OUT_FALL:
             largest = max(largest, share)
     return largest
 
 
-def left_out(kept: Sequence[float], collapsed: Sequence[float]) -> int:
-    """How many numbers are on their side of the middle between the largest and the smallest of the others.
+def leave_one_out(kept: Sequence[float], collapsed: Sequence[float]) -> int:
+    """How many runs a limit set by the other runs classifies correctly.
+
+    The limit is the middle between the largest number of the runs that learned and the smallest of those that
+    collapsed, without the run in question.
 
     Args:
-        kept: of runs that are to be below.
-        collapsed: of runs that are to be above.
+        kept: numbers of the runs that learned, which should be below the limit.
+        collapsed: numbers of the runs that collapsed, which should not be below it.
 
     Example:
-        >>> left_out([0.0, 0.1], [0.3, 0.5])
+        >>> leave_one_out([0.0, 0.1], [0.3, 0.5])
         4
-        >>> left_out([0.0, 0.1, 0.25], [0.3, 0.5])
+        >>> leave_one_out([0.0, 0.1, 0.25], [0.3, 0.5])
         4
     """
-    right = 0
+    correct = 0
     for index, value in enumerate(kept):
         others = [*kept[:index], *kept[index + 1 :]]
-        right += value < (max(others) + min(collapsed)) / 2
+        correct += value < (max(others) + min(collapsed)) / 2
     for index, value in enumerate(collapsed):
         others = [*collapsed[:index], *collapsed[index + 1 :]]
-        right += value >= (max(kept) + min(others)) / 2
-    return right
-
-
-def standard_error(run: Run) -> float:
-    """Of the largest rise of the completions at the length limit in time, by the number of completions."""
-    shares = [entry[LIMIT] for entry in entries(run)]
-    start, completions = fmean(shares[:WINDOW]), run["samples_per_step"]
-    now = start + max(rise for samples, rise in rises(run, LIMIT) if samples <= in_time(run))
-    return math.sqrt((now * (1 - now) / LONG_WINDOW + start * (1 - start) / WINDOW) / completions)
+        correct += value >= (max(kept) + min(others)) / 2
+    return correct

@@ -1,4 +1,4 @@
-"""What the trainer's monitors would have said in a recorded run, and when.
+"""The warnings that a recorded run would get from the trainer's monitors.
 
 A module of `figures.py`; nothing to run.
 """
@@ -48,10 +48,10 @@ def warnings(run: Run, *, evaluations: bool) -> dict[str, int]:
 
 
 def problem(run: Run) -> str | None:
-    """What is wrong with the warnings in a run.
+    """What is wrong with the warnings of a run; `None` if nothing is.
 
-    Expected are warnings `EARLY` before a collapse, and none in a run that keeps what it learned. In other runs
-    nothing is wrong.
+    A run that collapses should have a warning at least `EARLY` samples before, and a run that keeps what it learned
+    should have none. Other runs may have any.
     """
     fell = fall(run, COLLAPSED)
     if fell is None and (fall(run) is not None or max(point[ACCURACY] for point in run["points"]) < LEARNED):

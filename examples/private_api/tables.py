@@ -14,15 +14,21 @@ from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
 from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, at, best, fall
-from margins import left_out, most_at_limit, most_entropy, most_held_out, most_reward
+from margins import (
+    largest_cut_rise,
+    largest_entropy_ratio,
+    largest_held_out_fall,
+    largest_reward_fall,
+    leave_one_out,
+)
 from replay import COLLAPSED, EARLY, entries, problem, warnings
 
 from sdpo_rl.diagnose.monitors import (
+    CUT_RISE_ALONE,
+    CUT_RISE_WITH_ENTROPY,
     ENTROPY_RATIO,
     HELD_OUT_FALL,
     REWARD_FALL,
-    RISE_AT_LIMIT,
-    RISE_AT_LIMIT_WHERE_CERTAIN,
 )
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
@@ -37,26 +43,26 @@ SIGNS = {
     "self_distillation/student_entropy": "student's entropy",
     "self_distillation/teacher_entropy": "teacher's entropy",
     "self_distillation/teacher_distance": "teacher's distance",
-    "completions/clipped_ratio": "completions at the length limit",
+    "completions/clipped_ratio": "cut completions",
     "completions/mean_length": "mean length",
     "grad_norm": "gradient norm",
 }
 OUTCOMES = ("learned", "fell", "learned nothing")
-# What the monitors compare with a limit.
+# What the monitors compare, the limit, and the number of a run.
 MARGINS: tuple[tuple[str, float, Callable[[Run], float]], ...] = (
     (
-        "rise of the completions at the length limit, student's entropy above its start",
-        RISE_AT_LIMIT,
-        partial(most_at_limit, uncertain=True),
+        "rise of the cut completions, student's entropy above its start",
+        CUT_RISE_WITH_ENTROPY,
+        partial(largest_cut_rise, entropy_rose=True),
     ),
     (
-        "the same, student's entropy not above its start",
-        RISE_AT_LIMIT_WHERE_CERTAIN,
-        partial(most_at_limit, uncertain=False),
+        "rise of the cut completions, student's entropy not above its start",
+        CUT_RISE_ALONE,
+        partial(largest_cut_rise, entropy_rose=False),
     ),
-    ("student's entropy, as a multiple of its start", ENTROPY_RATIO, most_entropy),
-    ("fall of the training reward", REWARD_FALL, most_reward),
-    ("fall of the held-out reward, to the end", HELD_OUT_FALL, most_held_out),
+    ("student's entropy, as a multiple of its start", ENTROPY_RATIO, largest_entropy_ratio),
+    ("fall of the training reward", REWARD_FALL, largest_reward_fall),
+    ("fall of the held-out reward, to the end", HELD_OUT_FALL, largest_held_out_fall),
 )
 
 
@@ -104,7 +110,7 @@ def spread(values: Sequence[float], form: Callable[[float], str] = "{:.2f}".form
 
 
 def results(by_arm: Runs) -> str:
-    """What came out of each arm."""
+    """The results of each arm."""
     last = max(run["points"][-1][0] for runs in by_arm.values() for run in runs)
     evaluated = set.intersection(
         *({point[0] for point in run["points"]} for runs in by_arm.values() for run in runs)
@@ -184,7 +190,7 @@ def rates(by_arm: Runs) -> str:
 
 
 def outcome(run: Run) -> str | None:
-    """One of OUTCOMES; `None` for what is between them."""
+    """One of OUTCOMES; `None` for a run that did not fall and whose best is below .5."""
     if fall(run) is not None:
         return "fell"
     if best(run) < LEARNED:
@@ -193,7 +199,7 @@ def outcome(run: Run) -> str | None:
 
 
 def signs(runs: Sequence[Run]) -> str:
-    """Medians and ranges of the log in the first twenty steps, by what became of the run."""
+    """Medians and ranges of the metrics in the first twenty steps, by outcome of the run."""
     smallest = min(run["samples_per_step"] for run in runs)
     alike = [run for run in runs if run["method"] == "sdpo" and run["samples_per_step"] == smallest]
     groups = {name: [run for run in alike if outcome(run) == name] for name in OUTCOMES}
@@ -254,7 +260,7 @@ def _said(found: Mapping[str, int]) -> str:
 
 
 def all_warnings(runs: Sequence[Run]) -> str:
-    """How many runs the monitors judged as the accuracy did; those whose log has every step."""
+    """How many runs have the warnings that they should; only runs whose log has every step."""
     kept, collapsed = kept_and_collapsed(runs)
     groups = {
         "learned: no warning": kept,
@@ -264,11 +270,11 @@ def all_warnings(runs: Sequence[Run]) -> str:
         [name, str(len(group)), str(sum(problem(run) is None for run in group))]
         for name, group in groups.items()
     ]
-    return markdown([f"early: {EARLY} samples before", "runs", "as they should"], rows)
+    return markdown([f"expected (early: {EARLY} completions before)", "runs", "as expected"], rows)
 
 
 def kept_and_collapsed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs that are to have no warning, and those that are to have one; of those whose log has every step."""
+    """The runs that should have no warning and those that should have one, of those whose log has every step."""
     whole = every_step(runs)
     return (
         [run for run in whole if outcome(run) == "learned"],
@@ -277,7 +283,7 @@ def kept_and_collapsed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def margins(runs: Sequence[Run]) -> str:
-    """How far the limits of the warnings are from the runs on either side; empty if there are none on one."""
+    """How far the limits of the warnings are from the runs on either side; empty with fewer than two on a side."""
     kept, collapsed = kept_and_collapsed(runs)
     if len(kept) < 2 or len(collapsed) < 2:
         return ""
@@ -285,19 +291,19 @@ def margins(runs: Sequence[Run]) -> str:
     for name, limit, most in MARGINS:
         below, above = ({run_name(run): most(run) for run in group} for group in (kept, collapsed))
         highest, lowest = max(below, key=below.__getitem__), min(above, key=above.__getitem__)
-        right = left_out(list(below.values()), list(above.values()))
+        correct = leave_one_out(list(below.values()), list(above.values()))
         rows.append(
             [
                 name,
                 f"{limit:g}",
                 f"{below[highest]:.3g} ({highest})",
                 f"{above[lowest]:.3g} ({lowest})" if above[lowest] > 0 else NONE,
-                f"{right} of {len(kept) + len(collapsed)}" if above[lowest] > below[highest] else NONE,
+                f"{correct} of {len(kept) + len(collapsed)}" if above[lowest] > below[highest] else NONE,
             ]
         )
     head = ["", "limit", f"largest of {len(kept)} runs that learned"]
     head += [f"smallest of {len(collapsed)} runs that fell below {COLLAPSED:g} of their best"]
-    return markdown([*head, "right where left out"], rows)
+    return markdown([*head, "correct, leave-one-out"], rows)
 
 
 def setup(runs: Sequence[Run], held_out: int) -> str:

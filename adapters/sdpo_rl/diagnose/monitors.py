@@ -1,4 +1,4 @@
-"""Signs of a collapse in the metrics that a run logs: functions of numbers, each a message with its remedy or None.
+"""Signs of a collapse in the logged metrics of a run. Each function returns a message with a remedy, or None.
 
 A run is compared with its own start, since lengths, entropies and rewards differ from task to task.
 """
@@ -10,37 +10,39 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, TypeGuard
 
-# Logged values that are averaged, at the start and now: one value is a batch, and batches differ.
-WINDOW = 5
-# Rise of the fraction of completions at the length limit, over more values: within their first twenty steps some
-# runs cut nearly a quarter of the completions for five steps, and learn all the same. The first number is for a
-# student whose entropy is above the start's: one that learns to write longer answers becomes certain of them. The
-# second is for one that is as certain as at the start, which may repeat itself. In the records of
-# examples/private_api, runs that kept what they had learned stayed below .11 and .13; those that lost it passed
-# .15 at least 500 completions before. For how far the limits are from each run see docs/choosing.md.
+# Each number below is compared with a mean of logged values, because a single value is one batch and batches
+# differ. The numbers come from the recorded runs of examples/private_api ("the records") and from the logs in
+# property_tests/recordings ("the recordings"). docs/choosing.md shows how near each recorded run comes to them.
+WINDOW = 5  # values in the mean at the start, and in most means of the last values
+# Values in the mean of cut completions and of training rewards. In their first twenty steps some runs cut more
+# completions for five steps, up to .25, and learn all the same.
 LONG_WINDOW = 15
-RISE_AT_LIMIT, RISE_AT_LIMIT_WHERE_CERTAIN = 0.125, 0.25
-# Entropy in nats per token, as a multiple of the start's and as a difference. In the same records it rises to 3.5
-# times the start's within twenty steps, and falls again, whether a run learns or not. The difference is for
-# starts near 0: it is .1 to .3 in the recordings of property_tests/recordings that learn, and .7 in the one that
-# collapses.
+# Rise of the fraction of cut completions, that is completions at the length limit. The first number is for a
+# student whose entropy is above its start: in the records runs that learned stayed below .11, and runs that
+# collapsed passed .15 at least 500 completions before. The second number is for any other student: in
+# the records a run that learned to write longer answers has more cut completions and a lower entropy. Runs that
+# learned stayed below .13.
+CUT_RISE_WITH_ENTROPY, CUT_RISE_ALONE = 0.125, 0.25
+# Rise of the student's entropy: as a multiple of the start, and in nats per token. In the records the entropy
+# rises to 3.5 times its start within twenty steps and falls again, whether a run learns or not. The second number
+# is for starts near 0: the rise is .1 to .3 in the recordings that learn, and .7 in the one that collapses.
 ENTROPY_RATIO, _ENTROPY_RISE = 4.0, 0.5
-# Fall of the training reward from its best, both over the long window, as a fraction of the range of the logged
-# rewards. Runs that kept what they had learned stayed below .15 in the records, and below .18 in the recordings.
+# Fall of the training reward from its best, as a fraction of the range of logged rewards. Runs that learned
+# stayed below .15 in the records and below .18 in the recordings.
 REWARD_FALL = 0.2
-# Both changes are also this many standard errors of the difference of the two means: of small batches, and of a
-# reward that stays where it is, the noise alone would pass the limits sooner or later. In a thousand batches of
-# noise, one run in twenty has a warning at most.
-# The reward is compared with the best of many means, which is more above their own mean than the start.
-ERRORS_AT_LIMIT, ERRORS_OF_REWARD = 4.0, 5.0
-# Nats per token between teacher and student. A token of a useful batch has a hundredth and more on average; this
-# is what few of a thousand tokens leave where the models agree on all others.
+# The two changes must also be this many standard errors of the difference of the two means. Without this
+# condition the noise of small batches would pass the limits sooner or later; with it, at most one in twenty runs
+# of a thousand batches of noise has a warning. The number for rewards is larger, because the best of many means
+# lies above their expected value even if nothing changes.
+CUT_STANDARD_ERRORS, REWARD_STANDARD_ERRORS = 4.0, 5.0
+# Divergence in nats per token. A useful batch has .01 or more; below this number the models agree on nearly all
+# tokens.
 _NO_DIVERGENCE = 1e-3
 # Fall of the held-out reward from its best, as a fraction of the range of all rewards of the run. The best is a
-# mean of this many evaluations in succession, and as many are to be below it: in the same records a single
-# evaluation can be far above its neighbours, or below, in a run that goes on to learn.
+# mean of this many successive evaluations, and as many last ones must be below it: in the records a single
+# evaluation can be far above or below its neighbours in a run that goes on to learn.
 HELD_OUT_FALL, FALLEN_EVALUATIONS = 0.25, 3
-# Fraction of the rows with feedback whose feedback has the answer: fewer are chance.
+# Fraction of the failed rows whose feedback contains the answer. A smaller one can be chance.
 _MANY_ANSWERS = 0.25
 
 _SLOW_DOWN = (
@@ -48,29 +50,29 @@ _SLOW_DOWN = (
     "(teacher_rate_samples=256 with teacher_update_rate=0.05 or less), or enlarge the generation batch."
 )
 
-_REWARD, _AT_LIMIT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
+_REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
 
 Comparison = Callable[[float, float], str | None]  # of the start and now
 Evaluation = tuple[float, float]  # held-out reward, mean training reward since the evaluation before
 
 
-def length_limit(start: float, now: float, *, uncertain: bool, error: float = 0.0) -> str | None:
+def length_limit(start: float, now: float, *, entropy_rose: bool, error: float = 0.0) -> str | None:
     """Completions no longer end.
 
     Args:
         start: fraction of completions at the length limit when training began.
         now: the same of the last batches.
-        uncertain: the student's entropy is above that of the start.
+        entropy_rose: the student's mean entropy is above that of the start.
         error: standard error of `now - start`.
 
     Example:
-        >>> length_limit(0.1, 0.25, uncertain=False) is None
+        >>> length_limit(0.1, 0.25, entropy_rose=False) is None
         True
-        >>> length_limit(0.1, 0.25, uncertain=True)[:70]
+        >>> length_limit(0.1, 0.25, entropy_rose=True)[:70]
         '25% of the completions are cut at max_completion_length, after 10% at '
     """
-    limit = RISE_AT_LIMIT if uncertain else RISE_AT_LIMIT_WHERE_CERTAIN
-    if now - start < max(limit, ERRORS_AT_LIMIT * error):
+    limit = CUT_RISE_WITH_ENTROPY if entropy_rose else CUT_RISE_ALONE
+    if now - start < max(limit, CUT_STANDARD_ERRORS * error):
         return None
     return (
         f"{now:.0%} of the completions are cut at max_completion_length, after {start:.0%} at the start. If they "
@@ -99,22 +101,22 @@ def entropy(start: float, now: float) -> str | None:
     )
 
 
-def reward(best: float, now: float, extent: float, *, error: float = 0.0) -> str | None:
+def reward(best: float, now: float, reward_range: float, *, error: float = 0.0) -> str | None:
     """The training reward fell.
 
     Args:
-        best: largest mean of successive batches.
-        now: mean of as many, the last ones.
-        extent: the largest reward of a batch less the smallest.
+        best: largest mean reward of `LONG_WINDOW` successive batches.
+        now: mean reward of the last `LONG_WINDOW` batches.
+        reward_range: largest minus smallest mean reward of a batch.
         error: standard error of `best - now`.
 
     Example:
-        >>> reward(0.5, 0.4, extent=0.8) is None
+        >>> reward(0.5, 0.4, reward_range=0.8) is None
         True
-        >>> reward(0.5, 0.3, extent=0.8)[:41]
+        >>> reward(0.5, 0.3, reward_range=0.8)[:41]
         'The training reward fell from 0.5 to 0.3.'
     """
-    if best - now <= max(REWARD_FALL * extent, ERRORS_OF_REWARD * error):
+    if best - now <= max(REWARD_FALL * reward_range, REWARD_STANDARD_ERRORS * error):
         return None
     return (
         f"The training reward fell from {best:.3g} to {now:.3g}. Unless the prompts became harder, what was "
@@ -203,20 +205,22 @@ def answer_in_feedback(fraction: float) -> str | None:
 
 
 class Monitors:
-    """The first and the last values of what a run logs, and its evaluations."""
+    """Keeps the first and the last logged values and the evaluations of a run, and compares them."""
 
     def __init__(self) -> None:
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
-        # Of successive values: the sum of the squares of their differences, and how many.
+        # Sum of squared differences of successive values, and the number of differences.
         self._differences: dict[str, tuple[float, int]] = {}
-        self._rewards: dict[str, float] = {}  # of batches: the smallest, the largest, and the best mean
-        self._trained: list[float] = []  # training rewards from one evaluation to the next
-        self._evaluated = False  # since the last of them
+        self._rewards: dict[
+            str, float
+        ] = {}  # smallest and largest of a batch ("low", "high"), best mean ("best")
+        self._trained: list[float] = []  # training rewards since the last evaluation
+        self._evaluated = False  # an evaluation came after the last training reward
         self._evaluations: dict[str, list[Evaluation]] = {}  # by data set
 
     def state(self) -> dict[str, Any]:
-        """What was seen so far, in JSON's types."""
+        """The values so far, in types that JSON has."""
         return {
             "first": self._first,
             "last": self._last,
@@ -242,22 +246,22 @@ class Monitors:
         }
 
     def observe(self, logs: Mapping[str, Any]) -> dict[str, str]:
-        """The messages that one entry of the log gives rise to, by the name of the monitor."""
+        """The messages for one entry of the log, by the name of the monitor."""
         if "eval_reward" in logs:
             messages = {"held_out": self._evaluate(logs)}
         else:
             if _is_number(reward := logs.get(_REWARD)):
-                # Not by the evaluation: there may be one for each of several data sets.
+                # Not in `_evaluate`: with several data sets it is called several times in succession.
                 self._trained = [*([] if self._evaluated else self._trained), reward]
                 self._evaluated = False
             messages = {
                 "entropy": self._compare(logs, _ENTROPY, entropy),
-                # After the entropy of the same entry.
+                # After "entropy", which stores the entropy of this entry.
                 "length_limit": self._compare(
                     logs,
-                    _AT_LIMIT,
+                    _CUT,
                     lambda start, now: length_limit(
-                        start, now, uncertain=self._rose(_ENTROPY), error=self._error(_AT_LIMIT, WINDOW)
+                        start, now, entropy_rose=self._rose(_ENTROPY), error=self._error(_CUT, WINDOW)
                     ),
                     window=LONG_WINDOW,
                 ),
@@ -286,7 +290,7 @@ class Monitors:
         return monitor(fmean(first), self._now(name, window)) if len(last) >= WINDOW else None
 
     def _keep(self, name: str, value: float) -> list[float]:
-        """The last values, with this one."""
+        """Store a value; returns the last values, this one included."""
         last = self._last.setdefault(name, [])
         if last:
             squares, count = self._differences.get(name, (0.0, 0))
@@ -303,29 +307,30 @@ class Monitors:
         if len(last) < LONG_WINDOW:
             return None
         seen["best"] = max(seen.get("best", -math.inf), fmean(last))
-        extent, error = seen["high"] - seen["low"], self._error(_REWARD, LONG_WINDOW)
-        return reward(seen["best"], fmean(last), extent, error=error)
+        reward_range, error = seen["high"] - seen["low"], self._error(_REWARD, LONG_WINDOW)
+        return reward(seen["best"], fmean(last), reward_range, error=error)
 
     def _error(self, name: str, others: int) -> float:
-        """The standard error of the mean of the last values less that of some others, by the noise of all values.
+        """Standard error of the mean of the last values minus the mean of `others` values.
 
-        That of successive values, whose differences have twice its variance: a trend does not count as noise.
+        The variance of a value is half of the mean squared difference of successive values, so that a slow trend
+        does not count as noise.
         """
         squares, count = self._differences.get(name, (0.0, 0))
         return math.sqrt(squares / (2 * count) * (1 / LONG_WINDOW + 1 / others)) if count else 0.0
 
     def _now(self, name: str, window: int) -> float:
-        """The mean of the last values; those that are still missing count as the start's."""
+        """The mean of the last `window` values; missing values count as the mean at the start."""
         start, last = fmean(self._first[name]), self._last[name][-window:]
         return start + sum(value - start for value in last) / window
 
     def _rose(self, name: str) -> bool:
-        """Whether the last values are above the first."""
+        """Whether the mean of the last values is above the mean at the start."""
         return name in self._first and self._now(name, LONG_WINDOW) > fmean(self._first[name])
 
     def _evaluate(self, logs: Mapping[str, Any]) -> str | None:
         reward = logs["eval_reward"]
-        # Several data sets have losses of several names, but one name of the reward.
+        # With several data sets the name of the loss says which one it is; the reward has the same name for all.
         data = next((name for name in logs if name.startswith("eval_") and name.endswith("_loss")), "")
         seen = self._evaluations.setdefault(data, [])
         self._evaluated = True
