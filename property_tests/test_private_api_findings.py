@@ -166,6 +166,7 @@ def test_what_keeps_and_what_loses_in_the_setting_that_collapses() -> None:
         "collapsing + trust region": [False],
     }
     two = [arm for arm, runs in CURES.items() if len(runs) == 2]
+    assert {run["seed"] for runs in CURES.values() if len(runs) == 1 for run in runs} == {0}
     assert two == list(CURES)[:3]
     slower, other = CURES["collapsing + rate per 256 samples"]
     assert curves.fall(other) == other["points"][-1][0]
@@ -277,7 +278,13 @@ def test_no_metric_of_the_first_twenty_steps_tells_what_becomes_of_a_run() -> No
                 known = [value for run in group if (value := tables.window(run, name, steps)) is not None]
                 ranges.append((min(known), max(known)))
             assert all(low <= high for low, _ in ranges for _, high in ranges), (name, steps)
-    assert "in every row the ranges overlap" in page("docs/choosing.md")
+    text = page("docs/choosing.md")
+    assert "in every row the ranges overlap" in text
+    assert f'"fell" is an end below {curves.FALLEN:g} of the best' in text
+    assert f'"learned nothing" is a best accuracy below {curves.LEARNED:g}' in text
+    learned, almost = ({"points": [[0, 0.0, 0.0], [64, 0.0, value]]} for value in (0.5, 0.49))
+    assert (tables.outcome(learned), tables.outcome(almost)) == ("learned", None)
+    assert '"Learned" is a best accuracy of 0.5 or more and no fall' in text
 
 
 def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:

@@ -423,7 +423,7 @@ def test_a_prompt_too_long_for_the_model_is_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["auto", "padded"])
 def test_a_row_of_grpo_too_long_for_the_model_is_refused(tmp_path: Path, packing: str) -> None:
-    """Its student reads it without feedback: nothing has checked the length before."""
+    """GRPO reads the row without a reprompt, so no earlier check has seen its length."""
     config = tiny.config(grpo_weight=0.5, packing=packing)
     trainer = tiny.trainer(tmp_path, train_dataset=mixed(), sdpo_config=config, max_steps=1)
     trainer.model.max_seq_length = 80

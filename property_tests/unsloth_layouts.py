@@ -20,8 +20,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "groups": {"packing": "groups"},
     "padded": {"packing": "padded"},
 }
-TEACHER = ("forwards", "padding_fraction")  # metrics: the second is of padding and of all positions
-# What Unsloth's attention calls, as far as it is installed.
+TEACHER = (
+    "forwards",
+    "padding_fraction",
+)  # metrics; the second one has the number of padded and of all positions
+# The functions that Unsloth's attention may call; some are not installed.
 KERNELS = [
     "flash_attn_varlen_func", "flash_attn_func", "xformers_attention", "_torch_varlen_packed",
     "_sdpa_packed_segments", "_training_sdpa", "_inference_sdpa",
@@ -29,13 +32,17 @@ KERNELS = [
 
 
 def watch(trainer: Any, limit: int | None = None) -> list[dict[str, Any]]:
-    """Of each micro-batch with a loss, once it has run: the run's layout, and loss and gradient by every layout.
+    """Record each micro-batch with a loss: the layout of the run, and the gaps of every layout.
 
-    The gaps are relative to one row in a forward, for the gradient in the norm over all parameters.
+    A gap is relative to the result with one row in each forward; that of the gradient is in the norm over all
+    parameters.
 
     Args:
-        trainer: before it trains.
-        limit: number of micro-batches that run by every layout, the first; `None`: all.
+        trainer: a trainer that has not trained yet.
+        limit: number of micro-batches that run by every layout, from the first on; `None`: all.
+
+    Returns:
+        A list that is filled while the trainer trains.
     """
     true = trainer._micro_batch_output
     found: list[dict[str, Any]] = []
@@ -113,7 +120,7 @@ def _gaps(values: torch.Tensor, alone: torch.Tensor) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _attention() -> Iterator[set[str]]:
-    """What Unsloth's attention was called with, and what it called."""
+    """Collects how Unsloth's attention was called, and which kernels it called."""
     from unsloth.utils import attention_dispatch as dispatch
 
     paths: set[str] = set()

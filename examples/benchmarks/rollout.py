@@ -5,8 +5,8 @@
 
 Random weights of a published shape, so completions have nearly always the full length: Transformers' `generate`,
 which runs until the longest row ends, loses nothing to rows of different lengths here. vLLM runs in the mode
-`colocate`. Its start is that of TRL, but for `load_format="dummy"`: TRL syncs all weights before the first
-completion, so nothing is read from a file. `--eager` also starts it without torch.compile and CUDA graphs.
+`colocate`. TRL starts it, here with `load_format="dummy"`: no weights are read from a file, because TRL syncs all
+weights before the first completion. `--eager` also starts it without torch.compile and CUDA graphs.
 
 Engines, one after another in one process:
 
@@ -14,15 +14,24 @@ Engines, one after another in one process:
 * `vllm`: vLLM keeps its memory, the share `--utilization` of the card, during the whole step.
 * `vllm-sleep`: `vllm_enable_sleep_mode`; vLLM gives its memory back before the student's step.
 
-Reported for each: the median time of the parts of a step and of the step, with the device idle between the parts;
-completion tokens per second of generation; the peak of PyTorch's allocated memory in each part, and the memory of
-the card in use at its end, whoever has it; the time to build the trainer, vLLM's start included. For vLLM also,
-after the first two weight syncs, the largest difference between a weight of the engine and the trainer's, relative
-to the largest of its matrix, the share of weights that differ from the trainer's after rounding, and the share that
-changed since the sync before (no step counts the comparison); and what TRL and this library log of the difference
-between the two models' log-probabilities. A difference above twice bfloat16's machine epsilon, or weights that
-differ as much as a step changes them, end the run with an error. `peak_bytes` counts what PyTorch has allocated,
-vLLM's memory included, also what sleep mode has given back; `in_use_bytes` does not.
+Reported for each engine:
+
+* the median time of the parts of a step and of the step, with the device idle between the parts;
+* completion tokens per second of generation;
+* the peak of PyTorch's allocated memory in each part, and the memory of the card in use at the end of the part,
+  by any process. `peak_bytes` counts all that PyTorch has allocated: vLLM's memory too, also what sleep mode has
+  given back. `in_use_bytes` does not count what sleep mode has given back;
+* the time to build the trainer, vLLM's start included.
+
+For vLLM also:
+
+* after each of the first two weight syncs, the largest difference between a weight of the engine and the
+  trainer's, relative to the largest weight of its matrix; the share of weights that differ from the trainer's
+  after rounding; and the share that changed since the sync before. The time of this comparison is in no step;
+* what TRL and this library log of the difference between the two models' log-probabilities.
+
+A difference above twice bfloat16's machine epsilon ends the run with an error. So do as many differing weights as
+the step changed.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def page(results: Results) -> str:
 {plot(results)}
 <p>Probability of the right answer on 200 held-out prompts, computed exactly; it is the expected accuracy at
 temperature 1. Lines are means over seeds, bands
-go from the least to the largest of them. Each learning rate is the best of 0.0003, 0.0005 and
+go from the smallest to the largest of them. Each learning rate is the best of 0.0003, 0.0005 and
 0.0007 for its arm over three seeds; the control with shuffled feedback has that of SDPO.</p>
 {numbers(results)}
 

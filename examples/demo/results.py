@@ -73,7 +73,7 @@ SECTIONS = {
         "SDPO with α=0, alone and with one change.",
         (
             "A slower teacher ends at {end[collapsing + rate 0.01]} and does not fall; on the private API "
-            "one of two seeds does. The trust region ends at {end[collapsing + trust region]}; on the "
+            "one of two seeds falls. The trust region ends at {end[collapsing + trust region]}; on the "
             "private API it falls.",
             "SRPO ends at {end[collapsing + SRPO]}, half of the loss from GRPO at "
             "{end[collapsing + hybrid λ=0.5]}, the teacher that restarts at "

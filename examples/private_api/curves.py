@@ -13,8 +13,8 @@ from drawing import Band
 
 Run = dict[str, Any]  # a record, as `train.py` writes it
 PROBABILITY, ACCURACY = 1, 2  # columns of a run's points, after the samples
-# A run has fallen where its accuracy stays below this fraction of its best until then; a run whose best is below
-# the other number has learned nothing that it could lose.
+# A run has fallen if its accuracy stays below the first number times the best before, to the end. A run whose best
+# is below the second number has learned nothing that it could lose.
 FALLEN, LEARNED = 0.8, 0.1
 
 
@@ -66,7 +66,7 @@ def best(run: Run) -> float:
 
 
 def at(run: Run, samples: int, column: int) -> float:
-    """A run's value at the last evaluation until then."""
+    """The value of a run at its last evaluation within a number of samples."""
     return float([point[column] for point in run["points"] if point[0] <= samples][-1])
 
 

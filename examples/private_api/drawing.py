@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from style import FIGURE, LINES, PALETTE, PHONE_FONT
 
-DASHES = ("", "6 3", "2 3")  # a dash for each round through the colors
-# Units of the figure. The text of a phone must fit, which is the largest.
+DASHES = ("", "6 3", "2 3")  # the next one where all colors are used
+# In units of the figure. The sizes leave room for the text on a phone, which is the largest.
 WIDTH = 640
 HEIGHT, SMALL_HEIGHT = 300, 130  # between the axes of a single panel, of each of several
 LEFT, RIGHT = 62, 84  # of a panel, beside its axes
@@ -21,7 +21,7 @@ TITLE_HEIGHT, HEADING_HEIGHT, TICKS_HEIGHT = 52, 38, 40
 LABEL_HEIGHT, LINE_HEIGHT = 22, 28  # of a value at the end of a line, of a line of the legend
 SWATCH = 40
 CHARACTER = 0.57 * PHONE_FONT  # mean width
-MIDDLE = 'dy=".35em"'  # text is centered on its height
+MIDDLE = 'dy=".35em"'  # centers a text vertically
 
 
 class Band(NamedTuple):
@@ -65,7 +65,7 @@ class Look(NamedTuple):
 
 
 def draw(panels: Mapping[str, Mapping[str, Band]], title: str, *, columns: int = 1) -> str:
-    """Mean lines between bands from the least to the largest seed, with their last values, above a legend.
+    """Mean lines between bands from the smallest to the largest seed, with their last values, above a legend.
 
     Args:
         panels: lines by name, by the heading of their panel; values in [0, 1].

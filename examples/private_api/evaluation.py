@@ -70,7 +70,7 @@ def forced(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
     """``p(answer | prompt) = prod_t p(y_t | prompt, y_<t)``, and whether every ``y_t`` is the argmax."""
     rows = [(prompt_ids(tokenizer, question), answer_ids(tokenizer, question)) for question in questions]
     device = next(model.parameters()).device
-    likelihoods: list[torch.Tensor] = []  # left on the device: one wait at the end
+    likelihoods: list[torch.Tensor] = []  # kept on the device, so that the CPU waits only once
     found: list[torch.Tensor] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]

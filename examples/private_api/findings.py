@@ -58,9 +58,9 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "comparison](#what-prevents-the-collapse) has two settings that differ in the rate alone.",
     ),
     "cures": (
-        "The first three rows have two seeds each, all others one.",
+        "The first three rows have two seeds each, all others seed 0 alone.",
         "The setting alone ends at {each[collapsing]} on its two seeds. Their best accuracies are "
-        "{bests[collapsing]}: one seed never answers a held-out question, the other loses all that it "
+        "{bests[collapsing]}: seed 0 never answers a held-out question right, seed 1 loses all that it "
         "learned.",
         "SRPO as published does not fall: it ends at {end[collapsing + SRPO]}, with a probability of "
         "{probability[collapsing + SRPO]}. None of its parts alone prevents the collapse. The routing "
@@ -92,9 +92,9 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "* With α=0 and a teacher about four times as fast as the paper's, SDPO ends at "
         "{end[collapsing]} on both of two seeds. With the paper's rate it ends at {each[collapsing + "
         "rate per 256 samples]} on the same seeds.\n"
-        "* SRPO as published and half of the loss from GRPO also prevent this collapse: {end[collapsing "
-        "+ SRPO]} and {end[collapsing + hybrid λ=0.5]}, on one seed each. That is too few to say which "
-        "one is better.",
+        "* SRPO as published and half of the loss from GRPO also prevented this collapse. They end at "
+        "{end[collapsing + SRPO]} and {end[collapsing + hybrid λ=0.5]}, on one seed each, which is too few "
+        "to say which one is better.",
     ),
     "choosing summary": (
         ("learns", "cures"),
@@ -139,8 +139,8 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "* A teacher that restarts falls from {best[collapsing + teacher restart]} to {end[collapsing + "
         "teacher restart]}, and the trust region from {best[collapsing + trust region]} to "
         "{end[collapsing + trust region]}.\n\n"
-        "Most rows have one seed. The two seeds of the slower teacher end a quarter apart, so other "
-        "seeds may change the order of all rows but the worst.",
+        "Most rows have one seed. The two seeds of the slower teacher end a quarter apart, so a difference of "
+        "this size between rows may be chance.",
     ),
 }
 

@@ -42,7 +42,7 @@ PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
 <h1>{{ title }}</h1>
 <p class="lead">{{ lead }}</p>
 <p>Accuracy: share of held-out questions that greedy decoding answers right.
-{{ seeds }} seed{{ "s" if seeds > 1 }}; bands go from the least to the largest of them.</p>
+{{ seeds }} seed{{ "s" if seeds > 1 }}; bands go from the smallest to the largest of them.</p>
 {{ accuracy_plot | safe }}
 <div class="scroll" tabindex="0" role="region" aria-label="Held-out accuracy">
 <table><tr><th>held-out accuracy</th>{% for s in ticks %}<th>{{ s }}</th>{% endfor %}</tr>

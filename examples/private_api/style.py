@@ -10,7 +10,7 @@ from importlib import resources
 PALETTE = (resources.files("sdpo_rl") / "credit" / "page" / "palette.css").read_text(encoding="utf-8")
 LINES = 8  # colors of lines: --c0 to --c7 of the palette
 
-# A figure is scaled to the width there is: in a narrow one the text must be larger, in units of the figure.
+# A figure is scaled to the available width, so a narrow figure needs larger text, in units of the figure.
 PHONE = 540  # px, the widest narrow figure
 FONT, PHONE_FONT = 13, 21
 
@@ -30,7 +30,8 @@ FIGURE = f"""\
 }}
 """
 
-# At the side where a box has more to scroll to; what moves with its content covers them at the ends.
+# A shadow at each side of a box that scrolls. At the end of the content a gradient that moves with it covers the
+# shadow.
 SHADOWS = ", ".join(
     f"linear-gradient({angle}, {color}, transparent) {side} / {width} 100% no-repeat {moves}"
     for color, width, moves in (("var(--page) 50%", "40px", "local"), ("var(--faint)", "14px", "scroll"))

@@ -33,7 +33,7 @@ from sdpo_rl.diagnose.monitors import (
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
 NONE = "–"
-# Steps of the signs: those that the monitors compare with, and the last of the first twenty.
+# Steps of the signs: the first five, with which the monitors compare, and the last five of the first twenty.
 FIRST, LATER = range(1, 6), range(16, 21)
 SIGNS = {
     "reward": "reward",

@@ -212,9 +212,8 @@ class Monitors:
         self._last: dict[str, list[float]] = {}
         # Sum of squared differences of successive values, and the number of differences.
         self._differences: dict[str, tuple[float, int]] = {}
-        self._rewards: dict[
-            str, float
-        ] = {}  # smallest and largest of a batch ("low", "high"), best mean ("best")
+        # Of training rewards: smallest and largest of a batch ("low", "high"), and the best mean ("best").
+        self._rewards: dict[str, float] = {}
         self._trained: list[float] = []  # training rewards since the last evaluation
         self._evaluated = False  # an evaluation came after the last training reward
         self._evaluations: dict[str, list[Evaluation]] = {}  # by data set
