@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 import re
 import sys
@@ -16,6 +17,7 @@ sys.path.insert(0, str(EXAMPLES / "private_api"))
 
 import arms
 import curves
+import drawing
 import figures
 import findings
 import margins
@@ -60,6 +62,15 @@ def standard_error(run: curves.Run) -> float:
 
 def kept(run: curves.Run) -> bool:
     return curves.best(run) >= curves.LEARNED and curves.fall(run) is None
+
+
+@pytest.mark.parametrize(
+    "module", [arms, curves, drawing, margins, tables], ids=lambda module: module.__name__
+)
+def test_the_examples_in_docstrings_hold(module: Any) -> None:
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0
+    assert failed == 0
 
 
 # --- sentences with numbers of records ------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def label_places(ends: Mapping[str, float], bottom: float) -> dict[str, float]:
 
     Example:
         >>> label_places({"a": 100.0, "b": 100.0}, bottom=110.0)
-        {'a': 93.0, 'b': 110.0}
+        {'a': 88.0, 'b': 110.0}
     """
     order = sorted(ends, key=lambda name: ends[name])
     places: dict[str, float] = {}

@@ -130,7 +130,7 @@ def leave_one_out(kept: Sequence[float], collapsed: Sequence[float]) -> int:
         >>> leave_one_out([0.0, 0.1], [0.3, 0.5])
         4
         >>> leave_one_out([0.0, 0.1, 0.25], [0.3, 0.5])
-        4
+        3
     """
     correct = 0
     for index, value in enumerate(kept):
