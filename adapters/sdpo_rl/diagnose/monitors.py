@@ -33,6 +33,10 @@ REWARD_FALL = 0.2
 # noise, one run in twenty has a warning at most.
 # The reward is compared with the best of many means, which is more above their own mean than the start.
 ERRORS_AT_LIMIT, ERRORS_OF_REWARD = 4.0, 5.0
+# The noise is that of all values or of about as many of the last ones, whichever is larger.
+RECENT = 100
+# Of a reward, as a fraction: the same rewards in another order have another mean in float32.
+_ROUNDING = 1e-6
 # Nats per token between teacher and student. A token of a useful batch has a hundredth and more on average; this
 # is what few of a thousand tokens leave where the models agree on all others.
 _NO_DIVERGENCE = 1e-3
@@ -51,6 +55,10 @@ _SLOW_DOWN = (
 _REWARD, _AT_LIMIT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
 
 Comparison = Callable[[float, float], str | None]  # of the start and now
+# Of successive values: the sum of the squares of their differences, and how many; the same of the last ones, each
+# with a weight that falls with its age.
+Noise = tuple[float, int, float, float]
+_NO_NOISE: Noise = (0.0, 0, 0.0, 0.0)
 Evaluation = tuple[float, float]  # held-out reward, mean training reward since the evaluation before
 
 
@@ -114,7 +122,7 @@ def reward(best: float, now: float, extent: float, *, error: float = 0.0) -> str
         >>> reward(0.5, 0.3, extent=0.8)[:41]
         'The training reward fell from 0.5 to 0.3.'
     """
-    if best - now <= max(REWARD_FALL * extent, ERRORS_OF_REWARD * error):
+    if best - now <= max(REWARD_FALL * extent, ERRORS_OF_REWARD * error, _ROUNDING * abs(best)):
         return None
     return (
         f"The training reward fell from {best:.3g} to {now:.3g}. Unless the prompts became harder, what was "
@@ -208,8 +216,7 @@ class Monitors:
     def __init__(self) -> None:
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
-        # Of successive values: the sum of the squares of their differences, and how many.
-        self._differences: dict[str, tuple[float, int]] = {}
+        self._noise: dict[str, Noise] = {}
         self._rewards: dict[str, float] = {}  # of batches: the smallest, the largest, and the best mean
         self._trained: list[float] = []  # training rewards from one evaluation to the next
         self._evaluated = False  # since the last of them
@@ -220,19 +227,31 @@ class Monitors:
         return {
             "first": self._first,
             "last": self._last,
-            "differences": {name: list(sums) for name, sums in self._differences.items()},
+            "noise": {name: list(sums) for name, sums in self._noise.items()},
             "rewards": self._rewards,
             "trained": self._trained,
             "evaluated": self._evaluated,
             "evaluations": {name: [list(e) for e in seen] for name, seen in self._evaluations.items()},
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`."""
+    def load_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Continue from `state()`.
+
+        Args:
+            state: of this version or of an earlier one, whose checkpoints do not have every part.
+
+        Returns:
+            The names of the parts that it does not have. These begin anew.
+        """
+        missing = sorted(self.state().keys() - state.keys())
+        state = {**Monitors().state(), **state}
+        if "noise" in missing:  # without it the last values cannot be compared with the start
+            state["last"] = {}
         self._first = {name: list(values) for name, values in state["first"].items()}
         self._last = {name: list(values) for name, values in state["last"].items()}
-        self._differences = {
-            name: (squares, count) for name, (squares, count) in state["differences"].items()
+        self._noise = {
+            name: (squares, count, recent, weight)
+            for name, (squares, count, recent, weight) in state["noise"].items()
         }
         self._rewards = dict(state["rewards"])
         self._trained, self._evaluated = list(state["trained"]), state["evaluated"]
@@ -240,6 +259,7 @@ class Monitors:
             name: [(held_out_reward, reward) for held_out_reward, reward in seen]
             for name, seen in state["evaluations"].items()
         }
+        return missing
 
     def observe(self, logs: Mapping[str, Any]) -> dict[str, str]:
         """The messages that one entry of the log gives rise to, by the name of the monitor."""
@@ -289,8 +309,11 @@ class Monitors:
         """The last values, with this one."""
         last = self._last.setdefault(name, [])
         if last:
-            squares, count = self._differences.get(name, (0.0, 0))
-            self._differences[name] = squares + (value - last[-1]) ** 2, count + 1
+            squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
+            # A product overflows to infinity, a power raises an error.
+            square = (value - last[-1]) * (value - last[-1])
+            kept = 1 - 1 / RECENT
+            self._noise[name] = squares + square, count + 1, recent * kept + square, weight * kept + 1
         last.append(value)
         del last[:-LONG_WINDOW]
         return last
@@ -307,12 +330,14 @@ class Monitors:
         return reward(seen["best"], fmean(last), extent, error=error)
 
     def _error(self, name: str, others: int) -> float:
-        """The standard error of the mean of the last values less that of some others, by the noise of all values.
+        """The standard error of the mean of the last values less that of some others, by the noise of the values.
 
-        That of successive values, whose differences have twice its variance: a trend does not count as noise.
+        That of successive values, whose differences have twice its variance: a trend does not count as noise. A
+        reward that is 0 until the first successes has more noise after them than before.
         """
-        squares, count = self._differences.get(name, (0.0, 0))
-        return math.sqrt(squares / (2 * count) * (1 / LONG_WINDOW + 1 / others)) if count else 0.0
+        squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
+        variance = max(squares / count, recent / weight) / 2 if count else 0.0
+        return math.sqrt(variance * (1 / LONG_WINDOW + 1 / others))
 
     def _now(self, name: str, window: int) -> float:
         """The mean of the last values; those that are still missing count as the start's."""
@@ -321,7 +346,7 @@ class Monitors:
 
     def _rose(self, name: str) -> bool:
         """Whether the last values are above the first."""
-        return name in self._first and self._now(name, LONG_WINDOW) > fmean(self._first[name])
+        return name in self._last and self._now(name, LONG_WINDOW) > fmean(self._first[name])
 
     def _evaluate(self, logs: Mapping[str, Any]) -> str | None:
         reward = logs["eval_reward"]
