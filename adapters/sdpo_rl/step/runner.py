@@ -166,9 +166,9 @@ def _check_lengths(model: Any, sizes: Sizes) -> None:
     limit, longest = getattr(model, "max_seq_length", None), max(map(sum, sizes), default=0)
     if limit and longest > limit:
         raise ValueError(
-            f"batch: expected rows of at most max_seq_length={limit} tokens, got a prompt and completion of {longest}, "
-            "which the model would truncate without a message; load it with a larger max_seq_length, remove long "
-            "prompts, or lower max_completion_length"
+            f"batch: expected rows of at most max_seq_length={limit} tokens, got a prompt and completion of "
+            f"{longest}, which the model would truncate without a message; load it with a larger max_seq_length, "
+            "remove long prompts, or lower max_completion_length"
         )
 
 
