@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,6 +159,39 @@ def test_noise_is_no_collapse(rows: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert warned() > 30
 
 
+def test_a_reward_of_first_successes_after_long_failure_is_no_collapse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight rows without a success for a thousand batches, then half; the counter-example has their noise alone."""
+
+    def warned() -> int:
+        found = 0
+        for seed in range(20):
+            rng, watch = random.Random(seed), Monitors()
+            rates = (0.0 if i < 1000 else min((i - 1000) / 400, 0.5) for i in range(1500))
+            rewards = (fmean(float(rng.random() < rate) for _ in range(8)) for rate in rates)
+            found += any(watch.observe({REWARD: mean}) for mean in rewards)
+        return found
+
+    assert warned() <= 1
+    monkeypatch.setattr(monitors, "RECENT", 1e9)
+    assert warned() > 15
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [0.30000002] * 20 + [0.3] * 20,  # float32 means of the same rewards
+        [1e200, -1e200] * 20,  # squares above the largest float
+        [-5.0] * 40,
+        [math.nan, math.inf, -math.inf] * 20,
+    ],
+    ids=["rounding", "huge", "constant", "not finite"],
+)
+def test_odd_rewards_are_no_collapse(rewards: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    assert messages(caplog, series(REWARD, rewards)) == []
+
+
 def test_completions_that_repeat_themselves_with_certainty_are_warned_about(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -182,6 +216,37 @@ def test_a_resumed_run_continues_to_watch(name: str, forgets: bool, caplog: pyte
         seen += part in caplog.text
         assert caplog.text.count(part) == int(part in caplog.text)
     assert (seen > 0) == (not forgets)
+
+
+def test_a_checkpoint_of_an_earlier_version_continues_with_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It has neither rewards nor noise, and five last values; the counter-example begins anew altogether."""
+    before, after = series(LIMIT, [0.1] * 6), series(LIMIT, [0.6] * 20)
+    watch = Diagnostics(SDPOConfig())
+    for entry in joined(before, joined(series(ENTROPY, [0.5] * 6), series(REWARD, [0.3] * 6))):
+        watch.observe_logs(entry)
+    state = json.loads(json.dumps(watch.state()))
+    for name in ("noise", "rewards"):
+        del state["monitors"][name]
+    del state["monitors"]["last"][REWARD]
+    resumed = Diagnostics(SDPOConfig())
+    resumed.load_state(state)
+    assert [record.getMessage() for record in caplog.records if "earlier version" in record.getMessage()] == [
+        "The checkpoint is of an earlier version, without noise, rewards: the warnings of a collapse begin anew "
+        "with these, and compare all else with the start of the run."
+    ]
+    for entry in after:
+        resumed.observe_logs(entry)
+    assert "are cut at max_completion_length, after 10%" in caplog.text
+    assert resumed.state().keys() == watch.state().keys()
+    assert messages(caplog, after) == []
+
+
+def test_a_checkpoint_of_this_version_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Diagnostics(SDPOConfig())
+    watch.load_state(json.loads(json.dumps(Diagnostics(SDPOConfig()).state())))
+    assert caplog.messages == []
 
 
 def test_several_data_sets_are_not_mixed(caplog: pytest.LogCaptureFixture) -> None:

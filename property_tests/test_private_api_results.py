@@ -390,3 +390,22 @@ def test_verdicts_before_training_are_those_of_the_docs_and_agree_with_it() -> N
         assert (outlook == "learns") == (end > 0.5)
     alphas = {name: found["verdict"]["outlook"] for name, found in probes.items() if name.startswith("α")}
     assert alphas == dict.fromkeys(("α=0", "α=0.1", "α=1"), "learns")
+
+
+# --- records of runs that were interrupted ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_run_with_one_evaluation_has_a_figure(columns: int) -> None:
+    """That before training, which an interrupted run has alone."""
+    line = drawing.Band([0], [0.25], [0.25], [0.25])
+    figure = ElementTree.fromstring(drawing.draw({"": {"SDPO": line}}, "accuracy", columns=columns))
+    assert "0.25" in [text.strip() for text in figure.itertext()]
+
+
+def test_seeds_without_an_evaluation_in_common_are_named() -> None:
+    run = {"arm": "SDPO", "points": [[0, 0.1, 0.2]]}
+    runs = [{**run, "seed": 0}, {**run, "seed": 1, "points": []}]
+    with pytest.raises(ValueError, match="got none of SDPO, seed 0, SDPO, seed 1"):
+        curves.band(runs, curves.ACCURACY)
+    assert curves.band(runs[:1], curves.ACCURACY).mean == [0.2]

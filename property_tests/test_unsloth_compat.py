@@ -34,6 +34,7 @@ from sdpo_rl.resume import progress
 from sdpo_rl.step import batch as step_batch
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import runner
+from sdpo_rl.step.micro_batch import StepContext
 
 needs_unsloth = pytest.mark.skipif(driver.missing() is not None, reason=str(driver.missing()))
 
@@ -431,6 +432,36 @@ def test_a_row_of_grpo_too_long_for_the_model_is_refused(tmp_path: Path, packing
         ValueError, match="rows of at most max_seq_length=80 tokens, got a prompt and completion of"
     ):
         trainer.train()
+
+
+@pytest.mark.parametrize("packing", ["auto", "padded"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_iterations": 2}, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}],
+    ids=["old log-probs", "alone on a process"],
+)
+def test_a_dropped_row_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str, settings: dict[str, Any]
+) -> None:
+    """TRL computes log-probs of every row, and a process without a row runs one for its collectives."""
+    alone = "per_device_train_batch_size" in settings
+    monkeypatch.setattr(StepContext, "in_lockstep", property(lambda _: alone))
+    config = tiny.config(packing=packing)
+    trainer = tiny.trainer(tmp_path, train_dataset=mixed(), sdpo_config=config, max_steps=2, **settings)
+    trainer.model.max_seq_length = 80
+    lengths: list[int] = []  # of rows, which may be packed into one
+    trainer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (
+            None if kwargs["use_cache"] else lengths.append(int(kwargs["position_ids"].max()) + 1)
+        ),
+        with_kwargs=True,
+    )
+    trainer.train()
+    dropped = [
+        entry.get("self_distillation/dropped_reprompt_fraction", 0) for entry in trainer.state.log_history
+    ]
+    assert max(dropped) > 0.0
+    assert max(lengths) <= 80
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ def values(runs: Sequence[Run], column: int) -> dict[int, list[float]]:
     """One value per seed, at each number of samples that all seeds have."""
     curves = [{point[0]: point[column] for point in run["points"]} for run in runs]
     shared = sorted(set.intersection(*(set(curve) for curve in curves)))
+    if not shared:
+        names = ", ".join(f"{run['arm']}, seed {run['seed']}" for run in runs)
+        raise ValueError(
+            f"points: expected an evaluation after the same number of samples in every run of an arm, got none of "
+            f"{names}; leave out the records of runs that were interrupted before"
+        )
     return {samples: [curve[samples] for curve in curves] for samples in shared}
 
 

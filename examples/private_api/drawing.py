@@ -77,7 +77,8 @@ def draw(panels: Mapping[str, Mapping[str, Band]], title: str, *, columns: int =
     """
     names = dict.fromkeys(name for bands in panels.values() for name in bands)
     looks = {name: _look(i) for i, name in enumerate(names)}
-    last = max(band.samples[-1] for bands in panels.values() for band in bands.values())
+    # A run that was interrupted early has its evaluation before training alone, after 0 samples.
+    last = max([1, *(band.samples[-1] for bands in panels.values() for band in bands.values())])
     above = HEADING_HEIGHT if any(panels) else 0
     inside = HEIGHT if len(panels) == 1 else SMALL_HEIGHT
     width, height = WIDTH / columns, above + inside + TICKS_HEIGHT

@@ -35,6 +35,10 @@ REWARD_FALL = 0.2
 # of a thousand batches of noise has a warning. The number for rewards is larger, because the best of many means
 # lies above their expected value even if nothing changes.
 CUT_STANDARD_ERRORS, REWARD_STANDARD_ERRORS = 4.0, 5.0
+# The noise is that of all values, or of about as many of the last ones, whichever is larger.
+RECENT = 100
+# Smallest fall of a reward, as a fraction of it: the same rewards in another order have another mean in float32.
+_ROUNDING = 1e-6
 # Divergence in nats per token. A useful batch has .01 or more; below this number the models agree on nearly all
 # tokens.
 _NO_DIVERGENCE = 1e-3
@@ -53,6 +57,10 @@ _SLOW_DOWN = (
 _REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
 
 Comparison = Callable[[float, float], str | None]  # of the start and now
+# Of successive values: the sum of the squares of their differences, and how many; the same of the last ones, each
+# with a weight that falls with its age.
+Noise = tuple[float, int, float, float]
+_NO_NOISE: Noise = (0.0, 0, 0.0, 0.0)
 Evaluation = tuple[float, float]  # held-out reward, mean training reward since the evaluation before
 
 
@@ -116,7 +124,7 @@ def reward(best: float, now: float, reward_range: float, *, error: float = 0.0) 
         >>> reward(0.5, 0.3, reward_range=0.8)[:41]
         'The training reward fell from 0.5 to 0.3.'
     """
-    if best - now <= max(REWARD_FALL * reward_range, REWARD_STANDARD_ERRORS * error):
+    if best - now <= max(REWARD_FALL * reward_range, REWARD_STANDARD_ERRORS * error, _ROUNDING * abs(best)):
         return None
     return (
         f"The training reward fell from {best:.3g} to {now:.3g}. Unless the prompts became harder, what was "
@@ -210,8 +218,7 @@ class Monitors:
     def __init__(self) -> None:
         self._first: dict[str, list[float]] = {}
         self._last: dict[str, list[float]] = {}
-        # Sum of squared differences of successive values, and the number of differences.
-        self._differences: dict[str, tuple[float, int]] = {}
+        self._noise: dict[str, Noise] = {}
         # Of training rewards: smallest and largest of a batch ("low", "high"), and the best mean ("best").
         self._rewards: dict[str, float] = {}
         self._trained: list[float] = []  # training rewards since the last evaluation
@@ -223,19 +230,31 @@ class Monitors:
         return {
             "first": self._first,
             "last": self._last,
-            "differences": {name: list(sums) for name, sums in self._differences.items()},
+            "noise": {name: list(sums) for name, sums in self._noise.items()},
             "rewards": self._rewards,
             "trained": self._trained,
             "evaluated": self._evaluated,
             "evaluations": {name: [list(e) for e in seen] for name, seen in self._evaluations.items()},
         }
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state()`."""
+    def load_state(self, state: Mapping[str, Any]) -> list[str]:
+        """Continue from `state()`.
+
+        Args:
+            state: of this version or of an earlier one, whose checkpoints do not have every part.
+
+        Returns:
+            The names of the parts that it does not have. These begin anew.
+        """
+        missing = sorted(self.state().keys() - state.keys())
+        state = {**Monitors().state(), **state}
+        if "noise" in missing:  # without it the last values cannot be compared with the start
+            state["last"] = {}
         self._first = {name: list(values) for name, values in state["first"].items()}
         self._last = {name: list(values) for name, values in state["last"].items()}
-        self._differences = {
-            name: (squares, count) for name, (squares, count) in state["differences"].items()
+        self._noise = {
+            name: (squares, count, recent, weight)
+            for name, (squares, count, recent, weight) in state["noise"].items()
         }
         self._rewards = dict(state["rewards"])
         self._trained, self._evaluated = list(state["trained"]), state["evaluated"]
@@ -243,6 +262,7 @@ class Monitors:
             name: [(held_out_reward, reward) for held_out_reward, reward in seen]
             for name, seen in state["evaluations"].items()
         }
+        return missing
 
     def observe(self, logs: Mapping[str, Any]) -> dict[str, str]:
         """The messages for one entry of the log, by the name of the monitor."""
@@ -292,8 +312,11 @@ class Monitors:
         """Store a value; returns the last values, this one included."""
         last = self._last.setdefault(name, [])
         if last:
-            squares, count = self._differences.get(name, (0.0, 0))
-            self._differences[name] = squares + (value - last[-1]) ** 2, count + 1
+            squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
+            # A product overflows to infinity, a power raises an error.
+            square = (value - last[-1]) * (value - last[-1])
+            kept = 1 - 1 / RECENT
+            self._noise[name] = squares + square, count + 1, recent * kept + square, weight * kept + 1
         last.append(value)
         del last[:-LONG_WINDOW]
         return last
@@ -313,10 +336,12 @@ class Monitors:
         """Standard error of the mean of the last values minus the mean of `others` values.
 
         The variance of a value is half of the mean squared difference of successive values, so that a slow trend
-        does not count as noise.
+        does not count as noise. Recent values alone can have more noise than all: a reward that is 0 until the first
+        successes.
         """
-        squares, count = self._differences.get(name, (0.0, 0))
-        return math.sqrt(squares / (2 * count) * (1 / LONG_WINDOW + 1 / others)) if count else 0.0
+        squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
+        variance = max(squares / count, recent / weight) / 2 if count else 0.0
+        return math.sqrt(variance * (1 / LONG_WINDOW + 1 / others))
 
     def _now(self, name: str, window: int) -> float:
         """The mean of the last `window` values; missing values count as the mean at the start."""
@@ -325,7 +350,7 @@ class Monitors:
 
     def _rose(self, name: str) -> bool:
         """Whether the mean of the last values is above the mean at the start."""
-        return name in self._first and self._now(name, LONG_WINDOW) > fmean(self._first[name])
+        return name in self._last and self._now(name, LONG_WINDOW) > fmean(self._first[name])
 
     def _evaluate(self, logs: Mapping[str, Any]) -> str | None:
         reward = logs["eval_reward"]

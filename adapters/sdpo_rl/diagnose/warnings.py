@@ -148,7 +148,12 @@ class Diagnostics:
         self._empty_batches, self._best_score = state["empty_batches"], state["best_score"]
         self._lengths, self._warned = list(state["lengths"]), set(state["warned"])
         self._new = dict(state["new"])
-        self._monitors.load_state(state["monitors"])
+        if missing := self._monitors.load_state(state["monitors"]):
+            logger.warning(
+                "The checkpoint is of an earlier version, without %s: the warnings of a collapse begin anew with "
+                "these, and compare all else with the start of the run.",
+                ", ".join(missing),
+            )
 
     def take_warnings(self) -> dict[str, str]:
         """The messages since the last call, by name."""

@@ -136,6 +136,19 @@ def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
     return ids.view(len(rows), width).to(device), mask.to(device)
 
 
+def last_tokens(mask: Tensor, count: float | None) -> Tensor:
+    """The mask [B, L] of the last tokens of each row, at most `count`; `None` or 0: of all.
+
+    Example:
+        >>> last_tokens(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]), 2).tolist()
+        [[0, 1, 1, 0], [0, 1, 1, 0]]
+    """
+    if not count:
+        return mask
+    following = mask.flip(-1).cumsum(-1).flip(-1)
+    return mask * (following <= count)
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions [B, L] that count attended tokens only, so that left padding shifts none of them.
 
@@ -190,13 +203,14 @@ def token_batch(ids: Tensor, mask: Tensor, length: int) -> TokenBatch:
 
 
 def select_rows(
-    inputs: Mapping[str, Any], *, at_least_one: bool, read_prompts: bool = False
+    inputs: Mapping[str, Any], *, at_least_one: bool, read_prompts: bool = False, longest: float = math.inf
 ) -> MicroBatch | None:
     """The rows of a micro-batch that have a loss, and those of them that have a teacher; `None` without any.
 
     With `at_least_one` the first row runs where none has a loss, and where none has a teacher the first that runs
     gets its own prompt as the teacher's: other processes may have active rows, and the collectives of their
-    forwards need this one. With `read_prompts` the batches have their prompts on the host.
+    forwards need this one. Of a row without a loss only `longest` tokens run. With `read_prompts` the batches have
+    their prompts on the host.
     """
     names = ("loss_mask", "prompt_mask", "teacher_prompt_mask", "completion_mask")
     masks = [inputs[name] for name in names]
@@ -209,6 +223,12 @@ def select_rows(
         if not at_least_one:
             return None
         active = [0]
+        tokens, prompt, teacher_prompt, completion, *others = counts[0]
+        completion = int(min(completion, longest - 1))
+        prompt = int(min(prompt, longest - completion))
+        counts[0] = [tokens, prompt, teacher_prompt, completion, *others]
+        if read_prompts:
+            prompts[""][0] = prompts[""][0][len(prompts[""][0]) - prompt :]
     if at_least_one and not distilled:
         distilled = active[:1]
         inputs = {

@@ -23,7 +23,7 @@ from . import entropy, model_check
 from . import forward as step_forward
 from . import head as step_head
 from . import loss as step_loss
-from .batch import MicroBatch, TokenBatch, token_batch
+from .batch import MicroBatch, TokenBatch, last_tokens, token_batch
 from .metrics import Metrics
 from .packing import Layout
 from .policy import PolicyTerm
@@ -272,7 +272,11 @@ def completion_log_probs(
         mask: [B, P+T], 0 for padding.
         length: T.
         batch_size: rows of a forward; `None`: all.
+
+    A prompt that does not fit in the model's `max_seq_length` with its completion loses its first tokens: such rows
+    have no loss, or their step refuses them.
     """
+    mask = last_tokens(mask, getattr(unwrapped, "max_seq_length", None))
     log_probs, size = [], batch_size or len(ids)
     for some_ids, some_mask in zip(ids.split(size), mask.split(size), strict=True):
         tokens = token_batch(some_ids, some_mask, length)
