@@ -206,6 +206,8 @@ def observe_recipe(folder: str) -> dict:
             f"{folder}/out",
         ),
         *("--max_completion_length", "8", "--optim", "adamw_torch", "--dry_run"),
+        # A dry run generates a batch; in Triton's interpreter 64 rows take minutes.
+        *("--gradient_accumulation_steps", "2"),
     )
     code = main(["train", "--config", "unsloth_4bit.yaml", *overrides])
     import sdpo_rl
