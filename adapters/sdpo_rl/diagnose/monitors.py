@@ -336,8 +336,8 @@ class Monitors:
         """Standard error of the mean of the last values minus the mean of `others` values.
 
         The variance of a value is half of the mean squared difference of successive values, so that a slow trend
-        does not count as noise. Recent values alone can have more noise than all: a reward that is 0 until the first
-        successes.
+        does not count as noise. Recent values alone can have more noise than all, as those of a reward that is 0
+        until the first successes.
         """
         squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
         variance = max(squares / count, recent / weight) / 2 if count else 0.0
