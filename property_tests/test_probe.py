@@ -340,7 +340,7 @@ def test_environments_and_tools_run_for_both_completions_of_a_row(
 
 
 DRIVER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, sys.argv[2])
@@ -354,7 +354,8 @@ trainer.train()
 rank = trainer.accelerator.process_index
 Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(result.to_dict()))
 trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+# Without the end of the interpreter: a thread of gloo may still hold a tensor of Python, and would abort there.
+os._exit(0)
 """
 
 
