@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import ClassVar
 
 import pytest
-from programs import EXAMPLES, run
+from programs import EXAMPLES, launch, run
 
 LEARNS = re.compile(r"probability of the right answer (\S+) -> (\S+)")
 
@@ -234,19 +234,8 @@ def test_other_codebases_get_the_gradient_of_the_divergence(tmp_path: Path) -> N
     assert float(re.findall(r"by (\S+) of its norm", run(tmp_path, "wrong.py"))[0]) > 1
 
 
-# On a machine under load, a thread of gloo can still hold a tensor of Python when the interpreter ends, in spite of
-# the barrier in the example: DistributedDataParallel keeps gloo's threads alive after `destroy_process_group`.
-GLOO_AT_EXIT = "terminate called without an active exception"
-
-
-def losses_on(folder: Path, processes: int, name: str, launches: int = 3) -> list[str]:
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-    try:
-        printed = run(folder, *launch, str(folder / name), "--steps", "3")
-    except AssertionError as error:
-        if GLOO_AT_EXIT not in str(error) or launches == 1:
-            raise
-        return losses_on(folder, processes, name, launches - 1)
+def losses_on(folder: Path, processes: int, name: str) -> list[str]:
+    printed = launch(folder, processes, str(folder / name), "--steps", "3")
     return re.findall(r"step \d: loss (\S+)", printed)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from programs import EXAMPLES, run
+from programs import EXAMPLES, launch
 from trl import GRPOConfig
 
 FOLDER = EXAMPLES / "accelerate"
@@ -47,9 +47,6 @@ def test_zero3_gathers_the_model_for_generation_unless_told_otherwise() -> None:
 
 
 def test_the_script_runs_on_two_ranks(tmp_path: Path) -> None:
-    printed = run(
-        tmp_path,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(FOLDER / "train.py"), "--steps", "2", "--rows", "16", "--output", str(tmp_path)),
-    )
+    command = (str(FOLDER / "train.py"), "--steps", "2", "--rows", "16", "--output", str(tmp_path))
+    printed = launch(tmp_path, 2, *command)
     assert "on 2 ranks: reward" in printed

@@ -19,7 +19,7 @@ WINDOW = 5  # values in the mean at the start, and in most means of the last val
 LONG_WINDOW = 15
 # Rise of the fraction of cut completions, that is completions at the length limit. The first number is for a
 # student whose entropy is above its start: in the records runs that learned stayed below .11, and runs that
-# collapsed passed .15 at least 500 completions before. The second number is for any other student: in
+# collapsed passed .15 at least 500 completions before the fall. The second number is for any other student: in
 # the records a run that learned to write longer answers has more cut completions and a lower entropy. Runs that
 # learned stayed below .13.
 CUT_RISE_WITH_ENTROPY, CUT_RISE_ALONE = 0.125, 0.25
