@@ -32,8 +32,8 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-# On a machine under load, a thread of gloo can still hold a tensor of Python when the interpreter ends, even after a
-# barrier: DistributedDataParallel keeps gloo's threads alive after `destroy_process_group`.
+# On a machine under load, a thread of gloo can still hold a tensor of Python when the interpreter ends, even after
+# a barrier: DistributedDataParallel keeps gloo's threads alive after `destroy_process_group`.
 GLOO_AT_EXIT = "terminate called without an active exception"
 
 
