@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 from . import forward as step_forward
@@ -99,7 +100,11 @@ def choose_layout(context: StepContext, tokens: TokenBatch) -> ChosenLayout:
     chosen = ChosenLayout(layout, reason)
     if layout == "packed":
         with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
-            problem = row_attention_problem(context.unwrapped, tokens)
+            problem = (
+                "it is compiled"
+                if _will_compile(context.accelerator)
+                else row_attention_problem(context.unwrapped, tokens)
+            )
             longest = sequence_limit(context.unwrapped, tokens)
         fits = torch.tensor([not problem], device=tokens.ids.device)
         by_row = bool(context.accelerator.gather(fits.int()).min() > 0)
@@ -111,6 +116,11 @@ def choose_layout(context: StepContext, tokens: TokenBatch) -> ChosenLayout:
         )
     logger.info("Forwards run with packing=%r%s.", layout, chosen.note and f": {chosen.note}")
     return chosen
+
+
+def _will_compile(accelerator: Any) -> bool:
+    """Whether the model runs compiled, by `torch_compile` or the launcher; the unwrapped model is not."""
+    return bool(accelerator.state.dynamo_plugin.backend != DynamoBackend.NO)
 
 
 def make_runners(context: StepContext, batch: MicroBatch) -> tuple[Runner, Runner | None]:
