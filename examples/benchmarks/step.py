@@ -212,6 +212,7 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
         bf16=device == "cuda",
         use_cpu=device == "cpu",
         gradient_checkpointing=options.checkpointing,
+        torch_compile=options.torch_compile,
         learning_rate=1e-5,
         report_to=[],
         save_strategy="no",
@@ -338,6 +339,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--torch-compile", action="store_true", help="of the model, in every arm")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--repeat", type=int, default=1, help="how often to measure all arms in turn")
     parser.add_argument("--output", type=Path)
