@@ -146,18 +146,19 @@ def test_prompts_are_read_with_the_sizes(signal: list[bool]) -> None:
     assert plain.student.sizes == found.student.sizes
 
 
-@pytest.mark.parametrize(("longest", "size"), [(6, (3, 2)), (5, (3, 2)), (4, (2, 2)), (2, (1, 1))])
-def test_a_row_without_a_loss_runs_as_far_as_the_model_can(longest: int, size: tuple[int, int]) -> None:
-    inputs = rows_of_a_batch([[5, 6, 7], [8]], [[6], [7]], [[8, 9], [8]], {"loss_mask": [False, False]})
-    found = select_rows(inputs, at_least_one=True, read_prompts=True, longest=longest)
+@pytest.mark.parametrize("size", [(3, 2), (20, 2), (3, 20), (20, 20)])
+def test_few_tokens_of_a_row_without_a_loss_run(size: tuple[int, int]) -> None:
+    """The row may be longer than the model can process."""
+    prompt, completion = list(range(5, 5 + size[0])), list(range(50, 50 + size[1]))
+    inputs = rows_of_a_batch([prompt, [8]], [[6], [7]], [completion, [8]], {"loss_mask": [False, False]})
+    found = select_rows(inputs, at_least_one=True, read_prompts=True)
     assert found is not None
     assert found.teacher is not None
-    prompt, completion = [5, 6, 7][-size[0] :], [8, 9][: size[1]]
     for tokens in (found.student, found.teacher):
-        assert tokens.sizes == [size]
-        assert tokens.prompts == [prompt]
-        assert unpadded(tokens) == [[*prompt, *completion]]
-    assert found.completions["loss_mask"].tolist() == [[False] * size[1]]
+        assert tokens.sizes == [(min(size[0], 8), min(size[1], 8))]
+        assert tokens.prompts == [prompt[-8:]]
+        assert unpadded(tokens) == [[*prompt[-8:], *completion[:8]]]
+    assert found.completions["loss_mask"].tolist() == [[False] * min(size[1], 8)]
 
 
 def property_a_policy_loss_needs_no_teacher(

@@ -33,7 +33,7 @@ def observe(
 
 def check_layouts(seen: list[dict[str, Any]], *, tolerance: float) -> None:
     """Loss and gradient are those of rows alone, also where packed rows exceed `max_seq_length`."""
-    shown = unsloth_layouts.table(seen)
+    shown = unsloth_layouts.summary(seen)
     print(shown)
     assert {tuple(each["layout"]) for each in seen} == {("packed", "")}, shown
     one_call = [each["teacher_positions"] for each in seen if each["teacher_forwards"] == 1]

@@ -1,6 +1,6 @@
 """A micro-batch of an Unsloth run by every layout of its rows: the loss, its gradient, and Unsloth's attention.
 
-`watch` records it in the process that trains, `table` prints it.
+`watch` records it in the process that trains, `summary` describes it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "groups": {"packing": "groups"},
     "padded": {"packing": "padded"},
 }
-TEACHER = (
-    "forwards",
-    "padding_fraction",
-)  # metrics; the second one has the number of padded and of all positions
 # The functions that Unsloth's attention may call; some are not installed.
 KERNELS = [
     "flash_attn_varlen_func", "flash_attn_func", "xformers_attention", "_torch_varlen_packed",
@@ -44,27 +40,29 @@ def watch(trainer: Any, limit: int | None = None) -> list[dict[str, Any]]:
     Returns:
         A list that is filled while the trainer trains.
     """
-    true = trainer._micro_batch_output
+    compute = trainer._micro_batch_output
     found: list[dict[str, Any]] = []
 
     def output(*args: Any, **kwargs: Any) -> Any:
         # Before the run's own forward: nothing may replace weights between that and its backward.
         gaps, attention = {}, {}
         if limit is None or len(found) < limit:
-            gaps, attention = _by_layout(trainer, partial(true, *args, **kwargs))
-        made = true(*args, **kwargs)
-        if made.metrics:
-            forwards, (_, positions) = (made.metrics[f"self_distillation/teacher_{name}"] for name in TEACHER)
+            gaps, attention = _by_layout(trainer, partial(compute, *args, **kwargs))
+        result = compute(*args, **kwargs)
+        if result.metrics:
+            # A metric is a sum and a count.
+            forwards, _ = result.metrics["self_distillation/teacher_forwards"]
+            _, positions = result.metrics["self_distillation/teacher_padding_fraction"]
             found.append(
                 {
                     "layout": list(trainer._forward_mode.layout[:2]),
-                    "teacher_forwards": int(forwards[0]),
+                    "teacher_forwards": int(forwards),
                     "teacher_positions": int(positions),
                     "gaps": gaps,
                     "attention": attention,
                 }
             )
-        return made
+        return result
 
     trainer._micro_batch_output = output
     return found
@@ -157,7 +155,7 @@ def _attention() -> Iterator[set[str]]:
             setattr(dispatch, name, kernel)
 
 
-def table(micro_batches: list[dict[str, Any]]) -> str:
+def summary(micro_batches: list[dict[str, Any]]) -> str:
     """One line for each micro-batch, and one for each way in which attention ran."""
     lines = []
     for number, seen in enumerate(micro_batches):

@@ -465,8 +465,7 @@ class SDPOTrainer(_BASE):
         observers = self._records.observers(self.args, self.state, inputs, mode=self._mode)
         context = self._step_context(model, distillation_weight, observers)
         by_row = self._forward_mode is not None and self._forward_mode.layout.by_row
-        longest = step_forward.context_length(self._unwrapped)
-        batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row, longest=longest)
+        batch = select_rows(inputs, at_least_one=context.in_lockstep, read_prompts=by_row)
         if batch is None:
             return micro_batch.zero_loss(self._unwrapped)._replace(count=count)
         context, fused = self._check_model(context, batch.student)

@@ -32,6 +32,9 @@ _COMPLETION_INPUTS = (
     "importance_sampling_ratio",
 )
 
+# Of a prompt and of a completion that run for other processes: enough for the tests of the model at the first step.
+_TOKENS_WITHOUT_LOSS = 8
+
 
 class TokenBatch(NamedTuple):
     """Prompts, padded on the left, beside completions, padded on the right."""
@@ -137,7 +140,14 @@ def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device
 
 
 def last_tokens(mask: Tensor, count: float | None) -> Tensor:
-    """The mask [B, L] of the last tokens of each row, at most `count`; `None` or 0: of all.
+    """The mask of the last tokens of each row.
+
+    Args:
+        mask: [B, L], 0 for padding.
+        count: tokens of a row at most; `None` or 0: all.
+
+    Returns:
+        [B, L], 0 for padding and for tokens that more than `count` - 1 others follow.
 
     Example:
         >>> last_tokens(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]), 2).tolist()
@@ -203,14 +213,16 @@ def token_batch(ids: Tensor, mask: Tensor, length: int) -> TokenBatch:
 
 
 def select_rows(
-    inputs: Mapping[str, Any], *, at_least_one: bool, read_prompts: bool = False, longest: float = math.inf
+    inputs: Mapping[str, Any], *, at_least_one: bool, read_prompts: bool = False
 ) -> MicroBatch | None:
     """The rows of a micro-batch that have a loss, and those of them that have a teacher; `None` without any.
 
-    With `at_least_one` the first row runs where none has a loss, and where none has a teacher the first that runs
-    gets its own prompt as the teacher's: other processes may have active rows, and the collectives of their
-    forwards need this one. Of a row without a loss only `longest` tokens run. With `read_prompts` the batches have
-    their prompts on the host.
+    Args:
+        inputs: of the micro-batch, from `teacher_inputs` and TRL.
+        at_least_one: whether a row must run, because other processes may have rows with a loss, and the collectives
+            of their forwards need this one. A few tokens of the first row run where none has a loss. Where none has
+            a teacher, the first that runs gets its own prompt as the teacher's.
+        read_prompts: whether the batches have their prompts on the host.
     """
     names = ("loss_mask", "prompt_mask", "teacher_prompt_mask", "completion_mask")
     masks = [inputs[name] for name in names]
@@ -223,12 +235,9 @@ def select_rows(
         if not at_least_one:
             return None
         active = [0]
-        tokens, prompt, teacher_prompt, completion, *others = counts[0]
-        completion = int(min(completion, longest - 1))
-        prompt = int(min(prompt, longest - completion))
-        counts[0] = [tokens, prompt, teacher_prompt, completion, *others]
-        if read_prompts:
-            prompts[""][0] = prompts[""][0][len(prompts[""][0]) - prompt :]
+        # Its size does not matter, and the whole row may be longer than the model can process.
+        counts[0] = [min(count, _TOKENS_WITHOUT_LOSS) for count in counts[0]]
+        prompts = {prefix: [rows[0][-_TOKENS_WITHOUT_LOSS:], *rows[1:]] for prefix, rows in prompts.items()}
     if at_least_one and not distilled:
         distilled = active[:1]
         inputs = {

@@ -262,7 +262,10 @@ def completion_log_probs(
     length: int,
     batch_size: int | None,
 ) -> Tensor:
-    """A model's log-probabilities [B, T] float32 of completions, as the loss computes them; on-policy ratios are 1.
+    """A model's log-probabilities of completions, computed as in the loss: on-policy ratios are exactly 1.
+
+    A prompt that does not fit in the model's `max_seq_length` with its completion loses its first tokens. Such a
+    row has no loss, or its step refuses it.
 
     Args:
         check: the context of the student's forwards over a batch, and whether they are fused.
@@ -273,8 +276,8 @@ def completion_log_probs(
         length: T.
         batch_size: rows of a forward; `None`: all.
 
-    A prompt that does not fit in the model's `max_seq_length` with its completion loses its first tokens: such rows
-    have no loss, or their step refuses them.
+    Returns:
+        [B, T] nats, float32, without gradient; 0 in columns that are padding in every row of a forward.
     """
     mask = last_tokens(mask, getattr(unwrapped, "max_seq_length", None))
     log_probs, size = [], batch_size or len(ids)

@@ -136,13 +136,13 @@ def make_runners(context: StepContext, batch: MicroBatch) -> tuple[Runner, Runne
     wanted = [_Wanted(batch.student, math.inf, averages)]
     if batch.teacher is not None:
         wanted.append(_Wanted(batch.teacher, teacher_tokens, averages=False))
-    runners = _make(context, wanted)
+    runners = _build_runners(context, wanted)
     return runners[0], runners[1] if len(runners) > 1 else None
 
 
 def make_runner(context: StepContext, tokens: TokenBatch) -> Runner:
     """For the rows of one batch, otherwise as `make_runners`."""
-    return _make(context, [_Wanted(tokens, math.inf, averages=False)])[0]
+    return _build_runners(context, [_Wanted(tokens, math.inf, averages=False)])[0]
 
 
 class _Wanted(NamedTuple):
@@ -153,7 +153,7 @@ class _Wanted(NamedTuple):
     averages: bool
 
 
-def _make(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
+def _build_runners(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
     _check_lengths(context.unwrapped, [size for each in wanted for size in each.tokens.sizes])
     if context.layout == "padded":
         return [_padded_runner(context, each.tokens, each.token_limit) for each in wanted]
@@ -173,7 +173,8 @@ def _make(context: StepContext, wanted: Sequence[_Wanted]) -> list[Runner]:
 
 
 def _check_lengths(model: Any, sizes: Sizes) -> None:
-    limit, longest = getattr(model, "max_seq_length", None), max(map(sum, sizes), default=0)
+    limit = getattr(model, "max_seq_length", None)
+    longest = max(map(sum, sizes), default=0)
     if limit and longest > limit:
         raise ValueError(
             f"batch: expected rows of at most max_seq_length={limit} tokens, got a prompt and completion of "
