@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdpo_rl import SDPOTrainer
 from sdpo_rl.step import forward as step_forward
+from sdpo_rl.step import forward_mode
 from sdpo_rl.step.micro_batch import MicroBatchOutput
 
 COEFFICIENT = 0.5
@@ -119,6 +120,29 @@ def test_beside_a_grpo_part_micro_batches_have_equal_weight(
 
 def test_rows_have_equal_weight_under_sequence_mean(tmp_path: Path) -> None:
     assert step_gap(tmp_path, mean=True, **FOUR) < TOLERANCE
+
+
+def test_rows_that_run_apart_have_the_weights_of_their_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where padding would change a row, every layout runs the same forwards."""
+    monkeypatch.setattr(forward_mode, "reads_padding", lambda *_: True)
+    router_losses = {}
+    for layout in ("padded", "groups"):
+        trainer = tiny.trainer(
+            tmp_path,
+            start=tiny.experts(),
+            sdpo_config=tiny.config(packing=layout),
+            router_aux_loss_coef=COEFFICIENT,
+            per_device_train_batch_size=2,
+            num_generations=2,
+            max_steps=1,
+            seed=1,
+        )
+        trainer.train()
+        assert logs(trainer, PREFIX + "student_forwards") == [2.0]  # rows of different lengths
+        router_losses[layout] = logs(trainer, "aux_loss")
+    assert router_losses["padded"] == pytest.approx(router_losses["groups"], rel=1e-5)
 
 
 def test_a_dropped_or_unweighted_router_loss_is_detected(

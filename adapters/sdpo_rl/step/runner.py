@@ -260,7 +260,8 @@ def _padded_runner(context: StepContext, tokens: TokenBatch, token_limit: float)
     arguments, length = padded_arguments(context.unwrapped, tokens), tokens.completion_length
     positions = sum(_size(group) for group in groups)
     run = partial(step_forward.run_groups, arguments=arguments, groups=groups, length=length)
-    return Runner(run, [1.0] * len(groups), positions - sum(map(sum, tokens.sizes)), positions)
+    weights = [float(sum(map(sum, row_bounds(tokens.sizes[group.rows])))) for group in groups]
+    return Runner(run, weights, positions - sum(map(sum, tokens.sizes)), positions)
 
 
 def _size(group: RowGroup) -> int:
