@@ -184,7 +184,7 @@ def means(question: str, column: int = curves.ACCURACY) -> dict[str, float]:
 
 
 def test_a_text_has_the_means_of_its_arms() -> None:
-    known = findings.numbers(BY_QUESTION["alpha"], results.EARLY)
+    known = findings.numbers(BY_QUESTION["alpha"], results.EARLY_SAMPLES)
     assert known["end"]["α=0"] == f"{means('alpha')['α=0']:.2f}"
     assert known["probability"]["α=0.1"] == f"{means('alpha', curves.PROBABILITY)['α=0.1']:.2f}"
     early = [{at: accuracy for at, _, accuracy in run["points"]}[1024] for run in BY_QUESTION["alpha"]["α=1"]]
@@ -220,7 +220,7 @@ def test_what_the_page_says_of_alpha_holds() -> None:
     assert probability["α=0"] < probability["α=0.1"] < min(probability["α=0.5"], probability["α=1"])
     early = {
         arm: float(value)
-        for arm, value in findings.numbers(BY_QUESTION["alpha"], results.EARLY)["early"].items()
+        for arm, value in findings.numbers(BY_QUESTION["alpha"], results.EARLY_SAMPLES)["early"].items()
     }
     assert early["α=0"] <= min(early.values())
 

@@ -233,8 +233,8 @@ def test_a_checkpoint_of_an_earlier_version_continues_with_the_start(
     resumed = Diagnostics(SDPOConfig())
     resumed.load_state(state)
     assert [record.getMessage() for record in caplog.records if "earlier version" in record.getMessage()] == [
-        "The checkpoint is of an earlier version. For the warnings of a collapse it lacks: noise, rewards. "
-        "These values are collected anew from here on; the values of the start of the run are kept."
+        "The checkpoint is of an earlier version. For the warnings of a collapse these values are collected "
+        "anew from here on: last, noise, rewards. The values of the start of the run are kept."
     ]
     for entry in after:
         resumed.observe_logs(entry)

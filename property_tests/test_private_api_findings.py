@@ -88,7 +88,7 @@ def test_a_sentence_has_the_numbers_of_its_arms() -> None:
     ]
     assert findings.said(sentences, runs, early=64) == [
         "0.25 after 0.50 and 0.50, 0.20, 64",
-        "0.25, 0.50 and 0.00; 0.25, 0.50 and 0.00; 0.25; 64, 64 and None",
+        "0.25, 0.50 and 0.00; 0.25, 0.50 and 0.00; 0.25; 64, 64 and never",
     ]
 
 
@@ -310,7 +310,7 @@ def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
         # The entropy is above its start until then.
         assert margins.largest_cut_rise(run, entropy_rose=False) < 1e-9
     assert f"the first warning comes {min(leads)} to {max(leads)} completions before" in text
-    assert f"until {replay.EARLY} completions before that fall" in text
+    assert f"until {replay.LEAD} completions before that fall" in text
     partly = [run for run in RECORDED if curves.fall(run) is not None and run not in collapsed]
     assert len(partly) == 6
     for run in partly:

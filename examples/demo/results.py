@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 IMAGES, PREFIX = "docs/images", "embedded"
 PAGES = ("docs/results.md", "docs/choosing.md")
 PLACE = pages.place("embedded")
-EARLY = 1024  # samples
+EARLY_SAMPLES = 1024  # samples
 
 
 class Section(NamedTuple):
@@ -184,7 +184,7 @@ def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
 def section(by_arm: tables.Runs, question: str) -> str:
     """Heading, findings, figure, table and command of a question."""
     heading, text, sentences = SECTIONS[question]
-    said = "\n".join(f"* {finding}" for finding in findings.said(sentences, by_arm, EARLY))
+    said = "\n".join(f"* {finding}" for finding in findings.said(sentences, by_arm, EARLY_SAMPLES))
     seeds = sorted({run["seed"] for runs in by_arm.values() for run in runs})
     command = ["python", "examples/demo/questions.py", "--question", question, "--seeds", *map(str, seeds)]
     parts = [
@@ -235,7 +235,7 @@ def files(root: Path = ROOT, records: Path = RECORDS) -> dict[Path, str | None]:
         wanted[root / IMAGES / image(question)] = f"{figures.figure(question, by_arm)}\n"
     texts = {question: section(by_arm, question) for question, by_arm in by_question.items()}
     for name, (question, text) in SENTENCES.items():
-        (texts[name],) = findings.said([text], by_question[question], EARLY)
+        (texts[name],) = findings.said([text], by_question[question], EARLY_SAMPLES)
     texts["setup"] = setup([run for run in runs if run["seed"] < FIRST_SEED_FOR_CHOOSING])
     for page in PAGES:
         wanted[root / page] = pages.filled((root / page).read_text(encoding="utf-8"), texts, PLACE)

@@ -12,7 +12,7 @@ from string import Formatter
 
 from curves import ACCURACY, LEARNED, PROBABILITY, Run, at, best
 
-EARLY = 2240  # samples
+EARLY_SAMPLES = 2240  # when `early` is measured on the private API
 
 # Below the heading of a question.
 FINDINGS: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "reason.",
         "SDPO with the feedback of other failures ends at {end[SDPO, shuffled feedback]}. So SDPO learns "
         "from what the feedback says about the answer at hand.",
-        "Cross-entropy on the right calls is at {early[supervised]} after 2240 completions and ends at "
+        "Cross-entropy on the right calls is at {early[supervised]} after {samples} completions and ends at "
         "{end[supervised]}.",
     ),
     "grpo learning rate": (
@@ -151,7 +151,7 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
     Means over seeds: `end` is the accuracy at the end, `best` the best accuracy, `early` the accuracy after
     `early` samples, and `probability` the probability of the right answer at the end. Lists with one number per
     seed: `each` has the accuracy at the end, `bests` the best accuracy, and `begins` the samples of the first
-    evaluation at which a tenth of the answers is right.
+    evaluation at which a tenth of the answers is right, or "never".
 
     Args:
         by_arm: the runs of each arm, in the order of seeds.
@@ -169,24 +169,30 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
     }
     for name, measure in (("each", means["end"]), ("bests", best)):
         found[name] = {arm: _listed([f"{measure(run):.2f}" for run in runs]) for arm, runs in by_arm.items()}
-    found["begins"] = {arm: _listed([str(begins(run)) for run in runs]) for arm, runs in by_arm.items()}
+    found["begins"] = {
+        arm: _listed([str(begins(run) or "never") for run in runs]) for arm, runs in by_arm.items()
+    }
     return found
 
 
 def begins(run: Run) -> int | None:
-    """The samples of the first evaluation at which a tenth of the answers is right."""
+    """The samples of the first evaluation at which a tenth of the answers is right; `None` if none is."""
     return next((int(point[0]) for point in run["points"] if point[ACCURACY] >= LEARNED), None)
 
 
-def said(sentences: Sequence[str], by_arm: Mapping[str, Sequence[Run]], early: int = EARLY) -> list[str]:
+def said(
+    sentences: Sequence[str], by_arm: Mapping[str, Sequence[Run]], early: int = EARLY_SAMPLES
+) -> list[str]:
     """The sentences with their numbers; those about an arm without runs are left out."""
     known = numbers(by_arm, early)
-    return [sentence.format(**known) for sentence in sentences if _arms(sentence) <= by_arm.keys()]
+    return [
+        sentence.format(samples=early, **known) for sentence in sentences if _arms(sentence) <= by_arm.keys()
+    ]
 
 
 def _arms(sentence: str) -> set[str]:
-    fields = (field for _, field, _, _ in Formatter().parse(sentence) if field)
-    return {field.partition("[")[2].removesuffix("]") for field in fields}
+    fields = (field.partition("[") for _, field, _, _ in Formatter().parse(sentence) if field)
+    return {arm.removesuffix("]") for _, bracket, arm in fields if bracket}
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from curves import ACCURACY, Run, fall
-from replay import COLLAPSED, EARLY, entries
+from replay import COLLAPSED, LEAD, entries
 
 from sdpo_rl.diagnose.monitors import FALLEN_EVALUATIONS, HELD_OUT_FALL, LONG_WINDOW, WINDOW
 
 CUT, ENTROPY, REWARD = "completions/clipped_ratio", "self_distillation/student_entropy", "reward"
+
+
+def logged(run: Run, name: str) -> list[tuple[int, float]]:
+    """Pairs of samples and value of a metric, of the steps that have it.
+
+    Args:
+        run: a record with the log of every step.
+        name: name of the metric.
+    """
+    return [
+        (int(entry["step"]) * run["samples_per_step"], entry[name]) for entry in entries(run) if name in entry
+    ]
 
 
 def rises(run: Run, name: str, window: int = LONG_WINDOW) -> list[tuple[int, float]]:
@@ -28,14 +41,9 @@ def rises(run: Run, name: str, window: int = LONG_WINDOW) -> list[tuple[int, flo
         name: name of the metric.
         window: number of last values; while there are fewer, the start stands for the missing ones.
     """
-    samples: list[int] = []
-    values: list[float] = []
-    found = []
-    for entry in entries(run):
-        if name in entry:
-            values.append(entry[name])
-            samples.append(int(entry["step"]) * run["samples_per_step"])
+    samples, values = zip(*logged(run, name), strict=True)
     start = fmean(values[:WINDOW])
+    found = []
     for seen in range(WINDOW, len(values) + 1):
         last = values[:seen][-window:]
         found.append((samples[seen - 1], sum(value - start for value in last) / window))
@@ -45,7 +53,7 @@ def rises(run: Run, name: str, window: int = LONG_WINDOW) -> list[tuple[int, flo
 def last_early(run: Run) -> int:
     """The last number of samples at which a warning is early; the end of a run that does not collapse."""
     fell = fall(run, COLLAPSED)
-    return int(run["points"][-1][0]) if fell is None else fell - EARLY
+    return int(run["points"][-1][0]) if fell is None else fell - LEAD
 
 
 def largest_cut_rise(run: Run, *, entropy_rose: bool) -> float:
@@ -67,7 +75,7 @@ def largest_cut_rise(run: Run, *, entropy_rose: bool) -> float:
 
 def largest_entropy_ratio(run: Run) -> float:
     """The largest entropy of the student until `last_early`, as a multiple of its start."""
-    start = fmean([entry[ENTROPY] for entry in entries(run) if ENTROPY in entry][:WINDOW])
+    start = fmean(value for _, value in logged(run, ENTROPY)[:WINDOW])
     return max(
         1 + rise / start for samples, rise in rises(run, ENTROPY, WINDOW) if samples <= last_early(run)
     )
@@ -75,7 +83,7 @@ def largest_entropy_ratio(run: Run) -> float:
 
 def largest_reward_fall(run: Run) -> float:
     """The largest fall of the training reward until `last_early`, over the range of rewards so far."""
-    rewards = [(int(entry["step"]) * run["samples_per_step"], entry[REWARD]) for entry in entries(run)]
+    rewards = logged(run, REWARD)
     best, largest = -math.inf, 0.0
     for end in range(LONG_WINDOW, len(rewards) + 1):
         seen = [reward for _, reward in rewards[:end]]
@@ -95,13 +103,9 @@ def largest_held_out_fall(run: Run) -> float:
     size = FALLEN_EVALUATIONS
     seen: list[tuple[float, float]] = []
     largest = 0.0
-    rewards = {
-        int(entry["step"]) * run["samples_per_step"]: entry[REWARD]
-        for entry in entries(run)
-        if REWARD in entry
-    }
-    for before, point in zip(run["points"], run["points"][1:], strict=False):
-        trained = [reward for samples, reward in rewards.items() if before[0] < samples <= point[0]]
+    rewards = logged(run, REWARD)
+    for before, point in pairwise(run["points"]):
+        trained = [reward for samples, reward in rewards if before[0] < samples <= point[0]]
         seen.append((point[ACCURACY], fmean(trained)))
         reward_range = max(map(max, seen)) - min(map(min, seen))
         if len(seen) < 2 * size or reward_range == 0:

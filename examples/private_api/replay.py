@@ -12,7 +12,7 @@ from curves import ACCURACY, LEARNED, Run, fall
 from sdpo_rl.diagnose.monitors import Monitors
 
 COLLAPSED = 0.5  # of the best accuracy so far, to the end
-EARLY = 500  # samples from a warning to the fall of the accuracy, at least
+LEAD = 500  # samples from an early warning to the fall of the accuracy, at least
 
 
 def entries(run: Run) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def warnings(run: Run, *, evaluations: bool) -> dict[str, int]:
 def problem(run: Run) -> str | None:
     """What is wrong with the warnings of a run; `None` if nothing is.
 
-    A run that collapses should have a warning at least `EARLY` samples before, and a run that keeps what it learned
+    A run that collapses should have a warning at least `LEAD` samples before, and a run that keeps what it learned
     should have none. Other runs may have any.
     """
     fell = fall(run, COLLAPSED)
@@ -63,4 +63,4 @@ def problem(run: Run) -> str | None:
     first = min(warnings(run, evaluations=False).values(), default=None)
     if first is None:
         return "no warning"
-    return f"after {first} samples, the fall after {fell}" if first > fell - EARLY else None
+    return f"after {first} samples, the fall after {fell}" if first > fell - LEAD else None

@@ -21,7 +21,7 @@ from margins import (
     largest_reward_fall,
     leave_one_out,
 )
-from replay import COLLAPSED, EARLY, entries, problem, warnings
+from replay import COLLAPSED, LEAD, entries, problem, warnings
 
 from sdpo_rl.diagnose.monitors import (
     CUT_RISE_ALONE,
@@ -270,7 +270,7 @@ def all_warnings(runs: Sequence[Run]) -> str:
         [name, str(len(group)), str(sum(problem(run) is None for run in group))]
         for name, group in groups.items()
     ]
-    return markdown([f"expected (early: {EARLY} completions before)", "runs", "as expected"], rows)
+    return markdown([f"expected (early: {LEAD} completions before)", "runs", "as expected"], rows)
 
 
 def kept_and_collapsed(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 # Each number below is compared with a mean of logged values, because a single value is one batch and batches
 # differ. The numbers come from the recorded runs of examples/private_api ("the records") and from the logs in
@@ -57,11 +57,38 @@ _SLOW_DOWN = (
 _REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
 
 Comparison = Callable[[float, float], str | None]  # of the start and now
-# Of successive values: the sum of the squares of their differences, and how many; the same of the last ones, each
-# with a weight that falls with its age.
-Noise = tuple[float, int, float, float]
-_NO_NOISE: Noise = (0.0, 0, 0.0, 0.0)
 Evaluation = tuple[float, float]  # held-out reward, mean training reward since the evaluation before
+
+
+class Noise(NamedTuple):
+    """Sums over the differences of successive values of a metric."""
+
+    squares: float = 0.0
+    pairs: int = 0  # of successive values
+    # The same with weights that fall with age.
+    recent_squares: float = 0.0
+    recent_pairs: float = 0.0
+
+    def add(self, difference: float) -> Noise:
+        """With one more difference."""
+        # A product overflows to infinity, a power raises an error.
+        square, kept = difference * difference, 1 - 1 / RECENT
+        return Noise(
+            self.squares + square,
+            self.pairs + 1,
+            self.recent_squares * kept + square,
+            self.recent_pairs * kept + 1,
+        )
+
+    @property
+    def variance(self) -> float:
+        """Of a value: half of the mean square, so that a slow trend does not count.
+
+        Recent values alone can have more noise than all, as those of a reward that is 0 until the first successes.
+        """
+        if not self.pairs:
+            return 0.0
+        return max(self.squares / self.pairs, self.recent_squares / self.recent_pairs) / 2
 
 
 def length_limit(start: float, now: float, *, entropy_rose: bool, error: float = 0.0) -> str | None:
@@ -244,18 +271,16 @@ class Monitors:
             state: of this version or of an earlier one, whose checkpoints do not have every part.
 
         Returns:
-            The names of the parts that it does not have. These begin anew.
+            The names of the parts that begin anew, because it does not have them or because they are of no use
+            without one that it does not have.
         """
+        if "noise" not in state:  # without it the last values cannot be compared with the start
+            state = {name: value for name, value in state.items() if name != "last"}
         missing = sorted(self.state().keys() - state.keys())
         state = {**Monitors().state(), **state}
-        if "noise" in missing:  # without it the last values cannot be compared with the start
-            state["last"] = {}
         self._first = {name: list(values) for name, values in state["first"].items()}
         self._last = {name: list(values) for name, values in state["last"].items()}
-        self._noise = {
-            name: (squares, count, recent, weight)
-            for name, (squares, count, recent, weight) in state["noise"].items()
-        }
+        self._noise = {name: Noise(*sums) for name, sums in state["noise"].items()}
         self._rewards = dict(state["rewards"])
         self._trained, self._evaluated = list(state["trained"]), state["evaluated"]
         self._evaluations = {
@@ -312,11 +337,7 @@ class Monitors:
         """Store a value; returns the last values, this one included."""
         last = self._last.setdefault(name, [])
         if last:
-            squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
-            # A product overflows to infinity, a power raises an error.
-            square = (value - last[-1]) * (value - last[-1])
-            kept = 1 - 1 / RECENT
-            self._noise[name] = squares + square, count + 1, recent * kept + square, weight * kept + 1
+            self._noise[name] = self._noise.get(name, Noise()).add(value - last[-1])
         last.append(value)
         del last[:-LONG_WINDOW]
         return last
@@ -333,14 +354,8 @@ class Monitors:
         return reward(seen["best"], fmean(last), reward_range, error=error)
 
     def _error(self, name: str, others: int) -> float:
-        """Standard error of the mean of the last values minus the mean of `others` values.
-
-        The variance of a value is half of the mean squared difference of successive values, so that a slow trend
-        does not count as noise. Recent values alone can have more noise than all, as those of a reward that is 0
-        until the first successes.
-        """
-        squares, count, recent, weight = self._noise.get(name, _NO_NOISE)
-        variance = max(squares / count, recent / weight) / 2 if count else 0.0
+        """Standard error of the mean of the last values minus the mean of `others` values."""
+        variance = self._noise.get(name, Noise()).variance
         return math.sqrt(variance * (1 / LONG_WINDOW + 1 / others))
 
     def _now(self, name: str, window: int) -> float:
