@@ -150,8 +150,8 @@ class Diagnostics:
         self._new = dict(state["new"])
         if missing := self._monitors.load_state(state["monitors"]):
             logger.warning(
-                "The checkpoint is of an earlier version. For the warnings of a collapse these values are collected "
-                "anew from here on: %s. The values of the start of the run are kept.",
+                "The checkpoint is of an earlier version. For the warnings of a collapse these values are "
+                "collected anew from here on: %s. The values of the start of the run are kept.",
                 ", ".join(missing),
             )
 
