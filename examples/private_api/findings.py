@@ -59,7 +59,7 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     ),
     "cures": (
         "The first three rows have two seeds each, all others seed 0 alone.",
-        "The setting alone ends at {each[collapsing]} on its two seeds. Their best accuracies are "
+        "The setting alone ends at {end[collapsing]} on both of its seeds. Their best accuracies are "
         "{bests[collapsing]}: seed 0 never answers a held-out question right, seed 1 loses all that it "
         "learned.",
         "SRPO as published does not fall: it ends at {end[collapsing + SRPO]}, with a probability of "
@@ -111,7 +111,7 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "choosing rate": (
         ("cures", "settings"),
-        "On the private API, α=0 with the rate 0.05 ends at {each[collapsing]} on two seeds where the "
+        "On the private API, α=0 with the rate 0.05 ends at {end[collapsing]} on both of two seeds where the "
         "rate is per batch of 64, and at {each[collapsing + rate per 256 samples]} where it is per 256 "
         "completions. With SRPO the rates per batch of 64 show no order: 0.01 ends at {end[α=0, SRPO]} "
         "and 0.02 at {end[α=0, SRPO, rate 0.02]} on one seed, and 0.05 at {end[collapsing + SRPO]} on "
