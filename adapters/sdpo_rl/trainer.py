@@ -500,6 +500,7 @@ class SDPOTrainer(_BASE):
             reference=anchor if self.sdpo_config.anchor_weight > 0.0 else None,
             observers=observers,
             head_in_float32=self.args.cast_lm_head_to_fp32,
+            embedding_noise=self.args.neftune_noise_alpha is not None,
         )
 
     def _check_model(

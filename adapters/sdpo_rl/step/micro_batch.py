@@ -53,6 +53,7 @@ class StepContext:
         reference: makes the reference model current and gives it, wrapped and not, with the weights that replace
             its own, if there are any; `None`: none is needed.
         head_in_float32: GRPO's `cast_lm_head_to_fp32`: the products of the LM head are not autocast.
+        embedding_noise: GRPO's `neftune_noise_alpha` adds noise to the embeddings, by the width of a call.
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
         by_row: packed rows get `row_attention`, and read a prompt in common once.
@@ -72,6 +73,7 @@ class StepContext:
     distillation_weight: float
     reference: Reference | None
     head_in_float32: bool = False
+    embedding_noise: bool = False
     reads_padding: bool = False
     layout: Layout = "padded"
     by_row: bool = False

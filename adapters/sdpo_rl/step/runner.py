@@ -16,7 +16,7 @@ from . import forward as step_forward
 from . import packing
 from .batch import MicroBatch, RowGroup, Sizes, TokenBatch, equal_groups, position_ids, row_bounds, row_groups
 from .call_cost import call_cost
-from .model_check import row_attention_problem, sequence_limit, supported_layout
+from .model_check import LayoutSupport, row_attention_problem, sequence_limit, supported_layout
 from .packing import CallLimits, Layout, ModelCall
 from .prefixes import Prefixes, packed_tokens, prefix_rows, shared_prefixes
 
@@ -85,6 +85,11 @@ def choose_layout(context: StepContext, tokens: TokenBatch) -> ChosenLayout:
         return ChosenLayout("padded")
     with context.accelerator.autocast(), step_forward.evaluating(context.unwrapped):
         found = supported_layout(context.unwrapped, tokens)
+    if context.embedding_noise and found.layout == "packed":
+        # In proportion to 1/√width: in a packed sequence it would shrink with the number of rows.
+        found = LayoutSupport(
+            "groups", "neftune_noise_alpha scales its noise by the width of a call, not of a row"
+        )
     # Rounding may decide a close case; one layout for all.
     able = torch.tensor([found.layout == "packed", found.layout != "padded"], device=tokens.ids.device)
     packed, groups = (context.accelerator.gather(able.int()).view(-1, 2).min(0).values > 0).tolist()
