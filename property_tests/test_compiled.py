@@ -58,3 +58,8 @@ def test_a_step_of_a_compiled_model(tmp_path: Path, layout: str, lora: bool) -> 
     chosen = trainer._forward_mode.layout
     assert chosen.layout == ("packed" if layout == "auto" else layout)
     assert chosen.by_row_reason == ("it is compiled" if layout == "auto" else "")
+
+
+def test_a_model_compiled_before_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model: expected a model, .* GRPOConfig\(torch_compile=True\)"):
+        tiny.trainer(tmp_path, start=torch.compile(tiny.model(), backend="eager"))

@@ -75,6 +75,15 @@ def check_model(model: Any) -> None:
         raise TypeError(f"model: expected a model or a model's name, got {type(model).__name__}; load one")
 
 
+def check_not_compiled(model: Any) -> None:
+    """The model is not one that `torch.compile` returned, whose modules take no hooks once they are traced."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"model: expected a model, got the {type(model).__name__} that torch.compile made of one; pass the "
+            "model itself, and set GRPOConfig(torch_compile=True)"
+        )
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """A dataset has rows, prompts of text that end with a user turn, feedback that is text, no media.
 

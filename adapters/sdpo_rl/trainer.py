@@ -126,7 +126,7 @@ class SDPOTrainer(_BASE):
             with a user turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K larger
             than the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
             group can have, a temperature that is 0 or not finite, a term or mask that this loss does not have, a
-            loss backend that cannot run on the device, FSDP 1.
+            loss backend that cannot run on the device, a model that `torch.compile` returned, FSDP 1.
         TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
 
     Source: SDPO, arXiv 2601.20802.
@@ -182,6 +182,7 @@ class SDPOTrainer(_BASE):
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         if self.sdpo_config.enabled:
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
+            _validate.check_not_compiled(model)
             check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
         if reward_funcs is not None:
