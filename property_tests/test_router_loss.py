@@ -12,9 +12,11 @@ from reference_step import Method, Recorder, ReferenceStep, Row, advantage, rend
 from torch import Tensor, nn
 
 from sdpo_rl import SDPOTrainer
+from sdpo_rl import trainer as trainer_module
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import forward_mode
-from sdpo_rl.step.micro_batch import MicroBatchOutput
+from sdpo_rl.step.batch import MicroBatch
+from sdpo_rl.step.micro_batch import MicroBatchOutput, StepContext
 
 COEFFICIENT = 0.5
 TOLERANCE = 5e-6
@@ -87,8 +89,10 @@ def step_gap(
             counts = [float(bool(rows)) for rows in parts]
         router = torch.stack(
             [balance(reference.student, rows) * n for rows, n in zip(parts, counts, strict=True) if n]
-        ).sum() / (len(parts) if grpo else sum(counts))
-        assert logged == pytest.approx(router.item(), rel=1e-5)
+        ).sum()
+        # The metric is a mean over the micro-batches with a loss; beside GRPO's part each has the same share.
+        assert logged == pytest.approx(router.item() / sum(counts), rel=1e-5)
+        router = router / (len(parts) if grpo else sum(counts))
         named = dict(reference.student.named_parameters())
         own = torch.autograd.grad(COEFFICIENT * router, list(named.values()), allow_unused=True)
         for name, gradient in zip(named, own, strict=True):
@@ -116,6 +120,24 @@ def test_beside_a_grpo_part_micro_batches_have_equal_weight(
     tmp_path: Path, weight: float, split: dict[str, Any], backend: str
 ) -> None:
     assert step_gap(tmp_path, backend=backend, grpo=weight, **split) < TOLERANCE
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_a_row_that_runs_for_other_processes_has_no_router_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: float
+) -> None:
+    """A micro-batch without a loss calls the model in lockstep, and adds to the step what it adds without."""
+    selected, select = [], trainer_module.select_rows
+
+    def record(*args: Any, **kwargs: Any) -> MicroBatch | None:
+        selected.append(select(*args, **kwargs))
+        return selected[-1]
+
+    monkeypatch.setattr(trainer_module, "select_rows", record)
+    monkeypatch.setattr(StepContext, "in_lockstep", property(lambda _: True))
+    # With this seed a micro-batch has neither a divergence nor an advantage.
+    assert step_gap(tmp_path, grpo=weight, seed=0, **FOUR) < TOLERANCE
+    assert {batch.has_loss for batch in selected} == {False, True}
 
 
 def test_rows_have_equal_weight_under_sequence_mean(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class MicroBatch(NamedTuple):
     teacher: TokenBatch | None  # `None`: no row has a teacher
     teacher_rows: Tensor | None  # [B'] int64, rows of the student that the teacher has; `None`: all, in order
     completions: dict[str, Tensor]  # [B, T], by the names of the inputs
+    has_loss: bool = True  # `False`: its row runs only for the collectives of other processes
 
 
 class RowGroup(NamedTuple):
@@ -231,7 +232,8 @@ def select_rows(
     counts, prompts = _read(inputs, masks, read_prompts=read_prompts)
     distilled = [row for row, (tokens, *_) in enumerate(counts) if tokens]
     active = [row for row, (tokens, *_, policy_tokens) in enumerate(counts) if tokens or policy_tokens]
-    if not active:
+    has_loss = bool(active)
+    if not has_loss:
         if not at_least_one:
             return None
         active = [0]
@@ -273,6 +275,7 @@ def select_rows(
         batch("teacher_", 2, distilled) if distilled else None,
         teacher_rows,
         {name: take(name, active)[:, :length] for name in present},
+        has_loss,
     )
 
 

@@ -180,6 +180,8 @@ def micro_batch_loss(
     metrics = step_loss.step_metrics(config, output, targets)
     metrics |= _forward_metrics(total, run_student, run_teacher)
     if router_losses and context.router_loss_coef is not None:
+        # A row that runs only for other processes balances no experts: alone, this process would not run it.
+        router_weight = router_weight * batch.has_loss
         router_total = run_student.mean(router_losses).to(total.device) * router_weight
         total = total + context.router_loss_coef * router_total
         metrics["aux_loss"] = router_total, router_weight
