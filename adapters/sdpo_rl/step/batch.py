@@ -216,7 +216,7 @@ def token_batch(ids: Tensor, mask: Tensor, length: int) -> TokenBatch:
 def select_rows(
     inputs: Mapping[str, Any], *, at_least_one: bool, read_prompts: bool = False
 ) -> MicroBatch | None:
-    """The rows of a micro-batch that have a loss, and those of them that have a teacher; `None` without any.
+    """The rows of a micro-batch that have a loss, and those of them that have a teacher.
 
     Args:
         inputs: of the micro-batch, from `teacher_inputs` and TRL.
@@ -224,6 +224,9 @@ def select_rows(
             of their forwards need this one. A few tokens of the first row run where none has a loss. Where none has
             a teacher, the first that runs gets its own prompt as the teacher's.
         read_prompts: whether the batches have their prompts on the host.
+
+    Returns:
+        The rows; `None` if none has a loss and none must run.
     """
     names = ("loss_mask", "prompt_mask", "teacher_prompt_mask", "completion_mask")
     masks = [inputs[name] for name in names]

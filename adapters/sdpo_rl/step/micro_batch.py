@@ -268,6 +268,8 @@ def completion_log_probs(
 ) -> Tensor:
     """A model's log-probabilities of completions, computed as in the loss: on-policy ratios are exactly 1.
 
+    log_softmax(logits / temperature) at the sampled token.
+
     A prompt that does not fit in the model's `max_seq_length` with its completion loses its first tokens. Such a
     row has no loss, or its step refuses it.
 
@@ -282,6 +284,10 @@ def completion_log_probs(
 
     Returns:
         [B, T] nats, float32, without gradient; 0 in columns that are padding in every row of a forward.
+
+    Raises:
+        ValueError: padded rows that must run in one forward, on several processes, have more columns together than
+            the model can process.
     """
     mask = last_tokens(mask, getattr(unwrapped, "max_seq_length", None))
     log_probs, size = [], batch_size or len(ids)
