@@ -271,8 +271,7 @@ class Monitors:
             state: of this version or of an earlier one, whose checkpoints do not have every part.
 
         Returns:
-            The names of the parts that begin anew, because it does not have them or because they are of no use
-            without one that it does not have.
+            The names of the parts that begin anew: those that the state lacks, and "last" if it lacks "noise".
         """
         if "noise" not in state:  # without it the last values cannot be compared with the start
             state = {name: value for name, value in state.items() if name != "last"}

@@ -32,7 +32,8 @@ _COMPLETION_INPUTS = (
     "importance_sampling_ratio",
 )
 
-# Of a prompt and of a completion that run for other processes: enough for the tests of the model at the first step.
+# Tokens of the prompt, and of the completion, of a row that runs only for other processes. So many are enough for
+# the tests of the model at the first step.
 _TOKENS_WITHOUT_LOSS = 8
 
 
@@ -148,7 +149,7 @@ def last_tokens(mask: Tensor, count: float | None) -> Tensor:
         count: tokens of a row at most; `None` or 0: all.
 
     Returns:
-        [B, L], 0 for padding and for tokens that more than `count` - 1 others follow.
+        [B, L], 0 for padding and for tokens with at least `count` tokens of their row after them.
 
     Example:
         >>> last_tokens(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]), 2).tolist()

@@ -53,7 +53,7 @@ class StepContext:
         reference: makes the reference model current and gives it, wrapped and not, with the weights that replace
             its own, if there are any; `None`: none is needed.
         head_in_float32: GRPO's `cast_lm_head_to_fp32`: the products of the LM head are not autocast.
-        embedding_noise: GRPO's `neftune_noise_alpha` adds noise to the embeddings, by the width of a call.
+        embedding_noise: GRPO's `neftune_noise_alpha` adds noise to the embeddings, which depends on a call's width.
         reads_padding: rows of different lengths run apart (see `model_check`).
         layout: of the rows in a forward (see `choose_layout`).
         by_row: packed rows get `row_attention`, and read a prompt in common once.
@@ -180,7 +180,7 @@ def micro_batch_loss(
     metrics = step_loss.step_metrics(config, output, targets)
     metrics |= _forward_metrics(total, run_student, run_teacher)
     if router_losses and context.router_loss_coef is not None:
-        # A row that runs only for other processes balances no experts: alone, this process would not run it.
+        # A row that runs only for other processes adds no router loss: a single process would not run it.
         router_weight = router_weight * batch.has_loss
         router_total = run_student.mean(router_losses).to(total.device) * router_weight
         total = total + context.router_loss_coef * router_total
