@@ -74,6 +74,8 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     command = ["python", "examples/private_api/train.py", "--model", model, "--task", options.task]
     command += ["--question", options.question, "--arm", arm.name, "--seed", str(options.seed)]
     command += ["--samples", str(options.samples), "--points", str(options.points)]
+    command += ["--every-step"] if options.every_step else []
+    command += ["--sampling", options.sampling] if options.sampling != "generate" else []
     return {
         "task": options.task,
         "question": options.question,
@@ -86,9 +88,7 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         "shuffled_feedback": arm.shuffled_feedback,
         "lora_rank": arm.lora_rank,
         "settings": arm.all_settings(),
-        "command": shlex.join(
-            [*command, *(["--every-step"] if options.every_step else []), "--output", "FILE"]
-        ),
+        "command": shlex.join([*command, "--output", "FILE"]),
         "model": model,
         "weights_sha256": weights_hash(known),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

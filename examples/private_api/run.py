@@ -43,6 +43,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
                 *("--question", recorded_question, "--arm", recorded_arm.name, "--seed", str(seed)),
                 *("--samples", str(options.samples), "--points", str(options.points)),
                 *(["--every-step"] if every_step else []),
+                *("--sampling", options.sampling),
                 *("--output", str(path)),
             )
             found.setdefault(path, Job(arm.name, seed, path, given, arm.length))
@@ -111,6 +112,12 @@ def arguments() -> argparse.Namespace:
         default=[],
         metavar="ARM",
         help="arms whose records keep the log of every step",
+    )
+    parser.add_argument(
+        "--sampling",
+        choices=("generate", "graph"),
+        default="generate",
+        help="how completions are drawn: by transformers, or with one CUDA graph a token",
     )
     parser.add_argument("--output", type=Path, default=Path("output/private_api"))
     options = parser.parse_args()

@@ -29,6 +29,7 @@ from arms import GROUP, QUESTIONS, Arm, arms
 from environment import HELD_OUT, Environment, Question, Reward
 from evaluation import Score, answer_ids, autocast, complete, end_turns_with_eos, evaluate, prompt_ids
 from record import LOGGED, description, log_columns, write
+from sampling import sample_with_graphs
 from tasks import TASKS
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -246,6 +247,12 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--points", type=int, default=30, help="evaluations after the first one")
     parser.add_argument("--every-step", action="store_true", help="keep the log of every step of a long run")
+    parser.add_argument(
+        "--sampling",
+        choices=("generate", "graph"),
+        default="generate",
+        help="how completions are drawn: by transformers, or with one CUDA graph a token",
+    )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
     names = [arm.name for arm in arms(options.question)]
@@ -272,6 +279,8 @@ def main() -> None:
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    if options.sampling == "graph":
+        sample_with_graphs(model)
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
     described = description(options, arm)
