@@ -1,8 +1,9 @@
-"""Sampling with CUDA graphs: the step without a graph against `generate`, and on a GPU the graph against the step."""
+"""Sampling with CUDA graphs: the step without a graph against `generate`, on a GPU the graph against the step."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -317,6 +318,19 @@ def test_a_run_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [point[0] for point in graph["points"]] == [0, 64, 128]
     for name in ("points", "after"):
         assert plain[name] == graph[name]
+
+
+def test_runs_pass_the_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Not imported by its name, which the demo's program has too.
+    spec = importlib.util.spec_from_file_location("private_api_run", HERE / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    for given, expected in (((), "generate"), (("--sampling", "graph"), "graph")):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--model", "x", "--arms", "SDPO", *given])
+        (job,) = run.jobs(run.arguments())
+        assert job.arguments[job.arguments.index("--sampling") + 1] == expected
 
 
 @pytest.mark.gpu

@@ -166,7 +166,7 @@ def grpo_config(task: Environment, arm: Arm, *, seed: int, steps: int, folder: s
         weight_decay=0.01,
         seed=seed,
         bf16=torch.cuda.is_available(),
-        # Generation runs in float32, outside of the bfloat16 autocast.
+        # A model with adapters samples in float32: the bfloat16 autocast is around the forward of the outer model.
         tf32=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False,
