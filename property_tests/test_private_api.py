@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,29 +175,54 @@ def test_what_is_not_one_function_of_the_name_is_refused() -> None:
         assert not sandbox.run_tests(source, "f", [sandbox.Case([1], 1)]).passed
 
 
-def test_the_evaluation_equals_one_token_at_a_time(
+def test_the_probability_equals_one_token_at_a_time(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Qwen2ForCausalLM.from_pretrained(model_folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     chosen = KIT.held_out(3)
-    probabilities, found = [], []
+    probabilities = []
     for task in chosen:
         ids, answer = evaluation.prompt_ids(tokenizer, task), evaluation.answer_ids(tokenizer, task)
-        probability, greedy = 1.0, True
+        probability = 1.0
         for token in answer:
             with torch.no_grad():
                 q = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
             probability *= q[token].item()
-            greedy = greedy and q.argmax().item() == token
             ids = [*ids, token]
         probabilities.append(probability)
-        found.append(greedy)
     monkeypatch.setattr(evaluation, "BATCH", 2)
     score = evaluation.evaluate(model, tokenizer, KIT, chosen)
     assert score.probability == pytest.approx(sum(probabilities) / 3, rel=1e-4)
-    assert score.accuracy == sum(found) / 3
     assert 0 < score.probability < 1
+
+
+def test_the_accuracy_is_that_of_the_judge(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every spelling of a right call is right; a comparison with the answer would find one of five."""
+    model = Qwen2ForCausalLM.from_pretrained(model_folder).train()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    chosen = [question for question in KIT.held_out(40) if "[" in question.answer][:5]
+    spelled = [question.answer for question in chosen]
+    replies = [
+        spelled[0],
+        spelled[1].replace(", ", ","),
+        f"`{spelled[2]}`",
+        f"The answer is:\n{spelled[3]}",
+        "kit.unknown([1])",
+    ]
+    left = list(replies)
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        rows = [[*tokenizer(left.pop(0)).input_ids, tokenizer.eos_token_id] for _ in input_ids]
+        width = max(map(len, rows))
+        padded = [row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+
+    model.generate = generate
+    monkeypatch.setattr(evaluation, "COMPLETED", 2)
+    assert evaluation.evaluate(model, tokenizer, KIT, chosen).accuracy == 0.8
+    assert model.training
+    assert sum(reply == answer for reply, answer in zip(replies, spelled, strict=True)) == 1
 
 
 def test_a_turn_ends_with_the_token_of_the_chat_template(model_folder: Path) -> None:

@@ -27,7 +27,7 @@ import train
 VOCABULARY, PAD, EOS = 40, 0, 1
 
 
-def make_model(seed: int = 0, device: str = "cpu") -> Any:
+def make_model(seed: int = 0, device: str = "cpu", **changes: Any) -> Any:
     """A random model whose tokens depend on its context: the weights are larger than at initialization."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -38,6 +38,7 @@ def make_model(seed: int = 0, device: str = "cpu") -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.3,
+        **changes,
     )
     model = Qwen2ForCausalLM(config).to(device)
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD)
@@ -60,7 +61,9 @@ def call(lengths: list[int], *, seed: int = 0, device: str = "cpu", **options: A
     }
 
 
-def own(model: Any) -> tuple[Callable[..., Tensor], list[dict[str, Any]]]:
+def own(
+    model: Any, autocast: torch.dtype | None = None
+) -> tuple[Callable[..., Tensor], list[dict[str, Any]]]:
     """The replaced `generate`, and the calls that went on to the model's own."""
     passed: list[dict[str, Any]] = []
 
@@ -69,7 +72,7 @@ def own(model: Any) -> tuple[Callable[..., Tensor], list[dict[str, Any]]]:
         return type(model).generate(model, **kwargs)
 
     model.generate = original
-    sampling.sample_with_graphs(model)
+    sampling.sample_with_graphs(model, autocast)
     return model.generate, passed
 
 
@@ -106,18 +109,14 @@ def test_padding_that_is_the_end() -> None:
     assert not passed
 
 
-def test_greedy_tokens_are_those_of_generate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "draw", lambda logits: logits.argmax(-1))
+def test_greedy_tokens_are_those_of_generate() -> None:
     for seed in range(3):
         model = make_model(seed)
         generate, passed = own(model)
         for lengths in SHAPES:
-            arguments = call(lengths, seed=seed, eos_token_id=[EOS, 3, 4, 5])
-            ours = generate(**arguments)
-            arguments["generation_config"].do_sample = False
-            arguments["generation_config"].temperature = arguments["generation_config"].top_p = None
-            arguments["generation_config"].top_k = None
-            assert torch.equal(ours, type(model).generate(model, **arguments))
+            greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            assert same(generate, model, call(lengths, seed=seed, eos_token_id=[EOS, 3, 4, 5], **greedy))
+            assert same(generate, model, call(lengths, seed=seed))
         assert not passed
 
 
@@ -132,11 +131,42 @@ def test_modes_of_torch_and_of_the_model(training: bool, inference: bool) -> Non
     assert not passed
 
 
-def test_bfloat16_autocast_of_the_forward() -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_autocast_of_the_forward(tied: bool) -> None:
+    models = [make_model(tie_word_embeddings=tied) for _ in range(2)]
+    drawn = []
+    for model, cast in zip(models, (None, torch.bfloat16), strict=True):
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        drawn.append(own(model, cast))
+    for change in (0.0, 0.3):
+        for model in models:
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(torch.randn_like(weight), alpha=change)
+        for seed, lengths in enumerate(SHAPES):
+            samples = []
+            for generate, _ in drawn:
+                torch.manual_seed(seed)
+                samples.append(generate(**call(lengths, seed=seed)))
+            assert torch.equal(*samples)
+    assert not any(passed for _, passed in drawn)
+
+
+def test_a_prompt_of_several_rows_is_read_once() -> None:
     model = make_model()
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     generate, passed = own(model)
-    assert all(same(generate, model, call(lengths)) for lengths in SHAPES)
+    arguments = call([5, 3, 3, 9])
+    for name in ("input_ids", "attention_mask"):
+        arguments[name] = arguments[name].repeat_interleave(torch.tensor([3, 1, 2, 1]), dim=0)
+    read = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    generate(**arguments)
+    assert read[:2] == [(4, sampling.PROMPT_MULTIPLE), (7, 1)]
+    assert same(generate, model, arguments)
     assert not passed
 
 
@@ -186,7 +216,6 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"do_sample": False, "temperature": None, "top_p": None, "top_k": None},
         {"temperature": 0.7},
         {"top_k": 5},
         {"top_p": 0.9},
@@ -227,14 +256,14 @@ def test_a_model_is_copied_without_its_graphs() -> None:
 
 def skip_positions(sampler: Any) -> None:
     logits = sampler._logits
-    sampler._logits = lambda ids, attended, positions: logits(
-        ids, attended, positions + (sampler._slot if ids.shape[1] == 1 else 0)
+    sampler._logits = lambda ids, attended, positions, cache: logits(
+        ids, attended, positions + (sampler._slot if ids.shape[1] == 1 else 0), cache
     )
 
 
 def attend_to_padding(sampler: Any) -> None:
     logits = sampler._logits
-    sampler._logits = lambda ids, attended, positions: logits(ids, torch.ones_like(attended), positions)
+    sampler._logits = lambda ids, attended, *others: logits(ids, torch.ones_like(attended), *others)
 
 
 def keep_cache(sampler: Any) -> None:
@@ -264,7 +293,7 @@ def test_a_wrong_step_is_found(change: Callable[[Any], None], monkeypatch: pytes
 
 def sampler(model: Any, arguments: dict[str, Any]) -> sampling.Sampler:
     ids = arguments["input_ids"]
-    return sampling.Sampler(model, len(ids), 64, arguments["generation_config"])
+    return sampling.Sampler(model, len(ids), 64, arguments["generation_config"], {})
 
 
 class NoReads(TorchDispatchMode):
@@ -311,7 +340,8 @@ def test_a_run_with_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(sys, "argv", ["train.py", "--model", str(folder), *command])
         train.main()
         records.append(json.loads(target.read_text()))
-        assert len(used) == (2 if given else 0)
+        # Two steps, three evaluations, and the replies before and after.
+        assert len(used) == (7 if given else 0)
     plain, graph = records
     assert plain["command"].replace("--output", "--sampling graph --output") == graph["command"]
     assert graph["complete"]
@@ -339,14 +369,14 @@ def test_a_graph_draws_what_its_step_draws(autocast: bool, monkeypatch: pytest.M
     model = make_model(device="cuda")
     if autocast:
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
-    generate, passed = own(model)
+    generate, passed = own(model, torch.bfloat16 if autocast else None)
 
     def eager(arguments: dict[str, Any]) -> Tensor:
         with monkeypatch.context() as patched, torch.no_grad():
             patched.setattr(sampling.Sampler, "_capture", lambda *_: None)
             ids = arguments["input_ids"]
             width = -(-ids.shape[1] // sampling.PROMPT_MULTIPLE) * sampling.PROMPT_MULTIPLE
-            fresh = sampling.Sampler(model, len(ids), width, arguments["generation_config"])
+            fresh = sampling.Sampler(model, len(ids), width, arguments["generation_config"], {})
             return fresh(ids, arguments["attention_mask"])
 
     for turn in range(3):

@@ -34,6 +34,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)  # of `SDPOConfig`, on top of SDPO_SETTINGS
     lora_rank: int | None = None  # of adapters on all linear layers; `None`: all weights train
     length: int = 1  # its samples, as a multiple of those of other arms
+    decay: bool = False  # the learning rate falls linearly to 0; otherwise it is constant
 
     def all_settings(self) -> dict[str, Any]:
         """The arguments of `SDPOConfig`; none without SDPO."""
@@ -65,6 +66,9 @@ _CANDIDATES: tuple[Arm, ...] = (
     Arm("α=0, SRPO", settings={"alpha": 0.0, **_SRPO}),
     Arm("α=0, SRPO, lr 2e-05", learning_rate=2e-5, settings={"alpha": 0.0, **_SRPO}),
     Arm("α=0, SRPO, rate 0.02", settings={"alpha": 0.0, "teacher_update_rate": 0.02, **_SRPO}),
+    Arm("α=0, SRPO, rate 0.05", settings={"alpha": 0.0, "teacher_update_rate": 0.05, **_SRPO}),
+    Arm("α=0, SRPO, decay", settings={"alpha": 0.0, **_SRPO}, decay=True),
+    Arm("α=0, SRPO, lr 2e-05, decay", learning_rate=2e-5, settings={"alpha": 0.0, **_SRPO}, decay=True),
     Arm("α=0.5, SRPO", settings=_SRPO),
 )
 

@@ -40,7 +40,6 @@ class Environment:
         draw: a random question of a split; the splits share none.
         judge: scores a completion, with feedback on a failure; called as ``judge(completion, **columns)``.
         max_completion: tokens of a completion.
-        one_answer: whether `Question.answer` is the only right completion, so that greedy accuracy is exact.
         threads: completions judged at a time.
     """
 
@@ -48,7 +47,6 @@ class Environment:
     draw: Callable[[random.Random, Split], Question]
     judge: Callable[..., Verdict]
     max_completion: int
-    one_answer: bool
     threads: int = 1
 
     def held_out(self, count: int) -> list[Question]:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out questions: exact where a question has one right answer, by greedy decoding where not.
+"""Evaluation on held-out questions: what greedy decoding replies, and the probability of the right answer.
 
 A module of `train.py`; nothing to run.
 """
@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from environment import Environment, Question
+from transformers import GenerationConfig
 
-BATCH = 32  # questions a forward: their logits are over the whole vocabulary
+BATCH = 32  # questions of a forward whose logits are over the whole vocabulary
+COMPLETED = 96  # questions completed at a time
 
 
 class Score(NamedTuple):
     """Means over the questions."""
 
     probability: float  # of sampling `Question.answer` at temperature 1
-    accuracy: float  # share of questions that greedy decoding answers right
+    accuracy: float  # share of questions whose greedy completion the judge finds right
 
 
 def prompt_ids(tokenizer: Any, question: Question) -> list[int]:
@@ -51,27 +53,23 @@ def answer_ids(tokenizer: Any, question: Question) -> list[int]:
 def evaluate(model: Any, tokenizer: Any, environment: Environment, questions: Sequence[Question]) -> Score:
     """Probability of the right answers, and greedy accuracy.
 
-    Where a question has one right answer, both are exact and need one forward: greedy decoding gives the answer iff
-    each of its tokens is the argmax. Another spelling of the same answer counts as wrong. Otherwise greedy
-    completions are judged.
+    The accuracy is the judge's. A comparison with `Question.answer` would count every other spelling of it as
+    wrong, and a run that changes its spelling as one that forgets.
     """
     training, _ = model.training, model.eval()
-    scores = forced(model, tokenizer, questions)
-    if not environment.one_answer:
-        texts = complete(model, tokenizer, environment, questions)
-        verdicts = [environment.judge(text, **q.columns) for text, q in zip(texts, questions, strict=True)]
-        scores = Score(scores.probability, fmean(verdict.score for verdict in verdicts))
+    texts = complete(model, tokenizer, environment, questions)
+    verdicts = [environment.judge(text, **q.columns) for text, q in zip(texts, questions, strict=True)]
+    score = Score(probability(model, tokenizer, questions), fmean(verdict.score for verdict in verdicts))
     model.train(training)
-    return scores
+    return score
 
 
 @torch.no_grad()
-def forced(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
-    """``p(answer | prompt) = prod_t p(y_t | prompt, y_<t)``, and whether every ``y_t`` is the argmax."""
+def probability(model: Any, tokenizer: Any, questions: Sequence[Question]) -> float:
+    """Mean of ``p(answer | prompt) = prod_t p(y_t | prompt, y_<t)`` over the questions."""
     rows = [(prompt_ids(tokenizer, question), answer_ids(tokenizer, question)) for question in questions]
     device = next(model.parameters()).device
     likelihoods: list[torch.Tensor] = []  # kept on the device, so that the CPU waits only once
-    found: list[torch.Tensor] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         width = max(len(prompt) + len(answer) for prompt, answer in batch)
@@ -86,8 +84,7 @@ def forced(model: Any, tokenizer: Any, questions: Sequence[Question]) -> Score:
             log_probs = row[len(prompt) - 1 : len(prompt + answer) - 1].float().log_softmax(-1)
             target = torch.tensor(answer, device=device)
             likelihoods.append(log_probs.gather(-1, target[:, None]).sum().exp())
-            found.append((log_probs.argmax(-1) == target).all())
-    return Score(torch.stack(likelihoods).mean().item(), torch.stack(found).float().mean().item())
+    return torch.stack(likelihoods).mean().item()
 
 
 @torch.no_grad()
@@ -96,20 +93,18 @@ def complete(
 ) -> list[str]:
     """Greedy completions."""
     device = next(model.parameters()).device
+    pad = tokenizer.eos_token_id
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=environment.max_completion, pad_token_id=pad, eos_token_id=pad
+    )
     texts: list[str] = []
-    for start in range(0, len(questions), BATCH):
-        rows = [prompt_ids(tokenizer, question) for question in questions[start : start + BATCH]]
-        width, pad = max(map(len, rows)), tokenizer.eos_token_id
+    for start in range(0, len(questions), COMPLETED):
+        rows = [prompt_ids(tokenizer, question) for question in questions[start : start + COMPLETED]]
+        width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         with autocast(device):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=environment.max_completion,
-                pad_token_id=pad,
-            )
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         texts += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return texts
 

@@ -115,4 +115,4 @@ def judge(completion: str, problem: str) -> Verdict:
     return Verdict(float(outcome.passed), outcome.message)
 
 
-HOUSE_STYLE = Environment("house_style", draw_question, judge, max_completion=48, one_answer=False, threads=4)
+HOUSE_STYLE = Environment("house_style", draw_question, judge, max_completion=48, threads=4)

@@ -90,4 +90,4 @@ def judge(completion: str, function: str, argument: str) -> Verdict:
     return Verdict(0.0, f"{message}. kit.{function}(argument) {FUNCTIONS[function].purpose}.")
 
 
-KIT = Environment("kit", draw_question, judge, max_completion=24, one_answer=True)
+KIT = Environment("kit", draw_question, judge, max_completion=24)

@@ -84,6 +84,7 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         "seed": options.seed,
         "samples": options.samples * arm.length,
         "learning_rate": arm.learning_rate,
+        "learning_rate_decay": arm.decay,
         "samples_per_step": arm.samples_per_step,
         "shuffled_feedback": arm.shuffled_feedback,
         "lora_rank": arm.lora_rank,

@@ -1,23 +1,25 @@
-"""Sampling with one CUDA graph a token, in place of `model.generate`.
+"""Sampling and greedy decoding with one CUDA graph a token, in place of `model.generate`.
 
 A decoding step of a small model is hundreds of short kernels, and a GPU waits for the CPU to launch each of them.
 Here the step is captured once as a graph, on a key/value cache of fixed length, and a token costs one launch. The
-weights are read where they are, so a graph follows an optimizer that updates them in place. A module of `train.py`;
-nothing to run.
+weights are read where they are, so a graph follows an optimizer that updates them in place. A prompt that several
+rows have is read once. A module of `train.py`; nothing to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, GenerationConfig, StaticLayer
 
-PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so that a run captures few graphs
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple, so that a run captures few graphs
 CACHE_MULTIPLE = 16  # attention copies a mask whose rows are not aligned
 CHECK_EVERY = 8  # tokens from one look at whether all rows have ended, which waits for the GPU, to the next
 
-# Options that change nothing about sampling from the model's own distribution, by the values they may have.
+# Options that change neither the model's own distribution nor its argmax, by the values they may have.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0,),
     "top_k": (0,),
@@ -28,36 +30,56 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 READ = {"do_sample", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
 
 
-def sample_with_graphs(model: Any) -> None:
-    """Replace `model.generate` where it samples from the model's own distribution.
+def sample_with_graphs(model: Any, autocast: torch.dtype | None = None) -> None:
+    """Replace `model.generate` where it samples from the model's own distribution, or takes its argmax.
 
-    A call with any other option, without sampling, or within an autocast region goes to the model's own method.
+    A call with any other option goes to the model's own method, and so does one within an autocast region if
+    `autocast` is `None`.
 
     Args:
         model: a causal language model whose attention is "sdpa". Prompts have to be padded on the left.
+        autocast: the dtype of the autocast region that `model.forward` runs in; `None` if it runs in none. Weights
+            are then cast once for a batch instead of once for each of its tokens.
     """
     original = model.generate
+    weights = {
+        f"{name}.{part}": value
+        for name, module in (model.named_modules() if autocast is not None else ())
+        if isinstance(module, torch.nn.Linear)
+        for part, value in module.named_parameters(recurse=False)
+    }
+    casts: dict[str, Tensor] = {}
     shapes: dict[tuple[int, ...], Sampler] = {}
     # Graphs share the memory of what a step computes: they run one after the other, and leave nothing there.
     pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
 
     # A function, and not a method: `copy.deepcopy` of the model would copy the graphs of a method's object.
-    def generate(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or not _is_plain_sampling(model, kwargs):
+    def generate(*args: Any, **kwargs: Any) -> Tensor:
+        # Autocast casts a weight once for its whole region: a graph would keep the cast of an old weight.
+        if autocast is None and torch.is_autocast_enabled(model.device.type):
+            return original(*args, **kwargs)
+        if args or not _is_plain(model, kwargs):
             return original(*args, **kwargs)
         ids, config = kwargs["input_ids"], kwargs["generation_config"]
         width = -(-ids.shape[1] // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        key = (len(ids), width, config.max_new_tokens, config.pad_token_id, *_eos_ids(config))
+        known = (config.do_sample, config.max_new_tokens, config.pad_token_id)
+        key = (len(ids), width, *known, *_eos_ids(config))
         # Buffers that were made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
+            if weights and not casts:
+                casts.update(
+                    {name: torch.empty_like(value, dtype=autocast) for name, value in weights.items()}
+                )
+            if weights:
+                torch._foreach_copy_(list(casts.values()), list(weights.values()))
             if key not in shapes:
-                shapes[key] = Sampler(model, len(ids), width, config, pool)
+                shapes[key] = Sampler(model, len(ids), width, config, casts, pool)
             return shapes[key](ids, kwargs["attention_mask"])
 
     model.generate = generate
 
 
-def draw(logits: torch.Tensor) -> torch.Tensor:
+def draw(logits: Tensor) -> Tensor:
     """One token of each row from its softmax, as `torch.multinomial` draws it, without a look at the values."""
     probabilities = logits.float().softmax(-1)
     return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
@@ -70,14 +92,24 @@ class Sampler:
         model: a causal language model.
         rows: of a batch.
         width: prompts are padded to it.
-        config: with the number of tokens, the ids that end a row, and the one that follows them.
+        config: with `do_sample`, the number of tokens, the ids that end a row, and the one that follows them.
+        weights: parameters to use in place of the model's, by name.
         pool: the memory of the graphs; by default each has its own.
     """
 
-    def __init__(self, model: Any, rows: int, width: int, config: GenerationConfig, pool: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        rows: int,
+        width: int,
+        config: GenerationConfig,
+        weights: Mapping[str, Tensor],
+        pool: Any = None,
+    ) -> None:
         device, tokens = model.device, config.max_new_tokens
         length = -(-(width + tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
-        self._model, self._width, self._tokens = model, width, tokens
+        self._model, self._weights, self._width, self._tokens = model, weights, width, tokens
+        self._sample = bool(config.do_sample)
         self._pad, self._eos = config.pad_token_id, torch.tensor(_eos_ids(config), device=device)
         self._cache = Cache(layers=[_Layer(length) for _ in range(model.config.num_hidden_layers)])
         # What a step reads and writes stays where it is: a graph knows addresses, not names.
@@ -91,7 +123,7 @@ class Sampler:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._pool = pool
 
-    def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Prompts and completions, as `generate` returns them: as long as the longest completion."""
         if ids.is_cuda and self._graph is None and self._tokens > 1:
             self._graph = self._capture(ids, mask)
@@ -105,43 +137,56 @@ class Sampler:
         unended = (ends.cumsum(1) == ends).any(0)  # columns that some row has not ended before
         return torch.cat([ids, self._output[:, : int(unended.sum())]], dim=1)
 
-    def start(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read the prompts, and draw the first token of each."""
+    def start(self, ids: Tensor, mask: Tensor) -> None:
+        """Read the prompts, and draw the first token of each row."""
         more = self._width - ids.shape[1]
         ids = torch.nn.functional.pad(ids, (more, 0), value=self._pad)
         real = torch.nn.functional.pad(mask.bool(), (more, 0))
-        self._cache.reset()
+        positions = real.long().cumsum(1) - 1
         self._seen.fill_(False)
         self._seen[:, 0, 0, : self._width] = real
-        query = torch.arange(self._width, device=ids.device)[:, None]
-        column = torch.arange(self._seen.shape[-1], device=ids.device)
-        # Padding attends to itself: softmax over nothing is not a number in some kernels.
-        attended = (self._seen & (column <= query)) | (column == query)
-        positions = real.long().cumsum(1) - 1
         self._position.copy_(positions[:, -1:])
         self._slot.fill_(self._width - 1)
         self._ended.fill_(False)
         self._output.fill_(self._pad)
         self._count.fill_(0)
-        self._append(self._logits(ids, attended, positions.clamp(min=0)))
+
+        # Rows of a group follow one another, and have the same prompt.
+        differs = ((ids[1:] != ids[:-1]) | (real[1:] != real[:-1])).any(1)
+        prompt = torch.nn.functional.pad(differs.long().cumsum(0), (1, 0))
+        first = torch.nn.functional.pad(differs, (1, 0), value=True)
+        column = torch.arange(self._width, device=ids.device)
+        # Padding attends to itself: softmax over nothing is not a number in some kernels.
+        attended = (real[first, None, None] & (column <= column[:, None])) | (column == column[:, None])
+        read = Cache(layers=[_Layer(self._width) for _ in self._cache.layers])
+        logits = self._logits(ids[first], attended, positions[first].clamp(min=0), read)
+        self._cache.reset()
+        for layer, prompts in zip(self._cache.layers, read.layers, strict=True):
+            layer.update(prompts.keys[prompt], prompts.values[prompt])
+        self._append(logits[prompt])
 
     def step(self) -> None:
         """Read the last token of each row, and draw the next one."""
-        self._append(self._logits(self._token, self._seen, self._position))
+        self._append(self._logits(self._token, self._seen, self._position, self._cache))
 
-    def _logits(self, ids: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model(
-            input_ids=ids,
-            attention_mask=attended,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    def _logits(self, ids: Tensor, attended: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        given = {
+            "input_ids": ids,
+            "attention_mask": attended,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        # A head that is tied to the embedding is cast, the embedding is not.
+        output = torch.func.functional_call(
+            self._model, dict(self._weights), kwargs=given, tie_weights=False, strict=False
+        )
+        logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _append(self, logits: torch.Tensor) -> None:
-        token = draw(logits).masked_fill(self._ended, self._pad)
+    def _append(self, logits: Tensor) -> None:
+        token = (draw(logits) if self._sample else logits.argmax(-1)).masked_fill(self._ended, self._pad)
         self._output.index_copy_(1, self._count, token[:, None])
         self._count.add_(1)
         self._ended.logical_or_(self._is_eos(token))
@@ -150,10 +195,10 @@ class Sampler:
         self._slot.add_(1)
         self._seen.index_fill_(3, self._slot, True)
 
-    def _is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _is_eos(self, tokens: Tensor) -> Tensor:
         return (tokens[..., None] == self._eos).any(-1)
 
-    def _capture(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.cuda.CUDAGraph:
+    def _capture(self, ids: Tensor, mask: Tensor) -> torch.cuda.CUDAGraph:
         """The graph of a step. The generator is left as it was, so that a seed means the same samples again."""
         graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.random.fork_rng([ids.device]):
@@ -173,12 +218,12 @@ class _Layer(StaticLayer):
     """A layer's cache in the dtype of the values, which autocast attention would cast the keys to."""
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
 
 
-def _is_plain_sampling(model: Any, given: dict[str, Any]) -> bool:
+def _is_plain(model: Any, given: dict[str, Any]) -> bool:
     config = given.get("generation_config")
     if given.keys() != {"input_ids", "attention_mask", "generation_config"} or config is None:
         return False
@@ -187,14 +232,11 @@ def _is_plain_sampling(model: Any, given: dict[str, Any]) -> bool:
     text = model.config
     return (
         all(name in READ or value in NEUTRAL.get(name, ()) for name, value in options.items())
-        and bool(config.do_sample)
         and None not in (config.max_new_tokens, config.pad_token_id, config.eos_token_id)
         and text._attn_implementation == "sdpa"
         and set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and getattr(text, "sliding_window", None) is None
         and not model.is_gradient_checkpointing
-        # Autocast casts a weight once for its whole region: a graph would keep the cast of an old weight.
-        and not torch.is_autocast_enabled(model.device.type)
     )
 
 

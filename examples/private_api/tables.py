@@ -73,7 +73,7 @@ def load(folder: Path) -> list[Run]:
 
 
 def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
-    """The runs of each arm of a question, in the order of seeds; none if fewer than two arms have any.
+    """The runs of each arm of a question, in the order of seeds; none if only one arm has any, of another question.
 
     Seeds for choosing answer the questions in CHOOSING alone.
     """
@@ -88,7 +88,8 @@ def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
         ]
         if of_arm:
             found[arm.name] = sorted(of_arm, key=lambda run: run["seed"])
-    return found if len(found) > 1 else {}
+    own = any(run["question"] == question for of_arm in found.values() for run in of_arm)
+    return found if own or len(found) > 1 else {}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -161,7 +161,7 @@ def grpo_config(task: Environment, arm: Arm, *, seed: int, steps: int, folder: s
         max_completion_length=task.max_completion,
         temperature=1.0,
         learning_rate=arm.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type="linear" if arm.decay else "constant_with_warmup",
         warmup_steps=WARMUP_STEPS,
         weight_decay=0.01,
         seed=seed,
@@ -280,7 +280,9 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     if options.sampling == "graph":
-        sample_with_graphs(model)
+        # Accelerate puts an autocast region around the forward of the model that it trains.
+        autocast = torch.bfloat16 if device == "cuda" and arm.lora_rank is None else None
+        sample_with_graphs(model, autocast)
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
     described = description(options, arm)
