@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from programs import EXAMPLES
@@ -53,3 +54,10 @@ def save_model(folder: Path) -> Path:
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def fast_teacher(run: dict[str, Any]) -> bool:
+    """Whether the teacher of a record is four times as fast as the paper's, whose rate is for batches of 256."""
+    settings = run["settings"]
+    per_batch = "teacher_rate_samples" not in settings and settings.get("teacher_mode", "ema") == "ema"
+    return bool(per_batch and settings["teacher_update_rate"] == 0.05 and run["samples_per_step"] == 64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import math
+import json
 import re
 import sys
 from itertools import pairwise
@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from private_api_cases import fast_teacher
 from programs import EXAMPLES, ROOT
 
 sys.path.insert(0, str(EXAMPLES / "private_api"))
@@ -40,28 +41,13 @@ def page(name: str) -> str:
     return " ".join(text.split())
 
 
-def one(by_arm: Any, arm: str) -> curves.Run:
-    """The run of an arm with one seed."""
-    (run,) = by_arm[arm]
-    return run  # type: ignore[no-any-return]
+def ends(by_arm: tables.Runs, arm: str) -> list[float]:
+    """By seed."""
+    return [run["points"][-1][curves.ACCURACY] for run in by_arm[arm]]
 
 
-def accuracies(run: curves.Run) -> list[float]:
-    return [point[curves.ACCURACY] for point in run["points"]]
-
-
-def standard_error(run: curves.Run) -> float:
-    """Binomial standard error of the largest early rise of the cut completions."""
-    shares = run["log"][margins.CUT]
-    start, completions = fmean(shares[: monitors.WINDOW]), run["samples_per_step"]
-    rises = margins.rises(run, margins.CUT)
-    now = start + max(rise for samples, rise in rises if samples <= margins.last_early(run))
-    variance = now * (1 - now) / monitors.LONG_WINDOW + start * (1 - start) / monitors.WINDOW
-    return math.sqrt(variance / completions)
-
-
-def kept(run: curves.Run) -> bool:
-    return curves.best(run) >= curves.LEARNED and curves.fall(run) is None
+def end(by_arm: tables.Runs, arm: str) -> float:
+    return fmean(ends(by_arm, arm))
 
 
 @pytest.mark.parametrize(
@@ -122,26 +108,37 @@ def test_a_page_begins_with_what_the_runs_show(name: str) -> None:
 # --- what they say in words -----------------------------------------------------------------------------------
 
 
-def test_sdpo_still_rises_and_the_controls_have_no_success() -> None:
-    for run in LEARNS["SDPO"]:
-        assert kept(run)
-        assert max(accuracies(run)[:-2]) < curves.best(run)
-    for arm in ("GRPO", "SDPO, peers only"):
-        assert max(max(run["log"]["reward"]) for run in LEARNS[arm]) == 0
-    assert (
-        max(max(run["log"]["reward"]) for runs in BY_QUESTION["grpo learning rate"].values() for run in runs)
-        == 0
-    )
+def test_the_controls_have_no_success() -> None:
+    silent = [*LEARNS["GRPO"], *LEARNS["SDPO, peers only"]]
+    silent += [run for runs in BY_QUESTION["grpo learning rate"].values() for run in runs]
+    assert max(max(run["log"]["reward"]) for run in silent) == 0
+
+
+def test_the_accuracy_is_that_of_the_samples() -> None:
+    """Beside a computation from the records themselves."""
+    record = json.loads((figures.RECORDS / "kit-learns-SDPO-1.json").read_text())
+    assert "accuracy" not in record
+    (run,) = [run for run in LEARNS["SDPO"] if run["seed"] == 1]
+    rewards, points = record["log"]["reward"], record["points"]
+    assert [point[:2] for point in run["points"]] == [point[:2] for point in points]
+    assert run["points"][0][curves.ACCURACY] == rewards[0]
+    for index, point in enumerate(run["points"][1:]):
+        assert point[curves.ACCURACY] == pytest.approx(sum(rewards[5 * index : 5 * index + 5]) / 5)
+    assert run["spelled"] == points[-1][2]
+    judged = {**record, "accuracy": tables.JUDGED}
+    assert tables.shown(judged) == judged
+    (supervised, *_) = LEARNS["supervised"]
+    assert supervised["points"][-1][curves.ACCURACY] == supervised["spelled"]
 
 
 def test_what_the_pages_begin_with_is_in_the_records() -> None:
-    assert {run["seed"] for runs in LEARNS.values() for run in runs} == {0, 1, 2}
-    assert {len(runs) for runs in LEARNS.values()} == {3}
-    for arm in ("GRPO", "SDPO, shuffled feedback", "SDPO, peers only"):
-        assert max(accuracies(run)[-1] for run in LEARNS[arm]) == 0
+    assert {len(LEARNS[arm]) for arm in ("SDPO", "SDPO, chosen settings", "GRPO", "SDPO, peers only")} == {3}
+    assert end(LEARNS, "SDPO, peers only") == end(LEARNS, "GRPO") == 0
     alone, slower = (CURES[arm] for arm in ("collapsing", "collapsing + rate per 256 samples"))
-    assert [run["seed"] for run in alone] == [run["seed"] for run in slower] == [0, 1]
-    assert [accuracies(run)[-1] for run in alone] == [0, 0]
+    assert [run["seed"] for run in alone] == [run["seed"] for run in slower] == [0, 1, 2]
+    # On every seed, and not only in the mean.
+    pairs = zip(ends(CURES, "collapsing"), ends(CURES, "collapsing + rate per 256 samples"), strict=True)
+    assert all(fast < slow for fast, slow in pairs)
     settings = alone[0]["settings"]
     assert (settings["alpha"], settings["teacher_update_rate"], alone[0]["samples_per_step"]) == (
         0.0,
@@ -149,116 +146,94 @@ def test_what_the_pages_begin_with_is_in_the_records() -> None:
         64,
     )
     assert rate_per_tick(0.05, samples=256, per_samples=64) / 0.05 == pytest.approx(4, abs=0.5)
-    for arm in ("collapsing + SRPO", "collapsing + hybrid λ=0.5"):
-        assert kept(one(CURES, arm))
-    alpha = {arm: findings.begins(one(SETTINGS, arm)) for arm in ("α=0", "α=0.1", "α=0.5")}
-    assert alpha["α=0"] == min(start for start in alpha.values() if start is not None)
+    assert end(BY_QUESTION["alpha"], "α=0") > end(BY_QUESTION["alpha"], "α=0.5")
     presets = (SDPOConfig.preset(name) for name in ("generalization", "rich_feedback", "test_time"))
     assert {config.alpha for config in presets} == {0.5, 1.0}
 
 
-def test_what_keeps_and_what_loses_in_the_setting_that_collapses() -> None:
-    alone, second = CURES["collapsing"]
-    assert curves.best(alone) == 0
-    assert accuracies(second)[-1] == 0 < curves.LEARNED < curves.best(second)
-    outcomes = {arm: [kept(run) for run in runs] for arm, runs in CURES.items()}
-    assert outcomes == {
-        "collapsing": [False, False],
-        "collapsing + rate per 256 samples": [True, False],
-        "collapsing + batch-token-mean": [False, False],
-        "collapsing + SRPO routing": [False],
-        "collapsing + SRPO": [True],
-        "collapsing + hybrid λ=0.1": [False],
-        "collapsing + hybrid λ=0.5": [True],
-        "collapsing + confidence weights": [False],
-        "collapsing + pass-rate weights": [False],
-        "collapsing + anchor 0.1": [True],
-        "collapsing + teacher restart": [False],
-        "collapsing + trust region": [False],
-    }
-    two = [arm for arm, runs in CURES.items() if len(runs) == 2]
-    assert {run["seed"] for runs in CURES.values() if len(runs) == 1 for run in runs} == {0}
-    assert two == list(CURES)[:3]
-    slower, other = CURES["collapsing + rate per 256 samples"]
-    assert curves.fall(other) == other["points"][-1][0]
-    assert abs(accuracies(slower)[-1] - accuracies(other)[-1]) == pytest.approx(0.25)
-    assert sum(value == 0 for value in accuracies(one(CURES, "collapsing + trust region"))[8:]) >= 3
-    # Between the best and the worst, within a few hundredths, nothing else was lost.
-    for arm in ("collapsing + teacher restart", "collapsing + trust region"):
-        assert curves.fall(one(CURES, arm), replay.COLLAPSED) is None
+def test_what_is_said_of_a_fast_teacher() -> None:
+    means = {arm: end(CURES, arm) for arm in CURES}
+    assert max(means, key=lambda arm: means[arm]) == "collapsing + hybrid λ=0.5"
+    assert [run["seed"] for run in CURES["collapsing + hybrid λ=0.5"]] == [0, 1, 2]
+    quoted = [
+        all(reply["reply"].startswith("`kit.") and reply["score"] == 1 for reply in run["after"])
+        for run in CURES["collapsing + hybrid λ=0.5"]
+    ]
+    assert quoted == [False, True, True]
+    assert [round(run["spelled"], 2) for run in CURES["collapsing + hybrid λ=0.5"]] == [0.84, 0.0, 0.0]
+    # The same settings on five seeds.
+    srpo = [*ends(CURES, "collapsing + SRPO"), *ends(SETTINGS, "α=0, SRPO, rate 0.05")]
+    assert (len(srpo), sum(value < curves.LEARNED for value in srpo)) == (5, 1)
 
 
 def test_the_published_settings_are_those_of_the_arm() -> None:
-    settings = one(CURES, "collapsing + SRPO")["settings"]
+    settings = CURES["collapsing + SRPO"][0]["settings"]
     for name in ("routing", "loss_aggregation", "token_weights"):
         assert f'`{name}="{settings[name]}"`' in (ROOT / "docs" / "choosing.md").read_text()
-    assert one(CURES, "collapsing + hybrid λ=0.5")["settings"]["grpo_weight"] == 0.5
+    assert CURES["collapsing + hybrid λ=0.5"][0]["settings"]["grpo_weight"] == 0.5
     assert CURES["collapsing + rate per 256 samples"][0]["settings"]["teacher_rate_samples"] == 256
-    assert one(CURES, "collapsing + anchor 0.1")["settings"]["anchor_weight"] == 0.1
+    assert CURES["collapsing + anchor 0.1"][0]["settings"]["anchor_weight"] == 0.1
 
 
 def test_what_the_settings_that_were_tried_show() -> None:
-    assert {len(runs) for runs in SETTINGS.values()} == {1}
-    assert {run["seed"] for runs in SETTINGS.values() for run in runs} == {100}
-    hybrid = one(SETTINGS, "α=0, hybrid λ=0.5")
-    learned = next(i for i, value in enumerate(accuracies(hybrid)) if value >= curves.LEARNED)
-    assert sum(value < 0.05 for value in accuracies(hybrid)[learned:]) == 3
-    assert kept(hybrid)
-    ends = {arm: accuracies(one(SETTINGS, arm))[-1] for arm in SETTINGS}
-    changes = {
-        arm: max(abs(after - before) for before, after in pairwise(accuracies(one(SETTINGS, arm))))
-        for arm in SETTINGS
-    }
-    assert (sum(change >= 0.25 for change in changes.values()), len(changes)) == (6, 10)
-    assert ends["α=0, SRPO"] > ends["α=0"]
-    for srpo, without in (("α=0.5, SRPO", "α=0.5"), ("α=0, SRPO, lr 2e-05", "α=0, lr 2e-05")):
-        assert ends[srpo] < ends[without]
-    # With the setting that collapses, SRPO was compared four times and half of the loss from GRPO twice.
-    cured = {arm: fmean(accuracies(run)[-1] for run in runs) for arm, runs in CURES.items()}
-    assert cured["collapsing + SRPO"] > cured["collapsing"]
-    assert cured["collapsing + hybrid λ=0.5"] > cured["collapsing"]
-    assert ends["α=0, hybrid λ=0.5"] > ends["α=0"]
-    assert not kept(one(SETTINGS, "α=0, SRPO, rate 0.02"))
-    assert not kept(one(SETTINGS, "α=0, confidence weights"))
+    assert {run["seed"] for runs in SETTINGS.values() for run in runs} == {100, 101}
+    means = {arm: end(SETTINGS, arm) for arm in SETTINGS} | {arm: end(CURES, arm) for arm in CURES}
+    for better, than in (
+        ("α=0, SRPO", "α=0"),
+        ("α=0, SRPO, lr 2e-05", "α=0, lr 2e-05"),
+        ("α=0.5", "α=0.5, SRPO"),
+        ("collapsing + SRPO", "collapsing"),
+        ("α=0, hybrid λ=0.5", "α=0"),
+        ("collapsing + hybrid λ=0.5", "collapsing"),
+    ):
+        assert means[better] > means[than]
+    # The last column, by which they were chosen, and the accuracy of the samples differ.
+    assert max(SETTINGS, key=lambda arm: fmean(run["spelled"] for run in SETTINGS[arm])) == arms.CHOSEN
+    assert max(SETTINGS, key=lambda arm: end(SETTINGS, arm)) != arms.CHOSEN
 
 
 def test_the_settings_that_were_tried_have_a_slow_teacher() -> None:
     rates = {arm: runs[0]["settings"]["teacher_update_rate"] for arm, runs in SETTINGS.items()}
-    assert {arm: rate for arm, rate in rates.items() if rate != 0.01} == {"α=0, SRPO, rate 0.02": 0.02}
+    others = {arm: rate for arm, rate in rates.items() if rate != 0.01}
+    assert others == {"α=0, SRPO, rate 0.02": 0.02, "α=0, SRPO, rate 0.05": 0.05}
     assert 0.01 < rate_per_tick(0.05, samples=64, per_samples=256) < 0.02
     text = page("docs/choosing.md")
     assert "The teacher's rate is 0.01 per 64 completions, a little slower than the paper's" in text
-    assert f"These runs end after {max(run['points'][-1][0] for run in SHOWN)} completions" in text
+    assert (
+        f"These runs end after {max(run['points'][-1][0] for run in CURES['collapsing'])} completions" in text
+    )
 
 
-def test_two_settings_of_the_rate_have_runs() -> None:
-    settings = [runs[0]["settings"] for runs in BY_QUESTION["rate"].values()]
-    assert [(known["alpha"], known["teacher_update_rate"]) for known in settings] == [
-        (0.0, 0.05),
-        (0.5, 0.01),
-    ]
-    assert len(arms.arms("rate")) == 16
+def test_runs_five_times_as_long_keep_what_they_learned() -> None:
+    runs = BY_QUESTION["lasting"]["SDPO, chosen settings"]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for run in runs:
+        assert run["points"][-1][curves.ACCURACY] > 0.95 * curves.best(run)
 
 
 def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
     (row,) = [
-        line for line in (ROOT / "DEBT.md").read_text().splitlines() if "`examples/private_api` have" in line
+        line for line in (ROOT / "DEBT.md").read_text().splitlines() if "fewer than three seeds" in line
     ]
-    counts = {question: {len(runs) for runs in by_arm.values()} for question, by_arm in BY_QUESTION.items()}
-    assert counts["learns"] == {3}
-    assert counts["cures"] == {1, 2}
-    assert counts["settings"] == {1}
-    assert {question for question, found in counts.items() if not found} == {
-        "alpha",
-        "support",
-        "lasting",
-        "lora",
+    few = {
+        question: sum(len(runs) < 3 for runs in by_arm.values()) for question, by_arm in BY_QUESTION.items()
     }
-    assert all(f"`{question}`" in row for question in counts if question != "grpo learning rate")
-    assert (
-        f"{len(arms.arms('rate')) - len(BY_QUESTION['rate'])} of the {len(arms.arms('rate'))} settings" in row
-    )
-    assert len(arms.arms("cures")) - len(CURES) == 1
+    without = {
+        question: [arm.name for arm in arms.arms(question) if arm.name not in by_arm]
+        for question, by_arm in BY_QUESTION.items()
+    }
+    assert few == {
+        **dict.fromkeys(arms.QUESTIONS, 0),
+        "learns": 1,
+        "grpo learning rate": 3,
+        "settings": 13,
+        "cures": 4,
+    }
+    assert "four rows of `cures`, one of `learns` and most of `settings`" in row
+    assert {question for question, by_arm in BY_QUESTION.items() if not by_arm} == {"support", "lora"}
+    assert (len(without["alpha"]), len(arms.arms("alpha"))) == (2, 4)
+    assert f"{len(without['rate'])} of the {len(arms.arms('rate'))} settings of `rate`" in row
+    assert (len(without["cures"]), len(without["lasting"])) == (1, 1)
     assert {run["task"] for run in SHOWN} == {"kit"}
 
 
@@ -300,58 +275,30 @@ def test_no_metric_of_the_first_twenty_steps_tells_what_becomes_of_a_run() -> No
 
 def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
     text = page("docs/choosing.md")
-    kept_runs, collapsed = tables.kept_and_collapsed(SHOWN)
-    assert len(collapsed) == 6
-    leads = []
-    for run in collapsed:
-        fell = curves.fall(run, replay.COLLAPSED)
-        assert fell is not None
-        leads.append(fell - min(replay.warnings(run, evaluations=False).values()))
-        # The entropy is above its start until then.
-        assert margins.largest_cut_rise(run, entropy_rose=False) < 1e-9
-    assert f"the first warning comes {min(leads)} to {max(leads)} completions before" in text
-    assert f"until {replay.LEAD} completions before that fall" in text
-    partly = [run for run in RECORDED if curves.fall(run) is not None and run not in collapsed]
-    assert len(partly) == 6
-    for run in partly:
-        assert min(replay.warnings(run, evaluations=True).values(), default=10**9) > curves.fall(run)  # type: ignore[operator]
     early = sum(
         max(margins.rises(run, margins.ENTROPY, monitors.WINDOW), key=lambda point: point[1])[0]
         <= 20 * run["samples_per_step"]
         for run in RECORDED
     )
     assert f"in {early} of the {len(RECORDED)} runs it is highest within the first twenty steps" in text
-    (never,) = [run for run in RECORDED if tables.run_name(run) == "α=0, rate 0.05 per 64, seed 0"]
-    assert curves.best(never) == 0
-    cut = fmean(never["log"][margins.CUT][-monitors.LONG_WINDOW :])
-    assert f"at the end {cut:.2f} of its completions are cut" in text
-    # Without the entropy, another run is the nearest.
-    by_name = {tables.run_name(run): run for run in kept_runs}
-    any_entropy = {
-        name: max(margins.largest_cut_rise(run, entropy_rose=entropy_rose) for entropy_rose in (False, True))
-        for name, run in by_name.items()
-    }
-    assert max(any_entropy, key=lambda name: any_entropy[name]) == "collapsing + hybrid λ=0.5, seed 0"
-    errors = [standard_error(run) for run in collapsed]
-    assert {f"{error:.2f}" for error in errors} == {"0.02"}
-    distances = [
-        monitors.CUT_RISE_WITH_ENTROPY
-        - max(margins.largest_cut_rise(run, entropy_rose=True) for run in kept_runs),
-        min(margins.largest_cut_rise(run, entropy_rose=True) for run in collapsed)
-        - monitors.CUT_RISE_WITH_ENTROPY,
-    ]
-    assert all(0.9 < distance / min(errors) < 2.1 for distance in distances)
+    (lost,) = [run for run in RECORDED if curves.fall(run, replay.COLLAPSED) is not None]
+    assert lost["settings"]["teacher_update_rate"] == 0
+    assert "one run ends below half of its best, that with a frozen teacher" in text
 
 
 def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
-    kept, collapsed = tables.kept_and_collapsed(SHOWN)
-    assert 0.10 < max(margins.largest_cut_rise(run, entropy_rose=True) for run in kept) < 0.11
-    assert 0.12 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in kept) < 0.13
-    assert 0.15 < min(margins.largest_cut_rise(run, entropy_rose=True) for run in collapsed) < 0.16
-    assert 0.14 < max(margins.largest_reward_fall(run) for run in kept) < 0.15
+    learned, _ = tables.kept_and_collapsed(SHOWN)
+    other = [run for run in RECORDED if not fast_teacher(run)]
+    assert 0.11 < max(margins.largest_cut_rise(run, entropy_rose=True) for run in other) < 0.12
+    assert 0.13 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in other) < 0.14
+    falls = {tables.run_name(run): margins.largest_reward_fall(run) for run in learned}
+    assert [name for name, fall in sorted(falls.items()) if fall >= 0.15] == [
+        "collapsing + trust region, seed 0",
+        "collapsing + trust region, seed 1",
+    ]
     assert 3.4 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.55
-    first = [sum(run["log"][margins.CUT][step : step + 5]) / 5 for run in kept for step in range(16)]
-    assert 0.24 < max(first) < 0.25
+    first = [sum(run["log"][margins.CUT][step : step + 5]) / 5 for run in learned for step in range(16)]
+    assert 0.29 < max(first) < 0.31
 
 
 def test_a_limit_between_the_others_is_counted() -> None:

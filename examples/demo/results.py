@@ -72,9 +72,8 @@ SECTIONS = {
         "Embedded: what prevents the collapse",
         "SDPO with α=0, alone and with one change.",
         (
-            "A slower teacher ends at {end[collapsing + rate 0.01]} and does not fall; on the private API "
-            "one of two seeds falls. The trust region ends at {end[collapsing + trust region]}; on the "
-            "private API it falls.",
+            "A slower teacher ends at {end[collapsing + rate 0.01]}, the trust region at "
+            "{end[collapsing + trust region]}.",
             "SRPO ends at {end[collapsing + SRPO]}, half of the loss from GRPO at "
             "{end[collapsing + hybrid λ=0.5]}, the teacher that restarts at "
             "{end[collapsing + teacher restart]} and the anchor at {end[collapsing + anchor 0.1]}.",

@@ -17,7 +17,8 @@ CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer,
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch of 64 samples; the paper's
 # .05 per 256 samples is .013 per 64.
 SDPO_SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 100, "teacher_update_rate": 0.01}
-# From "grpo learning rate", where all end at 0, and the best at the end of "settings"; both on seeds for choosing.
+# From "grpo learning rate", where all end at 0, and the best of "settings" by greedy completions in one spelling;
+# both on seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6
 CHOSEN = "α=0, SRPO"
 
@@ -113,7 +114,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         Arm("K=20, no tail", settings={"k": 20, "tail": "renormalize"}),
         Arm("full vocabulary", settings={"support": "full"}),
     ),
-    # The setting that collapses, alone and with one switch. Steps without a signal change nothing in any of them.
+    # A fast teacher, alone and with one switch. Steps without a signal change nothing in any of them.
     "cures": (
         Arm("collapsing", settings=_COLLAPSING),
         _cure("rate per 256 samples", teacher_rate_samples=256),

@@ -92,6 +92,7 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         "command": shlex.join([*command, "--output", "FILE"]),
         "model": model,
         "weights_sha256": weights_hash(known),
+        "accuracy": "judged",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "python": platform.python_version(),
         "versions": {

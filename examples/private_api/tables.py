@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -33,6 +34,7 @@ from sdpo_rl.diagnose.monitors import (
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
 NONE = "–"
+JUDGED = "judged"  # `accuracy` of a record whose greedy completions the judge evaluated
 # Steps of the signs: the first five, with which the monitors compare, and the last five of the first twenty.
 FIRST, LATER = range(1, 6), range(16, 21)
 SIGNS = {
@@ -67,9 +69,32 @@ MARGINS: tuple[tuple[str, float, Callable[[Run], float]], ...] = (
 
 
 def load(folder: Path) -> list[Run]:
-    """The records of complete runs."""
+    """The records of complete runs; on the private API with the accuracy of samples where no judge evaluated."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [run for run in runs if run["complete"]]
+    return [shown(run) for run in runs if run["complete"]]
+
+
+def shown(run: Run) -> Run:
+    """A record as the pages show it."""
+    return of_samples(run) if run.get("task") == "kit" and run.get("accuracy") != JUDGED else run
+
+
+def of_samples(run: Run) -> Run:
+    """A run whose accuracy is the share of right completions among those sampled since the evaluation before.
+
+    The first batch is sampled before any step. The recorded accuracy, the share of greedy completions that equal
+    one spelling of the answer, is kept as `spelled`. A supervised run samples nothing and keeps its points.
+    """
+    spelled = run["points"][-1][ACCURACY]
+    if not run["log"]:
+        return {**run, "spelled": spelled}
+    rewards = [(entry["step"] * run["samples_per_step"], entry["reward"]) for entry in entries(run)]
+    start, likelihood, _ = run["points"][0]
+    points = [[start, likelihood, rewards[0][1]]]
+    for (before, *_), (samples, likelihood, _) in pairwise(run["points"]):
+        sampled = [reward for end, reward in rewards if before < end <= samples]
+        points.append([samples, likelihood, fmean(sampled)])
+    return {**run, "points": points, "spelled": spelled}
 
 
 def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
@@ -126,6 +151,8 @@ def results(by_arm: Runs) -> str:
         "end / best",
     ]
     head += ["probability at the end", f"fell below {FALLEN:g} of its best"]
+    with_spelled = all("spelled" in run for runs in by_arm.values() for run in runs)
+    head += ["greedy, held out, one spelling"] * with_spelled
     rows = []
     for arm, runs in by_arm.items():
         ends = [at(run, last, ACCURACY) for run in runs]
@@ -139,6 +166,7 @@ def results(by_arm: Runs) -> str:
                 kept(runs),
                 f"{fmean(at(run, last, PROBABILITY) for run in runs):.2f}",
                 falls(runs),
+                *([spread([run["spelled"] for run in runs])] if with_spelled else []),
             ]
         )
     return markdown(head, rows)
@@ -234,11 +262,13 @@ def every_step(runs: Sequence[Run]) -> list[Run]:
 
 
 def first_warnings(runs: Sequence[Run]) -> str:
-    """When accuracy fell, and when the trainer's monitors warned."""
+    """When accuracy fell, and when the trainer's monitors warned; only runs with one of them."""
     rows = []
     for run in every_step(runs):
         of_training = warnings(run, evaluations=False)
         with_evaluations = warnings(run, evaluations=True)
+        if not with_evaluations and fall(run) is None:
+            continue
         rows.append(
             [
                 run_name(run),
