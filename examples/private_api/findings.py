@@ -86,9 +86,11 @@ FINDINGS: dict[str, tuple[str, ...]] = {
 SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "results summary": (
         ("learns", "cures"),
-        "* On the private API, after 9600 completions, SDPO samples {end[SDPO]} right completions with α=0.5 and "
-        "{end[SDPO, chosen settings]} with α=0 and SRPO as published. GRPO and SDPO without feedback have "
-        "{end[GRPO]}.\n"
+        "* On the private API, after 9600 completions, a share of {end[SDPO]} of SDPO's samples is right "
+        "with α=0.5, "
+        "and {end[SDPO, chosen settings]} with α=0 and SRPO as published. With GRPO, and with SDPO without "
+        "feedback, "
+        "it is {end[GRPO]}.\n"
         "* A teacher four times as fast as the paper's learns less: with α=0 its three seeds end at "
         "{each[collapsing]}, and at {each[collapsing + rate per 256 samples]} with the paper's rate.\n"
         "* The fast teacher with half of the loss from GRPO ends at {end[collapsing + hybrid λ=0.5]}, with SRPO as "
