@@ -101,7 +101,7 @@ def main() -> None:
             ]
         ),
         processing_class=None if options.model else tiny_tokenizer(),
-        sdpo_config=SDPOConfig.preset("rich_feedback", teacher_rate_samples=256),  # .01 is for 256 completions
+        sdpo_config=SDPOConfig.preset("rich_feedback"),
     )  # fmt: skip
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "reward" in entry]

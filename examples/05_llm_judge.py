@@ -159,7 +159,7 @@ def main() -> None:
         ),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS]),
         processing_class=None if options.model else tiny_tokenizer(),
-        sdpo_config=SDPOConfig(k=20, teacher_rate_samples=256),
+        sdpo_config=SDPOConfig(k=20),
     )  # fmt: skip
     trainer.train()
     for entry in trainer.state.log_history:

@@ -160,6 +160,7 @@ class Method:
     anchor: float = 0.0
     teacher: str = "ema"
     rate: float = 0.3
+    rate_samples: int | None = None  # completions that the rate is given for; None: those of one update
     tick_every_step: bool = False
     shown: int = 1
     feedback: bool = True
@@ -427,9 +428,11 @@ def compare(
         due = number if method.tick_every_step else micro_batches // generate_every
         for _ in range(due - ticks):
             if method.teacher == "ema":
-                teacher = {
-                    name: (1 - method.rate) * old + method.rate * step.after[name]
-                    for name, old in teacher.items()
-                }
+                past = 1 - method.rate
+                if method.rate_samples is not None:
+                    every_step = len(step.rows) / trainer.num_iterations
+                    completions = every_step if method.tick_every_step else len(step.rows[-1].batch)
+                    past **= completions / method.rate_samples
+                teacher = {name: past * old + (1 - past) * step.after[name] for name, old in teacher.items()}
         ticks = due
     return Difference(gradient_error, loss_error)

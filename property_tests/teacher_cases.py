@@ -122,8 +122,8 @@ def logits(model: Any, params: Weights | None = None) -> Tensor:
 
 
 def started(model: nn.Module, **config: Any) -> TeacherStore:
-    """A teacher when training begins."""
-    store = TeacherStore(model, SDPOConfig(**config), seed=0)
+    """A teacher when training begins; the rate is that of one update."""
+    store = TeacherStore(model, SDPOConfig(**{"teacher_rate_samples": None, **config}), seed=0)
     store.on_train_begin(model)
     return store
 

@@ -392,6 +392,17 @@ def test_options_that_changed_are_named_once_with_both_values(
     assert "changed: enabled True -> False." in message
 
 
+def test_a_checkpoint_of_the_earlier_default_rate_resumes_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rate was that of one update; to pass None keeps that."""
+    run(tmp_path, max_steps=1, sdpo={"teacher_rate_samples": None})
+    default = SDPOConfig().teacher_rate_samples
+    assert warnings_on_resume(caplog, tmp_path, 2, sdpo={"teacher_rate_samples": None}) == []
+    (message,) = warnings_on_resume(caplog, tmp_path, 3, sdpo={"teacher_rate_samples": default})
+    assert "SDPO options changed: teacher_rate_samples None -> 256. The run continues with the new" in message
+
+
 def test_options_of_another_version_are_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One that it did not have was at today's default; one that is gone is named."""
     run(tmp_path, max_steps=1, sdpo={"num_demonstrations": 2})

@@ -385,6 +385,11 @@ def test_options_over_the_file_over_the_preset_over_the_defaults(tmp_path: Path)
     assert (parsed.training.learning_rate, parsed.training.num_generations) == (2e-6, 8)
     parsed = recipe.parse([f"--config={path}", "--preset", "generalization", "--k", "9"])
     assert (parsed.sdpo.alpha, parsed.sdpo.k, parsed.sdpo.include_environment_feedback) == (0.5, 9, False)
+    assert parsed.sdpo.teacher_rate_samples == 256
+    parsed = recipe.parse([f"--config={path}", "--preset", "test_time"])
+    assert parsed.sdpo.teacher_rate_samples == 16
+    path.write_text("preset: test_time\nteacher_rate_samples: null\nuse_cpu: true\nbf16: false\n")
+    assert recipe.parse(["--config", str(path)]).sdpo.teacher_rate_samples is None
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])

@@ -35,6 +35,7 @@ PUBLISHED = {
     "is_clip": 2.0,
     "teacher_mode": "ema",
     "teacher_update_rate": 0.05,
+    "teacher_rate_samples": 256,
     "success_reward_threshold": 1.0,
     "dont_reprompt_on_self_success": True,
     "remove_thinking_from_demonstration": True,
@@ -58,7 +59,7 @@ PRESETS = {
         "include_environment_feedback": False,
     },
     "rich_feedback": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01},
-    "test_time": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01},
+    "test_time": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01, "teacher_rate_samples": 16},
 }
 
 TRAINING = {
@@ -310,7 +311,10 @@ def test_the_names_of_trl_s_sdpo_are_taken_for_k_and_tail() -> None:
         ({"support": "sampled", "alpha": 1.0, "tail": "renormalize"}, ["tail='renormalize'"]),
         ({"teacher_mode": "frozen", "teacher_update_rate": 0.1}, ["teacher_update_rate=0.1"]),
         ({"teacher_mode": "live", "teacher_offload": "cpu"}, ["teacher_offload='cpu'"]),
-        ({"teacher_mode": "frozen", "teacher_rate_samples": 256}, ["teacher_rate_samples=256"]),
+        ({"teacher_mode": "frozen", "teacher_rate_samples": 64}, ["teacher_rate_samples=64"]),
+        ({"teacher_mode": "frozen"}, []),
+        ({"teacher_mode": "live", "teacher_rate_samples": None}, []),
+        ({"teacher_mode": "trust_region"}, []),
         ({"teacher_mode": "frozen", "teacher_restart_every": 4}, []),
         ({"token_weights_beta": 2.0}, ["token_weights_beta=2.0"]),
         ({"evidence_mix": 0.1, "evidence_clip": 0.3}, ["evidence_mix=0.1", "evidence_clip=0.3"]),

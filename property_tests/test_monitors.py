@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -411,18 +412,26 @@ def test_a_trainer_measures_the_rows_whose_feedback_tells(
 
 # --- the teacher's pace -----------------------------------------------------------------------------------
 
+OF_AN_UPDATE: dict[str, Any] = {"teacher_rate_samples": None}
+
 
 @pytest.mark.parametrize(
     ("options", "samples", "part"),
     [
-        ({}, 64, "teacher_update_rate=0.05 per 64 completions is 0.19 per 256, where the paper has 0.05"),
-        ({"teacher_mode": "lora_ema"}, 8, "per 8 completions is 0.81 per 256"),
+        (
+            OF_AN_UPDATE,
+            64,
+            "teacher_update_rate=0.05 per 64 completions is 0.19 per 256, where the paper has 0.05",
+        ),
+        ({**OF_AN_UPDATE, "teacher_mode": "lora_ema"}, 8, "per 8 completions is 0.81 per 256"),
+        (OF_AN_UPDATE, 64, "set teacher_rate_samples=256 with teacher_update_rate=0.05, or enlarge the gen"),
         ({"teacher_update_rate": 1.0}, 256, "teacher_update_rate=1 per 256 completions is 1 per 256"),
+        ({"teacher_update_rate": 0.3}, 8, "with teacher_update_rate=0.05."),  # a larger batch does not help
         ({"teacher_update_rate": 0.3, "teacher_rate_samples": 64}, 8, "0.3 per 64 completions"),
-        ({}, 256, None),
-        ({}, 128, None),
-        ({"teacher_rate_samples": 256}, 8, None),
-        ({"teacher_update_rate": 0.01}, 64, None),
+        (OF_AN_UPDATE, 256, None),
+        (OF_AN_UPDATE, 128, None),
+        ({}, 8, None),
+        ({**OF_AN_UPDATE, "teacher_update_rate": 0.01}, 64, None),
         ({"teacher_update_rate": 0.0}, 8, None),
         ({"teacher_mode": "frozen"}, 8, None),
         ({"teacher_mode": "live"}, 8, None),
@@ -442,7 +451,10 @@ def test_a_fast_teacher_is_named_with_its_equivalent(
 def test_no_published_setting_is_called_fast(
     preset: str, samples: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    warn_of_fast_teacher(SDPOConfig.preset(preset), samples_per_tick=samples)
+    config = SDPOConfig.preset(preset)
+    assert config.teacher_rate_samples == samples
+    for one in (config, dataclasses.replace(config, teacher_rate_samples=None)):
+        warn_of_fast_teacher(one, samples_per_tick=samples)
     assert caplog.messages == []
 
 

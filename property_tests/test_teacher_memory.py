@@ -78,7 +78,7 @@ def test_on_a_gpu_the_offloaded_state_is_pinned_and_the_device_holds_one_paramet
         return torch.cuda.max_memory_allocated() - before
 
     made: list[TeacherStore] = []
-    offload = SDPOConfig(teacher_offload="cpu")
+    offload = SDPOConfig(teacher_offload="cpu", teacher_rate_samples=None)
     assert extra(lambda: made.append(TeacherStore(model, offload, seed=0))) <= 2 * largest
     store = made[0]
     assert extra(lambda: store.on_train_begin(model)) <= 2 * largest

@@ -240,9 +240,36 @@ def test_the_rate_per_samples_is_that_of_the_completions_of_an_update(
     assert rate != pytest.approx(1 - (1 - RATE) ** (2 * samples / 64), rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("samples", "options", "rate"),
+    [
+        (64, {}, 1 - 0.95 ** (64 / 256)),
+        (256, {}, 0.05),
+        (64, {"teacher_rate_samples": None}, 0.05),
+    ],
+    ids=["the default", "the paper's batch", "of one update"],
+)
+def test_the_paper_s_rate_is_for_256_completions(
+    tmp_path: Path, samples: int, options: dict[str, Any], rate: float
+) -> None:
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=SDPOConfig(k=20, loss_backend="torch", **options),
+        per_device_train_batch_size=samples,
+        train_dataset=tiny.conversations(samples),
+        max_steps=1,
+    )
+    students = Students(trainer._unwrapped)
+    trainer.add_callback(students)
+    trainer.train()
+    assert trainer._teacher.state.ticks == 1
+    moved = rate_of([students.seen[0], students.seen[-1]], trainer._teacher.state.params)
+    assert moved == pytest.approx(rate, rel=1e-3)
+
+
 def test_the_rate_per_samples_needs_the_samples() -> None:
     with pytest.raises(ValueError, match=r"samples_per_tick: expected the completions .*=256, got None"):
-        TeacherStore(tiny.model(), SDPOConfig(teacher_rate_samples=256), seed=0)
+        TeacherStore(tiny.model(), SDPOConfig(), seed=0)
 
 
 def test_a_frozen_teacher_starts_again_after_every_so_many_batches(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_the_comparison_rejects_a_teacher_that_leaves_something_out(tmp_path: Pa
 def test_the_comparison_rejects_another_rate(tmp_path: Path, rate: float) -> None:
     trainer, students = run(lora(), tmp_path)
     trainer._teacher.state = TeacherStore(
-        trainer._unwrapped, SDPOConfig(teacher_update_rate=rate), seed=0
+        trainer._unwrapped, SDPOConfig(teacher_update_rate=rate, teacher_rate_samples=None), seed=0
     ).state
     with pytest.raises(AssertionError):
         check(trainer, students)

@@ -108,6 +108,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Method]] = {
     "live teacher": ({"teacher_mode": "live"}, Method(teacher="live")),
     "trust region": ({"teacher_mode": "trust_region"}, Method(teacher="trust_region")),
     "teacher equal to the student after every update": ({"teacher_update_rate": 1.0}, Method(rate=1.0)),
+    "rate per 16 completions": ({"teacher_rate_samples": 16}, Method(rate_samples=16)),
     "offloaded teacher": ({"teacher_offload": "cpu"}, Method()),
     "two demonstrations": ({"num_demonstrations": 2}, Method(shown=2)),
     "feedback beside a demonstration": (
@@ -166,11 +167,12 @@ def test_the_importance_weights(tmp_path: Path, changes: dict[str, Any]) -> None
     assert compare(trainer, fresh_model(), Method(clip=changes["is_clip"])).gradient < TOLERANCE
 
 
-def test_the_teacher_may_be_updated_after_every_optimizer_step(tmp_path: Path) -> None:
-    trainer = tiny.trainer(
-        tmp_path, sdpo_config=tiny.config(teacher_tick="optimizer_step"), num_iterations=2, max_steps=4
-    )
-    assert compare(trainer, fresh_model(), Method(tick_every_step=True)).gradient < TOLERANCE
+@pytest.mark.parametrize("samples", [None, 16])
+def test_the_teacher_may_be_updated_after_every_optimizer_step(tmp_path: Path, samples: int | None) -> None:
+    config = tiny.config(teacher_tick="optimizer_step", teacher_rate_samples=samples)
+    trainer = tiny.trainer(tmp_path, sdpo_config=config, num_iterations=2, max_steps=4)
+    method = Method(tick_every_step=True, rate_samples=samples)
+    assert compare(trainer, fresh_model(), method).gradient < TOLERANCE
 
 
 @pytest.mark.parametrize("backend", ["torch", "logits"])

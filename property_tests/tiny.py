@@ -148,11 +148,12 @@ def arguments(output: Path, **changes: Any) -> GRPOConfig:
 
 
 def config(**changes: Any) -> SDPOConfig:
-    """SDPO with a support smaller than the vocabulary and a deterministic choice of demonstrations."""
+    """SDPO with a small support, a teacher that moves in small batches, and a deterministic demonstration."""
     settings: dict[str, Any] = {
         "k": 20,
         "demonstration_policy": "first",
         "teacher_update_rate": 0.3,
+        "teacher_rate_samples": None,  # of one update: batches of a few completions would hardly move the teacher
         "loss_backend": "torch",
     }
     return SDPOConfig(**{**settings, **changes})

@@ -179,7 +179,8 @@ def rate_per_tick(update_rate: float, *, samples: float, per_samples: float) -> 
     m = check_real(
         "per_samples", per_samples, low=0.0, high=LARGEST, open_low=True, meaning="samples of the rate"
     )
-    return rate if rate in (0.0, 1.0) else -math.expm1(n / m * math.log1p(-rate))
+    # The rate itself where nothing is converted, to the last bit.
+    return rate if n == m or rate in (0.0, 1.0) else -math.expm1(n / m * math.log1p(-rate))
 
 
 def frozen() -> Teacher:

@@ -69,7 +69,8 @@ def check_options(config: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
         _positive_int(config, loss_chunk_size="tokens of a chunk, or None")
     if config.teacher_rate_samples is not None:
         _positive_int(
-            config, teacher_rate_samples="completions that teacher_update_rate is given for, or None"
+            config,
+            teacher_rate_samples="completions that teacher_update_rate is given for, or None: those of an update",
         )
     if config.teacher_restart_every is not None:
         _positive_int(config, teacher_restart_every="generation batches from start to start, or None")
@@ -221,7 +222,11 @@ def warn_of_settings_without_effect(config: Any) -> None:
         ("evidence_mix", config.token_weights == "evidence", "token_weights='evidence'"),
         ("evidence_clip", config.token_weights == "evidence", "token_weights='evidence'"),
         ("teacher_update_rate", config.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
-        ("teacher_rate_samples", config.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
+        (
+            "teacher_rate_samples",
+            config.teacher_mode in ("ema", "lora_ema") or config.teacher_rate_samples is None,
+            "teacher_mode='ema'",
+        ),
         ("teacher_dtype", config.teacher_mode in ("ema", "lora_ema"), "teacher_mode='ema'"),
         ("teacher_offload", config.teacher_mode != "live", "a teacher with weights of its own"),
         ("trust_region_coef", config.teacher_mode == "trust_region", "teacher_mode='trust_region'"),

@@ -136,12 +136,13 @@ class SDPOConfig:
         evidence_clip: ε of `evidence`. Default 0.2 (RLSD).
         teacher_mode: `ema` (default, reference), `frozen`, `trust_region` (best in paper Table 4), `live`,
             or `lora_ema`: `ema` that requires adapters.
-        teacher_update_rate: weight of the *student* in the moving average. Default 0.05 (paper §3, whose batches
-            have 256 completions).
+        teacher_update_rate: weight of the *student* in the moving average, per `teacher_rate_samples` completions.
+            Default 0.05 (paper §3).
         teacher_rate_samples: completions that `teacher_update_rate` is given for: an update after n of them has the
             rate 1 − (1 − r)^(n / `teacher_rate_samples`), so that the pace per completion does not depend on the
             size of a batch. n counts the completions of all processes that are generated between two updates.
-            Default `None`: the rate is that of one update.
+            Default 256, because the paper's rate was measured with batches of 256. `None`: the rate is that of one
+            update, whatever its completions (as in the reference and TRL's SDPO).
         teacher_restart_every: with `teacher_mode="frozen"`, generation batches (or optimizer steps, by
             `teacher_tick`) after which the teacher starts again from the student (arXiv 2607.01763); those without
             a signal are not counted. Default `None`: never.
@@ -252,7 +253,9 @@ class SDPOConfig:
     evidence_clip: float = _option(0.2, "How far token_weights='evidence' changes an advantage.")
     teacher_mode: TeacherMode = _option("ema", "Which weights read the reprompt.")
     teacher_update_rate: float = _option(0.05, "Weight of the student in the moving average.")
-    teacher_rate_samples: int | None = _option(None, "Completions the rate is given for; unset: one update.")
+    teacher_rate_samples: int | None = _option(
+        256, "Completions the rate is given for; null in a recipe: those of one update."
+    )
     teacher_restart_every: int | None = _option(
         None, "Updates after which a frozen teacher restarts; unset: never."
     )

@@ -27,7 +27,8 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**_COMMON, "learning_rate": 1e-5, "warmup_steps": 10, "num_generations": 8},
     ),
     "rich_feedback": (_RICH, {**_RICH_ARGUMENTS, "num_generations": 8}),
-    "test_time": (_RICH, {**_RICH_ARGUMENTS, "num_generations": 16}),
+    # Its batches have 16 completions, those of the other two 256.
+    "test_time": ({**_RICH, "teacher_rate_samples": 16}, {**_RICH_ARGUMENTS, "num_generations": 16}),
 }
 
 
@@ -36,7 +37,8 @@ def training_arguments(preset: str) -> dict[str, Any]:
 
     Learning rate, warm-up, optimizer, clipping and sampling as the paper's Appendix prints them. Batch sizes
     depend on the machine and stay with the caller: `generalization` and `rich_feedback` use 32 prompts × 8
-    completions (`rich_feedback` with mini-batches of one prompt), `test_time` 1 × 16.
+    completions (`rich_feedback` with mini-batches of one prompt), `test_time` 1 × 16. The teacher's rate is for so
+    many completions (`teacher_rate_samples`), which makes its pace that of the paper in other batches too.
 
     Args:
         preset: `generalization`, `rich_feedback` or `test_time`.

@@ -115,6 +115,7 @@ def sdpo_config(arm: Arm) -> SDPOConfig:
     """The settings of all arms, with the templates that the checkpoint was trained on, and the arm's changes."""
     settings = {
         **SETTINGS,
+        "teacher_rate_samples": None,  # the rates of the arms are those of one update
         "environment_feedback_only_without_solution": False,
         "reprompt_template": TEMPLATES.reprompt,
         "solution_template": TEMPLATES.solution,

@@ -39,8 +39,7 @@ lora_target_modules: all-linear
 # SDPOConfig
 alpha: 0.5
 k: 100
-teacher_update_rate: 0.05
-teacher_rate_samples: 256       # the rate is the paper's, for 256 completions; a step has 16 here
+teacher_update_rate: 0.05       # the paper's, for 256 completions; the update after 16 has a smaller one
 """
 REWARDS = '''\
 """The reward function of recipe.yaml: a score, and in words what is wrong. The teacher reads the words."""

@@ -50,7 +50,7 @@ _MANY_ANSWERS = 0.25
 
 _SLOW_DOWN = (
     "Resume from a checkpoint before that with a lower learning rate or a slower teacher "
-    "(teacher_rate_samples=256 with teacher_update_rate=0.05 or less), or enlarge the generation batch."
+    "(a smaller teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or enlarge the generation batch."
 )
 
 _REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"

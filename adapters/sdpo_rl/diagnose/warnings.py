@@ -28,7 +28,7 @@ _LOW_TOPK_MASS = 0.9
 PUBLISHED_RATE = 0.05
 _PUBLISHED_SAMPLES = 256
 # Times that pace, per completion. The fastest published setting has 3.1 (0.01 for 16 completions); 0.05 for batches
-# of 64, the default rate with a smaller batch, has 4.
+# of 64, with which runs collapse (docs/choosing.md), has 4.
 _FAST_PACE = 3.5
 
 
@@ -76,11 +76,13 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     pace = math.inf if rate == 1.0 else math.log1p(-rate) / samples / paper
     if pace <= _FAST_PACE:
         return None
+    # A rate per completions is as fast in a larger batch.
+    larger = ", or enlarge the generation batch" if config.teacher_rate_samples is None else ""
     return (
         f"teacher_update_rate={rate:g} per {samples:g} completions is {published:.2g} per {_PUBLISHED_SAMPLES}, "
         f"where the paper has {PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its "
         f"errors until the run collapses; set teacher_rate_samples={_PUBLISHED_SAMPLES} with "
-        f"teacher_update_rate={PUBLISHED_RATE:g}, or enlarge the generation batch."
+        f"teacher_update_rate={PUBLISHED_RATE:g}{larger}."
     )
 
 

@@ -42,13 +42,13 @@ class TeacherStore:
         model: the unwrapped model.
         config: the run's configuration; its `teacher_*` fields and `trust_region_coef` are used.
         seed: of the stochastic rounding of a bfloat16 average.
-        samples_per_tick: completions from one tick to the next, over all processes; needed with
-            `teacher_rate_samples`.
+        samples_per_tick: completions from one tick to the next, over all processes; needed by a moving average
+            unless `teacher_rate_samples` is `None`.
 
     Raises:
         TypeError: a trainable parameter is not a floating tensor.
-        ValueError: `lora_ema` on a model without adapters; `teacher_rate_samples` without `samples_per_tick`; no
-            trainable parameter; later, trainable parameters that changed during training.
+        ValueError: `lora_ema` on a model without adapters; a moving average that needs `samples_per_tick`
+            without it; no trainable parameter; later, trainable parameters that changed during training.
     """
 
     def __init__(
