@@ -386,9 +386,10 @@ def test_options_over_the_file_over_the_preset_over_the_defaults(tmp_path: Path)
     parsed = recipe.parse([f"--config={path}", "--preset", "generalization", "--k", "9"])
     assert (parsed.sdpo.alpha, parsed.sdpo.k, parsed.sdpo.include_environment_feedback) == (0.5, 9, False)
     assert parsed.sdpo.teacher_rate_samples == 256
-    parsed = recipe.parse([f"--config={path}", "--preset", "test_time"])
-    assert parsed.sdpo.teacher_rate_samples == 16
-    path.write_text("preset: test_time\nteacher_rate_samples: null\nuse_cpu: true\nbf16: false\n")
+    batch = "per_device_train_batch_size: 16\nuse_cpu: true\nbf16: false\n"
+    path.write_text("preset: test_time\n" + batch)
+    assert recipe.parse(["--config", str(path)]).sdpo.teacher_rate_samples == 16
+    path.write_text("preset: test_time\nteacher_rate_samples: null\n" + batch)
     assert recipe.parse(["--config", str(path)]).sdpo.teacher_rate_samples is None
 
 

@@ -105,7 +105,7 @@ def test_the_blocks_run_on_a_tiny_model(
 
 def test_a_block_with_a_wrong_option_fails(on_a_tiny_model: dict[str, Any]) -> None:
     right = next(code for page, _, code in skipped() if page.name == "lora.md")
-    wrong = right.replace("teacher_rate_samples=256", "teacher_rate=0.05")
+    wrong = right.replace("SDPOConfig()", "SDPOConfig(teacher_rate=0.05)")
     assert wrong != right
     with pytest.raises(TypeError, match="teacher_rate"):
         exec(wrong, dict(on_a_tiny_model))
