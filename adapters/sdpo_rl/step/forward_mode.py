@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from .batch import TokenBatch
+from .forward import evaluating
 from .micro_batch import StepContext, can_fuse, reads_padding
+from .model_check import autoregression_problem
 from .runner import ChosenLayout, choose_layout
 
 
@@ -41,9 +43,19 @@ def find_forward_mode(context: StepContext, tokens: TokenBatch) -> ForwardMode:
     """The mode of a run, by forwards over `tokens`; all processes must call it.
 
     Raises:
-        ValueError: as `choose_layout`.
+        ValueError: the model is not autoregressive, or as `choose_layout`.
     """
     fused = can_fuse(context, tokens)
-    own = torch.tensor(float(reads_padding(context, tokens)), device=context.accelerator.device)
-    anywhere = bool(context.accelerator.reduce(own, reduction="sum"))
-    return ForwardMode(fused, anywhere, choose_layout(context, tokens))
+    apart = reads_padding(context, tokens)
+    with context.accelerator.autocast(), evaluating(context.unwrapped):
+        problem = autoregression_problem(context.unwrapped, tokens)
+    own = torch.tensor([float(apart), float(bool(problem))], device=context.accelerator.device)
+    apart, refused = context.accelerator.reduce(own, reduction="sum").bool().tolist()
+    if refused:
+        base = context.unwrapped
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        raise ValueError(
+            f"model: expected an autoregressive model whose positions start from 0, got {type(base).__name__}, "
+            f"{problem or 'refused on another process'}"
+        )
+    return ForwardMode(fused, apart, choose_layout(context, tokens))

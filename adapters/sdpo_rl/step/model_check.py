@@ -19,6 +19,7 @@ from .prefixes import place_rows, shared_prefixes
 
 # `reads_padding` runs this many tokens, beside this much padding on the left.
 _TOKENS, _PADDING = 8, 4
+_BEGINNING = 5  # tokens that the rows of `autoregression_problem` have in common
 # Differences below these, relative to the largest logit, are rounding: between rows of one shape, and between rows
 # that are shifted. Multiples of the precision count where they are larger.
 _SAME_SHAPE, _SHIFTED = (1e-4, 4), (1e-3, 8)
@@ -37,11 +38,57 @@ _DIFFERENCE = 5e-3
 
 
 @torch.no_grad()
-def reads_padding(model: Any, unwrapped: Any, ids: Tensor) -> bool:
-    """Whether the logits of a row depend on the padding before it, which the attention mask hides.
+def autoregression_problem(model: Any, batch: TokenBatch) -> str:
+    """Why a model's next-token losses are wrong even for rows that run without padding; "" if they are not.
 
-    A recurrent layer without a mask carries padding into its state, and positions that count padding shift the row.
-    One forward of three short rows: two differ in the ids of their padding alone, the third has none on the left.
+    Two short rows with the same beginning run in one call, and again without positions. Later tokens must not
+    change the logits of earlier ones, and positions from 0 must give the logits of the positions that the model
+    itself counts. What depends on all tokens of a call, as products of experts do, is the same for both.
+
+    Every process makes the same calls of the model.
+
+    Args:
+        model: in evaluation mode, not wrapped for several processes.
+        batch: any batch of the run; its tokens make up the rows.
+
+    Returns:
+        What was found and what to do, to follow the name of the model.
+    """
+    row = _test_rows(batch)[1]
+    changed = [*row[:_BEGINNING], *_other_tokens(row, batch)[_BEGINNING:]]
+    ids, mask = left_pad([row, changed], pad_id=0, device=batch.ids.device)
+    arguments = forward_arguments(model, ids, mask, position_ids(mask), len(row))
+    logits = own = model(**arguments).logits
+    if arguments.pop("position_ids", None) is not None:
+        own = model(**arguments).logits
+    precision = max(torch.finfo(dtype).eps for dtype in _dtypes(model, logits))
+    first, second = logits[:, -len(row) :][:, :_BEGINNING].double()
+    change = _relative_gap(second, first)
+    if (change > _bound(_SAME_SHAPE, precision)).any():
+        decoder = getattr(model.config.get_text_config(), "is_decoder", None)
+        fix = (
+            "set is_decoder=True in its configuration"
+            if decoder is False
+            else "such a model cannot be trained by next-token losses"
+        )
+        return f"whose logits change by {change.max():.1e} with later tokens of a row; {fix}"
+    # Without positions a model may run other kernels.
+    difference = _relative_gap(own.double(), logits.double())
+    if (difference > _bound(_SHIFTED, precision)).float().mean() > 0.5:
+        return (
+            f"whose logits change by {difference.max():.1e} without position_ids, because it does not number "
+            "positions from 0; such a model cannot be trained"
+        )
+    return ""
+
+
+@torch.no_grad()
+def reads_padding(model: Any, unwrapped: Any, ids: Tensor) -> bool:
+    """Whether the logits of a row depend on the padding beside it, which the attention mask hides.
+
+    A recurrent layer without a mask carries padding into its state, positions that count padding shift the row, and
+    a model may have another mask where there is padding. One forward of three short rows, of which two differ in
+    the ids of their padding alone and the third has none on the left, and one without padding.
 
     Args:
         model: what runs, wrapped for several processes or not, in evaluation mode.
@@ -56,19 +103,35 @@ def reads_padding(model: Any, unwrapped: Any, ids: Tensor) -> bool:
     attended = pad(torch.ones_like(row), (_PADDING, 0))
     mask = torch.stack([attended, attended, attended.roll(-_PADDING)])
     rows = torch.stack([*padded, padded[0].roll(-_PADDING)])
-    logits = model(**forward_arguments(unwrapped, rows, mask, position_ids(mask), rows.shape[1])).logits
+
+    def run(rows: Tensor, mask: Tensor) -> Tensor:
+        arguments = forward_arguments(unwrapped, rows, mask, position_ids(mask), rows.shape[1])
+        logits: Tensor = model(**arguments).logits
+        return logits
+
+    logits = run(rows, mask)
+    # Twice, because a compiled model has another graph for a batch of one row.
+    alone = run(row.expand(2, -1), mask[:2, _PADDING:])[0].double()
     precision = max(torch.finfo(dtype).eps for dtype in _dtypes(unwrapped, logits))
     first, second = logits[:2, _PADDING:].double()
-    alone = logits[2, : len(row)].double()
-    size = alone.abs().amax()
-
-    def differ(other: Tensor, bounds: tuple[float, int]) -> Tensor:
-        gaps = torch.where(other == first, 0.0, other - first).abs().amax(dim=-1)
-        return gaps > max(bounds[0], bounds[1] * precision) * size
-
+    on_the_right = logits[2, : len(row)].double()
     # Rounding may send a token of a shifted row to another expert, which changes it and few others.
-    shifted = differ(alone, _SHIFTED).float().mean() > 0.5
-    return bool(differ(second, _SAME_SHAPE).any() | shifted)
+    shifted = [
+        (_relative_gap(first, other) > _bound(_SHIFTED, precision)).float().mean() > 0.5
+        for other in (on_the_right, alone)
+    ]
+    same_shape = _relative_gap(second, first) > _bound(_SAME_SHAPE, precision)
+    return bool(same_shape.any() | shifted[0] | shifted[1])
+
+
+def _relative_gap(logits: Tensor, expected: Tensor) -> Tensor:
+    """The largest difference of the logits [..., V] of each position, relative to the largest logit of all."""
+    gaps = torch.where(logits == expected, 0.0, logits - expected).abs().amax(dim=-1)
+    return gaps / expected.abs().amax()
+
+
+def _bound(bounds: tuple[float, int], precision: float) -> float:
+    return max(bounds[0], bounds[1] * precision)
 
 
 def _dtypes(model: Any, logits: Tensor) -> list[torch.dtype]:
