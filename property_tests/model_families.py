@@ -35,7 +35,7 @@ FAMILIES: dict[Way, tuple[str, ...]] = {
         "lfm2_moe", "mamba", "mamba2", "minimax", "mpt", "olmo_hybrid", "openai-gpt", "opt", "qwen3_5_text",
         "qwen3_next", "xglm", "zaya",
     ),
-    Way("groups", apart=True): ("cpmant", "deepseek_v4", "recurrent_gemma", "rwkv"),
+    Way("groups", apart=True): ("deepseek_v4", "recurrent_gemma", "rwkv"),
 }  # fmt: skip
 
 _HEADS, _KEY_HEADS = 4, 2
