@@ -59,5 +59,5 @@ def save_model(folder: Path) -> Path:
 def fast_teacher(run: dict[str, Any]) -> bool:
     """Whether the teacher of a record is four times as fast as the paper's, whose rate is for batches of 256."""
     settings = run["settings"]
-    per_batch = "teacher_rate_samples" not in settings and settings.get("teacher_mode", "ema") == "ema"
+    per_batch = settings.get("teacher_rate_samples") is None and settings.get("teacher_mode", "ema") == "ema"
     return bool(per_batch and settings["teacher_update_rate"] == 0.05 and run["samples_per_step"] == 64)

@@ -14,9 +14,14 @@ GROUP = 8  # completions of a prompt
 FIRST_SEED_FOR_CHOOSING = 100
 CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer, and no other
 
-# The settings of every SDPO arm that says nothing else. The rate is per generation batch of 64 samples; the paper's
-# .05 per 256 samples is .013 per 64.
-SDPO_SETTINGS: dict[str, Any] = {"alpha": 0.5, "k": 100, "teacher_update_rate": 0.01}
+# The settings of every SDPO arm that says nothing else. The rate is per generation batch; the paper's .05 per 256
+# samples is .013 per 64.
+SDPO_SETTINGS: dict[str, Any] = {
+    "alpha": 0.5,
+    "k": 100,
+    "teacher_update_rate": 0.01,
+    "teacher_rate_samples": None,
+}
 # From "grpo learning rate", where all end at 0, and the best of "settings" by greedy completions in one spelling;
 # both on seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6

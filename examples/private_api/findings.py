@@ -98,9 +98,9 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "choosing summary": (
         ("learns", "cures"),
-        "* Give the teacher's rate per completions: the paper's is `teacher_update_rate=0.05` with "
-        "`teacher_rate_samples=256`. With α=0 it ends at {each[collapsing + rate per 256 samples]}, where 0.05 per "
-        "batch of 64 ends at {each[collapsing]} on the same seeds.\n"
+        "* Leave the teacher's rate at its default, 0.05 per 256 completions as in the paper, or lower. On the "
+        "private API with α=0 it ends at {each[collapsing + rate per 256 samples]}, where 0.05 per batch of 64 "
+        "ends at {each[collapsing]} on the same seeds.\n"
         "* Keep the α of the preset (0.5 or 1) unless nothing is learned. α=0 ends higher on the private API, but "
         "lowest on the embedded task (three seeds each).\n"
         "* If samples stay much worse than greedy answers, add half of the loss from GRPO or SRPO as published. On "
@@ -133,7 +133,7 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         '* SRPO as published, that is `routing="srpo"` with `loss_aggregation="batch-token-mean"` and '
         '`token_weights="confidence"`, ends at {end[collapsing + SRPO]}.\n'
         "* The trust region ends at {end[collapsing + trust region]}, a teacher that restarts at {end[collapsing + "
-        "teacher restart]}, a slower one (`teacher_rate_samples=256`) at {end[collapsing + rate per 256 samples]} "
+        "teacher restart]}, the default rate at {end[collapsing + rate per 256 samples]} "
         "and `anchor_weight=0.1` at {end[collapsing + anchor 0.1]}.",
     ),
 }
