@@ -28,7 +28,7 @@ _LOW_TOPK_MASS = 0.9
 PUBLISHED_RATE = 0.05
 _PUBLISHED_SAMPLES = 256
 # Times that pace, per completion. The fastest published setting has 3.1 (0.01 for 16 completions); 0.05 for batches
-# of 64, with which recorded runs collapsed (docs/choosing.md), has 4.
+# of 64, with which recorded runs learned less (docs/choosing.md), has 4.
 _FAST_PACE = 3.5
 
 
