@@ -136,8 +136,8 @@ def test_bfloat16_autocast_of_the_forward(tied: bool) -> None:
     models = [make_model(tie_word_embeddings=tied) for _ in range(2)]
     drawn = []
     for model, cast in zip(models, (None, torch.bfloat16), strict=True):
-        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
         drawn.append(own(model, cast))
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     for change in (0.0, 0.3):
         for model in models:
             torch.manual_seed(1)
@@ -293,7 +293,7 @@ def test_a_wrong_step_is_found(change: Callable[[Any], None], monkeypatch: pytes
 
 def sampler(model: Any, arguments: dict[str, Any]) -> sampling.Sampler:
     ids = arguments["input_ids"]
-    return sampling.Sampler(model, len(ids), 64, arguments["generation_config"], {})
+    return sampling.Sampler(model, len(ids), 64, arguments["generation_config"])
 
 
 class NoReads(TorchDispatchMode):
@@ -367,16 +367,16 @@ def test_runs_pass_the_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_graph_draws_what_its_step_draws(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(device="cuda")
+    generate, passed = own(model, torch.bfloat16 if autocast else None)
     if autocast:
         model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
-    generate, passed = own(model, torch.bfloat16 if autocast else None)
 
     def eager(arguments: dict[str, Any]) -> Tensor:
         with monkeypatch.context() as patched, torch.no_grad():
             patched.setattr(sampling.Sampler, "_capture", lambda *_: None)
             ids = arguments["input_ids"]
             width = -(-ids.shape[1] // sampling.PROMPT_MULTIPLE) * sampling.PROMPT_MULTIPLE
-            fresh = sampling.Sampler(model, len(ids), width, arguments["generation_config"], {})
+            fresh = sampling.Sampler(model, len(ids), width, arguments["generation_config"])
             return fresh(ids, arguments["attention_mask"])
 
     for turn in range(3):

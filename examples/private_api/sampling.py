@@ -8,7 +8,9 @@ rows have is read once. A module of `train.py`; nothing to run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,18 +39,15 @@ def sample_with_graphs(model: Any, autocast: torch.dtype | None = None) -> None:
     `autocast` is `None`.
 
     Args:
-        model: a causal language model whose attention is "sdpa". Prompts have to be padded on the left.
+        model: a causal language model whose attention is "sdpa", as it was loaded, without a wrapped forward.
+            Prompts have to be padded on the left.
         autocast: the dtype of the autocast region that `model.forward` runs in; `None` if it runs in none. Weights
             are then cast once for a batch instead of once for each of its tokens.
     """
     original = model.generate
-    weights = {
-        f"{name}.{part}": value
-        for name, module in (model.named_modules() if autocast is not None else ())
-        if isinstance(module, torch.nn.Linear)
-        for part, value in module.named_parameters(recurse=False)
-    }
-    casts: dict[str, Tensor] = {}
+    weights = _linear_weights(model) if autocast is not None else {}
+    casts = {name: torch.empty_like(weight, dtype=autocast) for name, weight in weights.items()}
+    reader = _with_weights(model, casts) if casts else model
     shapes: dict[tuple[int, ...], Sampler] = {}
     # Graphs share the memory of what a step computes: they run one after the other, and leave nothing there.
     pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
@@ -66,15 +65,12 @@ def sample_with_graphs(model: Any, autocast: torch.dtype | None = None) -> None:
         key = (len(ids), width, *known, *_eos_ids(config))
         # Buffers that were made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            if weights and not casts:
-                casts.update(
-                    {name: torch.empty_like(value, dtype=autocast) for name, value in weights.items()}
-                )
-            if weights:
+            if casts:
                 torch._foreach_copy_(list(casts.values()), list(weights.values()))
             if key not in shapes:
-                shapes[key] = Sampler(model, len(ids), width, config, casts, pool)
-            return shapes[key](ids, kwargs["attention_mask"])
+                shapes[key] = Sampler(reader, len(ids), width, config, pool)
+            with torch.autocast(model.device.type, autocast) if casts else nullcontext():
+                return shapes[key](ids, kwargs["attention_mask"])
 
     model.generate = generate
 
@@ -93,22 +89,13 @@ class Sampler:
         rows: of a batch.
         width: prompts are padded to it.
         config: with `do_sample`, the number of tokens, the ids that end a row, and the one that follows them.
-        weights: parameters to use in place of the model's, by name.
         pool: the memory of the graphs; by default each has its own.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        rows: int,
-        width: int,
-        config: GenerationConfig,
-        weights: Mapping[str, Tensor],
-        pool: Any = None,
-    ) -> None:
+    def __init__(self, model: Any, rows: int, width: int, config: GenerationConfig, pool: Any = None) -> None:
         device, tokens = model.device, config.max_new_tokens
         length = -(-(width + tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
-        self._model, self._weights, self._width, self._tokens = model, weights, width, tokens
+        self._model, self._width, self._tokens = model, width, tokens
         self._sample = bool(config.do_sample)
         self._pad, self._eos = config.pad_token_id, torch.tensor(_eos_ids(config), device=device)
         self._cache = Cache(layers=[_Layer(length) for _ in range(model.config.num_hidden_layers)])
@@ -170,19 +157,14 @@ class Sampler:
         self._append(self._logits(self._token, self._seen, self._position, self._cache))
 
     def _logits(self, ids: Tensor, attended: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        given = {
-            "input_ids": ids,
-            "attention_mask": attended,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        # A head that is tied to the embedding is cast, the embedding is not.
-        output = torch.func.functional_call(
-            self._model, dict(self._weights), kwargs=given, tie_weights=False, strict=False
-        )
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = self._model(
+            input_ids=ids,
+            attention_mask=attended,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         return logits
 
     def _append(self, logits: Tensor) -> None:
@@ -221,6 +203,26 @@ class _Layer(StaticLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+def _linear_weights(model: Any) -> dict[str, Tensor]:
+    """What autocast casts, by name. A head that is tied to the embedding has its weight here as well."""
+    return {
+        f"{name}.{part}": value
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        for part, value in module.named_parameters(recurse=False)
+    }
+
+
+def _with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A model like this one, with other parameters where `weights` has one of that name, and else the same ones."""
+    known = {id(parameter): parameter for parameter in model.parameters()}
+    other = copy.deepcopy(model, known)  # which takes what it finds here for copied
+    for name, weight in weights.items():
+        module, _, part = name.rpartition(".")
+        setattr(other.get_submodule(module), part, torch.nn.Parameter(weight, requires_grad=False))
+    return other.eval()
 
 
 def _is_plain(model: Any, given: dict[str, Any]) -> bool:
