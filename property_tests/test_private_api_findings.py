@@ -166,6 +166,16 @@ def test_what_is_said_of_a_fast_teacher() -> None:
     assert (len(srpo), sum(value < curves.LEARNED for value in srpo)) == (5, 1)
 
 
+def test_what_the_fast_teacher_alone_ends_with() -> None:
+    recites = [
+        sum("The correct solution is:" in reply["reply"] for reply in run["after"])
+        for run in CURES["collapsing"]
+    ]
+    assert sum(count >= 3 for count in recites) == 2
+    for page_name in ("docs/choosing.md", "docs/results.md"):
+        assert "`The correct solution is:`" in (ROOT / page_name).read_text()
+
+
 def test_the_published_settings_are_those_of_the_arm() -> None:
     settings = CURES["collapsing + SRPO"][0]["settings"]
     for name in ("routing", "loss_aggregation", "token_weights"):
@@ -283,7 +293,8 @@ def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
     assert f"in {early} of the {len(RECORDED)} runs it is highest within the first twenty steps" in text
     (lost,) = [run for run in RECORDED if curves.fall(run, replay.COLLAPSED) is not None]
     assert lost["settings"]["teacher_update_rate"] == 0
-    assert "one run ends below half of its best, that with a frozen teacher" in text
+    assert curves.fall(lost, replay.COLLAPSED) == lost["points"][-1][0]
+    assert "one run, with a frozen teacher, ends below half of its best, at its last evaluation" in text
 
 
 def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:

@@ -105,40 +105,45 @@ def readme_demo() -> Iterator[str]:
 def readme_private_api() -> Iterator[str]:
     folder = ROOT / "examples" / "private_api" / "records"
 
-    def records(name: str) -> list[dict[str, Any]]:
+    def records(name: str, seeds: int = 3) -> list[dict[str, Any]]:
         paths = sorted(folder.glob(f"kit-{name}-[0-9].json"))
-        assert [path.stem[-1] for path in paths] == ["0", "1", "2"]
+        assert [path.stem[-1] for path in paths] == ["0", "1", "2"][:seeds]
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
-    def ends(name: str) -> list[float]:
+    def ends(name: str, seeds: int = 3) -> list[float]:
         """Share of right completions since the evaluation before the last one, in batches of 64."""
-        known = records(name)
+        known = records(name, seeds)
         assert {run["points"][-1][0] - run["points"][-2][0] for run in known} == {5 * 64}
         return [fmean(run["log"]["reward"][-5:]) for run in known]
 
     def mean(name: str) -> str:
         return f"{fmean(ends(name)):.2f}"
 
-    def each(name: str) -> str:
-        one, two, three = (f"{value:.2f}" for value in ends(name))
-        return f"{one}, {two} and {three}"
+    def listed(values: list[float]) -> str:
+        *others, last = (f"{value:.2f}" for value in values)
+        return f"{', '.join(others)} and {last}"
 
     yield (
         f"SDPO {mean('learns-SDPO')} with α=0.5, {mean('learns-SDPO-chosen-settings')} with α=0 and SRPO's "
-        f"routing, denominator and token weights; GRPO {mean('learns-GRPO')}, SDPO (α=0.5) with feedback shuffled "
-        f"between rows {mean('learns-SDPO-shuffled-feedback')}."
+        f"routing, denominator and token weights; GRPO {mean('learns-GRPO')}."
+    )
+    (first,) = set(ends("learns-SDPO-shuffled-feedback"))
+    second = ends("learns-SDPO-chosen-settings-shuffled-feedback", seeds=2)
+    yield (
+        f"With feedback shuffled between rows the first setting ends at {first:.2f}, the second at "
+        f"{listed(second)} (two seeds)."
     )
     long = records("lasting-SDPO-chosen-settings")
     assert {(run["samples_per_step"], run["samples"]) for run in long} == {(256, 48000)}
     (end,) = {f"{run['log']['reward'][-1]:.2f}" for run in long}
-    held_out = fmean(run["points"][-1][2] for run in long)
+    held_out = listed([run["points"][-1][2] for run in long])
     yield (
-        f"In batches of 256, five times as long, the three seeds of the second setting end at {end}, and greedy "
-        f"answers to held-out questions are right in {held_out:.2f} of the cases or more."
+        f"In batches of 256, with five times the completions, the three seeds of the second end at {end}, and "
+        f"greedy answers to held-out questions are right in {held_out} of the cases or more."
     )
     yield (
-        f"with α=0 three seeds end at {each('rate-α=0-rate-0.05-per-64')}, and at "
-        f"{each('cures-collapsing-rate-per-256-samples')} with the paper's rate."
+        f"with α=0, in batches of 64, at {listed(ends('rate-α=0-rate-0.05-per-64'))} on three seeds, and at "
+        f"{listed(ends('cures-collapsing-rate-per-256-samples'))} with the paper's rate per completions."
     )
 
 

@@ -22,7 +22,7 @@ class Score(NamedTuple):
     """Means over the questions."""
 
     probability: float  # of sampling `Question.answer` at temperature 1
-    accuracy: float  # share of questions whose greedy completion the judge finds right
+    accuracy: float  # the judge's mean score of greedy completions
 
 
 def prompt_ids(tokenizer: Any, question: Question) -> list[int]:

@@ -50,8 +50,9 @@ QUESTIONS = {
     ),
     "settings": Question(
         "Which settings for SDPO?",
-        "Settings of SDPO, on seeds that no table of results has; the second seed only for those that were near "
-        'the best on the first. `arms.py` calls the chosen one "SDPO, chosen settings".',
+        "Settings of SDPO, on seeds that no table of results has; the second seed only for some. `arms.py` "
+        "calls the "
+        'chosen one "SDPO, chosen settings".',
     ),
     "rate": Question(
         "How fast may the teacher follow the student?",
@@ -70,8 +71,8 @@ QUESTIONS = {
     ),
     "lasting": Question(
         "Does it last?",
-        "Five times the samples, in batches of 256. The teacher's rate is given per 64 samples, as in the other "
-        "tables.",
+        "Five times the samples, in batches of 256: 187 steps, where runs in batches of 64 have 150. The teacher's "
+        "rate is given per 64 samples, as in the other tables.",
     ),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }

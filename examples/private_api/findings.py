@@ -26,10 +26,11 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "reason.",
         "With the feedback of other failures, SDPO with α=0.5 ends at {end[SDPO, shuffled feedback]}: it learns "
         "from what the feedback says about the answer at hand. With the chosen settings it ends at "
-        "{each[SDPO, chosen settings, shuffled feedback]}. The feedback on another question names a function, "
-        "too, and SRPO's GRPO part rewards a sample that tries it where it is right.",
+        "{each[SDPO, chosen settings, shuffled feedback]}. A likely reason, which was not tested: the feedback on "
+        "another question names a function, too, and SRPO's GRPO part rewards a sample that tries it where it is "
+        "right.",
         "Cross-entropy on the right calls answers {early[supervised]} of the held-out questions right after "
-        "{samples} completions, and {end[supervised]} at the end.",
+        "{samples} training examples, and {end[supervised]} at the end.",
     ),
     "grpo learning rate": (
         "With each of the three learning rates no completion is right, and GRPO ends at {end[GRPO, lr "
@@ -43,7 +44,8 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "SRPO ends higher than the same setting without it with α=0 ({end[α=0, SRPO]} and {end[α=0]}), and with "
         "α=0 and twice the learning rate ({end[α=0, SRPO, lr 2e-05]} and {end[α=0, lr 2e-05]}), but lower with "
         "α=0.5 ({end[α=0.5, SRPO]} and {end[α=0.5]}).",
-        "SRPO with the teacher's rate 0.05 depends on the seed: it ends at {each[α=0, SRPO, rate 0.05]}.",
+        "SRPO with the teacher's rate 0.05 depends on the seed: it ends at {each[α=0, SRPO, rate 0.05]}. The same "
+        'setting has three more seeds [below](#what-helps-with-a-fast-teacher), as "collapsing + SRPO".',
         "A learning rate that falls to 0 ends at {end[α=0, SRPO, decay]}, and at {end[α=0, SRPO, lr 2e-05, decay]} "
         "with twice the learning rate.",
     ),
@@ -72,11 +74,12 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "where all completions of a group fail.",
         "The last column shows what a comparison with one spelling hides: with λ=0.5 the three seeds have "
         "{spelled[collapsing + hybrid λ=0.5]} there, because two of them write the call between backticks. The "
-        "interpreter accepts that, and their accuracy is the highest of the table.",
+        "judge accepts that, and the mean of their accuracy is the highest of the table.",
+        "Two of the three seeds of the setting alone end by reciting the teacher's prompt: sentences of it, such as "
+        "`The correct solution is:`, stand before the call or in its place, and many completions are cut.",
     ),
     "lasting": (
-        "The seeds end at {each[SDPO, chosen settings]}, and none of them loses what it learned: their best are "
-        "{bests[SDPO, chosen settings]}.",
+        "The seeds end at {each[SDPO, chosen settings]}; their best are {bests[SDPO, chosen settings]}.",
         "Greedy completions of held-out questions equal the one spelling in {spelled[SDPO, chosen "
         "settings]} of the "
         "cases, so they are right at least as often.",
@@ -91,23 +94,29 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "and {end[SDPO, chosen settings]} with α=0 and SRPO as published. With GRPO, and with SDPO without "
         "feedback, "
         "it is {end[GRPO]}.\n"
-        "* A teacher four times as fast as the paper's learns less: with α=0 its three seeds end at "
-        "{each[collapsing]}, and at {each[collapsing + rate per 256 samples]} with the paper's rate.\n"
+        "* With shuffled feedback the first setting ends at {end[SDPO, shuffled feedback]}, the second at "
+        "{each[SDPO, "
+        "chosen settings, shuffled feedback]} (two seeds).\n"
+        "* A teacher about four times as fast as the paper's ends lower. With α=0, in batches of 64, the "
+        "seeds end at "
+        "{each[collapsing]}, and at {each[collapsing + rate per 256 samples]} with the paper's rate per "
+        "completions.\n"
         "* The fast teacher with half of the loss from GRPO ends at {end[collapsing + hybrid λ=0.5]}, with SRPO as "
         "published at {end[collapsing + SRPO]}.",
     ),
     "choosing summary": (
-        ("learns", "cures"),
-        "* Leave the teacher's rate at its default, 0.05 per 256 completions as in the paper, or lower. On the "
-        "private API with α=0 it ends at {each[collapsing + rate per 256 samples]}, where 0.05 per batch of 64 "
-        "ends at {each[collapsing]} on the same seeds.\n"
+        ("learns", "cures", "rate", "settings"),
+        "* Leave the teacher's rate at its default, 0.05 per 256 completions as in the paper. On the private API, "
+        "with α=0 in batches of 64, it ends at {each[collapsing + rate per 256 samples]}; 0.05 per batch ends at "
+        "{each[collapsing]} on the same seeds, and a frozen teacher at {each[α=0, rate 0 per 64]}.\n"
         "* Keep the α of the preset (0.5 or 1) unless nothing is learned. α=0 ends higher on the private API, but "
         "lowest on the embedded task (three seeds each).\n"
         "* If samples stay much worse than greedy answers, add half of the loss from GRPO or SRPO as published. On "
         "the private API they end at {end[collapsing + hybrid λ=0.5]} and {end[collapsing + SRPO]}, means of three "
         "seeds.\n"
-        "* Do not choose by small differences in these tables: the seeds of one setting end at {each[collapsing + "
-        "SRPO]}.",
+        "* Do not choose by small differences in these tables: the fast teacher with SRPO ends at "
+        "{each[collapsing + "
+        "SRPO]} on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
     ),
     "choosing rate": (
         ("cures", "settings"),

@@ -16,7 +16,7 @@ LEAD = 500  # samples from an early warning to the fall of the accuracy, at leas
 
 
 def entries(run: Run) -> list[dict[str, Any]]:
-    """The log of a run, one entry per step, as the trainer logs them."""
+    """The log of a run, one entry per logged step, as the trainer logs them."""
     names = list(run["log"])
     return [
         {name: value for name, value in zip(names, row, strict=True) if value is not None}

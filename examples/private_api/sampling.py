@@ -1,9 +1,9 @@
-"""Sampling and greedy decoding with one CUDA graph a token, in place of `model.generate`.
+"""Sampling and greedy decoding with one launch of a CUDA graph a token, in place of `model.generate`.
 
 A decoding step of a small model is hundreds of short kernels, and a GPU waits for the CPU to launch each of them.
 Here the step is captured once as a graph, on a key/value cache of fixed length, and a token costs one launch. The
-weights are read where they are, so a graph follows an optimizer that updates them in place. A prompt that several
-rows have is read once. A module of `train.py`; nothing to run.
+weights are read where they are, or cast once for a batch, so a graph follows an optimizer that updates them in
+place. A prompt that several rows have is read once. A module of `train.py`; nothing to run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import Cache, GenerationConfig, StaticLayer
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple, so that a run captures few graphs
 CACHE_MULTIPLE = 16  # attention copies a mask whose rows are not aligned
-CHECK_EVERY = 8  # tokens from one look at whether all rows have ended, which waits for the GPU, to the next
+CHECK_EVERY = 8  # tokens between checks whether all rows have ended; a check waits for the GPU
 
 # Options that change neither the model's own distribution nor its argmax, by the values they may have.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -29,6 +29,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "disable_compile": (True, False),
 }
+# Options that are followed.
 READ = {"do_sample", "max_new_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "transformers_version"}
 
 
@@ -218,7 +219,7 @@ def _linear_weights(model: Any) -> dict[str, Tensor]:
 def _with_weights(model: Any, weights: Mapping[str, Tensor]) -> Any:
     """A model like this one, with other parameters where `weights` has one of that name, and else the same ones."""
     known = {id(parameter): parameter for parameter in model.parameters()}
-    other = copy.deepcopy(model, known)  # which takes what it finds here for copied
+    other = copy.deepcopy(model, known)  # the memo of `deepcopy`: parameters are shared, not copied
     for name, weight in weights.items():
         module, _, part = name.rpartition(".")
         setattr(other.get_submodule(module), part, torch.nn.Parameter(weight, requires_grad=False))

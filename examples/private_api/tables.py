@@ -82,8 +82,9 @@ def shown(run: Run) -> Run:
 def of_samples(run: Run) -> Run:
     """A run whose accuracy is the share of right completions among those sampled since the evaluation before.
 
-    The first batch is sampled before any step. The recorded accuracy, the share of greedy completions that equal
-    one spelling of the answer, is kept as `spelled`. A supervised run samples nothing and keeps its points.
+    The first batch is sampled before any step: it is the first point, and counts in the second, too. The recorded
+    accuracy, the share of greedy completions that equal one spelling of the answer, is kept as `spelled`. A
+    supervised run samples nothing and keeps its points.
     """
     spelled = run["points"][-1][ACCURACY]
     if not run["log"]:
