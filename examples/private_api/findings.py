@@ -75,8 +75,8 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "The last column shows what a comparison with one spelling hides: with λ=0.5 the three seeds have "
         "{spelled[collapsing + hybrid λ=0.5]} there, because two of them write the call between backticks. The "
         "judge accepts that, and the mean of their accuracy is the highest of the table.",
-        "Two of the three seeds of the setting alone end by reciting the teacher's prompt: sentences of it, such as "
-        "`The correct solution is:`, stand before the call or in its place, and many completions are cut.",
+        "Two of the three seeds of the setting alone end by reciting the teacher's prompt: sentences of it, such "
+        "as `The correct solution is:`, stand before the call or in its place, and many completions are cut.",
     ),
     "lasting": (
         "The seeds end at {each[SDPO, chosen settings]}; their best are {bests[SDPO, chosen settings]}.",
