@@ -179,13 +179,14 @@ def short(by_arm: Runs) -> str:
     rows = [
         [
             arm,
+            str(len(by_arm[arm])),
             spread([run["points"][-1][ACCURACY] for run in by_arm[arm]]),
             kept(by_arm[arm]),
             falls(by_arm[arm]),
         ]
         for arm in order
     ]
-    head = ["", "accuracy at the end", "end / best", f"fell below {FALLEN:g} of its best"]
+    head = ["", "seeds", "accuracy at the end", "end / best", f"fell below {FALLEN:g} of its best"]
     return markdown(head, rows)
 
 
