@@ -87,8 +87,9 @@ def test_rows_without_signal_cost_no_forward(tmp_path: Path, split: dict[str, An
     trainer.train()
     active = sum(round(8 * part) for part in logs(trainer, f"{PREFIX}reprompt_sample_fraction"))
     assert 0 < active < 32
-    assert seen.pop(0) == 3  # the short rows of `reads_padding`
-    assert sum(seen) == 2 * active
+    # The short rows of `reads_padding` and of `autoregression_problem`.
+    assert seen[:4] == [3, 2, 2, 2]
+    assert sum(seen[4:]) == 2 * active
 
 
 def test_the_loss_mask_is_computed_once_per_generation_batch(
