@@ -160,7 +160,6 @@ def build_trainer(options: argparse.Namespace, model: Any, args: Any, **shared: 
         alpha=0.5,
         k=100,
         teacher_update_rate=0.05,
-        teacher_rate_samples=None,  # as in the record; more steps than a few need the default
         loss_chunk_size=options.chunk or None,
     )
     return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, **shared)

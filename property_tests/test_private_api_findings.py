@@ -125,7 +125,7 @@ def test_the_accuracy_is_that_of_the_samples() -> None:
     for index, point in enumerate(run["points"][1:]):
         assert point[curves.ACCURACY] == pytest.approx(sum(rewards[5 * index : 5 * index + 5]) / 5)
     assert run["spelled"] == points[-1][2]
-    judged = {**record, "accuracy": tables.JUDGED}
+    judged = {**record, "accuracy": curves.JUDGED}
     assert tables.shown(judged) == judged
     (supervised, *_) = LEARNS["supervised"]
     assert supervised["points"][-1][curves.ACCURACY] == supervised["spelled"]

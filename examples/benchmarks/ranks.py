@@ -147,7 +147,7 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
     trainer = SDPOTrainer(
         model=make_model(RANKS_SHAPES[options.shape], device, dtype, lora),
         args=arguments,
-        sdpo_config=SDPOConfig(k=100, teacher_rate_samples=None, **TEMPLATES),  # as in the records
+        sdpo_config=SDPOConfig(k=100, **TEMPLATES),
         processing_class=make_tokenizer(),
         # Two rewards, for advantages; neither is a success.
         reward_funcs=[lambda completions, **_: [0.25 * (row % 2) for row in range(len(completions))]],

@@ -104,13 +104,7 @@ def build_ragged(packing: str, options: argparse.Namespace, model: Any, args: An
 
     lengths = argparse.Namespace(lengths="lognormal", rows=options.batch, completion=options.completion)
     step.fix_completions(model, step.completion_lengths(lengths), options.completion)
-    sdpo_config = SDPOConfig(
-        alpha=0.5,
-        k=100,
-        teacher_rate_samples=None,  # as in the record
-        loss_chunk_size=options.chunk or None,
-        packing=packing,
-    )
+    sdpo_config = SDPOConfig(alpha=0.5, k=100, loss_chunk_size=options.chunk or None, packing=packing)
     return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, **shared)
 
 

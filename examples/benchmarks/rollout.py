@@ -191,7 +191,7 @@ def make_trainer(folder: str, engine: str, options: argparse.Namespace, device: 
         return SDPOTrainer(
             model=model,
             args=GRPOConfig(str(Path(folder, "run")), **arguments),
-            sdpo_config=SDPOConfig(k=100, teacher_rate_samples=None, **TEMPLATES),  # as in the records
+            sdpo_config=SDPOConfig(k=100, **TEMPLATES),
             processing_class=tokenizer,
             # Two rewards, for advantages; neither is a success.
             reward_funcs=[lambda completions, **_: [0.25 * (row % 2) for row in range(len(completions))]],

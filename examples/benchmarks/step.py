@@ -247,9 +247,7 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
                     "packing": packing,
                     "max_tokens_per_forward": tokens_limit(packing, options),
                 }
-            # The teacher's rate is that of one update, as in TRL's SDPO and in the records.
-            settings = {"alpha": 0.5, "k": 100, "teacher_rate_samples": None, **switches, **TEMPLATES}
-            config = SDPOConfig(enabled=arm != "grpo", **settings)
+            config = SDPOConfig(enabled=arm != "grpo", alpha=0.5, k=100, **switches, **TEMPLATES)
             trainer = SDPOTrainer(args=trl.GRPOConfig(output, **common), sdpo_config=config, **shared)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -20,6 +20,7 @@ import torch
 import transformers
 import trl
 from arms import Arm
+from curves import JUDGED
 
 import sdpo_rl
 
@@ -92,7 +93,7 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         "command": shlex.join([*command, "--output", "FILE"]),
         "model": model,
         "weights_sha256": weights_hash(known),
-        "accuracy": "judged",
+        "accuracy": JUDGED,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "python": platform.python_version(),
         "versions": {

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
-from curves import ACCURACY, FALLEN, LEARNED, PROBABILITY, Run, at, best, fall
+from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, Run, at, best, fall
 from margins import (
     largest_cut_rise,
     largest_entropy_ratio,
@@ -34,7 +34,6 @@ from sdpo_rl.diagnose.monitors import (
 
 Runs = Mapping[str, Sequence[Run]]  # by the name of their arm
 NONE = "–"
-JUDGED = "judged"  # `accuracy` of a record whose greedy completions the judge evaluated
 # Steps of the signs: the first five, with which the monitors compare, and the last five of the first twenty.
 FIRST, LATER = range(1, 6), range(16, 21)
 SIGNS = {
