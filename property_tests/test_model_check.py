@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,26 @@ def test_an_autoregressive_model_is_not(name: str) -> None:
         assert autoregression_problem(model, batch(row)) == ""
 
 
+@pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min])
+def test_a_masked_entry_of_the_logits_hides_nothing(value: float) -> None:
+    """Relative to it, every difference of the others would be 0."""
+    for name, make in {
+        **{name: make for name, (make, _) in REFUSED.items()},
+        "llama": MODELS["llama"],
+    }.items():
+        model = make()
+        forward = model.forward
+
+        def masked(*args: Any, forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            output.logits = output.logits.index_fill(-1, torch.tensor([3]), value)
+            return output
+
+        model.forward = masked
+        assert bool(autoregression_problem(model, batch())) == (name in REFUSED), name
+        assert not reads_padding(model, model, torch.tensor(ROW)) or name != "llama"
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
 @pytest.mark.parametrize(
     "name", [*REFUSED, "qwen2, tied", "gemma2, soft-capped", "mixture of experts", "rwkv"]
@@ -255,5 +276,5 @@ def test_every_process_refuses_a_model_that_one_does(tmp_path: Path, monkeypatch
     trainer = tiny.trainer(tmp_path, max_steps=1)
     monkeypatch.setattr(forward_mode, "autoregression_problem", lambda *_: "")
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda value, **_: value + 1.0)
-    with pytest.raises(ValueError, match="got Qwen2ForCausalLM, refused on another process"):
+    with pytest.raises(ValueError, match="got Qwen2ForCausalLM, which failed this test on another process"):
         trainer.train()

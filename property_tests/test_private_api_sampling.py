@@ -218,6 +218,8 @@ def test_draws_have_the_frequencies_of_the_softmax() -> None:
     [
         {"temperature": 0.7},
         {"top_k": 5},
+        {"top_k": None},  # 50, then
+        {"do_sample": None},
         {"top_p": 0.9},
         {"min_p": 0.1},
         {"repetition_penalty": 1.2},

@@ -1,4 +1,4 @@
-"""How the forwards of a run go, which a forward of its model decides."""
+"""How the forwards of a run are executed, found by test forwards of its model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class ForwardMode(NamedTuple):
 
     Attributes:
         fused: the loss is computed from hidden states and head (see `can_fuse`).
-        reads_padding: rows of different lengths run apart (see `reads_padding`), on every process alike.
+        reads_padding: rows of different lengths must not share a forward (see `reads_padding`), on every process
+            alike.
         layout: of the rows in a forward.
     """
 
@@ -40,22 +41,22 @@ class ForwardMode(NamedTuple):
 
 
 def find_forward_mode(context: StepContext, tokens: TokenBatch) -> ForwardMode:
-    """The mode of a run, by forwards over `tokens`; all processes must call it.
+    """The mode of a run, found by test forwards over `tokens`; all processes must call it.
 
     Raises:
-        ValueError: the model is not autoregressive, or as `choose_layout`.
+        ValueError: the model is not autoregressive; also those of `choose_layout`.
     """
     fused = can_fuse(context, tokens)
     apart = reads_padding(context, tokens)
     with context.accelerator.autocast(), evaluating(context.unwrapped):
         problem = autoregression_problem(context.unwrapped, tokens)
-    own = torch.tensor([float(apart), float(bool(problem))], device=context.accelerator.device)
-    apart, refused = context.accelerator.reduce(own, reduction="sum").bool().tolist()
+    found = torch.tensor([float(apart), float(bool(problem))], device=context.accelerator.device)
+    apart, refused = context.accelerator.reduce(found, reduction="sum").bool().tolist()
     if refused:
         base = context.unwrapped
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         raise ValueError(
             f"model: expected an autoregressive model whose positions start from 0, got {type(base).__name__}, "
-            f"{problem or 'refused on another process'}"
+            f"{problem or 'which failed this test on another process'}"
         )
     return ForwardMode(fused, apart, choose_layout(context, tokens))

@@ -19,7 +19,9 @@ from .prefixes import place_rows, shared_prefixes
 
 # `reads_padding` runs this many tokens, beside this much padding on the left.
 _TOKENS, _PADDING = 8, 4
-_BEGINNING = 5  # tokens that the rows of `autoregression_problem` have in common
+_PREFIX = 5  # tokens that the rows of `autoregression_problem` have in common
+# Some models mask entries of the logits with the smallest number of their dtype, or with -inf.
+_MASKED = -6e4
 # Differences below these, relative to the largest logit, are rounding: between rows of one shape, and between rows
 # that are shifted. Multiples of the precision count where they are larger.
 _SAME_SHAPE, _SHIFTED = (1e-4, 4), (1e-3, 8)
@@ -41,9 +43,9 @@ _DIFFERENCE = 5e-3
 def autoregression_problem(model: Any, batch: TokenBatch) -> str:
     """Why a model's next-token losses are wrong even for rows that run without padding; "" if they are not.
 
-    Two short rows with the same beginning run in one call, and again without positions. Later tokens must not
-    change the logits of earlier ones, and positions from 0 must give the logits of the positions that the model
-    itself counts. What depends on all tokens of a call, as products of experts do, is the same for both.
+    Two short rows with a common prefix run in one call, and again without positions. Later tokens must not change
+    the logits of the prefix, and positions from 0 must give the logits of the model's own positions. Both rows are
+    in one call, so that what depends on all of its tokens, such as products of experts, is the same for both.
 
     Every process makes the same calls of the model.
 
@@ -52,19 +54,19 @@ def autoregression_problem(model: Any, batch: TokenBatch) -> str:
         batch: any batch of the run; its tokens make up the rows.
 
     Returns:
-        What was found and what to do, to follow the name of the model.
+        What was found and what to do: a clause that follows the model's name in an error message.
     """
     row = _test_rows(batch)[1]
-    changed = [*row[:_BEGINNING], *_other_tokens(row, batch)[_BEGINNING:]]
+    changed = [*row[:_PREFIX], *_other_tokens(row, batch)[_PREFIX:]]
     ids, mask = left_pad([row, changed], pad_id=0, device=batch.ids.device)
     arguments = forward_arguments(model, ids, mask, position_ids(mask), len(row))
-    logits = own = model(**arguments).logits
+    logits = with_own_positions = model(**arguments).logits
     if arguments.pop("position_ids", None) is not None:
-        own = model(**arguments).logits
+        with_own_positions = model(**arguments).logits
     precision = max(torch.finfo(dtype).eps for dtype in _dtypes(model, logits))
-    first, second = logits[:, -len(row) :][:, :_BEGINNING].double()
+    first, second = logits[:, -len(row) :][:, :_PREFIX].double()
     change = _relative_gap(second, first)
-    if (change > _bound(_SAME_SHAPE, precision)).any():
+    if not (change <= _bound(_SAME_SHAPE, precision)).all():  # also if it is not a number
         decoder = getattr(model.config.get_text_config(), "is_decoder", None)
         fix = (
             "set is_decoder=True in its configuration"
@@ -73,11 +75,11 @@ def autoregression_problem(model: Any, batch: TokenBatch) -> str:
         )
         return f"whose logits change by {change.max():.1e} with later tokens of a row; {fix}"
     # Without positions a model may run other kernels.
-    difference = _relative_gap(own.double(), logits.double())
+    difference = _relative_gap(with_own_positions.double(), logits.double())
     if (difference > _bound(_SHIFTED, precision)).float().mean() > 0.5:
         return (
-            f"whose logits change by {difference.max():.1e} without position_ids, because it does not number "
-            "positions from 0; such a model cannot be trained"
+            f"whose logits change by {difference.max():.1e} without position_ids: it does not number positions "
+            "from 0; such a model is not supported"
         )
     return ""
 
@@ -127,7 +129,7 @@ def reads_padding(model: Any, unwrapped: Any, ids: Tensor) -> bool:
 def _relative_gap(logits: Tensor, expected: Tensor) -> Tensor:
     """The largest difference of the logits [..., V] of each position, relative to the largest logit of all."""
     gaps = torch.where(logits == expected, 0.0, logits - expected).abs().amax(dim=-1)
-    return gaps / expected.abs().amax()
+    return gaps / torch.where(expected > _MASKED, expected, 0.0).abs().amax()
 
 
 def _bound(bounds: tuple[float, int], precision: float) -> float:
