@@ -256,7 +256,7 @@ def test_a_model_that_foresees_where_there_is_padding_runs_without(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["qwen2, tied", "lora", "lstm"])
-def test_it_changes_nothing_and_two_short_forwards_do(name: str) -> None:
+def test_it_takes_two_short_forwards_and_changes_nothing(name: str) -> None:
     model = REGRESSIVE[name]()
     calls: list[tuple[tuple[int, ...], bool]] = []
     model.register_forward_pre_hook(

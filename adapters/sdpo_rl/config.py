@@ -142,7 +142,7 @@ class SDPOConfig:
             rate 1 − (1 − r)^(n / `teacher_rate_samples`), so that the pace per completion does not depend on the
             size of a batch. n counts the completions of all processes that are generated between two updates.
             Default 256, because the paper's rate was measured with batches of 256. `None`: the rate is that of one
-            update, whatever its completions (as in the reference and TRL's SDPO).
+            update, of any number of completions (as in the reference and TRL's SDPO).
         teacher_restart_every: with `teacher_mode="frozen"`, generation batches (or optimizer steps, by
             `teacher_tick`) after which the teacher starts again from the student (arXiv 2607.01763); those without
             a signal are not counted. Default `None`: never.
