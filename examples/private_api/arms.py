@@ -47,11 +47,11 @@ class Arm:
         return {**SDPO_SETTINGS, **self.settings} if self.method == "sdpo" else {}
 
 
-_COLLAPSING: dict[str, Any] = {"alpha": 0.0, "teacher_update_rate": 0.05}
+_FAST_TEACHER: dict[str, Any] = {"alpha": 0.0, "teacher_update_rate": 0.05}
 
 
 def _cure(name: str, **settings: Any) -> Arm:
-    return Arm(f"collapsing + {name}", settings={**_COLLAPSING, **settings})
+    return Arm(f"fast teacher + {name}", settings={**_FAST_TEACHER, **settings})
 
 
 # SRPO as published: with its denominator and its weights of tokens.
@@ -121,7 +121,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
     ),
     # A fast teacher, alone and with one switch. Steps without a signal change nothing in any of them.
     "cures": (
-        Arm("collapsing", settings=_COLLAPSING),
+        Arm("fast teacher", settings=_FAST_TEACHER),
         _cure("rate per 256 samples", teacher_rate_samples=256),
         _cure("batch-token-mean", loss_aggregation="batch-token-mean"),
         _cure("SRPO routing", routing="srpo"),
@@ -144,8 +144,8 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
             **_LARGE,
         ),
         Arm(
-            "collapsing + SRPO",
-            settings={**_COLLAPSING, **_SRPO, "teacher_rate_samples": 64},
+            "fast teacher + SRPO",
+            settings={**_FAST_TEACHER, **_SRPO, "teacher_rate_samples": 64},
             **_LARGE,
         ),
     ),

@@ -220,9 +220,11 @@ def supervise(
 def replies(
     model: Any, tokenizer: Any, task: Environment, questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
-    """What greedy decoding replies to some questions, and how it is judged."""
+    """What greedy decoding replies to the first few questions, and how it is judged."""
     rows = []
-    for question, reply in zip(questions, complete(model, tokenizer, task, questions), strict=True):
+    # All of them, as in an evaluation: a batch of another size would have its own graph.
+    texts = complete(model, tokenizer, task, questions)
+    for question, reply in zip(questions[:SHOWN], texts[:SHOWN], strict=True):
         score, feedback = task.judge(reply, **question.columns)
         asked, answer = question.prompt[-1]["content"], question.answer
         rows.append(
@@ -249,9 +251,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every-step", action="store_true", help="keep the log of every step of a long run")
     parser.add_argument(
         "--sampling",
-        choices=("generate", "graph"),
+        choices=("generate", "graph", "compiled"),
         default="generate",
-        help="how completions are drawn: by transformers, or with one CUDA graph a token",
+        help="how completions are drawn: by transformers, with one CUDA graph a token, or with the graph of a "
+        "compiled model",
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
@@ -279,14 +282,14 @@ def main() -> None:
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    if options.sampling == "graph":
+    if options.sampling != "generate":
         # Accelerate puts an autocast region around the forward of the model that it trains.
         autocast = torch.bfloat16 if device == "cuda" and arm.lora_rank is None else None
-        sample_with_graphs(model, autocast)
+        sample_with_graphs(model, autocast, compiled=options.sampling == "compiled")
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
     described = description(options, arm)
-    before = replies(model, tokenizer, task, held_out[:SHOWN])
+    before = replies(model, tokenizer, task, held_out)
     start = time.perf_counter()
 
     def save(curve: Curve, after: list[dict[str, Any]] | None = None) -> None:
@@ -313,7 +316,7 @@ def main() -> None:
         held_out=held_out,
         save=save,
     )
-    save(curve, replies(model, tokenizer, task, held_out[:SHOWN]))
+    save(curve, replies(model, tokenizer, task, held_out))
 
 
 if __name__ == "__main__":

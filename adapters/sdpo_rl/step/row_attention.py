@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -244,28 +243,27 @@ class _GatherIndex(NamedTuple):
     """The index that lays out all rows, one after another at M positions, from the N tokens of the sequence."""
 
     tokens: Tensor  # [M] int64
-    uses: Sequence[
-        tuple[Tensor, Tensor]
-    ]  # [i]: tokens with more than i positions, and the position of number i
+    # For each number n of positions that a token can have: the T tokens with so many, and their positions [T, n].
+    positions: Sequence[tuple[Tensor, Tensor]]
 
     def to(self, device: torch.device) -> _GatherIndex:
-        tokens, *parts = (each.to(device) for each in (self.tokens, *chain(*self.uses)))
+        tokens, *parts = (each.to(device) for each in (self.tokens, *chain(*self.positions)))
         return _GatherIndex(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
 
 
 def _gather_index(rows: Rows, device: torch.device) -> _GatherIndex:
     pieces = torch.arange(sum(rows.pieces)).split(list(rows.pieces))
     tokens = torch.cat([pieces[i] for members in rows.members for i in members])
-    by_token, positions = tokens.sort(stable=True)
+    by_token = tokens.argsort(stable=True)
     counts = tokens.bincount()
-    occurrence = (
-        torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[by_token]
-    )  # earlier positions of the token
-    most = max(Counter(chain.from_iterable(rows.members)).values())
-    chosen = [occurrence == i for i in range(most)]
-    parts = [tokens, *(part[these] for these in chosen for part in (by_token, positions))]
+    starts = counts.cumsum(0) - counts
+    parts = [tokens]
+    for count in counts.unique():
+        these = (counts == count).nonzero()[:, 0]
+        parts += [these, by_token[starts[these, None] + torch.arange(count)]]
     # One copy to the device.
-    tokens, *parts = torch.cat(parts).to(device).split([len(part) for part in parts])
+    flat = torch.cat([part.flatten() for part in parts]).to(device).split([part.numel() for part in parts])
+    tokens, *parts = (one.view_as(part) for one, part in zip(flat, parts, strict=True))
     return _GatherIndex(tokens, list(zip(parts[::2], parts[1::2], strict=True)))
 
 
@@ -273,24 +271,23 @@ class _Gather(torch.autograd.Function):
     """Keys and values [N, H, D] of the sequence at the M positions, [M, H, D] each.
 
     One index for all rows: pieces that are split and joined are operations for each row in every layer. A token's
-    gradients are added in the order of its positions; `index_select` would add them by atomic operations, whose
+    gradients are summed by a reduction; the backward of `index_select` would add them by atomic operations, whose
     order varies.
     """
 
     @staticmethod
     def forward(ctx: Any, index: _GatherIndex, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.uses = index.uses
+        ctx.positions = index.positions
         return key.index_select(0, index.tokens), value.index_select(0, index.tokens)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(_scatter_add(grad, ctx.uses) for grad in grads)
+        return None, *(_scatter_add(grad, ctx.positions) for grad in grads)
 
 
-def _scatter_add(grad: Tensor, uses: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _scatter_add(grad: Tensor, positions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The sums [N, ...] of the gradients [M, ...] of all positions of each token."""
-    (_, first), *later = uses
-    total = grad.index_select(0, first)
-    for tokens, positions in later:
-        total.index_add_(0, tokens, grad.index_select(0, positions))
+    total = grad.new_empty(sum(len(tokens) for tokens, _ in positions), *grad.shape[1:])
+    for tokens, places in positions:
+        total.index_copy_(0, tokens, grad[places].sum(1))
     return total
