@@ -26,6 +26,7 @@ SDPO_SETTINGS: dict[str, Any] = {
 # both on seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6
 CHOSEN = "α=0, SRPO"
+_CHOSEN_ARMS = "SDPO, chosen settings"  # how their names begin
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,14 @@ _CANDIDATES: tuple[Arm, ...] = (
     Arm("α=0, lr 2e-05", learning_rate=2e-5, settings={"alpha": 0.0}),
     Arm("α=0, confidence weights", settings={"alpha": 0.0, "token_weights": "confidence"}),
     Arm("α=0, hybrid λ=0.5", settings={"alpha": 0.0, "grpo_weight": 0.5}),
+    Arm("α=0, hybrid λ=0.5, lr 2e-05", learning_rate=2e-5, settings={"alpha": 0.0, "grpo_weight": 0.5}),
+    Arm("α=0, hybrid λ=0.5, rate 0.05", settings={**_FAST_TEACHER, "grpo_weight": 0.5}),
+    Arm(
+        "α=0, hybrid λ=0.5, rate 0.05, lr 2e-05",
+        learning_rate=2e-5,
+        settings={**_FAST_TEACHER, "grpo_weight": 0.5},
+    ),
+    Arm("α=0.5, hybrid λ=0.5", settings={"grpo_weight": 0.5}),
     Arm("α=0, SRPO", settings={"alpha": 0.0, **_SRPO}),
     Arm("α=0, SRPO, lr 2e-05", learning_rate=2e-5, settings={"alpha": 0.0, **_SRPO}),
     Arm("α=0, SRPO, rate 0.02", settings={"alpha": 0.0, "teacher_update_rate": 0.02, **_SRPO}),
@@ -91,10 +100,10 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
     # Does SDPO learn what GRPO cannot?
     "learns": (
         Arm("SDPO"),
-        _chosen("SDPO, chosen settings"),
+        _chosen(_CHOSEN_ARMS),
         Arm("GRPO", method="grpo", learning_rate=GRPO_LEARNING_RATE),
         Arm("SDPO, shuffled feedback", shuffled_feedback=True),
-        _chosen("SDPO, chosen settings, shuffled feedback", shuffled_feedback=True),
+        _chosen(f"{_CHOSEN_ARMS}, shuffled feedback", shuffled_feedback=True),
         Arm("SDPO, peers only", settings={"include_environment_feedback": False}),
         Arm("supervised", method="supervised"),
     ),
@@ -139,13 +148,18 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
     # Does it last?
     "lasting": (
         _chosen(
-            "SDPO, chosen settings",
+            _CHOSEN_ARMS,
             settings={**_chosen("").settings, "teacher_rate_samples": 64},
             **_LARGE,
         ),
         Arm(
             "fast teacher + SRPO",
             settings={**_FAST_TEACHER, **_SRPO, "teacher_rate_samples": 64},
+            **_LARGE,
+        ),
+        Arm(
+            "fast teacher + hybrid λ=0.5",
+            settings={**_FAST_TEACHER, "grpo_weight": 0.5, "teacher_rate_samples": 64},
             **_LARGE,
         ),
     ),
@@ -173,6 +187,7 @@ def recorded_as(question: str, arm: Arm) -> tuple[str, Arm]:
     """The question and the arm that an arm is recorded as: the first with the same settings.
 
     Several questions have an arm in common, which runs once; the arms of a question in CHOOSING run for it alone.
+    The chosen settings are another arm's where they can be: its records stay when other settings are chosen.
 
     Example:
         >>> recorded_as("alpha", arms("alpha")[2])[1].name
@@ -180,10 +195,10 @@ def recorded_as(question: str, arm: Arm) -> tuple[str, Arm]:
     """
     if question in CHOOSING:
         return question, arm
-    for other_question, others in QUESTIONS.items():
-        for other in others if other_question not in CHOOSING else ():
-            if _nameless(other) == _nameless(arm):
-                return other_question, other
+    recorded = [(name, other) for name, arms in QUESTIONS.items() if name not in CHOOSING for other in arms]
+    for other_question, other in sorted(recorded, key=lambda one: one[1].name.startswith(_CHOSEN_ARMS)):
+        if _nameless(other) == _nameless(arm):
+            return other_question, other
     raise ValueError(f"arm: expected an arm of QUESTIONS, got {arm.name!r}; add it to one of them")
 
 
