@@ -57,7 +57,9 @@ def save_model(folder: Path) -> Path:
 
 
 def fast_teacher(run: dict[str, Any]) -> bool:
-    """Whether the teacher of a record is four times as fast as the paper's, whose rate is for batches of 256."""
+    """Whether the teacher of a record is four times as fast as the paper's, whose rate is for 256 completions."""
     settings = run["settings"]
-    per_batch = settings.get("teacher_rate_samples") is None and settings.get("teacher_mode", "ema") == "ema"
-    return bool(per_batch and settings["teacher_update_rate"] == 0.05 and run["samples_per_step"] == 64)
+    if not settings or settings.get("teacher_mode", "ema") != "ema":
+        return False
+    per = settings.get("teacher_rate_samples") or run["samples_per_step"]
+    return bool(settings["teacher_update_rate"] == 0.05 and per == 64)

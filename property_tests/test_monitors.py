@@ -428,6 +428,10 @@ OF_AN_UPDATE: dict[str, Any] = {"teacher_rate_samples": None}
         ({"teacher_update_rate": 1.0}, 256, "teacher_update_rate=1 per 256 completions is 1 per 256"),
         ({"teacher_update_rate": 0.3}, 8, "with teacher_update_rate=0.05."),  # a larger batch does not help
         ({"teacher_update_rate": 0.3, "teacher_rate_samples": 64}, 8, "0.3 per 64 completions"),
+        ({}, 1024, "0.05 per 256 completions is 0.19 in one update, after 1024, where the paper has 0.05"),
+        ({}, 1024, "; set teacher_rate_samples=None with teacher_update_rate=0.05."),
+        ({}, 768, None),
+        (OF_AN_UPDATE, 1024, None),
         (OF_AN_UPDATE, 256, None),
         (OF_AN_UPDATE, 128, None),
         ({}, 8, None),

@@ -22,10 +22,9 @@ SDPO_SETTINGS: dict[str, Any] = {
     "teacher_update_rate": 0.01,
     "teacher_rate_samples": None,
 }
-# From "grpo learning rate", where all end at 0, and the best of "settings" by greedy completions in one spelling;
-# both on seeds for choosing.
+# From "grpo learning rate", where all end at 0, and the best of "settings"; both on seeds for choosing.
 GRPO_LEARNING_RATE = 5e-6
-CHOSEN = "α=0, SRPO"
+CHOSEN = "α=0, hybrid λ=0.5, rate 0.05, lr 2e-05"
 _CHOSEN_ARMS = "SDPO, chosen settings"  # how their names begin
 
 
@@ -93,8 +92,13 @@ def _chosen(name: str, **changes: Any) -> Arm:
     return replace(next(arm for arm in _CANDIDATES if arm.name == CHOSEN), name=name, **changes)
 
 
-# In large batches the teacher's rate is as fast per sample as in batches of 64.
+# The teacher is as fast per sample as in batches of 64.
 _LARGE: dict[str, Any] = {"samples_per_step": 256, "length": 5}
+
+
+def _large(name: str, *, learning_rate: float = 1e-5, **settings: Any) -> Arm:
+    return Arm(name, learning_rate=learning_rate, settings={**settings, "teacher_rate_samples": 64}, **_LARGE)
+
 
 QUESTIONS: dict[str, tuple[Arm, ...]] = {
     # Does SDPO learn what GRPO cannot?
@@ -145,23 +149,18 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _cure("teacher restart", teacher_mode="frozen", teacher_restart_every=40),
         _cure("trust region", teacher_mode="trust_region"),
     ),
+    # Does the teacher's pace belong to samples or to updates?
+    "large batches": (
+        _large("SRPO, rate 0.01", alpha=0.0, **_SRPO),
+        _large("SRPO, rate 0.05", **_FAST_TEACHER, **_SRPO),
+        _large("hybrid λ=0.5, rate 0.05", **_FAST_TEACHER, grpo_weight=0.5),
+        _large("hybrid λ=0.5, rate 0.05, lr 2e-05", learning_rate=2e-5, **_FAST_TEACHER, grpo_weight=0.5),
+    ),
     # Does it last?
     "lasting": (
-        _chosen(
-            _CHOSEN_ARMS,
-            settings={**_chosen("").settings, "teacher_rate_samples": 64},
-            **_LARGE,
-        ),
-        Arm(
-            "fast teacher + SRPO",
-            settings={**_FAST_TEACHER, **_SRPO, "teacher_rate_samples": 64},
-            **_LARGE,
-        ),
-        Arm(
-            "fast teacher + hybrid λ=0.5",
-            settings={**_FAST_TEACHER, "grpo_weight": 0.5, "teacher_rate_samples": 64},
-            **_LARGE,
-        ),
+        _chosen(_CHOSEN_ARMS, length=5),
+        Arm("fast teacher", settings=_FAST_TEACHER, length=5),
+        replace(_cure("hybrid λ=0.5", grpo_weight=0.5), length=5),
     ),
     "lora": (
         Arm("all weights"),

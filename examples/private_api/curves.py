@@ -13,7 +13,8 @@ from drawing import Band
 
 Run = dict[str, Any]  # a record, as `train.py` writes it
 PROBABILITY, ACCURACY = 1, 2  # columns of a run's points, after the samples
-JUDGED = "judged"  # `accuracy` of a record whose greedy completions the judge evaluated
+# `accuracy` of a run: the judge's on greedy completions, or the share of right ones among those sampled.
+JUDGED, SAMPLED = "judged", "sampled"
 # A run has fallen if its accuracy stays below the first number times the best before, to the end. A run whose best
 # is below the second number has learned nothing that it could lose.
 FALLEN, LEARNED = 0.8, 0.1

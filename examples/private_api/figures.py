@@ -50,9 +50,8 @@ QUESTIONS = {
     ),
     "settings": Question(
         "Which settings for SDPO?",
-        "Settings of SDPO, on seeds that no table of results has; the second seed only for some. `arms.py` "
-        "calls the "
-        'chosen one "SDPO, chosen settings".',
+        "Settings of SDPO, on seeds that no table of results has. `arms.py` calls the chosen one "
+        '"SDPO, chosen settings".',
     ),
     "rate": Question(
         "How fast may the teacher follow the student?",
@@ -67,16 +66,26 @@ QUESTIONS = {
     "cures": Question(
         "What helps with a fast teacher?",
         "α=0 with the teacher's rate 0.05 per batch of 64, about four times as fast as the paper's, alone and with "
-        'one option added. `arms.py` calls this setting "collapsing".',
+        'one option added. `arms.py` calls this setting "fast teacher".',
     ),
-    "lasting": Question(
-        "Does it last?",
-        "Five times the samples, in batches of 256: 187 steps, where runs in batches of 64 have 150. The teacher's "
-        "rate is given per 64 samples, as in the other tables.",
+    "large batches": Question(
+        "Does the pace belong to completions or to updates?",
+        "Batches of 256, for five times the samples: 187 updates of the teacher, where runs in batches of 64 have "
+        "150. The teacher's rate is given per 64 completions, as in the other tables: 0.01 is 0.04 in one update, "
+        "and 0.05 is 0.19.",
     ),
+    "lasting": Question("Does it last?", "Five times the samples."),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }
-SHORT = ("settings", "alpha", "support", "cures", "lasting", "lora")  # tables of the other page
+SHORT = (
+    "settings",
+    "alpha",
+    "support",
+    "cures",
+    "large batches",
+    "lasting",
+    "lora",
+)  # tables of the other page
 
 
 def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, str]]:
@@ -153,6 +162,8 @@ def section(
     command = ["python", "examples/private_api/run.py", "--model", first["model"], *task]
     command += ["--question", question, "--seeds", *map(str, seeds)]
     found = "\n".join(f"* {sentence}" for sentence in findings.said(sentences, by_arm))
+    if tables.is_of_samples(by_arm):
+        text += " Accuracy is that of samples, because no judge evaluated some of these runs."
     parts = [f"{above}{heading}", text, found, f"![{heading}](images/{file})", tables.results(by_arm)]
     return "\n\n".join(filter(None, [*parts, f"```bash\n{shlex.join(command)}\n```"]))
 

@@ -18,14 +18,13 @@ EARLY_SAMPLES = 2240  # when `early` is measured on the private API
 # Below the heading of a question.
 FINDINGS: dict[str, tuple[str, ...]] = {
     "learns": (
-        "SDPO with α=0.5 ends at {end[SDPO]}; its seeds end at {each[SDPO]}. With the chosen settings, α=0 and "
-        "SRPO as published, it ends at {end[SDPO, chosen settings]}, seeds at {each[SDPO, chosen settings]}.",
+        "SDPO with α=0.5 ends at {end[SDPO]}; its seeds end at {each[SDPO]}. With the chosen settings (α=0, half "
+        "of the loss from GRPO, the teacher's rate 0.05 per batch of 64 and the learning rate 2e-5) the seeds end "
+        "at {each[SDPO, chosen settings]}; their best are {bests[SDPO, chosen settings]}.",
         "GRPO ends at {end[GRPO]}. No completion of its training is right, so all rewards are 0 and it has "
         "nothing to learn from. SDPO without feedback ends at {end[SDPO, peers only]} for the same reason.",
         "With the feedback of other failures, SDPO with α=0.5 ends at {end[SDPO, shuffled feedback]}: it learns "
-        "from what the feedback says about the answer at hand. With the chosen settings it ends at {each[SDPO, "
-        "chosen settings, shuffled feedback]}. A likely reason, which was not tested: the feedback on another "
-        "question names a function, too, and SRPO's GRPO part rewards a sample that tries it where it is right.",
+        "from what the feedback says about the answer at hand.",
         "Cross-entropy on the right calls answers {early[supervised]} of the held-out questions right after "
         "{samples} training examples, and {end[supervised]} at the end.",
     ),
@@ -34,22 +33,25 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "these runs give no reason to prefer one of them.",
     ),
     "settings": (
-        "The settings were chosen by the last column, where α=0 with SRPO as published (its routing, denominator "
-        "and token weights) is the best. By the accuracy of the samples it ends at {each[α=0, SRPO]}, half of the "
-        "loss from GRPO at {each[α=0, hybrid λ=0.5]}, and SRPO with twice the learning rate at {each[α=0, SRPO, "
-        "lr 2e-05]}.",
-        "SRPO ends higher than the same setting without it with α=0 ({end[α=0, SRPO]} and {end[α=0]}), and with "
-        "α=0 and twice the learning rate ({end[α=0, SRPO, lr 2e-05]} and {end[α=0, lr 2e-05]}), but lower with "
-        "α=0.5 ({end[α=0.5, SRPO]} and {end[α=0.5]}).",
-        "SRPO with the teacher's rate 0.05 depends on the seed: it ends at {each[α=0, SRPO, rate 0.05]}. The same "
-        'setting has three more seeds [below](#what-helps-with-a-fast-teacher), as "collapsing + SRPO".',
+        "Half of the loss from GRPO with the teacher's rate 0.05 answers every question on both seeds, with the "
+        "learning rate 1e-5 and with 2e-5. The second is the chosen one: its probability of the right answer is "
+        "higher ({probability[α=0, hybrid λ=0.5, rate 0.05, lr 2e-05]} and {probability[α=0, hybrid λ=0.5, rate "
+        "0.05]}).",
+        "Greedy answers are far better than samples. α=0 alone ends at {end[α=0]}, and {right[α=0]} of its samples "
+        "are right; with half of the loss from GRPO it ends at {end[α=0, hybrid λ=0.5]} and {right[α=0, hybrid "
+        "λ=0.5]}, with SRPO at {end[α=0, SRPO]} and {right[α=0, SRPO]}. So GRPO and SRPO teach the samples what "
+        "the greedy answers know already.",
+        "Neither helps with α=0.5: alone it ends at {end[α=0.5]}, with half of the loss from GRPO at {end[α=0.5, "
+        "hybrid λ=0.5]}, and with SRPO at {end[α=0.5, SRPO]}.",
+        "SRPO with the teacher's rate 0.05 depends on the seed: it ends at {each[α=0, SRPO, rate 0.05]}.",
         "A learning rate that falls to 0 ends at {end[α=0, SRPO, decay]}, and at {end[α=0, SRPO, lr 2e-05, "
-        "decay]} with twice the learning rate.",
+        "decay]} with twice the learning rate; a constant one ends at {end[α=0, SRPO]} and {end[α=0, SRPO, lr "
+        "2e-05]}.",
     ),
     "rate": (
         "With α=0 and batches of 64 the rates 0 (a frozen teacher), 0.0025, 0.01 and 0.05 end at {end[α=0, rate 0 "
         "per 64]}, {end[α=0, rate 0.0025 per 64]}, {end[α=0, rate 0.01 per 64]} and {end[α=0, rate 0.05 per 64]}. "
-        "The three seeds with 0.05 end at {each[α=0, rate 0.05 per 64]}.",
+        "The two seeds with 0.05 end at {each[α=0, rate 0.05 per 64]}.",
         "In batches of 256 the rates 0.01 and 0.05 end at {end[α=0, rate 0.01 per 256]} and {end[α=0, rate 0.05 "
         "per 256]}, after a quarter of the steps.",
         "[Below](#what-helps-with-a-fast-teacher) the rate 0.05 per 256 completions is compared with 0.05 per "
@@ -57,80 +59,88 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     ),
     "alpha": ("The seeds of α=0 end at {each[α=0]}, those of α=0.5 at {each[α=0.5]}.",),
     "cures": (
-        "The setting alone ends at {each[collapsing]}. With the rate per 256 completions, the paper's batch, it "
-        "ends at {each[collapsing + rate per 256 samples]} on the same seeds.",
-        "Half of the loss from GRPO (λ=0.5) ends highest, at {each[collapsing + hybrid λ=0.5]}; a tenth ends at "
-        "{each[collapsing + hybrid λ=0.1]}. SRPO as published ends at {each[collapsing + SRPO]}.",
-        "The anchor ends at {each[collapsing + anchor 0.1]}, a teacher that restarts at {each[collapsing + "
-        "teacher restart]} and the trust region at {each[collapsing + trust region]}.",
-        "Of SRPO's three parts, alone: the routing ends at {each[collapsing + SRPO routing]}, the denominator "
-        "(`batch-token-mean`) at {each[collapsing + batch-token-mean]} and the token weights (`confidence`) at "
-        "{each[collapsing + confidence weights]}.",
-        "Pass-rate weights learn nothing ({best[collapsing + pass-rate weights]}), because they are 0 where all "
-        "completions of a group fail.",
-        "The last column shows what a comparison with one spelling hides: with λ=0.5 the three seeds have "
-        "{spelled[collapsing + hybrid λ=0.5]} there, because two of them write the call between backticks. The "
-        "judge accepts that, and the mean of their accuracy is the highest of the table.",
-        "Two of the three seeds of the setting alone end by reciting the teacher's prompt: sentences of it, such "
-        "as `The correct solution is:`, stand before the call or in its place, and many completions are cut.",
+        "The setting alone ends at {each[fast teacher]}, and with the rate per 256 completions, the paper's batch, "
+        "at {each[fast teacher + rate per 256 samples]} on the same seeds. {right[fast teacher]} and {right[fast "
+        "teacher + rate per 256 samples]} of the samples are right.",
+        "With half of the loss from GRPO (λ=0.5) it ends at {each[fast teacher + hybrid λ=0.5]}, and {right[fast "
+        "teacher + hybrid λ=0.5]} of the samples are right, the most of this table. With a tenth it ends at "
+        "{each[fast teacher + hybrid λ=0.1]}.",
+        "SRPO as published ends at {each[fast teacher + SRPO]}. Of its three parts, alone: the routing ends at "
+        "{each[fast teacher + SRPO routing]}, the denominator (`batch-token-mean`) at {each[fast teacher + "
+        "batch-token-mean]}, and the token weights (`confidence`), on one seed, at {each[fast teacher + confidence "
+        "weights]}.",
+        "On one seed each, the trust region ends at {end[fast teacher + trust region]}, a teacher that restarts at "
+        "{end[fast teacher + teacher restart]} and the anchor at {end[fast teacher + anchor 0.1]}.",
+        "Pass-rate weights learn nothing ({best[fast teacher + pass-rate weights]}), because they are 0 where all "
+        "completions of a group fail. Neither does the entry clip ({best[fast teacher + entry clip 0.05]}), on one "
+        "seed.",
+        "The fast teacher spreads the form of its own prompt: a call often comes with a sentence of it, such as "
+        "`The correct solution is:`.",
     ),
-    "lasting": (
-        "The seeds end at {each[SDPO, chosen settings]}; their best are {bests[SDPO, chosen settings]}.",
-        "Greedy completions of held-out questions equal the one spelling in {spelled[SDPO, chosen settings]} of "
-        "the cases, so they are right at least as often.",
+    "large batches": (
+        "With SRPO and the rate 0.01 per 64 completions, {each[SRPO, rate 0.01]} of the samples are right at the "
+        "end.",
+        "With the rate 0.05 per 64 nothing is learned on any of nine runs: {end[SRPO, rate 0.05]} with SRPO, "
+        "{end[hybrid λ=0.5, rate 0.05]} with half of the loss from GRPO, and {end[hybrid λ=0.5, rate 0.05, lr "
+        "2e-05]} with the chosen settings, whose learning rate is twice as high. Completions grow until nearly all "
+        "are cut.",
+        "In batches of 64 the chosen settings [learn](#does-sdpo-learn-what-grpo-cannot). So a teacher can be too "
+        "fast per update although its pace per completion is one that works.",
     ),
 }
 # In the prose of a page, by the name of their place: the questions whose runs they are about, and the text.
 SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "results summary": (
-        ("learns", "cures"),
-        "* On the private API, after 9600 completions, a share of {end[SDPO]} of SDPO's samples is right with "
-        "α=0.5, and {end[SDPO, chosen settings]} with α=0 and SRPO as published. With GRPO, and with SDPO without "
-        "feedback, it is {end[GRPO]}.\n"
-        "* With shuffled feedback the first setting ends at {end[SDPO, shuffled feedback]}, the second at "
-        "{each[SDPO, chosen settings, shuffled feedback]} (two seeds).\n"
-        "* A teacher about four times as fast as the paper's ends lower. With α=0, in batches of 64, the seeds "
-        "end at {each[collapsing]}, and at {each[collapsing + rate per 256 samples]} with the paper's rate per "
-        "completions.\n"
-        "* The fast teacher with half of the loss from GRPO ends at {end[collapsing + hybrid λ=0.5]}, with SRPO "
-        "as published at {end[collapsing + SRPO]}.",
+        ("learns", "cures", "large batches"),
+        "* On the private API, after 9600 completions, SDPO answers {end[SDPO]} of the held-out questions right "
+        "with α=0.5, and {end[SDPO, chosen settings]} with α=0 and half of the loss from GRPO (two seeds). GRPO, "
+        "and SDPO without feedback, answer {end[GRPO]}.\n"
+        "* With shuffled feedback the first setting ends at {end[SDPO, shuffled feedback]}.\n"
+        "* A teacher four times as fast as the paper's learns in batches of 64 ({each[fast teacher]}, two seeds), "
+        "but samples stay bad: {right[fast teacher]} of them are right, {right[fast teacher + hybrid λ=0.5]} with "
+        "half of the loss from GRPO.\n"
+        "* In batches of 256 the same pace per completion is four times as much per update, and nothing is "
+        "learned: {end[hybrid λ=0.5, rate 0.05, lr 2e-05]} on three seeds with the chosen settings.",
     ),
     "choosing summary": (
-        ("learns", "cures", "rate", "settings"),
+        ("learns", "cures", "settings"),
         "* Leave the teacher's rate at its default, 0.05 per 256 completions as in the paper. On the private API, "
-        "with α=0 in batches of 64, it ends at {each[collapsing + rate per 256 samples]}; 0.05 per batch ends at "
-        "{each[collapsing]} on the same seeds, and a frozen teacher at {each[α=0, rate 0 per 64]}.\n"
-        "* Keep the α of the preset (0.5 or 1) unless nothing is learned. α=0 ends higher on the private API, but "
-        "lowest on the embedded task (three seeds each).\n"
-        "* If samples stay much worse than greedy answers, add half of the loss from GRPO or SRPO as published. "
-        "On the private API they end at {end[collapsing + hybrid λ=0.5]} and {end[collapsing + SRPO]}, means of "
-        "three seeds.\n"
-        "* Do not choose by small differences in these tables: the fast teacher with SRPO ends at "
-        "{each[collapsing + SRPO]} on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
+        "with α=0 in batches of 64, it ends at {each[fast teacher + rate per 256 samples]}; 0.05 per batch ends at "
+        "{each[fast teacher]} on the same seeds.\n"
+        "* Keep the α of the preset (0.5 or 1) unless little is learned. α=0 ends higher on the private API "
+        "({end[α=0]}, α=0.5 at {end[α=0.5]}, two seeds each), but lowest on the embedded task (three seeds each).\n"
+        "* If samples stay much worse than greedy answers, add half of the loss from GRPO: on the private API, "
+        "with α=0, it raises the share of right samples from {right[α=0]} to {right[α=0, hybrid λ=0.5]}, and from "
+        "{right[fast teacher]} to {right[fast teacher + hybrid λ=0.5]} with a fast teacher.\n"
+        "* Do not choose by small differences in these tables: the fast teacher with SRPO ends at {each[fast "
+        "teacher + SRPO]} on two seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
     ),
     "choosing rate": (
         ("cures", "settings"),
-        "On the private API, α=0 with the rate 0.05 ends at {each[collapsing]} where the rate is per batch of 64, "
-        "and at {each[collapsing + rate per 256 samples]} where it is per 256 completions. With SRPO, on two "
+        "On the private API, α=0 with the rate 0.05 ends at {each[fast teacher]} where the rate is per batch of "
+        "64, and at {each[fast teacher + rate per 256 samples]} where it is per 256 completions. With SRPO, on two "
         "seeds, the rates 0.01, 0.02 and 0.05 per batch of 64 end at {end[α=0, SRPO]}, {end[α=0, SRPO, rate "
         "0.02]} and {end[α=0, SRPO, rate 0.05]}.",
     ),
     "choosing alpha": (
-        ("alpha",),
-        "On the private API, with the rate 0.01 per batch of 64, a tenth of the samples is right for the first "
-        "time after {begins[α=0]} completions with α=0, and after {begins[α=0.5]} with α=0.5.",
+        ("settings",),
+        "On the private API, with the rate 0.01 per batch of 64, a tenth of the held-out questions is answered for "
+        "the first time after {begins[α=0]} completions with α=0, after {begins[α=0.1]} with α=0.1, and after "
+        "{begins[α=0.5]} with α=0.5.",
     ),
     "choosing cures": (
         ("cures",),
         "On the private API these options were added to α=0 with a teacher about four times as fast as the "
-        "paper's, which ends at {end[collapsing]} alone:\n\n"
-        "* Half of the loss from GRPO, `grpo_weight=0.5`, ends at {end[collapsing + hybrid λ=0.5]}; a tenth ends "
-        "at {end[collapsing + hybrid λ=0.1]}.\n"
+        "paper's, which ends at {end[fast teacher]} alone, with {right[fast teacher]} of the samples right:\n\n"
+        "* Half of the loss from GRPO, `grpo_weight=0.5`, ends at {end[fast teacher + hybrid λ=0.5]}, with "
+        "{right[fast teacher + hybrid λ=0.5]} of the samples right; a tenth ends at {end[fast teacher + hybrid "
+        "λ=0.1]} and {right[fast teacher + hybrid λ=0.1]}.\n"
         '* SRPO as published, that is `routing="srpo"` with `loss_aggregation="batch-token-mean"` and '
-        '`token_weights="confidence"`, ends at {end[collapsing + SRPO]}.\n'
-        "* The trust region ends at {end[collapsing + trust region]}, a teacher that restarts at {end[collapsing "
-        "+ teacher restart]}, the default rate at {end[collapsing + rate per 256 samples]} and "
-        "`anchor_weight=0.1` at {end[collapsing + anchor 0.1]}.",
+        '`token_weights="confidence"`, ends at {each[fast teacher + SRPO]}; its routing alone ends at {each[fast '
+        "teacher + SRPO routing]}.\n"
+        "* The default rate ends at {end[fast teacher + rate per 256 samples]}. On one seed each, the trust region "
+        "ends at {end[fast teacher + trust region]}, a teacher that restarts at {end[fast teacher + teacher "
+        "restart]} and `anchor_weight=0.1` at {end[fast teacher + anchor 0.1]}.",
     ),
 }
 
@@ -139,10 +149,9 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
     """The numbers that a sentence can name, as texts by name and arm.
 
     Means over seeds: `end` is the accuracy at the end, `best` the best accuracy, `early` the accuracy after
-    `early` samples, and `probability` the probability of the right answer at the end. Lists with one number per
-    seed: `each` has the accuracy at the end, `bests` the best accuracy, `spelled` that of the comparison with one
-    spelling (`tables.of_samples`), and `begins` the samples of the first evaluation at which a tenth of the answers
-    is right, or "never".
+    `early` samples, `probability` the probability of the right answer at the end, and `right` the share of right
+    samples there. Lists with one number per seed: `each` has the accuracy at the end, `bests` the best accuracy,
+    and `begins` the samples of the first evaluation at which a tenth of the answers is right, or "never".
 
     Args:
         by_arm: the runs of each arm, in the order of seeds.
@@ -153,12 +162,13 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
         "best": best,
         "early": lambda run: at(run, early, ACCURACY),
         "probability": lambda run: float(run["points"][-1][PROBABILITY]),
+        "right": lambda run: math.nan if run.get("right_samples") is None else float(run["right_samples"]),
     }
     found = {
         name: {arm: f"{fmean(map(measure, runs)):.2f}" for arm, runs in by_arm.items()}
         for name, measure in means.items()
     }
-    lists = {"each": means["end"], "bests": best, "spelled": lambda run: float(run.get("spelled", math.nan))}
+    lists = {"each": means["end"], "bests": best}
     for name, measure in lists.items():
         found[name] = {arm: _listed([f"{measure(run):.2f}" for run in runs]) for arm, runs in by_arm.items()}
     found["begins"] = {

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
-from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, Run, at, best, fall
+from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall
 from margins import (
     largest_cut_rise,
     largest_entropy_ratio,
@@ -74,27 +74,28 @@ def load(folder: Path) -> list[Run]:
 
 
 def shown(run: Run) -> Run:
-    """A record as the pages show it."""
-    return of_samples(run) if run.get("task") == "kit" and run.get("accuracy") != JUDGED else run
+    """A record as the pages show it; where a judge evaluated, with the accuracy of samples as `right_samples`."""
+    if run.get("accuracy") == JUDGED:
+        right = of_samples(run)["points"][-1][ACCURACY] if run["log"] else None
+        return {**run, "right_samples": right}
+    return of_samples(run) if run.get("task") == "kit" else run
 
 
 def of_samples(run: Run) -> Run:
     """A run whose accuracy is the share of right completions among those sampled since the evaluation before.
 
-    The first batch is sampled before any step: it is the first point, and counts in the second, too. The recorded
-    accuracy, the share of greedy completions that equal one spelling of the answer, is kept as `spelled`. A
-    supervised run samples nothing and keeps its points.
+    The first batch is sampled before any step: it is the first point, and counts in the second, too. A supervised
+    run samples nothing and keeps its points.
     """
-    spelled = run["points"][-1][ACCURACY]
     if not run["log"]:
-        return {**run, "spelled": spelled}
+        return {**run, "accuracy": SAMPLED}
     rewards = [(entry["step"] * run["samples_per_step"], entry["reward"]) for entry in entries(run)]
     start, likelihood, _ = run["points"][0]
     points = [[start, likelihood, rewards[0][1]]]
     for (before, *_), (samples, likelihood, _) in pairwise(run["points"]):
         sampled = [reward for end, reward in rewards if before < end <= samples]
         points.append([samples, likelihood, fmean(sampled)])
-    return {**run, "points": points, "spelled": spelled}
+    return {**run, "points": points, "accuracy": SAMPLED}
 
 
 def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
@@ -114,7 +115,17 @@ def of_question(runs: Sequence[Run], question: str) -> dict[str, list[Run]]:
         if of_arm:
             found[arm.name] = sorted(of_arm, key=lambda run: run["seed"])
     own = any(run["question"] == question for of_arm in found.values() for run in of_arm)
-    return found if own or len(found) > 1 else {}
+    if not own and len(found) <= 1:
+        return {}
+    # One measure for all runs that are compared.
+    if is_of_samples(found):
+        return {arm: [of_samples(run) for run in of_arm] for arm, of_arm in found.items()}
+    return found
+
+
+def is_of_samples(by_arm: Runs) -> bool:
+    """Whether the accuracy of a question's runs is that of samples: the judge did not evaluate all of them."""
+    return any(run.get("accuracy") == SAMPLED for runs in by_arm.values() for run in runs)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -151,8 +162,8 @@ def results(by_arm: Runs) -> str:
         "end / best",
     ]
     head += ["probability at the end", f"fell below {FALLEN:g} of its best"]
-    with_spelled = all("spelled" in run for runs in by_arm.values() for run in runs)
-    head += ["greedy, held out, one spelling"] * with_spelled
+    judged = all(run.get("accuracy") == JUDGED for runs in by_arm.values() for run in runs)
+    head += ["right samples at the end"] * judged
     rows = []
     for arm, runs in by_arm.items():
         ends = [at(run, last, ACCURACY) for run in runs]
@@ -166,10 +177,16 @@ def results(by_arm: Runs) -> str:
                 kept(runs),
                 f"{fmean(at(run, last, PROBABILITY) for run in runs):.2f}",
                 falls(runs),
-                *([spread([run["spelled"] for run in runs])] if with_spelled else []),
+                *([right_samples(runs)] if judged else []),
             ]
         )
     return markdown(head, rows)
+
+
+def right_samples(runs: Sequence[Run]) -> str:
+    """The share of right completions among those sampled since the last evaluation but one."""
+    known = [run["right_samples"] for run in runs if run["right_samples"] is not None]
+    return spread(known) if known else NONE
 
 
 def short(by_arm: Runs) -> str:

@@ -48,7 +48,7 @@ def warn_of_grpo_options(args: Any) -> None:
 
 
 def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None:
-    """One warning where the teacher follows the student much faster, per completion, than in the paper.
+    """One warning where the teacher follows the student much faster, per completion or per update, than in the paper.
 
     Args:
         config: its `teacher_*` fields are used.
@@ -72,17 +72,23 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     if published is None:
         return None
     rate, samples = config.teacher_update_rate, config.teacher_rate_samples or samples_per_tick
-    paper = math.log1p(-PUBLISHED_RATE) / _PUBLISHED_SAMPLES
-    pace = math.inf if rate == 1.0 else math.log1p(-rate) / samples / paper
-    if pace <= _FAST_PACE:
+    of_update = rate_per_tick(rate, samples=samples_per_tick, per_samples=samples)
+    # As multiples of the paper's pace, per completion and per update.
+    pace = math.inf if rate == 1.0 else math.log1p(-rate) / math.log1p(-PUBLISHED_RATE)
+    if pace * _PUBLISHED_SAMPLES / samples > _FAST_PACE:
+        found = f"{published:.2g} per {_PUBLISHED_SAMPLES}"
+        # A rate per completions is as fast in a larger batch.
+        larger = ", or enlarge the generation batch" if config.teacher_rate_samples is None else ""
+        fix = f"teacher_rate_samples={_PUBLISHED_SAMPLES} with teacher_update_rate={PUBLISHED_RATE:g}{larger}"
+    elif pace * samples_per_tick / samples > _FAST_PACE:
+        found = f"{of_update:.2g} in one update, after {samples_per_tick:g}"
+        fix = f"teacher_rate_samples=None with teacher_update_rate={PUBLISHED_RATE:g}"
+    else:
         return None
-    # A rate per completions is as fast in a larger batch.
-    larger = ", or enlarge the generation batch" if config.teacher_rate_samples is None else ""
     return (
-        f"teacher_update_rate={rate:g} per {samples:g} completions is {published:.2g} per {_PUBLISHED_SAMPLES}, "
-        f"where the paper has {PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its "
-        f"errors until the run collapses; set teacher_rate_samples={_PUBLISHED_SAMPLES} with "
-        f"teacher_update_rate={PUBLISHED_RATE:g}{larger}."
+        f"teacher_update_rate={rate:g} per {samples:g} completions is {found}, where the paper has "
+        f"{PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its errors until the run "
+        f"collapses; set {fix}."
     )
 
 
