@@ -29,7 +29,8 @@ from sdpo import rate_per_tick
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnose import monitors
 
-SHOWN = tables.load(figures.RECORDS)
+EVERY = tables.load(figures.RECORDS)
+SHOWN = [run for run in EVERY if run["task"] == "kit"]
 RECORDED = tables.every_step(SHOWN)
 BY_QUESTION = {question: tables.of_question(SHOWN, question) for question in figures.QUESTIONS}
 CURES, SETTINGS, LEARNS = (BY_QUESTION[question] for question in ("cures", "settings", "learns"))
@@ -88,6 +89,24 @@ def test_every_finding_is_shown(question: str) -> None:
     assert all(f"\n* {sentence}\n" in text for sentence in shown)
 
 
+@pytest.mark.parametrize(("task", "question"), findings.OTHER_FINDINGS)
+def test_every_finding_of_another_task_is_shown(task: str, question: str) -> None:
+    by_arm = tables.of_question([run for run in EVERY if run["task"] == task], question)
+    sentences = findings.OTHER_FINDINGS[task, question]
+    shown = findings.said(sentences, by_arm)
+    assert len(shown) == len(sentences)
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert all(f"\n* {sentence}\n" in text for sentence in shown)
+
+
+def test_what_is_said_of_the_house_style() -> None:
+    by_arm = tables.of_question([run for run in EVERY if run["task"] == "house_style"], "learns")
+    assert max(max(run["log"]["reward"]) for run in by_arm["GRPO"]) == 0
+    for run in by_arm["SDPO"]:
+        assert sum("original question" in reply["reply"] for reply in run["after"]) >= 3
+        assert sum(reply["reply"].startswith(("To solve", "The ")) for reply in run["after"]) >= 5
+
+
 def test_every_sentence_is_on_its_page() -> None:
     for name in findings.SENTENCES:
         text = (ROOT / "docs" / f"{name.split()[0]}.md").read_text()
@@ -114,30 +133,42 @@ def test_the_controls_have_no_success() -> None:
     assert max(max(run["log"]["reward"]) for run in silent) == 0
 
 
-def test_the_accuracy_is_that_of_the_samples() -> None:
+def test_a_question_with_a_record_that_was_not_judged_shows_the_samples() -> None:
     """Beside a computation from the records themselves."""
-    record = json.loads((figures.RECORDS / "kit-learns-SDPO-1.json").read_text())
-    assert "accuracy" not in record
+    record = json.loads((figures.RECORDS / "kit-rate-α=0-rate-0.01-per-64-1.json").read_text())
+    judged = json.loads((figures.RECORDS / "kit-learns-SDPO-1.json").read_text())
+    assert ("accuracy" in record, judged["accuracy"]) == (False, curves.JUDGED)
+    by_arm = BY_QUESTION["alpha"]
+    assert tables.is_of_samples(by_arm)
+    for arm, known in (("α=0", record), ("α=0.5", judged)):
+        (run,) = [run for run in by_arm[arm] if run["seed"] == 1]
+        rewards, points = known["log"]["reward"], known["points"]
+        assert [point[:2] for point in run["points"]] == [point[:2] for point in points]
+        assert run["points"][0][curves.ACCURACY] == rewards[0]
+        for index, point in enumerate(run["points"][1:]):
+            assert point[curves.ACCURACY] == pytest.approx(sum(rewards[5 * index : 5 * index + 5]) / 5)
     (run,) = [run for run in LEARNS["SDPO"] if run["seed"] == 1]
-    rewards, points = record["log"]["reward"], record["points"]
-    assert [point[:2] for point in run["points"]] == [point[:2] for point in points]
-    assert run["points"][0][curves.ACCURACY] == rewards[0]
-    for index, point in enumerate(run["points"][1:]):
-        assert point[curves.ACCURACY] == pytest.approx(sum(rewards[5 * index : 5 * index + 5]) / 5)
-    assert run["spelled"] == points[-1][2]
-    judged = {**record, "accuracy": curves.JUDGED}
-    assert tables.shown(judged) == judged
+    assert run["points"] == judged["points"]
+    assert run["right_samples"] == pytest.approx(fmean(judged["log"]["reward"][-5:]))
     (supervised, *_) = LEARNS["supervised"]
-    assert supervised["points"][-1][curves.ACCURACY] == supervised["spelled"]
+    assert supervised["right_samples"] is None
+    assert {name for name, by_arm in BY_QUESTION.items() if tables.is_of_samples(by_arm)} == {
+        "grpo learning rate",
+        "rate",
+        "alpha",
+        "large batches",
+    }
 
 
 def test_what_the_pages_begin_with_is_in_the_records() -> None:
-    assert {len(LEARNS[arm]) for arm in ("SDPO", "SDPO, chosen settings", "GRPO", "SDPO, peers only")} == {3}
+    seeds = {arm: [run["seed"] for run in runs] for arm, runs in LEARNS.items()}
+    assert seeds["SDPO"] == [0, 1, 2]
+    assert seeds["SDPO, chosen settings"] == [0, 1]
     assert end(LEARNS, "SDPO, peers only") == end(LEARNS, "GRPO") == 0
-    alone, slower = (CURES[arm] for arm in ("collapsing", "collapsing + rate per 256 samples"))
-    assert [run["seed"] for run in alone] == [run["seed"] for run in slower] == [0, 1, 2]
+    alone, slower = (CURES[arm] for arm in ("fast teacher", "fast teacher + rate per 256 samples"))
+    assert [run["seed"] for run in alone] == [run["seed"] for run in slower] == [0, 1]
     # On every seed, and not only in the mean.
-    pairs = zip(ends(CURES, "collapsing"), ends(CURES, "collapsing + rate per 256 samples"), strict=True)
+    pairs = zip(ends(CURES, "fast teacher"), ends(CURES, "fast teacher + rate per 256 samples"), strict=True)
     assert all(fast < slow for fast, slow in pairs)
     settings = alone[0]["settings"]
     assert (settings["alpha"], settings["teacher_update_rate"], alone[0]["samples_per_step"]) == (
@@ -147,78 +178,104 @@ def test_what_the_pages_begin_with_is_in_the_records() -> None:
     )
     assert rate_per_tick(0.05, samples=256, per_samples=64) / 0.05 == pytest.approx(4, abs=0.5)
     assert end(BY_QUESTION["alpha"], "α=0") > end(BY_QUESTION["alpha"], "α=0.5")
+    assert [run["seed"] for arm in ("α=0", "α=0.5") for run in SETTINGS[arm]] == [100, 101] * 2
     presets = (SDPOConfig.preset(name) for name in ("generalization", "rich_feedback", "test_time"))
     assert {config.alpha for config in presets} == {0.5, 1.0}
 
 
+def test_the_chosen_settings_are_as_the_pages_name_them() -> None:
+    run = LEARNS["SDPO, chosen settings"][0]
+    settings = {name: run["settings"][name] for name in ("alpha", "grpo_weight", "teacher_update_rate")}
+    assert settings == {"alpha": 0.0, "grpo_weight": 0.5, "teacher_update_rate": 0.05}
+    assert (run["learning_rate"], run["samples_per_step"]) == (2e-5, 64)
+    assert all(end(SETTINGS, arm) == 1 for arm in (arms.CHOSEN, arms.CHOSEN.removesuffix(", lr 2e-05")))
+
+
 def test_what_is_said_of_a_fast_teacher() -> None:
-    means = {arm: end(CURES, arm) for arm in CURES}
-    assert max(means, key=lambda arm: means[arm]) == "collapsing + hybrid λ=0.5"
-    assert [run["seed"] for run in CURES["collapsing + hybrid λ=0.5"]] == [0, 1, 2]
-    quoted = [
-        all(reply["reply"].startswith("`kit.") and reply["score"] == 1 for reply in run["after"])
-        for run in CURES["collapsing + hybrid λ=0.5"]
-    ]
-    assert quoted == [False, True, True]
-    assert [round(run["spelled"], 2) for run in CURES["collapsing + hybrid λ=0.5"]] == [0.84, 0.0, 0.0]
-    # The same settings on five seeds.
-    srpo = [*ends(CURES, "collapsing + SRPO"), *ends(SETTINGS, "α=0, SRPO, rate 0.05")]
-    assert (len(srpo), sum(value < curves.LEARNED for value in srpo)) == (5, 1)
-
-
-def test_what_the_fast_teacher_alone_ends_with() -> None:
+    right = {arm: fmean(run["right_samples"] for run in runs) for arm, runs in CURES.items()}
+    assert max(right, key=lambda arm: right[arm]) == "fast teacher + hybrid λ=0.5"
+    few = {arm.removeprefix("fast teacher + ") for arm, runs in CURES.items() if len(runs) == 1}
+    assert few == {
+        "confidence weights",
+        "pass-rate weights",
+        "entry clip 0.05",
+        "anchor 0.1",
+        "teacher restart",
+        "trust region",
+    }
+    # The same settings on four seeds: nothing, and next to nothing.
+    srpo = sorted([*ends(CURES, "fast teacher + SRPO"), *ends(SETTINGS, "α=0, SRPO, rate 0.05")])
+    assert (len(srpo), srpo[0]) == (4, 0)
+    assert srpo[1] < 0.2 < 0.9 < srpo[2]
     recites = [
         sum("The correct solution is:" in reply["reply"] for reply in run["after"])
-        for run in CURES["collapsing"]
+        for run in CURES["fast teacher"]
     ]
-    assert sum(count >= 3 for count in recites) == 2
+    assert max(recites) >= 3
     for page_name in ("docs/choosing.md", "docs/results.md"):
         assert "`The correct solution is:`" in (ROOT / page_name).read_text()
 
 
+def test_large_batches_with_a_fast_teacher_recite_its_prompt() -> None:
+    lost = {arm: runs for arm, runs in BY_QUESTION["large batches"].items() if "rate 0.05" in arm}
+    assert {arm: len(runs) for arm, runs in lost.items()} == dict.fromkeys(lost, 3)
+    assert len(lost) == 3
+    for run in (run for runs in lost.values() for run in runs):
+        assert max(run["log"]["reward"]) < 0.01
+        assert run["log"]["completions/clipped_ratio"][-1] > 0.95
+        assert sum("feedback" in reply["reply"] for reply in run["after"]) >= 5
+    settings = {arm: runs[0]["settings"] for arm, runs in BY_QUESTION["large batches"].items()}
+    rates = {
+        arm: rate_per_tick(
+            of_arm["teacher_update_rate"], samples=256, per_samples=of_arm["teacher_rate_samples"]
+        )
+        for arm, of_arm in settings.items()
+    }
+    assert {arm: round(rate, 2) for arm, rate in rates.items()} == {
+        arm: 0.04 if arm == "SRPO, rate 0.01" else 0.19 for arm in settings
+    }
+
+
 def test_the_published_settings_are_those_of_the_arm() -> None:
-    settings = CURES["collapsing + SRPO"][0]["settings"]
+    settings = CURES["fast teacher + SRPO"][0]["settings"]
     for name in ("routing", "loss_aggregation", "token_weights"):
         assert f'`{name}="{settings[name]}"`' in (ROOT / "docs" / "choosing.md").read_text()
-    assert CURES["collapsing + hybrid λ=0.5"][0]["settings"]["grpo_weight"] == 0.5
-    assert CURES["collapsing + rate per 256 samples"][0]["settings"]["teacher_rate_samples"] == 256
-    assert CURES["collapsing + anchor 0.1"][0]["settings"]["anchor_weight"] == 0.1
+    assert CURES["fast teacher + hybrid λ=0.5"][0]["settings"]["grpo_weight"] == 0.5
+    assert CURES["fast teacher + rate per 256 samples"][0]["settings"]["teacher_rate_samples"] == 256
+    assert CURES["fast teacher + anchor 0.1"][0]["settings"]["anchor_weight"] == 0.1
 
 
 def test_what_the_settings_that_were_tried_show() -> None:
-    assert {run["seed"] for runs in SETTINGS.values() for run in runs} == {100, 101}
-    means = {arm: end(SETTINGS, arm) for arm in SETTINGS} | {arm: end(CURES, arm) for arm in CURES}
+    assert all([run["seed"] for run in runs] == [100, 101] for runs in SETTINGS.values())
+    right = {
+        arm: fmean(run["right_samples"] for run in runs)
+        for by_arm in (SETTINGS, CURES)
+        for arm, runs in by_arm.items()
+    }
+    # Half of the loss from GRPO, wherever it was compared with α=0; SRPO with a slow teacher.
     for better, than in (
+        ("α=0, hybrid λ=0.5", "α=0"),
+        ("α=0, hybrid λ=0.5, lr 2e-05", "α=0, lr 2e-05"),
+        ("fast teacher + hybrid λ=0.5", "fast teacher"),
         ("α=0, SRPO", "α=0"),
         ("α=0, SRPO, lr 2e-05", "α=0, lr 2e-05"),
-        ("α=0.5", "α=0.5, SRPO"),
-        ("collapsing + SRPO", "collapsing"),
-        ("α=0, hybrid λ=0.5", "α=0"),
-        ("collapsing + hybrid λ=0.5", "collapsing"),
     ):
-        assert means[better] > means[than]
-    # The last column, by which they were chosen, and the accuracy of the samples differ.
-    assert max(SETTINGS, key=lambda arm: fmean(run["spelled"] for run in SETTINGS[arm])) == arms.CHOSEN
-    assert max(SETTINGS, key=lambda arm: end(SETTINGS, arm)) != arms.CHOSEN
+        assert right[better] > right[than] + 0.3
+    means = {arm: end(SETTINGS, arm) for arm in SETTINGS}
+    assert means["α=0.5"] > means["α=0.5, hybrid λ=0.5"] > means["α=0.5, SRPO"] == 0
+    for arm in ("α=0", "α=0, lr 2e-05", "α=0.1", "α=0.5"):
+        assert right[arm] < means[arm] - 0.2
 
 
 def test_the_settings_that_were_tried_have_a_slow_teacher() -> None:
     rates = {arm: runs[0]["settings"]["teacher_update_rate"] for arm, runs in SETTINGS.items()}
     others = {arm: rate for arm, rate in rates.items() if rate != 0.01}
-    assert others == {"α=0, SRPO, rate 0.02": 0.02, "α=0, SRPO, rate 0.05": 0.05}
+    assert all(f"rate {rate:g}" in arm for arm, rate in others.items())
     assert 0.01 < rate_per_tick(0.05, samples=64, per_samples=256) < 0.02
     text = page("docs/choosing.md")
     assert "The teacher's rate is 0.01 per 64 completions, a little slower than the paper's" in text
-    assert (
-        f"These runs end after {max(run['points'][-1][0] for run in CURES['collapsing'])} completions" in text
-    )
-
-
-def test_runs_five_times_as_long_keep_what_they_learned() -> None:
-    runs = BY_QUESTION["lasting"]["SDPO, chosen settings"]
-    assert [run["seed"] for run in runs] == [0, 1, 2]
-    for run in runs:
-        assert run["points"][-1][curves.ACCURACY] > 0.95 * curves.best(run)
+    last = max(run["points"][-1][0] for run in CURES["fast teacher"])
+    assert f"These runs end after {last} completions" in text
 
 
 def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
@@ -234,17 +291,34 @@ def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
     }
     assert few == {
         **dict.fromkeys(arms.QUESTIONS, 0),
-        "learns": 1,
+        "learns": 3,
         "grpo learning rate": 3,
-        "settings": 13,
-        "cures": 4,
+        "settings": len(SETTINGS),
+        "rate": 1,
+        "cures": len(arms.arms("cures")),
     }
-    assert "four rows of `cures`, one of `learns` and most of `settings`" in row
-    assert {question for question, by_arm in BY_QUESTION.items() if not by_arm} == {"support", "lora"}
+    assert (
+        "all rows of `cures` and three of `learns` have fewer than three seeds, as has the second task" in row
+    )
+    assert {question for question, by_arm in BY_QUESTION.items() if not by_arm} == {
+        "support",
+        "lora",
+        "lasting",
+    }
     assert (len(without["alpha"]), len(arms.arms("alpha"))) == (2, 4)
     assert f"{len(without['rate'])} of the {len(arms.arms('rate'))} settings of `rate`" in row
-    assert (len(without["cures"]), len(without["lasting"])) == (1, 1)
-    assert {run["task"] for run in SHOWN} == {"kit"}
+    assert without["cures"] == without["large batches"] == []
+    assert without["learns"] == ["SDPO, chosen settings, shuffled feedback"]
+    records = [json.loads(path.read_text()) for path in figures.RECORDS.glob("*.json")]
+    assert {(run["task"], run["arm"], run["seed"]) for run in records if run["task"] != "kit"} == {
+        ("house_style", arm, seed)
+        for arm, seeds in {"SDPO": (0, 2), "SDPO, chosen settings": (0, 2), "GRPO": (0, 1)}.items()
+        for seed in seeds
+    }
+    old = [run["question"] for run in records if run.get("accuracy") != curves.JUDGED]
+    assert f"\n| {len(old)} records of `examples/private_api`" in (ROOT / "DEBT.md").read_text()
+    assert set(old) == {"rate", "grpo learning rate", "large batches"}
+    assert old.count("large batches") == 3
 
 
 def test_the_example_lists_every_question_and_module() -> None:
@@ -291,25 +365,28 @@ def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
         for run in RECORDED
     )
     assert f"in {early} of the {len(RECORDED)} runs it is highest within the first twenty steps" in text
-    (lost,) = [run for run in RECORDED if curves.fall(run, replay.COLLAPSED) is not None]
-    assert lost["settings"]["teacher_update_rate"] == 0
-    assert curves.fall(lost, replay.COLLAPSED) == lost["points"][-1][0]
-    assert "one run, with a frozen teacher, ends below half of its best, at its last evaluation" in text
+    weights, frozen = [run for run in RECORDED if curves.fall(run, replay.COLLAPSED) is not None]
+    assert (weights["arm"], frozen["settings"]["teacher_update_rate"]) == (
+        "fast teacher + confidence weights",
+        0,
+    )
+    assert curves.fall(frozen, replay.COLLAPSED) == frozen["points"][-1][0]
+    assert (
+        "one with confidence weights and a fast teacher, and one with a frozen teacher, at its last" in text
+    )
 
 
 def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
     learned, _ = tables.kept_and_collapsed(SHOWN)
     other = [run for run in RECORDED if not fast_teacher(run)]
-    assert 0.11 < max(margins.largest_cut_rise(run, entropy_rose=True) for run in other) < 0.12
-    assert 0.13 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in other) < 0.14
-    falls = {tables.run_name(run): margins.largest_reward_fall(run) for run in learned}
-    assert [name for name, fall in sorted(falls.items()) if fall >= 0.15] == [
-        "collapsing + trust region, seed 0",
-        "collapsing + trust region, seed 1",
-    ]
-    assert 3.4 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.55
+    rises = sorted((margins.largest_cut_rise(run, entropy_rose=True), tables.outcome(run)) for run in other)
+    assert 0.08 < rises[-3][0] < 0.09
+    assert [outcome for _, outcome in rises[-2:]] == ["learned nothing"] * 2
+    assert 0.1 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in other) < 0.12
+    assert 0.16 < max(margins.largest_reward_fall(run) for run in learned) < 0.18
+    assert 3.5 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.6
     first = [sum(run["log"][margins.CUT][step : step + 5]) / 5 for run in learned for step in range(16)]
-    assert 0.29 < max(first) < 0.31
+    assert 0.27 < max(first) < 0.3
 
 
 def test_a_limit_between_the_others_is_counted() -> None:

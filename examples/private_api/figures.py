@@ -19,7 +19,6 @@ from typing import NamedTuple
 import findings
 import pages
 import tables
-from arms import arms
 from curves import ACCURACY, Run, band
 from drawing import Band, draw
 from environment import HELD_OUT
@@ -130,7 +129,14 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
     for other in sorted({(run["task"], run["model"]) for run in runs} - {(task, model)}):
         rest = [run for run in runs if (run["task"], run["model"]) == other]
         name = re.sub(r"[^a-z0-9]+", "-", " ".join((PREFIX, *other)).lower())
-        sections = [section(rest, question, name, images, above="### ") for question in QUESTIONS]
+        sections = [
+            section(
+                *(rest, question, name, images),
+                above="### ",
+                sentences=findings.OTHER_FINDINGS.get((other[0], question), ()),
+            )
+            for question in QUESTIONS
+        ]
         if any(sections):
             heading = f"## The task {other[0]} with {other[1]}"
             others.append("\n\n".join([heading, tables.setup(rest, HELD_OUT), *filter(None, sections)]))
@@ -178,8 +184,16 @@ def figure(question: str, by_arm: tables.Runs) -> str:
             heading = f"α={settings['alpha']:g}, batches of {runs[0]['samples_per_step']}"
             panels.setdefault(heading, {})[f"rate {settings['teacher_update_rate']:g}"] = lines[arm]
         return draw(panels, "accuracy", columns=2)
+    if question == "settings":
+        panels = {}
+        for arm, runs in by_arm.items():
+            settings = runs[0]["settings"]
+            added = "with SRPO" if settings.get("routing") == "srpo" else "alone"
+            heading = "with GRPO, λ=0.5" if "grpo_weight" in settings else added
+            panels.setdefault(heading, {})[arm] = lines[arm]
+        return draw(panels, "accuracy", columns=2)
     if question == "cures":
-        alone = arms(question)[0].name
+        alone = next(iter(by_arm)).partition(" + ")[0]
         panels = {
             arm.removeprefix(f"{alone} + "): {
                 "with it": line,

@@ -185,7 +185,7 @@ def results(by_arm: Runs) -> str:
 
 def right_samples(runs: Sequence[Run]) -> str:
     """The share of right completions among those sampled since the last evaluation but one."""
-    known = [run["right_samples"] for run in runs if run["right_samples"] is not None]
+    known = [run["right_samples"] for run in runs if run.get("right_samples") is not None]
     return spread(known) if known else NONE
 
 

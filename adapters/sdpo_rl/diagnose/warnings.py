@@ -48,7 +48,7 @@ def warn_of_grpo_options(args: Any) -> None:
 
 
 def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None:
-    """One warning where the teacher follows the student much faster, per completion or per update, than in the paper.
+    """One warning where the teacher follows the student much faster than in the paper, per completion or update.
 
     Args:
         config: its `teacher_*` fields are used.
