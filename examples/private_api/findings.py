@@ -94,8 +94,8 @@ OTHER_FINDINGS: dict[tuple[str, str], tuple[str, ...]] = {
         "With the settings that were chosen on the private API, SDPO ends at {each[SDPO, chosen settings]}; the "
         "best of these seeds are {bests[SDPO, chosen settings]}, and {right[SDPO, chosen settings]} of the samples "
         "are right at the end.",
-        "SDPO with α=0.5 ends at {each[SDPO]}: its answers explain what to do, as an answer to the teacher's prompt "
-        "would. GRPO ends at {each[GRPO]}: no completion of its training is right.",
+        "SDPO with α=0.5 ends at {each[SDPO]}: its answers explain what to do, as an answer to the teacher's "
+        "prompt would. GRPO ends at {each[GRPO]}: no completion of its training is right.",
     ),
 }
 # In the prose of a page, by the name of their place: the questions whose runs they are about, and the text.
