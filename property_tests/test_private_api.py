@@ -99,6 +99,20 @@ def test_no_prompt_names_a_function() -> None:
     assert not any(f"kit.{name}" in prompt for prompt in prompts for name in kit.FUNCTIONS)
 
 
+def test_the_same_function_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    house_style._outcome.cache_clear()
+    true, runs = house_style.run_tests, []
+    monkeypatch.setattr(house_style, "run_tests", lambda *args: runs.append(args) or true(*args))
+    question, other = (q for q in house_style.HOUSE_STYLE.held_out(9)[:9:8])
+    for reply in (question.answer, f"```python\n{question.answer}\n```", question.answer):
+        assert house_style.judge(reply, **question.columns).score == 1
+    assert len(runs) == 1
+    # The tests are those of the question.
+    assert question.columns != other.columns
+    assert house_style.judge(question.answer, **other.columns).score == 0
+    assert len(runs) == 2
+
+
 def test_no_prompt_mentions_the_house_style() -> None:
     prompts = [" ".join(turn["content"] for turn in q.prompt) for q in house_style.HOUSE_STYLE.held_out(96)]
     assert not any(

@@ -7,13 +7,14 @@ failed assertion. Held out are functions that training never asks for. A module 
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from environment import Environment, Question, Split, Verdict
-from sandbox import Case, run_tests
+from sandbox import Case, Outcome, run_tests
 
 SYSTEM = "You write one small Python function. Reply with the code only."
 
@@ -111,8 +112,14 @@ def source(completion: str) -> str:
 
 def judge(completion: str, problem: str) -> Verdict:
     """Score 1 if the hidden tests pass, else 0 with the first failure."""
-    outcome = run_tests(source(completion), problem.split("(")[0], PROBLEMS[problem].cases())
+    outcome = _outcome(source(completion), problem)
     return Verdict(float(outcome.passed), outcome.message)
+
+
+# A model that learns writes the same function again and again, and each run of the tests is a process.
+@functools.lru_cache(maxsize=4096)
+def _outcome(code: str, problem: str) -> Outcome:
+    return run_tests(code, problem.split("(")[0], PROBLEMS[problem].cases())
 
 
 HOUSE_STYLE = Environment("house_style", draw_question, judge, max_completion=48, threads=4)
