@@ -97,10 +97,10 @@ SECTIONS = {
             "With α=0 the rate matters: 0, 0.01 and 0.05 end at {end[α=0, rate 0 per 64]}, "
             "{end[α=0, rate 0.01 per 64]} and {end[α=0, rate 0.05 per 64]}.",
             "Here the rate per sample counts, not the rate per step (the private API has "
-            "[another case](#does-the-pace-belong-to-completions-or-to-updates)). With α=0 in "
-            "batches of 256, the rate 0.05 ends at {end[α=0, rate 0.05 per 256]} and falls on no seed. The rate 0.185, which is as fast "
-            "per sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The probabilities "
-            "of the right answer are {probability[α=0, rate 0.05 per 256]} and "
+            "[another case](#does-the-pace-belong-to-completions-or-to-updates)). With α=0 in batches of 256, "
+            "the rate 0.05 ends at {end[α=0, rate 0.05 per 256]} and falls on no seed. The rate 0.185, which is "
+            "as fast per sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The "
+            "probabilities of the right answer are {probability[α=0, rate 0.05 per 256]} and "
             "{probability[α=0, rate 0.185 per 256]}.",
         ),
     ),
