@@ -110,7 +110,17 @@ QUESTIONS: dict[str, Question] = {
             _sdpo("full vocabulary", support="full"),
         )
     ),
-    "lasting": Question((DEMO, _collapsing("SRPO", **_SRPO), GRPO), length=5),
+    "lasting": Question(
+        (
+            DEMO,
+            _sdpo("SDPO, rate per 256 samples", teacher_rate_samples=256),
+            _sdpo("SDPO, hybrid λ=0.5", grpo_weight=0.5),
+            _sdpo("SDPO, hybrid λ=0.5, rate per 256 samples", grpo_weight=0.5, teacher_rate_samples=256),
+            _collapsing("SRPO", **_SRPO),
+            GRPO,
+        ),
+        length=5,
+    ),
 }
 
 
