@@ -51,7 +51,8 @@ RUNS = {
     "evidence in a GRPO part": Run(config={"grpo_weight": 0.5, "token_weights": "evidence"}),
 }
 # With weights of 16 bits, and, as the counter-example, without chunks.
-OTHERS = {"bfloat16": Run(), "whole logits": Run(config={"loss_backend": "logits"})}
+BFLOAT16 = {"bfloat16": "zero3", "bfloat16 under ZeRO-2": "zero2"}
+OTHERS = {**dict.fromkeys(BFLOAT16, Run()), "whole logits": Run(config={"loss_backend": "logits"})}
 
 
 class Logits(TorchDispatchMode):
@@ -73,6 +74,13 @@ class Logits(TorchDispatchMode):
         return output
 
 
+def masters(model: Any) -> dict[str, Tensor]:
+    """What DeepSpeed's optimizer updates, beside the model's weights of 16 bits."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()}
+
+
 def observe(folder: Path, run: Run, **changes: Any) -> dict[str, Any]:
     """Losses, gradients and the largest logits of each of two steps of plain gradient descent."""
     from transformers import TrainerCallback
@@ -80,12 +88,14 @@ def observe(folder: Path, run: Run, **changes: Any) -> dict[str, Any]:
     from sdpo_rl.teacher import shards
 
     trainer = make_trainer(folder, run, max_steps=2, learning_rate=RATE, **changes)
+    begin: dict[str, Tensor] = {}
     weights: list[dict[str, Tensor]] = []
     logits: list[int] = []
 
     class Watch(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             weights.append(self.whole())
+            begin.update(masters(trainer._unwrapped) if trainer.args.bf16 else weights[0])
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             weights.append(self.whole())
@@ -108,6 +118,7 @@ def observe(folder: Path, run: Run, **changes: Any) -> dict[str, Any]:
     trainer.add_callback(Watch())
     trainer.train()
     return {
+        "begin": begin,
         "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "gradients": [
             {name: (before[name] - after[name]) / RATE for name in before}
@@ -146,11 +157,11 @@ def observe_other_number(folder: Path) -> str:
     return "resumed"
 
 
-def observe_16_bits(folder: Path, run: Run) -> dict[str, Any]:
+def observe_16_bits(folder: Path, run: Run, stage: str) -> dict[str, Any]:
     """DeepSpeed's weights of 16 bits, which transformers takes for a GPU's."""
-    deepspeed = DEEPSPEED["zero3"]["deepspeed"] | {"bf16": {"enabled": True}}
+    deepspeed = DEEPSPEED[stage]["deepspeed"] | {"bf16": {"enabled": True}}
     with patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True):
-        return observe(folder, run, **DEEPSPEED["zero3"] | {"deepspeed": deepspeed, "bf16": True})
+        return observe(folder, run, **DEEPSPEED[stage] | {"deepspeed": deepspeed, "bf16": True})
 
 
 def main(folder: Path) -> None:
@@ -162,8 +173,8 @@ def main(folder: Path) -> None:
         else:
             chunked = replace(run, config={"loss_chunk_size": CHUNK, **run.config})
             with strategy("zero3"):
-                if name == "bfloat16":
-                    seen[name] = observe_16_bits(folder / name, chunked)
+                if name in BFLOAT16:
+                    seen[name] = observe_16_bits(folder / name, chunked, BFLOAT16[name])
                 else:
                     seen[name] = observe(folder / name, chunked, **DEEPSPEED["zero3"])
         print(name, "done", flush=True)

@@ -44,6 +44,19 @@ def test_weights_of_16_bits_have_the_loss_of_32(seen: dict[str, Any]) -> None:
         assert seen[rank]["bfloat16"]["loss"] == pytest.approx(seen["1-0"]["bfloat16"]["loss"], rel=0.05)
 
 
+@pytest.mark.parametrize("name", head.BFLOAT16)
+def test_weights_of_32_bits_are_rounded_to_16_before_training(seen: dict[str, Any], name: str) -> None:
+    """As docs/many-gpus.md says; if DeepSpeed keeps them, the page changes."""
+    given = seen["1-0"][name]["begin"]
+    for rank in ("2-0", "2-1"):
+        begin = seen[rank][name]["begin"]
+        assert begin.keys() == given.keys()
+        for parameter, tensor in given.items():
+            assert begin[parameter].dtype == torch.float32
+            assert torch.equal(begin[parameter], tensor.bfloat16().float())
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in given.values())
+
+
 @pytest.mark.parametrize("name", [*head.RUNS, "bfloat16"])
 def test_no_tensor_has_the_logits_of_more_than_a_chunk(seen: dict[str, Any], name: str) -> None:
     for rank in ("2-0", "2-1"):

@@ -1,57 +1,80 @@
-"""docs/many-gpus.md has a row for every configuration on record on several GPUs, or says that there is none."""
+"""docs/many-gpus.md has a row for every configuration on record on several GPUs, and says what has not been run."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_records import RECORDS, ROOT, bound
+from programs import EXAMPLES
+from test_records import RECORDS, ROOT, bound, record
+
+sys.path.append(str(EXAMPLES / "benchmarks"))
+from ranks import compare, difference
 
 LABELS = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 TRAINING = {"lora": "LoRA", "full": "all weights"}
-COUNTS = ("1", "2", "4")
-FULL = {"1": "same rows", "2": "rows each", "4": "rows each"}  # the runs with as many rows in each process
-# What the pages say as long as nothing is on record.
-WITHOUT = {
-    "docs/many-gpus.md": "No run on several GPUs is on record.",
-    "docs/trainer.md": "The four configurations were recorded on one GPU only",
-    "DEBT.md": "no record of a run on several GPUs",
-}
+COUNTS = ("1", "2")
+FULL = {"1": "same rows", "2": "rows each"}  # the runs with as many rows in each process
+FILES = sorted(RECORDS.glob("ranks-*.json"))
 
 
 def rows(name: str, record: dict[str, Any]) -> Iterator[str]:
     """The rows of the page's table for one record, `–` for what it does not have."""
     options, compared = record["options"], record["compared"]
     for kind, launches in record["runs"].items():
+        assert launches.keys() <= set(COUNTS)
         assert not any("failed" in run for runs in launches.values() for run in runs.values())
         if launches.keys() == {"1"}:
             continue  # a reference
 
-        def worst(run: str, measure: str, kind: str = kind) -> str:
-            found = [compared.get(f"{kind} on {count}, {run}") for count in COUNTS]
-            values = [one[measure] for one in found if one]
-            return (bound(max(values)) if max(values) else "0") if values else "–"
+        def worst(run: str, *measures: str, kind: str = kind) -> str:
+            found = [
+                compared[label] for count in COUNTS if (label := f"{kind} on {count}, {run}") in compared
+            ]
+            values = [max(one[measure] for one in found) for measure in measures] if found else []
+            relative, *absolute = [bound(value) if value else "0" for value in values] or "–"
+            return " ".join([relative, *(f"({value})" for value in absolute)])
 
         def each(what: str, unit: int, digits: int, launches: dict[str, Any] = launches) -> str:
             runs = [launches.get(count, {}).get(FULL[count]) for count in COUNTS]
             return ", ".join("–" if run is None else f"{run[what] / unit:.{digits}f}" for run in runs)
 
-        scaling = [compared.get(f"{kind} on {count}, rows each") for count in COUNTS[1:]]
         cells = [
             f"[{LABELS[kind]}, {options['shape'].upper()}, {TRAINING[options['training']]}]"
             f"(../examples/benchmarks/records/{name})",
-            ", ".join("–" if one is None else f"{one['weak scaling']:.2f}" for one in scaling),
             each("peak_bytes", 2**30, 1),
             each("teacher_bytes", 2**20, 0),
-            f"{worst('same rows', 'relative')} ({worst('same rows', 'absolute')})",
+            worst("same rows", "relative", "absolute"),
             worst("micro-batches", "relative"),
-            f"{worst('float32', 'relative')} ({worst('float32', 'absolute')})",
+            worst("float32", "relative", "absolute"),
             worst("resumed", "relative"),
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def sentences() -> Iterator[str]:
+    """What docs/many-gpus.md says of the records besides the table."""
+    compared = record("ranks-7b-lora-h200")["compared"]
+    resumed = [bound(compared[f"ddp on {count}, resumed"]["relative"]) for count in ("2", "1")]
+    yield "the losses differ by at most {} on two, and by {} on one".format(*resumed)
+    scaling = compared["ddp on 2, rows each"]["weak scaling"]
+    yield f"took {1 / scaling:.2f} of the time of one GPU (weak scaling {scaling:.2f})"
+    runs = record("ranks-1.5b-full-h200")["runs"]
+    fsdp2, zero2 = runs["fsdp2"]["2"], runs["zero2"]["1"]
+    assert fsdp2["rows each"]["teacher_bytes"] * 2 == zero2["same rows"]["teacher_bytes"]
+    yield f"{zero2['same rows']['teacher_bytes'] / 2**20:.0f} MiB of the teacher on one GPU, FSDP2 half of that"
+    exact = difference(fsdp2["float32"], zero2["float32"])
+    assert exact["steps"] == 10
+    yield f"by at most {bound(exact['relative'])} (relative, ten steps)"
+    mixed = zip(fsdp2["same rows"]["losses"].values(), zero2["same rows"]["losses"].values(), strict=True)
+    first, *ratios = (one / other for one, other in mixed)
+    assert first == 1
+    assert min(ratios) > 2
+    yield f"up to {max(ratios):.1f} times"
 
 
 def on_record(folder: Path) -> list[str]:
@@ -59,10 +82,38 @@ def on_record(folder: Path) -> list[str]:
     return [row for file in files for row in rows(file.name, json.loads(file.read_text()))]
 
 
-@pytest.mark.parametrize("page", WITHOUT)
-def test_a_page_says_that_nothing_is_on_record_as_long_as_it_is_true(page: str) -> None:
-    text = " ".join((ROOT / page).read_text().split())
-    assert (WITHOUT[page] in text) == (not on_record(RECORDS)), "\n".join(on_record(RECORDS))
+def page(name: str) -> str:
+    """A page in one line."""
+    return " ".join((ROOT / name).read_text().split())
+
+
+def test_the_pages_say_what_has_not_been_run() -> None:
+    launched = {
+        (kind, count)
+        for file in FILES
+        for kind, launches in json.loads(file.read_text())["runs"].items()
+        for count in launches
+    }
+    assert launched == {("ddp", "1"), ("ddp", "2"), ("fsdp2", "2"), ("zero2", "1")}
+    assert "Not run yet: FSDP2 on one GPU, ZeRO-2 on two, ZeRO-3 on any, and any of them on four." in page(
+        "docs/many-gpus.md"
+    )
+    assert "records of DDP and FSDP2 on two GPUs" in page("docs/trainer.md")
+    assert "FSDP2 on one GPU to compare with, ZeRO-2 and -3 on several, and anything on four" in page(
+        "DEBT.md"
+    )
+
+
+def test_the_sentences_of_the_page_have_the_numbers_on_record() -> None:
+    text = page("docs/many-gpus.md")
+    for sentence in sentences():
+        assert sentence in text
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_record_has_the_comparisons_of_its_runs(file: Path) -> None:
+    known = json.loads(file.read_text())
+    assert known["compared"] == compare(known["runs"])
 
 
 def test_the_rows_of_the_page_are_those_on_record() -> None:
@@ -74,26 +125,29 @@ def test_a_row_has_the_worst_differences(tmp_path: Path) -> None:
     def run(peak: float, teacher: float) -> dict[str, Any]:
         return {"peak_bytes": int(peak * 2**30), "teacher_bytes": int(teacher * 2**20)}
 
-    record = {
+    known = {
         "options": {"shape": "1.5b", "training": "full"},
         "runs": {
             "fsdp2": {
-                "4": {"same rows": run(1, 1), "rows each": run(10.25, 25)},
+                "2": {"same rows": run(1, 1), "rows each": run(10.25, 50)},
                 "1": {"same rows": run(40, 100)},
             },
+            "zero2": {"2": {"rows each": run(30, 100)}},
             "ddp": {"1": {"float32": run(1, 1)}},
         },
         "compared": {
-            "fsdp2 on 4, same rows": {"relative": 1.2e-3, "absolute": 3e-8},
+            "fsdp2 on 2, same rows": {"relative": 1.2e-3, "absolute": 3e-8},
             "fsdp2 on 1, micro-batches": {"relative": 1.5e-3, "absolute": 1e-8},
-            "fsdp2 on 4, rows each": {"weak scaling": 0.957},
-            "fsdp2 on 4, float32": {"relative": 2e-7, "absolute": 1e-11},
+            "fsdp2 on 2, rows each": {"weak scaling": 0.957},
+            "fsdp2 on 2, float32": {"relative": 2e-7, "absolute": 1e-11},
             "fsdp2 on 1, float32": {"relative": 4e-7, "absolute": 1e-12},
-            "fsdp2 on 4, resumed": {"relative": 0, "absolute": 0},
+            "fsdp2 on 2, resumed": {"relative": 0, "absolute": 0},
         },
     }
-    (tmp_path / "ranks-x.json").write_text(json.dumps(record))
+    (tmp_path / "ranks-x.json").write_text(json.dumps(known))
     assert on_record(tmp_path) == [
-        "| [FSDP2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | –, 0.96 | 40.0, –, 10.2 "
-        "| 100, –, 25 | 2e-3 (3e-8) | 2e-3 | 4e-7 (1e-11) | 0 |"
+        "| [FSDP2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | 40.0, 10.2 | 100, 50 "
+        "| 2e-3 (3e-8) | 2e-3 | 4e-7 (1e-11) | 0 |",
+        "| [ZeRO-2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | –, 30.0 | –, 100 "
+        "| – | – | – | – |",
     ]

@@ -200,9 +200,12 @@ def work(options: argparse.Namespace) -> None:
             fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first, "micro_batches": 1}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
+                names = (*COMMON, "dtype", "float32", "checkpointing")
                 result = {
-                    "options": {key: str(getattr(options, key)) for key in (*COMMON, "checkpointing")},
-                    "environment": environment("cpu" if device == "cpu" else "cuda"),
+                    "options": {name: str(getattr(options, name)) for name in names},
+                    "environment": environment(
+                        "cpu" if device == "cpu" else "cuda", "accelerate", "deepspeed"
+                    ),
                     "runs": {kind: {str(processes): found}},
                 }
                 options.worker.write_text(json.dumps(result))

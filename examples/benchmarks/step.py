@@ -307,10 +307,10 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return ratios
 
 
-def environment(device: str) -> dict[str, Any]:
-    names = ("torch", "transformers", "trl", "peft", "triton")
+def environment(device: str, *others: str) -> dict[str, Any]:
+    """The device and the versions of what runs on it, also of others; None if not installed."""
     found = {}
-    for name in names:
+    for name in ("torch", "transformers", "trl", "peft", "triton", *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
