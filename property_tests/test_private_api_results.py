@@ -319,7 +319,7 @@ def test_nearly_only_runs_with_a_fast_teacher_have_the_warning_of_cut_completion
     cut = [run for run in RECORDED if "length_limit" in said[tables.run_name(run)]]
     assert {name: found - {"length_limit"} for name, found in said.items() if found - {"length_limit"}} == {
         "fast teacher + confidence weights, seed 0": {"held_out"},
-        "hybrid λ=0.5, rate 0.05, lr 2e-05, seed 2": {"agreement"},
+        "hybrid λ=0.5, 0.19 per update, lr 2e-05, seed 2": {"agreement"},
     }
     text = " ".join((ROOT / "docs" / "choosing.md").read_text().split())
     assert f"The warning of cut completions, `length_limit`, comes in {len(cut)} runs." in text

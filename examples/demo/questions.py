@@ -66,7 +66,7 @@ _SRPO: dict[str, Any] = {
 }
 
 QUESTIONS: dict[str, Question] = {
-    # Does SDPO learn what GRPO cannot? Supervised steps on the right answers are an upper bound.
+    # Does SDPO learn what GRPO cannot? Supervised steps on the right answers are for comparison.
     "learns": Question((*demo.ARMS, demo.Arm(SUPERVISED, DEMO.learning_rate))),
     "alpha": Question(tuple(_sdpo(f"α={alpha:g}", alpha=alpha) for alpha in (0.0, 0.1, 0.5, 1.0))),
     # Each cure alone on a setting that collapses.

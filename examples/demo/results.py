@@ -46,10 +46,11 @@ class Section(NamedTuple):
 SECTIONS = {
     "learns": Section(
         "Embedded: SDPO, GRPO and controls",
-        "The arms of `make demo`, and cross-entropy on the right answers to their prompts as an upper bound.",
+        "The arms of `make demo`, and cross-entropy on the right answers to their prompts for comparison.",
         (
-            "SDPO ends at {end[SDPO]}, near the upper bound of {end[supervised]}. GRPO ends at {end[GRPO]}: "
-            "unlike on the private API some prompts succeed from the start, so it has rewards to learn from.",
+            "SDPO ends at {end[SDPO]}, near the {end[supervised]} of cross-entropy on the right answers. GRPO "
+            "ends at {end[GRPO]}: unlike on the private API some prompts succeed from the start, so it has rewards "
+            "to learn from.",
             "Without feedback, with peers' solutions alone, SDPO ends at {end[SDPO, peers only]}, about "
             "where GRPO ends.",
             "With the feedback of other failures SDPO ends at {end[SDPO, shuffled feedback]}. Its teacher "
@@ -97,7 +98,7 @@ SECTIONS = {
             "With α=0 the rate matters: 0, 0.01 and 0.05 end at {end[α=0, rate 0 per 64]}, "
             "{end[α=0, rate 0.01 per 64]} and {end[α=0, rate 0.05 per 64]}.",
             "Here the rate per sample counts, not the rate per step (the private API has "
-            "[another case](#does-the-pace-belong-to-completions-or-to-updates)). With α=0 in batches of 256, "
+            "[another case](#is-a-teacher-too-fast-per-completion-or-per-update)). With α=0 in batches of 256, "
             "the rate 0.05 ends at {end[α=0, rate 0.05 per 256]} and falls on no seed. The rate 0.185, which is "
             "as fast per sample as 0.05 in batches of 64, ends at {end[α=0, rate 0.185 per 256]}. The "
             "probabilities of the right answer are {probability[α=0, rate 0.05 per 256]} and "

@@ -149,12 +149,14 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _cure("teacher restart", teacher_mode="frozen", teacher_restart_every=40),
         _cure("trust region", teacher_mode="trust_region"),
     ),
-    # Does the teacher's pace belong to samples or to updates?
+    # Is a teacher too fast per completion, or per update?
     "large batches": (
-        _large("SRPO, rate 0.01", alpha=0.0, **_SRPO),
-        _large("SRPO, rate 0.05", **_FAST_TEACHER, **_SRPO),
-        _large("hybrid λ=0.5, rate 0.05", **_FAST_TEACHER, grpo_weight=0.5),
-        _large("hybrid λ=0.5, rate 0.05, lr 2e-05", learning_rate=2e-5, **_FAST_TEACHER, grpo_weight=0.5),
+        _large("SRPO, 0.04 per update", alpha=0.0, **_SRPO),
+        _large("SRPO, 0.19 per update", **_FAST_TEACHER, **_SRPO),
+        _large("hybrid λ=0.5, 0.19 per update", **_FAST_TEACHER, grpo_weight=0.5),
+        _large(
+            "hybrid λ=0.5, 0.19 per update, lr 2e-05", learning_rate=2e-5, **_FAST_TEACHER, grpo_weight=0.5
+        ),
     ),
     # Does it last?
     "lasting": (

@@ -41,7 +41,7 @@ QUESTIONS = {
     "learns": Question(
         "Does SDPO learn what GRPO cannot?",
         "SDPO beside GRPO, SDPO with the feedback of other failures, SDPO without feedback, and cross-entropy on "
-        "the right calls as an upper bound.",
+        "the right calls for comparison.",
     ),
     "grpo learning rate": Question(
         "Which learning rate for GRPO?",
@@ -65,13 +65,13 @@ QUESTIONS = {
     "cures": Question(
         "What helps with a fast teacher?",
         "α=0 with the teacher's rate 0.05 per batch of 64, about four times as fast as the paper's, alone and with "
-        'one option added. `arms.py` calls this setting "fast teacher".',
+        'one remedy added, of one option or a few. `arms.py` calls this setting "fast teacher".',
     ),
     "large batches": Question(
-        "Does the pace belong to completions or to updates?",
+        "Is a teacher too fast per completion, or per update?",
         "Batches of 256, for five times the samples: 187 updates of the teacher, where runs in batches of 64 have "
-        "150. The teacher's rate is given per 64 completions, as in the other tables: 0.01 is 0.04 in one update, "
-        "and 0.05 is 0.19.",
+        "150. The teacher's rates are 0.01 and 0.05 per 64 completions, as in the other tables, and so 0.04 and "
+        "0.19 in one update.",
     ),
     "lasting": Question("Does it last?", "Five times the samples."),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
@@ -160,14 +160,16 @@ def section(
     if not by_arm:
         return ""
     heading, text = QUESTIONS[question]
+    first = next(iter(by_arm.values()))[0]
     file = f"{prefix}-{question.replace(' ', '-')}.svg"
     images[file] = figure(question, by_arm)
-    first = next(iter(by_arm.values()))[0]
     seeds = sorted({run["seed"] for of_arm in by_arm.values() for run in of_arm})
     task = [] if first["task"] == "kit" else ["--task", first["task"]]
     command = ["python", "examples/private_api/run.py", "--model", first["model"], *task]
     command += ["--question", question, "--seeds", *map(str, seeds)]
     found = "\n".join(f"* {sentence}" for sentence in findings.said(sentences, by_arm))
+    if (first["task"], above) != ("kit", "## "):
+        text = ""  # it names arms that other tasks do not have
     if tables.is_of_samples(by_arm):
         text += " Accuracy is that of samples, because no judge evaluated some of these runs."
     parts = [f"{above}{heading}", text, found, f"![{heading}](images/{file})", tables.results(by_arm)]

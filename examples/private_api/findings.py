@@ -34,15 +34,14 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     ),
     "settings": (
         "Half of the loss from GRPO with the teacher's rate 0.05 answers every question on both seeds, with the "
-        "learning rate 1e-5 and with 2e-5. The second is the chosen one: its probability of the right answer is "
-        "higher ({probability[α=0, hybrid λ=0.5, rate 0.05, lr 2e-05]} and {probability[α=0, hybrid λ=0.5, rate "
-        "0.05]}).",
+        "learning rate 1e-5 and with 2e-5. These runs do not tell the two apart; the second was taken.",
         "Greedy answers are far better than samples. α=0 alone ends at {end[α=0]}, and {right[α=0]} of its samples "
         "are right; with half of the loss from GRPO it ends at {end[α=0, hybrid λ=0.5]} and {right[α=0, hybrid "
-        "λ=0.5]}, with SRPO at {end[α=0, SRPO]} and {right[α=0, SRPO]}. So GRPO and SRPO teach the samples what "
-        "the greedy answers know already.",
-        "Neither helps with α=0.5: alone it ends at {end[α=0.5]}, with half of the loss from GRPO at {end[α=0.5, "
-        "hybrid λ=0.5]}, and with SRPO at {end[α=0.5, SRPO]}.",
+        "λ=0.5]}, with SRPO at {end[α=0, SRPO]} and {right[α=0, SRPO]}. So both raise the share of right samples, "
+        "and leave greedy accuracy about the same.",
+        "With α=0.5, half of the loss from GRPO raises the share of right samples from {right[α=0.5]} to "
+        "{right[α=0.5, hybrid λ=0.5]}, but greedy accuracy ends at {end[α=0.5, hybrid λ=0.5]}, without it at "
+        "{end[α=0.5]}. SRPO learns nothing with α=0.5: {end[α=0.5, SRPO]}.",
         "SRPO with the teacher's rate 0.05 depends on the seed: it ends at {each[α=0, SRPO, rate 0.05]}.",
         "A learning rate that falls to 0 ends at {end[α=0, SRPO, decay]}, and at {end[α=0, SRPO, lr 2e-05, "
         "decay]} with twice the learning rate; a constant one ends at {end[α=0, SRPO]} and {end[α=0, SRPO, lr "
@@ -72,58 +71,66 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "On one seed each, the trust region ends at {end[fast teacher + trust region]}, a teacher that restarts at "
         "{end[fast teacher + teacher restart]} and the anchor at {end[fast teacher + anchor 0.1]}.",
         "Pass-rate weights learn nothing ({best[fast teacher + pass-rate weights]}), because they are 0 where all "
-        "completions of a group fail. Neither does the entry clip ({best[fast teacher + entry clip 0.05]}), on one "
-        "seed.",
-        "The fast teacher spreads the form of its own prompt: a call often comes with a sentence of it, such as "
-        "`The correct solution is:`.",
+        "completions of a group fail, and the entry clip neither ({best[fast teacher + entry clip 0.05]}); both on "
+        "one seed.",
+        "Alone, the fast teacher spreads the form of its own prompt: a call often comes with a sentence of it, "
+        "such as `The correct solution is:`.",
     ),
     "large batches": (
-        "With SRPO and the rate 0.01 per 64 completions, {each[SRPO, rate 0.01]} of the samples are right at the "
-        "end.",
-        "With the rate 0.05 per 64 nothing is learned on any of nine runs: {end[SRPO, rate 0.05]} with SRPO, "
-        "{end[hybrid λ=0.5, rate 0.05]} with half of the loss from GRPO, and {end[hybrid λ=0.5, rate 0.05, lr "
-        "2e-05]} with the chosen settings, whose learning rate is twice as high. Completions grow until nearly all "
-        "are cut.",
-        "In batches of 64 the chosen settings [learn](#does-sdpo-learn-what-grpo-cannot). So a teacher can be too "
-        "fast per update although its pace per completion is one that works.",
+        "With SRPO and 0.04 per update, {each[SRPO, 0.04 per update]} of the samples are right at the end.",
+        "With 0.19 per update nothing is learned on any of nine runs: {end[SRPO, 0.19 per update]} with SRPO, "
+        "{end[hybrid λ=0.5, 0.19 per update]} with half of the loss from GRPO, and {end[hybrid λ=0.5, 0.19 per "
+        "update, lr 2e-05]} with the chosen settings, whose learning rate is twice as high. Completions grow until "
+        "nearly all are cut.",
+        "In batches of 64, with 0.05 per update, the chosen settings [learn](#does-sdpo-learn-what-grpo-cannot). "
+        "So the same rate per completion can work in small batches and fail in large ones. Whether the larger "
+        "update or the larger batch is the reason was not tested.",
     ),
 }
 # The same for other tasks, by the task and the question.
 OTHER_FINDINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("house_style", "learns"): (
-        "With the settings that were chosen on the private API, SDPO ends at {each[SDPO, chosen settings]}; the "
-        "best of these seeds are {bests[SDPO, chosen settings]}, and {right[SDPO, chosen settings]} of the samples "
-        "are right at the end.",
-        "SDPO with α=0.5 ends at {each[SDPO]}: its answers explain what to do, as an answer to the teacher's "
-        "prompt would. GRPO ends at {each[GRPO]}: no completion of its training is right.",
+        "With the settings that were chosen on the private API, SDPO ends at {each[SDPO, chosen settings]}, that "
+        "is with four and with five of the six held-out functions; the best of these seeds are {bests[SDPO, chosen "
+        "settings]}, and {right[SDPO, chosen settings]} of the samples are right at the end.",
+        "SDPO with α=0.5 ends at {each[SDPO]}, with {right[SDPO]} of its samples right: its answers explain what "
+        "to do, as an answer to the teacher's prompt would, and are cut at 48 tokens before the code. With the "
+        "chosen settings, too, words such as `corrected solution` from the teacher's prompt stand beside the code.",
+        "GRPO ends at {each[GRPO]}: no completion of its training is right.",
     ),
 }
 # In the prose of a page, by the name of their place: the questions whose runs they are about, and the text.
 SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "results summary": (
         ("learns", "cures", "large batches"),
-        "* On the private API, after 9600 completions, SDPO answers {end[SDPO]} of the held-out questions right "
-        "with α=0.5, and {end[SDPO, chosen settings]} with α=0 and half of the loss from GRPO (two seeds). GRPO, "
-        "and SDPO without feedback, answer {end[GRPO]}.\n"
-        "* With shuffled feedback the first setting ends at {end[SDPO, shuffled feedback]}.\n"
-        "* A teacher four times as fast as the paper's learns in batches of 64 ({each[fast teacher]}, two seeds), "
-        "but samples stay bad: {right[fast teacher]} of them are right, {right[fast teacher + hybrid λ=0.5]} with "
-        "half of the loss from GRPO.\n"
-        "* In batches of 256 the same pace per completion is four times as much per update, and nothing is "
-        "learned: {end[hybrid λ=0.5, rate 0.05, lr 2e-05]} on three seeds with the chosen settings.",
+        "* On the private API, after 9600 completions, SDPO with α=0.5 answers {end[SDPO]} of the held-out "
+        "questions right, and {end[SDPO, chosen settings]} (two seeds) with settings that were chosen among "
+        "seventeen: α=0, half of the loss from GRPO, a teacher about four times as fast as the paper's, and twice "
+        "the learning rate. GRPO, and SDPO without feedback, answer {end[GRPO]}, and so does SDPO with α=0.5 and "
+        "shuffled feedback.\n * With this fast teacher and without GRPO, greedy answers are good ({each[fast "
+        "teacher]}, two seeds) and samples are not: {right[fast teacher]} of them are right, {right[fast teacher + "
+        "hybrid λ=0.5]} with half of the loss from GRPO.\n"
+        "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
+        "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
     "choosing summary": (
         ("learns", "cures", "settings"),
-        "* Leave the teacher's rate at its default, 0.05 per 256 completions as in the paper. On the private API, "
-        "with α=0 in batches of 64, it ends at {each[fast teacher + rate per 256 samples]}; 0.05 per batch ends at "
-        "{each[fast teacher]} on the same seeds.\n"
+        "* Without GRPO, leave the teacher's rate at its default, 0.05 per 256 completions as in the paper. On the "
+        "private API, with α=0 in batches of 64, it ends at {each[fast teacher + rate per 256 samples]}, with "
+        "{right[fast teacher + rate per 256 samples]} of the samples right; 0.05 per batch ends at {each[fast "
+        "teacher]} on the same seeds, with {right[fast teacher]}.\n"
+        "* With half of the loss from GRPO, in batches of 64, a faster teacher ended higher: {end[α=0, hybrid "
+        "λ=0.5, rate 0.05]} with 0.05 per batch, {end[α=0, hybrid λ=0.5]} with 0.01 (two seeds each). The trainer "
+        "warns of it.\n"
         "* Keep the α of the preset (0.5 or 1) unless little is learned. α=0 ends higher on the private API "
         "({end[α=0]}, α=0.5 at {end[α=0.5]}, two seeds each), but lowest on the embedded task (three seeds each).\n"
         "* If samples stay much worse than greedy answers, add half of the loss from GRPO: on the private API, "
         "with α=0, it raises the share of right samples from {right[α=0]} to {right[α=0, hybrid λ=0.5]}, and from "
-        "{right[fast teacher]} to {right[fast teacher + hybrid λ=0.5]} with a fast teacher.\n"
-        "* Do not choose by small differences in these tables: the fast teacher with SRPO ends at {each[fast "
-        "teacher + SRPO]} on two seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
+        "{right[fast teacher]} to {right[fast teacher + hybrid λ=0.5]} with a fast teacher. An evaluation shows "
+        "greedy answers if it decodes greedily.\n"
+        "* Do not choose by small differences in these tables: a function is mostly answered or not as a whole, so "
+        "0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} on "
+        "two seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
     ),
     "choosing rate": (
         ("cures", "settings"),

@@ -42,10 +42,30 @@ def draw_question(rng: random.Random, split: Split) -> Question:
     name = rng.choice(list(FUNCTIONS))
     *train, held_out = FUNCTIONS[name].phrasings
     phrasing = held_out if split == "test" else rng.choice(train)
-    argument = repr(_argument(rng, FUNCTIONS[name].kind, split))
+    value = _argument(rng, FUNCTIONS[name].kind, split)
+    while not is_told_apart(name, value):
+        value = _argument(rng, FUNCTIONS[name].kind, split)
+    argument = repr(value)
     request = f"Use kit to get {phrasing.format(argument)}."
     prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": request}]
     return Question(prompt, f"kit.{name}({argument})", {"function": name, "argument": argument})
+
+
+def is_told_apart(name: str, argument: Any) -> bool:
+    """Whether no other function returns the same: the judge sees the value, not which function was called.
+
+    Example:
+        >>> is_told_apart("helm", [4, 1, 5]), is_told_apart("helm", [4, 1, 4])
+        (True, False)
+    """
+    function = FUNCTIONS[name]
+    value = function.call(argument)
+    others = (other for other in FUNCTIONS.values() if other.kind == function.kind and other is not function)
+    return not any(_is_same(other.call(argument), value) for other in others)
+
+
+def _is_same(value: Any, expected: Any) -> bool:
+    return bool(value == expected) and type(value) is type(expected)
 
 
 def _argument(rng: random.Random, kind: str, split: Split) -> Any:
@@ -84,7 +104,7 @@ def judge(completion: str, function: str, argument: str) -> Verdict:
     except KitError as error:
         message = str(error)
     else:
-        if value == expected and type(value) is type(expected):
+        if _is_same(value, expected):
             return Verdict(1.0, None)
         message = f"AssertionError: {call:.60} is {value!r:.40}, expected {expected!r}"
     return Verdict(0.0, f"{message}. kit.{function}(argument) {FUNCTIONS[function].purpose}.")

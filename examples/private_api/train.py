@@ -187,7 +187,7 @@ def supervise(
     steps: int,
     curve: Curve,
 ) -> None:
-    """The upper bound: cross-entropy on the right answers, on the prompts and in the steps of the other arms."""
+    """For comparison: cross-entropy on the right answers, on the prompts and in the steps of the other arms."""
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=arm.learning_rate, weight_decay=0.01)
