@@ -81,6 +81,13 @@ RUNS = {
         feedback=False,
         silent=(0, 2),
     ),
+    "lora, and a rank with nothing to learn": Run(
+        {"learning_rate": 0.5, "ddp_find_unused_parameters": False},
+        adapter="lora",
+        succeeds=lambda row: row == 1,
+        feedback=False,
+        silent=(0, 2),
+    ),
     "a group on both ranks": Run({"num_generations": 8}, succeeds=lambda row: row == 6),
     "sequence mean": Run(
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},

@@ -136,6 +136,8 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
         max_steps=options.steps,
         bf16=options.dtype == "bfloat16",
         use_cpu=device == "cpu",
+        # With adapters the Trainer would look for parameters without a gradient in every step; there are none.
+        ddp_find_unused_parameters=False,
         gradient_checkpointing=options.checkpointing,
         learning_rate=1e-4 if lora else 1e-5,
         report_to=[],
