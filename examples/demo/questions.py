@@ -116,6 +116,8 @@ QUESTIONS: dict[str, Question] = {
             _sdpo("SDPO, rate per 256 samples", teacher_rate_samples=256),
             _sdpo("SDPO, hybrid λ=0.5", grpo_weight=0.5),
             _sdpo("SDPO, hybrid λ=0.5, rate per 256 samples", grpo_weight=0.5, teacher_rate_samples=256),
+            _sdpo("SDPO, frozen teacher", teacher_mode="frozen"),
+            _sdpo("SDPO, trust region", teacher_mode="trust_region"),
             _collapsing("SRPO", **_SRPO),
             GRPO,
         ),
