@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from strategies import Claim
 from test_packing import batch_of
 
 from sdpo_rl.step import packing, prefixes
+from sdpo_rl.step.batch import row_bounds
 from sdpo_rl.step.prefixes import Prefixes
 
 # Few tokens, so that prompts often begin alike.
@@ -148,3 +150,18 @@ def test_a_short_prefix_of_a_long_row_is_read_again() -> None:
     found = prefixes.shared_prefixes(batch)
     assert list(found.common) == [0, 1, 2]
     assert prefixes.taken_tokens(batch.sizes, found, [0, 1, 2]) == [0, 0, 2]
+
+
+def test_rows_are_divided_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before each micro-batch, while the GPU waits."""
+    batch = batch_of([([3, 4, row % 5 + 5], [6, 7]) for row in range(50)])
+    found = prefixes.shared_prefixes(batch)
+    calls: list[Any] = []
+
+    def bounds(sizes: Any) -> Any:
+        calls.append(sizes)
+        return row_bounds(sizes)
+
+    monkeypatch.setattr(prefixes, "row_bounds", bounds)
+    prefixes.prefix_rows(batch.sizes, found, token_limit=40)
+    assert len(calls) <= 2

@@ -99,12 +99,17 @@ def prefix_rows(sizes: Sizes, prefixes: Prefixes, *, token_limit: float) -> list
         >>> prefix_rows([(3, 1), (2, 1), (3, 1)], Prefixes([1, 0, 2], [0, 2, 3]), token_limit=5)
         [[1, 0], [2]]
     """
+    lengths = list(map(sum, row_bounds(sizes)))
     calls: list[list[int]] = []
-    for row in prefixes.order:
-        if calls and packed_tokens(sizes, prefixes, [*calls[-1], row]) <= token_limit:
-            calls[-1].append(row)
-        else:
-            calls.append([row])
+    load = 0
+    # What each row takes from its neighbour; the first of a call takes nothing.
+    taken = taken_tokens(sizes, prefixes, prefixes.order)
+    for row, count in zip(prefixes.order, taken, strict=True):
+        load += lengths[row] - count
+        if not calls or load > token_limit:
+            calls.append([])
+            load = lengths[row]
+        calls[-1].append(row)
     return calls
 
 
