@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lora_cases import Operations
 from strategies import Claim
 from test_packing import batch_of
 
@@ -165,3 +167,21 @@ def test_rows_are_divided_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefixes, "row_bounds", bounds)
     prefixes.prefix_rows(batch.sizes, found, token_limit=40)
     assert len(calls) <= 2
+
+
+def operations(count: int, prompts_once: bool) -> Counter[str]:
+    batch = batch_of([([3, 4, row % 5 + 5], [6, 7]) for row in range(count)])
+    found = prefixes.shared_prefixes(batch)
+    with Operations() as counted:
+        if prompts_once:
+            packing.pack_prefixes(batch, list(found.order), found)
+        else:
+            packing.pack(batch, list(found.order))
+    del counted.counts["slice"]  # a view of each row's places
+    return counted.counts
+
+
+@pytest.mark.parametrize("prompts_once", [True, False])
+def test_more_rows_are_packed_by_as_many_operations(prompts_once: bool) -> None:
+    """While the GPU waits."""
+    assert operations(60, prompts_once) == operations(6, prompts_once)

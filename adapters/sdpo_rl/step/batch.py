@@ -187,6 +187,20 @@ def row_bounds(sizes: Sizes) -> list[tuple[int, int]]:
     return [(max(prompt, 1), max(completion, 1)) for prompt, completion in sizes]
 
 
+def joined_ranges(bounds: Sequence[tuple[int, int]]) -> Tensor:
+    """The numbers of several ranges one after another, int64, in as many operations as for one.
+
+    Example:
+        >>> joined_ranges([(3, 5), (0, 3)]).tolist()
+        [3, 4, 0, 1, 2]
+    """
+    total = sum(stop - start for start, stop in bounds)
+    starts, stops = torch.tensor(bounds).T
+    lengths = stops - starts
+    shifts = stops - lengths.cumsum(0)
+    return torch.arange(total) + shifts.repeat_interleave(lengths, output_size=total)
+
+
 def compact(
     prompt_ids: Tensor,
     prompt_mask: Tensor,

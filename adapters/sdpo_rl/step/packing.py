@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sdpo
 
-from .batch import Sizes, TokenBatch, columns, position_ids, row_bounds
+from .batch import Sizes, TokenBatch, columns, joined_ranges, position_ids, row_bounds
 from .prefixes import Prefixes, place_rows
 from .row_attention import Rows
 
@@ -71,17 +71,9 @@ def pack(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
         >>> call.predictors.tolist(), call.targets.tolist()
         ([0, 1, 4], [0, 1, 2])
     """
-    prompt, length = columns(batch.sizes)
-    source, positions, predictors, targets = [], [], [], []
-    start = 0
-    for row, (before, after) in _bounds_of(batch.sizes, rows):
-        first = row * (prompt + length) + prompt - before
-        source.append(torch.arange(first, first + before + after))
-        positions.append(torch.arange(before + after))
-        predictors.append(torch.arange(start + before - 1, start + before - 1 + after))
-        targets.append(torch.arange(row * length, row * length + after))
-        start += before + after
-    return _packed_call(batch, source, positions, predictors, targets, None)
+    bounds = _bounds_of(batch.sizes, rows)
+    lengths = [before + after for _, (before, after) in bounds]
+    return _packed_call(batch, bounds, [0] * len(rows), torch.arange(sum(lengths)).split(lengths), None)
 
 
 def pack_prefixes(batch: TokenBatch, rows: Sequence[int], prefixes: Prefixes) -> ModelCall:
@@ -101,34 +93,33 @@ def pack_prefixes(batch: TokenBatch, rows: Sequence[int], prefixes: Prefixes) ->
         >>> call.predictors.tolist(), call.targets.tolist()
         ([1, 2, 1], [0, 1, 2])
     """
-    prompt, length = columns(batch.sizes)
+    bounds = _bounds_of(batch.sizes, rows)
     packed = place_rows(batch.sizes, prefixes, rows)
-    source, positions, predictors, targets = [], [], [], []
-    for (row, (before, after)), taken, places in zip(
-        _bounds_of(batch.sizes, rows), packed.taken, packed.places, strict=True
-    ):
-        first = row * (prompt + length) + prompt - before
-        source.append(torch.arange(first + taken, first + before + after))
-        positions.append(torch.arange(taken, before + after))
-        predictors.append(places[before - 1 : before - 1 + after])
-        targets.append(torch.arange(row * length, row * length + after))
-    return _packed_call(batch, source, positions, predictors, targets, packed.rows)
+    return _packed_call(batch, bounds, packed.taken, packed.places, packed.rows)
 
 
 def _packed_call(
     batch: TokenBatch,
-    source: list[Tensor],
-    positions: list[Tensor],
-    predictors: list[Tensor],
-    targets: list[Tensor],
+    bounds: Sequence[tuple[int, tuple[int, int]]],
+    taken: Sequence[int],
+    places: Sequence[Tensor],
     rows: Rows | None,
 ) -> ModelCall:
+    """A call of rows whose tokens are at these places; earlier rows hold the first ones, `taken`."""
+    prompt, length = columns(batch.sizes)
+    source, positions, predictors, targets = [], [], [], []
+    for (row, (before, after)), count, place in zip(bounds, taken, places, strict=True):
+        first = row * (prompt + length) + prompt - before
+        source.append((first + count, first + before + after))
+        positions.append((count, before + after))
+        predictors.append(place[before - 1 : before - 1 + after])
+        targets.append((row * length, row * length + after))
     device = batch.ids.device
     # Made on the host, whose sizes are known: sizes read from the device would wait for it.
-    columns_, places = torch.stack([torch.cat(source), torch.cat(positions)]).to(device)
-    predictors_, targets_ = torch.stack([torch.cat(predictors), torch.cat(targets)]).to(device)
+    columns_, positions_ = torch.stack([joined_ranges(source), joined_ranges(positions)]).to(device)
+    predictors_, targets_ = torch.stack([torch.cat(predictors), joined_ranges(targets)]).to(device)
     ids = batch.ids.flatten()[columns_][None]
-    return ModelCall(ids, None, places[None], predictors_, targets_, ids.numel(), rows=rows)
+    return ModelCall(ids, None, positions_[None], predictors_, targets_, ids.numel(), rows=rows)
 
 
 def group(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:

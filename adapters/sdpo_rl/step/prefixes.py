@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .batch import Sizes, TokenBatch, columns, row_bounds
+from .batch import Sizes, TokenBatch, columns, joined_ranges, row_bounds
 from .row_attention import Rows
 
 # A row takes tokens from an earlier one only where these are at least this share of it: its keys and values are
@@ -133,9 +133,10 @@ def place_rows(sizes: Sizes, prefixes: Prefixes, rows: Sequence[int]) -> PackedR
         start = own[1]
     cuts = sorted({bound for each in ranges for pair in each for bound in pair})
     piece = {cut: i for i, cut in enumerate(cuts)}
+    places = joined_ranges([pair for each in ranges for pair in each])
     return PackedRows(
         taken,
-        [torch.cat([torch.arange(*pair) for pair in each]) for each in ranges],
+        list(places.split([lengths[row] for row in rows])),
         Rows(
             [stop - begin for begin, stop in pairwise(cuts)],
             [[i for begin, stop in each for i in range(piece[begin], piece[stop])] for each in ranges],
