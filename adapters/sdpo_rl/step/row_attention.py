@@ -231,7 +231,8 @@ def _by_kernel(
     assert _KERNEL is not None
     # Layers may be on several devices.
     cu_seq_q, cu_seq_k = (each.to(query.device) for each in mask._cu_seqlens)
-    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    # Not `each[0]`, whose backward would copy the gradient into zeros.
+    query, key, value = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
     if mask._gather is not None:
         key, value = _Gather.apply(mask._gather.to(query.device), key, value)
     # The kernel aligns its causal mask at the last query and key, as a prefix without queries requires.
