@@ -279,6 +279,18 @@ def test_what_the_page_says_of_k_and_of_long_runs_holds() -> None:
         at for at in alone if at is not None
     )
     assert max(ends("lasting")["collapsing + SRPO"]) < 0.01
+    for arm in ("SDPO", "SDPO, rate per 256 samples", "SDPO, frozen teacher"):
+        assert min(ends("lasting")[arm]) < 0.9
+    for arm in ("SDPO, hybrid λ=0.5", "SDPO, hybrid λ=0.5, rate per 256 samples"):
+        assert min(ends("lasting")[arm]) > 0.9
+        assert all(curves.fall(run) is None for run in long[arm])
+    late = [
+        accuracy
+        for run in long["SDPO, hybrid λ=0.5, rate per 256 samples"]
+        for at, _, accuracy in run["points"]
+        if at >= SAMPLES
+    ]
+    assert min(late) >= 0.9
     assert min(ends("lasting")["GRPO"]) >= 0.99
     quarter = {
         arm: fmean(curves.at(run, SAMPLES, curves.ACCURACY) for run in runs) for arm, runs in long.items()
