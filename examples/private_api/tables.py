@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, arms, recorded_as
+from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, arms, recorded_as
 from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall
 from margins import (
     largest_cut_rise,
@@ -23,6 +23,7 @@ from margins import (
     leave_one_out,
 )
 from replay import COLLAPSED, LEAD, entries, problem, warnings
+from tasks import TASKS
 
 from sdpo_rl.diagnose.monitors import (
     CUT_RISE_ALONE,
@@ -202,7 +203,8 @@ def short(by_arm: Runs) -> str:
         ]
         for arm in order
     ]
-    head = ["", "seeds", "accuracy at the end", "end / best", f"fell below {FALLEN:g} of its best"]
+    end = "accuracy of samples at the end" if is_of_samples(by_arm) else "accuracy at the end"
+    head = ["", "seeds", end, "end / best", f"fell below {FALLEN:g} of its best"]
     return markdown(head, rows)
 
 
@@ -369,9 +371,11 @@ def setup(runs: Sequence[Run], held_out: int) -> str:
     usual = min(run["samples"] for run in runs)
     minutes = [run["seconds"] / 60 for run in runs if run["samples"] == usual]
     memory = [run["peak_gib"] for run in runs if run["peak_gib"] is not None]
+    tokens = TASKS[runs[0]["task"]].max_completion
     rows = [
         ["model", each("model")],
         ["SHA-256 of its weights", each("weights_sha256") or NONE],
+        ["completions", f"{GROUP} for each prompt at temperature 1, of at most {tokens} tokens"],
         ["device", each("device")],
         ["versions", f"Python {each('python')}, {', '.join(texts)}"],
         ["runs", f"{len(runs)}, most of {usual} completions"],
