@@ -431,6 +431,7 @@ OF_AN_UPDATE: dict[str, Any] = {"teacher_rate_samples": None}
         ({}, 1024, "0.05 per 256 completions is 0.19 in one update, after 1024, where the paper has 0.05"),
         ({}, 1024, "; set teacher_rate_samples=None with teacher_update_rate=0.05."),
         ({}, 768, None),
+        ({**OF_AN_UPDATE, "teacher_update_rate": 0.3}, 1024, "collapses; set teacher_update_rate=0.05."),
         (OF_AN_UPDATE, 1024, None),
         (OF_AN_UPDATE, 256, None),
         (OF_AN_UPDATE, 128, None),

@@ -82,7 +82,8 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
         fix = f"teacher_rate_samples={_PUBLISHED_SAMPLES} with teacher_update_rate={PUBLISHED_RATE:g}{larger}"
     elif pace * samples_per_tick / samples > _FAST_PACE:
         found = f"{of_update:.2g} in one update, after {samples_per_tick:g}"
-        fix = f"teacher_rate_samples=None with teacher_update_rate={PUBLISHED_RATE:g}"
+        unit = "" if config.teacher_rate_samples is None else "teacher_rate_samples=None with "
+        fix = f"{unit}teacher_update_rate={PUBLISHED_RATE:g}"
     else:
         return None
     return (
