@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -258,9 +259,12 @@ def _gather_index(rows: Rows, device: torch.device) -> _GatherIndex:
     by_token = tokens.argsort(stable=True)
     counts = tokens.bincount()
     starts = counts.cumsum(0) - counts
+    pieces_with: dict[int, list[Tensor]] = {}  # by the number of rows that have them
+    for piece, count in Counter(chain.from_iterable(rows.members)).items():
+        pieces_with.setdefault(count, []).append(pieces[piece])
     parts = [tokens]
-    for count in counts.unique():
-        these = (counts == count).nonzero()[:, 0]
+    for count, those in pieces_with.items():
+        these = torch.cat(those)
         parts += [these, by_token[starts[these, None] + torch.arange(count)]]
     # One copy to the device.
     flat = torch.cat([part.flatten() for part in parts]).to(device).split([part.numel() for part in parts])
