@@ -21,6 +21,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(HERE))
 
+import arms
 import sampling
 import train
 
@@ -377,7 +378,8 @@ def test_runs_pass_the_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec.loader is not None
     run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
-    for given, expected in (((), "generate"), (("--sampling", "graph"), "graph")):
+    chosen = [(("--sampling", name), name) for name in arms.SAMPLING]
+    for given, expected in (((), "generate"), *chosen):
         monkeypatch.setattr(sys, "argv", ["run.py", "--model", "x", "--arms", "SDPO", *given])
         (job,) = run.jobs(run.arguments())
         assert job.arguments[job.arguments.index("--sampling") + 1] == expected

@@ -17,7 +17,7 @@ import argparse
 import re
 from pathlib import Path
 
-from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, Arm, arms, recorded_as
+from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, SAMPLING, Arm, arms, recorded_as
 from curves import summary
 from jobs import Job, read, run_all
 from report import write_report
@@ -115,9 +115,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--sampling",
-        choices=("generate", "graph"),
+        choices=SAMPLING,
         default="generate",
-        help="how completions are drawn: by transformers, or with one CUDA graph a token",
+        help="how completions are drawn: by transformers, with one CUDA graph a token, or with the graph of a "
+        "compiled model",
     )
     parser.add_argument("--output", type=Path, default=Path("output/private_api"))
     options = parser.parse_args()

@@ -25,7 +25,7 @@ import peft
 import torch
 import transformers
 import trl
-from arms import GROUP, QUESTIONS, Arm, arms
+from arms import GROUP, QUESTIONS, SAMPLING, Arm, arms
 from environment import HELD_OUT, Environment, Question, Reward
 from evaluation import Score, answer_ids, autocast, complete, end_turns_with_eos, evaluate, prompt_ids
 from record import LOGGED, description, log_columns, write
@@ -251,7 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--every-step", action="store_true", help="keep the log of every step of a long run")
     parser.add_argument(
         "--sampling",
-        choices=("generate", "graph", "compiled"),
+        choices=SAMPLING,
         default="generate",
         help="how completions are drawn: by transformers, with one CUDA graph a token, or with the graph of a "
         "compiled model",
