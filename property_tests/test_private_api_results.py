@@ -269,7 +269,7 @@ def test_the_other_page_has_rates_signs_and_warnings(root: Path) -> None:
     )
     assert "| 0.05 | *0.00 (0.00–0.00)* |" in page
     assert "| 0.01 | 0.80 (0.70–0.90) |" in page
-    assert "|  | steps | learned (18 runs) | fell (6 runs) |" in page
+    assert "|  | steps | learned (9 runs) | fell (3 runs) |" in page
     # Means of five steps: .1 at first; .7, .8, .9, 1 and 1 in the runs that fell.
     assert "| cut completions | 1–5 | 0.1 (0.1–0.1) | 0.1 (0.1–0.1) |" in page
     assert "|  | 16–20 | 0.1 (0.1–0.1) | 0.88 (0.88–0.88) |" in page

@@ -120,7 +120,7 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
         texts[name] = "".join(findings.said([sentence], about))
     if by_question["rate"]:
         texts["rates"] = tables.rates(by_question["rate"])
-    if any(tables.outcome(run) == "learned" and run["log"] for run in main):
+    if any(tables.outcome(run) == "learned" and run["log"] for run in tables.comparable(main)):
         texts["signs"] = tables.signs(main)
     if tables.every_step(main):
         texts["margins"] = tables.margins(main)

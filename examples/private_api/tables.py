@@ -247,10 +247,16 @@ def outcome(run: Run) -> str | None:
     return "learned" if best(run) >= 0.5 else None
 
 
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """The runs of SDPO with α=0 in the smallest batches: metrics such as the divergence depend on both."""
+    of_sdpo = [run for run in runs if run["method"] == "sdpo" and run["settings"]["alpha"] == 0]
+    smallest = min((run["samples_per_step"] for run in of_sdpo), default=0)
+    return [run for run in of_sdpo if run["samples_per_step"] == smallest]
+
+
 def signs(runs: Sequence[Run]) -> str:
     """Medians and ranges of the metrics in the first twenty steps, by outcome of the run."""
-    smallest = min(run["samples_per_step"] for run in runs)
-    alike = [run for run in runs if run["method"] == "sdpo" and run["samples_per_step"] == smallest]
+    alike = comparable(runs)
     groups = {name: [run for run in alike if outcome(run) == name] for name in OUTCOMES}
     groups = {name: group for name, group in groups.items() if group}
     head = ["", "steps", *(f"{name} ({len(group)} runs)" for name, group in groups.items())]
