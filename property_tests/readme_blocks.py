@@ -2,7 +2,8 @@
 
     pytest property_tests/readme_blocks.py
 
-Blocks run in an empty directory. A fence that says ```python no-run is only compiled.
+Blocks run in an empty directory. A fence that says ```py in place of ```python is
+only compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FENCE = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(py|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 FILE = re.compile(
     r"`((?:sdpo|adapters|property_tests|examples|rollout|step|teacher|resume|compat|diagnose)/[\w./]*)`"
@@ -29,9 +30,9 @@ PAGES = [
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
-    """First line, fence options and code of each block."""
+    """First line, language as the fence names it, and code of each block."""
     text = page.read_text()
-    return [(text.count("\n", 0, m.start(2)) + 1, m[1].strip(), m[2]) for m in FENCE.finditer(text)]
+    return [(text.count("\n", 0, m.start(2)) + 1, m[1], m[2]) for m in FENCE.finditer(text)]
 
 
 def anchors(text: str) -> set[str]:
@@ -56,11 +57,10 @@ def test_the_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    for line, options, code in blocks(page):
-        assert options in ("", "no-run"), f"{page.name}:{line}: unknown fence option {options!r}"
+    for line, language, code in blocks(page):
         # Empty lines in front, so that a traceback points into the page.
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
-        if options != "no-run":
+        if language == "python":
             exec(compiled, module.__dict__)
 
 

@@ -33,7 +33,7 @@ Skipped = tuple[Path, int, str]
 
 def skipped() -> list[Skipped]:
     """Page, line and code of every block that is marked."""
-    return [(page, line, code) for page in PAGES for line, options, code in blocks(page) if options]
+    return [(page, line, code) for page in PAGES for line, language, code in blocks(page) if language == "py"]
 
 
 def verdict(completion: Any) -> tuple[float, str | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import logging
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,13 +16,15 @@ from typing import Any
 
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnose import monitors
 from sdpo_rl.diagnose.monitors import Monitors
 from sdpo_rl.diagnose.probe import verdict
 from sdpo_rl.diagnose.probe.result import Signal
-from sdpo_rl.diagnose.warnings import Diagnostics, warn_of_fast_teacher
+from sdpo_rl.diagnose.warnings import Diagnostics, fast_teacher, warn_of_fast_teacher
 from sdpo_rl.rollout.answers import answer_in_feedback
 
 LIMIT, REWARD = "completions/clipped_ratio", "reward"
@@ -426,7 +430,12 @@ OF_AN_UPDATE: dict[str, Any] = {"teacher_rate_samples": None}
         ({**OF_AN_UPDATE, "teacher_mode": "lora_ema"}, 8, "per 8 completions is 0.81 per 256"),
         (OF_AN_UPDATE, 64, "set teacher_rate_samples=256 with teacher_update_rate=0.05, or enlarge the gen"),
         ({"teacher_update_rate": 1.0}, 256, "teacher_update_rate=1 per 256 completions is 1 per 256"),
-        ({"teacher_update_rate": 0.3}, 8, "with teacher_update_rate=0.05."),  # a larger batch does not help
+        ({"teacher_update_rate": 0.3}, 8, "; set teacher_update_rate=0.05."),  # a larger batch does not help
+        (
+            {"teacher_rate_samples": 64},
+            1024,
+            "; set teacher_rate_samples=None with teacher_update_rate=0.05.",
+        ),
         ({"teacher_update_rate": 0.3, "teacher_rate_samples": 64}, 8, "0.3 per 64 completions"),
         ({}, 1024, "0.05 per 256 completions is 0.19 in one update, after 1024, where the paper has 0.05"),
         ({}, 1024, "; set teacher_rate_samples=None with teacher_update_rate=0.05."),
@@ -448,6 +457,23 @@ def test_a_fast_teacher_is_named_with_its_equivalent(
     warn_of_fast_teacher(SDPOConfig(**options), samples_per_tick=samples)
     assert len(caplog.messages) == (part is not None)
     assert part is None or part in caplog.text
+
+
+@given(
+    rate=st.sampled_from([0.01, 0.05, 0.2, 0.3, 1.0]),
+    per=st.sampled_from([None, 1, 16, 64, 256, 4096]),
+    samples=st.sampled_from([1, 64, 256, 896, 897, 1024, 8192]),
+)
+def test_the_advice_of_a_fast_teacher_silences_it(rate: float, per: int | None, samples: int) -> None:
+    config = SDPOConfig(teacher_update_rate=rate, teacher_rate_samples=per)
+    if (message := fast_teacher(config, samples_per_tick=samples)) is None:
+        return
+    advice = dict(re.findall(r"(teacher_\w+)=(\w+\.?\d*)", message.split("; set ")[1]))
+    changes = {name: ast.literal_eval(value) for name, value in advice.items()}
+    assert "teacher_update_rate" in changes
+    assert fast_teacher(dataclasses.replace(config, **changes), samples_per_tick=samples) is None
+    if "enlarge the generation batch" in message:
+        assert fast_teacher(config, samples_per_tick=896) is None
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_every_answer_is_right_and_an_empty_one_is_not(task: Environment) -> Non
         ("kit.peak(" * 90 + "1" + ")" * 90, "SyntaxError: more than 500 characters"),
         ("kit.peak(" + "[" * 200 + "]" * 200 + ")", None),
         ("kit.peak(1\0)", None),
+        (f"kit.level([{'9' * 320}])", None),
     ],
 )
 def test_what_is_not_one_call_with_a_literal_is_reported(source: str, message: str | None) -> None:
@@ -117,8 +118,8 @@ def test_no_prompt_names_a_function() -> None:
     assert not any(f"kit.{name}" in prompt for prompt in prompts for name in kit.FUNCTIONS)
 
 
-def test_the_same_function_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    house_style._outcome.cache_clear()
+def test_a_function_that_passed_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(house_style, "_passed", set())
     true, runs = house_style.run_tests, []
     monkeypatch.setattr(house_style, "run_tests", lambda *args: runs.append(args) or true(*args))
     question, other = (q for q in house_style.HOUSE_STYLE.held_out(9)[:9:8])
@@ -127,8 +128,9 @@ def test_the_same_function_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(runs) == 1
     # The tests are those of the question.
     assert question.columns != other.columns
-    assert house_style.judge(question.answer, **other.columns).score == 0
-    assert len(runs) == 2
+    for count in (2, 3):  # a failure may be the machine's
+        assert house_style.judge(question.answer, **other.columns).score == 0
+        assert len(runs) == count
 
 
 def test_no_prompt_mentions_the_house_style() -> None:
@@ -170,6 +172,9 @@ def test_the_control_keeps_scores_and_moves_feedback() -> None:
         ("match x:\n        case object(__class__=c): return c", "Match is not allowed"),
         ("return (lambda _: 1)(x)", "the name _ is not allowed"),
         ("return eval('1')", "NameError: name 'eval' is not defined"),
+        ("return type('X', (), {'__eq__': lambda s, o: 1})()", "NameError: name 'type' is not defined"),
+        ("raise Exception('a\\nb')", "Exception: a b"),
+        ("raise Exception('\\ud800')", "Exception: ?"),
         ("return 1 / 0", "line 2: ZeroDivisionError: division by zero"),
         ("return 'x' * 500", "AssertionError: f(1) returned 'xxx"),
         ("raise Exception('a' * 10**6)", "Exception: aaa"),

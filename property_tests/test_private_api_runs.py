@@ -79,7 +79,7 @@ def test_the_second_task_trains(model_folder: Path) -> None:
 
 
 def test_the_task_of_the_readme_trains(model_folder: Path) -> None:
-    block = (HERE / "README.md").read_text().split("```python no-run\n")[1].split("```")[0]
+    block = (HERE / "README.md").read_text().split("```py\n")[1].split("```")[0]
     names: dict = {}
     exec(block, names)
     task = names["ORDERS"]

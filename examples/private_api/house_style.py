@@ -7,14 +7,13 @@ failed assertion. Held out are functions that training never asks for. A module 
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from environment import Environment, Question, Split, Verdict
-from sandbox import Case, Outcome, run_tests
+from sandbox import Case, run_tests
 
 SYSTEM = "You write one small Python function. Reply with the code only."
 
@@ -110,16 +109,20 @@ def source(completion: str) -> str:
     return "\n".join(code).rstrip()
 
 
+_passed: set[tuple[str, str]] = set()  # sources, with the problem whose tests they passed
+
+
 def judge(completion: str, problem: str) -> Verdict:
     """Score 1 if the hidden tests pass, else 0 with the first failure."""
-    outcome = _outcome(source(completion), problem)
+    code = source(completion)
+    # A model that learns writes the same function again and again, and each run of the tests is a process.
+    if (code, problem) in _passed:
+        return Verdict(1.0, None)
+    outcome = run_tests(code, problem.split("(")[0], PROBLEMS[problem].cases())
+    # Not what fails: a process may run out of time because the machine is busy.
+    if outcome.passed:
+        _passed.add((code, problem))
     return Verdict(float(outcome.passed), outcome.message)
-
-
-# A model that learns writes the same function again and again, and each run of the tests is a process.
-@functools.lru_cache(maxsize=4096)
-def _outcome(code: str, problem: str) -> Outcome:
-    return run_tests(code, problem.split("(")[0], PROBLEMS[problem].cases())
 
 
 HOUSE_STYLE = Environment("house_style", draw_question, judge, max_completion=48, threads=4)

@@ -153,5 +153,5 @@ def _call(name: str, argument: ast.expr) -> Any:
         raise KitError(f"TypeError: the argument of kit.{name}() is not a literal") from None
     try:
         return FUNCTIONS[name].call(value)
-    except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         raise KitError(f"{type(error).__name__}: kit.{name}() cannot take {value!r:.40}") from None

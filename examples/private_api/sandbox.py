@@ -52,7 +52,6 @@ BUILTINS = [
     "str",
     "sum",
     "tuple",
-    "type",
     "zip",
     "ArithmeticError",
     "AssertionError",
@@ -114,7 +113,8 @@ def check():
 try:
     message = check()
 except BaseException as error:
-    message = f"{line_of(error)}{type(error).__name__}: {str(error)[:120]}"
+    text = " ".join(str(error).split())[:120].encode("utf-8", "replace").decode()
+    message = f"{line_of(error)}{type(error).__name__}: {text}"
 answer.write(json.dumps(message))
 answer.flush()
 """

@@ -27,8 +27,8 @@ _LOW_TOPK_MASS = 0.9
 # The paper's moving average: its rate, and the completions of one update (32 prompts × 8).
 PUBLISHED_RATE = 0.05
 _PUBLISHED_SAMPLES = 256
-# Times that pace, per completion. The fastest published setting has 3.1 (0.01 for 16 completions); 0.05 for batches
-# of 64, with which recorded runs learned less (docs/choosing.md), has 4.
+# Times that pace, per completion or per update. The fastest published setting has 3.1 (0.01 for 16 completions);
+# 0.05 for batches of 64, with which recorded runs learned less (docs/choosing.md), has 4.
 _FAST_PACE = 3.5
 
 
@@ -77,15 +77,19 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     pace = math.inf if rate == 1.0 else math.log1p(-rate) / math.log1p(-PUBLISHED_RATE)
     if pace * _PUBLISHED_SAMPLES / samples > _FAST_PACE:
         found = f"{published:.2g} per {_PUBLISHED_SAMPLES}"
-        # A rate per completions is as fast in a larger batch.
-        larger = ", or enlarge the generation batch" if config.teacher_rate_samples is None else ""
-        fix = f"teacher_rate_samples={_PUBLISHED_SAMPLES} with teacher_update_rate={PUBLISHED_RATE:g}{larger}"
     elif pace * samples_per_tick / samples > _FAST_PACE:
         found = f"{of_update:.2g} in one update, after {samples_per_tick:g}"
-        unit = "" if config.teacher_rate_samples is None else "teacher_rate_samples=None with "
-        fix = f"{unit}teacher_update_rate={PUBLISHED_RATE:g}"
     else:
         return None
+    # In larger batches the paper's rate per completions would be too fast per update.
+    small = samples_per_tick <= _FAST_PACE * _PUBLISHED_SAMPLES
+    wanted = _PUBLISHED_SAMPLES if small else None
+    unit = "" if config.teacher_rate_samples == wanted else f"teacher_rate_samples={wanted} with "
+    # A rate per completions is as fast in a larger batch.
+    larger = config.teacher_rate_samples is None and small and pace <= _FAST_PACE
+    fix = (
+        f"{unit}teacher_update_rate={PUBLISHED_RATE:g}{', or enlarge the generation batch' if larger else ''}"
+    )
     return (
         f"teacher_update_rate={rate:g} per {samples:g} completions is {found}, where the paper has "
         f"{PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its errors until the run "
