@@ -48,13 +48,14 @@ test-deepspeed: $(READY)
 test-vllm: $(VLLM_VENV)/.ready
 	TORCH_COMPILE_DISABLE=1 $(VLLM_BIN)/python -m pytest -o filterwarnings=default property_tests/test_vllm.py
 
+# With -q, mkdocs would take no warning as an error.
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q --doctest-modules sdpo adapters
 	$(BIN)/python -m pytest -q property_tests/readme_blocks.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("sdpo", "sdpo_rl")
-SECTIONS = ("Args", "Returns", "Raises", "Gradient", "Source", "Example")
+SECTIONS = ("Args", "Returns", "Raises", "Gradient", "Source", "Examples")
 # What GRPOTrainer documents is not documented again.
 INHERITED = {"SDPOTrainer"}
 
@@ -48,7 +48,7 @@ def paragraphs(doc: str) -> list[list[str]]:
     """Paragraphs of prose up to the example; an entry of a section is one, a literal block is none."""
     found: list[list[str]] = [[]]
     literal = False
-    for line in inspect.cleandoc(doc).partition("\nExample:")[0].splitlines():
+    for line in inspect.cleandoc(doc).partition("\nExamples:")[0].splitlines():
         literal = literal and not (line.strip() and not line.startswith(" "))
         if literal or not line.strip() or re.fullmatch(r"\w+:", line):
             found.append([])
@@ -101,7 +101,7 @@ def complaints(value: Any, *, tensors: bool) -> list[str]:
     lines += [f"Args lacks {name}" for name in wanted if name not in named]
     lines += [f"Args names {name}, which is no parameter" for name in named if name not in wanted]
     is_tuple = inspect.isclass(value) and issubclass(value, tuple)
-    needed = ["Source"] if is_tuple else ["Source", "Example"]
+    needed = ["Source"] if is_tuple else ["Source", "Examples"]
     if inspect.isfunction(value):
         if str(inspect.signature(value).return_annotation) != "None":
             needed.append("Returns")
@@ -115,7 +115,7 @@ def complaints(value: Any, *, tensors: bool) -> list[str]:
     if [name for name in found if name != "Summary"] != ordered:
         lines.append(f"the sections are not in the order {', '.join(ordered)}")
     lines += [f"badly wrapped: {line!r}" for line in badly_wrapped(doc)]
-    if "Example" in found and ">>>" not in found["Example"] and ">>>" not in doc:
+    if "Examples" in found and ">>>" not in found["Examples"] and ">>>" not in doc:
         lines.append("the example has no doctest")
     return lines
 
@@ -162,7 +162,7 @@ def good(x: Any, *, k: int) -> int:
 
     Source: nowhere.
 
-    Example:
+    Examples:
         >>> 1
         1
     """
@@ -200,7 +200,7 @@ PLANTED: dict[str, tuple[Any, str, list[str]]] = {
     "Returns": (good, GOOD.replace("Returns:\n    A number.\n\n", ""), ["no Returns"]),
     "Raises": (good, GOOD.replace("Raises:\n    ValueError: k is not positive.\n\n", ""), ["no Raises"]),
     "Source": (good, GOOD.replace("Source: nowhere.\n\n", ""), ["no Source"]),
-    "Example": (good, GOOD.partition("Example:")[0], ["no Example"]),
+    "Examples": (good, GOOD.partition("Examples:")[0], ["no Examples"]),
     "a doctest": (good, GOOD.partition(">>>")[0] + "text", ["the example has no doctest"]),
     "everything": (
         good,
@@ -215,7 +215,7 @@ PLANTED: dict[str, tuple[Any, str, list[str]]] = {
     "the order": (
         good,
         GOOD.replace("Source: nowhere.\n\n", "").replace("Args:", "Source: nowhere.\n\nArgs:", 1),
-        ["the sections are not in the order Args, Returns, Raises, Gradient, Source, Example"],
+        ["the sections are not in the order Args, Returns, Raises, Gradient, Source, Examples"],
     ),
     "a line's indentation": (
         good,
@@ -229,7 +229,7 @@ PLANTED: dict[str, tuple[Any, str, list[str]]] = {
     ),
     "Gradient": (
         of_tensors,
-        "Tensors.\n\nArgs:\n    x: [N].\n\nReturns:\n    [N].\n\nSource: nowhere.\n\nExample:\n    >>> 1\n    1",
+        "Tensors.\n\nArgs:\n    x: [N].\n\nReturns:\n    [N].\n\nSource: nowhere.\n\nExamples:\n    >>> 1\n    1",
         ["no Gradient"],
     ),
     "a field": (Pair, "Two ints.\n\nArgs:\n    first: one.\n\nSource: nowhere.", ["Args lacks second"]),
@@ -248,7 +248,7 @@ def test_the_check_accepts_a_good_docstring(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         returns_nothing,
         "__doc__",
-        "Nothing.\n\nArgs:\n    x: anything.\n\nSource: nowhere.\n\nExample:\n    >>> 1\n    1",
+        "Nothing.\n\nArgs:\n    x: anything.\n\nSource: nowhere.\n\nExamples:\n    >>> 1\n    1",
     )
     assert complaints(returns_nothing, tensors=True) == []
 
@@ -261,7 +261,7 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_help_begins_with_what_to_call() -> None:
     import sdpo
 
-    start = (sdpo.__doc__ or "").partition("Example:")[0]
+    start = (sdpo.__doc__ or "").partition("Examples:")[0]
     for name in (
         "select_demonstrations",
         "build_reprompts",

@@ -19,7 +19,7 @@ weights and terms of later papers (``route_rows``, ``pass_rate_weights``, ``clip
 as a policy gradient). Letters in shapes: B rows, T completion tokens, N packed tokens, K top-k, V vocabulary, D
 hidden size.
 
-Example:
+Examples:
     >>> import torch
     >>> student_logits, teacher_logits = torch.tensor([[[2.0, 1.0, 0.0]]]), torch.tensor([[[0.0, 2.0, 1.0]]])
     >>> per_token = distillation_loss(

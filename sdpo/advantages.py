@@ -55,7 +55,7 @@ def group_normalized_advantages(
 
     Source: GRPO, arXiv 2402.03300, section 4.1; without the division arXiv 2503.20783.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rewards, groups = torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 3, 3])
         >>> group_normalized_advantages(rewards, groups, scale_by_std=False, eps=1e-4).tolist()
@@ -109,7 +109,7 @@ def logit_advantages(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Source: SDPO, arXiv 2601.20802, proposition 2.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
         >>> [round(a, 4) for a in logit_advantages(student, teacher).tolist()]
@@ -139,7 +139,7 @@ def token_advantages(student_logits: Tensor, teacher_logits: Tensor, tokens: Ten
 
     Source: SDPO, arXiv 2601.20802, proposition 2.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
         >>> round(token_advantages(student, teacher, torch.tensor([1])).item(), 4)
@@ -171,7 +171,7 @@ def sequence_advantages(per_token: Tensor, loss_mask: Tensor) -> Tensor:
 
     Source: SDPO, arXiv 2601.20802, the sequence-level variant of proposition 2.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sequence_advantages(torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[True, True, False]])).tolist()
         [1.5]
@@ -208,7 +208,7 @@ def blend_advantages(
 
     Source: SDPO, arXiv 2601.20802, section 4.5 (λ = 0.9 helped a 0.6B model and slightly hurt an 8B one).
 
-    Example:
+    Examples:
         >>> import torch
         >>> blend_advantages(torch.tensor([1.0]), torch.tensor([[0.0, 2.0]]), reward_weight=0.5).tolist()
         [[0.5, 1.5]]

@@ -34,7 +34,7 @@ class MaskedSum(NamedTuple):
         Returns:
             [] in the dtype of total.
 
-        Example:
+        Examples:
             >>> import torch
             >>> MaskedSum(total=torch.tensor(6.0), count=torch.tensor(4)).mean().item()
             1.5
@@ -63,7 +63,7 @@ def token_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
 
     Source: SDPO, arXiv 2601.20802, section 2 (token-level mean).
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = torch.tensor([[1.0, 2.0, float("nan")], [4.0, 5.0, 6.0]])
         >>> token_sum(loss, torch.tensor([[True, True, False], [True, False, False]]))
@@ -94,7 +94,7 @@ def sequence_sum(per_token: Tensor, mask: Tensor) -> MaskedSum:
 
     Source: SDPO's ``sequence-mean``; the sequence-level mean of GRPO, arXiv 2402.03300.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss = torch.tensor([[1.0, 3.0, float("nan")], [4.0, 5.0, 6.0]])
         >>> sequence_sum(loss, torch.tensor([[True, True, False], [True, False, False]]))

@@ -35,7 +35,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
     Source: Kullback and Leibler, 1951.
 
-    Example:
+    Examples:
         >>> import torch
         >>> p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
         >>> round(kl_divergence(p.log(), q.log()).item(), 4), kl_divergence(q.log(), p.log()).item()
@@ -78,7 +78,7 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, *, alp
 
     Source: SDPO, arXiv 2601.20802, section 2; generalized JSD as in GKD, arXiv 2306.13649, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> p, q = torch.tensor([1.0, 0.0]).log(), torch.tensor([0.5, 0.5]).log()
         >>> [round(generalized_jsd(p, q, alpha=a).item(), 4) for a in (0.0, 0.5, 1.0)]

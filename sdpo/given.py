@@ -45,7 +45,7 @@ class TeacherTopK(NamedTuple):
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation), with the teacher's support.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher = TeacherTopK(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.3]]).log())
         >>> check_teacher_topk(*teacher, vocabulary=5)
@@ -76,7 +76,7 @@ def check_teacher_topk(ids: Tensor, log_probs: Tensor, vocabulary: int) -> None:
 
     Source: a choice of this library, for the top-K log-probabilities that inference servers return.
 
-    Example:
+    Examples:
         >>> import torch
         >>> check_teacher_topk(torch.tensor([3, 1]), torch.tensor([0.6, 0.3]).log(), vocabulary=5)
         >>> check_teacher_topk(torch.tensor([3, 5]), torch.tensor([0.6, 0.3]).log(), vocabulary=5)
@@ -129,7 +129,7 @@ def safe_tail(log_probs: Tensor) -> GatheredLogProbs:
 
     Source: SDPO, arXiv 2601.20802, section 2 (the tail of a top-K support).
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(x.exp().sum().item(), 4) for x in safe_tail(torch.tensor([0.5, 0.3]).log())]
         [0.8, 0.2]
@@ -190,7 +190,7 @@ def given_topk_distillation_loss(
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation), with the teacher's support.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student = torch.tensor([2.0, 1.0, 0.0])
         >>> ids, log_probs = torch.tensor([1, 2]), torch.tensor([0.7, 0.2]).log()

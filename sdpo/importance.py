@@ -39,7 +39,7 @@ def importance_weights(log_probs: Tensor, old_log_probs: Tensor, *, clip: float)
 
     Source: truncated importance sampling (Ionides, 2008), as SDPO, arXiv 2601.20802, applies it per token.
 
-    Example:
+    Examples:
         >>> import torch
         >>> new = torch.tensor([-1.0, -1.0, -1.0, -1.0])
         >>> old = torch.tensor([-1.0, 0.0, -9.0, float("nan")])

@@ -87,7 +87,7 @@ def distillation_loss(
 
     Source: SDPO, arXiv 2601.20802, section 2 and proposition 2.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0], requires_grad=True)
         >>> teacher = torch.tensor([0.5, 2.0, 0.0, 1.0, -1.5, -3.0])
@@ -156,7 +156,7 @@ class LossOutput(NamedTuple):
 
         Gradient: that of total, over count.
 
-        Example:
+        Examples:
             >>> import torch
             >>> nothing = self_distillation_loss(torch.ones(1, 2), torch.zeros(1, 2).bool(), row_mask=[True])
             >>> nothing.mean().item()
@@ -203,7 +203,7 @@ def self_distillation_loss(
 
     Source: SDPO, arXiv 2601.20802, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> per_token = torch.tensor([[1.0, 2.0], [float("nan"), 4.0]])
         >>> loss_mask = torch.tensor([[True, True], [True, True]])

@@ -109,7 +109,7 @@ def token_statistics(
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
         >>> found = token_statistics(student, teacher, torch.tensor([1]), support="student", k=1, temperature=1.0)
@@ -177,7 +177,7 @@ def mean_metrics(
 
     Source: the metrics of the reference implementation of SDPO, arXiv 2601.20802, and of this library.
 
-    Example:
+    Examples:
         >>> import torch
         >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
         >>> known = token_statistics(student, teacher, torch.tensor([1]), support="full", temperature=1.0)

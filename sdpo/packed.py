@@ -35,7 +35,7 @@ def packed_segment_ids(cu_seqlens: Tensor, *, num_tokens: int) -> Tensor:
 
     Source: the ``cu_seqlens`` of FlashAttention's variable-length functions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> packed_segment_ids(torch.tensor([0, 2, 5]), num_tokens=6).tolist()
         [0, 0, 1, 1, 1, 2]
@@ -79,7 +79,7 @@ def packed_sequence_sum(
 
     Source: the packed form of ``sequence_sum``; SDPO's ``sequence-mean``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss, mask = torch.tensor([1.0, 3.0, 5.0, float("nan")]), torch.tensor([True, True, True, False])
         >>> packed_sequence_sum(loss, mask, segment_ids=torch.tensor([0, 0, 1, 1]), num_segments=2)

@@ -85,7 +85,7 @@ def vocab_parallel_distillation_loss(
 
     Source: SDPO, arXiv 2601.20802, section 2; the split as in Megatron-LM, arXiv 1909.08053, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sdpo.parallel import vocab_parallel_distillation_loss
         >>> student, teacher = torch.tensor([2.0, 1.0, 0.5]), torch.tensor([0.5, 2.0, 0.0])

@@ -72,7 +72,7 @@ class Templates:
 
     Source: SDPO, arXiv 2601.20802, appendix, and its reference implementation.
 
-    Example:
+    Examples:
         >>> Templates(solution="\\nA peer wrote:\\n{successful_previous_attempt}").feedback[:14]
         '\\nThe following'
         >>> Templates(feedback="{remark}")  # doctest: +ELLIPSIS
@@ -139,7 +139,7 @@ def select_demonstrations(
 
     Source: SDPO, arXiv 2601.20802, section 3.
 
-    Example:
+    Examples:
         >>> select_demonstrations([1.0, 0.0, 1.0, 0.0], ["a", "a", "a", "b"], success_threshold=1.0,
         ...                       exclude_self=True, policy="first", seed=0)
         [(2,), (0,), (0,), ()]
@@ -216,7 +216,7 @@ def distillation_mask(
 
     Source: SDPO, arXiv 2601.20802, sections 3 and 4.
 
-    Example:
+    Examples:
         >>> distillation_mask([["two"], [], []], [None, "got 3", "  "], feedback_only_without_solution=True)
         [True, True, False]
     """
@@ -259,7 +259,7 @@ def build_reprompts(
 
     Source: SDPO, arXiv 2601.20802, sections 3 and 4.
 
-    Example:
+    Examples:
         >>> built = build_reprompts(["1 + 1?", "2 * 3?"], [["two"], []], ["got 3", None],
         ...                         templates=Templates(), feedback_only_without_solution=True)
         >>> built.texts
@@ -314,7 +314,7 @@ def strip_thinking(text: str, *, opening: str = "<think>", closing: str = "</thi
 
     Source: the reference implementation's ``remove_thinking_from_demonstration``, here for any text.
 
-    Example:
+    Examples:
         >>> strip_thinking("<think>2, no, 3</think>\\n\\nThe answer is 3."), strip_thinking("hm</think> 3")
         ('The answer is 3.', '3')
         >>> strip_thinking("so <think>it never ends")
@@ -358,7 +358,7 @@ def cut_middle(items: Sequence[Item], limit: int, *, marker: Sequence[Item]) -> 
 
     Source: a choice of this library: the ends of a solution or an error message say most.
 
-    Example:
+    Examples:
         >>> cut_middle([1, 2, 3, 4, 5, 6], 4, marker=[0])
         [1, 2, 0, 6]
         >>> "".join(cut_middle("long demonstration", 9, marker="..."))

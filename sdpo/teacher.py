@@ -117,7 +117,7 @@ def ema(
 
     Source: SDPO, arXiv 2601.20802, section 4.
 
-    Example:
+    Examples:
         >>> teacher = ema(update_rate=0.25)
         >>> state = teacher.init({"w": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)})
         >>> teacher.update(state, {"w": torch.tensor([5.0, 2.0], dtype=torch.bfloat16)})
@@ -168,7 +168,7 @@ def rate_per_tick(update_rate: float, *, samples: float, per_samples: float) -> 
     Source: a choice of this library; the paper's rate of 0.05 is per batch of 32 prompts × 8 completions
     (arXiv 2601.20802, section 3).
 
-    Example:
+    Examples:
         >>> round(rate_per_tick(0.05, samples=64, per_samples=256), 4)
         0.0127
     """
@@ -198,7 +198,7 @@ def frozen() -> Teacher:
 
     Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
-    Example:
+    Examples:
         >>> teacher = frozen()
         >>> state = teacher.init({"w": torch.zeros(2)})
         >>> teacher.update(state, {"w": torch.ones(2)})
@@ -222,7 +222,7 @@ def live() -> Teacher:
 
     Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
-    Example:
+    Examples:
         >>> teacher = live()
         >>> teacher.update(teacher.init({"w": torch.zeros(2)}), {"w": torch.ones(2)})
         TeacherState(params={}, ticks=1)
@@ -256,7 +256,7 @@ def trust_region_logits(reference_logits: Tensor, live_logits: Tensor, *, coef: 
 
     Source: SDPO, arXiv 2601.20802, section 4, Table 4.
 
-    Example:
+    Examples:
         >>> trust_region_logits(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), coef=0.25)
         tensor([0.5000, 3.0000])
     """
@@ -288,7 +288,7 @@ def trust_region_hidden(reference_hidden: Tensor, live_hidden: Tensor, *, coef: 
 
     Source: SDPO, arXiv 2601.20802, section 4; the linear head is our own use of it.
 
-    Example:
+    Examples:
         >>> trust_region_hidden(torch.tensor([0.0, 4.0]), torch.tensor([2.0, 0.0]), coef=0.5)
         tensor([1., 2.])
     """
@@ -317,7 +317,7 @@ def teacher_distance(state: TeacherState, params: Mapping[str, Tensor]) -> Tenso
 
     Source: the teacher's distance as a run logs it; a choice of this library.
 
-    Example:
+    Examples:
         >>> state = frozen().init({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         >>> teacher_distance(state, {"a": torch.tensor([6.0]), "b": torch.tensor([8.0])})
         tensor(0.5000)

@@ -84,7 +84,7 @@ def clipped_policy_gradient(
     Source: PPO, arXiv 1707.06347, equation 7; group-relative in GRPO, arXiv 2402.03300, equation 3; two half-widths
     in DAPO, arXiv 2503.14476; the limit in INTELLECT-2, arXiv 2505.07291.
 
-    Example:
+    Examples:
         >>> import torch
         >>> log_probs = torch.tensor([[0.5, 1.0, 2.0]]).log().requires_grad_()
         >>> loss = clipped_policy_gradient(
@@ -146,7 +146,7 @@ def sampled_reverse_kl(log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
     Source: SDPO, arXiv 2601.20802, proposition 2.1; the value is the estimator k1 of
     http://joschu.net/blog/kl-approx.html.
 
-    Example:
+    Examples:
         >>> import torch
         >>> log_probs = torch.tensor([-1.0, -3.0], requires_grad=True)
         >>> loss = sampled_reverse_kl(log_probs, torch.tensor([-1.5, -1.0]))
@@ -183,7 +183,7 @@ def anchor(student_log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
     Source: StableOPD, arXiv 2604.08527, equation 6.
 
-    Example:
+    Examples:
         >>> import torch
         >>> p, reference = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
         >>> round(anchor(p, reference).item(), 4)
@@ -223,7 +223,7 @@ def anchor_estimate(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
     Source: the estimator k3 of http://joschu.net/blog/kl-approx.html, as in GRPO, arXiv 2402.03300, equation 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(x, 4) for x in anchor_estimate(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.5])).tolist()]
         [0.0, 0.1065]
@@ -267,7 +267,7 @@ def clip_entries(
     Source: OPSD, arXiv 2601.18734; the clip is in the paper's code, not in its first version. The terms at the ends
     are the Bregman form of the Kullback–Leibler divergence, not OPSD's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> p, q = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.6, 0.4]).log()
         >>> [round(clip_entries(p, q, alpha=0.0, clip=clip).item(), 4) for clip in (0.05, 1.0, float("inf"))]
@@ -323,7 +323,7 @@ def mixture_log_probs(
     Source: logarithmic and linear opinion pools (Genest and Zidek, 1986). A geometric pair is the trust region of
     SDPO, arXiv 2601.20802, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teachers = [torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()]
         >>> for kind in ("geometric", "arithmetic"):

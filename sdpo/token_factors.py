@@ -61,7 +61,7 @@ def token_factors(
 
     Source: TIP, arXiv 2604.14084, for ``fraction``; what ``weigh`` returns has its own.
 
-    Example:
+    Examples:
         >>> import torch
         >>> entropy, divergence = torch.tensor([[2.0, 0.1, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 3.0, 0.2]])
         >>> statistics = TokenStatistics(*[torch.zeros(1, 4)] * 8)._replace(student_entropy=entropy)

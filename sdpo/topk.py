@@ -77,7 +77,7 @@ def topk_log_probs(logits: Tensor, *, k: int) -> TopK:
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
-    Example:
+    Examples:
         >>> import torch
         >>> top = topk_log_probs(torch.tensor([0.5, 0.125, 0.25, 0.125]).log(), k=2)
         >>> top.indices.tolist(), top.log_probs.exp().tolist(), top.log_tail.exp().item()
@@ -116,7 +116,7 @@ def gather_log_probs(logits: Tensor, indices: Tensor) -> GatheredLogProbs:
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher = gather_log_probs(torch.tensor([0.25, 0.25, 0.5]).log(), torch.tensor([2]))
         >>> teacher.log_probs.exp().tolist(), teacher.log_tail.exp().item()
@@ -155,7 +155,7 @@ def add_tail_bucket(log_probs: Tensor, log_tail: Tensor) -> Tensor:
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
-    Example:
+    Examples:
         >>> import torch
         >>> add_tail_bucket(torch.tensor([0.5, 0.25]).log(), torch.tensor(0.25).log()).exp().tolist()
         [0.5, 0.25, 0.25]
@@ -185,7 +185,7 @@ def renormalize(log_probs: Tensor) -> Tensor:
 
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation).
 
-    Example:
+    Examples:
         >>> import torch
         >>> [round(p, 6) for p in renormalize(torch.tensor([0.3, 0.1]).log()).exp().tolist()]
         [0.75, 0.25]

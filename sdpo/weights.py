@@ -54,7 +54,7 @@ def route_rows(success: Tensor, has_teacher: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: SRPO, arXiv 2604.02288, section 3.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> success, has_teacher = torch.tensor([True, False, False]), torch.tensor([True, True, False])
         >>> [mask.tolist() for mask in route_rows(success, has_teacher)]
@@ -95,7 +95,7 @@ def pass_rate_weights(success: Tensor, group_ids: Tensor) -> Tensor:
     Source: SC-SDPO, arXiv 2605.27765. The paper normalises per batch; that this is a mean over rows, not over
     prompts, could not be verified. For groups of one size it is the same.
 
-    Example:
+    Examples:
         >>> import torch
         >>> success = torch.tensor([True, False, True, True])
         >>> pass_rate_weights(success, torch.tensor([0, 0, 1, 1])).tolist()
@@ -143,7 +143,7 @@ def confidence_weights(teacher_entropy: Tensor, loss_mask: Tensor, *, beta: floa
 
     Source: SRPO, arXiv 2604.02288, section 3.2; its beta is 1 (section 4.1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> entropy = torch.tensor([[0.0, 1.0986, float("nan")]])
         >>> weights = confidence_weights(entropy, torch.tensor([[True, True, False]]), beta=1.0)
@@ -193,7 +193,7 @@ def evidence_weights(
 
     Source: RLSD, arXiv 2604.03128.
 
-    Example:
+    Examples:
         >>> import torch
         >>> gaps = torch.tensor([[0.1, -2.0], [0.1, -2.0]])
         >>> got = evidence_weights(torch.tensor([1.0, -1.0]), torch.zeros(2, 2), gaps, mix=1.0, clip=0.2)
@@ -238,7 +238,7 @@ def evidence_gate(log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float) 
 
     Source: SDAR, arXiv 2605.15155 (gap gating).
 
-    Example:
+    Examples:
         >>> import torch
         >>> gate = evidence_gate(torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -1.5]), beta=5.0)
         >>> [round(g, 3) for g in gate.tolist()]
@@ -277,7 +277,7 @@ def contrastive_evidence(right: Tensor, wrong: Tensor, wrong_mask: Tensor) -> Te
 
     Source: RLCSD, arXiv 2606.11709, equation 7.
 
-    Example:
+    Examples:
         >>> import torch
         >>> right, wrong = torch.tensor([[0.6]]).log(), torch.tensor([[[0.1], [0.2], [0.9]]]).log()
         >>> evidence = contrastive_evidence(right, wrong, torch.tensor([[True, True, False]]))
@@ -336,7 +336,7 @@ def select_tokens(
     here each row is scaled by itself, so that no split of a batch changes the selection, and rounded up, so that no
     active row is left without a token.
 
-    Example:
+    Examples:
         >>> import torch
         >>> entropy, divergence = torch.tensor([[2.0, 0.1, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 3.0, 0.2]])
         >>> select_tokens(entropy, divergence, torch.ones(1, 4, dtype=torch.bool), fraction=0.5).tolist()

@@ -218,7 +218,7 @@ class SDPOConfig:
 
     Source: arXiv 2601.20802 v2, and its reference implementation.
 
-    Example:
+    Examples:
         >>> SDPOConfig(alpha=1.0, k=20).teacher_mode
         'ema'
         >>> SDPOConfig.preset("rich_feedback").teacher_update_rate

@@ -51,7 +51,7 @@ def training_arguments(preset: str) -> dict[str, Any]:
 
     Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix.
 
-    Example:
+    Examples:
         >>> training_arguments("generalization")["learning_rate"]
         1e-05
     """

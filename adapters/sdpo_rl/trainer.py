@@ -131,7 +131,7 @@ class SDPOTrainer(_BASE):
 
     Source: SDPO, arXiv 2601.20802.
 
-    Example:
+    Examples:
         A run of two steps, with a reward function that returns feedback::
 
             trainer = SDPOTrainer(model, judge, GRPOConfig(max_steps=2), dataset, sdpo_config=SDPOConfig(alpha=1.0))
@@ -368,7 +368,7 @@ class SDPOTrainer(_BASE):
             ValueError: `n` is out of range, `enabled=False`, or a model that FSDP or DeepSpeed moves to its device
                 when training begins.
 
-        Example:
+        Examples:
             Before the first step::
 
                 print(trainer.preview())

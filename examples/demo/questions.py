@@ -129,7 +129,7 @@ QUESTIONS: dict[str, Question] = {
 def recorded_as(question: str, arm: demo.Arm) -> tuple[str, demo.Arm]:
     """The question and the arm that an arm is recorded as: the first with the same settings and length.
 
-    Example:
+    Examples:
         >>> recorded_as("support", QUESTIONS["support"].arms[1])[1].name
         'SDPO'
     """

@@ -195,7 +195,7 @@ def recorded_as(question: str, arm: Arm) -> tuple[str, Arm]:
     Several questions have an arm in common, which runs once; the arms of a question in CHOOSING run for it alone.
     The chosen settings are another arm's where they can be: its records stay when other settings are chosen.
 
-    Example:
+    Examples:
         >>> recorded_as("alpha", arms("alpha")[2])[1].name
         'SDPO'
     """

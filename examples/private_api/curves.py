@@ -81,7 +81,7 @@ def at(run: Run, samples: int, column: int) -> float:
 def fall(run: Run, share: float = FALLEN) -> int | None:
     """Samples from which on the accuracy is below a share of its best so far, to the end; `None` if it is not.
 
-    Example:
+    Examples:
         >>> fall({"points": [[0, 0, 0.0], [64, 0, 0.5], [128, 0, 0.3], [192, 0, 0.1]]})
         128
         >>> fall({"points": [[0, 0, 0.0], [64, 0, 0.5], [128, 0, 0.3], [192, 0, 0.5]]}) is None

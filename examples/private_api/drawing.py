@@ -162,7 +162,7 @@ def _legend(looks: Mapping[str, Look], top: float) -> tuple[list[str], float]:
 def ticks(last: int, *, at_most: int) -> list[int]:
     """Round numbers of samples from 0 to `last`.
 
-    Example:
+    Examples:
         >>> ticks(9600, at_most=6)
         [0, 2000, 4000, 6000, 8000]
     """
@@ -174,7 +174,7 @@ def ticks(last: int, *, at_most: int) -> list[int]:
 def label_places(ends: Mapping[str, float], bottom: float) -> dict[str, float]:
     """Where labels are written: near the ends of their lines, without overlap, above the bottom.
 
-    Example:
+    Examples:
         >>> label_places({"a": 100.0, "b": 100.0}, bottom=110.0)
         {'a': 88.0, 'b': 110.0}
     """

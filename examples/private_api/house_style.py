@@ -93,7 +93,7 @@ def answer(problem: Problem) -> str:
 def source(completion: str) -> str:
     """The code of a completion, without the fences that chat models put around it.
 
-    Example:
+    Examples:
         >>> source("```python\\ndef f(x):\\n    return x\\n```")
         'def f(x):\\n    return x'
     """

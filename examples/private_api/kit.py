@@ -119,7 +119,7 @@ def run(source: str) -> Any:
     Raises:
         KitError: the source is something else, the function does not exist, or it cannot take the argument.
 
-    Example:
+    Examples:
         >>> run("kit.peak([3, 8, 5])")
         8
         >>> run("kit.max([3, 8, 5])")

@@ -35,7 +35,7 @@ HELD_OUT_WORDS = ["Maple", "North", "Ocean", "Pearl"]
 def draw_question(rng: random.Random, split: Split) -> Question:
     """A random question. The splits share no phrasing and no argument.
 
-    Example:
+    Examples:
         >>> draw_question(random.Random(0), "train").answer
         'kit.level([5, 9, 5])'
     """
@@ -54,7 +54,7 @@ def draw_question(rng: random.Random, split: Split) -> Question:
 def is_told_apart(name: str, argument: Any) -> bool:
     """Whether no other function returns the same: the judge sees the value, not which function was called.
 
-    Example:
+    Examples:
         >>> is_told_apart("helm", [4, 1, 5]), is_told_apart("helm", [4, 1, 4])
         (True, False)
     """
@@ -82,7 +82,7 @@ def _argument(rng: random.Random, kind: str, split: Split) -> Any:
 def expression(completion: str) -> str:
     """The line of a completion that calls `kit`, without the fences that chat models put around code.
 
-    Example:
+    Examples:
         >>> expression("```python\\nkit.peak([1, 2])\\n```")
         'kit.peak([1, 2])'
     """
@@ -93,7 +93,7 @@ def expression(completion: str) -> str:
 def judge(completion: str, function: str, argument: str) -> Verdict:
     """Score 1 if the call returns the right value, else 0 with the interpreter's message and the documentation.
 
-    Example:
+    Examples:
         >>> print(judge("kit.max([1])", "tally", "[1]").feedback)
         AttributeError: module 'kit' has no attribute 'max'. kit.tally(argument) returns the sum of a list.
     """

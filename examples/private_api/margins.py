@@ -130,7 +130,7 @@ def leave_one_out(kept: Sequence[float], collapsed: Sequence[float]) -> int:
         kept: numbers of the runs that learned, which should be below the limit.
         collapsed: numbers of the runs that collapsed, which should not be below it.
 
-    Example:
+    Examples:
         >>> leave_one_out([0.0, 0.1], [0.3, 0.5])
         4
         >>> leave_one_out([0.0, 0.1, 0.25], [0.3, 0.5])

@@ -16,7 +16,7 @@ Files = Mapping[Path, str | None]  # what each file holds by the records; `None`
 def place(kind: str) -> re.Pattern[str]:
     """What finds the places of generated texts: `<!-- KIND: NAME -->`, the text, `<!-- end -->`.
 
-    Example:
+    Examples:
         >>> place("generated").findall("<!-- generated: setup --> <!-- end -->")
         []
         >>> place("generated").search("<!-- generated: setup -->\\n<!-- end -->")[2]

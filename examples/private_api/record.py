@@ -50,7 +50,7 @@ def log_columns(log: Sequence[dict[str, float]], *, every_step: bool) -> dict[st
         log: the metrics of each step.
         every_step: keep all, however many.
 
-    Example:
+    Examples:
         >>> log_columns([{"step": 1, "reward": 0.0}, {"step": 2, "reward": 0.5}], every_step=False)
         {'step': [1, 2], 'reward': [0.0, 0.5]}
     """

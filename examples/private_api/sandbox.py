@@ -131,7 +131,7 @@ def run_tests(source: str, name: str, cases: Sequence[Case]) -> Outcome:
     Returns:
         Whether all tests passed, and otherwise one line about the first failure.
 
-    Example:
+    Examples:
         >>> run_tests("def twice(x):\\n    return x + x", "twice", [Case([2], 4)])
         Outcome(passed=True, message=None)
         >>> run_tests("def twice(x):\\n    return x", "twice", [Case([2], 4)]).message

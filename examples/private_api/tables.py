@@ -138,7 +138,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def spread(values: Sequence[float], form: Callable[[float], str] = "{:.2f}".format) -> str:
     """The mean, and the range where there are several.
 
-    Example:
+    Examples:
         >>> spread([0.5, 0.7]), spread([0.5])
         ('0.60 (0.50–0.70)', '0.50')
     """

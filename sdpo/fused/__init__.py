@@ -249,7 +249,7 @@ def fused_distillation_loss(
     Source: SDPO, arXiv 2601.20802, section 2 (top-K distillation). Policy losses: ``clipped_policy_gradient``;
     CISPO, arXiv 2506.13585; SAPO, arXiv 2511.20347; each as in TRL.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rng = torch.Generator().manual_seed(0)
         >>> hidden = torch.randn(2, 3, 4, generator=rng).requires_grad_()

@@ -24,7 +24,7 @@ class LogProbsAndEntropy(NamedTuple):
 
     Source: SDPO, arXiv 2601.20802, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> LogProbsAndEntropy(torch.zeros(1), torch.zeros(1)).entropy
         tensor([0.])
@@ -71,7 +71,7 @@ def fused_log_probs(
 
     Source: SDPO, arXiv 2601.20802, section 2, the log-probabilities at sampling.
 
-    Example:
+    Examples:
         >>> import torch
         >>> head = LMHead(torch.tensor([[[1.0, 0.0]]]), torch.eye(2))
         >>> fused_log_probs(head, torch.tensor([[0]]), loss_mask=torch.tensor([[True]]), temperature=1.0)
@@ -123,7 +123,7 @@ def fused_log_probs_and_entropy(
 
     Source: SDPO, arXiv 2601.20802, section 2; the entropy is that of an entropy bonus (A3C, arXiv 1602.01783).
 
-    Example:
+    Examples:
         >>> import torch
         >>> head = LMHead(torch.zeros(1, 1, 2), torch.eye(2))
         >>> mask = torch.tensor([[True]])

@@ -34,7 +34,7 @@ class LMHead(NamedTuple):
 
     Source: SDPO, arXiv 2601.20802, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> head = LMHead(torch.ones(2, 3), torch.eye(4, 3))
         >>> tuple((head.hidden @ head.weight.T).shape), head.bias

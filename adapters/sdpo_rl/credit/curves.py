@@ -309,7 +309,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Any:
 def _axis(low: float, high: float, *, share: bool) -> tuple[float, float, list[tuple[float, str]]]:
     """Ends of the value axis and its ticks; it has 0 where all values have one sign, and all of [0, 1] for a share.
 
-    Example:
+    Examples:
         >>> _axis(0.2, 3.9, share=False)
         (0.0, 4.0, [(0.0, '0'), (1.0, '1'), (2.0, '2'), (3.0, '3'), (4.0, '4')])
     """
@@ -343,7 +343,7 @@ def _steps(first: int, last: int) -> list[int]:
 def _number(value: float) -> str:
     """Three digits, in few characters: the space beside the axis is narrow.
 
-    Example:
+    Examples:
         >>> [_number(value) for value in (0.0, -0.15, 1500.0, 1.5e-5, 2e6)]
         ['0', '−0.15', '1500', '1.5e−5', '2e6']
     """

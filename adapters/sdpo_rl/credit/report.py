@@ -55,7 +55,7 @@ def credit_report(
 
     Source: the log-ratio is the credit of SDPO, arXiv 2601.20802, section 2.
 
-    Example:
+    Examples:
         >>> import json, tempfile
         >>> run = Path(tempfile.mkdtemp())
         >>> _ = (run / "sdpo_log.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\\n")

@@ -35,7 +35,7 @@ def choose(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
         candidates: rows of one optimizer step.
         count: the most rows to keep, at least 1.
 
-    Example:
+    Examples:
         >>> rows = [Candidate(i, d, s, {}) for i, (d, s) in enumerate([(0.1, True), (0.9, False), (None, False)])]
         >>> [row.order for row in choose(rows, 1)], [row.order for row in choose(rows, 2)]
         ([1], [1, 2])

@@ -81,7 +81,7 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
         ids: tokens in order.
         decode: text of a list of tokens, special ones included.
 
-    Example:
+    Examples:
         >>> token_texts([104, 195, 164], lambda ids: bytes(ids).decode(errors="replace"))
         ['h', '', 'ä']
     """

@@ -102,7 +102,7 @@ def slow_reasons(
 ) -> list[str]:
     """Why a run is slow, each reason with what to change. `gpu_bytes` is 0 without a GPU.
 
-    Example:
+    Examples:
         >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True,
         ...              weight_bytes=5, gpu_bytes=24)
         ["loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"]

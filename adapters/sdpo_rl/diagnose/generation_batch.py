@@ -104,7 +104,7 @@ def generation_batch(trainer: Any) -> GenerationBatch:
 
     Source: a choice of this library.
 
-    Example:
+    Examples:
         >>> generation_batch(3)
         Traceback (most recent call last):
             ...

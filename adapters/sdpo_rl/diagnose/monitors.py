@@ -99,7 +99,7 @@ def length_limit(start: float, now: float, *, entropy_rose: bool, error: float =
         entropy_rose: the student's mean entropy is above that of the start.
         error: standard error of `now - start`.
 
-    Example:
+    Examples:
         >>> length_limit(0.1, 0.25, entropy_rose=False) is None
         True
         >>> length_limit(0.1, 0.25, entropy_rose=True)[:70]
@@ -121,7 +121,7 @@ def entropy(start: float, now: float) -> str | None:
         start: nats per token of the student when training began.
         now: the same of the last batches.
 
-    Example:
+    Examples:
         >>> entropy(0.5, 1.5) is None
         True
         >>> entropy(0.5, 2.4)[:68]
@@ -144,7 +144,7 @@ def reward(best: float, now: float, reward_range: float, *, error: float = 0.0) 
         reward_range: largest minus smallest mean reward of a batch.
         error: standard error of `best - now`.
 
-    Example:
+    Examples:
         >>> reward(0.5, 0.4, reward_range=0.8) is None
         True
         >>> reward(0.5, 0.3, reward_range=0.8)[:41]
@@ -164,7 +164,7 @@ def agreement(now: float) -> str | None:
     Args:
         now: mean divergence of the last batches, nats per token with a loss.
 
-    Example:
+    Examples:
         >>> agreement(0.02) is None
         True
         >>> agreement(0.0001)[:67]
@@ -185,7 +185,7 @@ def held_out(evaluations: Sequence[Evaluation]) -> str | None:
     Args:
         evaluations: of one data set, in order.
 
-    Example:
+    Examples:
         >>> held_out([(0.1, 0.1), (0.4, 0.3), (0.5, 0.5), (0.6, 0.5), (0.5, 0.6), (0.45, 0.6)]) is None
         True
         >>> fallen = [(0.4, 0.3), (0.5, 0.3), (0.6, 0.3), (0.2, 0.6), (0.1, 0.7), (0.1, 0.7)]
@@ -223,7 +223,7 @@ def answer_in_feedback(fraction: float) -> str | None:
         fraction: rows whose feedback has a correct completion of their group, among the failed rows with feedback
             whose group has one.
 
-    Example:
+    Examples:
         >>> answer_in_feedback(0.1) is None
         True
         >>> answer_in_feedback(0.5)[:64]

@@ -92,7 +92,7 @@ def training_report(trainer: Any) -> str:
 
     Source: a choice of this library.
 
-    Example:
+    Examples:
         >>> training_report(3)
         Traceback (most recent call last):
             ...

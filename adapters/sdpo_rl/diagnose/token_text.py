@@ -26,7 +26,7 @@ class TokenText:
         plain: where the text looks like a control token, but its tokens are those of plain text.
         cuts: where `" ... "` stands for what was cut out of a demonstration or of the feedback.
 
-    Example:
+    Examples:
         >>> print(TokenText("<bot>say <bot> ... done", plain=[(9, 14)], cuts=[(14, 19)]))
         <bot>say \\<bot>« ... »done
     """
@@ -51,7 +51,7 @@ def printable(text: str) -> str:
     Args:
         text: any text, also with lone surrogates.
 
-    Example:
+    Examples:
         >>> print(printable("red: \\x1b[31m, back: \\r, hidden: \\u202e"))
         red: \\x1b[31m, back: \\r, hidden: \\u202e
     """

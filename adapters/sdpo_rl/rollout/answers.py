@@ -15,7 +15,7 @@ def answer_in_feedback(feedback: str, completion: str, answers: Sequence[str]) -
         completion: what it is about.
         answers: correct completions of the same prompt.
 
-    Example:
+    Examples:
         >>> answer_in_feedback("expected 42, got 41", "41", ["42"])
         True
         >>> answer_in_feedback("expected 420, got 41", "41", ["42"])

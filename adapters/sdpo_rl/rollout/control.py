@@ -36,7 +36,7 @@ class ControlStrings:
         processing_class: a tokenizer, or a processor with one; it is not changed.
         chat_template: the trainer's chat template; `None`: that of `processing_class`.
 
-    Example:
+    Examples:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
         >>> vocabulary = {token: i for i, token in enumerate(["<eos>", "<", "e", "o", "s", ">"])}

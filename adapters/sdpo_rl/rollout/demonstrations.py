@@ -164,7 +164,7 @@ def teacher_context(
 def selection_seed(*position: int | bool) -> int:
     """The seed of the random policy at a position in the run, so that a resumed run draws what the first drew.
 
-    Example:
+    Examples:
         >>> selection_seed(0, 1, 0, False) == selection_seed(0, 1, 0, False) != selection_seed(0, 2, 0, False)
         True
     """

@@ -28,7 +28,7 @@ def split_rewards(name: str, outputs: Any, rows: int) -> tuple[list[Score], list
         ValueError: a number of items other than `rows`, a mapping with other keys, a score that is infinite in
             float32, or a feedback that cannot be encoded.
 
-    Example:
+    Examples:
         >>> split_rewards("judge", [1.0, (0.0, "off by one"), {"score": None}], 3)
         ([1.0, 0.0, None], [None, 'off by one', None])
     """
@@ -111,7 +111,7 @@ def check_encodable(text: str | None, where: str) -> None:
     Raises:
         ValueError: the text has one.
 
-    Example:
+    Examples:
         >>> check_encodable("caf\\udce9", "row 0")
         Traceback (most recent call last):
             ...

@@ -102,7 +102,7 @@ def completion_text(completion: Completion, *, strip: Callable[[str], str] | Non
         strip: removes the thinking from a text of the model; that in fields of their own is then left out too.
             `None`: the thinking stays.
 
-    Example:
+    Examples:
         >>> call = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
         >>> turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "name": "add", "content": "3"}]
         >>> print(completion_text([*turns, {"role": "assistant", "content": "It is 3."}]))

@@ -35,7 +35,7 @@ class RenderedPrompts:
         Raises:
             ValueError: a conversation with another ending.
 
-        Example:
+        Examples:
             >>> rendered = RenderedPrompts(("<end><bot>",), frozenset({"<user>", "<end>", "<bot>"}))
             >>> rendered.split("<user>1 + 1?<end><bot>"), rendered.split("1 + 1 =")
             (('<user>1 + 1?', '<end><bot>'), ('1 + 1 =', ''))

@@ -103,7 +103,7 @@ def success_scores(
     Returns:
         [B]; NaN where none of these functions judged the row.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rewards, weights = torch.tensor([[1.0, 0.0], [1.0, torch.nan]]), torch.tensor([0.5, 0.5])
         >>> success_scores(rewards, ["format", "correct"], weights, None).tolist()

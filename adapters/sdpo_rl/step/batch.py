@@ -79,7 +79,7 @@ def completion_loss_mask(
         row_mask: [B] bool, whether the row has a reprompt.
         tool_mask: [B, T], 0 for tokens from a tool; `None` without tools.
 
-    Example:
+    Examples:
         >>> completion_loss_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([True, False])).tolist()
         [[True, True, False], [False, False, False]]
     """
@@ -129,7 +129,7 @@ def teacher_inputs(
 def left_pad(rows: Sequence[Sequence[int]], *, pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask [B, P] of rows of different lengths, padded on the left.
 
-    Example:
+    Examples:
         >>> ids, mask = left_pad([[5], [6, 7]], pad_id=0, device=torch.device("cpu"))
         >>> ids.tolist(), mask.tolist()
         ([[0, 5], [6, 7]], [[0, 1], [1, 1]])
@@ -151,7 +151,7 @@ def last_tokens(mask: Tensor, count: float | None) -> Tensor:
     Returns:
         [B, L], 0 for padding and for tokens with at least `count` tokens of their row after them.
 
-    Example:
+    Examples:
         >>> last_tokens(torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]]), 2).tolist()
         [[0, 1, 1, 0], [0, 1, 1, 0]]
     """
@@ -164,7 +164,7 @@ def last_tokens(mask: Tensor, count: float | None) -> Tensor:
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions [B, L] that count attended tokens only, so that left padding shifts none of them.
 
-    Example:
+    Examples:
         >>> position_ids(torch.tensor([[0, 0, 1, 1]])).tolist()
         [[0, 0, 0, 1]]
     """
@@ -174,7 +174,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def columns(sizes: Sizes) -> tuple[int, int]:
     """Columns P and T for rows of these sizes; at least one of each.
 
-    Example:
+    Examples:
         >>> columns([(3, 0), (2, 5)])
         (3, 5)
     """
@@ -190,7 +190,7 @@ def row_bounds(sizes: Sizes) -> list[tuple[int, int]]:
 def joined_ranges(bounds: Sequence[tuple[int, int]]) -> Tensor:
     """The numbers of several ranges one after another, int64, in as many operations as for one.
 
-    Example:
+    Examples:
         >>> joined_ranges([(3, 5), (0, 3)]).tolist()
         [3, 4, 0, 1, 2]
     """
@@ -327,7 +327,7 @@ def equal_groups(sizes: Sizes) -> list[RowGroup]:
     Args:
         sizes: prompt and completion tokens of each row.
 
-    Example:
+    Examples:
         >>> [group.rows for group in equal_groups([(2, 1), (2, 1), (1, 2)])]
         [slice(0, 2, None), slice(2, 3, None)]
     """
@@ -353,7 +353,7 @@ def row_groups(sizes: Sizes, *, width_limit: float, token_limit: float) -> list[
         width_limit: columns of a group, tokens.
         token_limit: rows times columns of a group, tokens. A single row may exceed both limits.
 
-    Example:
+    Examples:
         >>> row_groups([(2, 1), (0, 2)], width_limit=3, token_limit=100)
         [RowGroup(rows=slice(0, 1, None), columns=slice(0, 3, None), right=1), \
 RowGroup(rows=slice(1, 2, None), columns=slice(2, 4, None), right=0)]

@@ -32,7 +32,7 @@ class CallCost(NamedTuple):
 def call_cost(model: Any) -> CallCost:
     """Estimate the cost from the precision of the weights and the hidden size; all but 4 bits count as 16.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> text = SimpleNamespace(hidden_size=3584)
         >>> config = SimpleNamespace(get_text_config=lambda: text)

@@ -20,7 +20,7 @@ def loss_count(inputs: Mapping[str, Any], aggregation: Aggregation) -> Tensor:
         inputs: of a micro-batch, with `loss_mask` and `completion_mask` [B, T], and perhaps `tool_mask` [B, T].
         aggregation: `token-mean`, `batch-token-mean` or `sequence-mean`.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
         >>> inputs = {"loss_mask": mask, "completion_mask": torch.ones(3, 2, dtype=torch.long)}
         >>> [loss_count(inputs, name).item() for name in ("token-mean", "batch-token-mean", "sequence-mean")]
@@ -39,7 +39,7 @@ def signal_counts(inputs: Mapping[str, Any], policy_mask: Tensor | None) -> Tens
         inputs: of a micro-batch, with `loss_mask` [B, T], and perhaps `row_weights` [B, 1], of the divergence.
         policy_mask: [B, T] bool; `None`: no token has a policy loss.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True], [True, False]])
         >>> signal_counts({"loss_mask": mask, "row_weights": torch.tensor([[0.0], [1.5]])}, None).tolist()
         [0, 1]

@@ -15,7 +15,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     With adapters a model has thousands of modules, and a step goes through them several times. `model.modules()`
     nests one generator for each level of the model; this is one loop.
 
-    Example:
+    Examples:
         >>> inner = nn.ReLU()
         >>> [type(module).__name__ for module in all_modules(nn.Sequential(inner, inner))]
         ['Sequential', 'ReLU']
@@ -37,7 +37,7 @@ def replaced_parameters(model: nn.Module, params: Mapping[str, Tensor]) -> Itera
     does not restore a parameter of a module that has two names; with `tie_weights=False` it must be given every
     name of a tied parameter.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> with replaced_parameters(layer, {"weight": torch.tensor([[2.0]])}):

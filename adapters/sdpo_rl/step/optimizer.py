@@ -26,7 +26,7 @@ def drop_gradients(optimizer: Any, *, unless: Callable[[], bool]) -> RemovableHa
     Returns:
         A handle whose `remove()` ends it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(1))
         >>> optimizer = torch.optim.SGD([weight], lr=0.5, weight_decay=1.0)

@@ -49,7 +49,7 @@ def fill(sizes: Sizes, tokens: int | None = None) -> float:
         sizes: prompt and completion tokens of each row.
         tokens: those that must be computed; `None`: all of the rows.
 
-    Example:
+    Examples:
         >>> fill([(2, 2), (2, 6)]), fill([(2, 2), (2, 6)], 10)
         (0.75, 0.625)
     """
@@ -62,7 +62,7 @@ def pack(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
 
     Positions start from 0 in every row, by which attention keeps rows apart; see `model_check`.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([[0, 5, 6, 7], [3, 4, 8, 0]])
         >>> batch = TokenBatch(ids, (ids > 0).long(), [(1, 2), (2, 1)])
         >>> call = pack(batch, [0, 1])
@@ -84,7 +84,7 @@ def pack_prefixes(batch: TokenBatch, rows: Sequence[int], prefixes: Prefixes) ->
         rows: in the order of `prefixes`.
         prefixes: of the batch.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([[3, 4, 6, 7], [3, 4, 8, 0]])
         >>> batch = TokenBatch(ids, (ids > 0).long(), [(2, 2), (2, 1)])
         >>> call = pack_prefixes(batch, [0, 1], Prefixes(order=[0, 1], common=[0, 2]))
@@ -125,7 +125,7 @@ def _packed_call(
 def group(batch: TokenBatch, rows: Sequence[int]) -> ModelCall:
     """These rows of a batch, padded, with the columns that any of them attends.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([[0, 5, 6, 7], [3, 4, 8, 0]])
         >>> batch = TokenBatch(ids, (ids > 0).long(), [(1, 2), (2, 1)])
         >>> call = group(batch, [1])
@@ -163,7 +163,7 @@ def packed_rows(sizes: Sizes, *, token_limit: float) -> list[list[int]]:
         sizes: prompt and completion tokens of each row.
         token_limit: tokens of a call. A single row may exceed it.
 
-    Example:
+    Examples:
         >>> packed_rows([(1, 1), (2, 4), (2, 2)], token_limit=8)
         [[0, 1], [2]]
     """
@@ -196,7 +196,7 @@ def alike_rows(sizes: Sizes, limits: CallLimits) -> list[list[int]]:
     A call costs max(rows · columns + `overhead_tokens`, `min_tokens`). Rows are sorted by their length, and every
     division of the sorted rows is considered.
 
-    Example:
+    Examples:
         >>> alike_rows([(2, 9), (2, 2), (2, 8), (2, 1)], CallLimits(width=20, tokens=100, overhead_tokens=1))
         [[0, 2], [1, 3]]
         >>> limits = CallLimits(width=20, tokens=100, overhead_tokens=1, min_tokens=30)
@@ -234,7 +234,7 @@ def equal_rows(sizes: Sizes, *, token_limit: float) -> list[list[int]]:
         sizes: prompt and completion tokens of each row.
         token_limit: tokens of a call. A single row may exceed it.
 
-    Example:
+    Examples:
         >>> equal_rows([(2, 1), (1, 2), (2, 1), (2, 1)], token_limit=6)
         [[0, 2], [1], [3]]
     """
@@ -251,7 +251,7 @@ def equal_rows(sizes: Sizes, *, token_limit: float) -> list[list[int]]:
 def divided(calls: list[list[int]], sizes: Sizes, count: int) -> list[list[int]]:
     """At least `count` calls where there are as many rows: the largest call is halved until there are.
 
-    Example:
+    Examples:
         >>> divided([[0, 1, 2]], [(1, 1), (1, 1), (1, 5)], 2)
         [[0, 1], [2]]
     """

@@ -129,7 +129,7 @@ def part_weights(config: SDPOConfig, *, step: int, last_step: int) -> tuple[floa
 
     Otherwise λ and 1 − λ, where λ changes linearly from the first step, 0, to the last.
 
-    Example:
+    Examples:
         >>> config = SDPOConfig(grpo_weight=0.75, grpo_weight_final=0.25)
         >>> [part_weights(config, step=step, last_step=4) for step in (0, 2, 4)]
         [(0.75, 0.25), (0.5, 0.5), (0.25, 0.75)]
@@ -151,7 +151,7 @@ def token_weights(term: PolicyTerm, mask: Tensor, *, accumulation_steps: int, st
         accumulation_steps: micro-batches of the optimizer step; 1 in an evaluation.
         step_tokens: [] sampled tokens of the optimizer step, the mean over processes.
 
-    Example:
+    Examples:
         >>> mask = torch.tensor([[True, True], [True, False]])
         >>> term = PolicyTerm("grpo", 0.2, 0.2, (1.0, 1.05), 0.0, False, 8)
         >>> token_weights(term, mask, accumulation_steps=1, step_tokens=torch.tensor(3.0)).tolist()

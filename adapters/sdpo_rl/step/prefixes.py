@@ -37,7 +37,7 @@ def shared_prefixes(batch: TokenBatch) -> Prefixes:
     Of all earlier rows, the one directly before has the longest prefix in common.
     Reads the prompts from the device if the batch has none on the host.
 
-    Example:
+    Examples:
         >>> ids = torch.tensor([[5, 6, 7, 1], [0, 5, 6, 2], [5, 6, 7, 3]])
         >>> shared_prefixes(TokenBatch(ids, (ids > 0).long(), [(3, 1), (2, 1), (3, 1)]))
         Prefixes(order=[1, 0, 2], common=[0, 2, 3])
@@ -63,7 +63,7 @@ def _common(first: Sequence[int], second: Sequence[int]) -> int:
 def taken_tokens(sizes: Sizes, prefixes: Prefixes, rows: Sequence[int]) -> list[int]:
     """The first tokens of each row that the row before it holds, for rows in the order of `prefixes`.
 
-    Example:
+    Examples:
         >>> taken_tokens([(3, 1), (2, 1), (3, 1)], Prefixes([1, 0, 2], [0, 2, 3]), [1, 2])
         [0, 2]
     """
@@ -79,7 +79,7 @@ def taken_tokens(sizes: Sizes, prefixes: Prefixes, rows: Sequence[int]) -> list[
 def packed_tokens(sizes: Sizes, prefixes: Prefixes, rows: Sequence[int]) -> int:
     """Tokens of the packed sequence of these rows, in the order of `prefixes`.
 
-    Example:
+    Examples:
         >>> packed_tokens([(3, 1), (2, 1), (3, 1)], Prefixes([1, 0, 2], [0, 2, 3]), [1, 0, 2])
         6
     """
@@ -95,7 +95,7 @@ def prefix_rows(sizes: Sizes, prefixes: Prefixes, *, token_limit: float) -> list
         prefixes: of the rows.
         token_limit: tokens of a call. A single row may exceed it.
 
-    Example:
+    Examples:
         >>> prefix_rows([(3, 1), (2, 1), (3, 1)], Prefixes([1, 0, 2], [0, 2, 3]), token_limit=5)
         [[1, 0], [2]]
     """
@@ -116,7 +116,7 @@ def prefix_rows(sizes: Sizes, prefixes: Prefixes, *, token_limit: float) -> list
 def place_rows(sizes: Sizes, prefixes: Prefixes, rows: Sequence[int]) -> PackedRows:
     """The positions of these rows in a packed sequence, in the order of `prefixes`, each prefix in common once.
 
-    Example:
+    Examples:
         >>> packed = place_rows([(3, 1), (2, 1), (3, 1)], Prefixes([1, 0, 2], [0, 2, 3]), [0, 2])
         >>> [places.tolist() for places in packed.places]
         [[0, 1, 2, 3], [0, 1, 2, 4]]

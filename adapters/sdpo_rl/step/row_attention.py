@@ -49,7 +49,7 @@ class Rows(NamedTuple):
     def lengths(self) -> list[int]:
         """Tokens of each row.
 
-        Example:
+        Examples:
             >>> Rows(pieces=[3, 2, 4], members=[[0, 1], [0, 2]], own=[5, 4]).lengths
             [5, 7]
         """
@@ -67,7 +67,7 @@ class RowMask(torch.Tensor):
     Raises:
         TypeError: another operation than `scaled_dot_product_attention` uses the mask's values.
 
-    Example:
+    Examples:
         >>> rows = Rows(pieces=[1, 2, 2], members=[[0, 1], [0, 2]], own=[3, 2])
         >>> mask = RowMask(rows, torch.device("cpu"))
         >>> query = key = value = torch.randn(1, 2, 5, 4)

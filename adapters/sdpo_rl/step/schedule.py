@@ -30,7 +30,7 @@ class Schedule:
     def generate_every(self) -> int:
         """Micro-batches from one generation batch to the next.
 
-        Example:
+        Examples:
             >>> Schedule(2, 4, 2, 8, 3, 4).generate_every
             24
         """
@@ -42,7 +42,7 @@ class Schedule:
         Args:
             teacher_tick: `SDPOConfig.teacher_tick`.
 
-        Example:
+        Examples:
             >>> schedule = Schedule(2, 4, 2, 8, 1, 4)
             >>> schedule.samples_per_tick("optimizer_step"), schedule.samples_per_tick("generation_batch")
             (16.0, 64.0)

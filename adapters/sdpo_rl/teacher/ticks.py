@@ -15,7 +15,7 @@ class TickSchedule:
     Args:
         per_generation_batch: one update for each generation batch, not for each optimizer step.
 
-    Example:
+    Examples:
         >>> ticks = TickSchedule(per_generation_batch=True)
         >>> [ticks.due(has_signal=step == 0, generation_batches=step // 2) for step in range(5)]
         [0, 0, 1, 0, 0]

@@ -41,7 +41,7 @@ def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -
 
     Source: a choice of this library.
 
-    Example:
+    Examples:
         >>> probe(3)
         Traceback (most recent call last):
             ...

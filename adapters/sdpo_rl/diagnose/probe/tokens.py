@@ -29,7 +29,7 @@ def alphas(config: SDPOConfig) -> list[float]:
 def near_agreement(alpha: float) -> float:
     """The factor c of the gradient c·(p − q) near p = q: 1 for both KL divergences, α(1−α) between them.
 
-    Example:
+    Examples:
         >>> near_agreement(0.0), near_agreement(0.5), near_agreement(1.0)
         (1.0, 0.25, 1.0)
     """
@@ -100,7 +100,7 @@ def token_sums(
 def add(parts: Iterable[Mapping[str, float]]) -> Sums:
     """The sums of all parts together.
 
-    Example:
+    Examples:
         >>> add([{"tokens": 1.0}, {"tokens": 2.0}])
         {'tokens': 3.0}
     """
@@ -114,7 +114,7 @@ def add(parts: Iterable[Mapping[str, float]]) -> Sums:
 def evenly(count: int, limit: int) -> Sequence[int]:
     """At most `limit` of `count` positions, evenly spaced.
 
-    Example:
+    Examples:
         >>> list(evenly(3, 10)), list(evenly(10, 3))
         ([0, 1, 2], [0, 3, 6])
     """
