@@ -10,11 +10,7 @@ from typing import Any, Literal
 
 Method = Literal["sdpo", "grpo", "supervised"]
 GROUP = 8  # completions of a prompt
-SAMPLING = (
-    "generate",
-    "graph",
-    "compiled",
-)  # by transformers; with one CUDA graph a token; of a compiled model
+SAMPLING = ("generate", "graph")  # by transformers; with one CUDA graph a token
 # Seeds from here on are for choosing settings, such as GRPO's learning rate; the seeds of the results are below.
 FIRST_SEED_FOR_CHOOSING = 100
 CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer, and no other

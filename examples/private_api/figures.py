@@ -76,15 +76,8 @@ QUESTIONS = {
     "lasting": Question("Does it last?", "Five times the samples."),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }
-SHORT = (
-    "settings",
-    "alpha",
-    "support",
-    "cures",
-    "large batches",
-    "lasting",
-    "lora",
-)  # tables of the other page
+# Tables of the other page.
+SHORT = ("settings", "alpha", "support", "cures", "large batches", "lasting", "lora")
 
 
 def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, str]]:

@@ -117,8 +117,7 @@ def arguments() -> argparse.Namespace:
         "--sampling",
         choices=SAMPLING,
         default="generate",
-        help="how completions are drawn: by transformers, with one CUDA graph a token, or with the graph of a "
-        "compiled model",
+        help="how completions are drawn: by transformers, or with one CUDA graph a token",
     )
     parser.add_argument("--output", type=Path, default=Path("output/private_api"))
     options = parser.parse_args()

@@ -3,8 +3,7 @@
 A decoding step of a small model is hundreds of short kernels, and a GPU waits for the CPU to launch each of them.
 Here the step is captured once as a graph, on a key/value cache of fixed length, and each token costs one launch.
 The weights are used where they are, or cast once per batch, so a graph follows an optimizer that updates them in
-place. A prompt that successive rows share is prefilled once. `torch.compile` joins the step's kernels, if asked to.
-A module of `train.py`; nothing to run.
+place. A prompt that successive rows share is prefilled once. A module of `train.py`; nothing to run.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ HANDLED = {
 }
 
 
-def sample_with_graphs(model: Any, autocast: torch.dtype | None = None, *, compiled: bool = False) -> None:
+def sample_with_graphs(model: Any, autocast: torch.dtype | None = None) -> None:
     """Replace `model.generate` where it samples from the model's own distribution, or takes its argmax.
 
     A call with any other option goes to the model's own method, and so does one within an autocast region if
@@ -52,8 +51,6 @@ def sample_with_graphs(model: Any, autocast: torch.dtype | None = None, *, compi
             Prompts have to be padded on the left.
         autocast: the dtype of the autocast region that `model.forward` runs in; `None` if it runs in none. Weights
             are then cast once for a batch instead of once for each of its tokens.
-        compiled: whether the step that samples is compiled. Greedy decoding, which is for evaluation, never is: it
-            runs too rarely to earn its compilation.
     """
     original = model.generate
     weights = _linear_weights(model) if autocast is not None else {}
@@ -79,8 +76,7 @@ def sample_with_graphs(model: Any, autocast: torch.dtype | None = None, *, compi
             if casts:
                 torch._foreach_copy_(list(casts.values()), list(weights.values()))
             if key not in samplers:
-                step = compiled and bool(config.do_sample)
-                samplers[key] = Sampler(sampling_model, len(ids), width, config, pool, compiled=step)
+                samplers[key] = Sampler(sampling_model, len(ids), width, config, pool)
             # A graph would keep what autocast's cache had at capture.
             region = torch.autocast(model.device.type, autocast, cache_enabled=False)
             with region if autocast is not None else nullcontext():
@@ -104,23 +100,12 @@ class Sampler:
         width: length to which prompts are padded on the left.
         config: with `do_sample`, `max_new_tokens`, `eos_token_id` and `pad_token_id`.
         pool: memory pool of the graph; by default its own.
-        compiled: whether the model of a step is compiled.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        rows: int,
-        width: int,
-        config: GenerationConfig,
-        pool: Any = None,
-        *,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, model: Any, rows: int, width: int, config: GenerationConfig, pool: Any = None) -> None:
         device, tokens = model.device, config.max_new_tokens
         length = -(-(width + tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
         self._model, self._width, self._tokens = model, width, tokens
-        self._step_model = torch.compile(model, dynamic=False) if compiled else model
         self._sample = bool(config.do_sample)
         self._pad, self._eos = config.pad_token_id, torch.tensor(_eos_ids(config), device=device)
         self._cache = Cache(layers=[_Layer(length) for _ in range(model.config.num_hidden_layers)])
@@ -182,8 +167,7 @@ class Sampler:
         self._append(self._logits(self._token, self._attended, self._position, self._cache))
 
     def _logits(self, ids: Tensor, attended: Tensor, positions: Tensor, cache: Cache) -> Tensor:
-        model = self._step_model if cache is self._cache else self._model
-        logits: Tensor = model(
+        logits: Tensor = self._model(
             input_ids=ids,
             attention_mask=attended,
             position_ids=positions,

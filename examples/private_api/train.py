@@ -253,8 +253,7 @@ def arguments() -> argparse.Namespace:
         "--sampling",
         choices=SAMPLING,
         default="generate",
-        help="how completions are drawn: by transformers, with one CUDA graph a token, or with the graph of a "
-        "compiled model",
+        help="how completions are drawn: by transformers, or with one CUDA graph a token",
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
@@ -282,10 +281,10 @@ def main() -> None:
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    if options.sampling != "generate":
+    if options.sampling == "graph":
         # Accelerate puts an autocast region around the forward of the model that it trains.
         autocast = torch.bfloat16 if device == "cuda" and arm.lora_rank is None else None
-        sample_with_graphs(model, autocast, compiled=options.sampling == "compiled")
+        sample_with_graphs(model, autocast)
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
     described = description(options, arm)

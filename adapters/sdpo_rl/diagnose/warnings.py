@@ -15,9 +15,9 @@ from .monitors import Monitors
 
 logger = logging.getLogger("sdpo_rl")
 
-# Options of `GRPOConfig` that shape GRPO's loss and nothing else.
+# Options of `GRPOConfig` that only GRPO's advantages and clipped loss read.
 _GRPO_LOSS_OPTIONS = ("loss_type", "epsilon", "epsilon_high", "scale_rewards", "multi_objective_aggregation")
-# Fraction of the rows with a cut reprompt, from which on it is a warning.
+# Fraction of the rows with a truncated reprompt, above which there is a warning.
 _MANY_TRUNCATED = 0.25
 # Mean completion length relative to that of the first batches, below which completions have collapsed.
 _COLLAPSED_LENGTH = 0.25
@@ -27,13 +27,14 @@ _LOW_TOPK_MASS = 0.9
 # The paper's moving average: its rate, and the completions of one update (32 prompts × 8).
 PUBLISHED_RATE = 0.05
 _PUBLISHED_SAMPLES = 256
-# Times that pace, per completion or per update. The fastest published setting has 3.1 (0.01 for 16 completions);
-# 0.05 for batches of 64, with which recorded runs learned less (docs/choosing.md), has 4.
+# A teacher more than so many times as fast as the paper's has a warning. The fastest published setting has
+# 3.1 (0.01 for 16 completions); 0.05 for batches of 64, with which recorded runs learned less, has 4
+# (docs/choosing.md).
 _FAST_PACE = 3.5
 
 
 def warn_of_grpo_options(args: Any) -> None:
-    """One warning with every option of GRPO's loss that is not at its default, if there is any."""
+    """One warning with those of `_GRPO_LOSS_OPTIONS` that are not at their defaults, if there are any."""
     # Not of the fields: Unsloth's configuration has a constructor with other defaults.
     parameters = inspect.signature(type(args)).parameters
     changed = [
@@ -78,14 +79,14 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     if pace * _PUBLISHED_SAMPLES / samples > _FAST_PACE:
         found = f"{published:.2g} per {_PUBLISHED_SAMPLES}"
     elif pace * samples_per_tick / samples > _FAST_PACE:
-        found = f"{of_update:.2g} in one update, after {samples_per_tick:g}"
+        found = f"{of_update:.2g} per update, of {samples_per_tick:g} completions"
     else:
         return None
-    # In larger batches the paper's rate per completions would be too fast per update.
+    # In larger batches the paper's rate per 256 completions would itself be too fast per update.
     small = samples_per_tick <= _FAST_PACE * _PUBLISHED_SAMPLES
     wanted = _PUBLISHED_SAMPLES if small else None
     unit = "" if config.teacher_rate_samples == wanted else f"teacher_rate_samples={wanted} with "
-    # A rate per completions is as fast in a larger batch.
+    # Larger batches help only where the rate is that of an update, however many completions it has.
     larger = config.teacher_rate_samples is None and small and pace <= _FAST_PACE
     fix = (
         f"{unit}teacher_update_rate={PUBLISHED_RATE:g}{', or enlarge the generation batch' if larger else ''}"
@@ -124,7 +125,7 @@ def low_mass(mass: float, k: int) -> str | None:
 
 
 def warn_of_padding(model: Any) -> None:
-    """The model reads padding, which costs time here and the quality of the samples elsewhere."""
+    """Warn of a model whose outputs depend on padding: training takes longer, and samples may be worse."""
     logger.warning(
         "%s reads the padding before a row, although the attention mask hides it: rows of different lengths run "
         "one after the other here, but GRPOTrainer still samples them from one padded batch. Prompts of one "

@@ -1,8 +1,8 @@
-"""Attention over packed rows without work across rows: an SDPA mask subclass that computes each row separately.
+"""Attention over packed rows without work across rows: a tensor subclass that SDPA takes as its mask.
 
 A dense mask of a packed sequence makes attention compute every pair of its tokens. `RowMask` is a mask for
-`scaled_dot_product_attention` that knows the rows instead: each row's queries meet that row's keys, with torch's
-kernel for sequences of different lengths where there is one, and row by row elsewhere. Rows may share a prefix,
+`scaled_dot_product_attention` that knows the rows instead: each row's queries attend to that row's keys only,
+with torch's variable-length attention kernel where there is one, and row by row elsewhere. Rows may share a prefix,
 which the sequence then stores once.
 
 Like torch's own `torch.nn.attention.bias.CausalBias`, it is a tensor subclass that overrides
@@ -37,13 +37,14 @@ _HEAD_DIM_MULTIPLE = 8  # the kernel needs a head_dim that is a multiple of it
 class Rows(NamedTuple):
     """Which tokens of a packed sequence belong to each row.
 
-    The sequence is split into contiguous pieces. A row is a list of pieces: first the prefix that it shares with
-    earlier rows, if any, then its own suffix. The suffixes are in the sequence in the order of the rows.
+    The sequence is split into contiguous pieces, and a row is a list of them: the prefixes that it shares with
+    other rows, then its own suffix. A shared piece is stored once, with the first row that has it, and its queries
+    are computed with that row.
     """
 
     pieces: Sequence[int]  # length of each piece; the sum is N
     members: Sequence[Sequence[int]]  # indices of each row's pieces
-    own: Sequence[int]  # length of each row's suffix, which no earlier row has; the sum is N
+    own: Sequence[int]  # tokens of each row that no earlier row has: its queries; the sum is N
 
     @property
     def lengths(self) -> list[int]:
@@ -57,12 +58,12 @@ class Rows(NamedTuple):
 
 
 class RowMask(torch.Tensor):
-    """A causal mask of each row, of shape [1, 1, N, N], that does not store N² entries.
+    """A causal mask for each row, of shape [1, 1, N, N] without N² stored entries.
 
     Args:
         rows: of the packed sequence.
         device: of the sequence.
-        window: number of nearest tokens that a token attends, itself included; `None`: all.
+        window: of sliding-window attention: the last tokens that a token attends to, itself included; `None`: all.
 
     Raises:
         TypeError: another operation than `scaled_dot_product_attention` uses the mask's values.
@@ -108,10 +109,11 @@ class RowMask(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """The attention of the rows, and what describes a tensor."""
+        """SDPA as attention within the rows, and queries of shape and dtype; nothing else reads the mask."""
         if func is scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
-        if func in (Tensor.to, Tensor.detach):  # by gradient checkpointing, and by what places inputs
+        if func in (Tensor.to, Tensor.detach):  # gradient checkpointing and device hooks call them
+            # The index tensors go to the device of the queries later.
             return args[0]
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "dim", "size", "is_floating_point", "is_complex"):
@@ -123,7 +125,7 @@ class RowMask(torch.Tensor):
 
 
 def row_masks(config: Any, rows: Rows, device: torch.device) -> Any:
-    """A model's `attention_mask`: a `RowMask`, or one by layer type where some layers have a window.
+    """A model's `attention_mask`: a `RowMask`, or one for each layer type of a model with several.
 
     Args:
         config: of the text model, with `sliding_window` and `layer_types` where it has them.
@@ -196,7 +198,7 @@ def _dense(queries: int, keys: int, window: int | None, device: torch.device) ->
     return (distance >= 0) & (distance < (keys if window is None else window))
 
 
-# --- torch's kernel for sequences of different lengths ----------------------------------------------------
+# --- torch's variable-length attention kernel -------------------------------------------------------------
 
 
 def _kernel_options(window: int | None, scale: float | None, head_dim: int) -> dict[str, Any] | None:
@@ -236,7 +238,7 @@ def _by_kernel(
     query, key, value = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
     if mask._gather is not None:
         key, value = _Gather.apply(mask._gather.to(query.device), key, value)
-    # The kernel aligns its causal mask at the last query and key, as a prefix without queries requires.
+    # The kernel's causal mask is aligned at the bottom right, as a row with more keys than queries needs.
     output = _KERNEL(query, key, value, cu_seq_q, cu_seq_k, *mask._max_seqlens, **options)
     return output.transpose(0, 1)[None]
 
@@ -245,7 +247,7 @@ class _GatherIndex(NamedTuple):
     """The index that lays out all rows, one after another at M positions, from the N tokens of the sequence."""
 
     tokens: Tensor  # [M] int64
-    # For each number n of positions that a token can have: the T tokens with so many, and their positions [T, n].
+    # Tokens by the number n of their positions: for each n the tokens [T] that have so many, and these [T, n].
     positions: Sequence[tuple[Tensor, Tensor]]
 
     def to(self, device: torch.device) -> _GatherIndex:
@@ -275,9 +277,8 @@ def _gather_index(rows: Rows, device: torch.device) -> _GatherIndex:
 class _Gather(torch.autograd.Function):
     """Keys and values [N, H, D] of the sequence at the M positions, [M, H, D] each.
 
-    One index for all rows: pieces that are split and joined are operations for each row in every layer. A token's
-    gradients are summed by a reduction; the backward of `index_select` would add them by atomic operations, whose
-    order varies.
+    One `index_select` in place of a split and a concatenation for each row in every layer. The backward sums a
+    token's gradients by a deterministic reduction; that of `index_select` has atomic additions, whose order varies.
     """
 
     @staticmethod
@@ -287,11 +288,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(_scatter_add(grad, ctx.positions) for grad in grads)
+        return None, *(_sum_of_positions(grad, ctx.positions) for grad in grads)
 
 
-def _scatter_add(grad: Tensor, positions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sums [N, ...] of the gradients [M, ...] of all positions of each token."""
+def _sum_of_positions(grad: Tensor, positions: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sums [N, ...] of the gradients [M, ...] of all positions of each token; each token has at least one."""
     total = grad.new_empty(sum(len(tokens) for tokens, _ in positions), *grad.shape[1:])
     for tokens, places in positions:
         total.index_copy_(0, tokens, grad[places].sum(1))
