@@ -437,7 +437,11 @@ OF_AN_UPDATE: dict[str, Any] = {"teacher_rate_samples": None}
             "; set teacher_rate_samples=None with teacher_update_rate=0.05.",
         ),
         ({"teacher_update_rate": 0.3, "teacher_rate_samples": 64}, 8, "0.3 per 64 completions"),
-        ({}, 1024, "0.05 per 256 completions is 0.19 per update, of 1024 completions, where the paper has 0.05"),
+        (
+            {},
+            1024,
+            "0.05 per 256 completions is 0.19 per update, of 1024 completions, where the paper has 0.05",
+        ),
         ({}, 1024, "; set teacher_rate_samples=None with teacher_update_rate=0.05."),
         ({}, 768, None),
         ({**OF_AN_UPDATE, "teacher_update_rate": 0.3}, 1024, "collapses; set teacher_update_rate=0.05."),
