@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -190,15 +193,19 @@ def test_a_record_is_written_at_each_evaluation(
     assert json.loads(target.read_text()) == seen[-1]
 
 
-# Writes a record as a run does, and goes on for as long as it is asked to.
-FAKE_RUN = """
-import json, os, sys, time
-path, seconds = sys.argv[1:3]
-record = {"arm": "A", "seed": 0, "seconds": 1, "points": [[64, 0.1, 0.2]], "complete": float(seconds) == 0}
-record["device"] = os.environ.get("CUDA_VISIBLE_DEVICES")
-open(path, "w").write(json.dumps(record))
-time.sleep(float(seconds))
-"""
+def fake_run(given: Sequence[str]) -> None:
+    """Write a record as a run does, and go on for as long as it is asked to."""
+    path, seconds = given
+    record = {
+        "arm": "A",
+        "seed": 0,
+        "seconds": 1,
+        "points": [[64, 0.1, 0.2]],
+        "complete": float(seconds) == 0,
+    }
+    record["device"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+    Path(path).write_text(json.dumps(record))
+    time.sleep(float(seconds))
 
 
 def fake_job(folder: Path, name: str, seconds: float, length: int = 1) -> jobs.Job:
@@ -206,14 +213,10 @@ def fake_job(folder: Path, name: str, seconds: float, length: int = 1) -> jobs.J
     return jobs.Job(name, 0, path, (str(path), str(seconds)), length)
 
 
-def test_runs_end_with_the_time_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(jobs, "TRAIN", tmp_path / "fake.py")
-    jobs.TRAIN.write_text(FAKE_RUN)
+def test_runs_end_with_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     todo = [fake_job(tmp_path, "short", 0), fake_job(tmp_path, "late", 0), fake_job(tmp_path, "long", 600, 5)]
     # The longest starts first, so that the others have no time.
-    assert jobs.run_all(todo, devices=[None], per_device=1, minutes=0.1) == 0
+    assert jobs.run_all(todo, fake_run, devices=[None], per_device=1, minutes=0.1) == 0
     printed = capsys.readouterr().out
     assert (
         "long, seed 0: accuracy 0.20, best 0.20, probability 0.10 after 64 samples (incomplete), 1 s"
@@ -223,16 +226,38 @@ def test_runs_end_with_the_time_limit(
     assert not json.loads(todo[2].record.read_text())["complete"]
     # What is incomplete or missing is made, what is complete is not.
     again = [fake_job(tmp_path, name, 0) for name in ("short", "late", "long")]
-    assert jobs.run_all(again, devices=["3", "5"], per_device=2, minutes=None) == 0
+    assert jobs.run_all(again, fake_run, devices=["3", "5"], per_device=2, minutes=None) == 0
     records = [json.loads(job.record.read_text()) for job in again]
     assert all(record["complete"] for record in records)
     assert {record["device"] for record in records} == {"3", "5"}
     before = [job.record.stat().st_mtime_ns for job in again]
-    assert jobs.run_all(again, devices=[None], per_device=1, minutes=None) == 0
+    assert jobs.run_all(again, fake_run, devices=[None], per_device=1, minutes=None) == 0
     assert [job.record.stat().st_mtime_ns for job in again] == before
     broken = jobs.Job("broken", 0, tmp_path / "broken.json", ())
-    assert jobs.run_all([broken], devices=[None], per_device=1, minutes=None) == 1
-    assert "broken, seed 0: failed" in capsys.readouterr().err
+    assert jobs.run_all([broken], fake_run, devices=[None], per_device=1, minutes=None) == 1
+    assert "not enough values to unpack" in capsys.readouterr().err
+
+
+def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:
+    """Each run notes how much memory the runs beside it and its own take together."""
+    sizes = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 9.0}  # the last takes more than there is
+
+    def noting(given: Sequence[str]) -> None:
+        (name,) = given
+        (tmp_path / f"{name}.running").touch()
+        time.sleep(0.5)
+        together = sum(sizes[path.stem] for path in tmp_path.glob("*.running"))
+        record = {"arm": name, "seed": 0, "seconds": 1, "points": [[64, 0.1, 0.2]], "complete": True}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**record, "together": together}))
+        (tmp_path / f"{name}.running").unlink()
+
+    todo = [
+        jobs.Job(name, 0, tmp_path / f"{name}.json", (name,), memory=size) for name, size in sizes.items()
+    ]
+    assert jobs.run_all(todo, noting, devices=[None], per_device=3, minutes=None) == 0
+    together = {job.arm: json.loads(job.record.read_text())["together"] for job in todo}
+    assert together.pop("e") == 9.0
+    assert max(together.values()) == 3.0
 
 
 def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:

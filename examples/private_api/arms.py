@@ -43,6 +43,12 @@ class Arm:
     length: int = 1  # its samples, as a multiple of those of other arms
     decay: bool = False  # the learning rate falls linearly to 0; otherwise it is constant
 
+    @property
+    def memory(self) -> float:
+        """GPU memory, as a multiple of that of most arms."""
+        all_logits = {"anchor_weight", "entry_clip"} & self.settings.keys()
+        return 2.0 if self.samples_per_step > 64 or all_logits else 1.0
+
     def all_settings(self) -> dict[str, Any]:
         """The arguments of `SDPOConfig`; none without SDPO."""
         return {**SDPO_SETTINGS, **self.settings} if self.method == "sdpo" else {}

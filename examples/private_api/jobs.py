@@ -6,20 +6,22 @@ A module of `run.py`; nothing to run.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import queue
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 from curves import Run, one_line
 
-TRAIN = Path(__file__).with_name("train.py")
 SECONDS_TO_STOP = 10.0
+
+Train = Callable[[Sequence[str]], None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Job:
     record: Path
     arguments: tuple[str, ...]
     length: int = 1  # its samples, as a multiple of those of others
+    memory: float = 1.0  # of its device, as a multiple of that of others
 
 
 def read(path: Path) -> Run | None:
@@ -38,90 +41,111 @@ def read(path: Path) -> Run | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_one(job: Job, device: str | None, threads: int, deadline: float) -> str | None:
-    """Run `train.py` unless its record is complete.
-
-    Args:
-        job: the run.
-        device: number of its GPU; `None`: what is visible.
-        threads: of the CPU.
-        deadline: when to stop, by `time.monotonic`.
-
-    Returns:
-        The end of its output if it failed.
-    """
-    if (known := read(job.record)) is not None and known["complete"]:
-        return None
-    if time.monotonic() >= deadline:
-        return None
-    job.record.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    if device is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = device
-    log = job.record.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, str(TRAIN), *job.arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            stop(process)
-            return None
-        finally:
-            if process.poll() is None:  # an interrupt, for example
-                stop(process)
-    return None if process.returncode == 0 else log.read_text()[-2000:]
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a run; its record stays as the last evaluation left it."""
-    process.terminate()
-    try:
-        process.wait(SECONDS_TO_STOP)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def run_all(
-    todo: Sequence[Job], *, devices: Sequence[str | None], per_device: int, minutes: float | None
+    todo: Sequence[Job],
+    train: Train,
+    *,
+    devices: Sequence[str | None],
+    per_device: int,
+    minutes: float | None,
 ) -> int:
-    """Run jobs, longest first.
+    """Make the runs whose records are not complete, longest first.
 
     Args:
         todo: the runs.
+        train: called in a process of its own with the arguments of a job.
         devices: numbers of GPUs; `None`: what is visible.
-        per_device: runs at a time on each.
+        per_device: runs of memory 1 at a time on each.
         minutes: after which none starts, and those that run are stopped; `None`: no limit.
 
     Returns:
         The number of runs that failed.
     """
     deadline = time.monotonic() + (60 * minutes if minutes is not None else float("inf"))
-    places: queue.Queue[str | None] = queue.Queue()
-    for _ in range(per_device):
-        for device in devices:
-            places.put(device)
-    threads = max(1, (os.cpu_count() or 1) // places.qsize())
+    threads = max(1, (os.cpu_count() or 1) // (per_device * len(devices)))
+    waiting = sorted(todo, key=lambda job: -job.length)
+    running: dict[BaseProcess, tuple[Job, str | None]] = {}
+    failures = 0
 
-    def at_a_place(job: Job) -> bool:
-        device = places.get()
-        try:
-            error = run_one(job, device, threads, deadline)
-        finally:
-            places.put(device)
-        record = read(job.record)
-        if error is not None:
-            print(f"{job.arm}, seed {job.seed}: failed\n{error}", file=sys.stderr, flush=True)
-        elif record is None:
-            print(f"{job.arm}, seed {job.seed}: no time left", flush=True)
-        else:
-            print(one_line({**record, "arm": job.arm}), flush=True)
-        return error is not None
+    def free(device: str | None) -> float:
+        return per_device - sum(job.memory for job, place in running.values() if place == device)
 
-    with ThreadPoolExecutor(places.qsize()) as pool:
-        return sum(pool.map(at_a_place, sorted(todo, key=lambda job: -job.length)))
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                place = max(devices, key=free)
+                is_complete = (known := read(job.record)) is not None and known["complete"]
+                if is_complete or time.monotonic() >= deadline:
+                    waiting.remove(job)
+                    report(job)
+                elif free(place) >= min(job.memory, per_device):
+                    waiting.remove(job)
+                    running[start(job, train, place, threads)] = (job, place)
+            if running:
+                seconds = min(max(0.0, deadline - time.monotonic()), 60.0)  # an infinite one overflows
+                wait([process.sentinel for process in running], seconds)
+            if time.monotonic() >= deadline:
+                stop(running)
+            for process in [process for process in running if process.exitcode is not None]:
+                job, _ = running.pop(process)
+                failed = process.exitcode != 0 and time.monotonic() < deadline
+                failures += failed
+                report(job, failed=failed)
+    finally:
+        stop(running)  # after an interrupt, for example
+    return failures
+
+
+def start(job: Job, train: Train, device: str | None, threads: int) -> BaseProcess:
+    """Start a run, as a fork where that is possible: its imports are done, which take longer than many steps."""
+    # A process whose parent has used CUDA cannot.
+    can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
+    process = multiprocessing.get_context("fork" if can_fork else "spawn").Process(
+        target=_run, args=(job, train, device, threads)
+    )
+    process.start()
+    return process
+
+
+def _run(job: Job, train: Train, device: str | None, threads: int) -> None:
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads)
+    job.record.parent.mkdir(parents=True, exist_ok=True)
+    log = log_of(job).open("w", buffering=1)
+    for descriptor in (1, 2):  # of programs that it starts
+        os.dup2(log.fileno(), descriptor)
+    sys.stdout = sys.stderr = log
+    train(job.arguments)
+
+
+def stop(running: Iterable[BaseProcess]) -> None:
+    """End runs; their records stay as the last evaluation left them."""
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join(SECONDS_TO_STOP)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+
+
+def log_of(job: Job) -> Path:
+    """What a run prints."""
+    return job.record.with_suffix(".log")
+
+
+def report(job: Job, *, failed: bool = False) -> None:
+    """Print the result of a run."""
+    record = read(job.record)
+    if failed:
+        print(
+            f"{job.arm}, seed {job.seed}: failed\n{log_of(job).read_text()[-2000:]}",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif record is None:
+        print(f"{job.arm}, seed {job.seed}: no time left", flush=True)
+    else:
+        print(one_line({**record, "arm": job.arm}), flush=True)

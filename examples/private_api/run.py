@@ -3,8 +3,8 @@
     python examples/private_api/run.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct        # or: make demo-llm MODEL=...
     python examples/private_api/run.py --model FOLDER --question rate cures --seeds 0 1 2 --devices 0 1 --jobs 4
 
-`--model` is a hub id or a folder; Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct were tried. Each run is a
-process of `train.py`; `--jobs` of them share a device. An arm that several questions have runs once. Runs whose
+`--model` is a hub id or a folder; Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct were tried. Each run of
+`train.py` is a process; `--jobs` of them share a device. An arm that several questions have runs once. Runs whose
 record is complete are not repeated, so the command can be stopped and started again.
 
 Seeds 100, 101, … are for choosing settings (GRPO's learning rate, the best arm), seeds 0, 1, 2 for what is shown: a
@@ -14,6 +14,7 @@ setting that was chosen by the seeds that it is shown with looks better than it 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
                 *("--sampling", options.sampling),
                 *("--output", str(path)),
             )
-            found.setdefault(path, Job(arm.name, seed, path, given, arm.length))
+            found.setdefault(path, Job(arm.name, seed, path, given, arm.length, arm.memory))
     return list(found.values())
 
 
@@ -97,7 +98,12 @@ def arguments() -> argparse.Namespace:
         help='completions a run draws; those of "lasting" and "large batches" 5 times as many',
     )
     parser.add_argument("--points", type=int, default=30, help="evaluations of a run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that share a device")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs in batches of 64 that share a device; larger batches count as two",
+    )
     parser.add_argument(
         "--devices", nargs="+", help="numbers of GPUs; default: the first one that is visible"
     )
@@ -132,8 +138,16 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
+    # Imports ask whether there is a GPU. This answer leaves CUDA alone, so that the runs can be forks.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    from train import main as train
+
     failures = run_all(
-        jobs(options), devices=options.devices or [None], per_device=options.jobs, minutes=options.minutes
+        jobs(options),
+        train,
+        devices=options.devices or [None],
+        per_device=options.jobs,
+        minutes=options.minutes,
     )
     for question in options.question:
         report(question, options)

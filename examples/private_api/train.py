@@ -233,7 +233,7 @@ def replies(
     return rows
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="One run on the private API.")
     parser.add_argument("--model", required=True, help="a hub id, or a folder")
@@ -256,15 +256,15 @@ def arguments() -> argparse.Namespace:
         help="how completions are drawn: by transformers, or with one CUDA graph a token",
     )
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     names = [arm.name for arm in arms(options.question)]
     if options.arm not in names:
         parser.error(f"--arm: expected one of {', '.join(names)}, got {options.arm!r}")
     return options
 
 
-def main() -> None:
-    options = arguments()
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments(given)
     # Temporary folders are removed when `run.py` stops a run, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     arm = next(arm for arm in arms(options.question) if arm.name == options.arm)
