@@ -216,6 +216,24 @@ def test_a_teacher_s_top_k_is_the_support_of_the_teacher(alpha: float, tail: Any
     assert_near(given_topk_distillation_loss(student, ids, log_probs, **options), expected)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("filler", [0, -1, 10**9])
+def test_positions_without_a_loss_may_hold_anything(alpha: float, tail: Any, filler: int) -> None:
+    mask = torch.tensor([[True, True, False, True], [False] * 4, [True] * 4])
+    options = {"tail": tail, "alpha": alpha, "temperature": 0.8}
+    student = STUDENT.masked_fill(~mask[..., None], math.nan).requires_grad_()
+    ids = IDS.masked_fill(~mask[..., None], filler)
+    log_probs = LOG_PROBS.masked_fill(~mask[..., None], math.nan if filler < 0 else 0.0)
+    found = given_topk_distillation_loss(student, ids, log_probs, **options, loss_mask=mask)
+    expected = given_topk_distillation_loss(STUDENT[mask], IDS[mask], LOG_PROBS[mask], **options)
+    assert_near(found[mask], expected)
+    assert found[~mask].eq(0.0).all()
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    assert gradient[~mask].eq(0.0).all()
+    assert gradient[mask].ne(0.0).any(-1).all()
+
+
 # ---- transforms, dtypes --------------------------------------------------------------------------------------
 
 STUDENT, TEACHER = torch.randn(2, 3, 4, 9, generator=generator(0), dtype=torch.float64)
@@ -273,7 +291,7 @@ def check(ids: Any = IDS, log_probs: Any = LOG_PROBS, vocabulary: Any = 9) -> No
 
 
 def loss(**changes: Any) -> Tensor:
-    options = {"tail": "bucket", "alpha": 0.5, "temperature": 1.0, **changes}
+    options: dict[str, Any] = {"tail": "bucket", "alpha": 0.5, "temperature": 1.0, **changes}
     return given_topk_distillation_loss(STUDENT, IDS, LOG_PROBS, **options)
 
 
@@ -290,9 +308,28 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an id beyond the vocabulary": (lambda: check(changed(IDS, 5, 9)), ValueError, r"ids: .*\[0, 9\), got 9"),
     "a padding id": (lambda: check(changed(IDS, 5, -1)), ValueError, r"ids: .*\[0, 9\), got -1"),
     "an id twice": (
-        lambda: check(changed(IDS, 1, int(IDS.view(-1)[0]))),
+        lambda: check(changed(IDS, 25, int(IDS.view(-1)[24]))),
         ValueError,
-        "ids: .*distinct.*twice",
+        r"ids: .*distinct.*twice at position \(1, 2\)",
+    ),
+    "a mask of numbers": (lambda: loss(loss_mask=torch.ones(3, 4)), TypeError, "loss_mask: .*bool"),
+    "a mask of another shape": (
+        lambda: loss(loss_mask=torch.ones(3, 5).bool()),
+        ValueError,
+        r"loss_mask: .*\(3, 4\).*\(3, 5\)",
+    ),
+    "ids of other positions, with a mask": (
+        lambda: given_topk_distillation_loss(
+            STUDENT[:, :3],
+            IDS[0],
+            LOG_PROBS[0],
+            loss_mask=torch.ones(3, 3).bool(),
+            tail="bucket",
+            alpha=0.5,
+            temperature=1.0,
+        ),
+        ValueError,
+        "teacher_ids: .*K entries for each position",
     ),
     "NaN": (
         lambda: check(log_probs=changed(LOG_PROBS, 3, math.nan)),

@@ -236,6 +236,59 @@ def test_an_index_that_two_processes_have_is_refused_on_all() -> None:
         assert "shard: expected one process for each of 3 slices, got [1, 2, 0] processes" in message
 
 
+SMOOTH = [("full", None, 0.3, 1.0), ("full", None, 1.0, 0.7), ("teacher", "bucket", 0.3, 1.0)]
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=str)
+def test_second_derivatives(case: tuple[Any, ...]) -> None:
+    """The product of the Hessian with a vector, of which each process has a slice."""
+    student, teacher, tokens = (x[1:, 1:] for x in inputs())  # finite
+    direction = torch.randn(student.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sizes = (2, 6, 3)
+    parts = [x.split(sizes, -1) for x in (student, teacher, direction)]
+
+    def product(loss: Callable[[Tensor], Tensor], logits: Tensor, vector: Tensor) -> Tensor:
+        logits = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(logits).sum(), logits, create_graph=True)
+        return torch.autograd.grad((gradient * vector).sum(), logits)[0]
+
+    def of_slice(rank: int, all_reduce: Any) -> Tensor:
+        z, w, v = (part[rank] for part in parts)
+        options = {"num_shards": 3, "all_reduce": all_reduce}
+        return product(lambda x: parallel(case, x, w, tokens, rank, **options), z, v)
+
+    expected = product(lambda x: whole(case, x, teacher, tokens), student, direction)
+    torch.testing.assert_close(torch.cat(Threads(3).run(of_slice), -1), expected, rtol=1e-10, atol=1e-13)
+    # The counter-example: a second derivative that stays within its slice.
+    alone = (
+        product(lambda x: whole(case, x, parts[1][0], tokens), parts[0][0], parts[2][0])
+        if case[0] == "full"
+        else 0
+    )
+    assert (expected[..., :2] - alone).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "case", [*SMOOTH, ("student", "renormalize", 1.0, 1.0), ("sampled", None, 1.0, 1.0)], ids=str
+)
+def test_function_transforms(case: tuple[Any, ...]) -> None:
+    """`torch.func.grad`, and `vmap` over rows and their gradients."""
+    student, teacher, tokens = inputs()
+    sizes = (2, 6, 3)
+
+    def of_slice(rank: int, all_reduce: Any) -> tuple[Tensor, Tensor]:
+        z, w = (x.split(sizes, -1)[rank] for x in (student, teacher))
+
+        def total(row: Tensor, teacher_row: Tensor, ids: Tensor) -> Tensor:
+            loss = parallel(case, row, teacher_row, ids, rank, num_shards=3, all_reduce=all_reduce)
+            return torch.where(loss.isfinite(), loss, 0.0).sum()
+
+        return torch.func.grad(total)(z, w, tokens), torch.func.vmap(torch.func.grad(total))(z, w, tokens)
+
+    for found in zip(*Threads(3).run(of_slice), strict=True):
+        torch.testing.assert_close(torch.cat(found, -1), reference(case)[1], rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

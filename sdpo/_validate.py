@@ -147,9 +147,10 @@ def check_distinct(name: str, ids: Tensor, *, fix: str) -> None:
     ascending = ids.sort(dim=-1).values
     repeated = ascending[..., 1:] == ascending[..., :-1]
     if repeated.any():
+        *position, _ = repeated.nonzero()[0].tolist()
         raise ValueError(
-            f"{name}: expected distinct ids at each position, "
-            f"got {int(ascending[..., 1:][repeated][0])} twice; {fix}"
+            f"{name}: expected distinct ids at each position, got {int(ascending[..., 1:][repeated][0])} twice at "
+            f"position {tuple(position)}; {fix}"
         )
 
 

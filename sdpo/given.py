@@ -10,9 +10,10 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from sdpo._numerics import logsumexp, upcast
+from sdpo._numerics import logsumexp, upcast, zero_where_not
 from sdpo._validate import (
     check_alpha,
     check_choice,
@@ -155,6 +156,7 @@ def given_topk_distillation_loss(
     tail: Literal["bucket", "renormalize"],
     alpha: float,
     temperature: float,
+    loss_mask: Tensor | None = None,
 ) -> Tensor:
     """Divergence between a student and a teacher of whom only the top K tokens are given.
 
@@ -177,6 +179,8 @@ def given_topk_distillation_loss(
         tail: "bucket" to compare the mass of all other tokens, too, or "renormalize" to condition on the K tokens.
         alpha: in [0, 1], as in ``generalized_jsd``.
         temperature: positive; the student's logits are divided by it.
+        loss_mask: [...] bool, positions with a loss. The others, padding and rows without a teacher, are 0 with
+            gradient 0, and may hold anything. None: all have one.
 
     Returns:
         [...] nats per position, float32 (float64 for float64 logits).
@@ -184,7 +188,7 @@ def given_topk_distillation_loss(
     Raises:
         TypeError: a tensor of a wrong dtype, tail not a str, alpha or temperature not a number.
         ValueError: shapes or devices that do not match, an unknown tail, alpha or temperature out of range, or what
-            ``check_teacher_topk`` refuses.
+            ``check_teacher_topk`` refuses, at positions with a loss.
 
     Gradient: to student_logits only; with a bucket also to the tokens outside the K.
 
@@ -204,13 +208,38 @@ def given_topk_distillation_loss(
     alpha = check_alpha(alpha)
     temperature = check_temperature(temperature)
     check_distribution("student_logits", student_logits)
+    if loss_mask is not None:
+        check_tensor("loss_mask", loss_mask, "bool")
+        positions = student_logits.shape[:-1]
+        check_shape("loss_mask", loss_mask, positions, like="the positions of student_logits")
+        check_tensor("teacher_ids", teacher_ids, "integer", min_ndim=1)
+        check_distribution("teacher_log_probs", teacher_log_probs)
+        for name, tensor in (("teacher_ids", teacher_ids), ("teacher_log_probs", teacher_log_probs)):
+            check_shape(name, tensor, (*positions, teacher_ids.shape[-1]), like="K entries for each position")
+        student_logits, teacher_ids, teacher_log_probs = _with_fillers(
+            student_logits, teacher_ids, teacher_log_probs, ~rearrange(loss_mask, "... -> ... 1")
+        )
     check_teacher_topk(teacher_ids, teacher_log_probs, student_logits.shape[-1])
     student = gather_log_probs(upcast(student_logits) / temperature, teacher_ids)
     teacher = safe_tail(teacher_log_probs.detach())
     if tail == "renormalize":
-        return generalized_jsd(renormalize(student.log_probs), renormalize(teacher.log_probs), alpha=alpha)
-    log_q = teacher_categories(teacher, student.log_tail)
-    return generalized_jsd(add_tail_bucket(*student), log_q, alpha=alpha)
+        loss = generalized_jsd(renormalize(student.log_probs), renormalize(teacher.log_probs), alpha=alpha)
+    else:
+        log_q = teacher_categories(teacher, student.log_tail)
+        loss = generalized_jsd(add_tail_bucket(*student), log_q, alpha=alpha)
+    return loss if loss_mask is None else zero_where_not(loss, loss_mask)
+
+
+def _with_fillers(
+    logits: Tensor, ids: Tensor, log_probs: Tensor, without: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both models with finite numbers where the mask ``without`` [..., 1] says that they may hold any."""
+    distinct = torch.arange(ids.shape[-1], dtype=ids.dtype, device=ids.device)
+    return (
+        logits.masked_fill(without, 0.0),
+        torch.where(without, distinct, ids),
+        log_probs.masked_fill(without, -math.log(logits.shape[-1])),
+    )
 
 
 def teacher_categories(teacher: GatheredLogProbs, student_log_tail: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def vocab_parallel_distillation_loss(
             ``vocabulary``, two processes with one ``shard``, or, checked on a CPU, a token outside [0, V).
 
     Gradient: to student_logits, each process to its own slice. As for any replicated loss, every process calls
-    ``backward`` on its own copy; do not divide by the number of slices.
+    ``backward`` on its own copy; do not divide by the number of slices. Second derivatives likewise.
 
     Source: SDPO, arXiv 2601.20802, section 2; the split as in Megatron-LM, arXiv 1909.08053, section 3.
 
@@ -162,7 +162,7 @@ def _topk_mask(logits: Tensor, k: int, shard: int, num_shards: int, all_reduce: 
     values, ids = logits.topk(local_k, dim=-1)
     candidates = values.new_full((*values.shape[:-1], num_shards, k), -math.inf)
     candidates[..., shard, :local_k] = values
-    everywhere = rearrange(all_reduce(candidates, "max"), "... s k -> ... (s k)")
+    everywhere = rearrange(_LargestOfShards.apply(candidates, all_reduce), "... s k -> ... (s k)")
     chosen = torch.zeros_like(everywhere, dtype=torch.bool).scatter(
         -1, everywhere.topk(k, dim=-1).indices, True
     )
@@ -172,7 +172,7 @@ def _topk_mask(logits: Tensor, k: int, shard: int, num_shards: int, all_reduce: 
 
 def _log_softmax(logits: Tensor, all_reduce: AllReduce) -> Tensor:
     """Log-probabilities [..., Vs] of this slice, normalised over all slices."""
-    largest = all_reduce(logits.detach().amax(dim=-1), "max")
+    largest = _LargestOfShards.apply(logits.detach().amax(dim=-1), all_reduce)
     shifted = logits - rearrange(largest.masked_fill(largest.isneginf(), 0.0), "... -> ... 1")
     return shifted - rearrange(
         _SumOverShards.apply(shifted.exp().sum(dim=-1), all_reduce).log(), "... -> ... 1"
@@ -202,29 +202,56 @@ def _sum_losses(values: Tensor, all_reduce: AllReduce) -> Tensor:
     return summed
 
 
-class _SumOverShards(torch.autograd.Function):
+class _Reduction(torch.autograd.Function):
+    """A reduction over the slices. Under ``torch.func`` transforms ``all_reduce`` gets plain tensors."""
+
+    op: Literal["sum", "max"] = "sum"
+
+    @classmethod
+    def forward(cls, values: Tensor, all_reduce: AllReduce) -> Tensor:
+        return all_reduce(values.detach().clone(), cls.op)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.all_reduce = inputs[1]
+
+    @classmethod
+    def vmap(
+        cls, info: Any, in_dims: tuple[int, None], values: Tensor, all_reduce: AllReduce
+    ) -> tuple[Tensor, int]:
+        # Elementwise: the mapped dimension is one more dimension.
+        return cls.apply(values, all_reduce), in_dims[0]
+
+
+class _SumOverShards(_Reduction):
     """Sum over the slices. Each process goes on to use it for its own slice, so gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, all_reduce: AllReduce) -> Tensor:
-        ctx.all_reduce = all_reduce
-        return all_reduce(values.detach().clone(), "sum")
-
-    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.all_reduce(gradients[0].contiguous().clone(), "sum"), None
+        # By `apply`, so that second derivatives are summed, too.
+        return _SumOverShards.apply(gradients[0].contiguous(), ctx.all_reduce), None
 
 
-class _SumOfLosses(torch.autograd.Function):
+class _SumOfLosses(_Reduction):
     """Sum over the slices whose result every process differentiates alike, so the gradient passes unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, all_reduce: AllReduce) -> Tensor:
-        return all_reduce(values.detach().clone(), "sum")
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0], None
+
+
+class _LargestOfShards(_Reduction):
+    """Maximum over the slices, of numbers without gradient."""
+
+    op = "max"
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def _check(
