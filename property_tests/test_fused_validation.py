@@ -135,6 +135,17 @@ def test_a_head_is_an_lm_head(model: str) -> None:
         sdpo.fused_distillation_loss(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("weight", "fix"),
+    [(torch.nn.Linear(4, 64), r"pass its `.weight`"), ([[1.0]], "wrap it in torch.as_tensor")],
+)
+def test_a_weight_is_a_tensor(weight: Any, fix: str) -> None:
+    arguments = make_case(20, n=9, v=64).arguments()
+    arguments["student"] = arguments["student"]._replace(weight=weight)
+    with pytest.raises(TypeError, match=f"student.weight: expected a tensor .*; {fix}"):
+        sdpo.fused_distillation_loss(**arguments)
+
+
 def test_ids_of_masked_tokens_may_be_anything() -> None:
     case = make_case(20, n=9, v=64)
     marked = case.tensors["tokens"].masked_fill(~case.tensors["loss_mask"], -100)

@@ -45,7 +45,12 @@ def type_name(value: object) -> str:
 def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> None:
     """Demand a tensor of the dtype family ``kind`` with at least ``min_ndim`` dimensions."""
     if not isinstance(value, Tensor):
-        fix = "pass one" if value is None else "wrap it in torch.as_tensor"
+        if value is None:
+            fix = "pass one"
+        elif isinstance(getattr(value, "weight", None), Tensor):
+            fix = "pass its `.weight`"
+        else:
+            fix = "wrap it in torch.as_tensor"
         raise TypeError(f"{name}: expected a tensor of {kind} dtype, got {type_name(value)}; {fix}")
     matches = {
         "floating": value.dtype.is_floating_point,

@@ -75,8 +75,8 @@ _STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 class SDPOTrainer(_BASE):
     """Train a language model on its own, better informed predictions.
 
-    Takes everything that `trl.GRPOTrainer` takes, in the same order, and `sdpo_config`. Rollouts, rewards, logging,
-    checkpoints and evaluation are TRL's. The loss of a completion token is
+    Takes everything that `trl.GRPOTrainer` takes, up to `optimizers` in the same order, and `sdpo_config`.
+    Rollouts, rewards, logging, checkpoints and evaluation are TRL's. The loss of a completion token is
 
         divergence(model(token | prompt), teacher(token | prompt, a peer's success or feedback on the attempt))
 

@@ -68,7 +68,7 @@ def _split_item(name: str, row: int, item: Any) -> tuple[Score, str | None]:
         if "score" not in item or set(item) - {"score", "feedback"}:
             raise ValueError(
                 f"reward function {name!r}, row {row}: expected the keys 'score' and, optionally, 'feedback', "
-                f"got {sorted(map(str, item))}; rename them"
+                f"got {sorted(map(str, item))}; rename or remove the others"
             )
         score, text = item["score"], item.get("feedback")
     elif isinstance(item, (tuple, list)) and len(item) == 2:
