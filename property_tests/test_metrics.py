@@ -283,6 +283,46 @@ def test_the_best_score_is_part_of_the_state(caplog: pytest.LogCaptureFixture) -
     assert "the best score was -0.5)" in caplog.text
 
 
+def best_scores(*scores: float | None) -> list[tuple[dict[str, float], list[int]]]:
+    """Batches with a signal and these best scores."""
+    return [({} if s is None else {"self_distillation/best_score": s}, [5]) for s in scores]
+
+
+def test_a_best_score_that_stays_below_the_threshold_is_warned_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    messages = warnings(caplog, best_scores(*[0.5] * 9))
+    assert len(messages) == 1
+    assert messages[0].startswith(
+        "The best score of each of the last 3 generation batches was 0.5, below success_reward_threshold=1:"
+    )
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [[0.0] * 9, [-1.0] * 9, [1.0] * 9, [0.5, 0.5, 0.4] * 3, [0.5, 0.5, 1.0] * 3, [0.5, 0.5, None] * 3],
+)
+def test_other_best_scores_are_no_ceiling(
+    caplog: pytest.LogCaptureFixture, scores: list[float | None]
+) -> None:
+    """A hard task, one that is learned, scores that change, and batches that no function judged."""
+    assert warnings(caplog, best_scores(*scores)) == []
+
+
+def test_the_ceiling_is_part_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
+    first, second, old = (Diagnostics(SDPOConfig(diagnostics_patience=2)) for _ in range(3))
+    ((metrics, lengths),) = best_scores(0.5)
+    first.observe_batch({**QUIET, **metrics}, lengths)
+    state = json.loads(json.dumps(first.state()))
+    old.load_state({name: value for name, value in state.items() if name != "ceiling"})
+    second.load_state(state)
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        old.observe_batch({**QUIET, **metrics}, lengths)
+        assert caplog.text == ""
+        second.observe_batch({**QUIET, **metrics}, lengths)
+    assert "The best score of each of the last 2 generation batches was 0.5" in caplog.text
+
+
 def test_truncation_and_dropped_rows_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
     often = {"self_distillation/truncated_reprompt_fraction": 0.5}
     messages = warnings(

@@ -141,6 +141,10 @@ class Diagnostics:
         self._config = config
         self._empty_batches = 0  # in succession
         self._best_score: float | None = None  # in these
+        self._ceiling: tuple[float, int] = (
+            0.0,
+            0,
+        )  # best score below the threshold, and batches in succession with it
         self._lengths: list[float] = []  # mean completion lengths of the first batches
         self._warned: set[str] = set()
         self._new: dict[str, str] = {}  # messages since `take_warnings`, by name
@@ -151,6 +155,7 @@ class Diagnostics:
         return {
             "empty_batches": self._empty_batches,
             "best_score": self._best_score,
+            "ceiling": list(self._ceiling),
             "lengths": list(self._lengths),
             "warned": sorted(self._warned),
             "new": dict(self._new),
@@ -160,6 +165,8 @@ class Diagnostics:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from `state()`."""
         self._empty_batches, self._best_score = state["empty_batches"], state["best_score"]
+        score, batches = state.get("ceiling", (0.0, 0))  # checkpoints of earlier versions have none
+        self._ceiling = (float(score), int(batches))
         self._lengths, self._warned = list(state["lengths"]), set(state["warned"])
         self._new = dict(state["new"])
         if missing := self._monitors.load_state(state["monitors"]):
@@ -192,6 +199,8 @@ class Diagnostics:
                 "threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
                 "return feedback from a reward function.",
             )
+        if not metrics["self_distillation/empty_target_batch"]:  # "no_signal" names the score of the others
+            self._observe_best_score(metrics.get("self_distillation/best_score"))
         truncated = metrics["self_distillation/truncated_reprompt_fraction"]
         if message := truncated_reprompts(truncated):
             self._warn_once("truncated", message)
@@ -212,6 +221,26 @@ class Diagnostics:
                     "the learning rate or the teacher_update_rate.",
                 )
             self._lengths = first
+
+    def _observe_best_score(self, score: float | None) -> None:
+        """Warn where the best completions of all batches have the same score, below that of a success.
+
+        Hard tasks have a best score of 0 for long. A larger one that does not change may be the most there is.
+        """
+        threshold = self._config.success_reward_threshold
+        if score is None or not 0.0 < score < threshold:
+            self._ceiling = (0.0, 0)
+            return
+        last, batches = self._ceiling
+        self._ceiling = (score, batches + 1 if score == last else 1)
+        if self._ceiling[1] >= self._config.diagnostics_patience:
+            self._warn_once(
+                "ceiling",
+                f"The best score of each of the last {self._ceiling[1]} generation batches was {score:g}, below "
+                f"success_reward_threshold={threshold:g}: no completion counts as a success. If {score:g} is the "
+                "most that a completion can get, lower the threshold, or name the functions of success in "
+                "success_reward_funcs.",
+            )
 
     def observe_means(self, means: Mapping[str, float]) -> None:
         """Check the means that are about to be logged.
