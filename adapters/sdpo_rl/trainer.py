@@ -524,6 +524,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled:
             return super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self._eval_loss = EvaluationLoss()
+        self._forget_metrics("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         _validate.check_batches_seen("eval_dataset", self._eval_loss.batches)
         output.metrics[f"{metric_key_prefix}_loss"] = self._eval_loss.mean(self._sum)
@@ -553,11 +554,24 @@ class SDPOTrainer(_BASE):
     # --- training loop -----------------------------------------------------------------------------------
 
     def _begin_training(self) -> None:
+        self._forget_unfinished_step()
         step, history = self.state.global_step, self.state.log_history
         self._records.begin(step, options=self._options, history=history)
         for store in self._stores.values():
             store.on_train_begin(self._unwrapped)
         self._optimizer_hook = drop_gradients(self.optimizer, unless=lambda: self._window.has_signal)
+
+    def _forget_unfinished_step(self) -> None:
+        """Of an earlier `train` that an exception ended; a checkpoint's state is loaded after this."""
+        self._window, self._counted = StepWindow(), None
+        # The prompts begin anew, and so does the generation batch.
+        self._step += -self._step % self._schedule.generate_every
+        self._ticks.generation_batches = self._step // self._schedule.generate_every
+        self._forget_metrics("train")
+
+    def _forget_metrics(self, mode: str) -> None:
+        self._metrics[mode].clear()
+        self._sums[mode] = MetricSums()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; at the end of an optimizer step its gradient gets the true denominator."""
