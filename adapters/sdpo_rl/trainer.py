@@ -345,6 +345,7 @@ class SDPOTrainer(_BASE):
         for name, value in context.metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
+            self._diagnostics.observe_prompts(rollout.prompts, self._renderer)
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
         prompt_ids, distilled, weights = context.prompts.ids, context.distilled, context.row_weights
         further = teacher_inputs(output, prompt_ids, distilled, row_weights=weights, pad_id=self._pad_id)
