@@ -85,13 +85,21 @@ DATA = [
         "ends with the assistant",
         lambda path: train(path, train_dataset=ends_with({"role": "assistant", "content": "a"})),
         ValueError,
-        ("train_dataset", "prompt 1", "'assistant'", "expected a 'user' turn"),
+        ("train_dataset", "prompt 1", "'assistant'", "expected a 'user' or 'tool' turn at the end"),
     ),
     Case(
         "ends with the system",
         lambda path: train(path, eval_dataset=ends_with({"role": "system", "content": "a"})),
         ValueError,
-        ("eval_dataset", "prompt 1", "'system'", "expected a 'user' turn"),
+        ("eval_dataset", "prompt 1", "'system'", "expected a 'user' or 'tool' turn at the end"),
+    ),
+    Case(
+        "a tool's result without a question",
+        lambda path: train(
+            path, train_dataset=Dataset.from_dict({"prompt": [[{"role": "tool", "content": "7"}]]})
+        ),
+        ValueError,
+        ("train_dataset", "prompt 0", "expected a 'user' turn, into which", "'tool'", "add one"),
     ),
     Case("streamed rows that end with the assistant", streamed, ValueError, ("prompt 0", "'assistant'")),
     Case(

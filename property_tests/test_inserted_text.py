@@ -29,6 +29,11 @@ TEMPLATES = Templates()
 TEMPLATE_FILES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 SYSTEM = [{"role": "system", "content": "be kind"}]
 EARLIER = [{"role": "user", "content": "earlier"}, {"role": "assistant", "content": "answer"}]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+RESULT = [
+    {"role": "assistant", "content": "look", "tool_calls": [CALL]},
+    {"role": "tool", "name": "look", "content": "seven"},
+]
 # What looks like the text of a control token, in any family of templates.
 CONTROL = re.compile(r"</?[\w\|｜▁/]+>|\[/?INST\]|<\|[\w▁ ]+|[\w]+\|>")
 HARMLESS = "2 < 3 > 1, x|y, [a], got {7} and  a list\n\n1. naïve 🙂"
@@ -59,11 +64,12 @@ def byte_level(corpus: list[str], **changes: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, **{**settings, **changes})
 
 
-def conversations(tokenizer: Any) -> list[list[dict[str, Any]]]:
-    """Conversations that the chat template takes, and writes as text rather than as code."""
+def conversations(tokenizer: Any, *, results: bool = False) -> list[list[dict[str, Any]]]:
+    """Conversations that the chat template takes, and writes as text rather than as code; also results of tools."""
     question = tiny.user("QUESTION")
     taken = []
-    for conversation in ([*SYSTEM, *question], [*EARLIER, *question], question):
+    asked = ([*SYSTEM, *question], [*EARLIER, *question], question)
+    for conversation in (*asked, *([[*question, *RESULT]] if results else [])):
         for form in (conversation, as_parts(conversation)):
             try:
                 text = tokenizer.apply_chat_template(form, add_generation_prompt=True, tokenize=False)
@@ -121,7 +127,7 @@ def test_a_quoted_conversation_stays_text(path: Path, make: Any) -> None:
     tokenizer, quoted = with_its_tokens(make, path)
     guarded = Renderer(tokenizer, control=ControlStrings(tokenizer))
     unguarded = Renderer(tokenizer)
-    for prompt in conversations(tokenizer):
+    for prompt in conversations(tokenizer, results=True):
         harmless = write(guarded, prompt, HARMLESS)
         assert harmless == write(unguarded, prompt, HARMLESS)
         frame = control_ids(tokenizer, harmless)
@@ -222,8 +228,21 @@ def processor(template: str = PARTS_TEMPLATE) -> ProcessorMixin:
     return LlavaProcessor(CLIPImageProcessor(), tokenizer, chat_template=template)
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "llava_next", "parts"])
-@pytest.mark.parametrize("prompt", [tiny.user("say 6"), [*SYSTEM, *tiny.user("say 6")], "say 6"])
+PROCESSED = [tiny.user("say 6"), [*SYSTEM, *tiny.user("say 6")], "say 6"]
+WITH_RESULT = [*tiny.user("say 6"), *RESULT]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        *(
+            (name, prompt)
+            for name in ("smolvlm", "idefics3", "parts")
+            for prompt in (*PROCESSED, WITH_RESULT)
+        ),
+        *(("llava_next", prompt) for prompt in PROCESSED),  # this template refuses results of tools
+    ],
+)
 def test_a_processor_s_prompts_are_rendered_as_the_student_s(tmp_path: Path, name: str, prompt: Any) -> None:
     template = PARTS_TEMPLATE
     if name != "parts":

@@ -38,9 +38,22 @@ def decode(ids: list[int]) -> str:
 
 Fit = Callable[..., TeacherPrompts]
 words = st.text("ab {}\n<", max_size=30)
+MARKS = {"system": tiny.SYSTEM, "user": tiny.USER, "assistant": tiny.BOT, "tool": tiny.USER}
+SYSTEM = [{"role": "system", "content": "s"}]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "x"}}}
+RESULTS = [
+    {"role": "assistant", "content": "look", "tool_calls": [CALL]},
+    {"role": "tool", "name": "look", "content": "{7}"},
+]
 cases = {
     "prompt": st.sampled_from(
-        ["why {x}?", tiny.user("why {x}?"), [{"role": "system", "content": "s"}, *tiny.user("{}")]]
+        [
+            "why {x}?",
+            tiny.user("why {x}?"),
+            [*SYSTEM, *tiny.user("{}")],
+            [*tiny.user("why {x}?"), *RESULTS],
+            [*SYSTEM, *tiny.user("no"), *RESULTS, *tiny.user("{}"), *RESULTS, RESULTS[1]],
+        ]
     ),
     "demonstrations": st.lists(words, max_size=3),
     "feedback": st.none() | words,
@@ -81,14 +94,13 @@ def property_only_inserted_texts_are_cut_and_the_limit_holds(
     shown = [text for text in demonstrations if text.strip()]
     remark = feedback if feedback and feedback.strip() and (both or not shown) else None
     texts = [*shown, *([remark] if remark is not None else [])]
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    chat = not isinstance(prompt, str)
-    before = (
-        ("".join(f"<system>{m['content']}" for m in prompt[:-1]) + "<user>" if chat else "") + asked + "|"
-    )
-    after = "|again" + ("<bot>" if chat else "")
+    before, after = f"{prompt}|", "|again"
+    if not isinstance(prompt, str):
+        turns = [MARKS[turn["role"]] + turn["content"] for turn in prompt]
+        place = max(i for i, turn in enumerate(prompt) if turn["role"] == "user")
+        before, after = "".join(turns[: place + 1]) + "|", "|again" + "".join(turns[place + 1 :]) + "<bot>"
     marked = [*("S" + text for text in shown), *(["F" + remark] if remark is not None else [])]
-    special = before.count("<system>") * 7 + before.count("<user>") * 5 + after.count("<bot>") * 4
+    special = sum(len(mark) - 1 for mark in re.findall("<system>|<user>|<bot>", before + after))
     whole = before + "".join(marked) + after
     size = len(whole) - special
 
@@ -305,6 +317,7 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "answer"},
         {"role": "user", "content": "QUESTION"},
     ],
+    [*tiny.user("QUESTION"), *RESULTS],
 ]
 
 
@@ -371,7 +384,7 @@ def test_the_trainer_s_chat_template_replaces_the_tokenizer_s() -> None:
 # --- prompts and completions -----------------------------------------------------------------------------
 
 
-def test_only_the_last_turn_changes() -> None:
+def test_only_the_last_user_turn_changes() -> None:
     prompt = [
         {"role": "system", "content": "s"},
         {
@@ -389,6 +402,8 @@ def test_only_the_last_turn_changes() -> None:
     assert prompt == before
     assert with_question("old", "new") == "new"
     assert with_question(prompt, question(prompt))[-1]["content"][0]["text"] == "ab"
+    assert question([*prompt, *RESULTS]) == "ab"
+    assert with_question([*prompt, *RESULTS], "new") == [*with_question(prompt, "new"), *RESULTS]
 
 
 @pytest.mark.parametrize(
@@ -421,7 +436,34 @@ def test_the_text_of_a_completion(completion: Any, expected: str) -> None:
         ([], TypeError, r"prompt 1: expected a string or a non-empty list of messages with a role, got \[\]"),
         (7, TypeError, "prompt 1: .* got 7"),
         ([{"content": "no role"}], TypeError, "prompt 1: .*role"),
-        ([{"role": "assistant", "content": "a"}], ValueError, "prompt 1: .*'user'.*got a 'assistant' turn"),
+        ([*tiny.user("q"), {"content": "no role"}], TypeError, "prompt 1: .*role"),
+        (
+            [*tiny.user("q"), RESULTS[0]],
+            ValueError,
+            "prompt 1: expected a 'user' or 'tool' turn at the end, .*got a 'assistant' turn; remove it",
+        ),
+        ([*tiny.user("q"), *RESULTS, *SYSTEM], ValueError, "prompt 1: .* at the end, .*got a 'system' turn"),
+        (
+            [*SYSTEM, *RESULTS],
+            ValueError,
+            "prompt 1: expected a 'user' turn, into which the reprompt is written, got turns of 'system', "
+            "'assistant', 'tool'; add one",
+        ),
+        (
+            [*tiny.user("q"), {"role": "assistant", "tool_calls": [CALL]}, RESULTS[1]],
+            ValueError,
+            r"prompt 1: expected a 'content' in every turn, got a 'assistant' turn with \['role', 'tool_calls'\]",
+        ),
+        (
+            [*tiny.user("q"), RESULTS[0], {**RESULTS[1], "content": [{"type": "image"}]}],
+            ValueError,
+            "prompt 1: expected text in every turn, got parts of type image",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}, *RESULTS],
+            ValueError,
+            "prompt 1: expected text in the last user turn",
+        ),
         ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "prompt 1: expected text.*images"),
         ([{"role": "user", "content": None}], ValueError, "expected text.*got None"),
         ([{"role": "user"}], ValueError, "expected text.*got None"),
@@ -441,3 +483,7 @@ def test_the_text_of_a_completion(completion: Any, expected: str) -> None:
 def test_prompts_are_checked(prompt: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_prompts(["fine", prompt])
+
+
+def test_a_prompt_may_end_with_a_tool_s_result() -> None:
+    check_prompts([[*tiny.user("q"), *RESULTS], [*SYSTEM, *tiny.user("q"), *RESULTS, *RESULTS, RESULTS[1]]])

@@ -13,7 +13,7 @@ import pytest
 import scripted_turns
 import tiny
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from reference_step import Method, Row, compare
 from torch import Tensor, nn
@@ -309,10 +309,9 @@ def expected_reprompt(row: int) -> str | None:
     return f"{OTHER}{remark}\n\nCorrectly solve the original question."
 
 
-def rendered(tokens: Any, question: str, tools: list[Any]) -> list[int]:
-    return tokens.apply_chat_template(tiny.user(question), tools=tools, add_generation_prompt=True)[
-        "input_ids"
-    ]
+def rendered(tokens: Any, question: str, tools: list[Any], after: list[dict[str, Any]] = []) -> list[int]:  # noqa: B006
+    turns = [*tiny.user(question), *after]
+    return tokens.apply_chat_template(turns, tools=tools, add_generation_prompt=True)["input_ids"]
 
 
 def test_the_teacher_gets_the_same_tokens_and_a_transcript(tmp_path: Path) -> None:
@@ -329,8 +328,52 @@ def test_the_teacher_gets_the_same_tokens_and_a_transcript(tmp_path: Path) -> No
         written = [own for piece, (_, own) in zip(pieces, parts, strict=True) for _ in piece]
         assert batch["tool_mask"][row][: len(ids)].bool().tolist() == written
         reprompt = expected_reprompt(row)
-        reads = batch["teacher_prompt_ids"][row][batch["teacher_prompt_mask"][row].bool()].tolist()
+        reads = attended(batch, "teacher_prompt", row)
         assert reads == ([] if reprompt is None else rendered(tokens, reprompt, [scripted_turns.multiply]))
+
+
+def step(name: str, arguments: dict[str, Any], result: str) -> list[dict[str, Any]]:
+    """The turns of a tool call and its result in a prompt."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": name, "content": result},
+    ]
+
+
+def attended(batch: dict[str, Any], name: str, row: int) -> list[int]:
+    ids: list[int] = batch[f"{name}_ids"][row][batch[f"{name}_mask"][row].bool()].tolist()
+    return ids
+
+
+STEPS = [*step("multiply", {"a": 6, "b": 6}, "36"), *step("multiply", {"a": 6, "b": 8}, "48")]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_prompt_may_end_with_the_result_of_a_tool(tmp_path: Path, streamed: bool) -> None:
+    """The model continues with a call or an answer; the reprompt stands in the user turn, before the steps."""
+    rows = [{"prompt": [*tiny.user(QUESTION), *STEPS]}, {"prompt": tiny.user(OTHER)}]
+    dataset = IterableDataset.from_generator(lambda: iter(rows)) if streamed else Dataset.from_list(rows)
+    trainer = tool_trainer(tmp_path, train_dataset=dataset)
+    batches, tokens = watch(trainer), trainer.processing_class
+    trainer.train()
+    (batch,) = batches
+    assert batch["row_mask"].tolist() == [False] + [True] * 7
+    tools = [scripted_turns.multiply]
+    for row in range(8):
+        question, after = (QUESTION, STEPS) if row < 4 else (OTHER, [])
+        assert attended(batch, "prompt", row) == rendered(tokens, question, tools, after)
+        pieces = [tokens(text)["input_ids"] for text, _ in expected_parts(row)]
+        assert attended(batch, "completion", row) == [*chain(*pieces)]
+        reads = attended(batch, "teacher_prompt", row)
+        reprompt = expected_reprompt(row)
+        if reprompt is None:
+            assert reads == []
+            continue
+        assert reads == rendered(tokens, reprompt, tools, after)
+        # The planted counter-example: the reprompt in the last turn.
+        last = {**STEPS[-1], "content": reprompt.replace(question, STEPS[-1]["content"], 1)}
+        assert row > 3 or reads != rendered(tokens, question, tools, [*after[:-1], last])
 
 
 def reference_gradient(
@@ -471,6 +514,7 @@ def both(environments: list[Any], **_: Any) -> list[Any]:
     return [(0.0, "think again") if isinstance(e, Garden) else 0.0 for e in environments]
 
 
+BOUGHT = step("buy", {"item": "milk"}, "sold out")
 ENVIRONMENT_SCRIPTS = [
     [scripted_turns.call("buy", '{"item": "tea"}'), f"no tea{scripted_turns.END}"],
     [scripted_turns.call("buy", '{"item": "jam"}'), f"no jam{scripted_turns.END}"],
@@ -483,7 +527,7 @@ ENVIRONMENT_SCRIPTS = [
 def test_the_feedback_of_an_environment_is_that_of_its_row(tmp_path: Path) -> None:
     dataset = Dataset.from_dict(
         {
-            "prompt": [tiny.user("shop?"), tiny.user("dig?")],
+            "prompt": [[*tiny.user("shop?"), *BOUGHT], tiny.user("dig?")],
             "environment": ["shop", "garden"],
             "feedback": ["from the dataset", None],
         }
@@ -507,18 +551,18 @@ def test_the_feedback_of_an_environment_is_that_of_its_row(tmp_path: Path) -> No
         *["think again\n\nroots everywhere"] * 4,
     ]
     questions = ["shop?"] * 4 + ["dig? It rains."] * 4
+    after = [BOUGHT] * 4 + [[]] * 4
     tools = [[Shop().buy]] * 4 + [[Garden().dig]] * 4
     assert len(batches) == 2  # reset forgets what was said before
     for batch in batches:
         for row in range(8):
-            reads = batch["teacher_prompt_ids"][row][batch["teacher_prompt_mask"][row].bool()].tolist()
+            reads = attended(batch, "teacher_prompt", row)
             reprompt = (
                 f"{questions[row]}\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
                 f"{remarks[row]}\n\nCorrectly solve the original question."
             )
-            assert reads == rendered(tokens, reprompt, tools[row])
-            asked = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
-            assert asked == rendered(tokens, questions[row], tools[row])
+            assert reads == rendered(tokens, reprompt, tools[row], after[row])
+            assert attended(batch, "prompt", row) == rendered(tokens, questions[row], tools[row], after[row])
 
 
 def test_the_tools_of_all_environments_are_another_prompt() -> None:

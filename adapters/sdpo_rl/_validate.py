@@ -85,7 +85,7 @@ def check_not_compiled(model: Any) -> None:
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """A dataset has rows, prompts of text that end with a user turn, feedback that is text, no media.
+    """A dataset has rows, prompts of text that the model answers, feedback that is text, no media.
 
     Of a dataset without a length only the columns are checked, where they are known.
     """

@@ -188,7 +188,8 @@ class SDPOConfig:
         allow_control_tokens: `False` (default, ours): text such as `<|im_end|>` in a demonstration or feedback is
             tokenized as text; `True`: it is a control token and can end the user's turn (reference).
         apply_chat_template_kwargs: extra chat-template arguments for the reprompt alone. Default `{}`
-            (reference). `GRPOConfig.chat_template_kwargs` already reaches both sides.
+            (reference). `GRPOConfig.chat_template_kwargs` already reaches both sides. Where they change how the
+            prompt ends (`enable_thinking`, say), the log warns.
         loss_backend: `auto` (default): the fused loss, Triton where it runs, torch elsewhere; `torch`,
             `triton`; `logits` computes whole logits with the plain loss, for unusual heads.
         loss_chunk_size: tokens whose logits exist at the same time; `None` (default): chosen from the shapes

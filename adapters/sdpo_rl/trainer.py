@@ -123,8 +123,8 @@ class SDPOTrainer(_BASE):
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
         ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end
-            with a user turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K larger
-            than the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
+            with a user or tool turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K
+            beyond the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
             group can have, a temperature that is 0 or not finite, a term or mask that this loss does not have, a
             loss backend that cannot run on the device, a model that `torch.compile` returned, FSDP 1.
         TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
@@ -345,6 +345,7 @@ class SDPOTrainer(_BASE):
         for name, value in context.metrics.items():
             self._metrics[mode][name].append(value)
         if mode == "train":
+            self._diagnostics.observe_prompts(rollout.prompts, self._renderer)
             self._diagnostics.observe_batch(context.metrics, rollout.completion_lengths)
         prompt_ids, distilled, weights = context.prompts.ids, context.distilled, context.row_weights
         further = teacher_inputs(output, prompt_ids, distilled, row_weights=weights, pad_id=self._pad_id)

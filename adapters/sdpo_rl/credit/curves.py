@@ -59,7 +59,7 @@ PANELS = (
         "Divergence",
         "nats per token with a loss",
         (_ours("teacher to student", "divergence"),),
-        ("agreement", "mass"),
+        ("agreement", "mass", "endings"),
     ),
     Panel(
         "log q − log p",

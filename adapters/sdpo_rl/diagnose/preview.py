@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 
 from .generation_batch import GenerationRow, check_trainer, generation_batch
 from .token_text import TokenText, block, printable, token_text
+from .warnings import different_endings
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Preview:
         group_size: completions of one prompt.
         with_signal: how many rows of the batch have a distillation loss.
         max_completion_length: largest number of tokens of a completion.
+        different_endings: what to change where the teacher's prompts end otherwise than the student's; `None`: they
+            end alike.
     """
 
     rows: list[PreviewRow]
@@ -46,6 +49,7 @@ class Preview:
     group_size: int
     with_signal: int
     max_completion_length: int
+    different_endings: str | None
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
@@ -62,6 +66,8 @@ class Preview:
             f"{self.group_size} completions of each); {self.with_signal} of {self.batch_size} have a signal from "
             "the teacher. Nothing was trained."
         )
+        if self.different_endings is not None:
+            yield self.different_endings
         texts = [text for row in self.rows for text in (row.student_prompt, row.sampled, row.teacher_prompt)]
         if any(text.plain for text in texts):
             yield "\\ before a control string: it is plain text there, not a control token."
@@ -83,6 +89,9 @@ def preview(trainer: Any, n: int) -> Preview:
         group_size=batch.group_size,
         with_signal=sum(row.reason_without_signal is None for row in rows),
         max_completion_length=trainer.max_completion_length,
+        different_endings=different_endings(
+            [row.prompt for row in rows], trainer._renderer, trainer.sdpo_config
+        ),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from sdpo import rate_per_tick
 
 from ..config import SDPOConfig
+from ..rollout.endings import prompt_endings
+from ..rollout.prompts import Prompt, Renderer
 from .monitors import Monitors
 
 logger = logging.getLogger("sdpo_rl")
@@ -124,6 +126,27 @@ def low_mass(mass: float, k: int) -> str | None:
     return f"The top {k} tokens have {mass:.0%} of the student's probability; raise k, or set support='full'."
 
 
+def different_endings(prompts: Sequence[Prompt], renderer: Renderer, config: SDPOConfig) -> str | None:
+    """What to change where the chat template ends the teacher's prompts otherwise than the student's.
+
+    Args:
+        prompts: of a generation batch.
+        renderer: of the student's prompts.
+        config: its `apply_chat_template_kwargs` are used.
+    """
+    arguments = config.template_kwargs
+    if not arguments:
+        return None
+    for student, teacher in prompt_endings(prompts, renderer, arguments):
+        if student != teacher:
+            return (
+                f"apply_chat_template_kwargs={arguments}: the student's prompt ends with {student!r}, the "
+                f"teacher's with {teacher!r}, so the teacher expects another beginning of the completion, whatever "
+                "the feedback says. Set them in GRPOConfig.chat_template_kwargs, for both sides, or remove them."
+            )
+    return None
+
+
 def warn_of_padding(model: Any) -> None:
     """Warn of a model whose outputs depend on padding: training takes longer, and samples may be worse."""
     logger.warning(
@@ -180,6 +203,11 @@ class Diagnostics:
         """The messages since the last call, by name."""
         new, self._new = self._new, {}
         return new
+
+    def observe_prompts(self, prompts: Sequence[Prompt], renderer: Renderer) -> None:
+        """Check the prompts of one generation batch; `renderer` is that of the student's."""
+        if message := different_endings(prompts, renderer, self._config):
+            self._warn_once("endings", message)
 
     def observe_batch(self, metrics: Mapping[str, float], completion_lengths: Sequence[int]) -> None:
         """Check one generation batch: its metrics, and the tokens of each completion."""

@@ -67,7 +67,7 @@ def check_generation_batch(
 
 
 def check_rows(rows: Sequence[Any], *, prompts: bool) -> None:
-    """A generation batch has prompts of text that end with a user turn, feedback that is text, and no media.
+    """A generation batch has prompts of text that the model answers, feedback that is text, and no media.
 
     Args:
         rows: of the batch.

@@ -19,17 +19,19 @@ Completion = str | list[dict[str, Any]]
 def is_conversational(prompt: Any) -> bool:
     """Whether a prompt is a list of messages."""
     return (
-        isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], Mapping) and "role" in prompt[0]
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(turn, Mapping) and "role" in turn for turn in prompt)
     )
 
 
 def check_prompts(prompts: Sequence[Any]) -> None:
-    """Every prompt is a non-empty string, or messages of which the last is the user's and holds text.
+    """Every prompt is a non-empty string, or messages of text of which the last is the user's or a tool's.
 
     Raises:
         TypeError: a prompt of another kind.
-        ValueError: an empty string, or a conversation whose last turn is not the user's or holds other than text,
-            or with media in an earlier one.
+        ValueError: an empty string, or a conversation that ends with another turn, has no user turn with text, or
+            has a turn with media or without content.
     """
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str):
@@ -41,20 +43,37 @@ def check_prompts(prompts: Sequence[Any]) -> None:
                 f"prompt {row}: expected a string or a non-empty list of messages with a role, got "
                 f"{prompt!r:.200}; convert it"
             )
-        if prompt[-1]["role"] != "user":
-            raise ValueError(
-                f"prompt {row}: expected a 'user' turn at the end, got a {prompt[-1]['role']!r} turn; the "
-                "reprompt is written into the last user turn: remove what follows it"
-            )
-        if media := {kind for turn in prompt[:-1] for kind in _media(turn.get("content"))}:
-            raise ValueError(
-                f"prompt {row}: expected text in every turn, got parts of type {', '.join(sorted(media))}; "
-                "images and other media do not reach the loss: remove the row"
-            )
         try:
-            question(prompt)
+            _check_turns(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {row}: {error}") from error
+
+
+def _check_turns(prompt: list[dict[str, Any]]) -> None:
+    roles = [turn["role"] for turn in prompt]
+    if roles[-1] not in ("user", "tool"):
+        raise ValueError(
+            f"expected a 'user' or 'tool' turn at the end, which the model answers, got a {roles[-1]!r} turn; "
+            "remove it"
+        )
+    if "user" not in roles:
+        raise ValueError(
+            "expected a 'user' turn, into which the reprompt is written, got turns of "
+            f"{', '.join(map(repr, dict.fromkeys(roles)))}; add one"
+        )
+    place = _question_place(prompt)
+    others = [turn for i, turn in enumerate(prompt) if i != place]
+    if media := {kind for turn in others for kind in _media(turn.get("content"))}:
+        raise ValueError(
+            f"expected text in every turn, got parts of type {', '.join(sorted(media))}; images and other media "
+            "do not reach the loss: remove the row"
+        )
+    question(prompt)
+    for turn in others:
+        if "content" not in turn:
+            raise ValueError(
+                f"expected a 'content' in every turn, got a {turn['role']!r} turn with {sorted(turn)}; set it to ''"
+            )
 
 
 def _media(content: Any) -> list[str]:
@@ -68,7 +87,7 @@ def question(prompt: Prompt) -> str:
     """The text that the reprompt replaces: a plain prompt itself, or the last user turn's text."""
     if isinstance(prompt, str):
         return prompt
-    content = prompt[-1].get("content")
+    content = prompt[_question_place(prompt)].get("content")
     if isinstance(content, str):
         return content
     is_text = isinstance(content, list) and all(
@@ -84,11 +103,18 @@ def question(prompt: Prompt) -> str:
 
 
 def with_question(prompt: Prompt, text: str) -> Prompt:
-    """The prompt with its question replaced; every earlier message and every other key stays as it is."""
+    """The prompt with its question replaced; every other message and every other key stays as it is."""
     if isinstance(prompt, str):
         return text
-    content = text if isinstance(prompt[-1]["content"], str) else [{"type": "text", "text": text}]
-    return [*prompt[:-1], {**prompt[-1], "content": content}]
+    place = _question_place(prompt)
+    turn = prompt[place]
+    content = text if isinstance(turn["content"], str) else [{"type": "text", "text": text}]
+    return [*prompt[:place], {**turn, "content": content}, *prompt[place + 1 :]]
+
+
+def _question_place(prompt: Sequence[Mapping[str, Any]]) -> int:
+    """The index of the last user turn."""
+    return max(place for place, turn in enumerate(prompt) if turn["role"] == "user")
 
 
 def completion_text(completion: Completion, *, strip: Callable[[str], str] | None = None) -> str:

@@ -53,7 +53,7 @@ class _RowPrompt(NamedTuple):
 class Reprompter:
     """Question, demonstrations and feedback → the teacher's prompt, at most `limit` tokens long.
 
-    What does not fit is cut out of the demonstrations and the feedback. The question, the earlier turns, the
+    What does not fit is cut out of the demonstrations and the feedback. The question, the other turns, the
     templates' own words and the generation prompt stay whole; a row in which these alone are too long is dropped.
 
     Args:
