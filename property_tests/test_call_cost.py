@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from reference_step import compare
 from test_packing import ROWS, batch_of, build
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTNeoConfig, GPTNeoForCausalLM
 
 from sdpo_rl import training_report
 from sdpo_rl.step import packing, runner
@@ -127,6 +127,14 @@ def test_a_model_that_sees_rows_packs_more_than_its_max_seq_length(sees_rows: bo
 
 def test_a_model_without_max_seq_length_has_no_limit() -> None:
     assert sequence_limit(build("Llama"), batch_of(ROWS)) == math.inf
+
+
+def test_a_causal_mask_that_is_stored_limits_a_sequence() -> None:
+    config = GPTNeoConfig(
+        vocab_size=48, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
+        max_position_embeddings=40,
+    )  # fmt: skip
+    assert sequence_limit(GPTNeoForCausalLM(config), batch_of(ROWS)) == 40
 
 
 def test_a_limit_that_cannot_be_made_shorter_stays() -> None:

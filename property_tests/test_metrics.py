@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sdpo
 from sdpo_rl import SDPOConfig
-from sdpo_rl.diagnose.warnings import Diagnostics
+from sdpo_rl.diagnose.warnings import Diagnostics, no_signal
 from sdpo_rl.step.head import HeadTransform
 from sdpo_rl.step.loss import Targets, from_logits, fused, rollout_weights, step_metrics
 from sdpo_rl.step.metrics import MetricSums
@@ -271,6 +271,33 @@ def test_the_warning_of_no_signal_names_the_best_score(caplog: pytest.LogCapture
     messages = warnings(caplog, batches)
     assert ["0.5)" in messages[0], "none)" in messages[1], len(messages)] == [True, True, 2]
     assert all("success_reward_funcs" in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options", "words"),
+    [
+        ({"feedback_available_fraction": 1.0}, {}, "no token of these completions counts"),
+        ({"best_score": 1.0}, {}, "no token of these completions counts"),
+        (
+            {"feedback_available_fraction": 1.0, "dropped_reprompt_fraction": 1.0},
+            {},
+            "raise max_reprompt_length",
+        ),
+        (
+            {"feedback_available_fraction": 0.5},
+            {"include_environment_feedback": False},
+            "the feedback is not used. Nothing is learned; set include_environment_feedback=True.",
+        ),
+        ({"best_score": 0.5}, {}, "(the best score was 0.5), and there was no feedback"),
+    ],
+)
+def test_the_warning_of_no_signal_names_the_cause(
+    metrics: dict[str, float], options: dict[str, Any], words: str
+) -> None:
+    given = {f"self_distillation/{name}": value for name, value in metrics.items()}
+    observed = {**QUIET, "self_distillation/empty_target_batch": 1.0, **given}
+    cause, fix = no_signal(observed, SDPOConfig(**options), best_score=metrics.get("best_score"))
+    assert words in f"{cause}. Nothing is learned; {fix}."
 
 
 def test_the_best_score_is_part_of_the_state(caplog: pytest.LogCaptureFixture) -> None:

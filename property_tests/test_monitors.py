@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -480,6 +481,18 @@ def test_the_advice_of_a_fast_teacher_silences_it(rate: float, per: int | None, 
         assert fast_teacher(config, samples_per_tick=896) is None
 
 
+def test_larger_batches_are_no_advice_for_updates_by_step() -> None:
+    """The completions of an optimizer step do not grow with `steps_per_generation`."""
+    batch, step = (
+        fast_teacher(SDPOConfig(teacher_rate_samples=None, teacher_tick=tick), samples_per_tick=8)
+        for tick in ("generation_batch", "optimizer_step")
+    )
+    assert batch is not None
+    assert step is not None
+    assert "enlarge the generation batch" in batch
+    assert "enlarge the generation batch" not in step
+
+
 @pytest.mark.parametrize(
     ("preset", "samples"), [("generalization", 256), ("rich_feedback", 256), ("test_time", 16)]
 )
@@ -491,6 +504,38 @@ def test_no_published_setting_is_called_fast(
     for one in (config, dataclasses.replace(config, teacher_rate_samples=None)):
         warn_of_fast_teacher(one, samples_per_tick=samples)
     assert caplog.messages == []
+
+
+def test_evaluations_outside_of_training_are_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three data sets that a user evaluates afterwards are harder than that of the run."""
+    trainer = tiny.trainer(
+        tmp_path,
+        reward_funcs=lambda prompts, **_: [
+            0.0 if "hard" in prompt[0]["content"] else 1.0 for prompt in prompts
+        ],
+        eval_dataset=tiny.conversations(2),
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=2,
+        max_steps=3,
+    )
+    trainer.train()
+    hard = Dataset.from_dict({"prompt": [tiny.user("hard 1"), tiny.user("hard 2")]})
+    for _ in range(3):
+        trainer.evaluate(hard)
+    assert "The held-out reward fell" not in caplog.text
+    # The same evaluations during training have the warning.
+    trainer.is_in_train = True
+    for _ in range(3):
+        trainer.evaluate(hard)
+    assert "The held-out reward fell" in caplog.text
+
+
+def test_a_negative_estimate_is_no_agreement() -> None:
+    assert monitors.agreement(-0.5) is None
+    assert monitors.agreement(-0.0001) is not None
 
 
 def test_a_trainer_names_a_fast_teacher_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,7 +140,9 @@ class SDPOConfig:
             Default 0.05 (paper §3).
         teacher_rate_samples: completions that `teacher_update_rate` is given for: an update after n of them has the
             rate 1 − (1 − r)^(n / `teacher_rate_samples`), so that the pace per completion does not depend on the
-            size of a batch. n counts the completions of all processes that are generated between two updates.
+            size of a batch. n is the completions of all processes in a generation batch (or optimizer step, by
+            `teacher_tick`): batches without a signal, which move neither model, and a shorter last one of an epoch
+            do not change it.
             Default 256, because the paper's rate was measured with batches of 256. `None`: the rate is that of one
             update, of any number of completions (as in the reference and TRL's SDPO).
         teacher_restart_every: with `teacher_mode="frozen"`, generation batches (or optimizer steps, by

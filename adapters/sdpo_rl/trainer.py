@@ -611,7 +611,9 @@ class SDPOTrainer(_BASE):
             self._records.fill_table(self._logs["extra"], self._taken_columns)
         super().log(logs, *args, **kwargs)
         if self.sdpo_config.enabled:
-            self._diagnostics.observe_logs(logs)
+            # Evaluations by hand may be of any data, not comparable with those of the run.
+            if self.is_in_train:
+                self._diagnostics.observe_logs(logs)
             warnings = self._diagnostics.take_warnings()
             self._records.write(self.state.global_step, logs, warnings, mode=mode)
 

@@ -170,7 +170,7 @@ def agreement(now: float) -> str | None:
         >>> agreement(0.0001)[:67]
         'Teacher and student differ by 0.0001 nats per token: nothing is lef'
     """
-    if now >= _NO_DIVERGENCE:
+    if abs(now) >= _NO_DIVERGENCE:  # an estimate from sampled tokens may be negative
         return None
     return (
         f"Teacher and student differ by {now:.1g} nats per token: nothing is left to learn from this feedback. "

@@ -89,7 +89,8 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     wanted = _PUBLISHED_SAMPLES if small else None
     unit = "" if config.teacher_rate_samples == wanted else f"teacher_rate_samples={wanted} with "
     # Larger batches help only where the rate is that of an update, however many completions it has.
-    larger = config.teacher_rate_samples is None and small and pace <= _FAST_PACE
+    per_batch = config.teacher_rate_samples is None and config.teacher_tick == "generation_batch"
+    larger = per_batch and small and pace <= _FAST_PACE
     fix = (
         f"{unit}teacher_update_rate={PUBLISHED_RATE:g}{', or enlarge the generation batch' if larger else ''}"
     )
@@ -97,6 +98,44 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
         f"teacher_update_rate={rate:g} per {samples:g} completions is {found}, where the paper has "
         f"{PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its errors until the run "
         f"collapses; set {fix}."
+    )
+
+
+def no_signal(
+    metrics: Mapping[str, float], config: SDPOConfig, *, best_score: float | None
+) -> tuple[str, str]:
+    """Why no row has a teacher signal, and what to change.
+
+    Args:
+        metrics: of a generation batch without one.
+        config: of the run.
+        best_score: of the batches without one; `None`: no completion was judged.
+    """
+    has_feedback = metrics.get("self_distillation/feedback_available_fraction", 0.0) > 0
+    threshold = config.success_reward_threshold
+    if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
+        return (
+            "no demonstration or feedback fits beside the prompts",
+            "raise max_reprompt_length, lower max_completion_length, or remove long prompts",
+        )
+    if has_feedback and not config.include_environment_feedback:
+        return (
+            f"no completion reached success_reward_threshold={threshold:g} beside another completion of its "
+            "prompt, and the feedback is not used",
+            "set include_environment_feedback=True",
+        )
+    if has_feedback or (best_score is not None and best_score >= threshold):
+        return (
+            "there was feedback or a success, but no token of these completions counts: they are empty, or cut at "
+            "max_completion_length and masked",
+            "raise max_completion_length, or set mask_truncated_completions=False",
+        )
+    best = "none" if best_score is None else f"{best_score:g}"
+    return (
+        f"no completion reached success_reward_threshold={threshold:g} beside another completion of its prompt "
+        f"(the best score was {best}), and there was no feedback",
+        "lower the threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
+        "return feedback from a reward function",
     )
 
 
@@ -218,14 +257,11 @@ class Diagnostics:
         else:
             self._empty_batches, self._best_score = 0, None
         if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
-            best = "none" if self._best_score is None else f"{self._best_score:g}"
+            cause, fix = no_signal(metrics, self._config, best_score=self._best_score)
             self._warn(
                 "no_signal",
-                f"No row had a teacher signal for {self._empty_batches} generation batches: no completion reached "
-                f"success_reward_threshold={self._config.success_reward_threshold:g} beside another completion of "
-                f"its prompt (the best score was {best}), and there was no feedback. Nothing is learned; lower the "
-                "threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
-                "return feedback from a reward function.",
+                f"No row had a teacher signal for {self._empty_batches} generation batches: {cause}. Nothing is "
+                f"learned; {fix}.",
             )
         if not metrics["self_distillation/empty_target_batch"]:  # "no_signal" names the score of the others
             self._observe_best_score(metrics.get("self_distillation/best_score"))

@@ -203,6 +203,8 @@ def supported_layout(model: Any, batch: TokenBatch) -> LayoutSupport:
 def sequence_limit(model: Any, batch: TokenBatch) -> float:
     """The number of tokens of a packed sequence that the model computes correctly; infinity without a bound.
 
+    A model that keeps its causal mask as a buffer, as GPT-Neo, takes no sequence that is longer than the mask.
+
     A model with `max_seq_length`, as Unsloth's, silently truncates longer sequences, unless it recognizes from the
     positions that a sequence is packed. This is tested with `max_seq_length` lowered below the length of two packed
     test rows: if these are still computed correctly, only `max_position_embeddings` limits a sequence. Where the
@@ -214,9 +216,13 @@ def sequence_limit(model: Any, batch: TokenBatch) -> float:
         model: in evaluation mode, not wrapped for several processes; it can run packed rows.
         batch: any batch of the run; its tokens make up the rows.
     """
+    masks = [buffer for buffer in model.buffers() if buffer.dtype == torch.bool and buffer.ndim > 1]
+    longest_mask = min(
+        (float(mask.shape[-1]) for mask in masks if mask.shape[-1] == mask.shape[-2]), default=math.inf
+    )
     limit = getattr(model, "max_seq_length", None)
     if not limit:
-        return math.inf
+        return longest_mask
     text = model.config.get_text_config()
     if _rope_types(text) & _ROPE_BY_LENGTH:
         return float(limit)
