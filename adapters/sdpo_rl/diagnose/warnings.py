@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sdpo import rate_per_tick
 
 from ..config import SDPOConfig
+from ..rollout.written import TEACHER_PROMPT_COLUMN
 from .monitors import Monitors
 
 logger = logging.getLogger("sdpo_rl")
@@ -98,6 +99,22 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     )
 
 
+def warn_of_teacher_prompt_column(datasets: Iterable[Any]) -> None:
+    """One warning where a dataset has a column of prompts for the teacher, which nothing reads without a function.
+
+    Args:
+        datasets: each a dataset, a mapping of several, or `None`.
+    """
+    parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
+    if any(TEACHER_PROMPT_COLUMN in (getattr(part, "column_names", None) or ()) for part in parts):
+        logger.warning(
+            "The column %r of the dataset does not reach the teacher; pass SDPOTrainer(teacher_prompt_func=lambda "
+            "attempt: attempt.columns[%r]), or rename the column.",
+            TEACHER_PROMPT_COLUMN,
+            TEACHER_PROMPT_COLUMN,
+        )
+
+
 def truncated_reprompts(fraction: float) -> str | None:
     """What to change where many rows had their demonstration or feedback cut.
 
@@ -135,10 +152,16 @@ def warn_of_padding(model: Any) -> None:
 
 
 class Diagnostics:
-    """Reads the metrics of a run, and warns when they show a known failure."""
+    """Reads the metrics of a run, and warns when they show a known failure.
 
-    def __init__(self, config: SDPOConfig) -> None:
+    Args:
+        config: its limits are named in the messages.
+        writes_prompts: the run has a `teacher_prompt_func`.
+    """
+
+    def __init__(self, config: SDPOConfig, *, writes_prompts: bool = False) -> None:
         self._config = config
+        self._writes_prompts = writes_prompts
         self._empty_batches = 0  # in succession
         self._best_score: float | None = None  # in these
         self._lengths: list[float] = []  # mean completion lengths of the first batches
@@ -183,23 +206,20 @@ class Diagnostics:
         else:
             self._empty_batches, self._best_score = 0, None
         if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
-            best = "none" if self._best_score is None else f"{self._best_score:g}"
             self._warn(
                 "no_signal",
-                f"No row had a teacher signal for {self._empty_batches} generation batches: no completion reached "
-                f"success_reward_threshold={self._config.success_reward_threshold:g} beside another completion of "
-                f"its prompt (the best score was {best}), and there was no feedback. Nothing is learned; lower the "
-                "threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
-                "return feedback from a reward function.",
+                f"No row had a teacher signal for {self._empty_batches} generation batches: {self._no_signal()}",
             )
         truncated = metrics["self_distillation/truncated_reprompt_fraction"]
         if message := truncated_reprompts(truncated):
             self._warn_once("truncated", message)
         if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
+            found = "Some prompts are so long that no demonstration or feedback fits beside them"
+            if self._writes_prompts:
+                found = "Some prompts of teacher_prompt_func are too long"
             self._warn_once(
                 "dropped",
-                "Some prompts are so long that no demonstration or feedback fits beside them; these rows have no "
-                "loss. Raise max_reprompt_length or lower max_completion_length.",
+                f"{found}; these rows have no loss. Raise max_reprompt_length or lower max_completion_length.",
             )
         self._lengths.append(sum(completion_lengths) / max(len(completion_lengths), 1))
         if len(self._lengths) > _BASELINE_BATCHES:
@@ -233,6 +253,21 @@ class Diagnostics:
         """Check an entry of the log, of training or of an evaluation, for the signs of a collapse."""
         for name, message in self._monitors.observe(logs).items():
             self._warn_once(name, message)
+
+    def _no_signal(self) -> str:
+        """Why no row has a signal, and what to change."""
+        if self._writes_prompts:
+            return (
+                "teacher_prompt_func returned None, or a prompt that is too long, for all of them. Nothing is "
+                "learned; return prompts of at most max_reprompt_length tokens."
+            )
+        best = "none" if self._best_score is None else f"{self._best_score:g}"
+        return (
+            f"no completion reached success_reward_threshold={self._config.success_reward_threshold:g} beside "
+            f"another completion of its prompt (the best score was {best}), and there was no feedback. Nothing is "
+            "learned; lower the threshold, name the functions of success in success_reward_funcs, raise "
+            "num_generations, or return feedback from a reward function."
+        )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
