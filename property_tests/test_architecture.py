@@ -356,7 +356,7 @@ def members(cls: type) -> Iterator[str]:
     if dataclasses.is_dataclass(cls):
         # Not `f.type`: argument parsers write to it.
         declared = cls.__annotations__
-        yield from (f"    {f.name}: {declared[f.name]} = {_default(f)}" for f in dataclasses.fields(cls))
+        yield from (f"    {f.name}: {declared[f.name]}{_default(f)}" for f in dataclasses.fields(cls))
     elif issubclass(cls, tuple):
         yield from (f"    {name}: {text.__forward_arg__}" for name, text in cls.__annotations__.items())
     for name, member in sorted(vars(cls).items()):
@@ -390,7 +390,9 @@ def signature(function: Any) -> inspect.Signature:
 
 
 def _default(f: Any) -> str:
-    return repr(f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
+    if f.default_factory is not dataclasses.MISSING:
+        return f" = {f.default_factory()!r}"
+    return "" if f.default is dataclasses.MISSING else f" = {f.default!r}"
 
 
 def public_api() -> str:

@@ -148,6 +148,23 @@ def test_a_preview_in_a_terminal_shows_both_kinds_of_rows_and_no_control_charact
     assert not (project / "output" / "model.safetensors").exists()
 
 
+WRITES = """
+def prompt(attempt):
+    return [{"role": "user", "content": f"answer={attempt.columns['answer']}"}]
+"""
+
+
+def test_a_recipe_names_the_function_that_writes_the_teacher_s_prompt(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "prompts.py").write_text(WRITES)
+    arguments = ["preview", "--config", "recipe.yaml", "--rows", "1", "--quiet", *ON_CPU]
+    assert main([*arguments, "--teacher_prompt_func", "prompts.py:prompt"]) == 0
+    assert "  | <user>answer=" in capsys.readouterr().out
+    assert main([*arguments, "--teacher_prompt_func", "prompts.py:no_such"]) != 0
+    assert "teacher_prompt_func: expected a name of prompts.py, got 'no_such'" in capsys.readouterr().err
+
+
 def test_a_preview_in_a_terminal_without_unicode_is_escaped(project: Path) -> None:
     (project / "rewards.py").write_text(
         "def judge(completions, **_): return [(0.0, 'é' * 3) for _ in completions]"

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from sdpo import Templates
-from sdpo_rl.rollout.control import ControlStrings
+from sdpo_rl.rollout.control import ControlStrings, enclose
 from sdpo_rl.rollout.prompts import Renderer
 from sdpo_rl.rollout.rendered import rendered_prompts
 from sdpo_rl.rollout.reprompts import Reprompter, TeacherPrompts
@@ -138,6 +138,30 @@ def test_a_quoted_conversation_stays_text(path: Path, make: Any) -> None:
         assert tokenizer.decode(ids) == tokenizer.decode(harmless).replace(HARMLESS, quoting)
         # The planted counter-example: today's tokens of any library that renders the text with the template.
         assert control_ids(tokenizer, write(unguarded, prompt, quoting)) != frame
+
+
+@pytest.mark.parametrize("path", TEMPLATE_FILES, ids=lambda path: path.stem)
+def test_broken_text_stays_text_in_every_turn(path: Path) -> None:
+    """Also where the last turn has none."""
+    tokenizer, quoted = with_its_tokens(characters, path)
+    control = ControlStrings(tokenizer)
+    guarded, unguarded = Renderer(tokenizer, control=control), Renderer(tokenizer)
+
+    def earlier(prompt: Any, text: str) -> Any:
+        attempt = [*tiny.user(f"got {text}?"), {"role": "assistant", "content": f"yes {text}."}]
+        as_it_takes = as_parts(attempt) if isinstance(prompt[-1]["content"], list) else attempt
+        return [*as_it_takes, prompt[-1]]
+
+    for prompt in conversations(tokenizer):
+        harmless = unguarded([earlier(prompt, HARMLESS)])[0]
+        assert guarded([earlier(prompt, HARMLESS)])[0] == harmless
+        broken = guarded([earlier(prompt, control.break_inserted(enclose(quoted)))])[0]
+        assert control_ids(tokenizer, broken) == control_ids(tokenizer, harmless)
+        assert tokenizer.decode(broken) == tokenizer.decode(harmless).replace(HARMLESS, quoted)
+        # The planted counter-example.
+        assert control_ids(tokenizer, unguarded([earlier(prompt, quoted)])[0]) != control_ids(
+            tokenizer, broken
+        )
 
 
 @pytest.mark.parametrize("mode", ["middle", "left", "right"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Barrier
 from typing import Any
 
@@ -15,11 +16,12 @@ from hypothesis import strategies as st
 from strategies import Claim, name_of
 
 from sdpo import select_demonstrations, strip_thinking
-from sdpo_rl import SDPOConfig
+from sdpo_rl import Attempt, SDPOConfig
 from sdpo_rl.rollout import demonstrations
 from sdpo_rl.rollout.demonstrations import Rollout, TeacherContext, teacher_context
 from sdpo_rl.rollout.prompts import Renderer
 from sdpo_rl.rollout.reprompts import Reprompter
+from sdpo_rl.rollout.written import make_writer
 
 GROUP = 3
 TOKENIZER = tiny.tokenizer()
@@ -63,7 +65,9 @@ configs = st.builds(
 )
 
 
-def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, local: bool = False) -> list[TeacherContext]:
+def on_ranks(
+    batch: Batch, config: SDPOConfig, ranks: int, *, local: bool = False, function: Any = None
+) -> list[TeacherContext]:
     """The contexts of all processes, each in its own thread, which share nothing but `gather`."""
     rows = len(batch.scores) // ranks
     board: list[list[Any]] = [[] for _ in range(ranks)]
@@ -93,16 +97,19 @@ def on_ranks(batch: Batch, config: SDPOConfig, ranks: int, *, local: bool = Fals
             scores=torch.tensor(batch.scores),
             rewards=torch.tensor(batch.scores)[:, None],
         )
+        reprompter = Reprompter(
+            Renderer(TOKENIZER),
+            config.templates(),
+            config.environment_feedback_only_without_solution,
+            "middle",
+        )
+        has_loss = batch.has_loss[mine]
+        columns = [{"row": rank * rows + row} for row in range(rows)]
         return teacher_context(
             rollout,
             config,
-            Reprompter(
-                Renderer(TOKENIZER),
-                config.templates(),
-                config.environment_feedback_only_without_solution,
-                "middle",
-            ),
-            has_loss=batch.has_loss[mine],
+            make_writer(function, reprompter, rollout.completions, columns, has_loss),
+            has_loss=has_loss,
             group_size=GROUP,
             context_length=math.inf,
             rank=rank,
@@ -123,6 +130,28 @@ def property_the_number_of_processes_does_not_matter(
     assert [on for part in spread for on in part.distilled] == alone.distilled
     assert [weight for part in spread for weight in part.row_weights or []] == (alone.row_weights or [])
     assert [rows for part in spread for rows in part.demonstration_rows] == alone.demonstration_rows
+    assert all(part.metrics == alone.metrics for part in spread)
+
+
+def property_a_function_gets_each_row_that_can_have_a_loss_once(
+    world: Any, batch: Batch, config: SDPOConfig, ranks: int
+) -> None:
+    calls: dict[int, list[Attempt]] = {}
+
+    def function(attempt: Attempt) -> Any:
+        calls.setdefault(attempt.columns["row"], []).append(attempt)
+        shown = " ".join([*attempt.demonstrations, attempt.feedback or "none"])
+        return None if shown == "none" else [*attempt.prompt, *attempt.completion, *tiny.user(shown)]
+
+    alone = on_ranks(batch, config, 1, function=function)[0]
+    expected = {row: tuple(attempts) for row, attempts in calls.items()}
+    calls.clear()
+    spread = world(batch, config, ranks, function=function)
+    assert {row: tuple(attempts) for row, attempts in calls.items()} == expected
+    assert {row: 1 for row, counts in enumerate(batch.has_loss) if counts} == {
+        row: len(attempts) for row, attempts in calls.items()
+    }
+    assert [ids for part in spread for ids in part.prompts.ids] == alone.prompts.ids
     assert all(part.metrics == alone.metrics for part in spread)
 
 
@@ -239,6 +268,12 @@ CLAIMS = [
         property_the_number_of_processes_does_not_matter,
         on_ranks,
         lambda batch, config, ranks: on_ranks(batch, config, ranks, local=True),
+        {"batch": batches(), "config": configs, "ranks": st.sampled_from([2, 3])},
+    ),
+    Claim(
+        property_a_function_gets_each_row_that_can_have_a_loss_once,
+        on_ranks,
+        partial(on_ranks, local=True),
         {"batch": batches(), "config": configs, "ranks": st.sampled_from([2, 3])},
     ),
     *(

@@ -171,6 +171,7 @@ def trainer(
     eval_dataset: Any = None,
     tools: Any = None,
     start: Any = None,
+    teacher_prompt_func: Any = None,
     **changes: Any,
 ) -> SDPOTrainer:
     """A trainer over the tiny model (or `start`); further keywords change its `GRPOConfig`."""
@@ -185,6 +186,7 @@ def trainer(
         peft_config=peft_config,
         callbacks=callbacks,
         tools=tools,
+        teacher_prompt_func=teacher_prompt_func,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

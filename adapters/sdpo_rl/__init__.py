@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from .diagnose.probe.run import probe
     from .diagnose.report import training_report
     from .presets import training_arguments
+    from .rollout.written import Attempt
     from .trainer import SDPOTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attempt",
     "SDPOConfig",
     "SDPOTrainer",
     "credit_report",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Attempt": "rollout.written",
     "SDPOConfig": "config",
     "SDPOTrainer": "trainer",
     "credit_report": "credit.report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import math
@@ -20,6 +21,7 @@ from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
 
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+_TEMPLATES = ("reprompt_template", "solution_template", "feedback_template", "success_feedback_template")
 _ROWS_CHECKED = 1000
 # Names in other trainers, where the nearest name would mislead.
 _OTHER_NAMES = {
@@ -52,7 +54,7 @@ def check_construction(args: Any, config: SDPOConfig, keywords: Mapping[str, Any
         keywords: the other arguments, by name.
         trainer: the class below SDPOTrainer.
     """
-    check_keywords(keywords, trainer, own=("sdpo_config",))
+    check_keywords(keywords, trainer, own=("sdpo_config", "teacher_prompt_func"))
     if not isinstance(config, SDPOConfig):
         raise TypeError(f"sdpo_config: expected an SDPOConfig, got {type(config).__name__}; make one")
     check_arguments(args)
@@ -67,6 +69,24 @@ def check_construction(args: Any, config: SDPOConfig, keywords: Mapping[str, Any
         check_dataset(keywords.get("eval_dataset"), "eval_dataset")
     check_sizes(args, keywords.get("train_dataset"), keywords.get("eval_dataset"))
     check_tokenizer(keywords.get("processing_class"))
+
+
+def check_teacher_prompt_func(function: Any, config: SDPOConfig) -> None:
+    """It is a function or `None`, and no template is set beside it, which nothing would read."""
+    if function is None:
+        return
+    if not callable(function):
+        raise TypeError(
+            f"teacher_prompt_func: expected a function from an sdpo_rl.Attempt to a prompt, got "
+            f"{type(function).__name__}; pass one, such as lambda attempt: attempt.columns['teacher_prompt']"
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in _TEMPLATES:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise ValueError(
+                f"{name}: expected its default with teacher_prompt_func, which writes the whole prompt, got "
+                f"{value!r}; remove one of the two"
+            )
 
 
 def check_model(model: Any) -> None:

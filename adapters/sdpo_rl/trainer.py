@@ -31,7 +31,13 @@ from .config import SDPOConfig
 from .credit.tokens import LogitSettings
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.preview import Preview, preview
-from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_options, warn_of_padding
+from .diagnose.warnings import (
+    Diagnostics,
+    warn_of_fast_teacher,
+    warn_of_grpo_options,
+    warn_of_padding,
+    warn_of_teacher_prompt_column,
+)
 from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
@@ -48,6 +54,7 @@ from .rollout.prompts import Renderer
 from .rollout.rendered import rendered_prompts
 from .rollout.reprompts import Reprompter, make_reprompter
 from .rollout.scored import sample, scored
+from .rollout.written import TEACHER_PROMPT_COLUMN, TeacherPromptFunc, make_writer
 from .step import entropy as step_entropy
 from .step import forward as step_forward
 from .step import head as step_head
@@ -75,8 +82,9 @@ _STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 class SDPOTrainer(_BASE):
     """Train a language model on its own, better informed predictions.
 
-    Takes everything that `trl.GRPOTrainer` takes, up to `optimizers` in the same order, and `sdpo_config`.
-    Rollouts, rewards, logging, checkpoints and evaluation are TRL's. The loss of a completion token is
+    Takes everything that `trl.GRPOTrainer` takes, up to `optimizers` in the same order, `sdpo_config` and
+    `teacher_prompt_func`. Rollouts, rewards, logging, checkpoints and evaluation are TRL's. The loss of a token of
+    a completion is
 
         divergence(model(token | prompt), teacher(token | prompt, a peer's success or feedback on the attempt))
 
@@ -118,6 +126,8 @@ class SDPOTrainer(_BASE):
         callbacks: as for `GRPOTrainer`.
         optimizers: as for `GRPOTrainer`.
         sdpo_config: an `SDPOConfig`; `None` means its defaults. With `enabled=False` this is GRPO.
+        teacher_prompt_func: writes the teacher's prompt in place of the templates: a function from an `Attempt` to
+            a prompt, or to `None` for a row without a teacher signal.
         **kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
@@ -126,8 +136,10 @@ class SDPOTrainer(_BASE):
             with a user or tool turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K
             beyond the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
             group can have, a temperature that is 0 or not finite, a term or mask that this loss does not have, a
-            loss backend that cannot run on the device, a model that `torch.compile` returned, FSDP 1.
-        TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
+            loss backend that cannot run on the device, a model that `torch.compile` returned, FSDP 1, a template
+            beside a `teacher_prompt_func`.
+        TypeError: `args`, `sdpo_config`, `teacher_prompt_func` or a reward function of the wrong type, or an
+            unknown keyword.
 
     Source: SDPO, arXiv 2601.20802.
 
@@ -155,6 +167,7 @@ class SDPOTrainer(_BASE):
         optimizers: Any = None,
         *,
         sdpo_config: SDPOConfig | None = None,
+        teacher_prompt_func: TeacherPromptFunc | None = None,
         **kwargs: Any,
     ) -> None:
         unsloth_compat.check_unpatched(_BASE, trl.GRPOTrainer)
@@ -173,6 +186,7 @@ class SDPOTrainer(_BASE):
         # A copy, so that a later change of its mappings changes nothing here.
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
         _validate.check_construction(args, self.sdpo_config, kwargs, trainer=_BASE)
+        self._teacher_prompt_func = teacher_prompt_func
         if self.sdpo_config.enabled:
             # What TRL's model card says.
             self._name, self._tag_names, self._paper = "SDPO", ["trl", "grpo", "sdpo"], model_card.PAPER
@@ -182,6 +196,7 @@ class SDPOTrainer(_BASE):
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         if self.sdpo_config.enabled:
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
+            _validate.check_teacher_prompt_func(teacher_prompt_func, self.sdpo_config)
             _validate.check_not_compiled(model)
             check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
@@ -230,7 +245,7 @@ class SDPOTrainer(_BASE):
         self._counted: Any = None  # the generation batch whose counts the window has
         self._sums = {"train": MetricSums(), "eval": MetricSums()}
         self._eval_loss = EvaluationLoss()
-        self._diagnostics = Diagnostics(config)
+        self._diagnostics = Diagnostics(config, writes_prompts=self._teacher_prompt_func is not None)
         self._records = Records(
             config,
             self.args,
@@ -262,13 +277,16 @@ class SDPOTrainer(_BASE):
             warn_of_grpo_options(self.args)
         samples_per_tick = self._schedule.samples_per_tick(self.sdpo_config.teacher_tick)
         warn_of_fast_teacher(self.sdpo_config, samples_per_tick=samples_per_tick)
+        if self._teacher_prompt_func is None:
+            warn_of_teacher_prompt_column([self.train_dataset, self.eval_dataset])
 
     # --- rollout -----------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.sdpo_config.enabled:  # `remove_unused_columns` keeps these
-            self._signature_columns.extend(set(FEEDBACK_COLUMNS) - set(self._signature_columns))
+            of_function = () if self._teacher_prompt_func is None else (TEACHER_PROMPT_COLUMN,)
+            self._signature_columns.extend({*FEEDBACK_COLUMNS, *of_function} - set(self._signature_columns))
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -276,7 +294,13 @@ class SDPOTrainer(_BASE):
         config, enabled = self.sdpo_config, self.sdpo_config.enabled
         if enabled:  # before reward functions, which may change what they are given
             sampled = sample(
-                prompts, completions, completion_ids_list, config, self.processing_class, parsed_response
+                prompts,
+                completions,
+                completion_ids_list,
+                config,
+                self.processing_class,
+                parsed_response,
+                rows=() if self._teacher_prompt_func is None else inputs,
             )
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         feedback = self._feedback.take(
@@ -330,12 +354,14 @@ class SDPOTrainer(_BASE):
         with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = check_scored_batch(output, self._rollout), None
-        mode = self._mode
+        mode, has_loss = self._mode, output["completion_mask"].any(dim=1).tolist()
         context = teacher_context(
             rollout,
             self.sdpo_config,
-            self._reprompter(),
-            has_loss=output["completion_mask"].any(dim=1).tolist(),
+            make_writer(
+                self._teacher_prompt_func, self._reprompter(), rollout.completions, rollout.columns, has_loss
+            ),
+            has_loss=has_loss,
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
             context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,

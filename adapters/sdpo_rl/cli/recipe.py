@@ -58,6 +58,10 @@ class RunArguments:
     tools: list[str] = field(
         default_factory=list, metadata={"help": "Tools of the model: file.py:function or module:function."}
     )
+    teacher_prompt_func: str | None = field(
+        default=None,
+        metadata={"help": "Writes the teacher's prompt: file.py:function or module:function."},
+    )
     preset: str | None = field(
         default=None,
         metadata={"help": "Settings of the paper: generalization, rich_feedback or test_time."},

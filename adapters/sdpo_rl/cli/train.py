@@ -90,6 +90,8 @@ def build(recipe: Recipe) -> SDPOTrainer:
         extra["environment_factory"] = load_object(run.environment, "environment")
     if run.tools:
         extra["tools"] = [load_object(where, "tools") for where in run.tools]
+    if run.teacher_prompt_func is not None:
+        extra["teacher_prompt_func"] = load_object(run.teacher_prompt_func, "teacher_prompt_func")
     if not run.unsloth:  # which may load another repository than that of the name
         _prepare_model(recipe)
     rows = load_rows(run.dataset, run.train_split, run.dataset_config)

@@ -37,7 +37,7 @@ class GenerationRow:
         is_cut: a demonstration or the feedback was cut to fit.
         cut_texts: the demonstrations and the feedback as they stand in a reprompt that was cut; otherwise none.
         teacher_prompt_limit: largest number of tokens of the reprompt.
-        whole_length: tokens of the reprompt before any cut; 0 without a demonstration and feedback.
+        whole_length: tokens of the reprompt before any cut; 0 without one.
         reason_without_signal: why the row has no distillation loss; `None`: it has one.
     """
 

@@ -192,7 +192,7 @@ def _signal(row: GenerationRow) -> str:
         return "no signal"
     parts = [f"row {place}" for place in row.demonstration_rows if row.has_demonstration]
     parts += ["the feedback"] if row.uses_feedback else []
-    return f"the teacher reads {' and '.join(parts)}"
+    return f"the teacher reads {' and '.join(parts) or 'a prompt of its own'}"
 
 
 def _unused(used: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sdpo import rate_per_tick
@@ -13,6 +13,7 @@ from sdpo import rate_per_tick
 from ..config import SDPOConfig
 from ..rollout.endings import prompt_endings
 from ..rollout.prompts import Prompt, Renderer
+from ..rollout.written import TEACHER_PROMPT_COLUMN
 from .monitors import Monitors
 
 logger = logging.getLogger("sdpo_rl")
@@ -102,7 +103,11 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
 
 
 def no_signal(
-    metrics: Mapping[str, float], config: SDPOConfig, *, best_score: float | None
+    metrics: Mapping[str, float],
+    config: SDPOConfig,
+    *,
+    best_score: float | None,
+    writes_prompts: bool = False,
 ) -> tuple[str, str]:
     """Why no row has a teacher signal, and what to change.
 
@@ -110,7 +115,13 @@ def no_signal(
         metrics: of a generation batch without one.
         config: of the run.
         best_score: of the batches without one; `None`: no completion was judged.
+        writes_prompts: the run has a `teacher_prompt_func`.
     """
+    if writes_prompts:
+        return (
+            "teacher_prompt_func returned None, or a prompt that is too long, for every completion that counts",
+            "return prompts of at most max_reprompt_length tokens",
+        )
     has_feedback = metrics.get("self_distillation/feedback_available_fraction", 0.0) > 0
     threshold = config.success_reward_threshold
     if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
@@ -137,6 +148,22 @@ def no_signal(
         "lower the threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
         "return feedback from a reward function",
     )
+
+
+def warn_of_teacher_prompt_column(datasets: Iterable[Any]) -> None:
+    """One warning where a dataset has a column of prompts for the teacher, which nothing reads without a function.
+
+    Args:
+        datasets: each a dataset, a mapping of several, or `None`.
+    """
+    parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
+    if any(TEACHER_PROMPT_COLUMN in (getattr(part, "column_names", None) or ()) for part in parts):
+        logger.warning(
+            "The column %r of the dataset does not reach the teacher; pass SDPOTrainer(teacher_prompt_func=lambda "
+            "attempt: attempt.columns[%r]), or rename the column.",
+            TEACHER_PROMPT_COLUMN,
+            TEACHER_PROMPT_COLUMN,
+        )
 
 
 def truncated_reprompts(fraction: float) -> str | None:
@@ -197,16 +224,20 @@ def warn_of_padding(model: Any) -> None:
 
 
 class Diagnostics:
-    """Reads the metrics of a run, and warns when they show a known failure."""
+    """Reads the metrics of a run, and warns when they show a known failure.
 
-    def __init__(self, config: SDPOConfig) -> None:
+    Args:
+        config: its limits are named in the messages.
+        writes_prompts: the run has a `teacher_prompt_func`.
+    """
+
+    def __init__(self, config: SDPOConfig, *, writes_prompts: bool = False) -> None:
         self._config = config
+        self._writes_prompts = writes_prompts
         self._empty_batches = 0  # in succession
         self._best_score: float | None = None  # in these
-        self._ceiling: tuple[float, int] = (
-            0.0,
-            0,
-        )  # best score below the threshold, and batches in succession with it
+        # A best score below the threshold, and the batches in succession that have it.
+        self._ceiling: tuple[float, int] = (0.0, 0)
         self._lengths: list[float] = []  # mean completion lengths of the first batches
         self._warned: set[str] = set()
         self._new: dict[str, str] = {}  # messages since `take_warnings`, by name
@@ -257,7 +288,9 @@ class Diagnostics:
         else:
             self._empty_batches, self._best_score = 0, None
         if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
-            cause, fix = no_signal(metrics, self._config, best_score=self._best_score)
+            cause, fix = no_signal(
+                metrics, self._config, best_score=self._best_score, writes_prompts=self._writes_prompts
+            )
             self._warn(
                 "no_signal",
                 f"No row had a teacher signal for {self._empty_batches} generation batches: {cause}. Nothing is "
@@ -269,10 +302,12 @@ class Diagnostics:
         if message := truncated_reprompts(truncated):
             self._warn_once("truncated", message)
         if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
+            found = "Some prompts are so long that no demonstration or feedback fits beside them"
+            if self._writes_prompts:
+                found = "Some prompts of teacher_prompt_func are too long"
             self._warn_once(
                 "dropped",
-                "Some prompts are so long that no demonstration or feedback fits beside them; these rows have no "
-                "loss. Raise max_reprompt_length or lower max_completion_length.",
+                f"{found}; these rows have no loss. Raise max_reprompt_length or lower max_completion_length.",
             )
         self._lengths.append(sum(completion_lengths) / max(len(completion_lengths), 1))
         if len(self._lengths) > _BASELINE_BATCHES:

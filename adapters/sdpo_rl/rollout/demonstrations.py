@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ..config import SDPOConfig
 from .answers import answer_in_feedback
 from .prompts import Completion, Prompt, completion_text
 from .reprompts import Reprompter, TeacherPrompts
+from .written import PromptWriter
 
 
 class Rollout(NamedTuple):
@@ -30,6 +31,7 @@ class Rollout(NamedTuple):
         scores: what is compared with the threshold of a success; float32 on the CPU; NaN: no reward function judged
             the row.
         rewards: of the F reward functions, [B, F] float32 on the CPU; NaN: a function did not judge the row.
+        columns: of the dataset, besides the prompt, one mapping per row; none without a `teacher_prompt_func`.
     """
 
     prompts: list[Prompt]
@@ -39,6 +41,7 @@ class Rollout(NamedTuple):
     feedback: list[str | None]
     scores: Tensor
     rewards: Tensor
+    columns: Sequence[Mapping[str, Any]] = ()
 
 
 class Peer(NamedTuple):
@@ -80,7 +83,7 @@ class TeacherContext:
 def teacher_context(
     rollout: Rollout,
     config: SDPOConfig,
-    reprompter: Reprompter,
+    reprompter: Reprompter | PromptWriter,
     *,
     has_loss: Sequence[bool],
     group_size: int,

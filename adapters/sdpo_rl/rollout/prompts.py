@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +64,10 @@ def _check_turns(prompt: list[dict[str, Any]]) -> None:
         )
     place = _question_place(prompt)
     others = [turn for i, turn in enumerate(prompt) if i != place]
-    if media := {kind for turn in others for kind in _media(turn.get("content"))}:
+    if media := media_types(others):
         raise ValueError(
-            f"expected text in every turn, got parts of type {', '.join(sorted(media))}; images and other media "
-            "do not reach the loss: remove the row"
+            f"expected text in every turn, got parts of type {', '.join(media)}; images and other media do not "
+            "reach the loss: remove the row"
         )
     question(prompt)
     for turn in others:
@@ -76,11 +77,12 @@ def _check_turns(prompt: list[dict[str, Any]]) -> None:
             )
 
 
-def _media(content: Any) -> list[str]:
-    """The types of the parts of a turn that are media."""
-    parts = content if isinstance(content, list) else []
-    types = [str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)]
-    return [kind for kind in types if kind.startswith(("image", "audio", "video", "input_"))]
+def media_types(turns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The types of the parts that are media, each once, in alphabetical order."""
+    contents = [turn.get("content") for turn in turns]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    types = {str(part.get("type", "text")) for part in parts if isinstance(part, Mapping)}
+    return sorted(kind for kind in types if kind.startswith(("image", "audio", "video", "input_")))
 
 
 def question(prompt: Prompt) -> str:
@@ -88,18 +90,25 @@ def question(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     content = prompt[_question_place(prompt)].get("content")
-    if isinstance(content, str):
-        return content
-    is_text = isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    )
-    if not is_text:
+    if not is_text(content):
         raise ValueError(
             "expected text in the last user turn, a string or parts {'type': 'text', 'text': '...'}, got "
             f"{content!r:.200}; images and other media cannot be reprompted: remove the row"
         )
-    return _parts_text(content)
+    return content if isinstance(content, str) else _parts_text(content)
+
+
+def is_text(content: Any) -> bool:
+    """Whether the content of a turn is a string or a list of parts that are text."""
+    return isinstance(content, str) or (
+        isinstance(content, list)
+        and all(
+            isinstance(part, Mapping)
+            and part.get("type", "text") == "text"
+            and isinstance(part.get("text"), str)
+            for part in content
+        )
+    )
 
 
 def with_question(prompt: Prompt, text: str) -> Prompt:
@@ -115,6 +124,39 @@ def with_question(prompt: Prompt, text: str) -> Prompt:
 def _question_place(prompt: Sequence[Mapping[str, Any]]) -> int:
     """The index of the last user turn."""
     return max(place for place, turn in enumerate(prompt) if turn["role"] == "user")
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All strings in a prompt or completion, at any depth of its messages, keys included.
+
+    Examples:
+        >>> [*texts_of([{"role": "user", "content": "1 + 1?"}])]
+        ['role', 'content', 'user', '1 + 1?']
+    """
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from texts_of([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from texts_of(item)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a prompt or completion with the strings of `texts_of` changed, but for roles and types.
+
+    Examples:
+        >>> with_texts([{"role": "user", "content": " why "}], str.strip)
+        [{'role': 'user', 'content': 'why'}]
+    """
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            with_texts(key, change): item if key in ("role", "type") else with_texts(item, change)
+            for key, item in value.items()
+        }
+    return [with_texts(item, change) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def completion_text(completion: Completion, *, strip: Callable[[str], str] | None = None) -> str:
@@ -207,7 +249,7 @@ class Renderer:
 
     def _tokenize(self, prompts: Sequence[Prompt], tools: Sequence[Any] | None) -> list[list[int]]:
         control = self.control
-        if control is None or not any(control.has_break(question(prompt)) for prompt in prompts):
+        if control is None or not any(map(control.has_break, texts_of(list(prompts)))):
             return self._ids(self.tokenizer, prompts, tools)
         return [control.without_breaks(ids) for ids in self._ids(control.processing_class, prompts, tools)]
 

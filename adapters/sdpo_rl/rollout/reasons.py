@@ -37,12 +37,14 @@ def reasons_without_signal(
                 "no token of the completion counts: it is empty, or cut at max_completion_length and masked"
             )
         elif context.prompts.dropped[row]:
-            reason = (
-                "nothing of the demonstration or the feedback fits beside the prompt and the completion "
-                f"(max_reprompt_length={config.max_reprompt_length}, or the model's context)"
-            )
+            problem = "nothing of the demonstration or the feedback fits beside the prompt and the completion"
+            if context.prompts.written:
+                problem = "the prompt that teacher_prompt_func returned does not fit beside the completion"
+            reason = f"{problem} (max_reprompt_length={config.max_reprompt_length}, or the model's context)"
         elif context.prompts.row_mask[row]:
             reason = f"a success has the policy loss alone (routing={config.routing!r})"
+        elif context.prompts.written:
+            reason = "teacher_prompt_func returned None"
         else:
             first_row = rank * len(rollout.prompts)
             reason = (

@@ -21,14 +21,15 @@ class TeacherPrompts:
 
     Args:
         ids: the tokens of each row.
-        row_mask: a demonstration or feedback is in the prompt.
+        row_mask: the row has a teacher signal.
         has_demonstration: a demonstration is in the prompt.
         uses_feedback: feedback is in the prompt.
         truncated: a demonstration or the feedback was cut.
-        dropped: the row had a demonstration or feedback, of which nothing fits.
+        dropped: the row had a demonstration or feedback, of which nothing fits, or a prompt that is too long.
         limits: the largest number of tokens of each row.
-        whole_lengths: tokens of each row before any cut; 0 without a demonstration and feedback.
+        whole_lengths: tokens of each row before any cut; 0 without a prompt.
         cut_texts: of a row that was cut, its demonstrations and feedback as they stand in it; otherwise none.
+        written: `teacher_prompt_func` wrote the prompts.
     """
 
     ids: list[list[int]]
@@ -40,6 +41,24 @@ class TeacherPrompts:
     limits: list[int]
     whole_lengths: list[int]
     cut_texts: list[list[str]]
+    written: bool = False
+
+    @classmethod
+    def without_signal(cls, limits: Sequence[int], *, written: bool = False) -> TeacherPrompts:
+        """Rows of which none has a signal, to be filled in."""
+        rows = len(limits)
+        return cls(
+            ids=[[] for _ in range(rows)],
+            row_mask=[False] * rows,
+            has_demonstration=[False] * rows,
+            uses_feedback=[False] * rows,
+            truncated=[False] * rows,
+            dropped=[False] * rows,
+            limits=list(limits),
+            whole_lengths=[0] * rows,
+            cut_texts=[[] for _ in range(rows)],
+            written=written,
+        )
 
 
 class _RowPrompt(NamedTuple):
@@ -83,18 +102,7 @@ class Reprompter:
         built = self._build(prompts, demonstrations, feedback, succeeded)
         active = [row for row, has_signal in enumerate(built.row_mask) if has_signal]
         rendered = self.renderer([self._reprompt(prompts[row], built.texts[row]) for row in active], active)
-        no_signal = [False] * len(prompts)
-        result = TeacherPrompts(
-            ids=[[] for _ in prompts],
-            row_mask=no_signal.copy(),
-            has_demonstration=no_signal.copy(),
-            uses_feedback=no_signal.copy(),
-            truncated=no_signal.copy(),
-            dropped=no_signal.copy(),
-            limits=list(limits),
-            whole_lengths=[0] * len(prompts),
-            cut_texts=[[] for _ in prompts],
-        )
+        result = TeacherPrompts.without_signal(limits)
         for row, ids in zip(active, rendered, strict=True):
             fitted: _RowPrompt | None = _RowPrompt(
                 ids, built.has_demonstration[row], built.uses_feedback[row], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from .demonstrations import Rollout
 from .prompts import Completion, Prompt
 from .rewards import check_finite, success_scores
 from .thinking import ParseResponse, demonstration_texts
+from .written import other_columns
 
 
 class Sample(NamedTuple):
@@ -22,6 +23,7 @@ class Sample(NamedTuple):
     completions: list[Completion]
     completion_lengths: list[int]
     demonstrations: list[str]
+    columns: list[dict[str, Any]]
 
 
 def sample(
@@ -31,6 +33,8 @@ def sample(
     config: SDPOConfig,
     tokenizer: Any,
     parse: ParseResponse,
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
 ) -> Sample:
     """A copy, which reward functions cannot change.
 
@@ -41,11 +45,12 @@ def sample(
         config: whether demonstrations have their thinking, and its marks.
         tokenizer: the trainer's processing class.
         parse: as for `demonstration_texts`.
+        rows: of the dataset, whose columns are wanted.
     """
     own_prompts, own_completions = copy.deepcopy((list(prompts), list(completions)))
     lengths = [len(ids) for ids in completion_ids]
     texts = demonstration_texts(completions, completion_ids, config, tokenizer, parse)
-    return Sample(own_prompts, own_completions, lengths, texts)
+    return Sample(own_prompts, own_completions, lengths, texts, other_columns(rows))
 
 
 def scored(
@@ -73,4 +78,9 @@ def scored(
     weights = weights.to(rewards.device)
     check_finite(rewards, names, weights)
     scores = success_scores(rewards, names, weights, config.success_reward_funcs)
-    return Rollout(*sampled, feedback=feedback, scores=scores.float().cpu(), rewards=rewards.float().cpu())
+    return Rollout(
+        **sampled._asdict(),
+        feedback=feedback,
+        scores=scores.float().cpu(),
+        rewards=rewards.float().cpu(),
+    )
