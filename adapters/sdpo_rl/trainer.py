@@ -232,6 +232,8 @@ class SDPOTrainer(_BASE):
         self._rendered = rendered_prompts(self._renderer, self._control)
         for name, dataset in datasets.items():
             _validate.check_rendered_dataset(dataset, name, self._rendered, config)
+        if self._teacher_prompt_func is None:
+            warn_of_teacher_prompt_column(datasets.values())
         self._rollout: Rollout | None = None
         samples_per_tick = schedule.samples_per_tick(config.teacher_tick)
         self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
@@ -277,8 +279,6 @@ class SDPOTrainer(_BASE):
             warn_of_grpo_options(self.args)
         samples_per_tick = self._schedule.samples_per_tick(self.sdpo_config.teacher_tick)
         warn_of_fast_teacher(self.sdpo_config, samples_per_tick=samples_per_tick)
-        if self._teacher_prompt_func is None:
-            warn_of_teacher_prompt_column([self.train_dataset, self.eval_dataset])
 
     # --- rollout -----------------------------------------------------------------------------------------
 
