@@ -35,6 +35,7 @@ from .diagnose.warnings import Diagnostics, warn_of_fast_teacher, warn_of_grpo_o
 from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
+from .rollout import without_rewards
 from .rollout.checks import check_generation_batch, check_scored_batch
 from .rollout.control import ControlStrings
 from .rollout.demonstrations import Rollout, TeacherContext, selection_seed, teacher_context
@@ -109,7 +110,8 @@ class SDPOTrainer(_BASE):
 
     Args:
         model: a model, a PEFT model, or a name or path.
-        reward_funcs: as for `GRPOTrainer`; functions may also return feedback.
+        reward_funcs: as for `GRPOTrainer`; functions may also return feedback. `None`: nothing judges a completion,
+            and each row has a text for the teacher, from the dataset, its environment or a `rollout_func`.
         args: a `GRPOConfig`; `None` means its defaults.
         train_dataset: as for `GRPOTrainer`; a column `feedback` or `privileged_context` is optional.
         eval_dataset: as for `GRPOTrainer`.
@@ -185,13 +187,16 @@ class SDPOTrainer(_BASE):
             _validate.check_not_compiled(model)
             check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
-        if reward_funcs is not None:
+        if reward_funcs in (None, []):
+            kwargs["reward_funcs"] = without_rewards.reward_functions(args, self.sdpo_config, kwargs)
+        else:
             kwargs["reward_funcs"] = self._feedback.wrap_all(reward_funcs)
         self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
         self._resume = checkpoint.ResumePoint()
         super().__init__(model=model, args=args, **kwargs)
+        without_rewards.remove_placeholder(self)
         self._turns = GenerationTurns(self.accelerator.device)
         if self.sdpo_config.enabled:
             self._set_state(datasets)
@@ -278,7 +283,11 @@ class SDPOTrainer(_BASE):
             sampled = sample(
                 prompts, completions, completion_ids_list, config, self.processing_class, parsed_response
             )
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:  # TRL would warn of each batch
+            rows = len(prompts) * self.accelerator.num_processes
+            rewards = torch.empty(rows, 0, device=self.accelerator.device)
         feedback = self._feedback.take(
             len(inputs),
             column_texts(inputs) if enabled else None,
@@ -331,6 +340,8 @@ class SDPOTrainer(_BASE):
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = check_scored_batch(output, self._rollout), None
         mode = self._mode
+        if not self.reward_funcs:
+            without_rewards.drop_metrics(self._metrics[mode])
         context = teacher_context(
             rollout,
             self.sdpo_config,

@@ -60,7 +60,7 @@ class RunArguments:
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Settings of the paper: generalization, rich_feedback or test_time."},
+        metadata={"help": "Settings of a paper: generalization, rich_feedback, test_time, opsd or sdft."},
     )
     unsloth: bool = field(
         default=False, metadata={"help": "Load the model with Unsloth, and train with its patched TRL."}

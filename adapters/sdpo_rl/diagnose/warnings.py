@@ -124,6 +124,26 @@ def low_mass(mass: float, k: int) -> str | None:
     return f"The top {k} tokens have {mass:.0%} of the student's probability; raise k, or set support='full'."
 
 
+def no_signal(best_score: float | None, threshold: float) -> str:
+    """Why no row of successive generation batches has a signal, and what to change.
+
+    Args:
+        best_score: in these; `None`: no reward function judged a completion.
+        threshold: of a success.
+    """
+    if best_score is None:
+        return (
+            "no reward function judged a completion, and there was no feedback. Nothing is learned; give each row "
+            "a text in the dataset's column 'feedback', or pass reward functions that judge or return feedback."
+        )
+    return (
+        f"no completion reached success_reward_threshold={threshold:g} beside another completion of its prompt "
+        f"(the best score was {best_score:g}), and there was no feedback. Nothing is learned; lower the threshold, "
+        "name the functions of success in success_reward_funcs, raise num_generations, or return feedback from a "
+        "reward function."
+    )
+
+
 def warn_of_padding(model: Any) -> None:
     """Warn of a model whose outputs depend on padding: training takes longer, and samples may be worse."""
     logger.warning(
@@ -183,14 +203,10 @@ class Diagnostics:
         else:
             self._empty_batches, self._best_score = 0, None
         if self._empty_batches and self._empty_batches % self._config.diagnostics_patience == 0:
-            best = "none" if self._best_score is None else f"{self._best_score:g}"
+            cause = no_signal(self._best_score, self._config.success_reward_threshold)
             self._warn(
                 "no_signal",
-                f"No row had a teacher signal for {self._empty_batches} generation batches: no completion reached "
-                f"success_reward_threshold={self._config.success_reward_threshold:g} beside another completion of "
-                f"its prompt (the best score was {best}), and there was no feedback. Nothing is learned; lower the "
-                "threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
-                "return feedback from a reward function.",
+                f"No row had a teacher signal for {self._empty_batches} generation batches: {cause}",
             )
         truncated = metrics["self_distillation/truncated_reprompt_fraction"]
         if message := truncated_reprompts(truncated):
