@@ -361,18 +361,22 @@ def test_a_wrong_type_in_a_process_of_its_own_prints_one_line(tmp_path: Path) ->
 def test_a_recipe_needs_no_reward_function_where_the_rows_have_solutions(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The recipe of docs/references.md."""
+    page = (ROOT / "docs" / "references.md").read_text()
+    values = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert values["preset"] == "opsd"
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{row} + 1 = ", "feedback": f"{row + 1}"} for row in range(8)]
-    Path("solutions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    values = {"model_name_or_path": str(model_folder), "dataset": "solutions.jsonl", "preset": "sdft"}
-    values |= {"output_dir": "output", "max_steps": 1, "max_completion_length": 4, "logging_steps": 1}
+    rows = [{"prompt": f"{row} + 1 = ", "feedback": f"{row + 1}"} for row in range(16)]
+    Path(values["dataset"]).write_text("\n".join(map(json.dumps, rows)))
+    values |= {"model_name_or_path": str(model_folder), "max_completion_length": 4}
+    values |= {"max_steps": 1, "logging_steps": 1}
     Path("recipe.yaml").write_text(yaml.safe_dump(values))
     assert main(["train", "--config", "recipe.yaml", "--quiet", *ON_CPU]) == 0
     entries = list(map(json.loads, Path("output/sdpo_log.jsonl").read_text().splitlines()))
     used = [entry.get("self_distillation/feedback_used_fraction") for entry in entries]
     assert used.count(1.0) == 1
     assert not any("reward" in entry for entry in entries)
-    assert json.loads(Path("output/sdpo_config.json").read_text())["options"]["support"] == "full"
+    assert json.loads(Path("output/sdpo_config.json").read_text())["options"]["entry_clip"] == 0.05
 
 
 def test_the_reward_to_start_from_tells_a_wrong_number_from_a_mark_after_it(project: Path) -> None:

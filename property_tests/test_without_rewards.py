@@ -14,8 +14,9 @@ import tiny
 import torch
 from datasets import Dataset, IterableDataset
 
-from sdpo_rl import SDPOConfig, SDPOTrainer, credit_report, probe
+from sdpo_rl import SDPOConfig, SDPOTrainer, credit_report, probe, training_arguments
 
+PAGE = (Path(__file__).parents[1] / "docs" / "references.md").read_text()
 SOLUTIONS = [f"the sum is {row}" for row in range(8)]
 NO_SOURCE = (
     "reward_funcs: expected at least one",
@@ -89,6 +90,33 @@ def test_beside_rewards_the_teacher_of_a_preset_still_reads_it(tmp_path: Path, p
         assert row.uses_feedback
         assert f"{introduction}{row.feedback}\n" in row.teacher_prompt.text
         assert "attempt" not in row.teacher_prompt.text
+
+
+def test_a_context_may_come_before_the_question(tmp_path: Path) -> None:
+    """The templates of the page."""
+    code = PAGE.split("## Context distillation")[1].split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for row in trainer(tmp_path, sdpo_config=names["config"]).preview(8).rows:
+        whole = f"{tiny.USER}{row.feedback}\n\n{row.prompt[0]['content']}{tiny.BOT}"
+        assert row.teacher_prompt.text == whole
+
+
+def test_the_page_has_the_values_of_the_presets() -> None:
+    lines = [line for line in PAGE.splitlines() if line.startswith("| ")]
+    names, *rows = [line.strip("| ").split(" | ") for line in lines]
+    assert names == ["`opsd`", "`sdft`"]
+    cells = {name.strip("`"): found for name, *found in rows}
+    for column, name in enumerate(("opsd", "sdft")):
+        arguments = training_arguments(name)
+        assert float(cells["learning rate"][column].split()[0]) == arguments["learning_rate"]
+        assert float(cells["max_grad_norm"][column].split(":")[0]) == arguments["max_grad_norm"]
+        assert f"at most {arguments['max_completion_length']} tokens" in cells["completions"][column]
+        assert f"temperature {arguments.get('temperature', 1):g}" in cells["sampling"][column]
+    assert f"entries of at most {SDPOConfig.preset('opsd').entry_clip}:" in cells["divergence"][0]
+    average = SDPOConfig.preset("sdft")
+    rate = f"{average.teacher_update_rate} per update of {average.teacher_rate_samples} completions"
+    assert rate in cells["teacher"][1]
 
 
 # --- the step ---------------------------------------------------------------------------------------------
