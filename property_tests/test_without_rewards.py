@@ -243,6 +243,20 @@ def test_the_report_of_a_run_is_made(tmp_path: Path) -> None:
     assert SOLUTIONS[0][:3] in report
 
 
+def test_words_that_a_dataset_s_text_cannot_have_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    message = "as feedback on an unsuccessful attempt"
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        trainer(tmp_path, sdpo_config=tiny.config(feedback_template="\nSolution: {feedback_raw}"))
+        trainer(tmp_path, reward_funcs=constant(0.0))
+        in_environment(tmp_path, Reviewer)
+        assert message not in caplog.text
+        trainer(tmp_path)
+    assert message in caplog.text
+
+
 # --- preview and probe ------------------------------------------------------------------------------------
 
 

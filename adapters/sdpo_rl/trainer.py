@@ -125,10 +125,11 @@ class SDPOTrainer(_BASE):
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
         ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end
-            with a user turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K larger
-            than the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
-            group can have, a temperature that is 0 or not finite, a term or mask that this loss does not have, a
-            loss backend that cannot run on the device, a model that `torch.compile` returned, FSDP 1.
+            with a user turn, two columns of feedback, neither rewards nor texts for the teacher, neither a pad
+            token nor an end-of-sequence token, K larger than the vocabulary, a batch size that is no multiple of
+            the group size, more demonstrations than a group can have, a temperature that is 0 or not finite, a term
+            or mask that this loss does not have, a loss backend that cannot run on the device, a model that
+            `torch.compile` returned, FSDP 1.
         TypeError: `args`, `sdpo_config` or a reward function of the wrong type, or an unknown keyword.
 
     Source: SDPO, arXiv 2601.20802.

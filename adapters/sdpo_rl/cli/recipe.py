@@ -50,7 +50,8 @@ class RunArguments:
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "As dataset, for the evaluation."})
     reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Reward functions: file.py:function or module:function."}
+        default_factory=list,
+        metadata={"help": "Reward functions, file.py:function or module:function; none: rows have feedback."},
     )
     environment: str | None = field(
         default=None, metadata={"help": "An environment factory: file.py:name or module:name."}

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, MutableMapping
 from itertools import islice
 from typing import Any
 
+from sdpo import Templates
+
 from ..config import SDPOConfig
 from .checks import ROWS_CHECKED
 from .feedback import FEEDBACK_COLUMNS, column_name
+
+logger = logging.getLogger("sdpo_rl")
 
 _COLUMNS = " or ".join(map(repr, FEEDBACK_COLUMNS))
 # Options that need rewards: the values that do not.
@@ -66,6 +71,11 @@ def reward_functions(args: Any, config: SDPOConfig, keywords: Mapping[str, Any])
     if all(keywords.get(name) is None for name in ("environment_factory", "rollout_func")):
         for name in ("train_dataset", "eval_dataset"):
             _check_texts(keywords.get(name), name)
+        if config.feedback_template == Templates().feedback:
+            logger.warning(
+                "The teacher reads each row's text as feedback on an unsuccessful attempt, which a text of the "
+                "dataset cannot be; set feedback_template, or take SDPOConfig.preset('opsd') or preset('sdft')."
+            )
     return [_placeholder]
 
 
