@@ -51,6 +51,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     succeeds: Callable[[int], bool] = lambda row: row in (1, 2, 9)  # by row of the generation batch
     feedback: bool = True
+    judged: bool = True  # otherwise there is no reward function, and the dataset has the feedback
     tied: bool = True
     adapter: str = ""  # "lora", or "head" for LoRA with a trained head
     silent: tuple[int, ...] = ()  # generation batches without a success
@@ -123,6 +124,11 @@ RUNS = {
         config={"grpo_weight": 0.2, "grpo_weight_final": 0.8, "token_weights": "evidence"}
     ),
     "a gate": Run(config={"grpo_weight": 0.5, "token_weights": "gate"}),
+    "no reward function": Run(
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"loss_aggregation": "sequence-mean"},
+        judged=False,
+    ),
     "clipped entries": Run(config={"support": "full", "entry_clip": 0.002, "loss_backend": "auto"}),
     "credit of a sequence": Run(
         {"learning_rate": 0.05},
@@ -370,6 +376,8 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
     )
     import torch
 
+    rewards = tiny.judge if run.feedback else tiny.parity
+    hints = {} if run.judged else {"feedback": [f"hint {row}" for row in range(8)]}
     torch.manual_seed(0)
     trainer = tiny.trainer(
         folder,
@@ -377,7 +385,8 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
         start=(tiny.experts if run.experts else tiny.model)(
             0 if run.alike else rank(), tie_word_embeddings=run.tied
         ),
-        reward_funcs=tiny.judge if run.feedback else tiny.parity,
+        reward_funcs=rewards if run.judged else None,
+        train_dataset=tiny.conversations(**hints),
         peft_config=adapter if run.adapter else None,
         **settings,
     )

@@ -311,8 +311,8 @@ def test_k_beyond_the_vocabulary_is_refused_before_the_weights_are_loaded(
         (("--model_name_or_path", "x"), "dataset: expected a hub id or a file, got nothing"),
         ((), "model_name_or_path: expected a hub id or a folder, got nothing"),
         (
-            ("--model_name_or_path", "x", "--dataset", "tasks.jsonl"),
-            "expected at least one, got none",
+            ("--config", "no_rewards.yaml"),
+            "reward_funcs: expected at least one reward function, or a train_dataset with a column 'feedback'",
         ),
         (
             ("--config", "recipe.yaml", "--model_name_or_path", "./no_model"),
@@ -325,6 +325,9 @@ def test_a_mistake_ends_with_one_line_and_the_fix(
 ) -> None:
     (project / "wrong.yaml").write_text("aplha: 0.5\n")
     (project / "list.yaml").write_text("- 1\n")
+    recipe_lines = (project / "recipe.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in recipe_lines if not line.startswith(("reward_funcs:", "- rewards.py:"))]
+    (project / "no_rewards.yaml").write_text("".join(kept))
     (project / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     (project / "open.yaml").write_text("alpha: [\n k: 1\n")
     (project / "number.yaml").write_text("3: 4\n")
@@ -370,6 +373,27 @@ def test_a_wrong_type_in_a_process_of_its_own_prints_one_line(tmp_path: Path) ->
     (line,) = [line for line in done.stderr.splitlines() if "learning_rate" in line]
     assert line.endswith("invalid float value: 'abc'; correct it, or see --help")
     assert "usage" not in done.stderr + done.stdout
+
+
+def test_a_recipe_needs_no_reward_function_where_the_rows_have_solutions(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe of docs/references.md."""
+    page = (ROOT / "docs" / "references.md").read_text()
+    values = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    assert values["preset"] == "opsd"
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{row} + 1 = ", "feedback": f"{row + 1}"} for row in range(16)]
+    Path(values["dataset"]).write_text("\n".join(map(json.dumps, rows)))
+    values |= {"model_name_or_path": str(model_folder), "max_completion_length": 4}
+    values |= {"max_steps": 1, "logging_steps": 1}
+    Path("recipe.yaml").write_text(yaml.safe_dump(values))
+    assert main(["train", "--config", "recipe.yaml", "--quiet", *ON_CPU]) == 0
+    entries = list(map(json.loads, Path("output/sdpo_log.jsonl").read_text().splitlines()))
+    used = [entry.get("self_distillation/feedback_used_fraction") for entry in entries]
+    assert used.count(1.0) == 1
+    assert not any("reward" in entry for entry in entries)
+    assert json.loads(Path("output/sdpo_config.json").read_text())["options"]["entry_clip"] == 0.05
 
 
 def test_the_reward_to_start_from_tells_a_wrong_number_from_a_mark_after_it(project: Path) -> None:

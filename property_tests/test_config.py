@@ -60,12 +60,60 @@ PRESETS = {
     },
     "rich_feedback": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01},
     "test_time": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01, "teacher_rate_samples": 16},
+    "opsd": {
+        "alpha": 0.0,
+        "support": "full",
+        "entry_clip": 0.05,
+        "loss_aggregation": "sequence-mean",
+        "teacher_mode": "frozen",
+        "environment_feedback_only_without_solution": False,
+        "reprompt_template": (
+            "{prompt}{solution}{feedback}\n\nAfter understanding the reference solution, please try to solve this "
+            "problem using your own approach below:"
+        ),
+        "feedback_template": "\n\nHere is a reference solution:\n{feedback_raw}",
+        "success_feedback_template": "\n\nHere is a reference solution:\n{feedback_raw}",
+    },
+    "sdft": {
+        "alpha": 0.0,
+        "support": "full",
+        "loss_aggregation": "sequence-mean",
+        "teacher_update_rate": 0.01,
+        "teacher_rate_samples": 32,
+        "environment_feedback_only_without_solution": False,
+        "reprompt_template": (
+            "{prompt}{solution}{feedback}\n\nNow answer with a response of your own, including the thinking "
+            "process:"
+        ),
+        "feedback_template": "\n\nThis is an example for a response to the question:\n{feedback_raw}",
+        "success_feedback_template": "\n\nThis is an example for a response to the question:\n{feedback_raw}",
+    },
 }
 
+COMMON = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "beta": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "lr_scheduler_type": "constant_with_warmup",
+}
+SHORT = {"num_generations": 2, "max_completion_length": 1024}
+SAMPLING = {"temperature": 1.1, "top_p": 0.95, "top_k": 20}
 TRAINING = {
-    "generalization": {"learning_rate": 1e-5, "warmup_steps": 10, "num_generations": 8},
-    "rich_feedback": {"learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 8},
-    "test_time": {"learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 16},
+    "generalization": {**COMMON, "learning_rate": 1e-5, "warmup_steps": 10, "num_generations": 8},
+    "rich_feedback": {**COMMON, "learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 8},
+    "test_time": {**COMMON, "learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 16},
+    "opsd": {**SHORT, **SAMPLING, "learning_rate": 5e-6, "max_grad_norm": 0.1},
+    "sdft": {
+        **SHORT,
+        "learning_rate": 5e-5,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+    },
 }
 
 configs = st.builds(
@@ -111,9 +159,7 @@ def test_presets(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_arguments_are_arguments(name: str, tmp_path: Path) -> None:
     arguments = training_arguments(name)
-    common = {"temperature": 1.0, "top_p": 1.0, "weight_decay": 0.01, "max_grad_norm": 1.0, "beta": 0.0}
-    common |= {"adam_beta1": 0.9, "adam_beta2": 0.999}
-    assert {key: arguments[key] for key in common | TRAINING[name]} == common | TRAINING[name]
+    assert arguments == TRAINING[name]
     made = GRPOConfig(
         output_dir=str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=16, **arguments
     )

@@ -62,7 +62,9 @@ def on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
 
     monkeypatch.setattr(trl, "GRPOConfig", arguments)
     monkeypatch.setattr(sdpo_rl, "SDPOTrainer", trainer)
-    monkeypatch.setattr(sdpo_rl, "SDPOConfig", lambda **options: sdpo_config(**{**options, "k": 20}))
+    config: Any = lambda **options: sdpo_config(**{**options, "k": 20})  # noqa: E731
+    config.preset = sdpo_config.preset
+    monkeypatch.setattr(sdpo_rl, "SDPOConfig", config)
     rows = tiny.conversations(16)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     monkeypatch.syspath_prepend(ROOT / "examples" / "private_api")

@@ -218,3 +218,14 @@ def test_the_worst_comes_first_and_decides() -> None:
     )
     assert [remark.weight for remark in found.remarks] == ["stops", "slows", "risk"]
     assert found.outlook == "does not learn"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_where_nothing_is_judged_no_success_is_advised(share: float) -> None:
+    def advice(**changes: float | None) -> str:
+        success = change(SUCCESS, same_prompts=None, retry=None, error=None, **changes)
+        return judged(success=success, signal=change(SIGNAL, share=share)).remarks[0].text
+
+    assert "column 'feedback', or pass reward functions" in advice(bare=None)
+    assert "num_generations" not in advice(bare=None)
+    assert "num_generations" in advice()

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from .config import SDPOConfig
-from .rollout.checks import MEDIA, check_rendered, holds_media, refuse_media
+from .rollout.checks import MEDIA, ROWS_CHECKED, check_rendered, holds_media, refuse_media
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
 from .rollout.rendered import RenderedPrompts
 
 POLICY_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 _TEMPLATES = ("reprompt_template", "solution_template", "feedback_template", "success_feedback_template")
-_ROWS_CHECKED = 1000
 # Names in other trainers, where the nearest name would mislead.
 _OTHER_NAMES = {
     "config": "sdpo_config (for an SDPOConfig) or args (for a GRPOConfig)",
@@ -128,13 +127,13 @@ def check_dataset(dataset: Any, name: str) -> None:
     if not has_length:
         return
     try:
-        check_prompts(list(islice(dataset["prompt"], _ROWS_CHECKED)))
+        check_prompts(list(islice(dataset["prompt"], ROWS_CHECKED)))
         if feedback := column_name(columns):
-            check_column(islice(dataset[feedback], _ROWS_CHECKED), feedback)
+            check_column(islice(dataset[feedback], ROWS_CHECKED), feedback)
         refuse_media(
             media
             for media in MEDIA
-            if media in columns and any(map(holds_media, islice(dataset[media], _ROWS_CHECKED)))
+            if media in columns and any(map(holds_media, islice(dataset[media], ROWS_CHECKED)))
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
@@ -186,7 +185,7 @@ def check_rendered_dataset(
     if "prompt" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
         return
     try:
-        check_rendered(list(islice(dataset["prompt"], _ROWS_CHECKED)), rendered, config)
+        check_rendered(list(islice(dataset["prompt"], ROWS_CHECKED)), rendered, config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

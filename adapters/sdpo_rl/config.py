@@ -405,14 +405,19 @@ class SDPOConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SDPOConfig:
-        """The settings of one of the paper's experiments, with `overrides` on top.
+        """The settings of one of the paper's experiments, or of another paper, with `overrides` on top.
 
         `generalization` (paper §3): α=.5, K=100, rate .05, no feedback. `rich_feedback` (§4): α=1, K=20,
         rate .01. `test_time` (§5): as `rich_feedback`. `training_arguments(name)` gives the matching part
         of `GRPOConfig`.
 
+        `opsd` and `sdft` introduce the feedback, from a column of the dataset, as a reference solution, and take
+        KL(teacher‖student) over the vocabulary. `opsd` (arXiv 2601.18734 v3, figure 2, §3.2, §4.1, §4.3.1): a
+        frozen teacher, entries of at most .05 as in its code. `sdft` (arXiv 2601.19897 v2, §3): a moving average,
+        .01 per 32 completions as in its code.
+
         Args:
-            name: `generalization`, `rich_feedback` or `test_time`.
+            name: `generalization`, `rich_feedback`, `test_time`, `opsd` or `sdft`.
             **overrides: arguments of the constructor, in place of the preset's.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The settings of the paper's experiments."""
+"""The settings of the experiments of SDPO's paper, and of two papers whose teacher reads a reference solution."""
 
 from __future__ import annotations
 
@@ -14,6 +14,27 @@ _COMMON: dict[str, Any] = {
     "beta": 0.0,
     "lr_scheduler_type": "constant_with_warmup",
 }
+# Of both papers, arXiv 2601.18734 and 2601.19897: KL(teacher‖student) over the vocabulary, a mean over each
+# completion first, and a teacher that reads the reference solution, not a peer's.
+_REFERENCE: dict[str, Any] = {
+    "alpha": 0.0,
+    "support": "full",
+    "loss_aggregation": "sequence-mean",
+    "environment_feedback_only_without_solution": False,
+}
+# Both sample one completion of a prompt, GRPOConfig at least two.
+_REFERENCE_ARGUMENTS = {"num_generations": 2, "max_completion_length": 1024}
+
+
+def _templates(introduction: str, instruction: str) -> dict[str, str]:
+    """The words before a reference solution, and those after it."""
+    return {
+        "reprompt_template": f"{{prompt}}{{solution}}{{feedback}}{instruction}",
+        "feedback_template": introduction,
+        "success_feedback_template": introduction,
+    }
+
+
 _RICH = {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01}
 _RICH_ARGUMENTS = {**_COMMON, "learning_rate": 1e-6, "warmup_steps": 0}
 _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -29,6 +50,44 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rich_feedback": (_RICH, {**_RICH_ARGUMENTS, "num_generations": 8}),
     # Its batches have 16 completions, those of the other two 256.
     "test_time": ({**_RICH, "teacher_rate_samples": 16}, {**_RICH_ARGUMENTS, "num_generations": 16}),
+    "opsd": (
+        {
+            **_REFERENCE,
+            "entry_clip": 0.05,
+            "teacher_mode": "frozen",
+            **_templates(
+                "\n\nHere is a reference solution:\n{feedback_raw}",
+                "\n\nAfter understanding the reference solution, please try to solve this problem using your own "
+                "approach below:",
+            ),
+        },
+        {
+            **_REFERENCE_ARGUMENTS,
+            "learning_rate": 5e-6,
+            "max_grad_norm": 0.1,
+            "temperature": 1.1,
+            "top_p": 0.95,
+            "top_k": 20,
+        },
+    ),
+    "sdft": (
+        {
+            **_REFERENCE,
+            "teacher_update_rate": 0.01,
+            "teacher_rate_samples": 32,
+            **_templates(
+                "\n\nThis is an example for a response to the question:\n{feedback_raw}",
+                "\n\nNow answer with a response of your own, including the thinking process:",
+            ),
+        },
+        {
+            **_REFERENCE_ARGUMENTS,
+            "learning_rate": 5e-5,
+            "max_grad_norm": 1.0,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,
+        },
+    ),
 }
 
 
@@ -40,8 +99,11 @@ def training_arguments(preset: str) -> dict[str, Any]:
     completions (`rich_feedback` with mini-batches of one prompt), `test_time` 1 × 16. The teacher's rate is for so
     many completions (`teacher_rate_samples`), which makes its pace that of the paper in other batches too.
 
+    `opsd` is for LoRA of rank 64, `sdft` for all weights. Both papers sample 32 prompts × 1 completion; here it is
+    two of a prompt, the fewest that `GRPOConfig` takes.
+
     Args:
-        preset: `generalization`, `rich_feedback` or `test_time`.
+        preset: `generalization`, `rich_feedback`, `test_time`, `opsd` or `sdft`.
 
     Returns:
         Arguments of `GRPOConfig` by name.
@@ -49,7 +111,8 @@ def training_arguments(preset: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown preset.
 
-    Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix.
+    Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix. OPSD, arXiv 2601.18734 v3: length in section 4.2, the
+    rest in its code (`scripts/run_opsd_4b.sh`). SDFT, arXiv 2601.19897 v2: its code (`README.md`, `main.py`).
 
     Examples:
         >>> training_arguments("generalization")["learning_rate"]

@@ -41,6 +41,7 @@ from .diagnose.warnings import (
 from .records import Records
 from .resume import checkpoint, options, progress
 from .rollout import rewards as reward_rules
+from .rollout import without_rewards
 from .rollout.checks import check_generation_batch, check_scored_batch
 from .rollout.control import ControlStrings
 from .rollout.demonstrations import Rollout, TeacherContext, selection_seed, teacher_context
@@ -117,7 +118,8 @@ class SDPOTrainer(_BASE):
 
     Args:
         model: a model, a PEFT model, or a name or path.
-        reward_funcs: as for `GRPOTrainer`; functions may also return feedback.
+        reward_funcs: as for `GRPOTrainer`; functions may also return feedback. `None`: nothing judges a completion,
+            and each row has a text for the teacher, from the dataset, its environment or a `rollout_func`.
         args: a `GRPOConfig`; `None` means its defaults.
         train_dataset: as for `GRPOTrainer`; a column `feedback` or `privileged_context` is optional.
         eval_dataset: as for `GRPOTrainer`.
@@ -133,11 +135,11 @@ class SDPOTrainer(_BASE):
     Raises:
         RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
         ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end
-            with a user or tool turn, two columns of feedback, neither a pad token nor an end-of-sequence token, K
-            beyond the vocabulary, a batch size that is no multiple of the group size, more demonstrations than a
-            group can have, a temperature that is 0 or not finite, a term or mask that this loss does not have, a
-            loss backend that cannot run on the device, a model that `torch.compile` returned, FSDP 1, a template
-            beside a `teacher_prompt_func`.
+            with a user or tool turn, two columns of feedback, neither rewards nor texts for the teacher, neither a
+            pad token nor an end-of-sequence token, K beyond the vocabulary, a batch size that is no multiple of the
+            group size, more demonstrations than a group can have, a temperature that is 0 or not finite, a term or
+            mask that this loss does not have, a loss backend that cannot run on the device, a model that
+            `torch.compile` returned, FSDP 1, a template beside a `teacher_prompt_func`.
         TypeError: `args`, `sdpo_config`, `teacher_prompt_func` or a reward function of the wrong type, or an
             unknown keyword.
 
@@ -200,13 +202,18 @@ class SDPOTrainer(_BASE):
             _validate.check_not_compiled(model)
             check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
-        if reward_funcs is not None:
+        if reward_funcs in (None, []):
+            kwargs["reward_funcs"] = without_rewards.reward_functions(
+                args, self.sdpo_config, kwargs, writes_prompts=teacher_prompt_func is not None
+            )
+        else:
             kwargs["reward_funcs"] = self._feedback.wrap_all(reward_funcs)
         self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
         self._resume = checkpoint.ResumePoint()
         super().__init__(model=model, args=args, **kwargs)
+        without_rewards.remove_placeholder(self)
         self._turns = GenerationTurns(self.accelerator.device)
         if self.sdpo_config.enabled:
             self._set_state(datasets)
@@ -302,7 +309,11 @@ class SDPOTrainer(_BASE):
                 parsed_response,
                 rows=() if self._teacher_prompt_func is None else inputs,
             )
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.reward_funcs:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:  # TRL would warn of each batch
+            rows = len(prompts) * self.accelerator.num_processes
+            rewards = torch.empty(rows, 0, device=self.accelerator.device)
         feedback = self._feedback.take(
             len(inputs),
             column_texts(inputs) if enabled else None,
@@ -355,6 +366,8 @@ class SDPOTrainer(_BASE):
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = check_scored_batch(output, self._rollout), None
         mode, has_loss = self._mode, output["completion_mask"].any(dim=1).tolist()
+        if not self.reward_funcs:
+            without_rewards.drop_metrics(self._metrics[mode])
         context = teacher_context(
             rollout,
             self.sdpo_config,

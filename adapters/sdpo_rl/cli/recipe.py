@@ -50,7 +50,8 @@ class RunArguments:
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "As dataset, for the evaluation."})
     reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Reward functions: file.py:function or module:function."}
+        default_factory=list,
+        metadata={"help": "Reward functions, file.py:function or module:function; none: rows have feedback."},
     )
     environment: str | None = field(
         default=None, metadata={"help": "An environment factory: file.py:name or module:name."}
@@ -64,7 +65,7 @@ class RunArguments:
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Settings of the paper: generalization, rich_feedback or test_time."},
+        metadata={"help": "Settings of a paper: generalization, rich_feedback, test_time, opsd or sdft."},
     )
     unsloth: bool = field(
         default=False, metadata={"help": "Load the model with Unsloth, and train with its patched TRL."}

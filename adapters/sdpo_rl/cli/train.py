@@ -82,8 +82,6 @@ def build(recipe: Recipe) -> SDPOTrainer:
         )
     if run.dataset is None:
         raise UserError("dataset: expected a hub id or a file, got nothing; add it to the recipe")
-    if not run.reward_funcs and run.environment is None:
-        raise UserError("reward_funcs: expected at least one, got none; add reward_funcs: [file.py:function]")
     rewards = [load_object(where, "reward_funcs") for where in run.reward_funcs]
     extra: dict[str, Any] = {}
     if run.environment is not None:

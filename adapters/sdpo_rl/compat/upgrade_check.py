@@ -253,6 +253,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
                 "_batch_environments",
             ),
             "rewards are known by their functions": ("reward_funcs", "reward_func_names"),
+            "a run may have no reward function": ("reward_processing_classes", "multi_objective_aggregation"),
             "the completions table has a column of feedback beside the user's": (
                 "_logs",
                 "_pending_extra_logs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,8 @@ def _row_lines(row: PreviewRow, group_size: int, max_completion_length: int) -> 
     at_limit = ", the limit" if len(row.completion_ids) >= max_completion_length else ""
     yield f"completion: {_tokens(row.completion_ids)} of at most {max_completion_length}{at_limit}"
     yield from block(str(row.sampled))
-    yield f"rewards: {', '.join(f'{printable(name)} {value:g}' for name, value in row.rewards.items())}"
+    rewards = [f"{printable(name)} {value:g}" for name, value in row.rewards.items()]
+    yield f"rewards: {', '.join(rewards) or 'none'}"
     if row.feedback is None:
         yield "feedback: none"
     else:
@@ -184,6 +186,8 @@ def _row_lines(row: PreviewRow, group_size: int, max_completion_length: int) -> 
 
 
 def _judgement(row: GenerationRow) -> str:
+    if math.isnan(row.score):
+        return "not judged"
     return f"score {row.score:g} ({'a success' if row.succeeded else 'no success'})"
 
 

@@ -141,10 +141,15 @@ def no_signal(
             "max_completion_length and masked",
             "raise max_completion_length, or set mask_truncated_completions=False",
         )
-    best = "none" if best_score is None else f"{best_score:g}"
+    if best_score is None:
+        return (
+            "no reward function judged a completion, and there was no feedback",
+            "give each row a text in the dataset's column 'feedback', or pass reward functions that judge or "
+            "return feedback",
+        )
     return (
         f"no completion reached success_reward_threshold={threshold:g} beside another completion of its prompt "
-        f"(the best score was {best}), and there was no feedback",
+        f"(the best score was {best_score:g}), and there was no feedback",
         "lower the threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
         "return feedback from a reward function",
     )

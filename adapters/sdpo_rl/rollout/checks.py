@@ -12,6 +12,8 @@ from .feedback import check_column, column_name
 from .prompts import check_prompts
 from .rendered import RenderedPrompts
 
+# Rows of a dataset that are checked before anything is generated.
+ROWS_CHECKED = 1000
 # Columns of a dataset that TRL takes for media.
 MEDIA = ("image", "images", "audio", "video")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ _TOKENS = 4096
 class Row(NamedTuple):
     """One completion."""
 
-    succeeded: bool
+    succeeded: bool | None  # `None`: not judged
     without_signal: str | None  # why
     retry_succeeded: bool | None  # `None`: no retry
     length: int
@@ -133,6 +134,8 @@ def _retry(
     """A completion for each row from its teacher's prompt, or why there is none."""
     if batch.metrics["self_distillation/reprompt_sample_fraction"] == 0.0:
         return None, "no row has a signal"
+    if "self_distillation/best_score" not in batch.metrics:
+        return None, "no reward function judged a completion"
     prompts = [row.teacher_prompt_ids or row.prompt_ids for row in batch.rows]
     if reason := retry.why_not(trainer, prompts):
         return None, reason
@@ -146,7 +149,7 @@ def _rows(trainer: Any, batch: GenerationBatch, second: GenerationBatch | None) 
     again = [None] * len(batch.rows) if second is None else [row.succeeded for row in second.rows]
     return [
         Row(
-            succeeded=row.succeeded,
+            succeeded=None if math.isnan(row.score) else row.succeeded,
             without_signal=row.reason_without_signal,
             retry_succeeded=retried if row.reason_without_signal is None else None,
             length=len(row.completion_ids),

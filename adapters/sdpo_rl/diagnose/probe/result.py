@@ -18,7 +18,7 @@ class Success:
     """Rates of success, over the rows of all processes.
 
     Attributes:
-        bare: share of the completions that succeed.
+        bare: share of the completions that succeed; `None`: no reward function judged one.
         same_prompts: the same for the prompts of the rows with a signal: the mean over these rows of the rate of
             their group.
         retry: share of the rows with a signal whose second completion, sampled from the teacher's prompt, succeeds;
@@ -28,7 +28,7 @@ class Success:
         not_measured: why there is no `retry`; empty where there is.
     """
 
-    bare: float
+    bare: float | None
     same_prompts: float | None
     retry: float | None
     error: float | None

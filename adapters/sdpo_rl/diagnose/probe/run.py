@@ -6,14 +6,12 @@ from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Any
 
+from ...rollout.checks import ROWS_CHECKED
 from ..generation_batch import check_trainer, training_rows
 from ..unchanged import unchanged
 from .measure import measure
 from .result import ProbeResult
 from .summary import summarize
-
-# Of a dataset, before anything is generated.
-_ROWS_CHECKED = 1000
 
 
 def probe(trainer: Any, *, batches: int = 2, answer_column: str | None = None) -> ProbeResult:
@@ -87,7 +85,7 @@ def check_probe(trainer: Any, batches: Any, answer_column: Any) -> None:
         return
     _check_column(answer_column, columns)
     if hasattr(dataset, "__len__"):
-        check_answers(answer_column, islice(dataset[answer_column], _ROWS_CHECKED))
+        check_answers(answer_column, islice(dataset[answer_column], ROWS_CHECKED))
 
 
 def _check_column(name: str, columns: Iterable[str]) -> None:

@@ -97,13 +97,14 @@ def success(batches: Sequence[Sequence[Row]], group_size: int, no_retry: str) ->
         group_size: completions of one prompt.
         no_retry: why there are no retries.
     """
-    bare = _mean([row.succeeded for batch in batches for row in batch])
+    judgements = [row.succeeded for batch in batches for row in batch]
+    bare = None if judgements.count(None) == len(judgements) else _mean(list(map(bool, judgements)))
     groups = [
         batch[start : start + group_size] for batch in batches for start in range(0, len(batch), group_size)
     ]
     rates = [
         (
-            _mean([row.succeeded for row in group]),
+            _mean([bool(row.succeeded) for row in group]),
             [row.retry_succeeded for row in group if row.retry_succeeded is not None],
         )
         for group in groups

@@ -56,7 +56,8 @@ def verdict(
         teacher_rate: against the paper's.
     """
     remarks = [
-        *_some(no_signal(signal), few_rows(signal), solved(success), no_better(success, right_answers)),
+        *_some(no_signal(signal, success), few_rows(signal, success)),
+        *_some(solved(success), no_better(success, right_answers)),
         *_some(answer_in_feedback(signal), cut_completions(lengths), cut_prompts(lengths)),
         *_some(fast_teacher(teacher_rate)),
     ]
@@ -81,33 +82,38 @@ def _some(*remarks: Remark | None) -> list[Remark]:
     return [remark for remark in remarks if remark is not None]
 
 
-def no_signal(signal: Signal) -> Remark | None:
+def no_signal(signal: Signal, success: Success) -> Remark | None:
     """Without a demonstration or feedback in any row there is no teacher, so no loss."""
     if signal.share > 0.0:
         return None
     causes = "; ".join(f"{share:.0%}: {reason}" for reason, share in signal.without.items())
-    text = (
-        f"No row has a signal ({causes}). Return feedback from a reward function, or make successes possible: a "
-        "lower success_reward_threshold, more num_generations, easier prompts."
+    fix = (
+        "Return feedback from a reward function, or make successes possible: a lower success_reward_threshold, "
+        "more num_generations, easier prompts."
     )
-    return Remark("no_signal", STOPS, text)
+    return Remark("no_signal", STOPS, f"No row has a signal ({causes}). {_fix(fix, success)}")
 
 
-def few_rows(signal: Signal) -> Remark | None:
+def few_rows(signal: Signal, success: Success) -> Remark | None:
     """Rows without a signal are generated for nothing, and the loss is a mean over the few others."""
     if signal.share == 0.0 or signal.share >= FEW_ROWS:
         return None
     reason = max(signal.without, key=lambda name: signal.without[name])
-    text = (
-        f"Only {signal.share:.0%} of the rows have a signal. Why most others have none: {reason}. Return feedback "
-        "from a reward function, or raise num_generations."
-    )
+    fix = _fix("Return feedback from a reward function, or raise num_generations.", success)
+    text = f"Only {signal.share:.0%} of the rows have a signal. Why most others have none: {reason}. {fix}"
     return Remark("few_rows", SLOWS, text)
+
+
+def _fix(fix: str, success: Success) -> str:
+    """A remedy for rows without a signal: `fix`, unless nothing was judged, so that there are no successes."""
+    if success.bare is not None:
+        return fix
+    return "Give each row a text in the dataset's column 'feedback', or pass reward functions."
 
 
 def solved(success: Success) -> Remark | None:
     """A student that succeeds nearly always has nothing to learn, and its successes pull it to a peer's wording."""
-    if success.bare < SOLVED:
+    if success.bare is None or success.bare < SOLVED:
         return None
     text = f"{success.bare:.0%} of the completions succeed already: nothing is left to learn. Take harder prompts."
     return Remark("solved", STOPS, text)

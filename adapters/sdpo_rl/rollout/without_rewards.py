@@ -1,0 +1,143 @@
+"""Runs without reward functions: the teacher reads a text of each row, and nothing judges a completion."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping
+from itertools import islice
+from typing import Any
+
+from sdpo import Templates
+
+from ..config import SDPOConfig
+from .checks import ROWS_CHECKED
+from .feedback import FEEDBACK_COLUMNS, column_name
+
+logger = logging.getLogger("sdpo_rl")
+
+_COLUMNS = " or ".join(map(repr, FEEDBACK_COLUMNS))
+# Options that need rewards: the values that do not.
+_OF_REWARDS: dict[str, tuple[Any, ...]] = {
+    "enabled": (True,),
+    "grpo_weight": (0.0,),
+    "grpo_weight_final": (None, 0.0),
+    "routing": ("none",),
+    "row_weights": ("none",),
+    "success_reward_funcs": (None,),
+}
+# What TRL logs of rewards besides those of each function.
+_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
+
+
+def reward_functions(
+    args: Any, config: SDPOConfig, keywords: Mapping[str, Any], *, writes_prompts: bool
+) -> list[Any] | None:
+    """What a trainer that was given no reward function passes on to TRL, which demands one.
+
+    Args:
+        args: the GRPOConfig.
+        config: the SDPOConfig.
+        keywords: the trainer's other arguments, by name.
+        writes_prompts: there is a `teacher_prompt_func`, which needs no texts of the rows.
+
+    Returns:
+        A function that `remove_placeholder` takes out again; `None`: an environment has to have a reward, which TRL
+        checks.
+
+    Raises:
+        ValueError: an option that needs rewards, or rows without a text.
+    """
+    # The teacher has nothing else to read.
+    of_feedback = {} if writes_prompts else {"include_environment_feedback": (True,)}
+    needs = next(
+        (
+            f"{name}={value!r}"
+            for name, others in {**_OF_REWARDS, **of_feedback}.items()
+            if (value := getattr(config, name)) not in others
+        ),
+        None,
+    )
+    if needs and keywords.get("environment_factory") is not None:
+        return None
+    if needs:
+        raise ValueError(
+            f"reward_funcs: expected at least one reward function with {needs}, got none; pass reward_funcs=[...], "
+            f"or remove {needs} and give each row of the dataset a text in a column {_COLUMNS}"
+        )
+    for name, value in (
+        ("reward_weights", args.reward_weights),
+        ("reward_processing_classes", keywords.get("reward_processing_classes")),
+    ):
+        if value is not None:
+            raise ValueError(f"{name}: expected None without reward functions, got {value!r}; remove it")
+    # These may give the texts.
+    others = (keywords.get(name) for name in ("environment_factory", "rollout_func"))
+    if not writes_prompts and all(other is None for other in others):
+        for name in ("train_dataset", "eval_dataset"):
+            _check_texts(keywords.get(name), name)
+        if config.feedback_template == Templates().feedback:
+            logger.warning(
+                "The teacher reads each row's text as feedback on an unsuccessful attempt, which a text of the "
+                "dataset cannot be; set feedback_template, or take SDPOConfig.preset('opsd') or preset('sdft')."
+            )
+    return [_placeholder]
+
+
+def _check_texts(dataset: Any, name: str) -> None:
+    """Every row of a dataset, or of each in a dict of them, has a text for the teacher, as far as is known."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_texts(part, f"{name}[{key!r}]")
+        return
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        return
+    if (column := column_name(columns)) is None:
+        if name == "train_dataset":
+            raise ValueError(
+                f"reward_funcs: expected at least one reward function, or a train_dataset with a column {_COLUMNS}"
+                ", got neither; pass reward_funcs=[...], or add the column with a text for each row"
+            )
+        raise ValueError(
+            f"{name}: expected a column {_COLUMNS} without reward functions, got {columns}; add it with a text for "
+            "each row"
+        )
+    if not hasattr(dataset, "__len__"):
+        return
+    for row, text in enumerate(islice(dataset[column], ROWS_CHECKED)):
+        if text is None or not text.strip():
+            raise ValueError(
+                f"{name}: expected a text in each row of the column {column!r} without reward functions, got "
+                f"{text!r} in row {row}; write one, or drop the row"
+            )
+
+
+def _placeholder(completions: list[Any], **_: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def remove_placeholder(trainer: Any) -> None:
+    """Leave a trainer that TRL has constructed the rewards of its environments, or none.
+
+    Args:
+        trainer: an `SDPOTrainer`; without the placeholder nothing changes.
+    """
+    if _placeholder not in trainer.reward_funcs:
+        return
+    place = trainer.reward_funcs.index(_placeholder)
+    for each in (trainer.reward_funcs, trainer.reward_func_names, trainer.reward_processing_classes):
+        del each[place]
+    trainer.reward_weights = trainer.reward_weights[1:]
+    if not trainer.reward_funcs:
+        # The other value fails at rewards of no function, and has no effect without GRPO's part of the loss.
+        trainer.multi_objective_aggregation = "sum_then_normalize"
+
+
+def drop_metrics(metrics: MutableMapping[str, Any]) -> None:
+    """Remove what TRL logs of rewards, which are NaN.
+
+    Args:
+        metrics: of a mode, by name.
+    """
+    for name in _METRICS:
+        metrics.pop(name, None)
