@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from programs import EXAMPLES
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
-from ranks import join
+import ranks
+from ranks import compare, difference, join
 
 Result = dict[str, Any]
 
@@ -62,3 +69,84 @@ def test_launches_with_other_options_are_not_joined() -> None:
     other = result("ddp", 1, options={"shape": "7b"})
     with pytest.raises(ValueError, match="expected those of all launches alike"):
         join([result("ddp", 2), other])
+
+
+@pytest.mark.parametrize("failing", [["2"], ["1"], ["2", "1"]])
+def test_a_launch_that_fails_costs_no_other(
+    failing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record has the runs of the others, their options, and what the failed launch printed."""
+
+    def launched(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        processes = command[command.index("--nproc-per-node") + 1]
+        if processes in failing:
+            return subprocess.CompletedProcess(command, 1, "", "OutOfMemoryError: no memory")
+        done = result("ddp", int(processes))
+        done["runs"]["ddp"][processes] = dict.fromkeys(
+            ("same rows", "rows each", "micro-batches"), measured([2.0])
+        )
+        Path(command[command.index("--worker") + 1]).write_text(json.dumps(done))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(ranks.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ranks.subprocess, "run", launched)
+    output = tmp_path / "record.json"
+    monkeypatch.setattr(sys, "argv", ["ranks.py", "--processes", "2", "1", "--output", str(output)])
+    ranks.main()
+    record = json.loads(output.read_text())
+    for processes in ("1", "2"):
+        runs = record["runs"]["ddp"][processes]
+        expected = {"failed": "OutOfMemoryError: no memory"} if processes in failing else measured([2.0])
+        assert runs["same rows"] == expected
+    known = {} if len(failing) == 2 else {"options": {"shape": "tiny"}, "environment": {"gpu": None}}
+    assert {name: value for name, value in record.items() if name not in ("runs", "compared")} == known
+    assert "failed: OutOfMemoryError: no memory" in capsys.readouterr().out
+
+
+def run_with(losses: list[float]) -> Result:
+    return {"losses": {str(step): loss for step, loss in enumerate(losses, 1)}}
+
+
+LOSSES = st.floats(allow_infinity=False, width=32)
+
+
+@given(st.lists(st.tuples(LOSSES, LOSSES), min_size=1, max_size=4))
+def test_a_difference_shows_nan_at_any_step_and_takes_losses_of_zero(
+    pairs: list[tuple[float, float]],
+) -> None:
+    found = difference(run_with([run for run, _ in pairs]), run_with([other for _, other in pairs]))
+    unknown = any(math.isnan(run) or math.isnan(other) for run, other in pairs)
+    assert math.isnan(found["absolute"]) == math.isnan(found["relative"]) == unknown
+    if not unknown:
+        # The smallest bound that holds at every step, by its definition and without a division.
+        assert all(abs(run - other) <= found["absolute"] for run, other in pairs)
+        assert any(abs(run - other) == found["absolute"] for run, other in pairs)
+        from_zero = any(other == 0 != run for run, other in pairs)
+        assert math.isinf(found["relative"]) or not from_zero
+        if all(run == other for run, other in pairs):
+            assert found["relative"] == 0
+
+
+@pytest.mark.parametrize(
+    ("run", "other", "relative"),
+    [
+        ([0.1, math.nan], [0.1, 0.2], math.nan),
+        ([math.nan, 0.2], [0.1, 0.2], math.nan),
+        ([0.1, 0.2], [0.1, math.nan], math.nan),
+        ([0.0], [0.0], 0.0),
+        ([0.0, 2.0], [0.0, 4.0], 0.5),
+        ([1e-9], [0.0], math.inf),
+        ([], [], math.nan),
+    ],
+)
+def test_differences_at_the_limits(run: list[float], other: list[float], relative: float) -> None:
+    assert difference(run_with(run), run_with(other))["relative"] == pytest.approx(relative, nan_ok=True)
+
+
+def test_runs_without_a_timed_step_have_no_weak_scaling() -> None:
+    """As a run of two steps; what else was measured is still compared."""
+    short = {**measured([2.0]), "steps": []}
+    runs = {"ddp": {"2": {"rows each": short, "same rows": short}, "1": {"same rows": short}}}
+    found = compare(runs)
+    assert math.isnan(found["ddp on 2, rows each"]["weak scaling"])
+    assert found["ddp on 2, same rows"] == {"steps": 1, "relative": 0.0, "absolute": 0.0}

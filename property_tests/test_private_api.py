@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,7 @@ def test_any_text_gets_a_score_and_one_line_of_feedback(text: str) -> None:
 def test_a_value_of_another_type_is_wrong() -> None:
     assert judge("kit.stern([True])", "girth", "[1]").score == 0.0
     assert judge("kit.girth([1])", "girth", "[1]").score == 1.0
+    assert judge("kit.mirror([True, 2.0])", "mirror", "[1, 2]").score == 0.0
 
 
 def others_that_answer(question: Question) -> list[str]:
@@ -180,6 +183,9 @@ def test_the_control_keeps_scores_and_moves_feedback() -> None:
         ("raise Exception('a' * 10**6)", "Exception: aaa"),
         ("return", "AssertionError: f(1) returned None, expected 2"),
         ("return 2.0", "AssertionError: f(1) returned 2.0, expected 2"),
+        ("return lambda: 2", "AssertionError: f(1) returned <function f"),
+        ("return '2' * 10**6", "AssertionError: f(1) returned '222"),
+        ("return '\U0001f600' * 10**4", "AssertionError: f(1) returned '\U0001f600"),
     ],
 )
 def test_hostile_and_wrong_functions_are_contained(body: str, message: str) -> None:
@@ -188,6 +194,130 @@ def test_hostile_and_wrong_functions_are_contained(body: str, message: str) -> N
     assert outcome.message is not None
     assert message in outcome.message
     assert len(outcome.message) < 250
+
+
+READS_OF_FRAMES = [
+    "def f(x):\n    try:\n        1 / 0\n    except Exception as e:\n        return " + value
+    for value in (
+        "'{0.__traceback__.tb_frame.f_back.f_locals[expected]}'.format(e)",
+        "'{e.__traceback__.tb_frame.f_back.f_locals[expected]}'.format_map({'e': e})",
+        "''.join(map('{0.__traceback__.tb_frame.f_back.f_locals[expected]}'.format, [e]))",
+    )
+] + [
+    "def f(x):\n    def g():\n        yield '{0.gi_frame.f_back.f_back.f_locals[expected]}'.format(it)\n"
+    "    it = g()\n    return list(it)[0]"
+]
+
+
+@pytest.mark.parametrize("source", READS_OF_FRAMES)
+def test_a_function_cannot_return_what_it_reads_in_a_frame(source: str) -> None:
+    assert not sandbox.run_tests(source, "f", [sandbox.Case(["a"], "one"), sandbox.Case(["b"], "two")]).passed
+
+
+def test_the_process_of_a_function_has_no_expected_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`str.format` reads every attribute of a value, and so whatever the frames around a function hold."""
+    given = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            given.append(repr((arguments, options)))
+            super().__init__(*arguments, **options)
+
+        def communicate(self, job: bytes, timeout: float) -> tuple[bytes, bytes]:
+            given.append(job.decode())
+            return super().communicate(job, timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    cases = [sandbox.Case(["argument"], "wanted text"), sandbox.Case([123454321], [987656789])]
+    assert sandbox.run_tests("def f(x):\n    return 'wanted ' + 'text'", "f", cases[:1]).passed
+    assert not sandbox.run_tests("def f(x):\n    return x", "f", cases).passed
+    assert all(text in "".join(given) for text in ("argument", "123454321"))
+    assert not any(text in "".join(given) for text in ("wanted text", "987656789"))
+
+
+def test_the_first_failure_is_reported_also_when_a_later_test_does_not_end() -> None:
+    source = "def f(x):\n    while x > 2:\n        pass\n    return x"
+    wrong, endless = sandbox.Case([1], 2), sandbox.Case([3], 3)
+    assert (
+        sandbox.run_tests(source, "f", [wrong, endless]).message
+        == "AssertionError: f(1) returned 1, expected 2"
+    )
+    assert "TimeoutError" in (sandbox.run_tests(source, "f", [sandbox.Case([2], 2), endless]).message or "")
+    error = sandbox.run_tests(
+        "def f(x):\n    return 1 // x", "f", [sandbox.Case([1], 1), sandbox.Case([0], 1)]
+    )
+    assert error.message == "line 2: ZeroDivisionError: integer division or modulo by zero"
+
+
+LITERALS = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2)
+    | st.sampled_from([-1.0, 0.0, 1.0, 2.0, "", "1", b"1", 1j]),
+    lambda parts: (
+        st.lists(parts, max_size=3)
+        | st.lists(parts, max_size=3).map(tuple)
+        | st.dictionaries(
+            st.booleans() | st.integers(0, 2) | st.sampled_from([0.0, 1.0, "1"]), parts, max_size=3
+        )
+        | st.sets(st.booleans() | st.integers(0, 2) | st.sampled_from([0.0, 1.0]), max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def in_one_order(value: Any) -> str:
+    """The text of a literal, which shows the type of each part; sets and dictionaries in one order."""
+    if isinstance(value, dict):
+        return f"{{{sorted((in_one_order(key), in_one_order(part)) for key, part in value.items())}}}"
+    if isinstance(value, set | list | tuple):
+        parts = [in_one_order(part) for part in value]
+        return f"{type(value).__name__}{sorted(parts) if isinstance(value, set) else parts}"
+    return repr(value)
+
+
+@given(LITERALS, LITERALS)
+def test_literals_are_the_same_where_their_types_are_at_every_depth(value: Any, other: Any) -> None:
+    assert sandbox.is_same(value, ast.literal_eval(repr(value)))
+    assert sandbox.is_same(value, other) == (in_one_order(value) == in_one_order(other))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ([True, 2.0], [1, 2]),
+        ((1, [2.0]), (1, [2])),
+        ({"a": True}, {"a": 1}),
+        ({True: "a"}, {1: "a"}),
+        ({1.0}, {1}),
+        ([(1,)], [[1]]),
+    ],
+)
+def test_equal_values_of_other_types_fail_at_every_depth(value: Any, expected: Any) -> None:
+    assert value == expected or value == [(1,)]  # what a comparison alone accepts
+    source = f"def f():\n    return {value!r}"
+    assert not sandbox.run_tests(source, "f", [sandbox.Case([], expected)]).passed
+    assert sandbox.run_tests(source, "f", [sandbox.Case([], value)]).passed
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ([], "cases: expected at least one test, got none"),
+        ([sandbox.Case([1], float("nan"))], "cases: expected Python literals, got Case"),
+        ([sandbox.Case([len], 1)], "cases: expected Python literals, got Case"),
+        ([sandbox.Case([1], "x" * 5000)], "cases: expected a value of at most 4096 characters, got 5002"),
+    ],
+)
+def test_tests_that_no_function_could_pass_are_refused(cases: list[sandbox.Case], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sandbox.run_tests("def f(x):\n    return x", "f", cases)
+
+
+def test_a_function_may_format_text() -> None:
+    assert sandbox.run_tests(
+        "def f(x):\n    return '{:.2f}'.format(x)", "f", [sandbox.Case([1], "1.00")]
+    ).passed
 
 
 def test_a_function_cannot_write_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from private_api_cases import HERE, drawn, save_model
@@ -31,6 +32,22 @@ from record import log_columns, write
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
+
+
+def program_of(name: str) -> Any:
+    """A module that is not imported by its name, which one of the demo has too."""
+    spec = importlib.util.spec_from_file_location(f"private_api_{name}", HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`run.py`, which imports its report by name."""
+    monkeypatch.setitem(sys.modules, "report", program_of("report"))
+    return program_of("run")
 
 
 def test_every_question_has_arms_of_different_names() -> None:
@@ -238,6 +255,82 @@ def test_runs_end_with_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "not enough values to unpack" in capsys.readouterr().err
 
 
+def test_records_of_another_model_or_length_are_refused(tmp_path: Path) -> None:
+    """Else they would be shown as those of this model, since the run of a complete record is not repeated."""
+    todo = []
+    for name in ("own", "missing", "model", "samples"):
+        path = tmp_path / f"{name}.json"
+        todo.append(jobs.Job(name, 0, path, (), expected={"model": "B", "samples": 640}))
+    own = {"model": "B", "samples": 640}
+    todo[0].record.write_text(json.dumps({**own, "complete": False}))
+    jobs.check_records(todo)
+    for complete in (True, False):
+        todo[2].record.write_text(json.dumps({**own, "model": "A", "complete": complete}))
+        todo[3].record.write_text(json.dumps({**own, "samples": 128, "complete": complete}))
+        with pytest.raises(ValueError, match="pass another --output") as error:
+            jobs.check_records(todo)
+        lines = str(error.value).splitlines()
+        assert lines[0] == f"{todo[2].record}: expected a record of model 'B', got 'A'"
+        assert lines[1].startswith(
+            f"{todo[3].record}: expected a record of samples 640, got 128; pass another"
+        )
+        assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "other"}, "kit-learns-supervised-0.json: expected a record of model 'tiny', got 'other'"),
+        ({"samples": 64}, "kit-learns-supervised-0.json: expected a record of samples 128, got 64"),
+        (None, None),
+    ],
+)
+def test_the_program_refuses_other_records_before_any_run(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict | None,
+    message: str | None,
+) -> None:
+    tiny = tmp_path / "tiny"
+    tiny.symlink_to(model_folder)
+    # Only the last of the two runs has a record.
+    records = tmp_path / "out" / "records"
+    record = {
+        "arm": "supervised",
+        "seed": 0,
+        "seconds": 1.0,
+        "complete": True,
+        "model": "tiny",
+        "samples": 128,
+    }
+    record |= {"points": [[0, 0.0, 0.0], [128, 0.5, 0.5]], **(change or {})}
+    write(records / "kit-learns-supervised-0.json", record)
+    program = run_program(monkeypatch)
+    started = []
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which the program sets
+    monkeypatch.setattr(program, "run_all", lambda todo, *_, **__: started.append(todo))
+    monkeypatch.setattr(program, "report", lambda *_: None)
+    given = ("--model", str(tiny), "--samples", "128", "--arms", "SDPO", "supervised")
+    monkeypatch.setattr(sys, "argv", ["run.py", *given, "--output", str(tmp_path / "out")])
+    if message is None:
+        assert program.main() == 0
+        assert [[job.arm for job in todo] for todo in started] == [["SDPO", "supervised"]]
+        return
+    with pytest.raises(SystemExit) as error:
+        program.main()
+    assert message in str(error.value)
+    assert started == []
+
+
+def test_a_longer_arm_expects_more_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = run_program(monkeypatch)
+    given = ("--model", "Owner/Name", "--samples", "64", "--question", "learns", "lasting")
+    monkeypatch.setattr(sys, "argv", ["run.py", *given, "--output", str(tmp_path)])
+    found = {(job.length, *job.expected.values()) for job in program.jobs(program.arguments())}
+    assert found == {(1, "Owner/Name", 64), (5, "Owner/Name", 320)}
+
+
 def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:
     """Each run notes how much memory the runs beside it and its own take together."""
     sizes = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 1.0, "e": 9.0}  # the last takes more than there is
@@ -261,12 +354,7 @@ def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:
 
 
 def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
-    # Not imported by its name, which the demo's report has too.
-    spec = importlib.util.spec_from_file_location("private_api_report", HERE / "report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    report = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(report)
+    report = program_of("report")
     row = {
         "question": "q",
         "reply": "<script>alert(1)</script>",

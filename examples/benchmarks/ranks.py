@@ -32,11 +32,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +256,8 @@ def join(results: list[Result]) -> Result:
     record: Result = {"runs": {}}
     for result in results:
         for key in ("options", "environment"):
-            if record.setdefault(key, result.get(key)) != result.get(key, record[key]):
+            # A launch that failed before its first result has neither.
+            if key in result and record.setdefault(key, result[key]) != result[key]:
                 raise ValueError(f"{key}: expected those of all launches alike, got {result[key]}")
         for kind, launches in result["runs"].items():
             for processes, runs in launches.items():
@@ -263,11 +266,27 @@ def join(results: list[Result]) -> Result:
 
 
 def difference(run: Result, other: Result) -> dict[str, float]:
-    """The largest difference of two runs' losses over the steps that both have."""
+    """The largest difference of two runs' losses over the steps that both have; NaN where it is at any of them."""
     steps = sorted(run["losses"].keys() & other["losses"].keys(), key=int)
     off = [abs(run["losses"][step] - other["losses"][step]) for step in steps]
-    relative = [value / abs(other["losses"][step]) for value, step in zip(off, steps, strict=True)]
-    return {"steps": len(steps), "relative": max(relative), "absolute": max(off)}
+    relative = [_relative(value, other["losses"][step]) for value, step in zip(off, steps, strict=True)]
+    return {"steps": len(steps), "relative": _largest(relative), "absolute": _largest(off)}
+
+
+def _relative(off: float, loss: float) -> float:
+    if off == 0:
+        return 0.0
+    return off / abs(loss) if loss else off * math.inf
+
+
+def _largest(values: Sequence[float]) -> float:
+    # `max` skips NaN after the first value.
+    return max(values) if values and not any(map(math.isnan, values)) else math.nan
+
+
+def median_seconds(run: Result) -> float:
+    """The median time of a step; NaN without a timed one."""
+    return statistics.median(run["steps"]) if run["steps"] else math.nan
 
 
 def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str, float]]:
@@ -288,8 +307,7 @@ def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str
                 if "losses" not in run or "losses" not in other:
                     continue
                 if name == "rows each":
-                    median, alone = (statistics.median(of["steps"]) for of in (run, other))
-                    found[label] = {"weak scaling": alone / median}
+                    found[label] = {"weak scaling": median_seconds(other) / median_seconds(run)}
                 else:
                     found[label] = difference(run, other)
     return found
@@ -305,7 +323,7 @@ def show(record: Result) -> None:
                 if "failed" in run:
                     print(f"{label:28}failed: {(run['failed'].strip().splitlines() or ['?'])[-1][:80]}")
                     continue
-                seconds = statistics.median(run["steps"]) if run["steps"] else float("nan")
+                seconds = median_seconds(run)
                 peak, teacher = (run[f"{what}_bytes"] / 2**30 for what in ("peak", "teacher"))
                 print(f"{label:28}{seconds:10.3f}{peak:10.2f}{teacher:13.3f}")
     for label, values in record["compared"].items():

@@ -6,6 +6,7 @@ A module of `run.py`, `report.py` and `figures.py`; nothing to run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,6 +19,16 @@ JUDGED, SAMPLED = "judged", "sampled"
 # A run has fallen if its accuracy stays below the first number times the best before, to the end. A run whose best
 # is below the second number has learned nothing that it could lose.
 FALLEN, LEARNED = 0.8, 0.1
+
+
+def model_name(given: str) -> str:
+    """What a record calls a model: its hub id, or the name of its folder without the path to it.
+
+    Examples:
+        >>> model_name("Qwen/Qwen2.5-Coder-0.5B-Instruct")
+        'Qwen/Qwen2.5-Coder-0.5B-Instruct'
+    """
+    return Path(given).name if Path(given).is_dir() else given
 
 
 def by_arm(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -41,9 +41,10 @@ def styled(value: Any) -> Any:
     return (kind, value)
 
 
-_LISTS = (([3, 1, 2],), ([5, 4],))
+# The largest and the smallest have other places in the second list. It has a number twice and none above zero.
+_LISTS = (([3, 1, 2],), ([-7, -4, -5, -4, -2],))
 _WORDS = (("stone",), ("Ab",))
-_NUMBERS = ((3,), (8,))
+_NUMBERS = ((3,), (8,), (-5,))
 TRAIN = (
     Problem("double(n)", "twice a number n", _NUMBERS, lambda n: 2 * n, "n * 2"),
     Problem("square(n)", "the square of a number n", _NUMBERS, lambda n: n * n, "n * n"),
@@ -53,11 +54,18 @@ TRAIN = (
     Problem("twice(word)", "a word written two times", _WORDS, lambda word: word * 2, "word * 2"),
     Problem("reverse(values)", "a list in reverse order", _LISTS, lambda v: v[::-1], "values[::-1]"),
     Problem("ordered(values)", "a list in ascending order", _LISTS, sorted, "sorted(values)"),
-    Problem("is_even(n)", "whether a number n is even", _NUMBERS, lambda n: n % 2 == 0, "n % 2 == 0"),
+    # A truth value tells little: these functions have more tests.
+    Problem(
+        "is_even(n)",
+        "whether a number n is even",
+        ((3,), (8,), (-2,), (-5,)),
+        lambda n: n % 2 == 0,
+        "n % 2 == 0",
+    ),
     Problem(
         "is_long(word)",
         "whether a word has more than four letters",
-        _WORDS,
+        (("stone",), ("Lamp",), ("ab",), ("PLANETS",)),
         lambda w: len(w) > 4,
         "len(word) > 4",
     ),
@@ -68,7 +76,13 @@ HELD_OUT = (
     Problem("lower(word)", "a word in lower case", _WORDS, str.lower, "word.lower()"),
     Problem("backwards(word)", "a word from back to front", _WORDS, lambda word: word[::-1], "word[::-1]"),
     Problem("tail(values)", "a list without its first element", _LISTS, lambda v: v[1:], "values[1:]"),
-    Problem("is_positive(n)", "whether a number n is above zero", _NUMBERS, lambda n: n > 0, "n > 0"),
+    Problem(
+        "is_positive(n)",
+        "whether a number n is above zero",
+        ((8,), (-3,), (0,), (1,)),
+        lambda n: n > 0,
+        "n > 0",
+    ),
 )
 PROBLEMS = {problem.name: problem for problem in (*TRAIN, *HELD_OUT)}
 OPENINGS = ("Write", "Please write", "Define", "Implement")

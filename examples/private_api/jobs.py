@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from curves import Run, one_line
@@ -34,11 +35,32 @@ class Job:
     arguments: tuple[str, ...]
     length: int = 1  # its samples, as a multiple of those of others
     memory: float = 1.0  # of its device, as a multiple of that of others
+    expected: Mapping[str, Any] = field(default_factory=dict)  # in the record, which its path does not tell
 
 
 def read(path: Path) -> Run | None:
     """A record, also of a run that was stopped; `None` without one."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_records(todo: Sequence[Job]) -> None:
+    """Refuse records of other runs at the paths of these: a complete one would be shown as the result of a job.
+
+    Args:
+        todo: the runs; `expected` of each is compared with its record, complete or not.
+
+    Raises:
+        ValueError: a record has another value; the message names each of them.
+    """
+    found = [
+        f"{job.record}: expected a record of {name} {value!r}, got {record.get(name)!r}"
+        for job in todo
+        if (record := read(job.record)) is not None
+        for name, value in job.expected.items()
+        if record.get(name) != value
+    ]
+    if found:
+        raise ValueError("\n".join(found) + "; pass another --output, or remove these records")
 
 
 def run_all(

@@ -10,6 +10,7 @@ from typing import Any
 
 from environment import Environment, Question, Split, Verdict
 from kit import FUNCTIONS, KitError, run
+from sandbox import is_same
 
 SYSTEM = (
     "You write one line of Python that calls the module kit, for example kit.name(argument). "
@@ -61,11 +62,7 @@ def is_told_apart(name: str, argument: Any) -> bool:
     function = FUNCTIONS[name]
     value = function.call(argument)
     others = (other for other in FUNCTIONS.values() if other.kind == function.kind and other is not function)
-    return not any(_is_same(other.call(argument), value) for other in others)
-
-
-def _is_same(value: Any, expected: Any) -> bool:
-    return bool(value == expected) and type(value) is type(expected)
+    return not any(is_same(other.call(argument), value) for other in others)
 
 
 def _argument(rng: random.Random, kind: str, split: Split) -> Any:
@@ -104,7 +101,7 @@ def judge(completion: str, function: str, argument: str) -> Verdict:
     except KitError as error:
         message = str(error)
     else:
-        if _is_same(value, expected):
+        if is_same(value, expected):
             return Verdict(1.0, None)
         message = f"AssertionError: {call:.60} is {value!r:.40}, expected {expected!r}"
     return Verdict(0.0, f"{message}. kit.{function}(argument) {FUNCTIONS[function].purpose}.")

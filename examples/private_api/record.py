@@ -20,7 +20,7 @@ import torch
 import transformers
 import trl
 from arms import Arm
-from curves import JUDGED
+from curves import JUDGED, model_name
 
 import sdpo_rl
 
@@ -69,9 +69,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
     """What a record says about its run before it starts."""
-    known = Path(options.model)
-    # The name of a folder, without the path to it.
-    model = known.name if known.is_dir() else options.model
+    model = model_name(options.model)
     command = ["python", "examples/private_api/train.py", "--model", model, "--task", options.task]
     command += ["--question", options.question, "--arm", arm.name, "--seed", str(options.seed)]
     command += ["--samples", str(options.samples), "--points", str(options.points)]
@@ -92,7 +90,7 @@ def description(options: argparse.Namespace, arm: Arm) -> dict[str, Any]:
         "settings": arm.all_settings(),
         "command": shlex.join([*command, "--output", "FILE"]),
         "model": model,
-        "weights_sha256": weights_hash(known),
+        "weights_sha256": weights_hash(Path(options.model)),
         "accuracy": JUDGED,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "python": platform.python_version(),

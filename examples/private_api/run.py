@@ -5,7 +5,8 @@
 
 `--model` is a hub id or a folder; Qwen2.5-Coder-0.5B-Instruct and SmolLM2-135M-Instruct were tried. Each run of
 `train.py` is a process; `--jobs` of them share a device. An arm that several questions have runs once. Runs whose
-record is complete are not repeated, so the command can be stopped and started again.
+record is complete are not repeated, so the command can be stopped and started again. Records of another model or of
+another number of samples are refused: each needs an `--output` of its own.
 
 Seeds 100, 101, … are for choosing settings (GRPO's learning rate, the best arm), seeds 0, 1, 2 for what is shown: a
 setting that was chosen by the seeds that it is shown with looks better than it is.
@@ -19,8 +20,8 @@ import re
 from pathlib import Path
 
 from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, SAMPLING, Arm, arms, recorded_as
-from curves import summary
-from jobs import Job, read, run_all
+from curves import model_name, summary
+from jobs import Job, check_records, read, run_all
 from report import write_report
 from tasks import TASKS
 
@@ -47,7 +48,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
                 *("--sampling", options.sampling),
                 *("--output", str(path)),
             )
-            found.setdefault(path, Job(arm.name, seed, path, given, arm.length, arm.memory))
+            expected = {"model": model_name(options.model), "samples": options.samples * arm.length}
+            found.setdefault(path, Job(arm.name, seed, path, given, arm.length, arm.memory, expected))
     return list(found.values())
 
 
@@ -138,12 +140,17 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
+    todo = jobs(options)
+    try:
+        check_records(todo)
+    except ValueError as error:
+        raise SystemExit(f"run.py: {error}") from None
     # Imports ask whether there is a GPU. This answer leaves CUDA alone, so that the runs can be forks.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     from train import main as train
 
     failures = run_all(
-        jobs(options),
+        todo,
         train,
         devices=options.devices or [None],
         per_device=options.jobs,
