@@ -52,9 +52,11 @@ class Run:
     succeeds: Callable[[int], bool] = lambda row: row in (1, 2, 9)  # by row of the generation batch
     feedback: bool = True
     tied: bool = True
-    adapter: str = ""  # "lora", or "head" for LoRA with a trained head
+    # "lora", "head" for LoRA with a trained head, "everywhere" for LoRA on all linear layers
+    adapter: str = ""
     silent: tuple[int, ...] = ()  # generation batches without a success
     experts: bool = False
+    multimodal: bool = False
     alike: bool = True  # all ranks start with the same weights; otherwise the first rank's count
 
 
@@ -145,6 +147,11 @@ RUNS = {
     ),
     "groups": Run(config={"packing": "groups", "max_tokens_per_forward": 60}),
     "ranks that start apart": Run(alike=False),
+    # With checkpointing the Trainer lets DDP wait for the gradient of every trainable parameter.
+    "a multimodal model": Run({"learning_rate": 0.05, "gradient_checkpointing": True}, multimodal=True),
+    "a multimodal model, lora": Run(
+        {"learning_rate": 0.5, "ddp_find_unused_parameters": False}, adapter="everywhere", multimodal=True
+    ),
 }
 SHARDED_RUNS = [
     "tied",
@@ -168,6 +175,8 @@ SHARDED_RUNS = [
     "several forwards, one rank",
     "groups",
     "ranks that start apart",
+    "a multimodal model",
+    "a multimodal model, lora",
 ]
 EXPERTS = {
     "all ranks": Run(experts=True),
@@ -346,6 +355,7 @@ def in_rank_order(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) -> Any:
+    import model_families
     import tiny
     from peft import LoraConfig
     from trl.trainer import grpo_trainer
@@ -364,19 +374,22 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
         settings["per_device_train_batch_size"] *= 2
     adapter = LoraConfig(
         r=4,
-        target_modules=["q_proj", "v_proj"],
+        target_modules="all-linear" if run.adapter == "everywhere" else ["q_proj", "v_proj"],
         init_lora_weights=False,
         modules_to_save=["lm_head"] if run.adapter == "head" else None,
     )
     import torch
 
     torch.manual_seed(0)
+    if run.multimodal:
+        start = model_families.random_model("qwen3_vl")
+    else:
+        build = tiny.experts if run.experts else tiny.model
+        start = build(0 if run.alike else rank(), tie_word_embeddings=run.tied)
     trainer = tiny.trainer(
         folder,
         sdpo_config=tiny.config(**run.config),
-        start=(tiny.experts if run.experts else tiny.model)(
-            0 if run.alike else rank(), tie_word_embeddings=run.tied
-        ),
+        start=start,
         reward_funcs=tiny.judge if run.feedback else tiny.parity,
         peft_config=adapter if run.adapter else None,
         **settings,
