@@ -278,6 +278,7 @@ def strategy(name: str) -> Iterator[None]:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from sdpo_rl import SDPOTrainer
 
@@ -298,6 +299,7 @@ def strategy(name: str) -> Iterator[None]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()  # after a trainer with ZeRO-3, transformers makes models in parts
     if name.startswith("fsdp2"):
         SDPOTrainer.create_accelerator_and_postprocess = create_sharded
     if name in DEEPSPEED:

@@ -48,8 +48,8 @@ def freeze_unreached_by_text(model: Any) -> list[str]:
     if len(unreached) == sum(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"model: expected trainable parameters in its language model, got {len(unreached)} in "
-            f"{', '.join(parts)} alone, which text does not reach; unfreeze the language model, or name its modules "
-            "in target_modules"
+            f"{', '.join(parts)} alone, which text does not reach; unfreeze the language model, or name its "
+            "modules in target_modules"
         )
     for parameter in unreached.values():
         parameter.requires_grad_(False)
