@@ -53,9 +53,11 @@ class Run:
     feedback: bool = True
     judged: bool = True  # otherwise there is no reward function, and the dataset has the feedback
     tied: bool = True
-    adapter: str = ""  # "lora", or "head" for LoRA with a trained head
+    # "lora", "head" for LoRA with a trained head, "everywhere" for LoRA on all linear layers
+    adapter: str = ""
     silent: tuple[int, ...] = ()  # generation batches without a success
     experts: bool = False
+    multimodal: bool = False
     alike: bool = True  # all ranks start with the same weights; otherwise the first rank's count
 
 
@@ -151,6 +153,11 @@ RUNS = {
     ),
     "groups": Run(config={"packing": "groups", "max_tokens_per_forward": 60}),
     "ranks that start apart": Run(alike=False),
+    # With checkpointing the Trainer lets DDP wait for the gradient of every trainable parameter.
+    "a multimodal model": Run({"learning_rate": 0.05, "gradient_checkpointing": True}, multimodal=True),
+    "a multimodal model, lora": Run(
+        {"learning_rate": 0.5, "ddp_find_unused_parameters": False}, adapter="everywhere", multimodal=True
+    ),
 }
 SHARDED_RUNS = [
     "tied",
@@ -174,6 +181,8 @@ SHARDED_RUNS = [
     "several forwards, one rank",
     "groups",
     "ranks that start apart",
+    "a multimodal model",
+    "a multimodal model, lora",
 ]
 EXPERTS = {
     "all ranks": Run(experts=True),
@@ -275,6 +284,7 @@ def strategy(name: str) -> Iterator[None]:
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from sdpo_rl import SDPOTrainer
 
@@ -295,6 +305,7 @@ def strategy(name: str) -> Iterator[None]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    unset_hf_deepspeed_config()  # after a trainer with ZeRO-3, transformers makes models in parts
     if name.startswith("fsdp2"):
         SDPOTrainer.create_accelerator_and_postprocess = create_sharded
     if name in DEEPSPEED:
@@ -352,6 +363,7 @@ def in_rank_order(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) -> Any:
+    import model_families
     import tiny
     from peft import LoraConfig
     from trl.trainer import grpo_trainer
@@ -370,7 +382,7 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
         settings["per_device_train_batch_size"] *= 2
     adapter = LoraConfig(
         r=4,
-        target_modules=["q_proj", "v_proj"],
+        target_modules="all-linear" if run.adapter == "everywhere" else ["q_proj", "v_proj"],
         init_lora_weights=False,
         modules_to_save=["lm_head"] if run.adapter == "head" else None,
     )
@@ -379,12 +391,15 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
     rewards = tiny.judge if run.feedback else tiny.parity
     hints = {} if run.judged else {"feedback": [f"hint {row}" for row in range(8)]}
     torch.manual_seed(0)
+    if run.multimodal:
+        start = model_families.random_model("qwen3_vl")
+    else:
+        build = tiny.experts if run.experts else tiny.model
+        start = build(0 if run.alike else rank(), tie_word_embeddings=run.tied)
     trainer = tiny.trainer(
         folder,
         sdpo_config=tiny.config(**run.config),
-        start=(tiny.experts if run.experts else tiny.model)(
-            0 if run.alike else rank(), tie_word_embeddings=run.tied
-        ),
+        start=start,
         reward_funcs=rewards if run.judged else None,
         train_dataset=tiny.conversations(**hints),
         peft_config=adapter if run.adapter else None,

@@ -201,6 +201,19 @@ def observe_evaluation(folder: Path) -> Observed:
     return trainer.evaluate()
 
 
+def observe_unfrozen(folder: Path, **changes: Any) -> str:
+    """The error of DDP where parameters without a gradient stay trainable; empty without one."""
+    from sdpo_rl import trainer as trainer_module
+
+    with strategy("ddp"), patch.object(trainer_module, "freeze_unreached_by_text", lambda model: []):
+        trainer = make_trainer(folder, RUNS["a multimodal model"], **changes)
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
 def observe_experts(folder: Path, run: Run) -> Observed:
     """A rank's rows are a micro-batch on one rank: the router loss is that of each of them."""
     if world_size() > 1:
@@ -472,6 +485,8 @@ def main(folder: Path) -> None:
             "fsdp2": observe_sampling(folder, "fsdp2"),
             "fsdp2, lora": observe_sampling(folder, "fsdp2", "lora"),
         }
+        seen["unfrozen, with a search"] = observe_unfrozen(folder, ddp_find_unused_parameters=True)
+        seen["unfrozen"] = observe_unfrozen(folder)
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
     leave_process_group()
 

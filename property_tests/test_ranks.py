@@ -198,6 +198,16 @@ def test_a_step_without_signal_on_any_rank_changes_nothing_on_all(two: list[Obse
         assert column(seen, "self_distillation/step_without_signal") == [1.0, 0.0, 1.0]
 
 
+def test_ddp_waits_for_no_parameter_that_text_does_not_reach(two: list[Observed]) -> None:
+    for name in ("a multimodal model", "a multimodal model, lora"):
+        trained = {name for step in two[0]["ddp", name]["gradients"] for name in step}
+        assert any("language_model" in name for name in trained)
+        assert not any("visual" in name for name in trained)
+    for rank in two:  # the counter-example
+        assert rank["unfrozen, with a search"] == ""
+        assert "Expected to have finished reduction in the prior iteration" in rank["unfrozen"]
+
+
 def test_a_mean_per_rank_is_another_number(two: list[Observed], one: Observed) -> None:
     """The counter-example: where one rank has fewer tokens, the mean of the ranks' means is another number."""
     name = "the second rank has nothing to learn"

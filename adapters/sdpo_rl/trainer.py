@@ -24,6 +24,7 @@ from . import __version__, _validate
 from .compat import completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.generation import GenerationTurns
+from .compat.multimodal import freeze_unreached_by_text, trainable_preserved
 from .compat.training_hooks import TrainingHooks
 from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
 from .compat.vocabulary import check_vocabulary
@@ -113,6 +114,8 @@ class SDPOTrainer(_BASE):
 
     **Evaluation.** `eval_loss` is a mean over all tokens (or rows) of the evaluation, in any batches.
 
+    **Multimodal models** are trained on text: encoders, projections and adapters that it does not reach are frozen.
+
     **Several processes.** DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step has the loss and the gradient of the same
     rows on one process, and a group may be on several.
 
@@ -139,7 +142,8 @@ class SDPOTrainer(_BASE):
             pad token nor an end-of-sequence token, K beyond the vocabulary, a batch size that is no multiple of the
             group size, more demonstrations than a group can have, a temperature that is 0 or not finite, a term or
             mask that this loss does not have, a loss backend that cannot run on the device, a model that
-            `torch.compile` returned, FSDP 1, a template beside a `teacher_prompt_func`.
+            `torch.compile` returned, no trainable parameters that text reaches, FSDP 1, a template beside a
+            `teacher_prompt_func`.
         TypeError: `args`, `sdpo_config`, `teacher_prompt_func` or a reward function of the wrong type, or an
             unknown keyword.
 
@@ -230,6 +234,8 @@ class SDPOTrainer(_BASE):
             generate_every=schedule.generate_every,
             accumulation_steps=schedule.gradient_accumulation_steps,
         )
+        # Before the teacher's store, the optimizer and DDP have a list of what is trained.
+        self._frozen = [] if _IS_UNSLOTH else freeze_unreached_by_text(model)
         self._control = ControlStrings(self.processing_class, getattr(self, "chat_template", None))
         self._renderer = Renderer(
             tokenizer=self.processing_class,
@@ -362,7 +368,11 @@ class SDPOTrainer(_BASE):
         )
         # Nothing here has a gradient. TRL would disable checkpointing twice, a slow traversal while the GPU waits.
         toggle = self.sdpo_config.fast_checkpointing_toggle and not _IS_UNSLOTH
-        with step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext():
+        with (
+            step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext(),
+            # PEFT makes all adapters trainable where TRL switches them.
+            trainable_preserved(self._unwrapped) if self._frozen else nullcontext(),
+        ):
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = check_scored_batch(output, self._rollout), None
         mode, has_loss = self._mode, output["completion_mask"].any(dim=1).tolist()
@@ -742,7 +752,7 @@ class SDPOTrainer(_BASE):
         if not self.sdpo_config.enabled or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with checkpoint.trainable_dtypes_preserved(self._unwrapped):
+        with trainable_preserved(self._unwrapped), checkpoint.trainable_dtypes_preserved(self._unwrapped):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             checkpoint.load_adapter_among_others(resume_from_checkpoint, self._unwrapped)
 

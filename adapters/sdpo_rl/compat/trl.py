@@ -17,6 +17,7 @@ from trl.chat_template_utils import add_response_schema, parse_response
 from trl.trainer import utils
 
 from ..teacher.store import TeacherStore
+from .multimodal import trainable_preserved
 
 # Numbers of a chunk of logits: 16 MiB of float32.
 _CHUNK = 2**22
@@ -76,7 +77,8 @@ def reference(
         (params,) = start.forwards(unwrapped, training=training)
         yield model, unwrapped, params
     else:
-        with utils.use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None):
+        name = "ref" if "ref" in unwrapped.peft_config else None
+        with trainable_preserved(unwrapped), utils.use_adapter(unwrapped, name):
             yield model, unwrapped, None
 
 

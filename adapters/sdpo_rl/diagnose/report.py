@@ -126,6 +126,8 @@ def _applies(trainer: Any) -> Iterator[str]:
         yield f"  Unsloth is imported but its trainer is not below this one; the order is:\n{IMPORT_ORDER}"
     yield f"model: loaded by {'Unsloth' if by_unsloth else 'transformers'}, base {base_precision(model)}"
     yield f"adapters: {', '.join(getattr(model, 'peft_config', {})) or 'none, the whole model trains'}"
+    if frozen := getattr(trainer, "_frozen", []):
+        yield f"frozen: {len(frozen)} tensors that text does not reach, such as {frozen[0]}"
     yield f"gradient checkpointing: {checkpointing(model, args)}"
     limit = getattr(model, "max_seq_length", None)
     yield f"max_seq_length: {limit if limit else 'not set by a loader'}"
