@@ -162,7 +162,7 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "resume": {"teacher"},
     "compat": {"step", "teacher"},
     "diagnose": {"config", "compat", "rollout", "step"},
-    "_validate": {"config", "rollout"},
+    "_validate": {"config", "presets", "rollout"},
     "credit": {"config", "rollout", "step"},
     "records": {"compat", "config", "credit", "rollout", "step"},
     "trainer": {

@@ -113,7 +113,7 @@ DATA = [
             f"{kind} in an earlier turn",
             lambda path, kind=kind: train(path, train_dataset=earlier_part(kind)),
             ValueError,
-            ("train_dataset", "prompt 0", "expected text in every turn", f"type {kind}", "remove the row"),
+            ("train_dataset", "prompt 0", "expected text in every turn", f"type {kind}", "leave them out"),
         )
         for kind in ("image", "image_url", "audio", "video")
     ),

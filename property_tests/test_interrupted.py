@@ -68,6 +68,31 @@ def test_training_again_divides_by_the_counts_of_its_own_steps(
     assert denominators == [sum(counts[:4])] * 4 + [sum(counts[4:])] * 4
 
 
+def test_what_an_interrupted_reward_function_said_is_forgotten(tmp_path: Path) -> None:
+    """Its `last_feedback`, and what it logged."""
+
+    class Judge:
+        __name__ = "judge"
+        last_feedback: list[str] | None = None
+        calls = 0
+
+        def __call__(self, completions: list[Any], log_metric: Any, **_: Any) -> list[float]:
+            self.calls += 1
+            log_metric("calls", float(self.calls))
+            if self.calls == 1:
+                self.last_feedback = [f"old {row}" for row in range(len(completions))]
+                raise KeyboardInterrupt
+            return [0.0] * len(completions)
+
+    trainer = tiny.trainer(tmp_path, reward_funcs=Judge(), max_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["calls"] == 2.0
+    assert entry["self_distillation/feedback_available_fraction"] == 0.0
+
+
 def test_an_interrupted_evaluation_is_no_part_of_the_next(tmp_path: Path) -> None:
     def evaluation(folder: Path, *, interrupted: bool) -> dict[str, float]:
         calls = iter([None, KeyboardInterrupt()] if interrupted else [])

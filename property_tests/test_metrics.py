@@ -326,7 +326,8 @@ def test_a_best_score_that_stays_below_the_threshold_is_warned_about_once(
     messages = warnings(caplog, best_scores(*[0.5] * 9))
     assert len(messages) == 1
     assert messages[0].startswith(
-        "The best score of each of the last 3 generation batches was 0.5, below success_reward_threshold=1:"
+        "The best score of each of the last 3 generation batches with a signal was 0.5, below "
+        "success_reward_threshold=1:"
     )
 
 
@@ -341,6 +342,15 @@ def test_other_best_scores_are_no_ceiling(
     assert warnings(caplog, best_scores(*scores)) == []
 
 
+def test_a_score_that_float32_rounds_down_reaches_its_threshold(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Diagnostics(SDPOConfig(diagnostics_patience=1, success_reward_threshold=0.7))
+    score = torch.tensor(0.7).item()
+    assert score < 0.7
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        watch.observe_batch({**QUIET, "self_distillation/best_score": score}, [5])
+    assert caplog.text == ""
+
+
 def test_the_ceiling_is_part_of_the_state(caplog: pytest.LogCaptureFixture) -> None:
     first, second, old = (Diagnostics(SDPOConfig(diagnostics_patience=2)) for _ in range(3))
     ((metrics, lengths),) = best_scores(0.5)
@@ -352,7 +362,7 @@ def test_the_ceiling_is_part_of_the_state(caplog: pytest.LogCaptureFixture) -> N
         old.observe_batch({**QUIET, **metrics}, lengths)
         assert caplog.text == ""
         second.observe_batch({**QUIET, **metrics}, lengths)
-    assert "The best score of each of the last 2 generation batches was 0.5" in caplog.text
+    assert "The best score of each of the last 2 generation batches with a signal was 0.5" in caplog.text
 
 
 def test_truncation_and_dropped_rows_are_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,8 @@ from trl.trainer.utils import use_adapter
 
 from sdpo_rl import SDPOConfig, training_report
 from sdpo_rl import trainer as trainer_module
-from sdpo_rl.compat.multimodal import freeze_unreached_by_text, trainable_preserved
+from sdpo_rl.compat.adapters import trainable_preserved
+from sdpo_rl.compat.multimodal import freeze_unreached_by_text
 
 # What text does not reach. The last two kinds have no encoder, only projections of patches and of audio.
 KINDS = {
@@ -237,3 +238,19 @@ def test_grpo_alone_freezes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert trainable(model) == everything
     assert "does not reach" not in caplog.text
     assert "frozen:" not in training_report(trainer)
+
+
+def test_adapters_that_a_user_froze_stay_frozen(tmp_path: Path) -> None:
+    """Also of a plain language model, where TRL switches adapters for its reference."""
+    model = get_peft_model(
+        tiny.model(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    for name, parameter in model.named_parameters():
+        if ".layers.0." in name:
+            parameter.requires_grad_(False)
+    wanted = trainable(model)
+    trainer = tiny.trainer(
+        tmp_path, start=model, sdpo_config=tiny.config(grpo_weight=0.5), beta=0.1, max_steps=1
+    )
+    trainer.train()
+    assert trainable(model) == wanted

@@ -250,6 +250,8 @@ def test_runs_end_with_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixt
     before = [job.record.stat().st_mtime_ns for job in again]
     assert jobs.run_all(again, fake_run, devices=[None], per_device=1, minutes=None) == 0
     assert [job.record.stat().st_mtime_ns for job in again] == before
+    silent = jobs.Job("silent", 0, tmp_path / "silent.json", ())
+    assert jobs.run_all([silent], lambda _: None, devices=[None], per_device=1, minutes=None) == 1
     broken = jobs.Job("broken", 0, tmp_path / "broken.json", ())
     assert jobs.run_all([broken], fake_run, devices=[None], per_device=1, minutes=None) == 1
     assert "not enough values to unpack" in capsys.readouterr().err
@@ -337,6 +339,8 @@ def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:
 
     def noting(given: Sequence[str]) -> None:
         (name,) = given
+        with (tmp_path / "starts").open("a") as file:
+            file.write(name)
         (tmp_path / f"{name}.running").touch()
         time.sleep(0.5)
         together = sum(sizes[path.stem] for path in tmp_path.glob("*.running"))
@@ -349,8 +353,11 @@ def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:
     ]
     assert jobs.run_all(todo, noting, devices=[None], per_device=3, minutes=None) == 0
     together = {job.arm: json.loads(job.record.read_text())["together"] for job in todo}
+    starts = (tmp_path / "starts").read_text()
     assert together.pop("e") == 9.0
     assert max(together.values()) == 3.0
+    # In their order: a small run that starts before a large one delays it.
+    assert starts.index("c") < starts.index("d")
 
 
 def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:

@@ -462,11 +462,11 @@ def test_the_text_of_a_completion(completion: Any, expected: str) -> None:
         (
             [{"role": "user", "content": [{"type": "image"}]}, *RESULTS],
             ValueError,
-            "prompt 1: expected text in the last user turn",
+            "prompt 1: expected text in every turn, got parts of type image",
         ),
         ([{"role": "user", "content": [{"type": "image"}]}], ValueError, "prompt 1: expected text.*images"),
         ([{"role": "user", "content": None}], ValueError, "expected text.*got None"),
-        ([{"role": "user"}], ValueError, "expected text.*got None"),
+        ([{"role": "user"}], ValueError, "expected a 'content' in every turn"),
         (
             [{"role": "user", "content": [{"type": "image"}]}, {"role": "user", "content": "q"}],
             ValueError,

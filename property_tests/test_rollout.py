@@ -21,7 +21,6 @@ from sdpo_rl.rollout import demonstrations
 from sdpo_rl.rollout.demonstrations import Rollout, TeacherContext, teacher_context
 from sdpo_rl.rollout.prompts import Renderer
 from sdpo_rl.rollout.reprompts import Reprompter
-from sdpo_rl.rollout.written import make_writer
 
 GROUP = 3
 TOKENIZER = tiny.tokenizer()
@@ -104,17 +103,17 @@ def on_ranks(
             "middle",
         )
         has_loss = batch.has_loss[mine]
-        columns = [{"row": rank * rows + row} for row in range(rows)]
         return teacher_context(
-            rollout,
+            rollout._replace(columns=[{"row": rank * rows + row} for row in range(rows)]),
             config,
-            make_writer(function, reprompter, rollout.completions, columns, has_loss),
+            reprompter,
             has_loss=has_loss,
             group_size=GROUP,
             context_length=math.inf,
             rank=rank,
             seed=5,
             gather=gather,
+            teacher_prompt_func=function,
         )
 
     with ThreadPoolExecutor(ranks) as pool:

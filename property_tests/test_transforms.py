@@ -53,6 +53,14 @@ def example_logits(
     return student.to(dtype), teacher.to(dtype)
 
 
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"sampled token"}))
+def test_second_derivatives(name: str) -> None:
+    """Against differences of the gradient. That of the sampled token is no derivative of its value."""
+    student, teacher = example_logits(2, 6, masked=False)
+    loss = LOSSES[name]
+    assert torch.autograd.gradgradcheck(lambda s: loss(s, teacher), student.requires_grad_())
+
+
 def check_grad_is_backward(loss: Loss) -> None:
     student, teacher = example_logits(4, 6)
     leaf = student.clone().requires_grad_()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdpo
-from sdpo_rl import Attempt, SDPOTrainer, probe
+from sdpo_rl import Attempt, SDPOConfig, SDPOTrainer, probe
 from sdpo_rl.diagnose.generation_batch import GenerationBatch, generation_batch
-from sdpo_rl.diagnose.warnings import Diagnostics
+from sdpo_rl.diagnose.warnings import Diagnostics, no_signal
 from sdpo_rl.rollout.control import ControlStrings
 from sdpo_rl.rollout.prompts import Renderer
-from sdpo_rl.rollout.reprompts import TeacherPrompts
-from sdpo_rl.rollout.written import PromptWriter
+from sdpo_rl.rollout.reprompts import Reprompter, TeacherPrompts
+from sdpo_rl.rollout.written import written_prompts
 
 TOKENIZER = tiny.tokenizer()
 CONTROL = ControlStrings(TOKENIZER)
@@ -59,10 +61,13 @@ def written(
     truncation: str = "middle",
 ) -> TeacherPrompts:
     """The prompt of one row."""
-    writer = PromptWriter(
-        function, Renderer(TOKENIZER, control=control), truncation, None, [completion], [{}], [True]
-    )
-    return writer([prompt], [demonstrations or []], [feedback], [limit], [False])
+    reprompter = Reprompter(Renderer(TOKENIZER, control=control), sdpo.Templates(), True, truncation)
+    rollout: Any = SimpleNamespace(prompts=[prompt], completions=[completion], columns=[{}])
+    return written_prompts(
+        function, reprompter, rollout,
+        demonstrations=[demonstrations or []], feedback=[feedback], limits=[limit], succeeded=[False],
+        has_loss=[True],
+    )  # fmt: skip
 
 
 def batch_of(path: Path, function: Any, **changes: Any) -> GenerationBatch:
@@ -267,8 +272,12 @@ def test_a_chat_template_finds_no_mark_of_thinking_in_an_attempt(guarded: bool) 
     renderer = Renderer(tokenizer, control=ControlStrings(tokenizer) if guarded else None)
     completion = [{"role": "assistant", "content": "<think>hm</think>3"}]
     function = lambda attempt: [*attempt.prompt, *attempt.completion, user("Again!")]  # noqa: E731
-    writer = PromptWriter(function, renderer, "middle", None, [completion], [{}], [True])
-    text = tokenizer.decode(writer([tiny.user("q")], [[]], [None], [10**6], [False]).ids[0])
+    rollout: Any = SimpleNamespace(prompts=[tiny.user("q")], completions=[completion], columns=[{}])
+    prompts = written_prompts(
+        function, Reprompter(renderer, sdpo.Templates(), True, "middle"), rollout,
+        demonstrations=[[]], feedback=[None], limits=[10**6], succeeded=[False], has_loss=[True],
+    )  # fmt: skip
+    text = tokenizer.decode(prompts.ids[0])
     assert ("<think>hm</think>3" in text) == guarded
     assert ("hm" in text) == guarded
 
@@ -455,7 +464,7 @@ def test_a_prompt_that_is_too_long_is_dropped_whole(tmp_path: Path, caplog: pyte
         assert not row.is_cut
         if row.succeeded:
             assert row.reason_without_signal == (
-                "the prompt that teacher_prompt_func returned does not fit beside the completion "
+                "teacher_prompt_func returned a prompt that does not fit beside the completion "
                 f"(max_reprompt_length={size}, or the model's context)"
             )
     share = sum(row.succeeded for row in batch.rows) / len(batch.rows)
@@ -480,6 +489,27 @@ def test_a_prompt_that_is_too_long_can_be_an_error() -> None:
         written(lambda attempt: "x" * 10, limit=9, truncation="error")
 
 
+def test_a_preset_with_templates_is_no_contradiction(tmp_path: Path) -> None:
+    """Its templates have no effect; those that a user sets are refused."""
+    for preset in ("opsd", "sdft"):
+        config = SDPOConfig.preset(preset)
+        tiny.trainer(tmp_path, teacher_prompt_func=for_failures, sdpo_config=config)
+        changed = dataclasses.replace(config, feedback_template="Mind: {feedback_raw}")
+        with pytest.raises(ValueError, match="feedback_template: expected its default with teacher_prompt"):
+            tiny.trainer(tmp_path, teacher_prompt_func=for_failures, sdpo_config=changed)
+
+
+def test_prompts_that_are_all_too_long_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = {
+        "self_distillation/empty_target_batch": 1.0,
+        "self_distillation/truncated_reprompt_fraction": 0.0,
+        "self_distillation/dropped_reprompt_fraction": 0.5,
+    }
+    cause, fix = no_signal(metrics, tiny.config(), best_score=None, writes_prompts=True)
+    assert cause == "the prompts of teacher_prompt_func are too long"
+    assert fix.startswith("return prompts of at most max_reprompt_length tokens")
+
+
 def test_batches_without_a_prompt_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     metrics = {
         "self_distillation/empty_target_batch": 1.0,
@@ -490,9 +520,9 @@ def test_batches_without_a_prompt_are_warned_about(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING, "sdpo_rl"):
         watch.observe_batch(metrics, [5])
     assert caplog.messages == [
-        "No row had a teacher signal for 1 generation batches: teacher_prompt_func returned None, or a prompt that "
-        "is too long, for every completion that counts. Nothing is learned; return prompts of at most "
-        "max_reprompt_length tokens."
+        "No row had a teacher signal for 1 generation batches: teacher_prompt_func returned None for every "
+        "completion that has a token with a loss, or none has one. Nothing is learned; return prompts, or raise "
+        "max_completion_length where all completions are cut."
     ]
 
 
@@ -590,15 +620,18 @@ RESULTS = [
         "an image",
         answers([user([{"type": "image"}, {"type": "text", "text": "x"}])]),
         ValueError,
-        (f"{ROW}text in every turn", "got image", "leave"),
+        (f"{ROW}text in every turn", "type image;", "leave"),
     ),
     Case(
         "an image in an earlier turn",
         answers([user([{"type": "image_url", "image_url": "x"}]), user("y")]),
         ValueError,
-        (f"{ROW}text in every turn", "got image_url"),
+        (f"{ROW}text in every turn", "type image_url"),
     ),
-    Case("a last turn without text", answers([{"role": "user"}]), ValueError, (f"{ROW}text", "got None")),
+    Case("a turn without content", answers([{"role": "user"}]), ValueError, (f"{ROW}a 'content'", "set it")),
+    Case(
+        "a last turn without text", answers([user(None)]), ValueError, (f"{ROW}text in the last turn", "None")
+    ),
     Case(
         "half a character", answers([user("\ud800")]), ValueError, (f"{ROW}text that UTF-8", "decode bytes")
     ),

@@ -47,7 +47,7 @@ def check_tensor(name: str, value: object, kind: Kind, *, min_ndim: int = 0) -> 
     if not isinstance(value, Tensor):
         if value is None:
             fix = "pass one"
-        elif isinstance(getattr(value, "weight", None), Tensor):
+        elif name.endswith(".weight") and isinstance(getattr(value, "weight", None), Tensor):
             fix = "pass its `.weight`"
         else:
             fix = "wrap it in torch.as_tensor"

@@ -238,7 +238,8 @@ def _with_fillers(
     return (
         logits.masked_fill(without, 0.0),
         torch.where(without, distinct, ids),
-        log_probs.masked_fill(without, -math.log(logits.shape[-1])),
+        # Of half the mass at most, which rounding does not raise above 1.
+        log_probs.masked_fill(without, -math.log(2 * logits.shape[-1])),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .config import SDPOConfig
+from .presets import PRESETS, preset_settings
 from .rollout.checks import MEDIA, ROWS_CHECKED, check_rendered, holds_media, refuse_media
 from .rollout.feedback import check_column, column_name
 from .rollout.prompts import check_prompts
@@ -71,7 +72,7 @@ def check_construction(args: Any, config: SDPOConfig, keywords: Mapping[str, Any
 
 
 def check_teacher_prompt_func(function: Any, config: SDPOConfig) -> None:
-    """It is a function or `None`, and no template is set beside it, which nothing would read."""
+    """It is a function or `None`, and no template is set beside it but by a preset: nothing would read it."""
     if function is None:
         return
     if not callable(function):
@@ -81,7 +82,8 @@ def check_teacher_prompt_func(function: Any, config: SDPOConfig) -> None:
         )
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in _TEMPLATES:
-        if (value := getattr(config, name)) != defaults[name]:
+        known = {defaults[name], *(preset_settings(preset).get(name) for preset in PRESETS)}
+        if (value := getattr(config, name)) not in known:
             raise ValueError(
                 f"{name}: expected its default with teacher_prompt_func, which writes the whole prompt, got "
                 f"{value!r}; remove one of the two"

@@ -15,7 +15,7 @@ _COMMON: dict[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",
 }
 # Of both papers, arXiv 2601.18734 and 2601.19897: KL(teacher‖student) over the vocabulary, a mean over each
-# completion first, and a teacher that reads the reference solution, not a peer's.
+# completion first, and a teacher that reads the reference solution, also where a peer has succeeded.
 _REFERENCE: dict[str, Any] = {
     "alpha": 0.0,
     "support": "full",
@@ -37,7 +37,7 @@ def _templates(introduction: str, instruction: str) -> dict[str, str]:
 
 _RICH = {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01}
 _RICH_ARGUMENTS = {**_COMMON, "learning_rate": 1e-6, "warmup_steps": 0}
-_PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "generalization": (
         {
             "alpha": 0.5,
@@ -90,14 +90,17 @@ _PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+PRESETS = tuple(_SETTINGS)
+
 
 def training_arguments(preset: str) -> dict[str, Any]:
     """The `GRPOConfig` side of a preset: `GRPOConfig(**training_arguments(name), output_dir=...)`.
 
-    Learning rate, warm-up, optimizer, clipping and sampling as the paper's Appendix prints them. Batch sizes
-    depend on the machine and stay with the caller: `generalization` and `rich_feedback` use 32 prompts × 8
-    completions (`rich_feedback` with mini-batches of one prompt), `test_time` 1 × 16. The teacher's rate is for so
-    many completions (`teacher_rate_samples`), which makes its pace that of the paper in other batches too.
+    Of `generalization`, `rich_feedback` and `test_time`: learning rate, warm-up, optimizer, clipping and sampling
+    as the appendix of SDPO's paper prints them. Batch sizes depend on the machine and stay with the caller:
+    `generalization` and `rich_feedback` use 32 prompts × 8 completions (`rich_feedback` with mini-batches of one
+    prompt), `test_time` 1 × 16. The teacher's rate is for so many completions (`teacher_rate_samples`), which makes
+    its pace that of the paper in other batches too.
 
     `opsd` is for LoRA of rank 64, `sdft` for all weights. Both papers sample 32 prompts × 1 completion; here it is
     two of a prompt, the fewest that `GRPOConfig` takes.
@@ -127,6 +130,6 @@ def preset_settings(name: str) -> dict[str, Any]:
 
 
 def _lookup(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    if name not in _PRESETS:
-        raise ValueError(f"preset: expected one of {tuple(_PRESETS)}, got {name!r}; pass one of these names")
-    return _PRESETS[name]
+    if name not in _SETTINGS:
+        raise ValueError(f"preset: expected one of {PRESETS}, got {name!r}; pass one of these names")
+    return _SETTINGS[name]

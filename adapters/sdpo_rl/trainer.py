@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from . import __version__, _validate
 from .compat import completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
+from .compat.adapters import trainable_preserved
 from .compat.generation import GenerationTurns
-from .compat.multimodal import freeze_unreached_by_text, trainable_preserved
+from .compat.multimodal import freeze_unreached_by_text
 from .compat.training_hooks import TrainingHooks
 from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
 from .compat.vocabulary import check_vocabulary
@@ -56,7 +57,7 @@ from .rollout.prompts import Renderer
 from .rollout.rendered import rendered_prompts
 from .rollout.reprompts import Reprompter, make_reprompter
 from .rollout.scored import sample, scored
-from .rollout.written import TEACHER_PROMPT_COLUMN, TeacherPromptFunc, make_writer
+from .rollout.written import TEACHER_PROMPT_COLUMN, TeacherPromptFunc
 from .step import entropy as step_entropy
 from .step import forward as step_forward
 from .step import head as step_head
@@ -84,9 +85,9 @@ _STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 class SDPOTrainer(_BASE):
     """Train a language model on its own, better informed predictions.
 
-    Takes everything that `trl.GRPOTrainer` takes, up to `optimizers` in the same order, `sdpo_config` and
-    `teacher_prompt_func`. Rollouts, rewards, logging, checkpoints and evaluation are TRL's. The loss of a token of
-    a completion is
+    Takes the arguments of `trl.GRPOTrainer`, in its order up to `optimizers`, and two of its own, `sdpo_config` and
+    `teacher_prompt_func`. Rollouts, rewards, logging, checkpoints and evaluation are TRL's. The loss of a token
+    of a completion is
 
         divergence(model(token | prompt), teacher(token | prompt, a peer's success or feedback on the attempt))
 
@@ -114,7 +115,8 @@ class SDPOTrainer(_BASE):
 
     **Evaluation.** `eval_loss` is a mean over all tokens (or rows) of the evaluation, in any batches.
 
-    **Multimodal models** are trained on text: encoders, projections and adapters that it does not reach are frozen.
+    **Multimodal models** are trained on text: encoders and projectors outside of the language model are frozen, and
+    so are adapters on them.
 
     **Several processes.** DDP, FSDP 2 and DeepSpeed ZeRO-2 and -3: a step has the loss and the gradient of the same
     rows on one process, and a group may be on several.
@@ -192,6 +194,7 @@ class SDPOTrainer(_BASE):
         # A copy, so that a later change of its mappings changes nothing here.
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
         _validate.check_construction(args, self.sdpo_config, kwargs, trainer=_BASE)
+        _validate.check_teacher_prompt_func(teacher_prompt_func, self.sdpo_config)
         self._teacher_prompt_func = teacher_prompt_func
         if self.sdpo_config.enabled:
             # What TRL's model card says.
@@ -202,7 +205,6 @@ class SDPOTrainer(_BASE):
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         if self.sdpo_config.enabled:
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
-            _validate.check_teacher_prompt_func(teacher_prompt_func, self.sdpo_config)
             _validate.check_not_compiled(model)
             check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
@@ -371,25 +373,24 @@ class SDPOTrainer(_BASE):
         with (
             step_forward.checkpointing_disabled(self._unwrapped) if toggle else nullcontext(),
             # PEFT makes all adapters trainable where TRL switches them.
-            trainable_preserved(self._unwrapped) if self._frozen else nullcontext(),
+            trainable_preserved(self._unwrapped),
         ):
             output = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = check_scored_batch(output, self._rollout), None
-        mode, has_loss = self._mode, output["completion_mask"].any(dim=1).tolist()
+        mode = self._mode
         if not self.reward_funcs:
             without_rewards.drop_metrics(self._metrics[mode])
         context = teacher_context(
             rollout,
             self.sdpo_config,
-            make_writer(
-                self._teacher_prompt_func, self._reprompter(), rollout.completions, rollout.columns, has_loss
-            ),
-            has_loss=has_loss,
+            self._reprompter(),
+            has_loss=output["completion_mask"].any(dim=1).tolist(),
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
             context_length=step_forward.context_length(self._unwrapped),
             rank=self.accelerator.process_index,
             seed=selection_seed(self.args.seed, self.state.global_step, self._window.index, mode == "eval"),
             gather=self._gather,
+            teacher_prompt_func=self._teacher_prompt_func,
         )
         for name, value in context.metrics.items():
             self._metrics[mode][name].append(value)
@@ -618,9 +619,11 @@ class SDPOTrainer(_BASE):
         self._step += -self._step % self._schedule.generate_every
         self._ticks.generation_batches = self._step // self._schedule.generate_every
         self._forget_metrics("train")
+        self._feedback.forget()
 
     def _forget_metrics(self, mode: str) -> None:
         self._metrics[mode].clear()
+        self._pending_metrics.clear()  # of reward functions
         self._sums[mode] = MetricSums()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -34,8 +34,8 @@ class Job:
     record: Path
     arguments: tuple[str, ...]
     length: int = 1  # its samples, as a multiple of those of others
-    memory: float = 1.0  # of its device, as a multiple of that of others
-    expected: Mapping[str, Any] = field(default_factory=dict)  # in the record, which its path does not tell
+    memory: float = 1.0  # of its device, as a multiple of that of most others
+    expected: Mapping[str, Any] = field(default_factory=dict)  # values that a record at this path must have
 
 
 def read(path: Path) -> Run | None:
@@ -103,6 +103,8 @@ def run_all(
                 elif free(place) >= min(job.memory, per_device):
                     waiting.remove(job)
                     running[start(job, train, place, threads)] = (job, place)
+                else:
+                    break  # a smaller one that passed it would delay it
             if running:
                 seconds = min(max(0.0, deadline - time.monotonic()), 60.0)  # an infinite one overflows
                 wait([process.sentinel for process in running], seconds)
@@ -110,7 +112,8 @@ def run_all(
                 stop(running)
             for process in [process for process in running if process.exitcode is not None]:
                 job, _ = running.pop(process)
-                failed = process.exitcode != 0 and time.monotonic() < deadline
+                failed = process.exitcode != 0 or read(job.record) is None
+                failed = failed and time.monotonic() < deadline
                 failures += failed
                 report(job, failed=failed)
     finally:
@@ -120,7 +123,7 @@ def run_all(
 
 def start(job: Job, train: Train, device: str | None, threads: int) -> BaseProcess:
     """Start a run, as a fork where that is possible: its imports are done, which take longer than many steps."""
-    # A process whose parent has used CUDA cannot.
+    # CUDA does not work in a fork of a process that has used it.
     can_fork = sys.platform == "linux" and not torch.cuda.is_initialized()
     process = multiprocessing.get_context("fork" if can_fork else "spawn").Process(
         target=_run, args=(job, train, device, threads)
@@ -136,7 +139,7 @@ def _run(job: Job, train: Train, device: str | None, threads: int) -> None:
         torch.set_num_threads(threads)
     job.record.parent.mkdir(parents=True, exist_ok=True)
     log = log_of(job).open("w", buffering=1)
-    for descriptor in (1, 2):  # of programs that it starts
+    for descriptor in (1, 2):  # programs that it starts write to these, not to `sys.stdout`
         os.dup2(log.fileno(), descriptor)
     sys.stdout = sys.stderr = log
     train(job.arguments)

@@ -104,7 +104,7 @@ def arguments() -> argparse.Namespace:
         "--jobs",
         type=int,
         default=1,
-        help="runs in batches of 64 that share a device; larger batches count as two",
+        help="runs that share a device; those in batches of 256, or with all logits, count as two",
     )
     parser.add_argument(
         "--devices", nargs="+", help="numbers of GPUs; default: the first one that is visible"

@@ -51,7 +51,9 @@ class RunArguments:
     eval_dataset: str | None = field(default=None, metadata={"help": "As dataset, for the evaluation."})
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={"help": "Reward functions, file.py:function or module:function; none: rows have feedback."},
+        metadata={
+            "help": "Reward functions, file.py:function or module:function; none: each row has a text."
+        },
     )
     environment: str | None = field(
         default=None, metadata={"help": "An environment factory: file.py:name or module:name."}

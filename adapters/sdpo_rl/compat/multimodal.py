@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-from torch import nn
-
-from ..step.modules import all_modules
 
 logger = logging.getLogger("sdpo_rl")
 
 
 def freeze_unreached_by_text(model: Any) -> list[str]:
-    """Freeze the trainable parameters of a multimodal model that text does not reach: encoders and projectors.
+    """In a multimodal model, freeze the trainable parameters outside of the language model: encoders, projectors.
 
     They never have a gradient, for which DDP waits, and the teacher would store an average of them. A model whose
     configuration is that of a language model is left as it is.
@@ -64,26 +58,3 @@ def freeze_unreached_by_text(model: Any) -> list[str]:
             f"({'|'.join(parts)}).*",
         )
     return list(unreached)
-
-
-@contextmanager
-def trainable_preserved(model: nn.Module) -> Iterator[None]:
-    """Afterwards the same parameters are trainable as before.
-
-    PEFT makes all parameters of the active adapters trainable when it enables or switches adapters.
-
-    Args:
-        model: the unwrapped model.
-    """
-    # By their places: FSDP exchanges the parameter that is in a place.
-    places = [
-        (module, name, parameter.requires_grad)
-        for module in all_modules(model)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, is_trainable in places:
-            module.get_parameter(name).requires_grad_(is_trainable)

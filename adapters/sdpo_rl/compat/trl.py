@@ -17,7 +17,7 @@ from trl.chat_template_utils import add_response_schema, parse_response
 from trl.trainer import utils
 
 from ..teacher.store import TeacherStore
-from .multimodal import trainable_preserved
+from .adapters import trainable_preserved
 
 # Numbers of a chunk of logits: 16 MiB of float32.
 _CHUNK = 2**22

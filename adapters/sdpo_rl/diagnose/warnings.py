@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from sdpo import rate_per_tick
 
 from ..config import SDPOConfig
@@ -117,14 +119,20 @@ def no_signal(
         best_score: of the batches without one; `None`: no completion was judged.
         writes_prompts: the run has a `teacher_prompt_func`.
     """
+    is_too_long = metrics["self_distillation/dropped_reprompt_fraction"] > 0
+    if writes_prompts and is_too_long:
+        return (
+            "the prompts of teacher_prompt_func are too long",
+            "return prompts of at most max_reprompt_length tokens, or lower max_completion_length",
+        )
     if writes_prompts:
         return (
-            "teacher_prompt_func returned None, or a prompt that is too long, for every completion that counts",
-            "return prompts of at most max_reprompt_length tokens",
+            "teacher_prompt_func returned None for every completion that has a token with a loss, or none has one",
+            "return prompts, or raise max_completion_length where all completions are cut",
         )
     has_feedback = metrics.get("self_distillation/feedback_available_fraction", 0.0) > 0
     threshold = config.success_reward_threshold
-    if metrics["self_distillation/dropped_reprompt_fraction"] > 0:
+    if is_too_long:
         return (
             "no demonstration or feedback fits beside the prompts",
             "raise max_reprompt_length, lower max_completion_length, or remove long prompts",
@@ -332,7 +340,8 @@ class Diagnostics:
         Hard tasks have a best score of 0 for long. A larger one that does not change may be the most there is.
         """
         threshold = self._config.success_reward_threshold
-        if score is None or not 0.0 < score < threshold:
+        # As a tensor, like the score: 0.7 rounded to float32 is less than the double 0.7.
+        if score is None or not 0.0 < score < torch.tensor(threshold).item():
             self._ceiling = (0.0, 0)
             return
         last, batches = self._ceiling
@@ -340,10 +349,10 @@ class Diagnostics:
         if self._ceiling[1] >= self._config.diagnostics_patience:
             self._warn_once(
                 "ceiling",
-                f"The best score of each of the last {self._ceiling[1]} generation batches was {score:g}, below "
-                f"success_reward_threshold={threshold:g}: no completion counts as a success. If {score:g} is the "
-                "most that a completion can get, lower the threshold, or name the functions of success in "
-                "success_reward_funcs.",
+                f"The best score of each of the last {self._ceiling[1]} generation batches with a signal was "
+                f"{score:g}, below success_reward_threshold={threshold:g}: no completion counts as a success. If "
+                f"{score:g} is the most that a completion can get, lower the threshold, or name the functions of "
+                "success in success_reward_funcs.",
             )
 
     def observe_means(self, means: Mapping[str, float]) -> None:

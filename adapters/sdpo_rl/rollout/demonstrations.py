@@ -16,7 +16,7 @@ from ..config import SDPOConfig
 from .answers import answer_in_feedback
 from .prompts import Completion, Prompt, completion_text
 from .reprompts import Reprompter, TeacherPrompts
-from .written import PromptWriter
+from .written import TeacherPromptFunc, written_prompts
 
 
 class Rollout(NamedTuple):
@@ -83,7 +83,7 @@ class TeacherContext:
 def teacher_context(
     rollout: Rollout,
     config: SDPOConfig,
-    reprompter: Reprompter | PromptWriter,
+    reprompter: Reprompter,
     *,
     has_loss: Sequence[bool],
     group_size: int,
@@ -91,6 +91,7 @@ def teacher_context(
     rank: int,
     seed: int,
     gather: Callable[[list[Any]], list[Any]],
+    teacher_prompt_func: TeacherPromptFunc | None = None,
 ) -> TeacherContext:
     """Choose demonstrations over the global batch, write this process's reprompts, and count both.
 
@@ -108,6 +109,7 @@ def teacher_context(
         rank: index of this process.
         seed: of the random policy.
         gather: concatenates a list over processes in their order (the identity on one).
+        teacher_prompt_func: writes the prompts in place of the reprompter, which then tokenizes them.
     """
     row_count = len(rollout.prompts)
     peers = [Peer(*peer) for peer in gather(_peers(rollout, has_loss))]
@@ -125,7 +127,19 @@ def teacher_context(
     success = rollout.scores >= config.success_reward_threshold
     successes = success.tolist()
     own_success = success[rank * row_count :][:row_count]
-    prompts = reprompter(rollout.prompts, demonstrations, feedback, limits, own_success.tolist())
+    if teacher_prompt_func is None:
+        prompts = reprompter(rollout.prompts, demonstrations, feedback, limits, own_success.tolist())
+    else:
+        prompts = written_prompts(
+            teacher_prompt_func,
+            reprompter,
+            rollout,
+            demonstrations=demonstrations,
+            feedback=feedback,
+            limits=limits,
+            succeeded=own_success.tolist(),
+            has_loss=has_loss,
+        )
     columns = {
         "success_sample_fraction": prompts.has_demonstration,
         "feedback_available_fraction": [text is not None for text in rollout.feedback],

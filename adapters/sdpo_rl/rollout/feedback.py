@@ -259,6 +259,14 @@ class FeedbackCollector:
 
         return _with_name(wrapped, name, reward_func)
 
+    def forget(self) -> None:
+        """End the round, also one that an exception ended."""
+        self._texts.clear()
+        self._counted.clear()
+        for last_feedback in self._watched.values():
+            last_feedback.restore()
+        self._watched.clear()
+
     def take(
         self,
         rows: int,
@@ -274,11 +282,7 @@ class FeedbackCollector:
             *([environments] if environments else []),
         ]
         live = [join_feedback([texts[row] for texts in sources]) for row in range(rows)]
-        self._texts.clear()
-        self._counted.clear()
-        for last_feedback in self._watched.values():
-            last_feedback.restore()
-        self._watched.clear()
+        self.forget()
         if column is None:
             return live
         return [

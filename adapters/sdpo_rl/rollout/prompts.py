@@ -51,30 +51,41 @@ def check_prompts(prompts: Sequence[Any]) -> None:
 
 
 def _check_turns(prompt: list[dict[str, Any]]) -> None:
+    check_turns(prompt)
     roles = [turn["role"] for turn in prompt]
-    if roles[-1] not in ("user", "tool"):
-        raise ValueError(
-            f"expected a 'user' or 'tool' turn at the end, which the model answers, got a {roles[-1]!r} turn; "
-            "remove it"
-        )
     if "user" not in roles:
         raise ValueError(
             "expected a 'user' turn, into which the reprompt is written, got turns of "
             f"{', '.join(map(repr, dict.fromkeys(roles)))}; add one"
         )
-    place = _question_place(prompt)
-    others = [turn for i, turn in enumerate(prompt) if i != place]
-    if media := media_types(others):
+    question(prompt)
+
+
+def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
+    """A conversation that the model answers: of text, with a user or tool turn at the end.
+
+    Raises:
+        ValueError: another turn is the last, or a turn has media or no content, or the last one no text.
+    """
+    if (role := turns[-1]["role"]) not in ("user", "tool"):
+        raise ValueError(
+            f"expected a 'user' or 'tool' turn at the end, which the model answers, got a {role!r} turn; remove it"
+        )
+    if media := media_types(turns):
         raise ValueError(
             f"expected text in every turn, got parts of type {', '.join(media)}; images and other media do not "
-            "reach the loss: remove the row"
+            "reach the loss: leave them out"
         )
-    question(prompt)
-    for turn in others:
+    for turn in turns:
         if "content" not in turn:
             raise ValueError(
                 f"expected a 'content' in every turn, got a {turn['role']!r} turn with {sorted(turn)}; set it to ''"
             )
+    if not is_text(content := turns[-1]["content"]):
+        raise ValueError(
+            "expected text in the last turn, a string or parts {'type': 'text', 'text': '...'}, got "
+            f"{content!r:.200}; leave out what is no text"
+        )
 
 
 def media_types(turns: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from ..config import SDPOConfig
 from .demonstrations import Rollout, TeacherContext
 
+# How reasons begin that a user's function decides.
+OF_FUNCTION = "teacher_prompt_func"
+
 
 def reasons_without_signal(
     rollout: Rollout,
@@ -39,12 +42,12 @@ def reasons_without_signal(
         elif context.prompts.dropped[row]:
             problem = "nothing of the demonstration or the feedback fits beside the prompt and the completion"
             if context.prompts.written:
-                problem = "the prompt that teacher_prompt_func returned does not fit beside the completion"
+                problem = f"{OF_FUNCTION} returned a prompt that does not fit beside the completion"
             reason = f"{problem} (max_reprompt_length={config.max_reprompt_length}, or the model's context)"
         elif context.prompts.row_mask[row]:
             reason = f"a success has the policy loss alone (routing={config.routing!r})"
         elif context.prompts.written:
-            reason = "teacher_prompt_func returned None"
+            reason = f"{OF_FUNCTION} returned None"
         else:
             first_row = rank * len(rollout.prompts)
             reason = (

@@ -47,6 +47,7 @@ def reward_functions(
     Raises:
         ValueError: an option that needs rewards, or rows without a text.
     """
+    texts = f" and give each row of the dataset a text in a column {_COLUMNS}"
     # The teacher has nothing else to read.
     of_feedback = {} if writes_prompts else {"include_environment_feedback": (True,)}
     needs = next(
@@ -62,7 +63,7 @@ def reward_functions(
     if needs:
         raise ValueError(
             f"reward_funcs: expected at least one reward function with {needs}, got none; pass reward_funcs=[...], "
-            f"or remove {needs} and give each row of the dataset a text in a column {_COLUMNS}"
+            f"or remove {needs}{'' if writes_prompts else texts}"
         )
     for name, value in (
         ("reward_weights", args.reward_weights),
@@ -117,16 +118,15 @@ def _placeholder(completions: list[Any], **_: Any) -> list[None]:
 
 
 def remove_placeholder(trainer: Any) -> None:
-    """Leave a trainer that TRL has constructed the rewards of its environments, or none.
+    """Take the placeholder out of a constructed trainer; the rewards of its environments stay.
 
     Args:
         trainer: an `SDPOTrainer`; without the placeholder nothing changes.
     """
     if _placeholder not in trainer.reward_funcs:
         return
-    place = trainer.reward_funcs.index(_placeholder)
     for each in (trainer.reward_funcs, trainer.reward_func_names, trainer.reward_processing_classes):
-        del each[place]
+        del each[0]
     trainer.reward_weights = trainer.reward_weights[1:]
     if not trainer.reward_funcs:
         # The other value fails at rewards of no function, and has no effect without GRPO's part of the loss.

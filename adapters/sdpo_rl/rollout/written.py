@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .control import enclose
+from .control import ControlStrings, enclose
 from .feedback import check_encodable
-from .prompts import Completion, Prompt, Renderer, is_text, media_types, texts_of, with_texts
+from .prompts import Completion, Prompt, check_turns, texts_of, with_texts
 from .rendered import RenderedPrompts
 from .reprompts import Reprompter, TeacherPrompts
 
+if TYPE_CHECKING:
+    from .demonstrations import Rollout
+
 # The name of a dataset's column that holds prompts of the teacher.
 TEACHER_PROMPT_COLUMN = "teacher_prompt"
-_LAST_ROLES = ("user", "tool")
 
 
 @dataclass(frozen=True)
@@ -56,116 +58,90 @@ class Attempt:
 TeacherPromptFunc = Callable[[Attempt], Prompt | None]
 
 
-@dataclass
-class PromptWriter:
-    """Attempt → the teacher's prompt by a function, of at most `limit` tokens; a longer one is dropped.
+def written_prompts(
+    function: TeacherPromptFunc,
+    reprompter: Reprompter,
+    rollout: Rollout,
+    *,
+    demonstrations: Sequence[Sequence[str]],
+    feedback: Sequence[str | None],
+    limits: Sequence[int],
+    succeeded: Sequence[bool],
+    has_loss: Sequence[bool],
+) -> TeacherPrompts:
+    """The teacher's prompts of a generation batch by a function, as a `Reprompter` returns them.
+
+    A prompt that is too long is dropped. A demonstration or the feedback counts as shown where its whole text is in
+    the prompt, and more often than in the student's.
 
     Args:
         function: returns a prompt, or `None` for a row without a teacher signal.
-        renderer: tokenizes a prompt.
-        truncation: "error" raises where a prompt is too long.
-        rendered: how prompts end that were rendered to strings before; `None`: every string is plain text.
-        completions: one per row.
-        columns: one mapping per row.
+        reprompter: of the batch; it tokenizes the prompts, and raises where one is too long if its truncation is
+            "error".
+        rollout: the batch, with the columns of its rows.
+        demonstrations: texts for each row.
+        feedback: a text for each row, or `None`.
+        limits: the largest number of tokens of each prompt.
+        succeeded: whether the row is a success.
         has_loss: False for a completion that can have no loss, for which the function is not called.
     """
+    result = TeacherPrompts.without_signal(limits, written=True)
+    inserted = _Inserted(reprompter.renderer.control)
+    written: dict[int, Prompt] = {}
+    for row, prompt in enumerate(rollout.prompts):
+        if not has_loss[row]:
+            continue
+        attempt = Attempt(
+            copy.deepcopy(prompt),
+            inserted(rollout.completions[row]),
+            inserted(list(demonstrations[row])),
+            inserted(feedback[row]),
+            succeeded[row],
+            dict(rollout.columns[row]),
+        )
+        answer = function(attempt)
+        if answer is not None:
+            check_written(answer, prompt, reprompter.rendered, f"teacher_prompt_func, row {row}")
+            written[row] = answer
+    tokens = reprompter.renderer([*written.values()], [*written])
+    for (row, answer), ids in zip(written.items(), tokens, strict=True):
+        result.whole_lengths[row] = len(ids)
+        if len(ids) > limits[row]:
+            if reprompter.truncation == "error":
+                raise ValueError(
+                    f"teacher_prompt_func, row {row}: expected a prompt of at most {limits[row]} tokens, got "
+                    f"{len(ids)}; return a shorter one, raise max_reprompt_length, or choose "
+                    "reprompt_truncation='middle', with which the row has no loss"
+                )
+            result.dropped[row] = True
+            continue
+        result.row_mask[row], result.ids[row] = True, ids
+        prompt, remark = rollout.prompts[row], feedback[row]
+        result.has_demonstration[row] = _shows(answer, prompt, map(inserted, demonstrations[row]))
+        result.uses_feedback[row] = remark is not None and _shows(answer, prompt, [inserted(remark)])
+    return result
 
-    function: TeacherPromptFunc
-    renderer: Renderer
-    truncation: str
-    rendered: RenderedPrompts | None
-    completions: Sequence[Completion]
-    columns: Sequence[Mapping[str, Any]]
-    has_loss: Sequence[bool]
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        demonstrations: Sequence[Sequence[str]],
-        feedback: Sequence[str | None],
-        limits: Sequence[int],
-        succeeded: Sequence[bool],
-    ) -> TeacherPrompts:
-        """The prompts of all rows, as `Reprompter` returns them.
+@dataclass
+class _Inserted:
+    """A copy of a text, a completion or a list of texts, in which each control string is broken."""
 
-        A demonstration or the feedback counts as shown where its whole text is in the prompt, and more often than
-        in the student's.
-        """
-        result = TeacherPrompts.without_signal(limits, written=True)
-        written: dict[int, Prompt] = {}
-        for row, prompt in enumerate(prompts):
-            if not self.has_loss[row]:
-                continue
-            attempt = Attempt(
-                copy.deepcopy(prompt),
-                self._inserted(self.completions[row]),
-                self._inserted(list(demonstrations[row])),
-                self._inserted(feedback[row]),
-                succeeded[row],
-                dict(self.columns[row]),
-            )
-            answer = self.function(attempt)
-            if answer is not None:
-                check_written(answer, prompt, self.rendered, f"teacher_prompt_func, row {row}")
-                written[row] = answer
-        tokens = self.renderer([*written.values()], [*written])
-        for (row, answer), ids in zip(written.items(), tokens, strict=True):
-            result.whole_lengths[row] = len(ids)
-            if not self._fits(row, len(ids), limits[row]):
-                result.dropped[row] = True
-                continue
-            result.row_mask[row], result.ids[row] = True, ids
-            result.has_demonstration[row] = self._shows(answer, prompts[row], demonstrations[row])
-            remark = feedback[row]
-            result.uses_feedback[row] = remark is not None and self._shows(answer, prompts[row], [remark])
-        return result
+    control: ControlStrings | None
 
-    def _inserted(self, value: Any) -> Any:
-        """A copy in which each control string is broken."""
-        control = self.renderer.control
+    def __call__(self, value: Any) -> Any:
+        control = self.control
         if control is None:
             return copy.deepcopy(value)
         return with_texts(value, lambda text: control.break_inserted(enclose(text)))
 
-    def _shows(self, written: Prompt, prompt: Prompt, texts: Sequence[str]) -> bool:
-        """Whether one of the texts is in the teacher's prompt, and more often than in the student's."""
 
-        def count(value: Prompt, text: str) -> int:
-            return sum(each.count(text) for each in texts_of(value))
+def _shows(written: Prompt, prompt: Prompt, texts: Iterable[str]) -> bool:
+    """Whether one of the texts is in the teacher's prompt, and more often than in the student's."""
 
-        parts = [self._inserted(text).strip() for text in texts]
-        return any(count(written, part) > count(prompt, part) for part in parts)
+    def count(value: Prompt, text: str) -> int:
+        return sum(each.count(text) for each in texts_of(value))
 
-    def _fits(self, row: int, length: int, limit: int) -> bool:
-        if length > limit and self.truncation == "error":
-            raise ValueError(
-                f"teacher_prompt_func, row {row}: expected a prompt of at most {limit} tokens, got {length}; "
-                "return a shorter one, raise max_reprompt_length, or choose reprompt_truncation='middle', with "
-                "which the row has no loss"
-            )
-        return length <= limit
-
-
-def make_writer(
-    function: TeacherPromptFunc | None,
-    reprompter: Reprompter,
-    completions: Sequence[Completion],
-    columns: Sequence[Mapping[str, Any]],
-    has_loss: Sequence[bool],
-) -> Reprompter | PromptWriter:
-    """What writes the prompts of a generation batch: `reprompter` without a function.
-
-    Args:
-        function: as for `PromptWriter`, or `None`.
-        reprompter: of the batch; a writer tokenizes as it does.
-        completions: as for `PromptWriter`.
-        columns: as for `PromptWriter`.
-        has_loss: as for `PromptWriter`.
-    """
-    if function is None:
-        return reprompter
-    renderer, truncation, rendered = reprompter.renderer, reprompter.truncation, reprompter.rendered
-    return PromptWriter(function, renderer, truncation, rendered, completions, columns, has_loss)
+    return any(count(written, text.strip()) > count(prompt, text.strip()) for text in texts)
 
 
 def other_columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -179,7 +155,7 @@ def check_written(written: Any, prompt: Prompt, rendered: RenderedPrompts | None
     Args:
         written: what the function returned.
         prompt: the student's.
-        rendered: as for `PromptWriter`.
+        rendered: how prompts end that were rendered to strings before; `None`: every string is plain text.
         where: the function and the row, for the message.
 
     Raises:
@@ -225,14 +201,7 @@ def _check_messages(written: Any, where: str) -> None:
         raise ValueError(
             f"{where}: expected at least one message, got []; return None for a row without a teacher signal"
         )
-    if (role := written[-1]["role"]) not in _LAST_ROLES:
-        raise ValueError(
-            f"{where}: expected a 'user' or 'tool' turn at the end, which the completion follows, got a {role!r} "
-            "turn; remove it, or add a 'user' turn"
-        )
-    content = written[-1].get("content")
-    if media_types(written) or not is_text(content):
-        raise ValueError(
-            f"{where}: expected text in every turn, a string or parts {{'type': 'text', 'text': '...'}}, got "
-            f"{', '.join(media_types(written)) or f'{content!r:.200}'}; leave other parts out"
-        )
+    try:
+        check_turns(written)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

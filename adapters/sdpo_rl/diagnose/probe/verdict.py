@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...rollout.reasons import OF_FUNCTION
 from ..monitors import agreement as agreement_monitor
 from ..monitors import answer_in_feedback as answer_in_feedback_monitor
 from ..warnings import low_mass, truncated_reprompts
@@ -91,7 +92,7 @@ def no_signal(signal: Signal, success: Success) -> Remark | None:
         "Return feedback from a reward function, or make successes possible: a lower success_reward_threshold, "
         "more num_generations, easier prompts."
     )
-    return Remark("no_signal", STOPS, f"No row has a signal ({causes}). {_fix(fix, success)}")
+    return Remark("no_signal", STOPS, f"No row has a signal ({causes}). {_fix(fix, signal, success)}")
 
 
 def few_rows(signal: Signal, success: Success) -> Remark | None:
@@ -99,13 +100,15 @@ def few_rows(signal: Signal, success: Success) -> Remark | None:
     if signal.share == 0.0 or signal.share >= FEW_ROWS:
         return None
     reason = max(signal.without, key=lambda name: signal.without[name])
-    fix = _fix("Return feedback from a reward function, or raise num_generations.", success)
+    fix = _fix("Return feedback from a reward function, or raise num_generations.", signal, success)
     text = f"Only {signal.share:.0%} of the rows have a signal. Why most others have none: {reason}. {fix}"
     return Remark("few_rows", SLOWS, text)
 
 
-def _fix(fix: str, success: Success) -> str:
-    """A remedy for rows without a signal: `fix`, unless nothing was judged, so that there are no successes."""
+def _fix(fix: str, signal: Signal, success: Success) -> str:
+    """A remedy for rows without a signal: `fix`, unless a function writes the prompts, or nothing was judged."""
+    if any(reason.startswith(OF_FUNCTION) for reason in signal.without):
+        return "Return a prompt of at most max_reprompt_length tokens for more rows."
     if success.bare is not None:
         return fix
     return "Give each row a text in the dataset's column 'feedback', or pass reward functions."
