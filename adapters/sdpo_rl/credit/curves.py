@@ -83,7 +83,7 @@ PANELS = (
             _ours("demonstration", "success_sample_fraction"),
             _ours("feedback", "feedback_used_fraction"),
         ),
-        ("no_signal", "truncated", "dropped", "answer_in_feedback"),
+        ("no_signal", "ceiling", "truncated", "dropped", "answer_in_feedback"),
         share=True,
     ),
     Panel(
