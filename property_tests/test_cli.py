@@ -71,7 +71,9 @@ def sdpo(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_train_writes_a_model_and_quiet_shows_no_progress(project: Path) -> None:
     done = sdpo("train", "--config", "recipe.yaml", "--quiet", *ON_CPU, folder=project)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == "Saved to output.\n"
+    # DeepSpeed writes a line to stdout wherever it is installed.
+    lines = [line for line in done.stdout.splitlines() if "real_accelerator" not in line]
+    assert lines == ["Saved to output."]
     assert "it/s]" not in done.stderr
     assert (project / "output" / "model.safetensors").exists()
 
