@@ -284,6 +284,11 @@ def test_the_warning_of_no_signal_names_the_best_score(caplog: pytest.LogCapture
         ({"feedback_available_fraction": 1.0}, {}, "no token of these completions counts"),
         ({"best_score": 1.0}, {}, "no token of these completions counts"),
         (
+            {"best_score": torch.tensor(0.7).item()},
+            {"success_reward_threshold": 0.7},
+            "no token of these completions counts",
+        ),
+        (
             {"feedback_available_fraction": 1.0, "dropped_reprompt_fraction": 1.0},
             {},
             "raise max_reprompt_length",

@@ -143,7 +143,7 @@ def no_signal(
             "prompt, and the feedback is not used",
             "set include_environment_feedback=True",
         )
-    if has_feedback or (best_score is not None and best_score >= threshold):
+    if has_feedback or _reaches(best_score, threshold):
         return (
             "there was feedback or a success, but no token of these completions counts: they are empty, or cut at "
             "max_completion_length and masked",
@@ -161,6 +161,11 @@ def no_signal(
         "lower the threshold, name the functions of success in success_reward_funcs, raise num_generations, or "
         "return feedback from a reward function",
     )
+
+
+def _reaches(score: float | None, threshold: float) -> bool:
+    # As a tensor, like the choice of demonstrations: 0.7 rounded to float32 is less than the double 0.7.
+    return score is not None and bool(torch.tensor(score) >= threshold)
 
 
 def warn_of_teacher_prompt_column(datasets: Iterable[Any]) -> None:
@@ -340,8 +345,7 @@ class Diagnostics:
         Hard tasks have a best score of 0 for long. A larger one that does not change may be the most there is.
         """
         threshold = self._config.success_reward_threshold
-        # As a tensor, like the score: 0.7 rounded to float32 is less than the double 0.7.
-        if score is None or not 0.0 < score < torch.tensor(threshold).item():
+        if score is None or score <= 0.0 or _reaches(score, threshold):
             self._ceiling = (0.0, 0)
             return
         last, batches = self._ceiling

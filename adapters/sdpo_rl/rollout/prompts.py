@@ -45,13 +45,13 @@ def check_prompts(prompts: Sequence[Any]) -> None:
                 f"{prompt!r:.200}; convert it"
             )
         try:
-            _check_turns(prompt)
+            check_turns(prompt)
+            _check_question(prompt)
         except ValueError as error:
             raise ValueError(f"prompt {row}: {error}") from error
 
 
-def _check_turns(prompt: list[dict[str, Any]]) -> None:
-    check_turns(prompt)
+def _check_question(prompt: list[dict[str, Any]]) -> None:
     roles = [turn["role"] for turn in prompt]
     if "user" not in roles:
         raise ValueError(

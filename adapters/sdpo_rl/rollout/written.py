@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .control import ControlStrings, enclose
@@ -86,7 +87,7 @@ def written_prompts(
         has_loss: False for a completion that can have no loss, for which the function is not called.
     """
     result = TeacherPrompts.without_signal(limits, written=True)
-    inserted = _Inserted(reprompter.renderer.control)
+    inserted = partial(_inserted, reprompter.renderer.control)
     written: dict[int, Prompt] = {}
     for row, prompt in enumerate(rollout.prompts):
         if not has_loss[row]:
@@ -122,17 +123,11 @@ def written_prompts(
     return result
 
 
-@dataclass
-class _Inserted:
+def _inserted(control: ControlStrings | None, value: Any) -> Any:
     """A copy of a text, a completion or a list of texts, in which each control string is broken."""
-
-    control: ControlStrings | None
-
-    def __call__(self, value: Any) -> Any:
-        control = self.control
-        if control is None:
-            return copy.deepcopy(value)
-        return with_texts(value, lambda text: control.break_inserted(enclose(text)))
+    if control is None:
+        return copy.deepcopy(value)
+    return with_texts(value, lambda text: control.break_inserted(enclose(text)))
 
 
 def _shows(written: Prompt, prompt: Prompt, texts: Iterable[str]) -> bool:
