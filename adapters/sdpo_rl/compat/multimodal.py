@@ -11,8 +11,8 @@ logger = logging.getLogger("sdpo_rl")
 def freeze_unreached_by_text(model: Any) -> list[str]:
     """In a multimodal model, freeze the trainable parameters outside of the language model: encoders, projectors.
 
-    They never have a gradient, for which DDP waits, and the teacher would store an average of them. A model whose
-    configuration is that of a language model is left as it is.
+    Text never gives them a gradient: DDP would wait for one, and the teacher would store an average of them. A
+    model whose configuration is that of a language model is left as it is.
 
     Args:
         model: the unwrapped model, with adapters or without.
@@ -21,9 +21,9 @@ def freeze_unreached_by_text(model: Any) -> list[str]:
         The names of the parameters, as in `model.get_base_model()` for a PEFT model.
 
     Raises:
-        ValueError: no other parameter is trainable.
+        ValueError: all trainable parameters are outside of the language model.
     """
-    # Parameters of the adapter model itself, as those of prompt tuning, are inputs of the language model.
+    # Not the parameters of the PEFT wrapper, such as a tuned prompt: they are inputs of the language model.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if base.config.get_text_config() is base.config:
         return []

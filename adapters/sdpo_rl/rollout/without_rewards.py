@@ -16,8 +16,8 @@ from .feedback import FEEDBACK_COLUMNS, column_name
 logger = logging.getLogger("sdpo_rl")
 
 _COLUMNS = " or ".join(map(repr, FEEDBACK_COLUMNS))
-# Options that need rewards: the values that do not.
-_OF_REWARDS: dict[str, tuple[Any, ...]] = {
+# For each option that may need rewards, the values that work without them.
+_VALUES_WITHOUT_REWARDS: dict[str, tuple[Any, ...]] = {
     "enabled": (True,),
     "grpo_weight": (0.0,),
     "grpo_weight_final": (None, 0.0),
@@ -26,13 +26,13 @@ _OF_REWARDS: dict[str, tuple[Any, ...]] = {
     "success_reward_funcs": (None,),
 }
 # What TRL logs of rewards besides those of each function.
-_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
+_REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
 
 
 def reward_functions(
     args: Any, config: SDPOConfig, keywords: Mapping[str, Any], *, writes_prompts: bool
 ) -> list[Any] | None:
-    """What a trainer that was given no reward function passes on to TRL, which demands one.
+    """The `reward_funcs` to pass to TRL, which requires one, where the user gave none.
 
     Args:
         args: the GRPOConfig.
@@ -41,20 +41,20 @@ def reward_functions(
         writes_prompts: there is a `teacher_prompt_func`, which needs no texts of the rows.
 
     Returns:
-        A function that `remove_placeholder` takes out again; `None`: an environment has to have a reward, which TRL
-        checks.
+        A list with a placeholder, which `remove_placeholder` removes later; or `None` where an option needs rewards
+        and there are environments, which may give them. TRL raises an error if they do not.
 
     Raises:
         ValueError: an option that needs rewards, or rows without a text.
     """
     texts = f" and give each row of the dataset a text in a column {_COLUMNS}"
-    # The teacher has nothing else to read.
+    # The row's text is all that the teacher reads beyond the question.
     of_feedback = {} if writes_prompts else {"include_environment_feedback": (True,)}
     needs = next(
         (
             f"{name}={value!r}"
-            for name, others in {**_OF_REWARDS, **of_feedback}.items()
-            if (value := getattr(config, name)) not in others
+            for name, allowed in {**_VALUES_WITHOUT_REWARDS, **of_feedback}.items()
+            if (value := getattr(config, name)) not in allowed
         ),
         None,
     )
@@ -71,21 +71,22 @@ def reward_functions(
     ):
         if value is not None:
             raise ValueError(f"{name}: expected None without reward functions, got {value!r}; remove it")
-    # These may give the texts.
-    others = (keywords.get(name) for name in ("environment_factory", "rollout_func"))
-    if not writes_prompts and all(other is None for other in others):
+    # An environment or a rollout_func may give the texts.
+    sources = (keywords.get(name) for name in ("environment_factory", "rollout_func"))
+    if not writes_prompts and all(source is None for source in sources):
         for name in ("train_dataset", "eval_dataset"):
             _check_texts(keywords.get(name), name)
         if config.feedback_template == Templates().feedback:
             logger.warning(
-                "The teacher reads each row's text as feedback on an unsuccessful attempt, which a text of the "
-                "dataset cannot be; set feedback_template, or take SDPOConfig.preset('opsd') or preset('sdft')."
+                "The default feedback_template presents each row's text as feedback on an unsuccessful attempt, "
+                "but a text of the dataset was written before any attempt; set feedback_template, or take "
+                "SDPOConfig.preset('opsd') or preset('sdft')."
             )
     return [_placeholder]
 
 
 def _check_texts(dataset: Any, name: str) -> None:
-    """Every row of a dataset, or of each in a dict of them, has a text for the teacher, as far as is known."""
+    """Raise where a dataset, or one of a dict of them, has no texts, or none in one of its first rows."""
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             _check_texts(part, f"{name}[{key!r}]")
@@ -129,15 +130,15 @@ def remove_placeholder(trainer: Any) -> None:
         del each[0]
     trainer.reward_weights = trainer.reward_weights[1:]
     if not trainer.reward_funcs:
-        # The other value fails at rewards of no function, and has no effect without GRPO's part of the loss.
+        # "normalize_then_sum" fails without a reward function. Neither changes a loss without GRPO's part.
         trainer.multi_objective_aggregation = "sum_then_normalize"
 
 
 def drop_metrics(metrics: MutableMapping[str, Any]) -> None:
-    """Remove what TRL logs of rewards, which are NaN.
+    """Remove TRL's metrics of rewards, which are NaN without reward functions.
 
     Args:
-        metrics: of a mode, by name.
+        metrics: of training or of evaluation, by name.
     """
-    for name in _METRICS:
+    for name in _REWARD_METRICS:
         metrics.pop(name, None)
