@@ -367,12 +367,12 @@ def observe_turns(folder: Path) -> Observed:
                 self.model(input_ids=torch.tensor(prompt_ids[:1]))
             return say(prompt_ids)
 
-        sample = trainer_module._BASE._generate_single_turn
-        trainer_module._BASE._generate_single_turn = turn
+        sample = trainer_module.BASE._generate_single_turn
+        trainer_module.BASE._generate_single_turn = turn
         try:
             trainer.train()
         finally:
-            trainer_module._BASE._generate_single_turn = sample
+            trainer_module.BASE._generate_single_turn = sample
     return {"turns": turns, "loss": trainer.state.log_history[0]["loss"]}
 
 

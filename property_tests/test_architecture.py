@@ -159,7 +159,7 @@ ADAPTER_ARROWS: dict[str, set[str]] = {
     "rollout": {"config"},
     "teacher": {"config"},
     "step": {"config", "teacher"},
-    "resume": {"teacher"},
+    "resume": {"compat", "step", "teacher"},
     "compat": {"step", "teacher"},
     "diagnose": {"config", "compat", "rollout", "step"},
     "_validate": {"config", "presets", "rollout"},
@@ -262,26 +262,25 @@ def test_the_allowed_arrows_have_no_cycle(allowed: dict[str, set[str]]) -> None:
         ).prepare()
 
 
+def undeclared_of(cls: ast.ClassDef) -> list[str]:
+    """Attributes of `self` that a class uses and never sets or defines."""
+    declared = {node.name for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    for node in cls.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        declared |= {target.id for target in targets if isinstance(target, ast.Name)}
+    used = [
+        node
+        for node in ast.walk(cls)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    ]
+    declared |= {node.attr for node in used if isinstance(node.ctx, ast.Store)}
+    return [node.attr for node in used if node.attr not in declared]
+
+
 def undeclared(tree: ast.Module) -> list[str]:
-    """Attributes of `self` that a class without bases uses and never sets or defines."""
-    found = []
-    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.bases):
-        declared = {
-            node.name for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        }
-        for node in cls.body:
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            declared |= {target.id for target in targets if isinstance(target, ast.Name)}
-        used = [
-            node
-            for node in ast.walk(cls)
-            if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "self"
-        ]
-        declared |= {node.attr for node in used if isinstance(node.ctx, ast.Store)}
-        found += [f"{cls.name}.{node.attr}" for node in used if node.attr not in declared]
-    return found
+    """`undeclared_of` every class without bases."""
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.bases)
+    return [f"{cls.name}.{name}" for cls in classes for name in undeclared_of(cls)]
 
 
 @pytest.mark.parametrize("name", modules(ADAPTER))
@@ -292,6 +291,24 @@ def test_classes_declare_the_attributes_they_use(name: str) -> None:
 def test_an_undeclared_attribute_is_found() -> None:
     mixin = "class Mixin:\n    x = 1\n    def f(self):\n        self.y = self.x\n        return self.args"
     assert undeclared(ast.parse(mixin)) == ["Mixin.args"]
+
+
+def needs_without_a_name(source: str) -> set[str]:
+    """What the one class of a module uses of `SDPOTrainer`, TRL's own attributes aside, and its docstring omits."""
+    import trl
+
+    from sdpo_rl.compat import upgrade_check
+
+    (cls,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    named = re.findall(r"`(\w+)`", ast.get_docstring(cls) or "")
+    return {*undeclared_of(cls)} - upgrade_check._attributes(trl.GRPOTrainer) - {*named}
+
+
+def test_the_class_below_the_trainer_names_what_it_needs_of_it() -> None:
+    source = (ADAPTER / "resume" / "resumable.py").read_text()
+    assert needs_without_a_name(source) == set()
+    assert needs_without_a_name(source.replace("`_unwrapped`", "the model")) == {"_unwrapped"}
+    assert needs_without_a_name(source.replace("    _ticks: TickSchedule\n", "")) == {"_ticks"}
 
 
 @pytest.mark.parametrize("name", modules(ADAPTER))
@@ -349,17 +366,19 @@ def test_an_editable_install_exposes_the_two_packages_alone(tmp_path: Path) -> N
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 UPDATE = "SDPO_UPDATE_PUBLIC_API"
+PACKAGES = ("sdpo", "sdpo_rl")
 
 
 def members(cls: type) -> Iterator[str]:
-    """A class's own public methods and fields, one line each."""
+    """Public methods and fields of a class and its bases in these packages, one line each."""
     if dataclasses.is_dataclass(cls):
         # Not `f.type`: argument parsers write to it.
         declared = cls.__annotations__
         yield from (f"    {f.name}: {declared[f.name]}{_default(f)}" for f in dataclasses.fields(cls))
     elif issubclass(cls, tuple):
         yield from (f"    {name}: {text.__forward_arg__}" for name, text in cls.__annotations__.items())
-    for name, member in sorted(vars(cls).items()):
+    bases = [base for base in reversed(cls.__mro__) if base.__module__.split(".")[0] in PACKAGES]
+    for name, member in sorted({name: each for base in bases for name, each in vars(base).items()}.items()):
         function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
         if inspect.isfunction(function) and (not name.startswith("_") or name == "__init__"):
             if function.__qualname__.startswith("__create_fn__") or (
@@ -397,7 +416,7 @@ def _default(f: Any) -> str:
 
 def public_api() -> str:
     lines = []
-    for package in ("sdpo", "sdpo_rl"):
+    for package in PACKAGES:
         home = importlib.import_module(package)
         for name in sorted(home.__all__):
             value = getattr(home, name)

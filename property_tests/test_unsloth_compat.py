@@ -577,6 +577,9 @@ def test_the_report_works_without_unsloth(tmp_path: Path, capsys: pytest.Capture
         assert part in text
     mebibytes = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) * 4 / 2**20
     assert f"teacher: ema, 4 tensors, {mebibytes:.1f} MiB" in text
+    (saving,) = [line for line in text.splitlines() if line.startswith("  _save_checkpoint: ")]
+    assert saving.startswith("  _save_checkpoint: ResumableTrainer → ")
+    assert "writes the teacher" in saving
 
 
 def test_the_report_needs_a_trainer() -> None:
@@ -682,7 +685,7 @@ def inherited(sources: dict[str, str]) -> tuple[set[str], set[str]]:
     for source in sources.values():
         module = ast.parse(source)
         for part in module.body:
-            ours = isinstance(part, ast.ClassDef) and part.name == "SDPOTrainer"
+            ours = isinstance(part, ast.ClassDef) and part.name in {"SDPOTrainer", "ResumableTrainer"}
             if ours:
                 defined |= {node.name for node in part.body if isinstance(node, ast.FunctionDef)}
                 targets = [node.target for node in part.body if isinstance(node, ast.AnnAssign)]
@@ -739,4 +742,5 @@ def test_the_collection_rejects_a_name_that_nobody_listed() -> None:
     counter_example += "  self._ours = super()._a(getattr(self, '_b', self._c))\n"
     counter_example += "  return self._ours + self.train.d + inputs['e'] + inputs.get('f')\n"
     counter_example += "def load(trainer):\n return trainer._g\n"
-    assert inherited({"counter-example": counter_example}) == ({"_a", "_b", "_c", "_g"}, {"e", "f"})
+    counter_example += "class ResumableTrainer:\n def resume(self):\n  return self._ours + self._h\n"
+    assert inherited({"counter-example": counter_example}) == ({"_a", "_b", "_c", "_g", "_h"}, {"e", "f"})

@@ -371,7 +371,7 @@ def test_the_report_names_the_parts(seen: dict[str, Any]) -> None:
         "compute_loss: SDPOTrainer → _UnslothGRPOTrainer",
         "prediction_step: _UnslothGRPOTrainer",
         "unsloth 2026",
-        "classes SDPOTrainer → UnslothGRPOTrainer",
+        "classes SDPOTrainer → ResumableTrainer → UnslothGRPOTrainer",
     ):
         assert part in seen["report"]
 

@@ -1,7 +1,6 @@
 """`SDPOTrainer`: a `GRPOTrainer` whose loss is self-distillation.
 
-The class derives from whatever `trl.GRPOTrainer` is when this module is first imported, so that a trainer that was
-patched before (`PatchFastRL`) is inherited.
+The methods that save a run and resume it are those of the class below it, in `resume.resumable`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ from .diagnose.warnings import (
     warn_of_teacher_prompt_column,
 )
 from .records import Records
-from .resume import checkpoint, options, progress
+from .resume import checkpoint
+from .resume.resumable import BASE, ResumableTrainer
 from .rollout import rewards as reward_rules
 from .rollout import without_rewards
 from .rollout.checks import check_generation_batch, check_scored_batch
@@ -74,15 +74,14 @@ from .teacher.reference import start_of_training
 from .teacher.store import TeacherStore
 from .teacher.ticks import TickSchedule
 
-_BASE: Any = trl.GRPOTrainer
-_IS_UNSLOTH = unsloth_compat.is_unsloth(_BASE)
+_IS_UNSLOTH = unsloth_compat.is_unsloth(BASE)
 # Of `_get_per_token_logps_and_entropies`, those that ask for log-probabilities of texts alone.
 _LOG_PROB_ARGUMENTS = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
 # One value per optimizer step: 1 if it changed nothing.
 _STEP_WITHOUT_SIGNAL = "self_distillation/step_without_signal"
 
 
-class SDPOTrainer(_BASE):
+class SDPOTrainer(ResumableTrainer):
     """Train a language model on its own, better informed predictions.
 
     Takes the arguments of `trl.GRPOTrainer`, in its order up to `optimizers`, and two of its own, `sdpo_config` and
@@ -178,7 +177,7 @@ class SDPOTrainer(_BASE):
         teacher_prompt_func: TeacherPromptFunc | None = None,
         **kwargs: Any,
     ) -> None:
-        unsloth_compat.check_unpatched(_BASE, trl.GRPOTrainer)
+        unsloth_compat.check_unpatched(BASE, trl.GRPOTrainer)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         named = datasets | {
             "processing_class": processing_class,
@@ -193,7 +192,7 @@ class SDPOTrainer(_BASE):
         args = default_arguments(model) if args is None else args
         # A copy, so that a later change of its mappings changes nothing here.
         self._sdpo_config = SDPOConfig() if sdpo_config is None else copy.deepcopy(sdpo_config)
-        _validate.check_construction(args, self.sdpo_config, kwargs, trainer=_BASE)
+        _validate.check_construction(args, self.sdpo_config, kwargs, trainer=BASE)
         _validate.check_teacher_prompt_func(teacher_prompt_func, self.sdpo_config)
         self._teacher_prompt_func = teacher_prompt_func
         if self.sdpo_config.enabled:
@@ -217,7 +216,6 @@ class SDPOTrainer(_BASE):
         self._extra_columns: set[str] = set()  # of the completions table, by the reward functions
         self._unwrapped_cache: tuple[Any, Any] = (None, None)
         self._step_stack: ExitStack | None = None
-        self._resume = checkpoint.ResumePoint()
         super().__init__(model=model, args=args, **kwargs)
         without_rewards.remove_placeholder(self)
         self._turns = GenerationTurns(self.accelerator.device)
@@ -604,6 +602,25 @@ class SDPOTrainer(_BASE):
 
     # --- training loop -----------------------------------------------------------------------------------
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As `GRPOTrainer.train`; `True` resumes from the last complete checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder, or `True`.
+            *args: as for `GRPOTrainer.train`.
+            **kwargs: as for `GRPOTrainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
+        """
+        if self.sdpo_config.enabled:
+            resume_from_checkpoint = self._resume_from(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            if self.sdpo_config.enabled and self._optimizer_hook is not None:
+                self._optimizer_hook.remove()
+
     def _begin_training(self) -> None:
         self._forget_unfinished_step()
         step, history = self.state.global_step, self.state.log_history
@@ -669,46 +686,7 @@ class SDPOTrainer(_BASE):
             warnings = self._diagnostics.take_warnings()
             self._records.write(self.state.global_step, logs, warnings, mode=mode)
 
-    # --- checkpoints -------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As `GRPOTrainer.train`; `True` resumes from the last complete checkpoint.
-
-        Args:
-            resume_from_checkpoint: a folder, or `True`.
-            *args: as for `GRPOTrainer.train`.
-            **kwargs: as for `GRPOTrainer.train`.
-
-        Raises:
-            ValueError: the checkpoint is incomplete, or its teacher is not this run's; see `teacher_on_resume`.
-        """
-        if self.sdpo_config.enabled:
-            has_length = hasattr(self.train_dataset, "__len__")
-            self._resume = checkpoint.resume_point(
-                resume_from_checkpoint, self.args.output_dir, has_length=has_length
-            )
-            resume_from_checkpoint = self._resume.folder
-            if isinstance(resume_from_checkpoint, str) and self.sdpo_config.teacher_on_resume == "restore":
-                checkpoint.check_teachers(resume_from_checkpoint, self._stores, self._unwrapped)
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self.sdpo_config.enabled and self._optimizer_hook is not None:
-                self._optimizer_hook.remove()
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._get_train_sampler(*args, **kwargs)
-        # Every epoch draws its order from one generator, so the epochs before the checkpoint are drawn again.
-        for _ in range(self._resume.epochs_done):
-            next(iter(sampler), None)
-        return sampler
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        epochs, batches = super()._init_training_state(*args, **kwargs)
-        if self._resume.stream_position is None:
-            return epochs, batches
-        epochs, steps = self._resume.stream_position
-        return epochs, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
+    # --- model card --------------------------------------------------------------------------------------
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL's model card, with the paper of SDPO, the options of this run and the version of this library.
@@ -721,93 +699,6 @@ class SDPOTrainer(_BASE):
         if self.sdpo_config.enabled and self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
             model_card.add_options(card, self._options, version=__version__)
-
-    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """As `GRPOTrainer.save_model`; the SDPO options are in `sdpo_config.json` beside the model.
-
-        Args:
-            output_dir: folder; `None` is that of the run.
-            *args: as for `GRPOTrainer.save_model`.
-            **kwargs: as for `GRPOTrainer.save_model`.
-        """
-        if self.sdpo_config.enabled and self.args.should_save:  # before it may be pushed to the Hub
-            folder = self.args.output_dir if output_dir is None else output_dir
-            options.save(folder, self._options, version=__version__)
-        super().save_model(output_dir, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.sdpo_config.enabled:
-            folder = f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}"
-            if self.args.should_save:
-                checkpoint.mark_incomplete(folder)
-            self.accelerator.wait_for_everyone()
-            checkpoint.save_teachers(folder, self._stores, self._unwrapped, writes=self.args.should_save)
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.sdpo_config.enabled:
-            progress.save(output_dir, self._run_state(), process=self.accelerator.process_index)
-            # The trainer's state is next and makes the folder complete, so every process must be done.
-            self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.sdpo_config.enabled or self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with trainable_preserved(self._unwrapped), checkpoint.trainable_dtypes_preserved(self._unwrapped):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            checkpoint.load_adapter_among_others(resume_from_checkpoint, self._unwrapped)
-
-    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint_folder)
-        if checkpoint_folder is not None and self.is_world_process_zero():
-            defaults = dataclasses.asdict(type(self.sdpo_config)())
-            options.warn_of_differences(checkpoint_folder, self._options, defaults, version=__version__)
-        if self.sdpo_config.enabled and checkpoint_folder is not None:
-            on_resume = self.sdpo_config.teacher_on_resume
-            checkpoint.continue_teachers(
-                checkpoint_folder, self._stores, self._unwrapped, on_resume=on_resume
-            )
-
-    def _load_rng_state(self, checkpoint_folder: str | None) -> None:
-        super()._load_rng_state(checkpoint_folder)
-        if self.sdpo_config.enabled and checkpoint_folder is not None:
-            self._load_run_state(
-                progress.load(
-                    checkpoint_folder,
-                    process=self.accelerator.process_index,
-                    schedule=dataclasses.asdict(self._schedule),
-                    device=self.accelerator.device,
-                )
-            )
-
-    def _run_state(self) -> progress.RunState:
-        return progress.RunState(
-            schedule=dataclasses.asdict(self._schedule),
-            step=self._step,
-            student_moved=self._ticks.student_moved,
-            batches=self._buffered_inputs if self._step % self._schedule.generate_every else None,
-            running_loss=progress.running_loss(self),
-            metrics=self._metrics["train"],
-            sums=self._sums["train"].state(),
-            diagnostics=self._diagnostics.state(),
-            rollout_texts=[] if self._records.recorder is None else self._records.recorder.state(),
-        )
-
-    def _load_run_state(self, state: progress.RunState | None) -> None:
-        if state is None:
-            return
-        self._step, self._ticks.student_moved = state.step, state.student_moved
-        self._ticks.generation_batches = self._step // self._schedule.generate_every
-        if state.batches is not None:
-            self._buffered_inputs = state.batches
-        progress.set_running_loss(self, state.running_loss)
-        self._metrics["train"].update(state.metrics)
-        self._sums["train"].load_state(state.sums)
-        self._diagnostics.load_state(state.diagnostics)
-        if self._records.recorder is not None:
-            self._records.recorder.load_state(state.rollout_texts)
 
     # --- properties of this run --------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ _METHODS = (
     "_save_checkpoint",
 )
 _UNSLOTHS, _TRLS = "Unsloth's rewritten", "TRL's"
+_OWN_CLASSES = ("SDPOTrainer", "ResumableTrainer")
 # Why this library has a method of its own; every other method is inherited as it is.
 _REPLACED = {
     "__init__": "checks the arguments, then calls the one below; adds the teacher",
@@ -151,7 +152,7 @@ def _applies(trainer: Any) -> Iterator[str]:
 
 def _owners(trainer: Any) -> Iterator[str]:
     for name, classes in method_owners(trainer):
-        overridden = classes[0] == "SDPOTrainer" and len(classes) > 1
+        overridden = classes[0] in _OWN_CLASSES and len(classes) > 1
         yield f"{name}: {' → '.join(classes)}" + (
             f"  ({_REPLACED[name]})" if overridden and name in _REPLACED else ""
         )
