@@ -35,7 +35,10 @@ EVERY = tables.load(figures.RECORDS)
 SHOWN = [run for run in EVERY if run["task"] == "kit"]
 RECORDED = tables.every_step(SHOWN)
 BY_QUESTION = {question: tables.of_question(SHOWN, question) for question in figures.QUESTIONS}
-CURES, SETTINGS, LEARNS = (BY_QUESTION[question] for question in ("cures", "settings", "learns"))
+CURES, SETTINGS, LEARNS, LASTING = (
+    BY_QUESTION[question] for question in ("cures", "settings", "learns", "lasting")
+)
+CHOSEN = "SDPO, chosen settings"
 
 
 def page(name: str) -> str:
@@ -108,14 +111,13 @@ def test_what_is_said_of_the_house_style() -> None:
     functions = [question.columns["problem"] for question in house_style.HOUSE_STYLE.held_out(96)]
     counts = sorted(Counter(functions).values())
     assert len(counts) == 6
-    for run, answered in zip(by_arm["SDPO, chosen settings"], (4, 5), strict=True):
+    for run, answered in zip(by_arm["SDPO, chosen settings"], (5, 4, 4), strict=True):
         right = round(96 * run["points"][-1][curves.ACCURACY])
         assert right in {sum(those) for those in combinations(counts, answered)}
-        assert any("orrect" in reply["reply"] for reply in run["after"])
     for run in by_arm["SDPO"]:
-        assert sum("original question" in reply["reply"] for reply in run["after"]) >= 3
-        assert run["log"]["completions/clipped_ratio"][-1] > 0.9
-        assert sum(reply["reply"].startswith(("To solve", "The ")) for reply in run["after"]) >= 5
+        assert sum("orrected" in reply["reply"] for reply in run["after"]) >= 3
+        assert run["log"]["completions/clipped_ratio"][-1] > 0.88
+        assert sum(reply["reply"].startswith(("To ", "The ")) for reply in run["after"]) >= 4
 
 
 def test_every_sentence_is_on_its_page() -> None:
@@ -146,18 +148,23 @@ def test_the_controls_have_no_success() -> None:
 
 def test_a_question_with_a_record_that_was_not_judged_shows_the_samples() -> None:
     """Beside a computation from the records themselves."""
-    record = json.loads((figures.RECORDS / "kit-rate-α=0-rate-0.01-per-64-1.json").read_text())
-    judged = json.loads((figures.RECORDS / "kit-learns-SDPO-1.json").read_text())
-    assert ("accuracy" in record, judged["accuracy"]) == (False, curves.JUDGED)
-    by_arm = BY_QUESTION["alpha"]
+    names = ("large-batches-SRPO-0.04-per-update-0", "large-batches-SRPO-0.19-per-update-0", "learns-SDPO-1")
+    records = [json.loads((figures.RECORDS / f"kit-{name}.json").read_text()) for name in names]
+    assert sorted(record.get("accuracy", "") for record in records) == ["", curves.JUDGED, curves.JUDGED]
+    by_arm = BY_QUESTION["large batches"]
     assert tables.is_of_samples(by_arm)
-    for arm, known in (("α=0", record), ("α=0.5", judged)):
-        (run,) = [run for run in by_arm[arm] if run["seed"] == 1]
-        rewards, points = known["log"]["reward"], known["points"]
+    for known in records[:2]:
+        (run,) = [run for run in by_arm[known["arm"]] if run["seed"] == 0]
+        steps, points = known["log"]["step"], known["points"]
         assert [point[:2] for point in run["points"]] == [point[:2] for point in points]
-        assert run["points"][0][curves.ACCURACY] == rewards[0]
-        for index, point in enumerate(run["points"][1:]):
-            assert point[curves.ACCURACY] == pytest.approx(sum(rewards[5 * index : 5 * index + 5]) / 5)
+        for before, point in pairwise(run["points"]):
+            since = [
+                reward
+                for step, reward in zip(steps, known["log"]["reward"], strict=True)
+                if before[0] < 256 * step <= point[0]
+            ]
+            assert point[curves.ACCURACY] == pytest.approx(sum(since) / len(since))
+    judged = records[-1]
     (run,) = [run for run in LEARNS["SDPO"] if run["seed"] == 1]
     assert run["points"] == judged["points"]
     assert run["right_samples"] == pytest.approx(fmean(judged["log"]["reward"][-5:]))
@@ -165,22 +172,24 @@ def test_a_question_with_a_record_that_was_not_judged_shows_the_samples() -> Non
     assert supervised["right_samples"] is None
     assert {name for name, by_arm in BY_QUESTION.items() if tables.is_of_samples(by_arm)} == {
         "grpo learning rate",
-        "rate",
-        "alpha",
         "large batches",
     }
 
 
 def test_what_the_pages_begin_with_is_in_the_records() -> None:
-    seeds = {arm: [run["seed"] for run in runs] for arm, runs in LEARNS.items()}
-    assert seeds["SDPO"] == [0, 1, 2]
-    assert seeds["SDPO, chosen settings"] == [0, 1]
-    assert end(LEARNS, "SDPO, peers only") == end(LEARNS, "GRPO") == 0
-    alone, slower = (CURES[arm] for arm in ("fast teacher", "fast teacher + rate per 256 samples"))
-    assert [run["seed"] for run in alone] == [run["seed"] for run in slower] == [0, 1]
+    for by_arm in (LEARNS, CURES, LASTING, BY_QUESTION["alpha"]):
+        assert all([run["seed"] for run in runs] == [0, 1, 2] for runs in by_arm.values())
+    without_signal = ["SDPO, peers only", "SDPO, shuffled feedback", f"{CHOSEN}, shuffled feedback", "GRPO"]
+    assert [end(LEARNS, arm) for arm in without_signal] == [0, 0, 0, 0]
     # On every seed, and not only in the mean.
     pairs = zip(ends(CURES, "fast teacher"), ends(CURES, "fast teacher + rate per 256 samples"), strict=True)
     assert all(fast < slow for fast, slow in pairs)
+    # Nothing lasts: the best of some seed is well above its end.
+    for runs in LASTING.values():
+        assert runs[0]["points"][-1][0] == 48000
+        assert any(curves.best(run) - run["points"][-1][curves.ACCURACY] > 0.3 for run in runs)
+    assert ends(LASTING, "fast teacher") == [0, 0, 0]
+    alone = CURES["fast teacher"]
     settings = alone[0]["settings"]
     assert (settings["alpha"], settings["teacher_update_rate"], alone[0]["samples_per_step"]) == (
         0.0,
@@ -188,7 +197,8 @@ def test_what_the_pages_begin_with_is_in_the_records() -> None:
         64,
     )
     assert rate_per_tick(0.05, samples=256, per_samples=64) / 0.05 == pytest.approx(4, abs=0.5)
-    assert end(BY_QUESTION["alpha"], "α=0") > end(BY_QUESTION["alpha"], "α=0.5")
+    falling = [end(BY_QUESTION["alpha"], f"α={alpha}") for alpha in ("0", "0.1", "0.5", "1")]
+    assert falling == sorted(falling, reverse=True)
     assert [run["seed"] for arm in ("α=0", "α=0.5") for run in SETTINGS[arm]] == [100, 101] * 2
     presets = (SDPOConfig.preset(name) for name in ("generalization", "rich_feedback", "test_time"))
     assert {config.alpha for config in presets} == {0.5, 1.0}
@@ -205,26 +215,50 @@ def test_the_chosen_settings_are_as_the_pages_name_them() -> None:
 def test_what_is_said_of_a_fast_teacher() -> None:
     right = {arm: fmean(run["right_samples"] for run in runs) for arm, runs in CURES.items()}
     assert max(right, key=lambda arm: right[arm]) == "fast teacher + hybrid λ=0.5"
-    few = {arm.removeprefix("fast teacher + ") for arm, runs in CURES.items() if len(runs) == 1}
-    assert few == {
-        "confidence weights",
-        "pass-rate weights",
-        "entry clip 0.05",
-        "anchor 0.1",
-        "teacher restart",
-        "trust region",
-    }
-    # The same settings on four seeds: nothing, and next to nothing.
+    # The same settings on five seeds: next to nothing on one.
     srpo = sorted([*ends(CURES, "fast teacher + SRPO"), *ends(SETTINGS, "α=0, SRPO, rate 0.05")])
-    assert (len(srpo), srpo[0]) == (4, 0)
-    assert srpo[1] < 0.2 < 0.9 < srpo[2]
-    recites = [
-        sum("The correct solution is:" in reply["reply"] for reply in run["after"])
-        for run in CURES["fast teacher"]
+    assert len(srpo) == 5
+    assert srpo[0] < 0.2 < 0.75 < srpo[1]
+    recited = "Correctly solve the original question."
+    assert recited in SDPOConfig().reprompt_template
+    found = [
+        max(sum(text in reply["reply"] for reply in run["after"]) for run in CURES["fast teacher"])
+        for text in (recited.removesuffix("."), "The feedback from your")
     ]
-    assert max(recites) >= 3
+    assert min(found) >= 5
     for page_name in ("docs/choosing.md", "docs/results.md"):
-        assert "`The correct solution is:`" in (ROOT / page_name).read_text()
+        assert f"`{recited}`" in (ROOT / page_name).read_text()
+
+
+def test_what_is_said_of_runs_that_collapse() -> None:
+    for run in LASTING["fast teacher"]:
+        assert all(
+            re.match("The feedback from (the )?unsuccessful attempt", reply["reply"])
+            for reply in run["after"]
+        )
+        # Greedy answers stay good while the reward stalls; a few evaluations, then all is lost.
+        best = max(range(len(run["points"])), key=lambda index: run["points"][index][curves.ACCURACY])
+        assert max(run["log"]["reward"][: run["points"][best][0] // 64]) < 0.7
+        assert all(point[curves.ACCURACY] == 0 for point in run["points"][12:])
+    assert "is incorrect because" in LASTING["fast teacher"][0]["after"][0]["reply"]
+    for runs in LASTING.values():
+        for run in runs:
+            words = ("orrect", "olution", "feedback")
+            assert sum(any(word in reply["reply"] for word in words) for reply in run["after"]) >= 4
+            cut = run["log"][margins.CUT]
+            assert max(fmean(cut[end - 15 : end]) for end in range(15, len(cut))) > fmean(cut[:5]) + 0.2
+    # The judge accepts a call with such text beside it.
+    reply = LASTING[CHOSEN][0]["after"][0]
+    assert "Correctly solve" in reply["reply"]
+    assert reply["score"] == 1
+    text = page("docs/choosing.md")
+    said = [
+        (curves.fall(run, replay.COLLAPSED), replay.warnings(run, evaluations=False).get("length_limit"))
+        for run in RECORDED
+        if curves.fall(run, replay.COLLAPSED) is not None
+    ]
+    assert len(said) == 9
+    assert f"had it, {min(lost - at for lost, at in said)} completions before or more" in text
 
 
 def test_large_batches_with_a_fast_teacher_recite_its_prompt() -> None:
@@ -302,34 +336,24 @@ def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
     }
     assert few == {
         **dict.fromkeys(arms.QUESTIONS, 0),
-        "learns": 3,
-        "grpo learning rate": 3,
+        "grpo learning rate": 3,  # for choosing
         "settings": len(SETTINGS),
-        "rate": 1,
-        "cures": len(arms.arms("cures")),
+        "lora": 2,
     }
-    assert (
-        "all rows of `cures` and three of `learns` have fewer than three seeds, as has the second task" in row
-    )
-    assert {question for question, by_arm in BY_QUESTION.items() if not by_arm} == {
-        "support",
-        "lora",
-        "lasting",
+    assert "both adapters of `lora` have fewer than three seeds" in row
+    assert {question for question, arms_without in without.items() if arms_without} == {
+        "rate",
+        "lasting settings",
     }
-    assert (len(without["alpha"]), len(arms.arms("alpha"))) == (2, 4)
+    assert not BY_QUESTION["lasting settings"]
     assert f"{len(without['rate'])} of the {len(arms.arms('rate'))} settings of `rate`" in row
-    assert without["cures"] == without["large batches"] == []
-    assert without["learns"] == ["SDPO, chosen settings, shuffled feedback"]
     records = [json.loads(path.read_text()) for path in figures.RECORDS.glob("*.json")]
     assert {(run["task"], run["arm"], run["seed"]) for run in records if run["task"] != "kit"} == {
-        ("house_style", arm, seed)
-        for arm, seeds in {"SDPO": (0, 2), "SDPO, chosen settings": (0, 2), "GRPO": (0, 1)}.items()
-        for seed in seeds
+        ("house_style", arm, seed) for arm in ("SDPO", CHOSEN, "GRPO") for seed in (0, 1, 2)
     }
     old = [run["question"] for run in records if run.get("accuracy") != curves.JUDGED]
-    assert f"\n| {len(old)} of them" in (ROOT / "DEBT.md").read_text()
-    assert set(old) == {"rate", "grpo learning rate", "large batches"}
-    assert old.count("large batches") == 3
+    assert f"{len(old)} of these records were evaluated by a comparison" in (ROOT / "DEBT.md").read_text()
+    assert set(old) == {"grpo learning rate", "large batches"}
 
 
 def test_the_example_lists_every_question_and_module() -> None:
@@ -372,7 +396,7 @@ def test_no_metric_of_the_first_twenty_steps_tells_what_becomes_of_a_run() -> No
         for alpha in (0.0, 0.1, 0.5)
     }
     assert 0.07 < min(divergence[0.0]) < max(divergence[0.0]) < 0.46
-    assert 0.01 < min(divergence[0.1] + divergence[0.5]) < max(divergence[0.1] + divergence[0.5]) < 0.04
+    assert 0.01 < min(divergence[0.1] + divergence[0.5]) < max(divergence[0.1] + divergence[0.5]) < 0.041
     learned, almost = ({"points": [[0, 0.0, 0.0], [64, 0.0, value]]} for value in (0.5, 0.49))
     assert (tables.outcome(learned), tables.outcome(almost)) == ("learned", None)
     assert '"Learned" is a best accuracy of 0.5 or more and no fall' in text
@@ -386,26 +410,27 @@ def test_the_numbers_beside_the_warnings_are_those_of_the_records() -> None:
         for run in RECORDED
     )
     assert f"in {early} of the {len(RECORDED)} runs it is highest within the first twenty steps" in text
-    weights, frozen = [run for run in RECORDED if curves.fall(run, replay.COLLAPSED) is not None]
-    assert (weights["arm"], frozen["settings"]["teacher_update_rate"]) == (
-        "fast teacher + confidence weights",
-        0,
-    )
-    assert curves.fall(frozen, replay.COLLAPSED) == frozen["points"][-1][0]
-    assert (
-        "one with confidence weights and a fast teacher, and one with a frozen teacher, at its last" in text
-    )
 
 
 def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
     learned, _ = tables.kept_and_collapsed(SHOWN)
-    other = [run for run in RECORDED if not fast_teacher(run)]
-    rises = sorted((margins.largest_cut_rise(run, entropy_rose=True), tables.outcome(run)) for run in other)
-    assert 0.08 < rises[-3][0] < 0.09
-    assert [outcome for _, outcome in rises[-2:]] == ["learned nothing"] * 2
-    assert 0.1 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in other) < 0.12
-    assert 0.16 < max(margins.largest_reward_fall(run) for run in learned) < 0.18
-    assert 3.5 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.6
+    # The other kinds of teacher were added to a fast one.
+    slow = [run for run in RECORDED if not fast_teacher(run) and "teacher_mode" not in run["settings"]]
+    other = [run for run in slow if run["lora_rank"] is None]
+    rises = sorted(
+        (margins.largest_cut_rise(run, entropy_rose=True), str(tables.outcome(run))) for run in other
+    )
+    assert 0.1 < rises[-4][0] < 0.11
+    assert [outcome for _, outcome in rises[-3:]] == ["learned nothing"] * 3
+    assert len(slow) - len(other) == 2
+    assert 0.1 < max(margins.largest_cut_rise(run, entropy_rose=False) for run in slow) < 0.11
+    falls = {run["samples"]: [0.0] for run in learned}
+    for run in learned:
+        falls[run["samples"]].append(margins.largest_reward_fall(run))
+    assert 0.16 < max(falls[9600]) < 0.17
+    assert 0.23 < sorted(falls[48000])[-3] < max(falls[48000]) < 0.28
+    assert sorted(falls[48000])[-4] < 0.1
+    assert 3.7 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.8
     first = [sum(run["log"][margins.CUT][step : step + 5]) / 5 for run in learned for step in range(16)]
     assert 0.27 < max(first) < 0.3
 

@@ -13,7 +13,11 @@ GROUP = 8  # completions of a prompt
 SAMPLING = ("generate", "graph")  # by transformers; with one CUDA graph a token
 # Seeds from here on are for choosing settings, such as GRPO's learning rate; the seeds of the results are below.
 FIRST_SEED_FOR_CHOOSING = 100
-CHOOSING = ("grpo learning rate", "settings")  # the questions that they answer, and no other
+CHOOSING = (
+    "grpo learning rate",
+    "settings",
+    "lasting settings",
+)  # the questions that they answer, and no other
 
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch; the paper's .05 per 256
 # samples is .013 per 64.
@@ -99,6 +103,12 @@ def _chosen(name: str, **changes: Any) -> Arm:
     return replace(next(arm for arm in _CANDIDATES if arm.name == CHOSEN), name=name, **changes)
 
 
+def _default_rate(name: str, **settings: Any) -> Arm:
+    """α=0 with the default rate of the teacher."""
+    rate = {"teacher_update_rate": 0.05, "teacher_rate_samples": 256}
+    return Arm(f"α=0, {name}", settings={"alpha": 0.0, **rate, **settings})
+
+
 # The teacher is as fast per sample as in batches of 64.
 _LARGE: dict[str, Any] = {"samples_per_step": 256, "length": 5}
 
@@ -170,6 +180,17 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _chosen(_CHOSEN_ARMS, length=5),
         Arm("fast teacher", settings=_FAST_TEACHER, length=5),
         replace(_cure("hybrid λ=0.5", grpo_weight=0.5), length=5),
+    ),
+    # Settings that may last: a slower teacher, more of GRPO, or a learning rate that falls.
+    "lasting settings": tuple(
+        replace(arm, length=5)
+        for arm in (
+            _chosen("chosen settings, decay", decay=True),
+            _default_rate("hybrid λ=0.5", grpo_weight=0.5),
+            replace(_default_rate("hybrid λ=0.5, decay", grpo_weight=0.5), decay=True),
+            _default_rate("hybrid λ=0.9", grpo_weight=0.9),
+            _default_rate("SRPO routing", routing="srpo"),
+        )
     ),
     "lora": (
         Arm("all weights"),

@@ -74,6 +74,9 @@ QUESTIONS = {
         "0.19 in one update.",
     ),
     "lasting": Question("Does it last?", "Five times the samples."),
+    "lasting settings": Question(
+        "Which settings last?", "Five times the samples, on seeds that no table of results has."
+    ),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }
 # Tables of the other page.
@@ -109,7 +112,12 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
         if by_question[question]:
             texts[f"short {question}"] = tables.short(by_question[question])
     for name, (questions, sentence) in findings.SENTENCES.items():
-        about = {arm: of_arm for question in questions for arm, of_arm in by_question[question].items()}
+        about = {
+            name: of_arm
+            for question in questions
+            for arm, of_arm in by_question[question].items()
+            for name in (arm, f"{arm} ({question})")
+        }
         texts[name] = "".join(findings.said([sentence], about))
     if by_question["rate"]:
         texts["rates"] = tables.rates(by_question["rate"])

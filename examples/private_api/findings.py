@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from string import Formatter
 
-from curves import ACCURACY, LEARNED, PROBABILITY, Run, at, best
+from curves import ACCURACY, LEARNED, PROBABILITY, Run, at, best, fall
 
 EARLY_SAMPLES = 2240  # when `early` is measured on the private API
 
@@ -20,11 +20,12 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     "learns": (
         "SDPO with α=0.5 ends at {end[SDPO]}; its seeds end at {each[SDPO]}. With the chosen settings (α=0, half "
         "of the loss from GRPO, the teacher's rate 0.05 per batch of 64 and the learning rate 2e-5) the seeds end "
-        "at {each[SDPO, chosen settings]}; their best are {bests[SDPO, chosen settings]}.",
+        "at {each[SDPO, chosen settings]}.",
         "GRPO ends at {end[GRPO]}. No completion of its training is right, so all rewards are 0 and it has "
         "nothing to learn from. SDPO without feedback ends at {end[SDPO, peers only]} for the same reason.",
-        "With the feedback of other failures, SDPO with α=0.5 ends at {end[SDPO, shuffled feedback]}: it learns "
-        "from what the feedback says about the answer at hand.",
+        "With the feedback of other failures, SDPO ends at {end[SDPO, shuffled feedback]} with α=0.5 and at "
+        "{end[SDPO, chosen settings, shuffled feedback]} with the chosen settings: it learns from what the "
+        "feedback says about the answer at hand.",
         "Cross-entropy on the right calls answers {early[supervised]} of the held-out questions right after "
         "{samples} training examples, and {end[supervised]} at the end.",
     ),
@@ -48,35 +49,45 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "2e-05]}.",
     ),
     "rate": (
-        "With α=0 and batches of 64 the rates 0 (a frozen teacher), 0.0025, 0.01 and 0.05 end at {end[α=0, rate 0 "
-        "per 64]}, {end[α=0, rate 0.0025 per 64]}, {end[α=0, rate 0.01 per 64]} and {end[α=0, rate 0.05 per 64]}. "
-        "The two seeds with 0.05 end at {each[α=0, rate 0.05 per 64]}.",
-        "In batches of 256 the rates 0.01 and 0.05 end at {end[α=0, rate 0.01 per 256]} and {end[α=0, rate 0.05 "
-        "per 256]}, after a quarter of the steps.",
+        "With α=0 and batches of 64 the seeds end at {each[α=0, rate 0.01 per 64]} with the rate 0.01, and at "
+        "{each[α=0, rate 0.05 per 64]} with 0.05. {right[α=0, rate 0.01 per 64]} and {right[α=0, rate 0.05 per "
+        "64]} of the samples are right.",
         "[Below](#what-helps-with-a-fast-teacher) the rate 0.05 per 256 completions is compared with 0.05 per "
-        "batch of 64.",
+        "batch of 64, [further below](#does-it-last) the latter for five times the samples.",
     ),
-    "alpha": ("The seeds of α=0 end at {each[α=0]}, those of α=0.5 at {each[α=0.5]}.",),
+    "alpha": (
+        "The smaller α is, the more is learned: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, "
+        "0.1, 0.5 and 1. A tenth of the held-out questions is answered for the first time after {begins[α=0]} "
+        "completions with α=0, and after {begins[α=1]} with α=1.",
+    ),
+    "support": (
+        "K=5 ends at {end[K=5]}, K=20 at {end[K=20]} and K=100 at {end[K=100]}; the whole vocabulary at {end[full "
+        "vocabulary]}. The K tokens are the student's most probable ones, and a name that it has never seen is "
+        "not among the first.",
+        "What becomes of the other tokens makes no difference here: K=20 ends at {end[K=20, no tail]} without "
+        "them.",
+    ),
     "cures": (
         "The setting alone ends at {each[fast teacher]}, and with the rate per 256 completions, the paper's batch, "
-        "at {each[fast teacher + rate per 256 samples]} on the same seeds. {right[fast teacher]} and {right[fast "
-        "teacher + rate per 256 samples]} of the samples are right.",
+        "at {each[fast teacher + rate per 256 samples]}. {right[fast teacher]} and {right[fast teacher + rate per "
+        "256 samples]} of the samples are right.",
         "With half of the loss from GRPO (λ=0.5) it ends at {each[fast teacher + hybrid λ=0.5]}, and {right[fast "
         "teacher + hybrid λ=0.5]} of the samples are right, the most of this table. With a tenth it ends at "
-        "{each[fast teacher + hybrid λ=0.1]}.",
+        "{each[fast teacher + hybrid λ=0.1]}, with {right[fast teacher + hybrid λ=0.1]}.",
         "SRPO as published ends at {each[fast teacher + SRPO]}. Of its three parts, alone: the routing ends at "
         "{each[fast teacher + SRPO routing]}, the denominator (`batch-token-mean`) at {each[fast teacher + "
-        "batch-token-mean]}, and the token weights (`confidence`), on one seed, at {each[fast teacher + confidence "
-        "weights]}.",
-        "On one seed each, the trust region ends at {end[fast teacher + trust region]}, a teacher that restarts at "
-        "{end[fast teacher + teacher restart]} and the anchor at {end[fast teacher + anchor 0.1]}.",
+        "batch-token-mean]}, and the token weights (`confidence`) at {each[fast teacher + confidence weights]}.",
+        "A teacher that restarts ends at {each[fast teacher + teacher restart]}. The trust region ends at "
+        "{each[fast teacher + trust region]}, after a best of {bests[fast teacher + trust region]}, and the "
+        "anchor at {each[fast teacher + anchor 0.1]}.",
         "Pass-rate weights learn nothing ({best[fast teacher + pass-rate weights]}), because they are 0 where all "
-        "completions of a group fail, and the entry clip neither ({best[fast teacher + entry clip 0.05]}); both on "
-        "one seed.",
-        "Alone, the fast teacher spreads the form of its own prompt: a call often comes with a sentence of it, "
-        "such as `The correct solution is:`.",
+        "completions of a group fail, and the entry clip neither ({best[fast teacher + entry clip 0.05]}).",
+        "Alone, the fast teacher spreads the text of its own prompt: beside or instead of a call, sentences of it "
+        "are written, such as `Correctly solve the original question.`",
     ),
     "large batches": (
+        "These runs were made with arguments on which a second function can return the same value "
+        "([above](#how-to-read-the-tables-and-figures)).",
         "With SRPO and 0.04 per update, {each[SRPO, 0.04 per update]} of the samples are right at the end.",
         "With 0.19 per update nothing is learned on any of nine runs: {end[SRPO, 0.19 per update]} with SRPO, "
         "{end[hybrid λ=0.5, 0.19 per update]} with half of the loss from GRPO, and {end[hybrid λ=0.5, 0.19 per "
@@ -86,51 +97,77 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "So the same rate per completion can work in small batches and fail in large ones. Whether the larger "
         "update or the larger batch is the reason was not tested.",
     ),
+    "lasting": (
+        "The fast teacher alone collapses on all three seeds: from a best of {bests[fast teacher]} to {each[fast "
+        "teacher]}. The first is below 0.8 of its best for good after {first_fall[fast teacher]} completions. At "
+        "the end each held-out reply is about the feedback of the teacher's prompt, which the student never sees: "
+        "`The feedback from unsuccessful attempts is incorrect because` …",
+        "With half of the loss from GRPO it lasts longer, not for good: after 24000 completions it is at "
+        "{half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
+        "it ends at {each[fast teacher + hybrid λ=0.5]}. The chosen settings, with twice the learning rate, end "
+        "at {each[SDPO, chosen settings]}, after {half[SDPO, chosen settings]}.",
+        "In all nine runs text of the teacher's prompt comes to stand beside the calls, and completions grow to "
+        "the length limit. The judge accepts it beside a right call, so the reward does not speak against it.",
+    ),
+    "lora": (
+        "On one seed, adapters end at {end[LoRA r=16, lr 0.0001]} with the learning rate 1e-4 and at {end[LoRA "
+        "r=16, lr 0.0003]} with 3e-4; all weights end at {each[all weights]} with 1e-5.",
+    ),
 }
 # The same for other tasks, by the task and the question.
 OTHER_FINDINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("house_style", "learns"): (
         "With the settings that were chosen on the private API, SDPO ends at {each[SDPO, chosen settings]}, that "
-        "is with four and with five of the six held-out functions; the best of these seeds are {bests[SDPO, chosen "
-        "settings]}, and {right[SDPO, chosen settings]} of the samples are right at the end.",
+        "is with five, four and four of the six held-out functions; the best of these seeds are {bests[SDPO, "
+        "chosen settings]}, and {right[SDPO, chosen settings]} of the samples are right at the end.",
         "SDPO with α=0.5 ends at {each[SDPO]}, with {right[SDPO]} of its samples right: its answers explain what "
-        "to do, as an answer to the teacher's prompt would, and are cut at 48 tokens before the code. With the "
-        "chosen settings, too, words such as `corrected solution` from the teacher's prompt stand beside the code.",
+        "to do, as an answer to the teacher's prompt would, and are cut at 48 tokens before the code.",
         "GRPO ends at {each[GRPO]}: no completion of its training is right.",
     ),
 }
-# In the prose of a page, by the name of their place: the questions whose runs they are about, and the text.
+# In the prose of a page, by the name of their place: the questions whose runs they are about, and the text. An arm
+# that several of them have is named with its question.
 SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "results summary": (
-        ("learns", "cures", "large batches"),
+        ("learns", "cures", "lasting", "large batches"),
         "* On the private API, after 9600 completions, SDPO with α=0.5 answers {end[SDPO]} of the held-out "
-        "questions right, and {end[SDPO, chosen settings]} (two seeds) with settings that were chosen among "
+        "questions right, and {end[SDPO, chosen settings (learns)]} with settings that were chosen among "
         "seventeen: α=0, half of the loss from GRPO, a teacher about four times as fast as the paper's, and twice "
-        "the learning rate. GRPO, and SDPO without feedback, answer {end[GRPO]}, and so does SDPO with α=0.5 and "
-        "shuffled feedback.\n * With this fast teacher and without GRPO, greedy answers are good ({each[fast "
-        "teacher]}, two seeds) and samples are not: {right[fast teacher]} of them are right, {right[fast teacher + "
-        "hybrid λ=0.5]} with half of the loss from GRPO.\n"
+        "the learning rate. GRPO and SDPO without feedback answer {end[GRPO]}, and so does SDPO with shuffled "
+        "feedback, with both settings.\n"
+        "* With α=0 and this fast teacher alone, the model reaches {bests[fast teacher (lasting)]} on three seeds "
+        "and loses all of it within 48000 completions: it learns to recite its teacher's prompt. The log shows it "
+        "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before.\n"
+        "* Half of the loss from GRPO delays the collapse. After 9600 completions the seeds are at {each[fast "
+        "teacher + hybrid λ=0.5 (cures)]}, with {right[fast teacher + hybrid λ=0.5 (cures)]} of the samples right, "
+        "after 48000 at {each[fast teacher + hybrid λ=0.5 (lasting)]}. Of the three settings that ran for so long "
+        "none keeps its best on all seeds.\n"
         "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
         "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
     "choosing summary": (
-        ("learns", "cures", "settings"),
+        ("learns", "alpha", "cures", "lasting", "settings"),
         "* Without GRPO, leave the teacher's rate at its default, 0.05 per 256 completions as in the paper. On the "
         "private API, with α=0 in batches of 64, it ends at {each[fast teacher + rate per 256 samples]}, with "
         "{right[fast teacher + rate per 256 samples]} of the samples right; 0.05 per batch ends at {each[fast "
-        "teacher]} on the same seeds, with {right[fast teacher]}.\n"
+        "teacher (cures)]}, with {right[fast teacher (cures)]}, and after five times the samples at {each[fast "
+        "teacher (lasting)]}.\n"
         "* With half of the loss from GRPO, in batches of 64, a faster teacher ended higher: {end[α=0, hybrid "
         "λ=0.5, rate 0.05]} with 0.05 per batch, {end[α=0, hybrid λ=0.5]} with 0.01 (two seeds each). The trainer "
-        "warns of it.\n"
+        "warns of it. For long runs it is too fast: after five times the samples it ends at {each[fast teacher + "
+        "hybrid λ=0.5 (lasting)]}.\n"
         "* Keep the α of the preset (0.5 or 1) unless little is learned. α=0 ends higher on the private API "
-        "({end[α=0]}, α=0.5 at {end[α=0.5]}, two seeds each), but lowest on the embedded task (three seeds each).\n"
+        "({end[α=0 (alpha)]}, α=0.5 at {end[α=0.5 (alpha)]}), but lowest on the embedded task (three seeds "
+        "each).\n"
         "* If samples stay much worse than greedy answers, add half of the loss from GRPO: on the private API, "
-        "with α=0, it raises the share of right samples from {right[α=0]} to {right[α=0, hybrid λ=0.5]}, and from "
-        "{right[fast teacher]} to {right[fast teacher + hybrid λ=0.5]} with a fast teacher. An evaluation shows "
-        "greedy answers if it decodes greedily.\n"
+        "with α=0, it raises the share of right samples from {right[α=0 (settings)]} to {right[α=0, hybrid "
+        "λ=0.5]}, and from {right[fast teacher (cures)]} to {right[fast teacher + hybrid λ=0.5 (cures)]} with a "
+        "fast teacher. An evaluation shows greedy answers if it decodes greedily.\n"
+        "* Keep checkpoints, and stop or go back when completions begin to be cut: [before a "
+        "collapse](#before-a-collapse).\n"
         "* Do not choose by small differences in these tables: a function is mostly answered or not as a whole, so "
         "0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} on "
-        "two seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
+        "three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
     ),
     "choosing rate": (
         ("cures", "settings"),
@@ -140,24 +177,39 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "0.02]} and {end[α=0, SRPO, rate 0.05]}.",
     ),
     "choosing alpha": (
-        ("settings",),
+        ("alpha",),
         "On the private API, with the rate 0.01 per batch of 64, a tenth of the held-out questions is answered for "
-        "the first time after {begins[α=0]} completions with α=0, after {begins[α=0.1]} with α=0.1, and after "
-        "{begins[α=0.5]} with α=0.5.",
+        "the first time after {begins[α=0]} completions with α=0, after {begins[α=0.1]} with α=0.1, after "
+        "{begins[α=0.5]} with α=0.5, and after {begins[α=1]} with α=1.",
+    ),
+    "choosing k": (
+        ("support",),
+        "On the private API, where the student has never seen the names that it is to write, K=5 ends at "
+        "{each[K=5]}, K=20 at {each[K=20]}, K=100 at {each[K=100]}, and the whole vocabulary at {each[full "
+        "vocabulary]}.",
     ),
     "choosing cures": (
         ("cures",),
         "On the private API these options were added to α=0 with a teacher about four times as fast as the "
-        "paper's, which ends at {end[fast teacher]} alone, with {right[fast teacher]} of the samples right:\n\n"
-        "* Half of the loss from GRPO, `grpo_weight=0.5`, ends at {end[fast teacher + hybrid λ=0.5]}, with "
-        "{right[fast teacher + hybrid λ=0.5]} of the samples right; a tenth ends at {end[fast teacher + hybrid "
-        "λ=0.1]} and {right[fast teacher + hybrid λ=0.1]}.\n"
+        "paper's, which ends at {each[fast teacher]} alone, with {right[fast teacher]} of the samples right:\n\n"
+        "* Half of the loss from GRPO, `grpo_weight=0.5`, ends at {each[fast teacher + hybrid λ=0.5]}, with "
+        "{right[fast teacher + hybrid λ=0.5]} of the samples right; a tenth ends at {each[fast teacher + hybrid "
+        "λ=0.1]}, with {right[fast teacher + hybrid λ=0.1]}.\n"
         '* SRPO as published, that is `routing="srpo"` with `loss_aggregation="batch-token-mean"` and '
         '`token_weights="confidence"`, ends at {each[fast teacher + SRPO]}; its routing alone ends at {each[fast '
         "teacher + SRPO routing]}.\n"
-        "* The default rate ends at {end[fast teacher + rate per 256 samples]}. On one seed each, the trust region "
-        "ends at {end[fast teacher + trust region]}, a teacher that restarts at {end[fast teacher + teacher "
-        "restart]} and `anchor_weight=0.1` at {end[fast teacher + anchor 0.1]}.",
+        "* The default rate ends at {each[fast teacher + rate per 256 samples]}, a teacher that restarts at "
+        "{each[fast teacher + teacher restart]}, the trust region at {each[fast teacher + trust region]}, and "
+        "`anchor_weight=0.1` at {each[fast teacher + anchor 0.1]}.",
+    ),
+    "choosing lasting": (
+        ("lasting",),
+        "In runs five times as long on the private API the fast teacher alone ends at {each[fast teacher]}. With "
+        "half of the loss from GRPO it ends at {each[fast teacher + hybrid λ=0.5]}, and with twice the learning "
+        "rate, too, at {each[SDPO, chosen settings]}. So half of the loss from GRPO delays the collapse: the first "
+        "seed to fall is below 0.8 of its best for good after {first_fall[fast teacher + hybrid λ=0.5]} "
+        "completions, with the learning rate of the fast teacher alone, which is there after {first_fall[fast "
+        "teacher]}.",
     ),
 }
 
@@ -167,8 +219,10 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
 
     Means over seeds: `end` is the accuracy at the end, `best` the best accuracy, `early` the accuracy after
     `early` samples, `probability` the probability of the right answer at the end, and `right` the share of right
-    samples there. Lists with one number per seed: `each` has the accuracy at the end, `bests` the best accuracy,
-    and `begins` the samples of the first evaluation at which a tenth of the answers is right, or "never".
+    samples there; `half` is the accuracy after half of the samples. Lists with one number per seed: `each` has the
+    accuracy at the end, `bests` the best accuracy, and `begins` the samples of the first evaluation at which a
+    tenth of the answers is right. `first_fall` is the smallest number of samples after which a seed is below .8 of
+    its best for good. It and `begins` may be "never".
 
     Args:
         by_arm: the runs of each arm, in the order of seeds.
@@ -178,6 +232,7 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
         "end": lambda run: float(run["points"][-1][ACCURACY]),
         "best": best,
         "early": lambda run: at(run, early, ACCURACY),
+        "half": lambda run: at(run, run["points"][-1][0] // 2, ACCURACY),
         "probability": lambda run: float(run["points"][-1][PROBABILITY]),
         "right": lambda run: math.nan if run.get("right_samples") is None else float(run["right_samples"]),
     }
@@ -191,6 +246,8 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
     found["begins"] = {
         arm: _listed([str(begins(run) or "never") for run in runs]) for arm, runs in by_arm.items()
     }
+    falls = {arm: [samples for run in runs if (samples := fall(run))] for arm, runs in by_arm.items()}
+    found["first_fall"] = {arm: str(min(samples, default="never")) for arm, samples in falls.items()}
     return found
 
 

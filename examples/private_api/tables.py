@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, arms, recorded_as
+from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, QUESTIONS, arms, recorded_as
 from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall
 from margins import (
     largest_cut_rise,
@@ -308,8 +308,10 @@ def first_warnings(runs: Sequence[Run]) -> str:
 
 
 def run_name(run: Run) -> str:
-    """Its arm and seed."""
-    return f"{run['arm']}, seed {run['seed']}"
+    """Its arm and seed; with the question where several have an arm of that name."""
+    count = sum(arm.name == run["arm"] for arms_of_one in QUESTIONS.values() for arm in arms_of_one)
+    question = f" ({run['question']})" if count > 1 else ""
+    return f"{run['arm']}{question}, seed {run['seed']}"
 
 
 def _said(found: Mapping[str, int]) -> str:
