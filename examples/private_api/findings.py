@@ -106,8 +106,9 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "{half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
         "it ends at {each[fast teacher + hybrid λ=0.5]}. The chosen settings, with twice the learning rate, end "
         "at {each[SDPO, chosen settings]}, after {half[SDPO, chosen settings]}.",
-        "In all nine runs text of the teacher's prompt comes to stand beside the calls, and completions grow to "
-        "the length limit. The judge accepts it beside a right call, so the reward does not speak against it.",
+        "In all nine runs text of the teacher's prompt comes to stand beside the calls, and more completions "
+        "reach the length limit. The judge accepts such text after a right call, so the reward does not speak "
+        "against it.",
     ),
     "lora": (
         "On one seed, adapters end at {end[LoRA r=16, lr 0.0001]} with the learning rate 1e-4 and at {end[LoRA "

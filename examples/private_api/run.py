@@ -97,7 +97,7 @@ def arguments() -> argparse.Namespace:
         "--samples",
         type=int,
         default=9600,
-        help='completions a run draws; those of "lasting" and "large batches" 5 times as many',
+        help='completions a run draws; those of "lasting", "lasting settings", "large batches" 5 times as many',
     )
     parser.add_argument("--points", type=int, default=30, help="evaluations of a run")
     parser.add_argument(
