@@ -387,6 +387,13 @@ def test_held_out_rewards_are_a_curve_of_their_own() -> None:
     ]
 
 
+def test_the_text_of_the_templates_has_a_chart_of_shares() -> None:
+    history = [{"step": step, "self_distillation/reprompt_text_fraction": step / 4} for step in (1, 2)]
+    (chart,) = curves.charts([Run("run", {}, history, [], [])])
+    assert chart.title == "Text of the templates"
+    assert [(line.steps, line.values) for line in chart.lines] == [([1, 2], [0.25, 0.5])]
+
+
 values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
 

@@ -132,6 +132,7 @@ def trains(arm: arms.Arm, task: Environment, model_folder: Path) -> None:
         divergences = [entry["self_distillation/divergence"] for entry in curve.log]
         # A pass-rate weight is 0 in a group without a success.
         assert len(divergences) == 2
+        assert all("self_distillation/reprompt_text_fraction" in entry for entry in curve.log)
         assert "row_weights" in arm.settings or all(value > 0 for value in divergences)
 
 

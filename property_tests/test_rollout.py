@@ -24,7 +24,8 @@ from sdpo_rl.rollout.reprompts import Reprompter
 
 GROUP = 3
 TOKENIZER = tiny.tokenizer()
-texts = st.sampled_from(["two", " ", "<think>so</think>", "<think>so</think>four", "{x}"])
+REPEATED = "the Original question"  # of the templates
+texts = st.sampled_from(["two", " ", "<think>so</think>", "<think>so</think>four", "{x}", REPEATED])
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def property_metrics_and_rows_are_those_of_a_loop(world: Any, batch: Batch, conf
     judged = [score for score in batch.scores if not math.isnan(score)]
     assert metrics.get("best_score") == max(judged, default=None)
     assert metrics["empty_target_batch"] == float(not any(expected))
+    repeats = [text == REPEATED for text in batch.completions]
+    assert metrics["reprompt_text_fraction"] == pytest.approx(sum(repeats) / total)
 
 
 def one_group(batch: Batch, config: SDPOConfig, ranks: int) -> Any:
@@ -301,6 +304,15 @@ def test_holds(claim: Claim) -> None:
 @pytest.mark.parametrize("claim", CLAIMS, ids=name_of)
 def test_rejects_its_counter_example(claim: Claim) -> None:
     claim.rejects_counter_example()
+
+
+@pytest.mark.parametrize(("local", "expected"), [(False, [0.5, 0.5]), (True, [0.0, 1.0])], ids=["all", "own"])
+def test_each_of_two_processes_counts_the_completions_of_both(local: bool, expected: list[float]) -> None:
+    """The planted counter-example counts those of its own process."""
+    batch = Batch([0.0] * 6, ["two"] * 3 + [REPEATED] * 3, [None] * 6, [True] * 6)
+    contexts = on_ranks(batch, SDPOConfig(), 2, local=local)
+    name = "self_distillation/reprompt_text_fraction"
+    assert [context.metrics[name] for context in contexts] == expected
 
 
 def test_a_reprompt_leaves_tokens_for_its_completion() -> None:

@@ -80,6 +80,7 @@ NAMES = {
     "sampled_token_agreement",
     "is_clip_fraction",
     "truncated_reprompt_fraction",
+    "reprompt_text_fraction",
     "teacher_distance",
 }
 

@@ -39,6 +39,7 @@ LOGGED = (
     "self_distillation/reprompt_sample_fraction",
     "self_distillation/teacher_distance",
     "self_distillation/answer_in_feedback_fraction",
+    "self_distillation/reprompt_text_fraction",
     "self_distillation/step_without_signal",
 )
 

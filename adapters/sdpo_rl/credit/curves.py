@@ -100,6 +100,12 @@ PANELS = (
         share=True,
     ),
     Panel(
+        "Text of the templates",
+        "share of completions",
+        (_ours("repeated", "reprompt_text_fraction"),),
+        share=True,
+    ),
+    Panel(
         "Distance of the teacher",
         "of its weights, relative to the student's",
         (_ours("teacher to student", "teacher_distance"),),

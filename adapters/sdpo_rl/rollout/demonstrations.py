@@ -15,6 +15,7 @@ from sdpo import pass_rate_weights, route_rows, select_demonstrations
 from ..config import SDPOConfig
 from .answers import answer_in_feedback
 from .prompts import Completion, Prompt, completion_text
+from .reprompt_text import has_phrase, template_phrases
 from .reprompts import Reprompter, TeacherPrompts
 from .written import TeacherPromptFunc, written_prompts
 
@@ -148,6 +149,13 @@ def teacher_context(
         "truncated_reprompt_fraction": prompts.truncated,
         "dropped_reprompt_fraction": prompts.dropped,
     }
+    if teacher_prompt_func is None:
+        phrases = template_phrases(reprompter.templates, with_feedback=config.include_environment_feedback)
+        if phrases:
+            columns["reprompt_text_fraction"] = [
+                has_phrase(peer.completion, prompt, phrases)
+                for peer, prompt in zip(peers[rank * row_count :][:row_count], rollout.prompts, strict=True)
+            ]
     distilled = prompts.row_mask
     if config.routing == "srpo":
         distilled = route_rows(own_success, torch.tensor(prompts.row_mask))[1].tolist()
