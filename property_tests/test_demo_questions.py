@@ -256,6 +256,9 @@ def test_what_the_page_says_of_the_rate_holds() -> None:
     assert max(same) - min(same) < 0.02
     assert mean["α=0.5, rate 1 per 64"] < 0.01
     assert mean["α=0, rate 0.05 per 64"] < 0.5 < 0.9 < mean["α=0, rate 0.01 per 64"]
+    assert max(ends("rate")["α=0, rate 0 per 64"]) < min(
+        ends("rate")["α=0, rate 0.01 per 64"]
+    )  # docs/teacher.md
     slow, fast = "α=0, rate 0.05 per 256", "α=0, rate 0.185 per 256"
     assert all(curves.fall(run) is None for run in BY_QUESTION["rate"][slow])
     assert min(ends("rate")[slow]) > max(ends("rate")[fast]) + 0.2
