@@ -24,7 +24,7 @@ import kit
 import kit_task
 import sandbox
 from environment import Environment, Question, Reward
-from kit_task import KIT, judge
+from kit_task import KIT, KIT_STRICT, judge
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-TASKS = pytest.mark.parametrize("task", [KIT, house_style.HOUSE_STYLE], ids=lambda task: task.name)
+TASKS = pytest.mark.parametrize(
+    "task", [KIT, KIT_STRICT, house_style.HOUSE_STYLE], ids=lambda task: task.name
+)
 
 
 @TASKS
@@ -82,6 +84,35 @@ def test_any_text_gets_a_score_and_one_line_of_feedback(text: str) -> None:
     assert (verdict.score == 1.0) == (verdict.feedback is None)
     if verdict.feedback is not None:
         assert "kit.peak(argument) returns the largest number of a list" in verdict.feedback
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_strictly_right"),
+    [
+        ("{}", True),
+        ("```python\n{}\n```", True),
+        ("`{}`\n", True),
+        ("{}\n\nCorrectly solve the original question.", False),
+        ("Correct solution:\n\n{}", False),
+        ("`{}`  \nFinal solution:\n\n", False),
+    ],
+)
+def test_the_strict_judge_accepts_no_text_beside_the_call(reply: str, is_strictly_right: bool) -> None:
+    (question,) = KIT.held_out(1)
+    text = reply.format(question.answer)
+    assert KIT.judge(text, **question.columns).score == 1
+    verdict = KIT_STRICT.judge(text, **question.columns)
+    assert verdict.score == is_strictly_right
+    if not is_strictly_right:
+        function = question.columns["function"]
+        assert verdict.feedback is not None
+        assert verdict.feedback.startswith("SyntaxError: the reply is not one expression. ")
+        assert f"kit.{function}(argument)" in verdict.feedback
+
+
+def test_the_strict_task_has_the_same_questions() -> None:
+    assert KIT_STRICT.held_out(20) == KIT.held_out(20)
+    assert KIT_STRICT.training(3, 20) == KIT.training(3, 20)
 
 
 def test_a_value_of_another_type_is_wrong() -> None:

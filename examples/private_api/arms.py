@@ -181,7 +181,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         Arm("fast teacher", settings=_FAST_TEACHER, length=5),
         replace(_cure("hybrid λ=0.5", grpo_weight=0.5), length=5),
     ),
-    # Settings that may last: a slower teacher, more of GRPO, or a learning rate that falls.
+    # Settings that may last: a slower teacher, more of GRPO, also later on alone, or a learning rate that falls.
     "lasting settings": tuple(
         replace(arm, length=5)
         for arm in (
@@ -189,6 +189,7 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
             _default_rate("hybrid λ=0.5", grpo_weight=0.5),
             replace(_default_rate("hybrid λ=0.5, decay", grpo_weight=0.5), decay=True),
             _default_rate("hybrid λ=0.9", grpo_weight=0.9),
+            _default_rate("hybrid λ=0.5 to 1", grpo_weight=0.5, grpo_weight_final=1.0),
             _default_rate("SRPO routing", routing="srpo"),
         )
     ),

@@ -6,6 +6,8 @@ A module of `train.py`; nothing to run.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from environment import Environment, Question, Split, Verdict
@@ -83,19 +85,43 @@ def expression(completion: str) -> str:
         >>> expression("```python\\nkit.peak([1, 2])\\n```")
         'kit.peak([1, 2])'
     """
-    lines = [line.strip().strip("`").strip() for line in completion.splitlines()]
+    lines = _without_fences(completion)
     return next((line for line in lines if "kit." in line), completion.strip())
 
 
-def judge(completion: str, function: str, argument: str) -> Verdict:
+def whole_reply(completion: str) -> str:
+    """All that a completion says, without the fences that chat models put around code.
+
+    Examples:
+        >>> whole_reply("```python\\nkit.peak([1, 2])\\n```")
+        'kit.peak([1, 2])'
+        >>> whole_reply("kit.peak([1, 2])\\nis the answer")
+        'kit.peak([1, 2])\\nis the answer'
+    """
+    return "\n".join(line for line in _without_fences(completion) if line not in ("", "python"))
+
+
+def _without_fences(completion: str) -> list[str]:
+    return [line.strip().strip("`").strip() for line in completion.splitlines()]
+
+
+def judge(
+    completion: str, function: str, argument: str, *, read: Callable[[str], str] = expression
+) -> Verdict:
     """Score 1 if the call returns the right value, else 0 with the interpreter's message and the documentation.
+
+    Args:
+        completion: what the model wrote.
+        function: name of the right one.
+        argument: of the call, as a literal.
+        read: finds the call in the completion.
 
     Examples:
         >>> print(judge("kit.max([1])", "tally", "[1]").feedback)
         AttributeError: module 'kit' has no attribute 'max'. kit.tally(argument) returns the sum of a list.
     """
     expected = run(f"kit.{function}({argument})")
-    call = expression(completion)
+    call = read(completion)
     try:
         value = run(call)
     except KitError as error:
@@ -108,3 +134,5 @@ def judge(completion: str, function: str, argument: str) -> Verdict:
 
 
 KIT = Environment("kit", draw_question, judge, max_completion=24)
+# Text beside the call makes the reply wrong.
+KIT_STRICT = Environment("kit_strict", draw_question, partial(judge, read=whole_reply), max_completion=24)

@@ -23,6 +23,11 @@ TITLES = {
         "The model has never seen the module kit. The interpreter's message on a wrong call says the right name. "
         "Held-out questions use other words and other arguments.",
     ),
+    "kit_strict": (
+        "A private API from its error messages, judged strictly",
+        "The model has never seen the module kit. The interpreter's message on a wrong call says the right name; a "
+        "reply with text beside its call is wrong. Held-out questions use other words and other arguments.",
+    ),
     "house_style": (
         "A house style from failed assertions",
         "Hidden tests expect a style that no prompt mentions; the feedback is the failed assertion. Held-out "

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from environment import Environment
 from house_style import HOUSE_STYLE
-from kit_task import KIT
+from kit_task import KIT, KIT_STRICT
 
-TASKS: dict[str, Environment] = {task.name: task for task in (KIT, HOUSE_STYLE)}
+TASKS: dict[str, Environment] = {task.name: task for task in (KIT, KIT_STRICT, HOUSE_STYLE)}
