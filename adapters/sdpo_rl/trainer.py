@@ -68,6 +68,7 @@ from .step.denominator import StepWindow, batch_counts, loss_count
 from .step.forward_mode import ForwardMode, find_forward_mode
 from .step.metrics import EvaluationLoss, MetricSums
 from .step.optimizer import drop_gradients
+from .step.row_attention import grouped_heads
 from .step.schedule import Schedule, schedule_of
 from .teacher import shards
 from .teacher.reference import start_of_training
@@ -474,6 +475,7 @@ class SDPOTrainer(_BASE):
                 self._step_stack.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
             if self._may_be_reentrant:
                 self._step_stack.enter_context(checkpointing.reentrant_checkpointing(self._unwrapped))
+            self._step_stack.enter_context(grouped_heads())
         with memory_advice(self), unsloth_compat.logits_not_hidden_states():
             if _IS_UNSLOTH:
                 inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
