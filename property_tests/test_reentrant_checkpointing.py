@@ -54,11 +54,16 @@ def places_of_graphs(trainer: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("dropout", "bf16"), [(0.0, False), (0.1, False), (0.0, True)])
 def test_a_step_has_the_loss_and_the_gradients_of_the_other_kind(
-    tmp_path: Path, peft: LoraConfig | None, dropout: float
+    tmp_path: Path, peft: LoraConfig | None, dropout: float, bf16: bool
 ) -> None:
-    settings: dict[str, Any] = {"peft_config": peft, "start": tiny.model(attention_dropout=dropout)}
+    """With `bf16` weights are cast, and the casts of a forward are kept until it ends."""
+    settings: dict[str, Any] = {
+        "peft_config": peft,
+        "start": tiny.model(attention_dropout=dropout),
+        "bf16": bf16,
+    }
     result = trained(run(tmp_path, **settings))
     settings["start"] = tiny.model(attention_dropout=dropout)
     expected = trained(run(tmp_path, **{KIND: {"use_reentrant": False}}, **settings))
