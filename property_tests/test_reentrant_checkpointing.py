@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig
 from reference_step import Recorder
+from test_packing import OTHERS, PACKABLE, ROWS, losses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,6 +25,7 @@ from sdpo_rl.compat.checkpointing import reentrant_checkpointing
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 KIND = "gradient_checkpointing_kwargs"
+FAMILIES = PACKABLE | OTHERS
 
 
 def run(output: Path, **changes: Any) -> Any:
@@ -247,3 +250,22 @@ def test_its_own_function_is_back_after_a_failure() -> None:
     with pytest.raises(ZeroDivisionError), reentrant_checkpointing(model):
         raise ZeroDivisionError
     assert model.layer._gradient_checkpointing_func is function
+
+
+# --- models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_has_the_gradients_of_the_other_kind(name: str) -> None:
+    def gradients_with(kind: Any) -> dict[str, Tensor]:
+        model: Any = FAMILIES[name]().train()
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        torch.manual_seed(0)
+        with kind(model):
+            torch.stack(losses(model, ROWS, "padded")).sum().backward()
+        return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients_with(nullcontext)
+    torch.testing.assert_close(gradients_with(reentrant_checkpointing), expected, rtol=0.0, atol=0.0)
+    assert expected
