@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from sdpo_rl.step.forward import checkpointing_disabled
@@ -55,6 +56,25 @@ def test_what_was_off_stays_off() -> None:
     with checkpointing_disabled(plain):
         assert [vars(module) for module in plain.modules()] == held
     assert [vars(module) for module in plain.modules()] == held
+
+
+def test_the_model_inside_peft_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL asks twice in each rollout whether it is on."""
+    base = checkpointed()
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    attributes, searched = dict(vars(model)), []
+
+    def search(module: nn.Module) -> bool:
+        searched.append(module)
+        return any(getattr(each, "gradient_checkpointing", False) for each in module.modules())
+
+    monkeypatch.setattr(type(base), "is_gradient_checkpointing", property(search))
+    with checkpointing_disabled(model):
+        assert model.is_gradient_checkpointing is False
+        assert not searched
+    assert model.is_gradient_checkpointing is True
+    assert searched == [base]
+    assert vars(model) == attributes
 
 
 @pytest.mark.parametrize("fast", [True, False])

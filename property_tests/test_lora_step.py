@@ -55,7 +55,11 @@ def forward_of_peft() -> Iterator[None]:
 
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "no checkpointing": {},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "checkpointing, as the trainer chooses": {"gradient_checkpointing": True},
     "checkpointing, reentrant": {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -88,6 +89,36 @@ def test_attention_is_that_of_a_dense_mask(
             (each.double() - expected).norm() / (expected.norm() + 1.0) for each in (ours, theirs)
         )
         assert error < 2 * allowed + torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(not row_attention._TAKES_GROUPS, reason="needs the varlen_attn of torch 2.11")
+@pytest.mark.parametrize("window", [None, 50])
+def test_grouped_heads_are_those_repeated_by_varlen_attn(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """The outputs bit by bit: log-probabilities are compared with those of another forward."""
+    torch.manual_seed(0)
+    tokens = sum(PACKED.own)
+    tensors = [
+        torch.randn(1, heads, tokens, 64, device=CUDA, dtype=torch.bfloat16).requires_grad_()
+        for heads in (8, 2, 2)
+    ]
+    weights, mask = torch.randn_like(tensors[0]), RowMask(PACKED, CUDA, window)
+
+    def results(repeats: int) -> list[Tensor]:
+        query, *others = tensors
+        others = [each.repeat_interleave(repeats, dim=1) for each in others]
+        output = scaled_dot_product_attention(query, *others, attn_mask=mask, enable_gqa=repeats == 1)
+        return [output, *torch.autograd.grad(output, tensors, weights)]
+
+    ours = results(1)
+    repeated = results(4)
+    monkeypatch.setattr(row_attention, "_KERNEL", import_module("torch.nn.attention.varlen").varlen_attn)
+    theirs = results(4)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(repeated[0], theirs[0])
+    for got, expected in zip(ours, theirs, strict=True):
+        assert (got.double() - expected.double()).norm() < 1e-2 * expected.double().norm()
 
 
 def on_gpu(function: Any, model: Any, *args: Any) -> list[Tensor]:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import __version__, _validate
-from .compat import completions_table, model_card, peft_lora, trackers
+from .compat import checkpointing, completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.adapters import trainable_preserved
 from .compat.generation import GenerationTurns
@@ -68,6 +68,7 @@ from .step.denominator import StepWindow, batch_counts, loss_count
 from .step.forward_mode import ForwardMode, find_forward_mode
 from .step.metrics import EvaluationLoss, MetricSums
 from .step.optimizer import drop_gradients
+from .step.row_attention import grouped_heads
 from .step.schedule import Schedule, schedule_of
 from .teacher import shards
 from .teacher.reference import start_of_training
@@ -466,9 +467,13 @@ class SDPOTrainer(ResumableTrainer):
             raise ValueError(
                 "SDPOTrainer.compute_loss: expected return_outputs=False, got True; it has no outputs"
             )
-        if self._step_stack is not None and self._may_fuse_lora:
+        if self._step_stack is not None:
             # Until backward has run; not during the rollout and its rewards, which may merge adapters.
-            self._step_stack.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
+            if self._may_fuse_lora:
+                self._step_stack.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
+            if self._may_be_reentrant:
+                self._step_stack.enter_context(checkpointing.reentrant_checkpointing(self._unwrapped))
+            self._step_stack.enter_context(grouped_heads())
         with memory_advice(self), unsloth_compat.logits_not_hidden_states():
             if _IS_UNSLOTH:
                 inputs = unsloth_compat.align_old_log_probs(inputs, self._pad_id)
@@ -729,6 +734,14 @@ class SDPOTrainer(ResumableTrainer):
         saves_products = (self.args.gradient_checkpointing_kwargs or {}).get("context_fn") is not None
         return self.sdpo_config.fused_lora_forward and not (
             _IS_UNSLOTH or self.args.torch_compile or saves_products
+        )
+
+    @property
+    def _may_be_reentrant(self) -> bool:
+        """Whether nobody chose the kind of checkpointing, and the loss needs no value within a layer."""
+        # Router logits are taken from within the layers, whose first forward would have no graph.
+        return not (_IS_UNSLOTH or self.aux_loss_enabled) and checkpointing.may_be_reentrant(
+            self.args, self.accelerator
         )
 
     @property

@@ -6,9 +6,9 @@
 Random weights of a published shape, LoRA on bf16, and given completions, because generation would hide the
 difference. Every row has a short feedback text, so a teacher prompt is about as long as the student's. Arms:
 
-* `sdpo`: the defaults. Its ratios to `grpo` and `trl-sdpo` contain a faster LoRA forward, and a faster way to
-  disable gradient checkpointing for the rollout, which these two lack.
-* `sdpo-plain`: without both, so its ratios compare the trainers on the same layers.
+* `sdpo`: the defaults. Its ratios to `grpo` and `trl-sdpo` contain a faster LoRA forward, reentrant checkpointing
+  where it is faster, and a faster way to disable gradient checkpointing for the rollout, which these two lack.
+* `sdpo-plain`: without these, so its ratios compare the trainers on the same layers.
 * `sdpo-half`: as `sdpo`, where every second row has no teacher signal.
 * `sdpo-hybrid`: as `sdpo`, with a tenth of GRPO's loss in the same pass (`grpo_weight=0.1`).
 * `grpo`: TRL's GRPO, through `SDPOConfig(enabled=False)`.
@@ -212,6 +212,7 @@ def measure(name: str, options: argparse.Namespace, device: str) -> dict[str, An
         bf16=device == "cuda",
         use_cpu=device == "cpu",
         gradient_checkpointing=options.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if arm == "sdpo-plain" else None,
         torch_compile=options.torch_compile,
         learning_rate=1e-5,
         report_to=[],

@@ -88,11 +88,16 @@ def checkpointing_disabled(model: nn.Module) -> Iterator[None]:
     """
     attributes = [vars(module) for module in all_modules(model)]
     checkpointed = [each for each in attributes if each.get("gradient_checkpointing") is True]
+    # PEFT's wrappers pass this property on to the base model, which searches all modules each time that it is read.
+    passed_on = "is_gradient_checkpointing"
+    own = {} if hasattr(type(model), passed_on) else vars(model)
     for each in checkpointed:
         each["gradient_checkpointing"] = False
+    own[passed_on] = False
     try:
         yield
     finally:
+        del own[passed_on]
         for each in checkpointed:
             each["gradient_checkpointing"] = True
 

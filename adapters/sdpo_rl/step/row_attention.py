@@ -16,7 +16,8 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import chain
@@ -26,11 +27,46 @@ import torch
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations import sdpa_attention
 
-# `varlen_attn` of torch ≥ 2.10.
-_KERNEL: Callable[..., Tensor] | None = (
-    import_module("torch.nn.attention.varlen").varlen_attn if find_spec("torch.nn.attention.varlen") else None
-)
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """`varlen_attn` without its layers of Python, which take longer than launching the kernel: what it calls."""
+    left, right = window_size
+    output: Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, window_size == (-1, 0), False,
+        scale=scale, window_size_left=left, window_size_right=right,
+    )[0]  # fmt: skip
+    return output
+
+
+def _find_kernel() -> Callable[..., Tensor] | None:
+    """`varlen_attn` of torch 2.10; `_flash` where it takes windows, later; `None` earlier."""
+    if not find_spec("torch.nn.attention.varlen"):
+        return None
+    kernel: Callable[..., Tensor] = import_module("torch.nn.attention.varlen").varlen_attn
+    return _flash if _takes_window(kernel) else kernel
+
+
+@functools.lru_cache(maxsize=1)
+def _takes_window(kernel: Callable[..., Tensor]) -> bool:
+    # A signature takes as long as several kernel launches, and every layer asks.
+    return "window_size" in inspect.signature(kernel).parameters
+
+
+_KERNEL = _find_kernel()
+_TAKES_GROUPS = _KERNEL is _flash  # keys and values may have fewer heads than queries
 _HEAD_DIM_MULTIPLE = 8  # the kernel needs a head_dim that is a multiple of it
 
 
@@ -160,7 +196,7 @@ def _attention(
         )
     query, key, value = map(_as_autocast, (query, key, value))
     options = _kernel_options(attn_mask.window, scale, query.shape[-1])
-    if options is not None and not enable_gqa and dropout_p == 0.0 and _kernel_takes(query, key, value):
+    if options is not None and dropout_p == 0.0 and _kernel_takes(query, key, value):
         return _by_kernel(query, key, value, attn_mask, options)
     outputs = []
     keys, values = _of_rows(key, attn_mask.rows), _of_rows(value, attn_mask.rows)
@@ -213,19 +249,37 @@ def _kernel_options(window: int | None, scale: float | None, head_dim: int) -> d
     return {"is_causal": True} if window is None and usual else None
 
 
-@functools.lru_cache(maxsize=1)
-def _takes_window(kernel: Callable[..., Tensor]) -> bool:
-    # A signature takes as long as several kernel launches, and every layer asks.
-    return "window_size" in inspect.signature(kernel).parameters
-
-
 def _kernel_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not query.is_cuda or not query.shape[-1] == key.shape[-1] == value.shape[-1]:
         return False
-    if query.shape[-1] % _HEAD_DIM_MULTIPLE or query.shape[1] != key.shape[1]:
+    is_grouped = query.shape[1] != key.shape[1]
+    if query.shape[-1] % _HEAD_DIM_MULTIPLE or (is_grouped and not _TAKES_GROUPS):
         return False
     # What the device, the precision, the head size and the user's own settings allow.
-    return bool(can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, False)))
+    return bool(can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, is_grouped)))
+
+
+@contextmanager
+def grouped_heads() -> Iterator[None]:
+    """Models of transformers pass fewer heads of keys and values than of queries to a `RowMask` and its kernel.
+
+    Otherwise they repeat them in every layer, because SDPA has no fast kernel for them that takes a mask.
+    """
+    original = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
+    if original is None or not _TAKES_GROUPS:
+        yield
+        return
+
+    def passes_groups(mask: Any, key: Tensor, *others: Any) -> Any:
+        if isinstance(mask, RowMask):
+            return _kernel_takes(key, key, key)
+        return original(mask, key, *others)
+
+    sdpa_attention.use_gqa_in_sdpa = passes_groups
+    try:
+        yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = original
 
 
 def _by_kernel(

@@ -1,0 +1,87 @@
+"""Gradient checkpointing by torch's reentrant kind, where launching kernels takes longer than computing them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..step.call_cost import call_cost
+from ..step.modules import all_modules
+
+
+def may_be_reentrant(args: Any, accelerator: Any) -> bool:
+    """Whether the kind is left open, on a single process without compilation.
+
+    Args:
+        args: of the trainer; with `gradient_checkpointing_kwargs` the user chose the kind.
+        accelerator: of the run. DDP, FSDP and DeepSpeed reduce gradients in hooks of the backward pass.
+    """
+    is_open = args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None
+    return bool(is_open and not args.torch_compile and accelerator.distributed_type == DistributedType.NO)
+
+
+@contextmanager
+def reentrant_checkpointing(model: Any) -> Iterator[None]:
+    """The model with reentrant in place of non-reentrant checkpointing; its own is back afterwards.
+
+    Both keep the input of a layer and compute the rest again in the backward pass. The non-reentrant kind, which is
+    transformers' default, records the graph of the first forward as well, and calls four Python functions for each
+    tensor that it would save. The reentrant kind runs that forward without a graph. But its backward pass reaches
+    only the tensors among the positional arguments, and it computes the layer to its end, while the other kind
+    stops at the last tensor that it needs. So a call stays non-reentrant if another argument may carry a gradient,
+    and from the number of tokens on that keeps a GPU busy (see `call_cost`).
+    """
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    most = call_cost(model).min_tokens * width
+    found = [vars(module) for module in all_modules(model)]
+    layers = [each for each in found if _is_default(each.get("_gradient_checkpointing_func"))]
+    originals = [each["_gradient_checkpointing_func"] for each in layers]
+    try:
+        for each, original in zip(layers, originals, strict=True):
+            each["_gradient_checkpointing_func"] = functools.partial(_run, original, most)
+        yield
+    finally:
+        for each, original in zip(layers, originals, strict=True):
+            each["_gradient_checkpointing_func"] = original
+
+
+def _is_default(function: Any) -> bool:
+    """Whether transformers made this function, without an option of the user."""
+    return (
+        type(function) is functools.partial
+        and function.func is checkpoint
+        and not function.args
+        and function.keywords == {"use_reentrant": False}
+    )
+
+
+def _run(original: Callable[..., Any], most: float, call: Any, *args: Any) -> Any:
+    """What `call(*args)` returns, checkpointed; reentrant where no input has `most` numbers."""
+    sizes = [each.numel() for each in args if isinstance(each, Tensor) and each.requires_grad]
+    others = [each for each in args if not isinstance(each, Tensor)]
+    function = call
+    if isinstance(call, functools.partial):  # a layer of transformers, whose other arguments are bound
+        function = call.func
+        others += [*call.args, *call.keywords.values()]
+    # A function that is defined for the call may hold any tensor.
+    is_layer = isinstance(getattr(function, "__self__", function), nn.Module)
+    if is_layer and 0 < max(sizes, default=0) < most and all(map(_has_no_gradient, others)):
+        return checkpoint(call, *args, use_reentrant=True)
+    return original(call, *args)
+
+
+def _has_no_gradient(value: Any) -> bool:
+    """Whether a value is known to carry none: a plain one, a tensor without a gradient, or a tuple of such."""
+    if isinstance(value, Tensor):
+        return not value.requires_grad
+    return (
+        value is None
+        or isinstance(value, bool | int | float | str)
+        or (type(value) in (tuple, list) and all(map(_has_no_gradient, value)))
+    )
