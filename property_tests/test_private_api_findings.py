@@ -27,9 +27,10 @@ import margins
 import replay
 import tables
 
-from sdpo import rate_per_tick
+from sdpo import Templates, rate_per_tick
 from sdpo_rl import SDPOConfig
 from sdpo_rl.diagnose import monitors
+from sdpo_rl.rollout.reprompt_text import has_phrase, template_phrases
 
 EVERY = tables.load(figures.RECORDS)
 SHOWN = [run for run in EVERY if run["task"] == "kit"]
@@ -243,8 +244,8 @@ def test_what_is_said_of_runs_that_collapse() -> None:
     assert "is incorrect because" in LASTING["fast teacher"][0]["after"][0]["reply"]
     for runs in LASTING.values():
         for run in runs:
-            words = ("orrect", "olution", "feedback")
-            assert sum(any(word in reply["reply"] for word in words) for reply in run["after"]) >= 4
+            phrases = ("orrect", "olution:", "feedback", "Learned:")
+            assert sum(any(phrase in reply["reply"] for phrase in phrases) for reply in run["after"]) >= 4
             cut = run["log"][margins.CUT]
             assert max(fmean(cut[end - 15 : end]) for end in range(15, len(cut))) > fmean(cut[:5]) + 0.2
     # The judge accepts a call with such text beside it.
@@ -259,6 +260,54 @@ def test_what_is_said_of_runs_that_collapse() -> None:
     ]
     assert len(said) == 9
     assert f"had it, {min(lost - at for lost, at in said)} completions before or more" in text
+    templates = template_phrases(Templates(), with_feedback=True)
+    recite = [
+        sum(has_phrase(reply["reply"], reply["question"], templates) for reply in run["after"])
+        for runs in LASTING.values()
+        for run in runs
+    ]
+    assert sum(count > 0 for count in recite) == 7
+    assert "in seven of them from the teacher's prompt" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_what_is_said_of_when_to_stop() -> None:
+    long = [run for runs in LASTING.values() for run in runs]
+    for run in long:
+        reached = [point[0] for point in run["points"] if point[curves.ACCURACY] >= 0.95 * curves.best(run)]
+        assert reached[0] <= 48000 / 5
+    assert sum(curves.fall(run) is not None for run in long) == 6
+    text = page("docs/choosing.md")
+    assert "within the first fifth of their completions; six of them end below 0.8 of it" in text
+    assert {len(run["points"]) - 1 for run in long} == {30}
+    assert "these have thirty evaluations" in text
+    # Where GRPO has half of the loss, nearly all samples come right first.
+    for arm in (CHOSEN, "fast teacher + hybrid λ=0.5"):
+        for run in LASTING[arm]:
+            rewards = run["log"]["reward"]
+            assert max(fmean(rewards[end - 15 : end]) for end in range(15, len(rewards))) > 0.9
+
+
+def test_what_is_said_of_options_from_other_papers() -> None:
+    text = page("docs/choosing.md")
+    assert "SRPO learns nothing" not in text
+    nothing = ("fast teacher + pass-rate weights", "fast teacher + entry clip 0.05")
+    assert [end(CURES, arm) for arm in nothing] == [0, 0]
+    assert end(SETTINGS, "α=0.5, SRPO") == 0
+    assert end(CURES, "fast teacher + SRPO routing") >= end(CURES, "fast teacher + SRPO") > 0.9
+    order = sorted(CURES, key=lambda arm: -end(CURES, arm))
+    assert order.index("fast teacher + teacher restart") < 3
+    learned = [min(ends(CURES, f"fast teacher + hybrid λ={part}")) for part in (0.1, 0.5)]
+    assert min(learned) > 0.9
+    anchored = fmean(max(run["log"][margins.CUT][-15:]) for run in CURES["fast teacher + anchor 0.1"])
+    assert anchored > 0.1
+    # A tenth of the loss from GRPO ends highest, with completions that grow.
+    for run in CURES["fast teacher + hybrid λ=0.1"]:
+        cut = run["log"][margins.CUT]
+        assert fmean(cut[-15:]) > fmean(cut[:15]) + 0.1
+    rich = SDPOConfig.preset("rich_feedback")
+    assert (rich.alpha, rich.k) == (1.0, 20)
+    assert end(BY_QUESTION["alpha"], "α=1") < end(BY_QUESTION["alpha"], "α=0.5")
+    assert end(BY_QUESTION["support"], "K=20") < end(BY_QUESTION["support"], "K=100")
 
 
 def test_large_batches_with_a_fast_teacher_recite_its_prompt() -> None:
@@ -395,7 +444,7 @@ def test_no_metric_of_the_first_twenty_steps_tells_what_becomes_of_a_run() -> No
         ]
         for alpha in (0.0, 0.1, 0.5)
     }
-    assert 0.07 < min(divergence[0.0]) < max(divergence[0.0]) < 0.46
+    assert 0.2 <= min(divergence[0.0]) < max(divergence[0.0]) < 0.46
     assert 0.01 < min(divergence[0.1] + divergence[0.5]) < max(divergence[0.1] + divergence[0.5]) < 0.041
     learned, almost = ({"points": [[0, 0.0, 0.0], [64, 0.0, value]]} for value in (0.5, 0.49))
     assert (tables.outcome(learned), tables.outcome(almost)) == ("learned", None)

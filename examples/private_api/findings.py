@@ -36,17 +36,17 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     "settings": (
         "Half of the loss from GRPO with the teacher's rate 0.05 answers every question on both seeds, with the "
         "learning rate 1e-5 and with 2e-5. These runs do not tell the two apart; the second was taken.",
-        "Greedy answers are far better than samples. α=0 alone ends at {end[α=0]}, and {right[α=0]} of its samples "
-        "are right; with half of the loss from GRPO it ends at {end[α=0, hybrid λ=0.5]} and {right[α=0, hybrid "
-        "λ=0.5]}, with SRPO at {end[α=0, SRPO]} and {right[α=0, SRPO]}. So both raise the share of right samples, "
-        "and leave greedy accuracy about the same.",
+        "Without GRPO and SRPO greedy answers are far better than samples. α=0 alone ends at {end[α=0]}, and "
+        "{right[α=0]} of its samples are right; with half of the loss from GRPO it ends at {end[α=0, hybrid "
+        "λ=0.5]} and {right[α=0, hybrid λ=0.5]}, with SRPO at {end[α=0, SRPO]} and {right[α=0, SRPO]}. So both "
+        "raise the share of right samples, and leave greedy accuracy about the same.",
         "With α=0.5, half of the loss from GRPO raises the share of right samples from {right[α=0.5]} to "
-        "{right[α=0.5, hybrid λ=0.5]}, but greedy accuracy ends at {end[α=0.5, hybrid λ=0.5]}, without it at "
-        "{end[α=0.5]}. SRPO learns nothing with α=0.5: {end[α=0.5, SRPO]}.",
+        "{right[α=0.5, hybrid λ=0.5]}, but greedy accuracy is no better: it ends at {end[α=0.5, hybrid λ=0.5]}, "
+        "without it at {end[α=0.5]}. SRPO learns nothing with α=0.5: {end[α=0.5, SRPO]}.",
         "SRPO with the teacher's rate 0.05 depends on the seed: it ends at {each[α=0, SRPO, rate 0.05]}.",
-        "A learning rate that falls to 0 ends at {end[α=0, SRPO, decay]}, and at {end[α=0, SRPO, lr 2e-05, "
-        "decay]} with twice the learning rate; a constant one ends at {end[α=0, SRPO]} and {end[α=0, SRPO, lr "
-        "2e-05]}.",
+        "With SRPO a learning rate that falls to 0 ends at {end[α=0, SRPO, decay]}, and at {end[α=0, SRPO, lr "
+        "2e-05, decay]} with twice the learning rate; a constant one ends at {end[α=0, SRPO]} and {end[α=0, SRPO, "
+        "lr 2e-05]}.",
     ),
     "rate": (
         "With α=0 and batches of 64 the seeds end at {each[α=0, rate 0.01 per 64]} with the rate 0.01, and at "
@@ -56,16 +56,16 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "batch of 64, [further below](#does-it-last) the latter for five times the samples.",
     ),
     "alpha": (
-        "The smaller α is, the more is learned: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, "
-        "0.1, 0.5 and 1. A tenth of the held-out questions is answered for the first time after {begins[α=0]} "
-        "completions with α=0, and after {begins[α=1]} with α=1.",
+        "More is learned with a smaller α: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, 0.1, 0.5 "
+        "and 1; the ranges of 0, 0.1 and 0.5 overlap. A tenth of the held-out questions is answered for the first "
+        "time after {begins[α=0]} completions with α=0, and after {begins[α=1]} with α=1.",
     ),
     "support": (
         "K=5 ends at {end[K=5]}, K=20 at {end[K=20]} and K=100 at {end[K=100]}; the whole vocabulary at {end[full "
         "vocabulary]}. The K tokens are the student's most probable ones, and a name that it has never seen is "
         "not among the first.",
-        "What becomes of the other tokens makes no difference here: K=20 ends at {end[K=20, no tail]} without "
-        "them.",
+        "Whether the other tokens are one category or left out makes no measurable difference: without them K=20 "
+        "ends at {end[K=20, no tail]}.",
     ),
     "cures": (
         "The setting alone ends at {each[fast teacher]}, and with the rate per 256 completions, the paper's batch, "
@@ -73,7 +73,7 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "256 samples]} of the samples are right.",
         "With half of the loss from GRPO (λ=0.5) it ends at {each[fast teacher + hybrid λ=0.5]}, and {right[fast "
         "teacher + hybrid λ=0.5]} of the samples are right, the most of this table. With a tenth it ends at "
-        "{each[fast teacher + hybrid λ=0.1]}, with {right[fast teacher + hybrid λ=0.1]}.",
+        "{each[fast teacher + hybrid λ=0.1]}, and {right[fast teacher + hybrid λ=0.1]} of the samples are right.",
         "SRPO as published ends at {each[fast teacher + SRPO]}. Of its three parts, alone: the routing ends at "
         "{each[fast teacher + SRPO routing]}, the denominator (`batch-token-mean`) at {each[fast teacher + "
         "batch-token-mean]}, and the token weights (`confidence`) at {each[fast teacher + confidence weights]}.",
@@ -100,15 +100,15 @@ FINDINGS: dict[str, tuple[str, ...]] = {
     "lasting": (
         "The fast teacher alone collapses on all three seeds: from a best of {bests[fast teacher]} to {each[fast "
         "teacher]}. The first is below 0.8 of its best for good after {first_fall[fast teacher]} completions. At "
-        "the end each held-out reply is about the feedback of the teacher's prompt, which the student never sees: "
+        "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
         "`The feedback from unsuccessful attempts is incorrect because` …",
         "With half of the loss from GRPO it lasts longer, not for good: after 24000 completions it is at "
         "{half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
         "it ends at {each[fast teacher + hybrid λ=0.5]}. The chosen settings, with twice the learning rate, end "
-        "at {each[SDPO, chosen settings]}, after {half[SDPO, chosen settings]}.",
-        "In all nine runs text of the teacher's prompt comes to stand beside the calls, and more completions "
-        "reach the length limit. The judge accepts such text after a right call, so the reward does not speak "
-        "against it.",
+        "at {each[SDPO, chosen settings]}.",
+        "In all nine runs set phrases come to stand beside the calls, in seven of them from the teacher's prompt, "
+        "such as `Correctly solve the original question.`, and more completions reach the length limit. The judge "
+        "accepts text beside a right call, so the reward does not speak against it.",
     ),
     "lora": (
         "On one seed, adapters end at {end[LoRA r=16, lr 0.0001]} with the learning rate 1e-4 and at {end[LoRA "
@@ -148,27 +148,19 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "choosing summary": (
         ("learns", "alpha", "cures", "lasting", "settings"),
-        "* Without GRPO, leave the teacher's rate at its default, 0.05 per 256 completions as in the paper. On the "
-        "private API, with α=0 in batches of 64, it ends at {each[fast teacher + rate per 256 samples]}, with "
-        "{right[fast teacher + rate per 256 samples]} of the samples right; 0.05 per batch ends at {each[fast "
-        "teacher (cures)]}, with {right[fast teacher (cures)]}, and after five times the samples at {each[fast "
-        "teacher (lasting)]}.\n"
-        "* With half of the loss from GRPO, in batches of 64, a faster teacher ended higher: {end[α=0, hybrid "
-        "λ=0.5, rate 0.05]} with 0.05 per batch, {end[α=0, hybrid λ=0.5]} with 0.01 (two seeds each). The trainer "
-        "warns of it. For long runs it is too fast: after five times the samples it ends at {each[fast teacher + "
-        "hybrid λ=0.5 (lasting)]}.\n"
-        "* Keep the α of the preset (0.5 or 1) unless little is learned. α=0 ends higher on the private API "
-        "({end[α=0 (alpha)]}, α=0.5 at {end[α=0.5 (alpha)]}), but lowest on the embedded task (three seeds "
-        "each).\n"
-        "* If samples stay much worse than greedy answers, add half of the loss from GRPO: on the private API, "
-        "with α=0, it raises the share of right samples from {right[α=0 (settings)]} to {right[α=0, hybrid "
-        "λ=0.5]}, and from {right[fast teacher (cures)]} to {right[fast teacher + hybrid λ=0.5 (cures)]} with a "
-        "fast teacher. An evaluation shows greedy answers if it decodes greedily.\n"
-        "* Keep checkpoints, and stop or go back when completions begin to be cut: [before a "
-        "collapse](#before-a-collapse).\n"
-        "* Do not choose by small differences in these tables: a function is mostly answered or not as a whole, so "
-        "0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} on "
-        "three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
+        "* **The teacher's rate.** On the private API, with α=0, the default ends at {each[fast teacher + rate "
+        "per 256 samples]}, with {right[fast teacher + rate per 256 samples]} of the samples right. With 0.05 per "
+        "batch of 64 it ends at {each[fast teacher (cures)]}, with {right[fast teacher (cures)]} of the samples "
+        "right, and after 48000 completions at {each[fast teacher (lasting)]}.\n"
+        "* **α.** α=0 ends higher on the private API ({end[α=0 (alpha)]}, α=0.5 at {end[α=0.5 (alpha)]}), but "
+        "lowest on the embedded task (three seeds each).\n"
+        "* **A part of GRPO's loss.** Half of it raises the share of right samples on the private API from "
+        "{right[α=0 (settings)]} to {right[α=0, hybrid λ=0.5]} with α=0 (two seeds), and from "
+        "{right[fast teacher (cures)]} to {right[fast teacher + hybrid λ=0.5 (cures)]} with a "
+        "fast teacher, too. An evaluation shows greedy answers if it decodes greedily.\n"
+        "* **Small differences** in these tables mean nothing: a function is mostly answered or not as a whole, "
+        "so 0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} "
+        "on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
     ),
     "choosing rate": (
         ("cures", "settings"),
@@ -195,7 +187,7 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "paper's, which ends at {each[fast teacher]} alone, with {right[fast teacher]} of the samples right:\n\n"
         "* Half of the loss from GRPO, `grpo_weight=0.5`, ends at {each[fast teacher + hybrid λ=0.5]}, with "
         "{right[fast teacher + hybrid λ=0.5]} of the samples right; a tenth ends at {each[fast teacher + hybrid "
-        "λ=0.1]}, with {right[fast teacher + hybrid λ=0.1]}.\n"
+        "λ=0.1]}, with {right[fast teacher + hybrid λ=0.1]} of the samples right, and its completions grow.\n"
         '* SRPO as published, that is `routing="srpo"` with `loss_aggregation="batch-token-mean"` and '
         '`token_weights="confidence"`, ends at {each[fast teacher + SRPO]}; its routing alone ends at {each[fast '
         "teacher + SRPO routing]}.\n"
@@ -207,10 +199,9 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         ("lasting",),
         "In runs five times as long on the private API the fast teacher alone ends at {each[fast teacher]}. With "
         "half of the loss from GRPO it ends at {each[fast teacher + hybrid λ=0.5]}, and with twice the learning "
-        "rate, too, at {each[SDPO, chosen settings]}. So half of the loss from GRPO delays the collapse: the first "
-        "seed to fall is below 0.8 of its best for good after {first_fall[fast teacher + hybrid λ=0.5]} "
-        "completions, with the learning rate of the fast teacher alone, which is there after {first_fall[fast "
-        "teacher]}.",
+        "rate, too, at {each[SDPO, chosen settings]}. So GRPO's part delays the collapse: at the same learning "
+        "rate the first seed is below 0.8 of its best for good after {first_fall[fast teacher + hybrid λ=0.5]} "
+        "completions with it, and after {first_fall[fast teacher]} without.",
     ),
 }
 

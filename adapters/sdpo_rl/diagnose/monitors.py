@@ -52,8 +52,8 @@ HELD_OUT_FALL, FALLEN_EVALUATIONS, HELD_OUT_STANDARD_ERRORS = 0.25, 3, 3.0
 _MANY_ANSWERS = 0.25
 
 _SLOW_DOWN = (
-    "Resume from a checkpoint before that with a lower learning rate or a slower teacher "
-    "(a smaller teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or enlarge the generation batch."
+    "Resume from a checkpoint before that with a lower learning rate, a slower teacher (a smaller "
+    "teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or a part of GRPO's loss (grpo_weight=0.5)."
 )
 
 _REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
@@ -113,7 +113,7 @@ def length_limit(start: float, now: float, *, entropy_rose: bool, error: float =
         return None
     return (
         f"{now:.0%} of the completions are cut at max_completion_length, after {start:.0%} at the start. If they "
-        f"repeat themselves or the teacher's prompt, the run collapses. {_SLOW_DOWN} If they are good, raise "
+        f"repeat themselves or the teacher's prompt, the run may collapse. {_SLOW_DOWN} If they are good, raise "
         "max_completion_length."
     )
 
@@ -212,8 +212,8 @@ def held_out(evaluations: Sequence[Evaluation]) -> str | None:
         return None
     return (
         f"The held-out reward fell from {best:.3g} to {last[-1][0]:.3g}, while the training reward went from "
-        f"{trained:.3g} to {trained_now:.3g}: the model memorizes its prompts. Go back to the checkpoint of the "
-        "best evaluation, and train with more prompts or a lower learning rate."
+        f"{trained:.3g} to {trained_now:.3g}: what is learned no longer holds for other prompts. Go back to the "
+        "checkpoint of the best evaluation, and train with more prompts or a lower learning rate."
     )
 
 
