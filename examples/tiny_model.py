@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable character, line breaks included."""
-    words = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
+    """One token per printable character of Latin-1, line breaks included: more than the default `k`."""
+    words = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, (*range(32, 127), *range(161, 256)))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     inner.decoder = decoders.Fuse()

@@ -431,6 +431,31 @@ def test_a_checkpoint_without_options_resumes_and_says_so_once(
         assert f"{folder.name} has no sdpo_config.json that can be read" in message
 
 
+def test_a_learning_rate_that_the_checkpoint_replaces_is_named_with_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def resumed(steps: int, rate: float) -> tuple[list[str], float]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "sdpo_rl"):
+            trainer = run(
+                tmp_path, max_steps=steps, resume=True, learning_rate=rate, lr_scheduler_type="constant"
+            )
+        used = trainer.optimizer.param_groups[0]["lr"]
+        return [message for message in caplog.messages if message.startswith("learning_rate: ")], used
+
+    run(tmp_path, max_steps=1, learning_rate=0.25, lr_scheduler_type="constant")
+    assert resumed(2, 0.25) == ([], 0.25)
+    (message,), used = resumed(3, 0.125)
+    assert used == 0.25
+    assert message == (
+        "learning_rate: 0.125 is not used, the run continues with 0.25: the Trainer restores the optimizer and its "
+        f"schedule from {tmp_path}/checkpoint-2. To train with the new one, delete scheduler.pt there; the "
+        "optimizer then begins anew."
+    )
+    (tmp_path / "checkpoint-3" / "scheduler.pt").unlink()
+    assert resumed(4, 0.125) == ([], 0.125)
+
+
 def test_grpo_has_no_options_to_save_or_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, max_steps=1, sdpo={"enabled": False})
     assert not list(tmp_path.rglob("sdpo_config.json"))

@@ -163,7 +163,7 @@ def test_the_judge_is_asked_over_the_network(
         "--output",
         "o",
     )
-    assert re.search(r"^step 1: reward \d\.\d\d, rows that read a remark 0\.\d\d", printed, re.MULTILINE)
+    assert re.search(r"^step 1: reward \d\.\d\d, rows that read a remark [01]\.\d\d", printed, re.MULTILINE)
     assert len(Judge.seen) == 8
     assert {(call["path"], call["model"], call["key"]) for call in Judge.seen} == {
         ("/v1/chat/completions", "j", "Bearer k")

@@ -277,9 +277,18 @@ def test_what_is_said_of_when_to_stop() -> None:
         assert reached[0] <= 48000 / 5
     assert sum(curves.fall(run) is not None for run in long) == 6
     text = page("docs/choosing.md")
-    assert "within the first fifth of their completions; six of them end below 0.8 of it" in text
+    assert "within the first fifth of their completions, and six of them end below 0.8 of it" in text
     assert {len(run["points"]) - 1 for run in long} == {30}
-    assert "these have thirty evaluations" in text
+    assert "a thirtieth of the run" in text
+    slow = BY_QUESTION["large batches"]["SRPO, 0.04 per update"]
+    assert len(slow) == 3
+    for name in sorted(figures.RECORDS.glob("kit-large-batches-SRPO-0.04-per-update-*.json")):
+        points = json.loads(name.read_text())["points"]
+        best = max(point[curves.ACCURACY] for point in points)
+        reached = next(point[0] for point in points if point[curves.ACCURACY] >= 0.95 * best)
+        assert reached >= 2 / 5 * points[-1][0]
+    link = "[batches of 256](results.md#is-a-teacher-too-fast-per-completion-or-per-update)"
+    assert f"in {link}, reach it after two fifths or later" in text
     # Where GRPO has half of the loss, nearly all samples come right first.
     for arm in (CHOSEN, "fast teacher + hybrid λ=0.5"):
         for run in LASTING[arm]:

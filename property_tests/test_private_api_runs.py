@@ -110,6 +110,13 @@ def test_the_task_of_the_readme_trains(model_folder: Path) -> None:
     trains(arms.arms("learns")[0], task, model_folder)
 
 
+def test_a_task_that_trains_on_held_out_questions_is_refused() -> None:
+    train.check_split(KIT, KIT.held_out(96), seed=0)
+    same = dataclasses.replace(KIT, name="mine", draw=lambda rng, _: KIT.draw(rng, "train"))
+    with pytest.raises(ValueError, match=r"task 'mine': .* draw other questions for the split 'test'"):
+        train.check_split(same, same.held_out(96), seed=0)
+
+
 def trains(arm: arms.Arm, task: Environment, model_folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
     model = Qwen2ForCausalLM.from_pretrained(model_folder)

@@ -149,9 +149,9 @@ SENTENCES = {
     ),
     "choosing alpha": (
         "alpha",
-        "On the embedded task α=0 is not faster: after 1024 samples it is at {early[α=0]}, α=0.5 at "
-        "{early[α=0.5]} and α=1 at {early[α=1]}. It ends at {end[α=0]}, α=0.1 at {end[α=0.1]}, α=0.5 at "
-        "{end[α=0.5]} and α=1 at {end[α=1]}.",
+        "On the embedded task, with the rate 0.05 per batch of 64, α=0 is not faster: after 1024 samples it is at "
+        "{early[α=0]}, α=0.5 at {early[α=0.5]} and α=1 at {early[α=1]}. It ends at {end[α=0]}, α=0.1 at "
+        "{end[α=0.1]}, α=0.5 at {end[α=0.5]} and α=1 at {end[α=1]}.",
     ),
     "choosing k": (
         "support",

@@ -6,6 +6,7 @@ A module of `train.py`; nothing to run.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -85,24 +86,29 @@ def expression(completion: str) -> str:
         >>> expression("```python\\nkit.peak([1, 2])\\n```")
         'kit.peak([1, 2])'
     """
-    lines = _without_fences(completion)
+    lines = [line.strip().strip("`").strip() for line in completion.splitlines()]
     return next((line for line in lines if "kit." in line), completion.strip())
 
 
-def whole_reply(completion: str) -> str:
-    """All that a completion says, without the fences that chat models put around code.
+def only_expression(completion: str) -> str:
+    """A completion that is one line with a call, without the fences that chat models put around code.
+
+    Raises:
+        KitError: there is another line, or a comment.
 
     Examples:
-        >>> whole_reply("```python\\nkit.peak([1, 2])\\n```")
+        >>> only_expression("```python\\nkit.peak([1, 2])\\n```")
         'kit.peak([1, 2])'
-        >>> whole_reply("kit.peak([1, 2])\\nis the answer")
-        'kit.peak([1, 2])\\nis the answer'
+        >>> only_expression("kit.peak([1, 2])\\nis the answer")
+        Traceback (most recent call last):
+        ...
+        kit.KitError: SyntaxError: the reply is not one expression
     """
-    return "\n".join(line for line in _without_fences(completion) if line not in ("", "python"))
-
-
-def _without_fences(completion: str) -> list[str]:
-    return [line.strip().strip("`").strip() for line in completion.splitlines()]
+    lines = [line.strip() for line in completion.splitlines()]
+    lines = [line for line in lines if line and not re.fullmatch(r"```\w*", line)]
+    if len(lines) != 1 or "#" in lines[0]:
+        raise KitError("SyntaxError: the reply is not one expression")
+    return lines[0].strip("`").strip()
 
 
 def judge(
@@ -121,8 +127,8 @@ def judge(
         AttributeError: module 'kit' has no attribute 'max'. kit.tally(argument) returns the sum of a list.
     """
     expected = run(f"kit.{function}({argument})")
-    call = read(completion)
     try:
+        call = read(completion)
         value = run(call)
     except KitError as error:
         message = str(error)
@@ -135,4 +141,4 @@ def judge(
 
 KIT = Environment("kit", draw_question, judge, max_completion=24)
 # Text beside the call makes the reply wrong.
-KIT_STRICT = Environment("kit_strict", draw_question, partial(judge, read=whole_reply), max_completion=24)
+KIT_STRICT = Environment("kit_strict", draw_question, partial(judge, read=only_expression), max_completion=24)

@@ -263,6 +263,21 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def check_split(task: Environment, held_out: Sequence[Question], seed: int) -> None:
+    """Refuse a task whose training questions are held out as well.
+
+    Raises:
+        ValueError: one of the first thousand is.
+    """
+    prompts = [question.prompt for question in held_out]
+    common = next((q.prompt for q in task.training(seed, 1000) if q.prompt in prompts), None)
+    if common is not None:
+        raise ValueError(
+            f"task {task.name!r}: expected training questions that are not held out, got {common!r} in both; draw "
+            "other questions for the split 'test'"
+        )
+
+
 def main(given: Sequence[str] | None = None) -> None:
     options = arguments(given)
     # Temporary folders are removed when `run.py` stops a run, too.
@@ -287,6 +302,7 @@ def main(given: Sequence[str] | None = None) -> None:
         sample_with_graphs(model, autocast)
     task = TASKS[options.task]
     held_out = task.held_out(HELD_OUT)
+    check_split(task, held_out, options.seed)
     described = description(options, arm)
     before = replies(model, tokenizer, task, held_out)
     start = time.perf_counter()

@@ -240,6 +240,7 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             "metrics are logged with the others, and saved": ("_metrics", "_pending_metrics"),
             "evaluations of a run are told from others": ("is_in_train",),
             "the running loss is saved": ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged"),
+            "a learning rate that a checkpoint replaces is named": ("lr_scheduler",),
             "scores are weighted as rewards are": ("reward_weights",),
             "the probe asks vLLM for no more tokens than it can hold": ("vllm_generation",),
             "student and teacher share temperature and chat template": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,4 +69,34 @@ def warn_of_differences(
             folder,
             by,
             ", ".join(changes),
+        )
+
+
+def learning_rates(scheduler: Any) -> list[float]:
+    """Those that a schedule multiplies, one for each parameter group; none where it has no such list."""
+    return list(getattr(scheduler, "base_lrs", ()))
+
+
+def warn_of_learning_rates(
+    folder: str | Path, given: Sequence[float], restored: Sequence[float], *, is_deepspeed: bool
+) -> None:
+    """A warning where the learning rate of this run is not used: the Trainer restores that of the checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        given: by `learning_rates` before the checkpoint was loaded.
+        restored: the same afterwards.
+        is_deepspeed: DeepSpeed trains, which resumes from no checkpoint without a schedule.
+    """
+    if list(given) != list(restored):
+        now, then = (", ".join(dict.fromkeys(f"{rate:g}" for rate in rates)) for rates in (given, restored))
+        logger.warning(
+            "learning_rate: %s is not used, the run continues with %s: the Trainer restores the optimizer and its "
+            "schedule from %s. To train with the new one, %s.",
+            now,
+            then,
+            folder,
+            "start a run from the model in it, without resuming"
+            if is_deepspeed
+            else "delete scheduler.pt there; the optimizer then begins anew",
         )

@@ -105,8 +105,12 @@ class ResumableTrainer(BASE):
             checkpoint.load_adapter_among_others(resume_from_checkpoint, self._unwrapped)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        given = options.learning_rates(self.lr_scheduler)
         super()._load_optimizer_and_scheduler(checkpoint_folder)
         if checkpoint_folder is not None and self.is_world_process_zero():
+            restored = options.learning_rates(self.lr_scheduler)
+            is_deepspeed = self.is_deepspeed_enabled
+            options.warn_of_learning_rates(checkpoint_folder, given, restored, is_deepspeed=is_deepspeed)
             defaults = dataclasses.asdict(type(self.sdpo_config)())
             options.warn_of_differences(checkpoint_folder, self._options, defaults, version=__version__)
         if self.sdpo_config.enabled and checkpoint_folder is not None:
