@@ -43,6 +43,23 @@ def test_it_is_off_inside_and_restored_afterwards() -> None:
     assert state(model) == before
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_regions_of_one_model_may_be_nested(adapters: bool) -> None:
+    """A reward function may evaluate another trainer of the model."""
+    model = checkpointed(**REENTRANT)
+    if adapters:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    before = state(model)
+    held = dict(vars(model))
+    with checkpointing_disabled(model):
+        with checkpointing_disabled(model):
+            assert not model.is_gradient_checkpointing
+        assert not model.is_gradient_checkpointing
+    assert state(model) == before
+    assert vars(model) == held
+    assert model.is_gradient_checkpointing
+
+
 def test_what_was_off_stays_off() -> None:
     model = checkpointed()
     layer = next(m for m in model.modules() if getattr(m, "gradient_checkpointing", False))

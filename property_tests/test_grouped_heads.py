@@ -89,6 +89,19 @@ def test_a_step_passes_groups_and_transformers_is_as_before(
     assert sdpa_attention.use_gqa_in_sdpa is before
 
 
+def test_regions_of_two_threads_may_end_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch(monkeypatch)
+    before = sdpa_attention.use_gqa_in_sdpa
+    first, second = grouped_heads(), grouped_heads()
+    first.__enter__()
+    inside = sdpa_attention.use_gqa_in_sdpa
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sdpa_attention.use_gqa_in_sdpa is inside is not before
+    second.__exit__(None, None, None)
+    assert sdpa_attention.use_gqa_in_sdpa is before
+
+
 def test_other_masks_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     watch(monkeypatch)
     key, mask = torch.zeros(1, 2, 3, 4), torch.ones(3, 3, dtype=torch.bool)

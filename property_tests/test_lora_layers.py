@@ -292,3 +292,16 @@ def test_adapters_are_searched_on_every_entry() -> None:
     model.add_adapter("later", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
     model.set_adapter("later")
     assert count_fusible(model) == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_weight_that_is_replaced_during_a_step_is_read_by_peft(autocast: bool) -> None:
+    model = lora_model()
+    layer, x = layer_of(model), torch.randn(2, IN)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with fused_lora_forward(model):
+            plain = layer(x)
+            parametrize.register_parametrization(layer.lora_B["default"], "weight", Doubled())
+            inside = layer(x)
+        torch.testing.assert_close(inside, layer(x), rtol=0.0, atol=0.0)
+    assert (inside - plain).norm() > 1e-3 * plain.norm()

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from accelerate.utils import DistributedType
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from reference_step import Recorder
 from test_packing import OTHERS, PACKABLE, ROWS, losses
 from torch import Tensor, nn
@@ -46,12 +46,14 @@ def places_of_graphs(trainer: Any) -> set[str]:
     """Where the forwards of a layer record a graph."""
     seen: set[str] = set()
     layer = next(m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer))
+    forward = layer.self_attn.forward
 
-    def watch(*_: Any) -> None:
+    def watched(*args: Any, **named: Any) -> Any:
         if torch.is_grad_enabled():
             seen.add("forward" if torch._C._current_graph_task_id() == -1 else "backward")
+        return forward(*args, **named)
 
-    layer.self_attn.register_forward_pre_hook(watch)
+    layer.self_attn.forward = watched
     trainer.train()
     return seen
 
@@ -94,11 +96,13 @@ def test_the_other_kind_stays(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert places_of_graphs(run(tmp_path, **changes)) == {"forward", "backward"}
 
 
-def test_where_the_kind_is_open() -> None:
-    def may(distributed: DistributedType = DistributedType.NO, **changes: Any) -> bool:
+def test_where_the_kind_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tiny.model()
+
+    def may(distributed: DistributedType = DistributedType.NO, model: Any = plain, **changes: Any) -> bool:
         args = {"gradient_checkpointing": True, KIND: None, "torch_compile": False, **changes}
         return checkpointing.may_be_reentrant(
-            SimpleNamespace(**args), SimpleNamespace(distributed_type=distributed)
+            SimpleNamespace(**args), SimpleNamespace(distributed_type=distributed), model
         )
 
     assert may()
@@ -107,6 +111,27 @@ def test_where_the_kind_is_open() -> None:
     assert not may(torch_compile=True)
     for kind in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED):
         assert not may(kind)
+    assert may(model=get_peft_model(tiny.model(), LORA))
+    other = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    assert not may(model=get_peft_model(tiny.model(), other))
+    monkeypatch.setattr(checkpointing, "_AUTOCAST_IS_FIXED", False)
+    assert not may()
+
+
+@pytest.mark.parametrize("place", ["forward", "before", "backward", "parameter", "accumulated"])
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_layer_with_hooks_keeps_the_other_kind(tmp_path: Path, place: str, is_inside: bool) -> None:
+    trainer = run(tmp_path, max_steps=1)
+    layer = next(m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer))
+    module = layer.mlp.down_proj if is_inside else trainer.model.model.norm
+    {
+        "forward": module.register_forward_hook,
+        "before": module.register_forward_pre_hook,
+        "backward": module.register_full_backward_hook,
+        "parameter": module.weight.register_hook,
+        "accumulated": module.weight.register_post_accumulate_grad_hook,
+    }[place](lambda *_: None)
+    assert places_of_graphs(trainer) == ({"forward", "backward"} if is_inside else {"backward"})
 
 
 # --- arguments of a layer ---------------------------------------------------------------------------------

@@ -741,7 +741,7 @@ class SDPOTrainer(ResumableTrainer):
         """Whether nobody chose the kind of checkpointing, and the loss needs no value within a layer."""
         # Router logits are taken from within the layers, whose first forward would have no graph.
         return not (_IS_UNSLOTH or self.aux_loss_enabled) and checkpointing.may_be_reentrant(
-            self.args, self.accelerator
+            self.args, self.accelerator, self._unwrapped
         )
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -14,16 +15,23 @@ from torch.utils.checkpoint import checkpoint
 from ..step.call_cost import call_cost
 from ..step.modules import all_modules
 
+# Earlier, autocast keeps a weight's cast of a forward without a graph for one with a graph (pytorch#158232).
+_AUTOCAST_IS_FIXED = torch.__version__ >= "2.11"
 
-def may_be_reentrant(args: Any, accelerator: Any) -> bool:
-    """Whether the kind is left open, on a single process without compilation.
+
+def may_be_reentrant(args: Any, accelerator: Any, model: Any) -> bool:
+    """Whether the kind is left open, on a single process without compilation, for a model that recomputes alike.
 
     Args:
         args: of the trainer; with `gradient_checkpointing_kwargs` the user chose the kind.
         accelerator: of the run. DDP, FSDP and DeepSpeed reduce gradients in hooks of the backward pass.
+        model: that trains. Some adapters add hooks for the time of a forward, which a layer that is computed again
+            does not have; only the non-reentrant kind finds the difference.
     """
     is_open = args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None
-    return bool(is_open and not args.torch_compile and accelerator.distributed_type == DistributedType.NO)
+    is_single = not args.torch_compile and accelerator.distributed_type == DistributedType.NO
+    is_plain = all(config.peft_type == "LORA" for config in getattr(model, "peft_config", {}).values())
+    return bool(is_open and is_single and _AUTOCAST_IS_FIXED and is_plain)
 
 
 @contextmanager
@@ -35,12 +43,16 @@ def reentrant_checkpointing(model: Any) -> Iterator[None]:
     tensor that it would save. The reentrant kind runs that forward without a graph. But its backward pass reaches
     only the tensors among the positional arguments, and it computes the layer to its end, while the other kind
     stops at the last tensor that it needs. So a call stays non-reentrant if another argument may carry a gradient,
-    and from the number of tokens on that keeps a GPU busy (see `call_cost`).
+    and from the number of tokens on that keeps a GPU busy (see `call_cost`); and so does a layer with hooks in it,
+    which would see forwards without a graph, and gradients one call at a time.
     """
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
     most = call_cost(model).min_tokens * width
-    found = [vars(module) for module in all_modules(model)]
-    layers = [each for each in found if _is_default(each.get("_gradient_checkpointing_func"))]
+    layers = [
+        vars(module)
+        for module in all_modules(model)
+        if _is_default(vars(module).get("_gradient_checkpointing_func")) and not _has_hooks(module)
+    ]
     originals = [each["_gradient_checkpointing_func"] for each in layers]
     try:
         for each, original in zip(layers, originals, strict=True):
@@ -58,6 +70,21 @@ def _is_default(function: Any) -> bool:
         and function.func is checkpoint
         and not function.args
         and function.keywords == {"use_reentrant": False}
+    )
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether a user has put hooks on a module of a layer, or on a parameter of it."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(
+            parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+            for parameter in module._parameters.values()
+        )
+        for module in all_modules(layer)
     )
 
 

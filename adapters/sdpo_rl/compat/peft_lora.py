@@ -93,7 +93,8 @@ class _FusedForward:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer, bias = self.layer, self._parameters[0]["bias"]
-        weights: list[Any] = [each["weight"] for each in self._parameters]  # W, and A and B in turn
+        # W, and A and B in turn; `None` where a weight was replaced since, by a parametrization for example.
+        weights: list[Any] = [each.get("weight") for each in self._parameters]
         dtype = _compute_dtype(x, *weights)
         if (
             dtype is None
@@ -144,8 +145,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype | None:
-    """Dtype of all products; `None` if there are several, which PEFT adds in the widest."""
+def _compute_dtype(*tensors: Any) -> torch.dtype | None:
+    """Dtype of all products; `None` if there are several, which PEFT adds in the widest, or a tensor is missing."""
+    if any(tensor is None for tensor in tensors):
+        return None
     dtypes = {tensor.dtype for tensor in tensors}
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:

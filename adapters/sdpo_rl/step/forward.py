@@ -91,15 +91,17 @@ def checkpointing_disabled(model: nn.Module) -> Iterator[None]:
     # PEFT's wrappers pass this property on to the base model, which searches all modules each time that it is read.
     passed_on = "is_gradient_checkpointing"
     own = {} if hasattr(type(model), passed_on) else vars(model)
+    before = {name: own[name] for name in (passed_on,) if name in own}  # of a region around this one
     for each in checkpointed:
         each["gradient_checkpointing"] = False
     own[passed_on] = False
     try:
         yield
     finally:
-        del own[passed_on]
         for each in checkpointed:
             each["gradient_checkpointing"] = True
+        own.pop(passed_on, None)
+        own.update(before)
 
 
 # --- forwards ---------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -265,21 +266,42 @@ def grouped_heads() -> Iterator[None]:
 
     Otherwise they repeat them in every layer, because SDPA has no fast kernel for them that takes a mask.
     """
-    original = getattr(sdpa_attention, "use_gqa_in_sdpa", None)
-    if original is None or not _TAKES_GROUPS:
+    if not _TAKES_GROUPS or not hasattr(sdpa_attention, "use_gqa_in_sdpa"):
         yield
         return
-
-    def passes_groups(mask: Any, key: Tensor, *others: Any) -> Any:
-        if isinstance(mask, RowMask):
-            return _kernel_takes(key, key, key)
-        return original(mask, key, *others)
-
-    sdpa_attention.use_gqa_in_sdpa = passes_groups
+    _grouped_heads.begin()
     try:
         yield
     finally:
-        sdpa_attention.use_gqa_in_sdpa = original
+        _grouped_heads.end()
+
+
+class _GroupedHeads:
+    """In the place of transformers' `use_gqa_in_sdpa` while any region lasts: those of two threads may overlap."""
+
+    def __init__(self) -> None:
+        self._lock, self._regions = threading.Lock(), 0
+        self._original: Any = None
+
+    def begin(self) -> None:
+        with self._lock:
+            self._regions += 1
+            if self._regions == 1:
+                self._original, sdpa_attention.use_gqa_in_sdpa = sdpa_attention.use_gqa_in_sdpa, self
+
+    def end(self) -> None:
+        with self._lock:
+            self._regions -= 1
+            if self._regions == 0:
+                sdpa_attention.use_gqa_in_sdpa = self._original
+
+    def __call__(self, mask: Any, key: Tensor, *others: Any) -> Any:
+        return (
+            _kernel_takes(key, key, key) if isinstance(mask, RowMask) else self._original(mask, key, *others)
+        )
+
+
+_grouped_heads = _GroupedHeads()
 
 
 def _by_kernel(
