@@ -158,7 +158,7 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "* **A part of GRPO's loss.** Half of it raises the share of right samples on the private API from "
         "{right[α=0 (settings)]} to {right[α=0, hybrid λ=0.5]} with α=0 (two seeds), and from "
         "{right[fast teacher (cures)]} to {right[fast teacher + hybrid λ=0.5 (cures)]} with a "
-        "fast teacher, too. An evaluation shows greedy answers if it decodes greedily.\n"
+        "fast teacher, too.\n"
         "* **Small differences** in these tables mean nothing: a function is mostly answered or not as a whole, "
         "so 0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} "
         "on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
