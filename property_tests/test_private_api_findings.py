@@ -401,8 +401,10 @@ def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
     assert "both adapters of `lora` have fewer than three seeds" in row
     assert {question for question, arms_without in without.items() if arms_without} == {
         "rate",
+        "lasting",
         "lasting settings",
     }
+    assert f"{len(without['lasting'])} of the {len(arms.arms('lasting'))} of `lasting`" in row
     assert not BY_QUESTION["lasting settings"]
     assert f"{len(without['rate'])} of the {len(arms.arms('rate'))} settings of `rate`" in row
     records = [json.loads(path.read_text()) for path in figures.RECORDS.glob("*.json")]

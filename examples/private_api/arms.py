@@ -106,7 +106,21 @@ def _chosen(name: str, **changes: Any) -> Arm:
 def _default_rate(name: str, **settings: Any) -> Arm:
     """α=0 with the default rate of the teacher."""
     rate = {"teacher_update_rate": 0.05, "teacher_rate_samples": 256}
-    return Arm(f"α=0, {name}", settings={"alpha": 0.0, **rate, **settings})
+    return Arm(f"default rate + {name}", settings={"alpha": 0.0, **rate, **settings})
+
+
+# Settings that may last: a slower teacher; GRPO for the rows that succeed, with half of the loss, or later on
+# alone; a learning rate that falls.
+_LASTING: tuple[Arm, ...] = tuple(
+    replace(arm, length=5)
+    for arm in (
+        _cure("rate per 256 samples", teacher_rate_samples=256),
+        _cure("SRPO routing", routing="srpo"),
+        _default_rate("hybrid λ=0.5", grpo_weight=0.5),
+        _default_rate("hybrid λ=0.5 to 1", grpo_weight=0.5, grpo_weight_final=1.0),
+        _chosen(f"{_CHOSEN_ARMS}, decay", decay=True),
+    )
+)
 
 
 # The teacher is as fast per sample as in batches of 64.
@@ -180,19 +194,9 @@ QUESTIONS: dict[str, tuple[Arm, ...]] = {
         _chosen(_CHOSEN_ARMS, length=5),
         Arm("fast teacher", settings=_FAST_TEACHER, length=5),
         replace(_cure("hybrid λ=0.5", grpo_weight=0.5), length=5),
+        *_LASTING,
     ),
-    # Settings that may last: a slower teacher, more of GRPO, also later on alone, or a learning rate that falls.
-    "lasting settings": tuple(
-        replace(arm, length=5)
-        for arm in (
-            _chosen("chosen settings, decay", decay=True),
-            _default_rate("hybrid λ=0.5", grpo_weight=0.5),
-            replace(_default_rate("hybrid λ=0.5, decay", grpo_weight=0.5), decay=True),
-            _default_rate("hybrid λ=0.9", grpo_weight=0.9),
-            _default_rate("hybrid λ=0.5 to 1", grpo_weight=0.5, grpo_weight_final=1.0),
-            _default_rate("SRPO routing", routing="srpo"),
-        )
-    ),
+    "lasting settings": _LASTING,
     "lora": (
         Arm("all weights"),
         *(Arm(f"LoRA r=16, lr {rate:g}", lora_rank=16, learning_rate=rate) for rate in (1e-4, 3e-4)),
