@@ -8,9 +8,12 @@ import pytest
 import tiny
 from bad_input import Case, run
 from bad_trainer_input import build, train, without_generate
+from peft import PrefixTuningConfig, get_peft_model
 from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
+
+PREFIXES = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
 
 
 def regrouped(path: Path) -> None:
@@ -116,6 +119,18 @@ TRAINER = [
         lambda path: train(path, sdpo_config=tiny.config(teacher_mode="lora_ema")),
         ValueError,
         ("teacher_mode='lora_ema'", "adapters", "got none", "peft_config", "teacher_mode='ema'"),
+    ),
+    Case(
+        "prefix tuning with checkpointing",
+        lambda path: build(path, peft_config=PREFIXES, gradient_checkpointing=True),
+        ValueError,
+        ("gradient_checkpointing: expected False with PREFIX_TUNING", "got True", "or use LoRA"),
+    ),
+    Case(
+        "a model with prefixes, with checkpointing",
+        lambda path: build(path, start=get_peft_model(tiny.model(), PREFIXES), gradient_checkpointing=True),
+        ValueError,
+        ("gradient_checkpointing: expected False with PREFIX_TUNING", "gradient_checkpointing=False"),
     ),
     Case(
         "rewards as args",

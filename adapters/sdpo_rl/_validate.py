@@ -105,6 +105,17 @@ def check_not_compiled(model: Any) -> None:
         )
 
 
+def check_prefixes(args: Any, model: Any, peft_config: Any) -> None:
+    """No gradient checkpointing with adapters that are keys and values of earlier tokens, which it leaves out."""
+    configs = [*getattr(model, "peft_config", {}).values(), *([] if peft_config is None else [peft_config])]
+    kinds = [kind for kind in ("PREFIX_TUNING", "CARTRIDGE") if any(c.peft_type == kind for c in configs)]
+    if kinds and args.gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing: expected False with {kinds[0]}, whose keys and values a layer with "
+            "checkpointing does not get, got True; set GRPOConfig(gradient_checkpointing=False), or use LoRA"
+        )
+
+
 def check_dataset(dataset: Any, name: str) -> None:
     """A dataset has rows, prompts of text that the model answers, feedback that is text, no media.
 

@@ -206,6 +206,7 @@ class SDPOTrainer(ResumableTrainer):
         if self.sdpo_config.enabled:
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
             _validate.check_not_compiled(model)
+            _validate.check_prefixes(args, model, kwargs.get("peft_config"))
             check_vocabulary(k, model, args.model_init_kwargs)
         self._feedback = FeedbackCollector()
         if reward_funcs in (None, []):
