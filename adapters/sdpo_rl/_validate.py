@@ -106,7 +106,7 @@ def check_not_compiled(model: Any) -> None:
 
 
 def check_prefixes(args: Any, model: Any, peft_config: Any) -> None:
-    """No gradient checkpointing with adapters that are keys and values of earlier tokens, which it leaves out."""
+    """No gradient checkpointing with prefix tuning, whose keys and values a checkpointed layer does not get."""
     configs = [*getattr(model, "peft_config", {}).values(), *([] if peft_config is None else [peft_config])]
     kinds = [kind for kind in ("PREFIX_TUNING", "CARTRIDGE") if any(c.peft_type == kind for c in configs)]
     if kinds and args.gradient_checkpointing:

@@ -15,18 +15,18 @@ from torch.utils.checkpoint import checkpoint
 from ..step.call_cost import call_cost
 from ..step.modules import all_modules
 
-# Earlier, autocast keeps a weight's cast of a forward without a graph for one with a graph (pytorch#158232).
+# Before, autocast reuses with gradients enabled the cast of a weight that it made under no_grad (pytorch#158232).
 _AUTOCAST_IS_FIXED = torch.__version__ >= "2.11"
 
 
 def may_be_reentrant(args: Any, accelerator: Any, model: Any) -> bool:
-    """Whether the kind is left open, on a single process without compilation, for a model that recomputes alike.
+    """Whether layers may use the reentrant kind: it needs one process, no compilation and a user who chose no kind.
 
     Args:
         args: of the trainer; with `gradient_checkpointing_kwargs` the user chose the kind.
         accelerator: of the run. DDP, FSDP and DeepSpeed reduce gradients in hooks of the backward pass.
-        model: that trains. Some adapters add hooks for the time of a forward, which a layer that is computed again
-            does not have; only the non-reentrant kind finds the difference.
+        model: the one that trains. Some adapters other than LoRA add hooks for the time of the model's forward,
+            which are gone in the recomputation; only the non-reentrant kind raises an error then.
     """
     is_open = args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None
     is_single = not args.torch_compile and accelerator.distributed_type == DistributedType.NO
@@ -43,11 +43,11 @@ def reentrant_checkpointing(model: Any) -> Iterator[None]:
     tensor that it would save. The reentrant kind runs that forward without a graph. But its backward pass reaches
     only the tensors among the positional arguments, and it computes the layer to its end, while the other kind
     stops at the last tensor that it needs. So a call stays non-reentrant if another argument may carry a gradient,
-    and from the number of tokens on that keeps a GPU busy (see `call_cost`); and so does a layer with hooks in it,
-    which would see forwards without a graph, and gradients one call at a time.
+    or if it has enough tokens to keep a GPU busy (see `call_cost`). So does a layer with hooks in it, which would
+    see a forward without a graph, and the gradients of one call at a time.
     """
     width = getattr(model.config.get_text_config(), "hidden_size", 0)
-    most = call_cost(model).min_tokens * width
+    max_numel = call_cost(model).min_tokens * width
     layers = [
         vars(module)
         for module in all_modules(model)
@@ -56,7 +56,7 @@ def reentrant_checkpointing(model: Any) -> Iterator[None]:
     originals = [each["_gradient_checkpointing_func"] for each in layers]
     try:
         for each, original in zip(layers, originals, strict=True):
-            each["_gradient_checkpointing_func"] = functools.partial(_run, original, most)
+            each["_gradient_checkpointing_func"] = functools.partial(_run, original, max_numel)
         yield
     finally:
         for each, original in zip(layers, originals, strict=True):
@@ -88,8 +88,8 @@ def _has_hooks(layer: nn.Module) -> bool:
     )
 
 
-def _run(original: Callable[..., Any], most: float, call: Any, *args: Any) -> Any:
-    """What `call(*args)` returns, checkpointed; reentrant where no input has `most` numbers."""
+def _run(original: Callable[..., Any], max_numel: float, call: Any, *args: Any) -> Any:
+    """What `call(*args)` returns, checkpointed; reentrant where each input has fewer than `max_numel` elements."""
     sizes = [each.numel() for each in args if isinstance(each, Tensor) and each.requires_grad]
     others = [each for each in args if not isinstance(each, Tensor)]
     function = call
@@ -98,7 +98,7 @@ def _run(original: Callable[..., Any], most: float, call: Any, *args: Any) -> An
         others += [*call.args, *call.keywords.values()]
     # A function that is defined for the call may hold any tensor.
     is_layer = isinstance(getattr(function, "__self__", function), nn.Module)
-    if is_layer and 0 < max(sizes, default=0) < most and all(map(_has_no_gradient, others)):
+    if is_layer and 0 < max(sizes, default=0) < max_numel and all(map(_has_no_gradient, others)):
         return checkpoint(call, *args, use_reentrant=True)
     return original(call, *args)
 

@@ -73,7 +73,7 @@ def warn_of_differences(
 
 
 def learning_rates(scheduler: Any) -> list[float]:
-    """Those that a schedule multiplies, one for each parameter group; none where it has no such list."""
+    """The base learning rates of a schedule, one for each parameter group; empty if it has none."""
     return list(getattr(scheduler, "base_lrs", ()))
 
 

@@ -1,7 +1,7 @@
 """The methods of the trainer that save a run and resume it.
 
-The class derives from whatever `trl.GRPOTrainer` is when this module is first imported, with that of `SDPOTrainer`,
-so that a trainer that was patched before (`PatchFastRL`) is inherited.
+The class derives from whatever `trl.GRPOTrainer` is when `SDPOTrainer` is first imported, so that a trainer that
+was patched before (`PatchFastRL`) is inherited.
 """
 
 from __future__ import annotations

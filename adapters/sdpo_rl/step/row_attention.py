@@ -277,7 +277,7 @@ def grouped_heads() -> Iterator[None]:
 
 
 class _GroupedHeads:
-    """In the place of transformers' `use_gqa_in_sdpa` while any region lasts: those of two threads may overlap."""
+    """Replaces transformers' `use_gqa_in_sdpa` while any region lasts; regions of several threads may overlap."""
 
     def __init__(self) -> None:
         self._lock, self._regions = threading.Lock(), 0
