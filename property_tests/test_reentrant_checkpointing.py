@@ -100,7 +100,7 @@ def test_where_the_kind_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny.model()
 
     def may(distributed: DistributedType = DistributedType.NO, model: Any = plain, **changes: Any) -> bool:
-        args = {"gradient_checkpointing": True, KIND: None, "torch_compile": False, **changes}
+        args = {"gradient_checkpointing": True, KIND: None, "torch_compile": False, "n_gpu": 1, **changes}
         return checkpointing.may_be_reentrant(
             SimpleNamespace(**args), SimpleNamespace(distributed_type=distributed), model
         )
@@ -109,6 +109,8 @@ def test_where_the_kind_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not may(**{KIND: {"use_reentrant": False}})
     assert not may(gradient_checkpointing=False)
     assert not may(torch_compile=True)
+    assert not may(n_gpu=2)
+    assert may(n_gpu=0)
     for kind in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED):
         assert not may(kind)
     assert may(model=get_peft_model(tiny.model(), LORA))

@@ -13,11 +13,8 @@ GROUP = 8  # completions of a prompt
 SAMPLING = ("generate", "graph")  # by transformers; with one CUDA graph a token
 # Seeds from here on are for choosing settings, such as GRPO's learning rate; the seeds of the results are below.
 FIRST_SEED_FOR_CHOOSING = 100
-CHOOSING = (
-    "grpo learning rate",
-    "settings",
-    "lasting settings",
-)  # the questions that they answer, and no other
+# The questions that they answer, and no other.
+CHOOSING = ("grpo learning rate", "settings", "lasting settings")
 
 # The settings of every SDPO arm that says nothing else. The rate is per generation batch; the paper's .05 per 256
 # samples is .013 per 64.

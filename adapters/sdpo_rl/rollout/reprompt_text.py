@@ -1,4 +1,4 @@
-"""Whether a completion repeats words of the templates, which only its teacher reads."""
+"""Completions that repeat the wording of the reprompt templates, which only the teacher reads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from .prompts import Prompt, texts_of
 
 
 def template_phrases(templates: Templates, *, with_feedback: bool) -> frozenset[str]:
-    """The phrases of the templates: each run of three words of a line, and the lines of two words.
+    """The phrases of the templates: the word trigrams of each line, and a line of two words as a whole.
 
-    A placeholder ends a line. Words are in lower case, without punctuation, and each has spaces around it.
+    A placeholder counts as a line break. Phrases are in lower case, without punctuation, and begin and end with a
+    space, so that they match whole words only.
 
     Args:
-        templates: of the reprompts.
-        with_feedback: reprompts have feedback.
+        templates: the templates of the reprompts.
+        with_feedback: whether reprompts can have feedback.
 
     Examples:
         >>> templates = Templates("{prompt}{solution}{feedback}\\n\\nNow solve it again.")
@@ -28,9 +29,11 @@ def template_phrases(templates: Templates, *, with_feedback: bool) -> frozenset[
     used = [templates.reprompt, templates.solution]
     if with_feedback:
         used += [templates.feedback, templates.success_feedback]
-    line_breaks: defaultdict[str, str] = defaultdict(lambda: "\n")
+    placeholders: defaultdict[str, str] = defaultdict(lambda: "\n")
     lines = [
-        _spaced(line).split() for template in used for line in template.format_map(line_breaks).splitlines()
+        _normalized(line).split()
+        for template in used
+        for line in template.format_map(placeholders).splitlines()
     ]
     return frozenset(
         f" {' '.join(words[start : start + size])} "
@@ -42,15 +45,16 @@ def template_phrases(templates: Templates, *, with_feedback: bool) -> frozenset[
 
 
 def has_phrase(completion: str, prompt: Prompt, phrases: Set[str]) -> bool:
-    """Whether a completion has a phrase that its own prompt does not have.
+    """Whether a completion has a phrase that the student's prompt does not have.
 
-    A phrase counts also where the inserted demonstration or feedback has it: a peer may repeat the templates too,
-    and feedback may quote the completion.
+    A phrase counts even if the demonstration or feedback in the reprompt has it: the demonstration is another
+    completion, which may repeat the templates too, and feedback may quote the completion. Common words such as
+    "correct solution" can be there by chance.
 
     Args:
-        completion: its text.
-        prompt: the student's.
-        phrases: of `template_phrases`.
+        completion: the text of the completion.
+        prompt: the student's prompt.
+        phrases: what `template_phrases` returned.
 
     Examples:
         >>> phrases = template_phrases(Templates(), with_feedback=True)
@@ -59,14 +63,14 @@ def has_phrase(completion: str, prompt: Prompt, phrases: Set[str]) -> bool:
         >>> has_phrase("The correct solution is 2.", "What is the correct solution of 1 + 1?", phrases)
         False
     """
-    text = _spaced(completion)
+    text = _normalized(completion)
     found = [phrase for phrase in phrases if phrase in text]
-    # Most completions have none, and prompts may be long.
-    known = "\n".join(map(_spaced, texts_of(prompt))) if found else ""
+    # Most completions have no phrase, and normalizing a long prompt takes time.
+    known = "\n".join(map(_normalized, texts_of(prompt))) if found else ""
     return any(phrase not in known for phrase in found)
 
 
-def _spaced(text: str) -> str:
-    """The words of a text in lower case, with one space before, between and after them."""
+def _normalized(text: str) -> str:
+    """The words of a text in lower case, without punctuation, with one space before, between and after them."""
     words = " ".join(re.findall(r"\w+", text.lower()))
     return f" {words} "
