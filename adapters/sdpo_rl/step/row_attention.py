@@ -371,5 +371,5 @@ def _sum_of_positions(grad: Tensor, positions: Sequence[tuple[Tensor, Tensor]]) 
     """The sums [N, ...] of the gradients [M, ...] of all positions of each token; each token has at least one."""
     total = grad.new_empty(sum(len(tokens) for tokens, _ in positions), *grad.shape[1:])
     for tokens, places in positions:
-        total.index_copy_(0, tokens, grad[places].sum(1))
+        total.index_copy_(0, tokens, grad[places].sum(1, dtype=grad.dtype))
     return total
