@@ -75,7 +75,7 @@ QUESTIONS = {
     ),
     "lasting": Question("Does it last?", "Five times the samples."),
     "lasting settings": Question(
-        "Which settings last?", "Five times the samples, on a seed that no table of results has."
+        "Which settings last?", "Five times the samples, on two seeds that no table of results has."
     ),
     "lora": Question("Adapters or all weights?", "LoRA at learning rates of its own."),
 }

@@ -52,8 +52,16 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "With α=0 and batches of 64 the seeds end at {each[α=0, rate 0.01 per 64]} with the rate 0.01, and at "
         "{each[α=0, rate 0.05 per 64]} with 0.05. {right[α=0, rate 0.01 per 64]} and {right[α=0, rate 0.05 per "
         "64]} of the samples are right.",
-        "[Below](#what-helps-with-a-fast-teacher) the rate 0.05 per 256 completions is compared with 0.05 per "
-        "batch of 64, [further below](#does-it-last) the latter for five times the samples.",
+        "In batches of 256, with a quarter of the steps, the fastest teacher of the table is the best: with α=0 the "
+        "rate 0.05 ends at {each[α=0, rate 0.05 per 256]}. A teacher that never moves ends at {each[α=0, rate 0 per "
+        "256]}, and the rates 0.0025 and 0.01 end no higher, {end[α=0, rate 0.0025 per 256]} and {end[α=0, rate "
+        "0.01 per 256]}: all three lose part of a best of {best[α=0, rate 0 per 256]}, {best[α=0, rate 0.0025 per "
+        "256]} and {best[α=0, rate 0.01 per 256]}. With α=0.5 little is learned in so few steps.",
+        "Counted per completion the best rate is the same in both sizes of batch: 0.05 per 256 completions ends at "
+        "{end[α=0, rate 0.05 per 256]} here, and in batches of 64 [below](#what-helps-with-a-fast-teacher) higher "
+        "than 0.01 and 0.05 per 64. Four times that rate, 0.05 per 64 completions, collapses in batches of 64 "
+        "([further below](#does-it-last)) and learns nothing in [batches of "
+        "256](#is-a-teacher-too-fast-per-completion-or-per-update).",
     ),
     "alpha": (
         "More is learned with a smaller α: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, 0.1, 0.5 "
@@ -98,17 +106,36 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "update or the larger batch is the reason was not tested.",
     ),
     "lasting": (
+        "What lasts is a slow teacher, a share of GRPO that grows from half to all of the loss, and a learning rate "
+        "that falls to 0, chosen [on other seeds](#which-settings-last): the seeds end at {each[default rate + "
+        "hybrid λ=0.5 to 1, decay]}, their best, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the "
+        "samples are right. After 9600 completions they are at {fifth[default rate + hybrid λ=0.5 to 1, decay]} on "
+        "average. With a constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}.",
         "The fast teacher alone collapses on all three seeds: from a best of {bests[fast teacher]} to {each[fast "
         "teacher]}. The first is below 0.8 of its best for good after {first_fall[fast teacher]} completions. At "
         "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
         "`The feedback from unsuccessful attempts is incorrect because` …",
-        "With half of the loss from GRPO it lasts longer, not for good: after 24000 completions it is at "
-        "{half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
-        "it ends at {each[fast teacher + hybrid λ=0.5]}. The chosen settings, with twice the learning rate, end "
-        "at {each[SDPO, chosen settings]}.",
-        "In all nine runs set phrases come to stand beside the calls, in seven of them from the teacher's prompt, "
-        "such as `Correctly solve the original question.`, and more completions reach the length limit. The judge "
-        "accepts text beside a right call, so the reward does not speak against it.",
+        "With half of the loss from GRPO the fast teacher lasts longer, not for good: after 24000 completions it is "
+        "at {half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
+        "it ends at {each[fast teacher + hybrid λ=0.5]}. The settings that were chosen by shorter runs, with twice "
+        "the learning rate, end at {each[SDPO, chosen settings]}.",
+        "In all nine runs with the fast teacher set phrases come to stand beside the calls, in seven of them from "
+        "the teacher's prompt, such as `Correctly solve the original question.`, and more completions reach the "
+        "length limit. The judge accepts text beside a right call, so the reward does not speak against it. With "
+        "the slow teacher samples have such text, too ([in "
+        "numbers](metrics.md#text-of-the-templates)); the recorded replies, which are greedy, "
+        "have none.",
+    ),
+    "lasting settings": (
+        "Of seven settings one ends at its best on both seeds, {each[default rate + hybrid λ=0.5 to 1, decay]}: it "
+        "was chosen. With a constant learning rate these seeds end at {each[default rate + hybrid λ=0.5 to 1]}, and "
+        "with half of the loss from GRPO throughout at {each[default rate + hybrid λ=0.5]}.",
+        "Without GRPO the default rate of the teacher ends at {each[fast teacher + rate per 256 samples]}, after a "
+        "best of {bests[fast teacher + rate per 256 samples]}, and {right[fast teacher + rate per 256 samples]} of "
+        "the samples are right.",
+        "With a fast teacher neither the routing of SRPO ({each[fast teacher + SRPO routing]}) nor a learning rate "
+        "that falls ({each[SDPO, chosen settings, decay]}) nor a growing share of GRPO ({each[SDPO, chosen settings, "
+        "λ=0.5 to 1]}) lasts on both seeds.",
     ),
     "lora": (
         "On one seed, adapters end at {end[LoRA r=16, lr 0.0001]} with the learning rate 1e-4 and at {end[LoRA "
@@ -139,10 +166,12 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "* With α=0 and this fast teacher alone, the model reaches {bests[fast teacher (lasting)]} on three seeds "
         "and loses all of it within 48000 completions: it learns to recite its teacher's prompt. The log shows it "
         "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before.\n"
-        "* Half of the loss from GRPO delays the collapse. After 9600 completions the seeds are at {each[fast "
+        "* Half of the loss from GRPO delays this collapse. After 9600 completions the seeds are at {each[fast "
         "teacher + hybrid λ=0.5 (cures)]}, with {right[fast teacher + hybrid λ=0.5 (cures)]} of the samples right, "
-        "after 48000 at {each[fast teacher + hybrid λ=0.5 (lasting)]}. Of the three settings that ran for so long "
-        "none keeps its best on all seeds.\n"
+        "after 48000 at {each[fast teacher + hybrid λ=0.5 (lasting)]}.\n"
+        "* What lasts is the default rate of the teacher, a share of GRPO that grows from half to all of the loss, "
+        "and a learning rate that falls: after 48000 completions the seeds are at their best, {each[default rate + "
+        "hybrid λ=0.5 to 1, decay (lasting)]}. These settings were chosen among seven, on other seeds.\n"
         "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
         "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
@@ -158,7 +187,9 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "* **A part of GRPO's loss.** Half of it raises the share of right samples on the private API from "
         "{right[α=0 (settings)]} to {right[α=0, hybrid λ=0.5]} with α=0 (two seeds), and from "
         "{right[fast teacher (cures)]} to {right[fast teacher + hybrid λ=0.5 (cures)]} with a "
-        "fast teacher, too.\n"
+        "fast teacher, too. A share that grows from half to all of the loss, with the default rate of the teacher "
+        "and a learning rate that falls, is at {each[default rate + hybrid λ=0.5 to 1, decay (lasting)]} after "
+        "48000 completions.\n"
         "* **Small differences** in these tables mean nothing: a function is mostly answered or not as a whole, "
         "so 0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} "
         "on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
@@ -202,7 +233,10 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "half of the loss from GRPO it ends at {each[fast teacher + hybrid λ=0.5]}, and with twice the learning "
         "rate, too, at {each[SDPO, chosen settings]}. So GRPO's part delays the collapse: at the same learning "
         "rate the first seed is below 0.8 of its best for good after {first_fall[fast teacher + hybrid λ=0.5]} "
-        "completions with it, and after {first_fall[fast teacher]} without.",
+        "completions with it, and after {first_fall[fast teacher]} without.\n\n"
+        "With the default rate of the teacher and a share of GRPO that grows from half to all of the loss no seed "
+        "falls: {each[default rate + hybrid λ=0.5 to 1]}, and {each[default rate + hybrid λ=0.5 to 1, decay]} with "
+        "a learning rate that falls to 0, where each seed ends at its best.",
     ),
 }
 
@@ -212,7 +246,8 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
 
     Means over seeds: `end` is the accuracy at the end, `best` the best accuracy, `early` the accuracy after
     `early` samples, `probability` the probability of the right answer at the end, and `right` the share of right
-    samples there; `half` is the accuracy after half of the samples. Lists with one number per seed: `each` has the
+    samples there; `half` and `fifth` are the accuracy after a half and a fifth of the samples. Lists with one
+    number per seed: `each` has the
     accuracy at the end, `bests` the best accuracy, and `begins` the samples of the first evaluation at which a
     tenth of the answers is right. `first_fall` is the smallest number of samples after which a seed is below .8 of
     its best for good. It and `begins` may be "never".
@@ -226,6 +261,7 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
         "best": best,
         "early": lambda run: at(run, early, ACCURACY),
         "half": lambda run: at(run, run["points"][-1][0] // 2, ACCURACY),
+        "fifth": lambda run: at(run, run["points"][-1][0] // 5, ACCURACY),
         "probability": lambda run: float(run["points"][-1][PROBABILITY]),
         "right": lambda run: math.nan if run.get("right_samples") is None else float(run["right_samples"]),
     }
