@@ -106,8 +106,8 @@ def _default_rate(name: str, *, decay: bool = False, **settings: Any) -> Arm:
     return Arm(f"default rate + {name}", settings={"alpha": 0.0, **rate, **settings}, decay=decay)
 
 
-# Settings that may last: a slower teacher; GRPO for the rows that succeed, with half of the loss, or with a share that
-# grows to all of it; a learning rate that falls. They run on seeds for choosing.
+# Settings that may last: a slower teacher; GRPO for the rows that succeed, with half of the loss, or with a share
+# that grows to all of it; a learning rate that falls. They run on seeds for choosing.
 _MAY_LAST: tuple[Arm, ...] = tuple(
     replace(arm, length=5)
     for arm in (

@@ -52,16 +52,16 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "With α=0 and batches of 64 the seeds end at {each[α=0, rate 0.01 per 64]} with the rate 0.01, and at "
         "{each[α=0, rate 0.05 per 64]} with 0.05. {right[α=0, rate 0.01 per 64]} and {right[α=0, rate 0.05 per "
         "64]} of the samples are right.",
-        "In batches of 256, with a quarter of the steps, the fastest teacher of the table is the best: with α=0 the "
-        "rate 0.05 ends at {each[α=0, rate 0.05 per 256]}. A teacher that never moves ends at {each[α=0, rate 0 per "
-        "256]}, and the rates 0.0025 and 0.01 end no higher, {end[α=0, rate 0.0025 per 256]} and {end[α=0, rate "
-        "0.01 per 256]}: all three lose part of a best of {best[α=0, rate 0 per 256]}, {best[α=0, rate 0.0025 per "
-        "256]} and {best[α=0, rate 0.01 per 256]}. With α=0.5 little is learned in so few steps.",
-        "Counted per completion the best rate is the same in both sizes of batch: 0.05 per 256 completions ends at "
-        "{end[α=0, rate 0.05 per 256]} here, and in batches of 64 [below](#what-helps-with-a-fast-teacher) higher "
-        "than 0.01 and 0.05 per 64. Four times that rate, 0.05 per 64 completions, collapses in batches of 64 "
-        "([further below](#does-it-last)) and learns nothing in [batches of "
-        "256](#is-a-teacher-too-fast-per-completion-or-per-update).",
+        "In batches of 256, with a quarter of the steps, the fastest of these rates is the best: with α=0 it "
+        "ends at {each[α=0, rate 0.05 per 256]}. A teacher that never moves ends at {each[α=0, rate 0 per 256]}, "
+        "and the rates 0.0025 and 0.01 end at {end[α=0, rate 0.0025 per 256]} and {end[α=0, rate 0.01 per 256]}: "
+        "all three lose part of a best of {best[α=0, rate 0 per 256]}, {best[α=0, rate 0.0025 per 256]} and "
+        "{best[α=0, rate 0.01 per 256]}. With α=0.5 little is learned in so few steps.",
+        "Counted per completion the best rate on record is the same in both sizes of batch: 0.05 per 256 "
+        "completions ends at {end[α=0, rate 0.05 per 256]} here, and in batches of 64 "
+        "[below](#what-helps-with-a-fast-teacher) higher than 0.01 and 0.05 per 64. Four times that rate, 0.05 "
+        "per 64 completions, collapses in batches of 64 ([further below](#does-it-last)) and learns nothing in "
+        "[batches of 256](#is-a-teacher-too-fast-per-completion-or-per-update).",
     ),
     "alpha": (
         "More is learned with a smaller α: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, 0.1, 0.5 "
@@ -106,36 +106,36 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "update or the larger batch is the reason was not tested.",
     ),
     "lasting": (
-        "What lasts is a slow teacher, a share of GRPO that grows from half to all of the loss, and a learning rate "
-        "that falls to 0, chosen [on other seeds](#which-settings-last): the seeds end at {each[default rate + "
-        "hybrid λ=0.5 to 1, decay]}, their best, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the "
-        "samples are right. After 9600 completions they are at {fifth[default rate + hybrid λ=0.5 to 1, decay]} on "
-        "average. With a constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}.",
+        "What lasts is a slow teacher, a share of GRPO that grows from half to all of the loss, and a learning "
+        "rate that falls to 0, chosen [on other seeds](#which-settings-last): the seeds end at {each[default rate "
+        "+ hybrid λ=0.5 to 1, decay]}, their best, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the "
+        "samples are right. After 9600 completions they are at {fifth[default rate + hybrid λ=0.5 to 1, decay]} "
+        "on average. With a constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}.",
         "The fast teacher alone collapses on all three seeds: from a best of {bests[fast teacher]} to {each[fast "
         "teacher]}. The first is below 0.8 of its best for good after {first_fall[fast teacher]} completions. At "
         "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
         "`The feedback from unsuccessful attempts is incorrect because` …",
-        "With half of the loss from GRPO the fast teacher lasts longer, not for good: after 24000 completions it is "
-        "at {half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
-        "it ends at {each[fast teacher + hybrid λ=0.5]}. The settings that were chosen by shorter runs, with twice "
-        "the learning rate, end at {each[SDPO, chosen settings]}.",
+        "With half of the loss from GRPO the fast teacher lasts longer, not for good: after 24000 completions it "
+        "is at {half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
+        "it ends at {each[fast teacher + hybrid λ=0.5]}. The settings that were chosen by shorter runs, with "
+        "twice the learning rate, end at {each[SDPO, chosen settings]}.",
         "In all nine runs with the fast teacher set phrases come to stand beside the calls, in seven of them from "
         "the teacher's prompt, such as `Correctly solve the original question.`, and more completions reach the "
         "length limit. The judge accepts text beside a right call, so the reward does not speak against it. With "
-        "the slow teacher samples have such text, too ([in "
-        "numbers](metrics.md#text-of-the-templates)); the recorded replies, which are greedy, "
-        "have none.",
+        "the slow teacher samples have such text, too ([in numbers](metrics.md#text-of-the-templates)). Their "
+        "recorded replies, which are greedy, have none; those of one seed for choosing begin with `Correct "
+        "solution:`.",
     ),
     "lasting settings": (
-        "Of seven settings one ends at its best on both seeds, {each[default rate + hybrid λ=0.5 to 1, decay]}: it "
-        "was chosen. With a constant learning rate these seeds end at {each[default rate + hybrid λ=0.5 to 1]}, and "
-        "with half of the loss from GRPO throughout at {each[default rate + hybrid λ=0.5]}.",
+        "Of seven settings one ends at its best on both seeds, {each[default rate + hybrid λ=0.5 to 1, decay]}: "
+        "it was chosen. With a constant learning rate these seeds end at {each[default rate + hybrid λ=0.5 to "
+        "1]}, and with half of the loss from GRPO throughout at {each[default rate + hybrid λ=0.5]}.",
         "Without GRPO the default rate of the teacher ends at {each[fast teacher + rate per 256 samples]}, after a "
         "best of {bests[fast teacher + rate per 256 samples]}, and {right[fast teacher + rate per 256 samples]} of "
         "the samples are right.",
-        "With a fast teacher neither the routing of SRPO ({each[fast teacher + SRPO routing]}) nor a learning rate "
-        "that falls ({each[SDPO, chosen settings, decay]}) nor a growing share of GRPO ({each[SDPO, chosen settings, "
-        "λ=0.5 to 1]}) lasts on both seeds.",
+        "With a fast teacher neither the routing of SRPO ({each[fast teacher + SRPO routing]}) nor a learning "
+        "rate that falls ({each[SDPO, chosen settings, decay]}) nor a growing share of GRPO ({each[SDPO, chosen "
+        "settings, λ=0.5 to 1]}) lasts on both seeds.",
     ),
     "lora": (
         "On one seed, adapters end at {end[LoRA r=16, lr 0.0001]} with the learning rate 1e-4 and at {end[LoRA "
