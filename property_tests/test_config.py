@@ -60,6 +60,13 @@ PRESETS = {
     },
     "rich_feedback": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01},
     "test_time": {"alpha": 1.0, "k": 20, "teacher_update_rate": 0.01, "teacher_rate_samples": 16},
+    "long_run": {
+        "alpha": 0.0,
+        "k": 100,
+        "teacher_update_rate": 0.05,
+        "grpo_weight": 0.5,
+        "grpo_weight_final": 1.0,
+    },
     "opsd": {
         "alpha": 0.0,
         "support": "full",
@@ -106,6 +113,13 @@ TRAINING = {
     "generalization": {**COMMON, "learning_rate": 1e-5, "warmup_steps": 10, "num_generations": 8},
     "rich_feedback": {**COMMON, "learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 8},
     "test_time": {**COMMON, "learning_rate": 1e-6, "warmup_steps": 0, "num_generations": 16},
+    "long_run": {
+        **COMMON,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 5,
+        "num_generations": 8,
+    },
     "opsd": {**SHORT, **SAMPLING, "learning_rate": 5e-6, "max_grad_norm": 0.1},
     "sdft": {
         **SHORT,

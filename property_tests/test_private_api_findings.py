@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from itertools import combinations, pairwise
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,9 +27,11 @@ import house_style
 import margins
 import replay
 import tables
+import train
+from tasks import TASKS
 
 from sdpo import Templates, rate_per_tick
-from sdpo_rl import SDPOConfig
+from sdpo_rl import SDPOConfig, training_arguments
 from sdpo_rl.diagnose import monitors
 from sdpo_rl.rollout.reprompt_text import has_phrase, template_phrases
 
@@ -193,6 +196,13 @@ def test_what_the_pages_begin_with_is_in_the_records() -> None:
     }
     assert best[256] == rates["α=0, rate 0.05 per 256"]
     assert best[64] < end(CURES, "fast teacher + rate per 256 samples")
+    frozen, slow, slower, default = (
+        f"{rates[f'α=0, rate {rate} per 256']:.2f}" for rate in (0, 0.0025, 0.01, 0.05)
+    )
+    assert slow == slower
+    assert f"ends at {frozen} and the rates .0025 and .01 at {slow}, .05 at {default}." in page(
+        "docs/teacher.md"
+    )
     # With a fast teacher nothing lasts: the best of some seed is well above its end.
     assert all(run["points"][-1][0] == 48000 for runs in LASTING.values() for run in runs)
     for runs in FAST.values():
@@ -223,6 +233,18 @@ def test_the_chosen_settings_are_as_the_pages_name_them() -> None:
     assert settings == {"alpha": 0.0, "grpo_weight": 0.5, "teacher_update_rate": 0.05}
     assert (run["learning_rate"], run["samples_per_step"]) == (2e-5, 64)
     assert all(end(SETTINGS, arm) == 1 for arm in (arms.CHOSEN, arms.CHOSEN.removesuffix(", lr 2e-05")))
+
+
+def test_the_preset_for_long_runs_is_that_of_the_records() -> None:
+    run = LASTING[arms.LASTING[0]][0]
+    config = SDPOConfig.preset("long_run")
+    assert {name: getattr(config, name) for name in run["settings"]} == run["settings"]
+    arm = next(arm for arm in arms.arms("lasting") if arm.name == arms.LASTING[0])
+    with TemporaryDirectory() as folder:
+        made = train.grpo_config(TASKS["kit"], arm, seed=0, steps=1, folder=folder)
+    preset = training_arguments("long_run")
+    assert {name: getattr(made, name) for name in preset} == preset
+    assert run["learning_rate"] == preset["learning_rate"]
 
 
 def test_what_is_said_of_a_fast_teacher() -> None:

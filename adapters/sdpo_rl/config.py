@@ -405,11 +405,15 @@ class SDPOConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> SDPOConfig:
-        """The settings of one of the paper's experiments, or of another paper, with `overrides` on top.
+        """The settings of one of the paper's experiments, another paper or recorded runs, with `overrides` on top.
 
         `generalization` (paper §3): α=.5, K=100, rate .05, no feedback. `rich_feedback` (§4): α=1, K=20,
         rate .01. `test_time` (§5): as `rich_feedback`. `training_arguments(name)` gives the matching part
         of `GRPOConfig`.
+
+        `long_run` (docs/results.md, "Does it last?"): α=0, K=100, rate .05, and a share of GRPO that grows from .5
+        to 1, for a learning rate that falls to 0. Of the settings in long recorded runs of a pretrained model these
+        alone end at the best of every seed. They need rewards.
 
         `opsd` and `sdft` introduce the feedback, from a column of the dataset, as a reference solution, and take
         KL(teacher‖student) over the vocabulary. `opsd` (arXiv 2601.18734 v3, figure 2, §3.2, §4.1, §4.3.1): a
@@ -417,7 +421,7 @@ class SDPOConfig:
         .01 per 32 completions as in its code.
 
         Args:
-            name: `generalization`, `rich_feedback`, `test_time`, `opsd` or `sdft`.
+            name: `generalization`, `rich_feedback`, `test_time`, `long_run`, `opsd` or `sdft`.
             **overrides: arguments of the constructor, in place of the preset's.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The settings of the experiments of SDPO's paper, and of two papers whose teacher reads a reference solution."""
+"""The settings of SDPO's paper, of two papers whose teacher reads a reference solution, and of recorded runs."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ _SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rich_feedback": (_RICH, {**_RICH_ARGUMENTS, "num_generations": 8}),
     # Its batches have 16 completions, those of the other two 256.
     "test_time": ({**_RICH, "teacher_rate_samples": 16}, {**_RICH_ARGUMENTS, "num_generations": 16}),
+    "long_run": (
+        {
+            "alpha": 0.0,
+            "k": 100,
+            "teacher_update_rate": 0.05,
+            "grpo_weight": 0.5,
+            "grpo_weight_final": 1.0,
+        },
+        {
+            **_COMMON,
+            "learning_rate": 1e-5,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 5,
+            "num_generations": 8,
+        },
+    ),
     "opsd": (
         {
             **_REFERENCE,
@@ -102,11 +118,14 @@ def training_arguments(preset: str) -> dict[str, Any]:
     prompt), `test_time` 1 × 16. The teacher's rate is for so many completions (`teacher_rate_samples`), which makes
     its pace that of the paper in other batches too.
 
+    `long_run` has the arguments of its recorded runs, which train all weights in batches of 64 completions; the
+    learning rate falls to 0.
+
     `opsd` is for LoRA of rank 64, `sdft` for all weights. Both papers sample 32 prompts × 1 completion; here it is
     two of a prompt, the fewest that `GRPOConfig` takes.
 
     Args:
-        preset: `generalization`, `rich_feedback`, `test_time`, `opsd` or `sdft`.
+        preset: `generalization`, `rich_feedback`, `test_time`, `long_run`, `opsd` or `sdft`.
 
     Returns:
         Arguments of `GRPOConfig` by name.
@@ -114,8 +133,9 @@ def training_arguments(preset: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown preset.
 
-    Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix. OPSD, arXiv 2601.18734 v3: length in section 4.2, the
-    rest in its code (`scripts/run_opsd_4b.sh`). SDFT, arXiv 2601.19897 v2: its code (`README.md`, `main.py`).
+    Source: arXiv 2601.20802 v2, sections 3 to 5 and appendix. `long_run`: docs/results.md, "Does it last?". OPSD,
+    arXiv 2601.18734 v3: length in section 4.2, the rest in its code (`scripts/run_opsd_4b.sh`). SDFT, arXiv
+    2601.19897 v2: its code (`README.md`, `main.py`).
 
     Examples:
         >>> training_arguments("generalization")["learning_rate"]

@@ -51,14 +51,16 @@ class Question(NamedTuple):
     length: int = 1  # samples of its runs, as a multiple of SAMPLES
 
 
-def _sdpo(name: str, prompts: int = demo.PROMPTS, **changes: Any) -> demo.Arm:
-    return demo.Arm(name, DEMO.learning_rate, changes=changes, prompts=prompts)
+def _sdpo(name: str, prompts: int = demo.PROMPTS, *, decay: bool = False, **changes: Any) -> demo.Arm:
+    return demo.Arm(name, DEMO.learning_rate, changes=changes, prompts=prompts, decay=decay)
 
 
 def _collapsing(cure: str, **changes: Any) -> demo.Arm:
     return _sdpo(f"collapsing + {cure}", **{"alpha": 0.0, **changes})
 
 
+# What lasts on the private API, beside α=0 and a learning rate that falls.
+_GROWING: dict[str, Any] = {"teacher_rate_samples": 256, "grpo_weight": 0.5, "grpo_weight_final": 1.0}
 _SRPO: dict[str, Any] = {
     "routing": "srpo",
     "loss_aggregation": "batch-token-mean",
@@ -116,6 +118,11 @@ QUESTIONS: dict[str, Question] = {
             _sdpo("SDPO, rate per 256 samples", teacher_rate_samples=256),
             _sdpo("SDPO, hybrid λ=0.5", grpo_weight=0.5),
             _sdpo("SDPO, hybrid λ=0.5, rate per 256 samples", grpo_weight=0.5, teacher_rate_samples=256),
+            _sdpo("SDPO, rate per 256 samples, decay", teacher_rate_samples=256, decay=True),
+            _sdpo("SDPO, hybrid λ=0.5 to 1, rate per 256 samples", **_GROWING),
+            _sdpo("SDPO, hybrid λ=0.5 to 1, rate per 256 samples, decay", **_GROWING, decay=True),
+            _collapsing("rate per 256 samples, decay", teacher_rate_samples=256, decay=True),
+            _collapsing("hybrid λ=0.5 to 1, rate per 256 samples, decay", **_GROWING, decay=True),
             _sdpo("SDPO, frozen teacher", teacher_mode="frozen"),
             _sdpo("SDPO, trust region", teacher_mode="trust_region"),
             _collapsing("SRPO", **_SRPO),
@@ -144,7 +151,7 @@ def recorded_as(question: str, arm: demo.Arm) -> tuple[str, demo.Arm]:
 def _identity(arm: demo.Arm) -> tuple[Any, ...]:
     """What makes two arms the same run, whatever they are called."""
     settings = {} if arm.name == SUPERVISED else {**demo.SETTINGS, **arm.changes}
-    return arm.name == SUPERVISED, arm.learning_rate, arm.reward, arm.prompts, settings
+    return arm.name == SUPERVISED, arm.learning_rate, arm.decay, arm.reward, arm.prompts, settings
 
 
 def record_path(folder: Path, question: str, arm: demo.Arm, seed: int) -> Path:
@@ -207,6 +214,7 @@ def described(question: str, arm: demo.Arm, seed: int) -> dict[str, Any]:
         "learning_rate": arm.learning_rate,
         "samples_per_step": arm.samples,
         "settings": {**demo.SETTINGS, **arm.changes} if enabled else {},
+        **({"decay": True} if arm.decay else {}),
     }
 
 

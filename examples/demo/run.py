@@ -91,6 +91,7 @@ class Arm:
     reward: Callable[..., list[Verdict]] = interpreter
     changes: dict[str, Any] = field(default_factory=dict)
     prompts: int = PROMPTS  # of a step
+    decay: bool = False  # the learning rate falls linearly to 0; otherwise it is constant
 
     @property
     def samples(self) -> int:
@@ -134,7 +135,7 @@ def grpo_config(arm: Arm, seed: int, steps: int, folder: str) -> trl.GRPOConfig:
         max_completion_length=20,
         temperature=1.0,
         learning_rate=arm.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear" if arm.decay else "constant",
         weight_decay=0.01,
         max_grad_norm=1.0,
         seed=seed,

@@ -67,7 +67,10 @@ class RunArguments:
     )
     preset: str | None = field(
         default=None,
-        metadata={"help": "Settings of a paper: generalization, rich_feedback, test_time, opsd or sdft."},
+        metadata={
+            "help": "Settings of a paper (generalization, rich_feedback, test_time, opsd, sdft), or of recorded "
+            "long runs (long_run)."
+        },
     )
     unsloth: bool = field(
         default=False, metadata={"help": "Load the model with Unsloth, and train with its patched TRL."}
