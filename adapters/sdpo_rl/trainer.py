@@ -220,7 +220,11 @@ class SDPOTrainer(ResumableTrainer):
         self._step_stack: ExitStack | None = None
         super().__init__(model=model, args=args, **kwargs)
         without_rewards.remove_placeholder(self)
-        self._turns = GenerationTurns(self.accelerator.device)
+        self._turns = GenerationTurns(
+            self.accelerator.device,
+            context_length=step_forward.context_length(self._unwrapped),
+            max_completion_length=args.max_completion_length,
+        )
         if self.sdpo_config.enabled:
             self._set_state(datasets)
             self._join_trainer()

@@ -101,7 +101,13 @@ def expectations() -> Iterator[Check]:
         return
     from ..compat.upgrade_check import check_installation
 
-    findings, skipped = check_installation()
+    try:
+        findings, skipped = check_installation()
+    except (ImportError, RuntimeError) as error:
+        # TRL imports packages that are installed beside it, also where a run does not use them.
+        text = f"trl {version('trl')} has no GRPOTrainer here: {error.__cause__ or error}"
+        yield Check(PROBLEM, text, "install the release that another problem names, or remove the package")
+        return
     problems = [finding for finding in findings if finding.problem]
     for finding in problems:
         yield Check(

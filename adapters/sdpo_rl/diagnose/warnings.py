@@ -325,7 +325,8 @@ class Diagnostics:
                 found = "Some prompts of teacher_prompt_func are too long"
             self._warn_once(
                 "dropped",
-                f"{found}; these rows have no loss. Raise max_reprompt_length or lower max_completion_length.",
+                f"{found}; these rows have no loss. Raise max_reprompt_length, or lower max_completion_length "
+                "where the model's context is the limit.",
             )
         self._lengths.append(sum(completion_lengths) / max(len(completion_lengths), 1))
         if len(self._lengths) > _BASELINE_BATCHES:
