@@ -235,6 +235,17 @@ def test_the_chosen_settings_are_as_the_pages_name_them() -> None:
     assert all(end(SETTINGS, arm) == 1 for arm in (arms.CHOSEN, arms.CHOSEN.removesuffix(", lr 2e-05")))
 
 
+def test_one_setting_ends_at_its_best_on_both_seeds_for_choosing() -> None:
+    kept = {
+        arm: min(run["points"][-1][curves.ACCURACY] / curves.best(run) for run in runs)
+        for arm, runs in BY_QUESTION["lasting settings"].items()
+    }
+    assert [arm for arm, share in kept.items() if share == 1] == [arms.LASTING[0]]
+    assert set(arms.LASTING) == set(sorted(kept, key=lambda arm: -kept[arm])[:2])
+    fast = ("fast teacher + SRPO routing", f"{CHOSEN}, decay", f"{CHOSEN}, λ=0.5 to 1")
+    assert max(kept[arm] for arm in fast) < 0.9
+
+
 def test_the_preset_for_long_runs_is_that_of_the_records() -> None:
     run = LASTING[arms.LASTING[0]][0]
     config = SDPOConfig.preset("long_run")
