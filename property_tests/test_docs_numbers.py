@@ -93,7 +93,7 @@ def test_every_warning_of_the_page_is_one_of_the_trainer() -> None:
         parts = [part.strip() for part in text.replace("`", "").split("…") if part.strip()]
         return any(all(part in message for part in parts) for message in known)
 
-    assert len(quoted) == 14
+    assert len(quoted) == 15
     assert [text for text in quoted if not is_message(text)] == []
     assert not is_message("The run is doing fine")
 

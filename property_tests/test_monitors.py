@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from sdpo_rl.diagnose import monitors
 from sdpo_rl.diagnose.monitors import Monitors
 from sdpo_rl.diagnose.probe import verdict
 from sdpo_rl.diagnose.probe.result import Signal
-from sdpo_rl.diagnose.warnings import Diagnostics, fast_teacher, warn_of_fast_teacher
+from sdpo_rl.diagnose.warnings import Diagnostics, fast_teacher, warn_of_best_loss, warn_of_fast_teacher
 from sdpo_rl.rollout.answers import answer_in_feedback
 
 LIMIT, REWARD = "completions/clipped_ratio", "reward"
@@ -507,6 +508,37 @@ def test_no_published_setting_is_called_fast(
     assert config.teacher_rate_samples == samples
     for one in (config, dataclasses.replace(config, teacher_rate_samples=None)):
         warn_of_fast_teacher(one, samples_per_tick=samples)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("metric", [None, "loss", "eval_reward"])
+def test_the_best_checkpoint_is_that_of_the_highest_reward_or_has_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, metric: str | None
+) -> None:
+    """The reward rises from one evaluation to the next, whatever the loss does."""
+    evaluations: list[float] = []
+
+    def rising(completions: list[Any], **_: Any) -> list[float]:
+        evaluations.append(len(evaluations) / 100)
+        return [evaluations[-1] + 0.001 * (row % 2) for row in range(len(completions))]
+
+    trainer = tiny.trainer(
+        tmp_path, reward_funcs=rising, eval_dataset=tiny.conversations(2), max_steps=4,
+        eval_strategy="steps", eval_steps=2, num_generations_eval=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model=metric,
+    )  # fmt: skip
+    said = any("load_best_model_at_end=True keeps" in message for message in caplog.messages)
+    assert said == (metric != "eval_reward")
+    trainer.train()
+    if metric == "eval_reward":
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+        rewards = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
+        assert trainer.state.best_metric == max(rewards)
+
+
+def test_without_rewards_the_lowest_loss_is_the_best(caplog: pytest.LogCaptureFixture) -> None:
+    args = SimpleNamespace(load_best_model_at_end=True, metric_for_best_model="loss")
+    warn_of_best_loss(args, has_rewards=False)
     assert caplog.messages == []
 
 

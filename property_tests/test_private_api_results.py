@@ -344,7 +344,7 @@ def test_nearly_only_runs_with_a_fast_teacher_have_the_warning_of_cut_completion
         assert f"| {row} | {' | '.join(map(str, cells))} |" in text
     assert len([run for run in RECORDED if run["samples"] == 48000 and fast_teacher(run)]) == 15 + len(large)
     learned = [run for run in cut if tables.outcome(run) == "learned"]
-    assert f"of those that learned {len(learned)} had it, too" in text
+    assert f"but {len(learned)} of the {len(cut)} runs that had it kept what they learned" in text
     style = [
         run for run in tables.every_step(EVERY) if run["task"] == "house_style" and run["method"] == "sdpo"
     ]

@@ -139,7 +139,8 @@ def readme_private_api() -> Iterator[str]:
     reached = ends(f"house_style-learns-{chosen}")
     (alone,) = {*ends("house_style-learns-GRPO"), *ends("house_style-learns-SDPO")}
     yield (
-        f"the chosen settings end at {listed(reached)} on functions that training never asks for, GRPO and "
+        f"the chosen settings end at {listed(reached)}, after a best of 1.00 each, on functions that training "
+        "never asks for, GRPO and "
         f"α=0.5 at {alone:.2f}"
     )
 

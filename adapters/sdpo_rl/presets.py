@@ -115,8 +115,8 @@ def training_arguments(preset: str) -> dict[str, Any]:
     Of `generalization`, `rich_feedback` and `test_time`: learning rate, warm-up, optimizer, clipping and sampling
     as the appendix of SDPO's paper prints them. Batch sizes depend on the machine and stay with the caller:
     `generalization` and `rich_feedback` use 32 prompts × 8 completions (`rich_feedback` with mini-batches of one
-    prompt), `test_time` 1 × 16. The teacher's rate is for so many completions (`teacher_rate_samples`), which makes
-    its pace that of the paper in other batches too.
+    prompt), `test_time` 1 × 16. The teacher's rate is per `teacher_rate_samples` completions, so that it is the
+    paper's in batches of another size, too.
 
     `long_run` has the arguments of its recorded runs, which train all weights in batches of 64 completions; the
     learning rate falls to 0.

@@ -34,6 +34,7 @@ from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.preview import Preview, preview
 from .diagnose.warnings import (
     Diagnostics,
+    warn_of_best_loss,
     warn_of_fast_teacher,
     warn_of_grpo_options,
     warn_of_padding,
@@ -296,6 +297,7 @@ class SDPOTrainer(ResumableTrainer):
         warn_if_slow(self)
         if self._policy_term is None:
             warn_of_grpo_options(self.args)
+        warn_of_best_loss(self.args, has_rewards=bool(self.reward_funcs))
         samples_per_tick = self._schedule.samples_per_tick(self.sdpo_config.teacher_tick)
         warn_of_fast_teacher(self.sdpo_config, samples_per_tick=samples_per_tick)
 

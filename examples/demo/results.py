@@ -115,16 +115,22 @@ SECTIONS = {
     ),
     "lasting": Section(
         "Embedded: five times the samples",
-        "SDPO and GRPO as above, SDPO with a change, and the setting that collapses with SRPO. The teacher's "
-        "rate is 0.05 per batch of 64 unless the row says otherwise.",
+        "SDPO and GRPO as above, SDPO with changes, and the setting that collapses (α=0) with changes. The "
+        "teacher's rate is 0.05 per batch of 64 and the learning rate constant unless the row says otherwise.",
         (
             "SDPO reaches {best[SDPO]} and stays above 0.9 for more than half of the run. The seeds end at "
             "{each[SDPO]}: one loses most of what it learned.",
-            "A slower teacher does not prevent it. With the default rate, 0.05 per 256 completions, the seeds end "
-            "at {each[SDPO, rate per 256 samples]}, and with a frozen teacher at {each[SDPO, frozen teacher]}.",
-            "Half of the loss from GRPO does: {each[SDPO, hybrid λ=0.5]}, and {each[SDPO, hybrid λ=0.5, rate per "
-            "256 samples]} with the default rate, where no evaluation after the first fifth is below 0.9. With the "
-            "trust region the seeds end at {each[SDPO, trust region]}.",
+            "The default rate, 0.05 per 256 completions, does not prevent it: {each[SDPO, rate per 256 samples]}. "
+            "With a frozen teacher no seed falls: {each[SDPO, frozen teacher]}.",
+            "With the default rate, a share of GRPO that grows from half to all of the loss (λ=0.5 to 1) and a "
+            "learning rate that falls to 0, every seed answers everything at the end: {each[SDPO, hybrid λ=0.5 to "
+            "1, rate per 256 samples, decay]} with α=0.5, and {each[collapsing + hybrid λ=0.5 to 1, rate per 256 "
+            "samples, decay]} with α=0. With a constant learning rate α=0.5 ends at {each[SDPO, hybrid λ=0.5 to 1, "
+            "rate per 256 samples]}. Without GRPO it ends at {each[SDPO, rate per 256 samples, decay]}, and α=0 at "
+            "{each[collapsing + rate per 256 samples, decay]}.",
+            "Half of the loss from GRPO throughout also keeps what was learned: {each[SDPO, hybrid λ=0.5]}, and "
+            "{each[SDPO, hybrid λ=0.5, rate per 256 samples]} with the default rate, where no evaluation after "
+            "the first fifth is below 0.9. With the trust region the seeds end at {each[SDPO, trust region]}.",
             "SRPO with α=0 only delays the collapse: it reaches {best[collapsing + SRPO]} and ends at "
             "{end[collapsing + SRPO]}.",
             "GRPO learns more slowly and ends at {end[GRPO]}.",
@@ -138,7 +144,9 @@ SENTENCES = {
         "* On the embedded task SDPO learns faster than GRPO and reaches {best[SDPO]}. In runs five times as "
         "long one of three seeds loses most of what it learned: the mean ends at {end[SDPO]}, that of GRPO "
         "at {end[GRPO]}. With half of the loss from GRPO and the default rate of the teacher no seed does: "
-        "{each[SDPO, hybrid λ=0.5, rate per 256 samples]}.",
+        "{each[SDPO, hybrid λ=0.5, rate per 256 samples]}. With the settings that last on the private API α=0.5 "
+        "ends at {each[SDPO, hybrid λ=0.5 to 1, rate per 256 samples, decay]}, and α=0, which collapses alone, at "
+        "{each[collapsing + hybrid λ=0.5 to 1, rate per 256 samples, decay]}.",
     ),
     "choosing rate": (
         "rate",
@@ -160,9 +168,12 @@ SENTENCES = {
     ),
     "choosing lasting": (
         "lasting",
-        "In runs five times as long on the embedded task, SDPO with α=0.5 ends at {each[SDPO]} with the rate 0.05 "
-        "per batch of 64, at {each[SDPO, rate per 256 samples]} with the default rate, and at {each[SDPO, hybrid "
-        "λ=0.5, rate per 256 samples]} with the default rate and half of the loss from GRPO.",
+        "In runs five times as long on the embedded task, SDPO with α=0.5 ends at {each[SDPO]} with the rate "
+        "0.05 per batch of 64, at {each[SDPO, rate per 256 samples]} with the default rate, and at {each[SDPO, "
+        "hybrid λ=0.5, rate per 256 samples]} with the default rate and half of the loss from GRPO. With a share "
+        "of GRPO that grows to all of the loss, and a learning rate that falls to 0, α=0.5 ends at {each[SDPO, "
+        "hybrid λ=0.5 to 1, rate per 256 samples, decay]}, and α=0 at {each[collapsing + hybrid λ=0.5 to 1, rate "
+        "per 256 samples, decay]}.",
     ),
     "choosing cures": (
         "cures",

@@ -57,11 +57,10 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "and the rates 0.0025 and 0.01 end at {end[α=0, rate 0.0025 per 256]} and {end[α=0, rate 0.01 per 256]}: "
         "all three lose part of a best of {best[α=0, rate 0 per 256]}, {best[α=0, rate 0.0025 per 256]} and "
         "{best[α=0, rate 0.01 per 256]}. With α=0.5 little is learned in so few steps.",
-        "Counted per completion the best rate on record is the same in both sizes of batch: 0.05 per 256 "
-        "completions ends at {end[α=0, rate 0.05 per 256]} here, and in batches of 64 "
-        "[below](#what-helps-with-a-fast-teacher) higher than 0.01 and 0.05 per 64. Four times that rate, 0.05 "
-        "per 64 completions, collapses in batches of 64 ([further below](#does-it-last)) and learns nothing in "
-        "[batches of 256](#is-a-teacher-too-fast-per-completion-or-per-update).",
+        "So the rate belongs to completions: 0.05 per 256 of them is the best in both sizes of batch, in batches "
+        "of 64 [below](#what-helps-with-a-fast-teacher), where 0.01 per batch is nearly the same rate. Four times "
+        "that rate, 0.05 per 64 completions, collapses in batches of 64 ([further below](#does-it-last)) and "
+        "learns nothing in [batches of 256](#is-a-teacher-too-fast-per-completion-or-per-update).",
     ),
     "alpha": (
         "More is learned with a smaller α: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, 0.1, 0.5 "
@@ -106,36 +105,37 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "update or the larger batch is the reason was not tested.",
     ),
     "lasting": (
-        "What lasts is a slow teacher, a share of GRPO that grows from half to all of the loss, and a learning "
-        "rate that falls to 0, chosen [on other seeds](#which-settings-last): the seeds end at {each[default rate "
-        "+ hybrid λ=0.5 to 1, decay]}, their best, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the "
-        "samples are right. After 9600 completions they are at {fifth[default rate + hybrid λ=0.5 to 1, decay]} "
-        "on average. With a constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}.",
+        "With the default rate of the teacher and a share of GRPO that grows linearly from half to all of the "
+        "loss (λ=0.5 to 1) no seed falls. With a learning rate that falls to 0, the setting that was chosen [on "
+        "other seeds](#which-settings-last), they end at {each[default rate + hybrid λ=0.5 to 1, decay]}, the "
+        "highest accuracy of each, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the samples are right; "
+        "after 9600 completions they are at {fifth[default rate + hybrid λ=0.5 to 1, decay]} on average. With a "
+        "constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}.",
         "The fast teacher alone collapses on all three seeds: from a best of {bests[fast teacher]} to {each[fast "
-        "teacher]}. The first is below 0.8 of its best for good after {first_fall[fast teacher]} completions. At "
+        "teacher]}. The earliest fall below 0.8 of the best is after {first_fall[fast teacher]} completions. At "
         "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
         "`The feedback from unsuccessful attempts is incorrect because` …",
         "With half of the loss from GRPO the fast teacher lasts longer, not for good: after 24000 completions it "
         "is at {half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
         "it ends at {each[fast teacher + hybrid λ=0.5]}. The settings that were chosen by shorter runs, with "
         "twice the learning rate, end at {each[SDPO, chosen settings]}.",
-        "In all nine runs with the fast teacher set phrases come to stand beside the calls, in seven of them from "
-        "the teacher's prompt, such as `Correctly solve the original question.`, and more completions reach the "
-        "length limit. The judge accepts text beside a right call, so the reward does not speak against it. With "
-        "the slow teacher samples have such text, too ([in numbers](metrics.md#text-of-the-templates)). Their "
-        "recorded replies, which are greedy, have none; those of one seed for choosing begin with `Correct "
-        "solution:`.",
+        "In all nine runs with the fast teacher fixed phrases come to stand beside the calls, in seven of them "
+        "from the teacher's prompt, such as `Correctly solve the original question.`, and more completions reach "
+        "the length limit. The judge accepts text beside a right call, so the reward does not penalize it. With "
+        "the default rate samples have such text, too ([in numbers](metrics.md#text-of-the-templates)). The "
+        "recorded replies of these six runs, which are greedy, have none; those of the runs for choosing with "
+        "seed 100 begin with `Correct solution:`.",
     ),
     "lasting settings": (
-        "Of seven settings one ends at its best on both seeds, {each[default rate + hybrid λ=0.5 to 1, decay]}: "
-        "it was chosen. With a constant learning rate these seeds end at {each[default rate + hybrid λ=0.5 to "
-        "1]}, and with half of the loss from GRPO throughout at {each[default rate + hybrid λ=0.5]}.",
-        "Without GRPO the default rate of the teacher ends at {each[fast teacher + rate per 256 samples]}, after a "
-        "best of {bests[fast teacher + rate per 256 samples]}, and {right[fast teacher + rate per 256 samples]} of "
-        "the samples are right.",
+        "Of seven settings one ends at its highest accuracy on both seeds, {each[default rate + hybrid λ=0.5 to "
+        "1, decay]}: it was chosen. With a constant learning rate these seeds end at {each[default rate + hybrid "
+        "λ=0.5 to 1]}, and with half of the loss from GRPO throughout at {each[default rate + hybrid λ=0.5]}.",
+        "Without GRPO the default rate (fast teacher + rate per 256 samples) ends at {each[fast teacher + rate "
+        "per 256 samples]}, after a best of {bests[fast teacher + rate per 256 samples]}, and {right[fast teacher "
+        "+ rate per 256 samples]} of the samples are right.",
         "With a fast teacher neither the routing of SRPO ({each[fast teacher + SRPO routing]}) nor a learning "
         "rate that falls ({each[SDPO, chosen settings, decay]}) nor a growing share of GRPO ({each[SDPO, chosen "
-        "settings, λ=0.5 to 1]}) lasts on both seeds.",
+        "settings, λ=0.5 to 1]}) ends near its best on both seeds.",
     ),
     "lora": (
         "On one seed, adapters end at {end[LoRA r=16, lr 0.0001]} with the learning rate 1e-4 and at {end[LoRA "
@@ -146,8 +146,10 @@ FINDINGS: dict[str, tuple[str, ...]] = {
 OTHER_FINDINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ("house_style", "learns"): (
         "With the settings that were chosen on the private API, SDPO ends at {each[SDPO, chosen settings]}, that "
-        "is with five, four and four of the six held-out functions; the best of these seeds are {bests[SDPO, "
-        "chosen settings]}, and {right[SDPO, chosen settings]} of the samples are right at the end.",
+        "is with five, four and four of the six held-out functions, after a best of {bests[SDPO, chosen "
+        "settings]}; two of the seeds fall at the end of the run. {right[SDPO, chosen settings]} of the samples "
+        "are right. The recorded replies of two seeds begin with words that answer the teacher's prompt, such as "
+        "`Here is the corrected solution:`.",
         "SDPO with α=0.5 ends at {each[SDPO]}, with {right[SDPO]} of its samples right: its answers explain what "
         "to do, as an answer to the teacher's prompt would, and are cut at 48 tokens before the code.",
         "GRPO ends at {each[GRPO]}: no completion of its training is right.",
@@ -165,13 +167,15 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "feedback, with both settings.\n"
         "* With α=0 and this fast teacher alone, the model reaches {bests[fast teacher (lasting)]} on three seeds "
         "and loses all of it within 48000 completions: it learns to recite its teacher's prompt. The log shows it "
-        "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before.\n"
+        "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before, but "
+        "in other runs, which keep what they learned, as well.\n"
         "* Half of the loss from GRPO delays this collapse. After 9600 completions the seeds are at {each[fast "
         "teacher + hybrid λ=0.5 (cures)]}, with {right[fast teacher + hybrid λ=0.5 (cures)]} of the samples right, "
         "after 48000 at {each[fast teacher + hybrid λ=0.5 (lasting)]}.\n"
-        "* What lasts is the default rate of the teacher, a share of GRPO that grows from half to all of the loss, "
-        "and a learning rate that falls: after 48000 completions the seeds are at their best, {each[default rate + "
-        "hybrid λ=0.5 to 1, decay (lasting)]}. These settings were chosen among seven, on other seeds.\n"
+        "* With the default rate of the teacher, a share of GRPO that grows from half to all of the loss, and a "
+        "learning rate that falls, what was learned lasts: after 48000 completions the seeds are at {each[default "
+        "rate + hybrid λ=0.5 to 1, decay (lasting)]}, the highest accuracy of each. These settings, the preset "
+        "`long_run`, were chosen among seven, on other seeds.\n"
         "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
         "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
@@ -232,11 +236,11 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "In runs five times as long on the private API the fast teacher alone ends at {each[fast teacher]}. With "
         "half of the loss from GRPO it ends at {each[fast teacher + hybrid λ=0.5]}, and with twice the learning "
         "rate, too, at {each[SDPO, chosen settings]}. So GRPO's part delays the collapse: at the same learning "
-        "rate the first seed is below 0.8 of its best for good after {first_fall[fast teacher + hybrid λ=0.5]} "
+        "rate the earliest fall below 0.8 of the best is after {first_fall[fast teacher + hybrid λ=0.5]} "
         "completions with it, and after {first_fall[fast teacher]} without.\n\n"
         "With the default rate of the teacher and a share of GRPO that grows from half to all of the loss no seed "
         "falls: {each[default rate + hybrid λ=0.5 to 1]}, and {each[default rate + hybrid λ=0.5 to 1, decay]} with "
-        "a learning rate that falls to 0, where each seed ends at its best.",
+        "a learning rate that falls to 0, the highest accuracy of each seed.",
     ),
 }
 

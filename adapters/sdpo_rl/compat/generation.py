@@ -1,4 +1,4 @@
-"""Generation turns: those of a sharded model, whose forwards need all processes, and rows beyond the context."""
+"""Calls of generation: in step across the processes of a sharded model, and checked against the model's context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..teacher import shards
 
 logger = logging.getLogger("sdpo_rl")
 
-# Of the errors of a table of positions that is too short: of an embedding, of `gather`, and of both on a GPU.
+# Parts of the messages that torch raises where a table of positions is too short: embedding, `gather`, CUDA.
 _OUTSIDE = ("out of range", "out of bounds", "device-side assert")
 
 

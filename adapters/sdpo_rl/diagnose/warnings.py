@@ -53,6 +53,22 @@ def warn_of_grpo_options(args: Any) -> None:
         )
 
 
+def warn_of_best_loss(args: Any, *, has_rewards: bool) -> None:
+    """One warning where the best checkpoint is that of the lowest loss, the Trainer's default, despite rewards.
+
+    Args:
+        args: `GRPOConfig`.
+        has_rewards: whether completions are scored.
+    """
+    if has_rewards and args.load_best_model_at_end and args.metric_for_best_model in ("loss", "eval_loss"):
+        logger.warning(
+            "load_best_model_at_end=True keeps the checkpoint of the lowest eval_loss (metric_for_best_model=%r), "
+            "which says how far student and teacher are apart, not how good completions are. Set "
+            "metric_for_best_model='eval_reward' to keep the one of the highest reward.",
+            args.metric_for_best_model,
+        )
+
+
 def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None:
     """One warning where the teacher follows the student much faster than in the paper, per completion or update.
 
