@@ -59,8 +59,8 @@ def _collapsing(cure: str, **changes: Any) -> demo.Arm:
     return _sdpo(f"collapsing + {cure}", **{"alpha": 0.0, **changes})
 
 
-# What lasts on the private API, beside α=0 and a learning rate that falls.
-_GROWING: dict[str, Any] = {"teacher_rate_samples": 256, "grpo_weight": 0.5, "grpo_weight_final": 1.0}
+# The preset `long_run` beside its α and a learning rate that falls.
+_LONG_RUN: dict[str, Any] = {"teacher_rate_samples": 256, "grpo_weight": 0.5, "grpo_weight_final": 1.0}
 _SRPO: dict[str, Any] = {
     "routing": "srpo",
     "loss_aggregation": "batch-token-mean",
@@ -118,11 +118,11 @@ QUESTIONS: dict[str, Question] = {
             _sdpo("SDPO, rate per 256 samples", teacher_rate_samples=256),
             _sdpo("SDPO, hybrid λ=0.5", grpo_weight=0.5),
             _sdpo("SDPO, hybrid λ=0.5, rate per 256 samples", grpo_weight=0.5, teacher_rate_samples=256),
-            _sdpo("SDPO, rate per 256 samples, decay", teacher_rate_samples=256, decay=True),
-            _sdpo("SDPO, hybrid λ=0.5 to 1, rate per 256 samples", **_GROWING),
-            _sdpo("SDPO, hybrid λ=0.5 to 1, rate per 256 samples, decay", **_GROWING, decay=True),
-            _collapsing("rate per 256 samples, decay", teacher_rate_samples=256, decay=True),
-            _collapsing("hybrid λ=0.5 to 1, rate per 256 samples, decay", **_GROWING, decay=True),
+            _sdpo("SDPO + long_run", **_LONG_RUN, decay=True),
+            _sdpo("SDPO + long_run, no decay", **_LONG_RUN),
+            _sdpo("SDPO + long_run, no GRPO", teacher_rate_samples=256, decay=True),
+            _collapsing("long_run", **_LONG_RUN, decay=True),
+            _collapsing("long_run, no GRPO", teacher_rate_samples=256, decay=True),
             _sdpo("SDPO, frozen teacher", teacher_mode="frozen"),
             _sdpo("SDPO, trust region", teacher_mode="trust_region"),
             _collapsing("SRPO", **_SRPO),

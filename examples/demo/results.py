@@ -116,18 +116,19 @@ SECTIONS = {
     "lasting": Section(
         "Embedded: five times the samples",
         "SDPO and GRPO as above, SDPO with changes, and the setting that collapses (α=0) with changes. The "
-        "teacher's rate is 0.05 per batch of 64 and the learning rate constant unless the row says otherwise.",
+        "teacher's rate is 0.05 per batch of 64 and the learning rate constant unless the row says otherwise. "
+        'With "long_run" they have the settings of [that preset](choosing.md#a-long-run) but its α and K: the '
+        "default rate, 0.05 per 256 completions, a share of GRPO that grows from half to all of the loss, and a "
+        "learning rate that falls to 0.",
         (
             "SDPO reaches {best[SDPO]} and stays above 0.9 for more than half of the run. The seeds end at "
             "{each[SDPO]}: one loses most of what it learned.",
             "The default rate, 0.05 per 256 completions, does not prevent it: {each[SDPO, rate per 256 samples]}. "
             "With a frozen teacher no seed falls: {each[SDPO, frozen teacher]}.",
-            "With the default rate, a share of GRPO that grows from half to all of the loss (λ=0.5 to 1) and a "
-            "learning rate that falls to 0, every seed answers everything at the end: {each[SDPO, hybrid λ=0.5 to "
-            "1, rate per 256 samples, decay]} with α=0.5, and {each[collapsing + hybrid λ=0.5 to 1, rate per 256 "
-            "samples, decay]} with α=0. With a constant learning rate α=0.5 ends at {each[SDPO, hybrid λ=0.5 to 1, "
-            "rate per 256 samples]}. Without GRPO it ends at {each[SDPO, rate per 256 samples, decay]}, and α=0 at "
-            "{each[collapsing + rate per 256 samples, decay]}.",
+            "With the settings of `long_run` every seed answers everything at the end: {each[SDPO + long_run]} "
+            "with α=0.5, and {each[collapsing + long_run]} with α=0. With a constant learning rate α=0.5 ends at "
+            "{each[SDPO + long_run, no decay]}. Without GRPO it ends at {each[SDPO + long_run, no GRPO]}, and "
+            "α=0 at {each[collapsing + long_run, no GRPO]}.",
             "Half of the loss from GRPO throughout also keeps what was learned: {each[SDPO, hybrid λ=0.5]}, and "
             "{each[SDPO, hybrid λ=0.5, rate per 256 samples]} with the default rate, where no evaluation after "
             "the first fifth is below 0.9. With the trust region the seeds end at {each[SDPO, trust region]}.",
@@ -142,11 +143,10 @@ SENTENCES = {
     "results summary": (
         "lasting",
         "* On the embedded task SDPO learns faster than GRPO and reaches {best[SDPO]}. In runs five times as "
-        "long one of three seeds loses most of what it learned: the mean ends at {end[SDPO]}, that of GRPO "
-        "at {end[GRPO]}. With half of the loss from GRPO and the default rate of the teacher no seed does: "
+        "long one of three seeds loses most of what it learned: the mean ends at {end[SDPO]}, that of GRPO at "
+        "{end[GRPO]}. With half of the loss from GRPO and the default rate of the teacher no seed does: "
         "{each[SDPO, hybrid λ=0.5, rate per 256 samples]}. With the settings that last on the private API α=0.5 "
-        "ends at {each[SDPO, hybrid λ=0.5 to 1, rate per 256 samples, decay]}, and α=0, which collapses alone, at "
-        "{each[collapsing + hybrid λ=0.5 to 1, rate per 256 samples, decay]}.",
+        "ends at {each[SDPO + long_run]}, and α=0, which collapses alone, at {each[collapsing + long_run]}.",
     ),
     "choosing rate": (
         "rate",
@@ -171,9 +171,8 @@ SENTENCES = {
         "In runs five times as long on the embedded task, SDPO with α=0.5 ends at {each[SDPO]} with the rate "
         "0.05 per batch of 64, at {each[SDPO, rate per 256 samples]} with the default rate, and at {each[SDPO, "
         "hybrid λ=0.5, rate per 256 samples]} with the default rate and half of the loss from GRPO. With a share "
-        "of GRPO that grows to all of the loss, and a learning rate that falls to 0, α=0.5 ends at {each[SDPO, "
-        "hybrid λ=0.5 to 1, rate per 256 samples, decay]}, and α=0 at {each[collapsing + hybrid λ=0.5 to 1, rate "
-        "per 256 samples, decay]}.",
+        "of GRPO that grows to all of the loss, and a learning rate that falls to 0, α=0.5 ends at {each[SDPO + "
+        "long_run]}, and α=0 at {each[collapsing + long_run]}.",
     ),
     "choosing cures": (
         "cures",
