@@ -157,6 +157,12 @@ CONFIG: dict[str, list[Case]] = {
             ValueError,
             ("grpo_weight: expected its default with routing='srpo'", "got 0.5", "routing='none'"),
         ),
+        Case(
+            "grpo_weight: of a preset, with routing",
+            lambda: SDPOConfig.preset("long_run", routing="srpo"),
+            ValueError,
+            ("set grpo_weight=0.0 and grpo_weight_final=None, their defaults (a preset may have others)",),
+        ),
     ],
     "grpo_weight_final": [
         field("grpo_weight_final", 1.5, ValueError, "[0, 1]", "got 1.5", "in the last step"),
@@ -165,7 +171,7 @@ CONFIG: dict[str, list[Case]] = {
             "grpo_weight_final: with routing",
             lambda: SDPOConfig(grpo_weight_final=0.0, routing="srpo"),
             ValueError,
-            ("grpo_weight_final: expected its default with routing='srpo'", "got 0.0", "remove it"),
+            ("grpo_weight_final: expected its default with routing='srpo'", "got 0.0", "routing='none'"),
         ),
     ],
     "routing": choice("routing", "none", "srpo"),

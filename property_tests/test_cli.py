@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from trl import import_utils
 
 from sdpo_rl.cli import UserError, doctor, main, recipe, unsloth
+from sdpo_rl.compat import upgrade_check
 
 ROOT = Path(__file__).parents[1]
 ON_CPU = ("--use_cpu", "true", "--bf16", "false", "--report_to", "none")
@@ -507,6 +509,68 @@ def test_doctor_finds_a_vllm_that_trl_does_not_support(
     problems = [check for check in doctor.conflicts() if check.status == doctor.PROBLEM]
     assert not problems if taken else [check.fix for check in problems] == ['pip install "trl[vllm]"']
     assert taken or "You have version 99.0" in problems[0].text
+
+
+def test_doctor_finds_a_folder_that_looks_like_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL finds a package without a release, and its import ends with packaging's error."""
+    monkeypatch.setattr(doctor, "_has", lambda package: package in ("vllm", "trl"))
+    monkeypatch.setattr(import_utils, "_is_package_available", lambda *_, **__: (True, "N/A"))
+    (problem,) = (check for check in doctor.conflicts() if check.status == doctor.PROBLEM)
+    assert problem == (
+        doctor.PROBLEM,
+        "vllm: Invalid version: 'N/A'",
+        'pip install "trl[vllm]", or remove the folder vllm',
+    )
+
+
+def test_doctor_without_a_torch_that_works_shows_what_else_it_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(doctor, "expectations", lambda: iter(()))
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("ok      python ")
+    assert "\nproblem torch cannot be imported: " in printed
+
+
+def test_doctor_shows_what_it_found_before_an_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[doctor.Check]:
+        raise AttributeError("of no package that is missing")
+        yield
+
+    monkeypatch.setattr(doctor, "expectations", broken)
+    with pytest.raises(AttributeError):
+        main(["doctor"])
+    assert "ok      python " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError("libcudart.so.12: no such file"), "libcudart.so.12: no such file (OSError in test_cli)"),
+        (RuntimeError("while importing"), "cannot import name 'x' (ImportError in test_cli)"),
+        (ModuleNotFoundError("No module named 'vllm.utils'"), "No module named 'vllm.utils'"),
+    ],
+)
+def test_doctor_names_the_module_that_trl_cannot_import(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def check() -> Any:
+        if not isinstance(error, RuntimeError):
+            raise error
+        # As transformers and TRL wrap what a module raises that they import when it is used.
+        try:
+            raise ImportError("cannot import name 'x'")
+        except ImportError as cause:
+            raise error from cause
+
+    monkeypatch.setattr(upgrade_check, "check_installation", check)
+    (problem,) = doctor.expectations()
+    assert problem.status == doctor.PROBLEM
+    assert problem.text.endswith(f"has no GRPOTrainer here: {words}")
 
 
 def test_without_a_command_the_help_lists_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -279,6 +279,28 @@ def test_the_warning_of_no_signal_names_the_best_score(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(
+    "options",
+    [{"grpo_weight": 0.5}, {"grpo_weight_final": 0.5}, {"routing": "srpo"}, {"grpo_weight_final": 0.0}],
+)
+def test_the_warning_of_no_signal_says_what_trains_all_the_same(
+    caplog: pytest.LogCaptureFixture, options: dict[str, Any]
+) -> None:
+    diagnostics = Diagnostics(SDPOConfig(diagnostics_patience=1, **options))
+    empty = {
+        "self_distillation/empty_target_batch": 1.0,
+        "self_distillation/best_score": 0.5,
+        "self_distillation/truncated_reprompt_fraction": 0.0,
+        "self_distillation/dropped_reprompt_fraction": 0.0,
+    }
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        diagnostics.observe_batch(empty, [5])
+    (record,) = caplog.records
+    trains = options != {"grpo_weight_final": 0.0}
+    assert ("Only GRPO's part of the loss trains; lower the threshold" in record.getMessage()) == trains
+    assert ("Nothing is learned" in record.getMessage()) != trains
+
+
+@pytest.mark.parametrize(
     ("metrics", "options", "words"),
     [
         ({"feedback_available_fraction": 1.0}, {}, "no token of these completions counts"),

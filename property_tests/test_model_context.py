@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted_turns
 import tiny
 import torch
+from datasets import Dataset
 from reference_step import compare
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
+from trl import GRPOTrainer
 
 from sdpo_rl import Attempt
 from sdpo_rl.compat.generation import GenerationTurns
@@ -115,6 +118,52 @@ def test_a_row_beyond_the_context_of_other_models_is_warned_about_once(
     assert "lower max_completion_length where the model's context is the limit" in left_out
 
 
+def test_a_context_of_minus_one_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """So do XLNet and others say that any length will do."""
+    trainer = tiny.trainer(tmp_path, start=rotary(-1))
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        trainer.train()
+    assert [record.getMessage() for record in caplog.records if OUTSIDE in record.getMessage()] == []
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert [entry["self_distillation/dropped_reprompt_fraction"] for entry in logs] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("length", [140, 141], ids=["within the context", "beyond it"])
+def test_a_row_of_several_turns_is_warned_about_as_it_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, length: int
+) -> None:
+    """TRL generates a turn after a tool call with the whole limit, and cuts the completion afterwards."""
+    tokens = scripted_turns.tokenizer()
+    end, call = scripted_turns.END, scripted_turns.call("multiply", '{"a": 2, "b": 3}')
+    generate = scripted_turns.script(tokens, [*[[call, "x" * 100 + end]] * 7, [f"x{end}"]])
+    prompts: list[int] = []
+
+    def turn(self: Any, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        prompts.append(max(map(len, prompt_ids)))
+        return generate(prompt_ids, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", turn)
+    dataset = Dataset.from_dict({"prompt": [tiny.user("multiply")] * 2})
+    with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
+        for context in (2048, None):
+            tiny.trainer(
+                tmp_path,
+                start=scripted_turns.model(max_position_embeddings=context or prompts[0] + 140),
+                processing_class=tokens,
+                train_dataset=dataset,
+                tools=[scripted_turns.multiply],
+                max_completion_length=length,
+                max_steps=1,
+            ).train()
+    assert len(prompts) == 4
+    found = [record.getMessage() for record in caplog.records if OUTSIDE in record.getMessage()]
+    if length == 140:
+        assert found == []
+    else:
+        (message,) = found
+        assert message.startswith(f"{OUTSIDE} {prompts[0] + 141} tokens")
+
+
 @pytest.mark.parametrize("fits", [True, False])
 def test_a_teacher_s_prompt_beyond_the_context_has_no_loss(tmp_path: Path, fits: bool) -> None:
     def longer(attempt: Attempt) -> Any:
@@ -144,6 +193,8 @@ def turns(length: int | None = 4) -> GenerationTurns:
         (6, RuntimeError("CUDA error: device-side assert triggered"), False),
         (7, RuntimeError("CUDA out of memory"), False),
         (7, KeyError("out of range"), False),
+        (7, IndexError("list index out of range"), False),
+        (7, RuntimeError("select(): index 9 out of range for tensor of size [3] at dimension 0"), False),
     ],
 )
 def test_only_an_error_of_a_table_of_positions_is_explained(

@@ -156,7 +156,8 @@ def _check_parts(config: Any) -> None:
         name = "grpo_weight" if config.grpo_weight > 0.0 else "grpo_weight_final"
         raise ValueError(
             f"{name}: expected its default with routing={config.routing!r}, got {getattr(config, name)!r}; a row "
-            "then has GRPO's loss or SDPO's, not a mix: remove it, or set routing='none'"
+            "then has GRPO's loss or SDPO's, not a mix: set grpo_weight=0.0 and grpo_weight_final=None, their "
+            "defaults (a preset may have others), or routing='none'"
         )
     if config.grpo_weight == 1.0 and config.grpo_weight_final in (None, 1.0):
         _check_grpo_alone(config)

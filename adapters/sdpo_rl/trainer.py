@@ -457,10 +457,14 @@ class SDPOTrainer(ResumableTrainer):
         return self._turns.turn(super()._generate_single_turn, *args, **kwargs)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        loop = super()._tool_call_loop
-        if self.use_vllm or self.accelerator.num_processes == 1 or not shards.is_sharded(self._unwrapped):
-            return loop(*args, **kwargs)
-        return self._turns.tool_loop(loop, self._generate_single_turn, *args, **kwargs)
+        is_alone = self.use_vllm or self.accelerator.num_processes == 1
+        return self._turns.tool_loop(
+            super()._tool_call_loop,
+            self._generate_single_turn,
+            *args,
+            in_lockstep=not is_alone and shards.is_sharded(self._unwrapped),
+            **kwargs,
+        )
 
     # --- loss --------------------------------------------------------------------------------------------
 

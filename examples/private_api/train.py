@@ -245,7 +245,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--samples",
         type=int,
         default=9600,
-        help='completions to draw; arms of "lasting" and "large batches" draw 5 times as many',
+        help='completions to draw; arms of "lasting", "lasting settings", "large batches" draw 5 times',
     )
     parser.add_argument("--points", type=int, default=30, help="evaluations after the first one")
     parser.add_argument("--every-step", action="store_true", help="keep the log of every step of a long run")

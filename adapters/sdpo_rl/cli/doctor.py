@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import chain
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.version import InvalidVersion
 
 from . import Parser
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
+_REINSTALL = "install it again as its own page says, for this system and its GPU"
 _EXTRAS = ("", "trl", "peft", "bnb", "triton", "unsloth")
 
 
@@ -32,11 +36,14 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="print problems only")
     quiet = parser.parse_args(list(arguments)).quiet
-    checks = [*packages(), *device(), *conflicts(), *expectations()]
-    for check in checks:
+    is_sound = True
+    for check in chain(packages(), device(), conflicts(), expectations()):
+        is_sound = is_sound and check.status != PROBLEM
         if check.status == PROBLEM or not quiet:
-            print(f"{check.status:8}{check.text}" + (f"\n{'':8}→ {check.fix}" if check.fix else ""))
-    return int(any(check.status == PROBLEM for check in checks))
+            # At once: the next check imports packages, and a broken one may end the process.
+            text = f"{check.status:8}{check.text}" + (f"\n{'':8}→ {check.fix}" if check.fix else "")
+            print(text, flush=True)
+    return int(not is_sound)
 
 
 def packages() -> Iterator[Check]:
@@ -66,8 +73,11 @@ def _package(need: Requirement, extra: str) -> Check:
 
 def device() -> Iterator[Check]:
     """The GPU, and whether the kernels can run on it."""
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # the latter where a shared library is missing
+        yield Check(PROBLEM, f"torch cannot be imported: {error}", _REINSTALL)
+        return
     if not torch.cuda.is_available():
         yield Check(NOTE, "no GPU that torch can use: training runs on the CPU, without the kernels")
         return
@@ -85,27 +95,40 @@ def conflicts() -> Iterator[Check]:
     if importlib.util.find_spec("unsloth") is not None:
         yield Check(NOTE, "Unsloth: set unsloth: true in a recipe; for a script see docs/unsloth.md")
     if _has("vllm") and _has("trl"):
-        from trl.import_utils import is_vllm_available
+        yield from _vllm()
 
-        # TRL takes other releases too, with a warning.
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+
+def _vllm() -> Iterator[Check]:
+    # TRL takes other releases than its own too, with a warning.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            from trl.import_utils import is_vllm_available
+
             is_vllm_available()
-        for warning in caught:
-            yield Check(PROBLEM, f"vllm: {warning.message}", 'pip install "trl[vllm]"')
+        except (ImportError, OSError):  # of another package, which `expectations` names
+            return
+        except InvalidVersion as error:  # a folder of that name, without the metadata of a package
+            yield Check(PROBLEM, f"vllm: {error}", 'pip install "trl[vllm]", or remove the folder vllm')
+            return
+    for warning in caught:
+        yield Check(PROBLEM, f"vllm: {warning.message}", 'pip install "trl[vllm]"')
 
 
 def expectations() -> Iterator[Check]:
     """Whether the installed TRL still has what the trainer relies on."""
     if not _has("trl"):
         return
-    from ..compat.upgrade_check import check_installation
-
     try:
+        from ..compat.upgrade_check import check_installation
+
         findings, skipped = check_installation()
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, OSError, InvalidVersion) as error:
         # TRL imports packages that are installed beside it, also where a run does not use them.
-        text = f"trl {version('trl')} has no GRPOTrainer here: {error.__cause__ or error}"
+        cause = error.__cause__ or error
+        text = f"trl {version('trl')} has no GRPOTrainer here: {cause}"
+        if not isinstance(cause, ModuleNotFoundError):  # whose message has the name
+            text += f" ({type(cause).__name__} in {_module_of(cause)})"
         yield Check(PROBLEM, text, "install the release that another problem names, or remove the package")
         return
     problems = [finding for finding in findings if finding.problem]
@@ -119,6 +142,12 @@ def expectations() -> Iterator[Check]:
         )
     if skipped and _has("unsloth"):
         yield Check(NOTE, f"Unsloth's trainer was not checked: {skipped}")
+
+
+def _module_of(error: BaseException) -> str:
+    """The module whose code raised the error."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__")) if frames else "an unknown module"
 
 
 def _has(package: str) -> bool:

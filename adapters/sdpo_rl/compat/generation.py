@@ -11,8 +11,9 @@ from ..teacher import shards
 
 logger = logging.getLogger("sdpo_rl")
 
-# Parts of the messages that torch raises where a table of positions is too short: embedding, `gather`, CUDA.
-_OUTSIDE = ("out of range", "out of bounds", "device-side assert")
+# Parts of the messages that torch raises where a table of positions is too short: embedding, `gather`, CUDA. Those
+# of Python's sequences ("list index out of range"), which a user's logits processor may index, are not among them.
+_OUTSIDE = ("out of range in self", "out of bounds", "device-side assert")
 
 
 class GenerationTurns:
@@ -30,7 +31,7 @@ class GenerationTurns:
         self._device = device
         self._context_length, self._max_completion_length = context_length, max_completion_length
         self._has_warned = False
-        self._in_tool_loop = False
+        self._in_tool_loop = self._in_lockstep = False
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def turn(self, generate: Callable[..., Any], prompt_ids: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +40,7 @@ class GenerationTurns:
         Raises:
             ValueError: the model has no positions for a prompt and its completion.
         """
-        if self._in_tool_loop:
+        if self._in_lockstep:
             shards.any_rank(True, self._device)
         self._last_call = (prompt_ids, *args), kwargs
         try:
@@ -52,10 +53,15 @@ class GenerationTurns:
             raise ValueError(
                 f"max_completion_length: expected prompts and completions within the model's context of "
                 f"{self._context_length} tokens, got a prompt of {longest} and max_completion_length="
-                f"{self._max_completion_length}, and the model has no further positions ({error}); lower "
+                f"{self._max_completion_length}, beyond which it may have no positions ({error}); lower "
                 "max_completion_length, or remove long prompts"
             ) from error
-        longest = max(map(_tokens, prompt_ids, output[0]), default=0)
+        if not self._in_tool_loop:
+            self._warn_of_length(prompt_ids, output[0])
+        return output
+
+    def _warn_of_length(self, prompt_ids: Sequence[Any], completion_ids: Sequence[Any]) -> None:
+        longest = max(map(_tokens, prompt_ids, completion_ids), default=0)
         if longest > self._context_length and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -65,20 +71,29 @@ class GenerationTurns:
                 self._context_length,
                 self._max_completion_length,
             )
-        return output
 
     def tool_loop(
-        self, tool_loop: Callable[..., Any], generate: Callable[..., Any], *args: Any, **kwargs: Any
+        self,
+        tool_loop: Callable[..., Any],
+        generate: Callable[..., Any],
+        prompts: Any,
+        prompt_ids: Sequence[Any],
+        *args: Any,
+        in_lockstep: bool,
+        **kwargs: Any,
     ) -> Any:
-        """`tool_loop(...)`, and then a turn of one row for each turn of a process that still calls tools."""
-        self._in_tool_loop = True
+        """`tool_loop(...)`; in lockstep also a turn of one row for each of a process that still calls tools."""
+        self._in_tool_loop, self._in_lockstep = True, in_lockstep
         try:
-            result = tool_loop(*args, **kwargs)
+            result = tool_loop(prompts, prompt_ids, *args, **kwargs)
+            self._in_lockstep = False
+            while in_lockstep and shards.any_rank(False, self._device):
+                (last_ids, *rest), options = self._last_call
+                generate(last_ids[:1], *rest, **options)
         finally:
-            self._in_tool_loop = False
-        (prompt_ids, *rest), options = self._last_call
-        while shards.any_rank(False, self._device):
-            generate(prompt_ids[:1], *rest, **options)
+            self._in_tool_loop = self._in_lockstep = False
+        # Not turn by turn: TRL cuts a completion of several turns to `max_completion_length`.
+        self._warn_of_length(prompt_ids, result[2])
         return result
 
 

@@ -147,7 +147,12 @@ EXPECTATIONS: tuple[Expectation, ...] = (
     ),
     Method("_generate_single_turn", (), "sharded processes generate together"),
     Method("_tokenize_prompts", ("prompts",), "the probe samples from the teacher's prompts", _TRL),
-    Method("_tool_call_loop", (), "sharded processes leave it together"),
+    Method("_tool_call_loop", ("prompts", "prompt_ids"), "sharded processes leave it together"),
+    Text(
+        "_tool_call_loop",
+        ("return tool_mask, completions, completion_ids,",),
+        "the whole rows are compared with the model's context",
+    ),
     Method("train", ("resume_from_checkpoint",), "the checkpoint is validated before the run begins"),
     Method("_get_output_dir", ("trial",), "the teacher is saved in the checkpoint's folder"),
     Method("_get_train_sampler", (), "a resumed run has the row order of the uninterrupted one"),

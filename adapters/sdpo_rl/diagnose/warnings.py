@@ -325,10 +325,13 @@ class Diagnostics:
             cause, fix = no_signal(
                 metrics, self._config, best_score=self._best_score, writes_prompts=self._writes_prompts
             )
+            effect = "Nothing is learned"
+            if self._config.has_policy_loss:  # whose advantages need no teacher
+                effect = "Only GRPO's part of the loss trains"
             self._warn(
                 "no_signal",
-                f"No row had a teacher signal for {self._empty_batches} generation batches: {cause}. Nothing is "
-                f"learned; {fix}.",
+                f"No row had a teacher signal for {self._empty_batches} generation batches: {cause}. {effect}; "
+                f"{fix}.",
             )
         if not metrics["self_distillation/empty_target_batch"]:  # "no_signal" names the score of the others
             self._observe_best_score(metrics.get("self_distillation/best_score"))

@@ -53,12 +53,12 @@ def accepts(model: Any, name: str) -> bool:
 
 
 def context_length(model: Any) -> float:
-    """The number of tokens that the model can process; infinity where it declares none."""
+    """The number of tokens that the model can process; infinity where it declares none, or -1 as XLNet does."""
     limits = (
         getattr(model, "max_seq_length", None),
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
     )
-    return min((limit for limit in limits if limit), default=float("inf"))
+    return min((limit for limit in limits if limit is not None and limit > 0), default=float("inf"))
 
 
 # --- modes of a model -------------------------------------------------------------------------------------
