@@ -370,7 +370,7 @@ def warnings_on_resume(caplog: pytest.LogCaptureFixture, folder: Path, steps: in
     caplog.clear()
     with caplog.at_level(logging.WARNING, "sdpo_rl"):
         run(folder, max_steps=steps, resume=True, **case)
-    return [message for message in caplog.messages if "option" in message]
+    return [text for text in caplog.messages if "option" in text and not text.startswith("max_steps: ")]
 
 
 def test_options_that_changed_are_named_once_with_both_values(
@@ -450,10 +450,43 @@ def test_a_learning_rate_that_the_checkpoint_replaces_is_named_with_the_way_out(
     assert message == (
         "learning_rate: 0.125 is not used, the run continues with 0.25: the Trainer restores the optimizer and its "
         f"schedule from {tmp_path}/checkpoint-2. To train with the new one, delete scheduler.pt there; the "
-        "optimizer then begins anew."
+        "optimizer then begins anew, and so does the schedule, with its warm-up and all of max_steps."
     )
     (tmp_path / "checkpoint-3" / "scheduler.pt").unlink()
     assert resumed(4, 0.125) == ([], 0.125)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "final", "jump"),
+    [
+        ("constant", None, None),
+        ("linear", None, "learning_rate"),
+        ("constant", 1.0, "grpo_weight"),
+        ("linear", 1.0, "learning_rate, grpo_weight"),
+    ],
+)
+def test_what_jumps_with_another_length_of_the_run_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule: str, final: float | None, jump: str | None
+) -> None:
+    changes: dict[str, Any] = {
+        "lr_scheduler_type": schedule,
+        "save_steps": 1,
+        "sdpo": {"grpo_weight": 0.5, "grpo_weight_final": final},
+    }
+    run(tmp_path, max_steps=2, **changes)
+    for steps in (2, 4):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "sdpo_rl"):
+            run(tmp_path, max_steps=steps, resume=str(tmp_path / "checkpoint-1"), **changes)
+        said = [message for message in caplog.messages if message.startswith("max_steps: ")]
+        assert said == (
+            []
+            if steps == 2 or jump is None
+            else [
+                f"max_steps: 4, was 2 when {tmp_path}/checkpoint-1 was saved. Over a run these change, so they "
+                f"jump here and follow the new length: {jump}."
+            ]
+        )
 
 
 def test_grpo_has_no_options_to_save_or_miss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
@@ -601,6 +602,13 @@ def test_ctrl_c_ends_a_command_in_one_line(
     monkeypatch.setattr(doctor, "run", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "sdpo doctor: interrupted\n"
+    monkeypatch.setattr(importlib.import_module("sdpo_rl.cli.train"), "run", interrupted)
+    assert main(["train"]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "sdpo train: interrupted; with --resume_from_checkpoint true the same command continues"
+    )
+    assert said.count("\n") == 1
 
 
 def test_a_closed_output_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

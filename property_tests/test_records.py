@@ -96,9 +96,14 @@ def readme_demo() -> Iterator[str]:
     assert set(arms) == set(DEMO["arms"])
     last = max(demo_mean("SDPO"))
     sdpo, grpo, peers, shuffled = (shown(arm, last) for arm in arms)
+    *first, third = (f"{run[last]:.2f}" for run in demo_runs(arms[-1]))
+    said = f"{', '.join(first)} and {third}"
+    text = " ".join((ROOT / "examples/demo/report.py").read_text().split())
+    assert f"the three of the recorded run end at {said}.</li>" in text
+    each = said.replace("0.", ".")
     yield (
         f"After {last} samples the right answer has a probability of {sdpo} with SDPO, {grpo} with GRPO, "
-        f"{peers} with peers' solutions only, and {shuffled} with the feedback shuffled between rows; "
+        f"{peers} with peers' solutions only, and {shuffled} with the feedback shuffled between rows ({each}); "
         f"at the start it is {shown('SDPO', 0)} (means of three seeds"
     )
     yield f"three seeds, `make demo SEEDS={len(demo_runs('SDPO'))}`"

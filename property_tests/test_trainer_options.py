@@ -208,3 +208,18 @@ def test_an_evaluation_counts_all_completion_tokens(tmp_path: Path, rows: int) -
     assert 0 < len(silent) < 8
     loss, _ = ReferenceStep(tiny.model(), method).step(recorder.evaluated, stale=False)
     assert result["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_share_of_grpo_that_changes_is_logged(tmp_path: Path) -> None:
+    shares = {}
+    for final in (1.0, None):
+        run = tiny.trainer(
+            tmp_path,
+            sdpo_config=tiny.config(grpo_weight=0.5, grpo_weight_final=final),
+            max_steps=3,
+            logging_steps=1,
+        )
+        run.train()
+        name = "self_distillation/grpo_weight"
+        shares[final] = [entry[name] for entry in run.state.log_history if name in entry]
+    assert shares == {1.0: [0.5, 0.75, 1.0], None: []}

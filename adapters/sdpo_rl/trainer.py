@@ -673,6 +673,8 @@ class SDPOTrainer(ResumableTrainer):
         if self.accelerator.sync_gradients:
             skipped = float(not self._window.has_signal)
             self._metrics["train"][_STEP_WITHOUT_SIGNAL].append(skipped)
+            if self.sdpo_config.grpo_weight_final is not None:
+                self._metrics["train"]["self_distillation/grpo_weight"].append(self._part_weights[0])
         return loss
 
     def _update_teacher(self) -> None:

@@ -120,7 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_process_group()
         return code
     except KeyboardInterrupt:
-        print(f"sdpo {options.command}: interrupted", file=sys.stderr)
+        hint = ""
+        if options.command == "train":
+            hint = (
+                "; with --resume_from_checkpoint true the same command continues from the last checkpoint, "
+                "without it the run and its log begin anew"
+            )
+        print(f"sdpo {options.command}: interrupted{hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Python would write again when it ends.

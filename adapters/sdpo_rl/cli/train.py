@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if recipe.run.quiet:
         trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_choice(recipe.training.resume_from_checkpoint))
     trainer.save_model()
     if main_process:
         print(f"Saved to {trainer.args.output_dir}.")
@@ -180,3 +180,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else str(value)
+
+
+def checkpoint_choice(given: Any) -> Any:
+    """What `train` resumes from: `True`, the last checkpoint, is a text on the command line.
+
+    Examples:
+        >>> checkpoint_choice("true"), checkpoint_choice("output/checkpoint-8"), checkpoint_choice(None)
+        (True, 'output/checkpoint-8', None)
+    """
+    return True if str(given).lower() == "true" else given

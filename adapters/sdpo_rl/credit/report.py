@@ -25,6 +25,7 @@ _SHOWN = (
     "teacher_update_rate",
     "teacher_rate_samples",
     "grpo_weight",
+    "grpo_weight_final",
     "routing",
 )
 

@@ -55,7 +55,8 @@ _MANY_ANSWERS = 0.25
 
 _SLOW_DOWN = (
     "Resume from a checkpoint before that with a lower learning rate, a slower teacher (a smaller "
-    "teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or a part of GRPO's loss (grpo_weight=0.5)."
+    "teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or more of GRPO's loss (grpo_weight=0.5 or "
+    "larger)."
 )
 
 _REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"

@@ -98,5 +98,29 @@ def warn_of_learning_rates(
             folder,
             "start a run from the model in it, without resuming"
             if is_deepspeed
-            else "delete scheduler.pt there; the optimizer then begins anew",
+            else "delete scheduler.pt there; the optimizer then begins anew, and so does the schedule, with its "
+            "warm-up and all of max_steps",
+        )
+
+
+def warn_of_length(folder: str | Path, max_steps: int, *, follows: Sequence[str]) -> None:
+    """A warning where values that change over the whole run jump: the run has another length than the checkpoint's.
+
+    Args:
+        folder: of the checkpoint.
+        max_steps: of `GRPOConfig`; below 1 where the epochs are the length.
+        follows: names of the values that change over the run.
+    """
+    try:
+        then = int(json.loads((Path(folder) / "trainer_state.json").read_text())["max_steps"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        return
+    if follows and 0 < max_steps != then:
+        logger.warning(
+            "max_steps: %d, was %d when %s was saved. Over a run these change, so they jump here and follow the "
+            "new length: %s.",
+            max_steps,
+            then,
+            folder,
+            ", ".join(follows),
         )

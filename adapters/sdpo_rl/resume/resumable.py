@@ -111,6 +111,10 @@ class ResumableTrainer(BASE):
             restored = options.learning_rates(self.lr_scheduler)
             is_deepspeed = self.is_deepspeed_enabled
             options.warn_of_learning_rates(checkpoint_folder, given, restored, is_deepspeed=is_deepspeed)
+            if self.sdpo_config.enabled:
+                options.warn_of_length(
+                    checkpoint_folder, self.args.max_steps, follows=self._changes_over_the_run()
+                )
             defaults = dataclasses.asdict(type(self.sdpo_config)())
             options.warn_of_differences(checkpoint_folder, self._options, defaults, version=__version__)
         if self.sdpo_config.enabled and checkpoint_folder is not None:
@@ -118,6 +122,13 @@ class ResumableTrainer(BASE):
             checkpoint.continue_teachers(
                 checkpoint_folder, self._stores, self._unwrapped, on_resume=on_resume
             )
+
+    def _changes_over_the_run(self) -> list[str]:
+        """Names of the values whose schedule has the length of the run."""
+        schedule = self.args.lr_scheduler_type
+        is_constant = str(getattr(schedule, "value", schedule)).startswith("constant")
+        weight = [] if self.sdpo_config.grpo_weight_final is None else ["grpo_weight"]
+        return [*([] if is_constant else ["learning_rate"]), *weight]
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         super()._load_rng_state(checkpoint_folder)
