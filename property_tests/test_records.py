@@ -140,7 +140,7 @@ def readme_private_api() -> Iterator[str]:
     assert ends("kit-lasting-fast-teacher", samples=48000) == [0, 0, 0]
     yield "α=0 with the faster teacher alone loses [everything on all seeds](docs/results.md#does-it-last)"
     lasts = listed(ends("kit-lasting-default-rate-hybrid-λ=0.5-to-1-decay", samples=48000))
-    yield f"chosen among seven settings on other seeds: {lasts}, the best of each seed."
+    yield f"settings chosen among seven on other seeds end at {lasts}, each seed's highest accuracy."
     reached = ends(f"house_style-learns-{chosen}")
     (alone,) = {*ends("house_style-learns-GRPO"), *ends("house_style-learns-SDPO")}
     yield (
