@@ -293,6 +293,8 @@ def test_what_the_page_says_of_k_and_of_long_runs_holds() -> None:
     # A learning rate that falls is not enough where α is 0, a growing share of GRPO not where α is 0.5.
     assert max(ends("lasting")["collapsing + long_run, no GRPO"]) < 0.9
     assert min(ends("lasting")["SDPO + long_run, no decay"]) < 0.9
+    assert min(ends("lasting")["SDPO + long_run, λ=0.5"]) > 0.99
+    assert 0.95 < min(ends("lasting")["collapsing + long_run, λ=0.5"]) < 0.97
     late = [
         accuracy
         for run in long["SDPO, hybrid λ=0.5, rate per 256 samples"]

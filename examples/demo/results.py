@@ -128,7 +128,9 @@ SECTIONS = {
             "With the settings of `long_run` every seed answers everything at the end: {each[SDPO + long_run]} "
             "with α=0.5, and {each[collapsing + long_run]} with α=0. With a constant learning rate α=0.5 ends at "
             "{each[SDPO + long_run, no decay]}. Without GRPO it ends at {each[SDPO + long_run, no GRPO]}, and "
-            "α=0 at {each[collapsing + long_run, no GRPO]}.",
+            "α=0 at {each[collapsing + long_run, no GRPO]}. With half of the loss from GRPO throughout (λ=0.5) "
+            "they end at {each[SDPO + long_run, λ=0.5]} and at {each[collapsing + long_run, λ=0.5]}: that the "
+            "share grows makes a small difference where α is 0, and none where it is 0.5.",
             "Half of the loss from GRPO throughout also keeps what was learned: {each[SDPO, hybrid λ=0.5]}, and "
             "{each[SDPO, hybrid λ=0.5, rate per 256 samples]} with the default rate, where no evaluation after "
             "the first fifth is below 0.9. With the trust region the seeds end at {each[SDPO, trust region]}.",
