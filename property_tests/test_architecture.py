@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
 CORE, ADAPTER = ROOT / "sdpo", ROOT / "adapters" / "sdpo_rl"
 HEAVY = {"trl", "transformers", "peft", "bitsandbytes", "unsloth", "accelerate", "datasets"}
 UNWANTED = HEAVY | {"triton", "matplotlib", "pandas", "scipy", "sklearn", "pyarrow", "wandb", "safetensors"}
@@ -30,15 +30,7 @@ UNWANTED = HEAVY | {"triton", "matplotlib", "pandas", "scipy", "sklearn", "pyarr
 def loaded_by(code: str) -> set[str]:
     """Top-level modules that `code` loads in a fresh process which knows only this tree and its libraries."""
     script = f"{code}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "adapters")])},
-    )
-    return set(result.stdout.split())
+    return set(run(ROOT, "-c", script).split())
 
 
 def test_the_core_needs_torch_alone() -> None:

@@ -124,7 +124,7 @@ def test_every_option_of_grpo_has_a_row() -> None:
 
 def test_the_row_of_refused_options_is_that_of_the_trainer() -> None:
     from sdpo_rl._validate import _OF_POLICY
-    from sdpo_rl.diagnose.warnings import _GRPO_LOSS_OPTIONS
+    from sdpo_rl.diagnose.settings import _GRPO_LOSS_OPTIONS
 
     rows = {row[1]: quoted(row[0]) for row in table(section("From TRL's GRPO"))[1:]}
     (refused,) = (names for effect, names in rows.items() if effect.startswith("refused"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from trl import GRPOConfig
 
 from sdpo_rl.credit import files, recorder
-from sdpo_rl.diagnose import monitors, warnings
+from sdpo_rl.diagnose import monitors, settings, warnings
 from sdpo_rl.diagnose.probe import verdict
 
 ROOT = Path(__file__).parents[1]
@@ -63,13 +63,13 @@ def test_the_warnings_of_a_run_come_at_the_limits_of_the_page() -> None:
         f"now {WORDS[monitors._MANY_ANSWERS]} or more of them",
         f"more than {WORDS[warnings._MANY_TRUNCATED]} of a generation batch",
         f"less than {WORDS[warnings._LOW_TOPK_MASS]} |",
-        f"more than {WORDS[warnings._FAST_PACE]} times the paper's rate",
+        f"more than {WORDS[settings._FAST_PACE]} times the paper's rate",
     ):
         assert sentence in text, sentence
     assert f"{short(monitors._MANY_ANSWERS)} or more: the answer is in the feedback" in page(
         "docs/metrics.md"
     )
-    assert f"more than {WORDS[warnings._FAST_PACE]} times as fast as the paper's" in page("docs/teacher.md")
+    assert f"more than {WORDS[settings._FAST_PACE]} times as fast as the paper's" in page("docs/teacher.md")
 
 
 def test_every_warning_of_the_page_is_one_of_the_trainer() -> None:
@@ -80,12 +80,13 @@ def test_every_warning_of_the_page_is_one_of_the_trainer() -> None:
     quoted = [row for row in rows if row not in ("warning", "---")]
     known = [
         "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
-        for module in (monitors, warnings)
+        for module in (monitors, settings, warnings)
         for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
         if isinstance(node, ast.JoinedStr)
     ] + [
         node.value
-        for node in ast.walk(ast.parse(Path(warnings.__file__).read_text()))
+        for module in (settings, warnings)
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
 
@@ -112,7 +113,7 @@ def test_the_rules_of_the_probe_fire_at_the_limits_of_the_page() -> None:
         "cut_prompts": f"more than {WORDS[warnings._MANY_TRUNCATED]}",
         "unmoved": f"{WORDS[verdict.MOSTLY_UNMOVED]} of the difference",
         "answer_in_feedback": f"{WORDS[monitors._MANY_ANSWERS]} of the feedback texts",
-        "fast_teacher": f"more than {warnings._FAST_PACE} times",
+        "fast_teacher": f"more than {settings._FAST_PACE} times",
     }.items():
         assert words in rules[rule], rule
     assert verdict.CERTAIN == 2

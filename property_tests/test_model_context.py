@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalL
 from trl import GRPOTrainer
 
 from sdpo_rl import Attempt
-from sdpo_rl.compat.generation import GenerationTurns
+from sdpo_rl.compat.generation import GenerationCalls
 from sdpo_rl.step import packing, runner
 
 TOLERANCE = 5e-6
@@ -179,8 +179,8 @@ def test_a_teacher_s_prompt_beyond_the_context_has_no_loss(tmp_path: Path, fits:
     assert fractions == [0.0 if fits else 1.0] * 2
 
 
-def turns(length: int | None = 4) -> GenerationTurns:
-    return GenerationTurns(torch.device("cpu"), context_length=10, max_completion_length=length)
+def calls(length: int | None = 4) -> GenerationCalls:
+    return GenerationCalls(torch.device("cpu"), context_length=10, max_completion_length=length)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_only_an_error_of_a_table_of_positions_is_explained(
         raise error
 
     with pytest.raises(Exception) as caught:
-        turns().turn(generate, [[5], [5] * length])
+        calls().call(generate, [[5], [5] * length])
     if explained:
         assert isinstance(caught.value, ValueError)
         assert caught.value.__cause__ is error
@@ -218,14 +218,14 @@ def test_completions_without_a_limit_never_fit() -> None:
         raise IndexError("index out of range in self")
 
     with pytest.raises(ValueError, match="got a prompt of 1 and max_completion_length=None"):
-        turns(None).turn(generate, [[5]])
+        calls(None).call(generate, [[5]])
 
 
 def test_a_row_of_exactly_the_context_is_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
-    found = turns()
+    found = calls()
     with caplog.at_level(logging.WARNING, logger="sdpo_rl"):
-        found.turn(lambda prompt_ids: ([[1] * 4, [1]], None), [[5] * 6, [5] * 7])
+        found.call(lambda prompt_ids: ([[1] * 4, [1]], None), [[5] * 6, [5] * 7])
         assert caplog.records == []
-        found.turn(lambda prompt_ids: ([[1] * 4, [1]], None), [[5] * 7, [5] * 7])
+        found.call(lambda prompt_ids: ([[1] * 4, [1]], None), [[5] * 7, [5] * 7])
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{OUTSIDE} 11 tokens, more than the model's context of 10.")

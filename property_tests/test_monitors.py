@@ -26,7 +26,8 @@ from sdpo_rl.diagnose import monitors
 from sdpo_rl.diagnose.monitors import Monitors
 from sdpo_rl.diagnose.probe import verdict
 from sdpo_rl.diagnose.probe.result import Signal
-from sdpo_rl.diagnose.warnings import Diagnostics, fast_teacher, warn_of_best_loss, warn_of_fast_teacher
+from sdpo_rl.diagnose.settings import fast_teacher, warn_of_best_loss, warn_of_fast_teacher
+from sdpo_rl.diagnose.warnings import Diagnostics
 from sdpo_rl.rollout.answers import answer_in_feedback
 
 LIMIT, REWARD = "completions/clipped_ratio", "reward"

@@ -60,7 +60,7 @@ def test_the_recipe_to_start_from_gives_no_warning_of_its_teacher(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from sdpo_rl.cli import init, recipe
-    from sdpo_rl.diagnose.warnings import warn_of_fast_teacher
+    from sdpo_rl.diagnose.settings import warn_of_fast_teacher
 
     (tmp_path / "recipe.yaml").write_text(init.RECIPE)
     parsed = recipe.parse(["--config", f"{tmp_path}/recipe.yaml", "--use_cpu", "true", "--bf16", "false"])

@@ -23,7 +23,7 @@ from . import __version__, _validate
 from .compat import checkpointing, completions_table, model_card, peft_lora, trackers
 from .compat import unsloth as unsloth_compat
 from .compat.adapters import trainable_preserved
-from .compat.generation import GenerationTurns
+from .compat.generation import GenerationCalls
 from .compat.multimodal import freeze_unreached_by_text
 from .compat.training_hooks import TrainingHooks
 from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
@@ -32,14 +32,13 @@ from .config import SDPOConfig
 from .credit.tokens import LogitSettings
 from .diagnose.advice import memory_advice, warn_if_slow
 from .diagnose.preview import Preview, preview
-from .diagnose.warnings import (
-    Diagnostics,
+from .diagnose.settings import (
     warn_of_best_loss,
     warn_of_fast_teacher,
     warn_of_grpo_options,
-    warn_of_padding,
     warn_of_teacher_prompt_column,
 )
+from .diagnose.warnings import Diagnostics, warn_of_padding
 from .records import Records
 from .resume import checkpoint
 from .resume.resumable import BASE, ResumableTrainer
@@ -221,7 +220,7 @@ class SDPOTrainer(ResumableTrainer):
         self._step_stack: ExitStack | None = None
         super().__init__(model=model, args=args, **kwargs)
         without_rewards.remove_placeholder(self)
-        self._turns = GenerationTurns(
+        self._generation_calls = GenerationCalls(
             self.accelerator.device,
             context_length=step_forward.context_length(self._unwrapped),
             max_completion_length=args.max_completion_length,
@@ -454,11 +453,11 @@ class SDPOTrainer(ResumableTrainer):
         return make_reprompter(self.sdpo_config, renderer, self._control, self._rendered, row_tools=row_tools)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        return self._turns.turn(super()._generate_single_turn, *args, **kwargs)
+        return self._generation_calls.call(super()._generate_single_turn, *args, **kwargs)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
         is_alone = self.use_vllm or self.accelerator.num_processes == 1
-        return self._turns.tool_loop(
+        return self._generation_calls.tool_loop(
             super()._tool_call_loop,
             self._generate_single_turn,
             *args,

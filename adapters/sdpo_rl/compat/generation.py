@@ -16,8 +16,8 @@ logger = logging.getLogger("sdpo_rl")
 _OUTSIDE = ("out of range in self", "out of bounds", "device-side assert")
 
 
-class GenerationTurns:
-    """Lets every process take part in the turns that another one's tool calls need.
+class GenerationCalls:
+    """Lets every process take part in the calls of generation that another one's tool loop needs.
 
     A row beyond the model's context is an error where the model has no such positions, and a warning elsewhere.
 
@@ -34,7 +34,7 @@ class GenerationTurns:
         self._in_tool_loop = self._in_lockstep = False
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def turn(self, generate: Callable[..., Any], prompt_ids: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+    def call(self, generate: Callable[..., Any], prompt_ids: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         """`generate(prompt_ids, ...)`, announced to the processes that have left their tool loop.
 
         Raises:
@@ -82,7 +82,7 @@ class GenerationTurns:
         in_lockstep: bool,
         **kwargs: Any,
     ) -> Any:
-        """`tool_loop(...)`; in lockstep also a turn of one row for each of a process that still calls tools."""
+        """`tool_loop(...)`; in lockstep also a call with one row for each of a process that still uses tools."""
         self._in_tool_loop, self._in_lockstep = True, in_lockstep
         try:
             result = tool_loop(prompts, prompt_ids, *args, **kwargs)
@@ -92,7 +92,7 @@ class GenerationTurns:
                 generate(last_ids[:1], *rest, **options)
         finally:
             self._in_tool_loop = self._in_lockstep = False
-        # Not turn by turn: TRL cuts a completion of several turns to `max_completion_length`.
+        # Not in each call: TRL cuts a completion of several turns to `max_completion_length`.
         self._warn_of_length(prompt_ids, result[2])
         return result
 

@@ -1,27 +1,21 @@
-"""What the log warns about: settings without effect, and known ways in which a run fails."""
+"""What the log of a run warns about: known ways in which it fails."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sdpo import rate_per_tick
-
 from ..config import SDPOConfig
 from ..rollout.endings import prompt_endings
 from ..rollout.prompts import Prompt, Renderer
-from ..rollout.written import TEACHER_PROMPT_COLUMN
 from .monitors import Monitors
 
 logger = logging.getLogger("sdpo_rl")
 
-# Options of `GRPOConfig` that only GRPO's advantages and clipped loss read.
-_GRPO_LOSS_OPTIONS = ("loss_type", "epsilon", "epsilon_high", "scale_rewards", "multi_objective_aggregation")
 # Fraction of the rows with a truncated reprompt, above which there is a warning.
 _MANY_TRUNCATED = 0.25
 # Mean completion length relative to that of the first batches, below which completions have collapsed.
@@ -29,95 +23,6 @@ _COLLAPSED_LENGTH = 0.25
 _BASELINE_BATCHES = 5
 # Probability of the top-K tokens under the student, below which the support misses too much.
 _LOW_TOPK_MASS = 0.9
-# The paper's moving average: its rate, and the completions of one update (32 prompts × 8).
-PUBLISHED_RATE = 0.05
-_PUBLISHED_SAMPLES = 256
-# A teacher more than so many times as fast as the paper's has a warning. The fastest published setting has
-# 3.1 (0.01 for 16 completions); 0.05 for batches of 64, with which recorded runs learned less, has 4
-# (docs/choosing.md).
-_FAST_PACE = 3.5
-
-
-def warn_of_grpo_options(args: Any) -> None:
-    """One warning with those of `_GRPO_LOSS_OPTIONS` that are not at their defaults, if there are any."""
-    # Not of the fields: Unsloth's configuration has a constructor with other defaults.
-    parameters = inspect.signature(type(args)).parameters
-    changed = [
-        f"{name}={getattr(args, name)!r}"
-        for name in _GRPO_LOSS_OPTIONS
-        if name in parameters and getattr(args, name) != parameters[name].default
-    ]
-    if changed:
-        logger.warning(
-            "%s: no effect, the self-distillation loss replaces GRPO's; remove it.", ", ".join(changed)
-        )
-
-
-def warn_of_best_loss(args: Any, *, has_rewards: bool) -> None:
-    """One warning where the best checkpoint is that of the lowest loss, the Trainer's default, despite rewards.
-
-    Args:
-        args: `GRPOConfig`.
-        has_rewards: whether completions are scored.
-    """
-    if has_rewards and args.load_best_model_at_end and args.metric_for_best_model in ("loss", "eval_loss"):
-        logger.warning(
-            "load_best_model_at_end=True keeps the checkpoint of the lowest eval_loss (metric_for_best_model=%r), "
-            "which says how far student and teacher are apart, not how good completions are. Set "
-            "metric_for_best_model='eval_reward' to keep the one of the highest reward.",
-            args.metric_for_best_model,
-        )
-
-
-def warn_of_fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> None:
-    """One warning where the teacher follows the student much faster than in the paper, per completion or update.
-
-    Args:
-        config: its `teacher_*` fields are used.
-        samples_per_tick: completions from one update of the teacher to the next.
-    """
-    if message := fast_teacher(config, samples_per_tick=samples_per_tick):
-        logger.warning(message)
-
-
-def rate_of_published_samples(config: SDPOConfig, *, samples_per_tick: float) -> float | None:
-    """The teacher's rate per 256 completions, the paper's batch; `None` for a teacher that is no moving average."""
-    if config.teacher_mode not in ("ema", "lora_ema"):
-        return None
-    samples = config.teacher_rate_samples or samples_per_tick
-    return rate_per_tick(config.teacher_update_rate, samples=_PUBLISHED_SAMPLES, per_samples=samples)
-
-
-def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
-    """What to change where the teacher is too fast; `None` where it is not. Arguments as above."""
-    published = rate_of_published_samples(config, samples_per_tick=samples_per_tick)
-    if published is None:
-        return None
-    rate, samples = config.teacher_update_rate, config.teacher_rate_samples or samples_per_tick
-    of_update = rate_per_tick(rate, samples=samples_per_tick, per_samples=samples)
-    # As multiples of the paper's pace, per completion and per update.
-    pace = math.inf if rate == 1.0 else math.log1p(-rate) / math.log1p(-PUBLISHED_RATE)
-    if pace * _PUBLISHED_SAMPLES / samples > _FAST_PACE:
-        found = f"{published:.2g} per {_PUBLISHED_SAMPLES}"
-    elif pace * samples_per_tick / samples > _FAST_PACE:
-        found = f"{of_update:.2g} per update, of {samples_per_tick:g} completions"
-    else:
-        return None
-    # In larger batches the paper's rate per 256 completions would itself be too fast per update.
-    small = samples_per_tick <= _FAST_PACE * _PUBLISHED_SAMPLES
-    wanted = _PUBLISHED_SAMPLES if small else None
-    unit = "" if config.teacher_rate_samples == wanted else f"teacher_rate_samples={wanted} with "
-    # Larger batches help only where the rate is that of an update, however many completions it has.
-    per_batch = config.teacher_rate_samples is None and config.teacher_tick == "generation_batch"
-    larger = per_batch and small and pace <= _FAST_PACE
-    fix = (
-        f"{unit}teacher_update_rate={PUBLISHED_RATE:g}{', or enlarge the generation batch' if larger else ''}"
-    )
-    return (
-        f"teacher_update_rate={rate:g} per {samples:g} completions is {found}, where the paper has "
-        f"{PUBLISHED_RATE:g}. A teacher that follows its student so fast can amplify its errors until the run "
-        f"collapses; set {fix}."
-    )
 
 
 def no_signal(
@@ -182,22 +87,6 @@ def no_signal(
 def _reaches(score: float | None, threshold: float) -> bool:
     # As a tensor, like the choice of demonstrations: 0.7 rounded to float32 is less than the double 0.7.
     return score is not None and bool(torch.tensor(score) >= threshold)
-
-
-def warn_of_teacher_prompt_column(datasets: Iterable[Any]) -> None:
-    """One warning where a dataset has a column of prompts for the teacher, which nothing reads without a function.
-
-    Args:
-        datasets: each a dataset, a mapping of several, or `None`.
-    """
-    parts = [part for data in datasets for part in (data.values() if isinstance(data, dict) else [data])]
-    if any(TEACHER_PROMPT_COLUMN in (getattr(part, "column_names", None) or ()) for part in parts):
-        logger.warning(
-            "The column %r of the dataset does not reach the teacher; pass SDPOTrainer(teacher_prompt_func=lambda "
-            "attempt: attempt.columns[%r]), or rename the column.",
-            TEACHER_PROMPT_COLUMN,
-            TEACHER_PROMPT_COLUMN,
-        )
 
 
 def truncated_reprompts(fraction: float) -> str | None:

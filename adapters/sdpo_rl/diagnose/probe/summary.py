@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from ...config import SDPOConfig
-from ..warnings import PUBLISHED_RATE, fast_teacher, rate_of_published_samples
+from ..settings import PUBLISHED_RATE, fast_teacher, rate_of_published_samples
 from .answers import AnswerSums, Source
 from .cost import cost
 from .measure import Measured, Row
