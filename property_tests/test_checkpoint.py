@@ -483,8 +483,8 @@ def test_what_jumps_with_another_length_of_the_run_is_named(
             []
             if steps == 2 or jump is None
             else [
-                f"max_steps: 4, was 2 when {tmp_path}/checkpoint-1 was saved. Over a run these change, so they "
-                f"jump here and follow the new length: {jump}."
+                f"max_steps: 4, was 2 when {tmp_path}/checkpoint-1 was saved. Scheduled over the whole run, these "
+                f"jump here and follow the new number of steps: {jump}."
             ]
         )
 

@@ -456,12 +456,12 @@ class SDPOTrainer(ResumableTrainer):
         return self._generation_calls.call(super()._generate_single_turn, *args, **kwargs)
 
     def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
-        is_alone = self.use_vllm or self.accelerator.num_processes == 1
+        is_parallel = not self.use_vllm and self.accelerator.num_processes > 1
         return self._generation_calls.tool_loop(
             super()._tool_call_loop,
             self._generate_single_turn,
             *args,
-            in_lockstep=not is_alone and shards.is_sharded(self._unwrapped),
+            in_lockstep=is_parallel and shards.is_sharded(self._unwrapped),
             **kwargs,
         )
 

@@ -1,4 +1,4 @@
-"""Calls of generation: in step across the processes of a sharded model, and checked against the model's context."""
+"""Generation calls: in step across the processes of a sharded model, and checked against the model's context."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..teacher import shards
 
 logger = logging.getLogger("sdpo_rl")
 
-# Parts of the messages that torch raises where a table of positions is too short: embedding, `gather`, CUDA. Those
-# of Python's sequences ("list index out of range"), which a user's logits processor may index, are not among them.
-_OUTSIDE = ("out of range in self", "out of bounds", "device-side assert")
+# Parts of the messages that torch raises where a table of positions is too short: embedding, `gather`, CUDA.
+# Python's own "list index out of range" must not match: it can come from a user's logits processor.
+_POSITION_ERRORS = ("out of range in self", "out of bounds", "device-side assert")
 
 
 class GenerationCalls:
-    """Lets every process take part in the calls of generation that another one's tool loop needs.
+    """Keeps the processes of a sharded model in step: each joins in the calls that another's tool loop makes.
 
-    A row beyond the model's context is an error where the model has no such positions, and a warning elsewhere.
+    A row longer than the model's context raises an error if the model fails on it, and logs a warning otherwise.
 
     Args:
-        device: of the flags that the processes exchange.
-        context_length: tokens of a row that the model declares to process.
-        max_completion_length: of `GRPOConfig`; `None`: no limit.
+        device: where the flags that the processes exchange are stored.
+        context_length: tokens that the model says it can process; infinity if it says nothing.
+        max_completion_length: the option of `GRPOConfig`; `None` means no limit.
     """
 
     def __init__(self, device: Any, *, context_length: float, max_completion_length: int | None) -> None:
@@ -35,7 +35,7 @@ class GenerationCalls:
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def call(self, generate: Callable[..., Any], prompt_ids: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
-        """`generate(prompt_ids, ...)`, announced to the processes that have left their tool loop.
+        """Calls `generate(prompt_ids, ...)`; in lockstep, first tells processes that are done to join in.
 
         Raises:
             ValueError: the model has no positions for a prompt and its completion.
@@ -48,7 +48,7 @@ class GenerationCalls:
         except (IndexError, RuntimeError) as error:
             longest = max(map(len, prompt_ids), default=0)
             fits = longest + (self._max_completion_length or math.inf) <= self._context_length
-            if fits or not any(text in str(error) for text in _OUTSIDE):
+            if fits or not any(text in str(error) for text in _POSITION_ERRORS):
                 raise
             raise ValueError(
                 f"max_completion_length: expected prompts and completions within the model's context of "
@@ -82,17 +82,18 @@ class GenerationCalls:
         in_lockstep: bool,
         **kwargs: Any,
     ) -> Any:
-        """`tool_loop(...)`; in lockstep also a call with one row for each of a process that still uses tools."""
+        """Runs `tool_loop`; in lockstep, a process that is done joins in each call that another still makes."""
         self._in_tool_loop, self._in_lockstep = True, in_lockstep
         try:
             result = tool_loop(prompts, prompt_ids, *args, **kwargs)
+            # Done: from here it answers the announcements of other processes, with one row, and makes none.
             self._in_lockstep = False
             while in_lockstep and shards.any_rank(False, self._device):
-                (last_ids, *rest), options = self._last_call
-                generate(last_ids[:1], *rest, **options)
+                (last_ids, *rest), last_kwargs = self._last_call
+                generate(last_ids[:1], *rest, **last_kwargs)
         finally:
             self._in_tool_loop = self._in_lockstep = False
-        # Not in each call: TRL cuts a completion of several turns to `max_completion_length`.
+        # After the loop, not in each call: TRL cuts a completion of several turns to `max_completion_length`.
         self._warn_of_length(prompt_ids, result[2])
         return result
 

@@ -1,4 +1,4 @@
-"""What the trainer warns about when it is built: settings without effect, or with one that is known to do harm."""
+"""What the trainer warns about when it is built: settings that have no effect, or are known to do harm."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _GRPO_LOSS_OPTIONS = ("loss_type", "epsilon", "epsilon_high", "scale_rewards", "
 # The paper's moving average: its rate, and the completions of one update (32 prompts × 8).
 PUBLISHED_RATE = 0.05
 _PUBLISHED_SAMPLES = 256
-# A teacher more than so many times as fast as the paper's has a warning. The fastest published setting has
-# 3.1 (0.01 for 16 completions); 0.05 for batches of 64, with which recorded runs learned less, has 4
+# A teacher that moves more than this many times as fast as the paper's has a warning. The fastest published setting
+# is 3.1 times as fast (0.01 per 16 completions); 0.05 per 64, with which recorded runs learned less, is 4 times
 # (docs/choosing.md).
 _FAST_PACE = 3.5
 
 
 def warn_of_grpo_options(args: Any) -> None:
     """One warning with those of `_GRPO_LOSS_OPTIONS` that are not at their defaults, if there are any."""
-    # Not of the fields: Unsloth's configuration has a constructor with other defaults.
+    # Defaults of the constructor, not of the dataclass fields: Unsloth's configuration overrides them there.
     parameters = inspect.signature(type(args)).parameters
     changed = [
         f"{name}={getattr(args, name)!r}"
@@ -42,7 +42,7 @@ def warn_of_grpo_options(args: Any) -> None:
 
 
 def warn_of_best_loss(args: Any, *, has_rewards: bool) -> None:
-    """One warning where the best checkpoint is that of the lowest loss, the Trainer's default, despite rewards.
+    """One warning where the lowest loss, the Trainer's default, chooses the best checkpoint although rewards exist.
 
     Args:
         args: `GRPOConfig`.
@@ -77,13 +77,13 @@ def rate_of_published_samples(config: SDPOConfig, *, samples_per_tick: float) ->
 
 
 def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
-    """What to change where the teacher is too fast; `None` where it is not. Arguments as above."""
+    """The warning where the teacher is too fast, or `None`. Arguments as for `warn_of_fast_teacher`."""
     published = rate_of_published_samples(config, samples_per_tick=samples_per_tick)
     if published is None:
         return None
     rate, samples = config.teacher_update_rate, config.teacher_rate_samples or samples_per_tick
     of_update = rate_per_tick(rate, samples=samples_per_tick, per_samples=samples)
-    # As multiples of the paper's pace, per completion and per update.
+    # Times the samples, below: multiples of the paper's pace, per completion and per update.
     pace = math.inf if rate == 1.0 else math.log1p(-rate) / math.log1p(-PUBLISHED_RATE)
     if pace * _PUBLISHED_SAMPLES / samples > _FAST_PACE:
         found = f"{published:.2g} per {_PUBLISHED_SAMPLES}"
@@ -95,9 +95,9 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
     small = samples_per_tick <= _FAST_PACE * _PUBLISHED_SAMPLES
     wanted = _PUBLISHED_SAMPLES if small else None
     unit = "" if config.teacher_rate_samples == wanted else f"teacher_rate_samples={wanted} with "
-    # Larger batches help only where the rate is that of an update, however many completions it has.
+    # A larger batch slows the teacher only where the rate is that of a generation batch, whatever its size.
     per_batch = config.teacher_rate_samples is None and config.teacher_tick == "generation_batch"
-    larger = per_batch and small and pace <= _FAST_PACE
+    larger = per_batch and pace <= _FAST_PACE
     fix = (
         f"{unit}teacher_update_rate={PUBLISHED_RATE:g}{', or enlarge the generation batch' if larger else ''}"
     )
@@ -109,7 +109,7 @@ def fast_teacher(config: SDPOConfig, *, samples_per_tick: float) -> str | None:
 
 
 def warn_of_teacher_prompt_column(datasets: Iterable[Any]) -> None:
-    """One warning where a dataset has a column of prompts for the teacher, which nothing reads without a function.
+    """One warning where a dataset has a column of teacher prompts, which only a `teacher_prompt_func` reads.
 
     Args:
         datasets: each a dataset, a mapping of several, or `None`.

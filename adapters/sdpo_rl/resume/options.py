@@ -19,7 +19,7 @@ def save(folder: str | Path, options: Mapping[str, Any], *, version: str) -> Non
 
     Args:
         folder: of the model; made if it does not exist.
-        options: by name; a value that JSON does not have is written as its representation.
+        options: by name; values that JSON cannot store are written as their `repr`.
         version: of this library.
     """
     path = Path(folder) / FILE
@@ -38,7 +38,7 @@ def warn_of_differences(
     Args:
         folder: of the checkpoint.
         options: of this run, by name.
-        defaults: of this version; what an option has that the earlier version did not know.
+        defaults: this version's; the saved value of options that the earlier version did not have.
         version: of this library.
     """
     try:
@@ -52,8 +52,8 @@ def warn_of_differences(
                 FILE,
             )
         return
-    now = json.loads(json.dumps(dict(options), default=repr))
-    saved = {**json.loads(json.dumps(dict(defaults), default=repr)), **known}
+    now = _as_saved(options)
+    saved = {**_as_saved(defaults), **known}
     changes = [
         f"{name} {saved[name]!r} -> {now[name]!r}"
         if name in now
@@ -72,6 +72,11 @@ def warn_of_differences(
         )
 
 
+def _as_saved(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as a file has them: lists for tuples, and a `repr` where JSON has no such value."""
+    return dict(json.loads(json.dumps(dict(options), default=repr)))
+
+
 def learning_rates(scheduler: Any) -> list[float]:
     """The base learning rates of a schedule, one for each parameter group; empty if it has none."""
     return list(getattr(scheduler, "base_lrs", ()))
@@ -86,7 +91,7 @@ def warn_of_learning_rates(
         folder: of the checkpoint.
         given: by `learning_rates` before the checkpoint was loaded.
         restored: the same afterwards.
-        is_deepspeed: DeepSpeed trains, which resumes from no checkpoint without a schedule.
+        is_deepspeed: whether DeepSpeed trains; it cannot resume from a checkpoint whose schedule was deleted.
     """
     if list(given) != list(restored):
         now, then = (", ".join(dict.fromkeys(f"{rate:g}" for rate in rates)) for rates in (given, restored))
@@ -103,24 +108,26 @@ def warn_of_learning_rates(
         )
 
 
-def warn_of_length(folder: str | Path, max_steps: int, *, follows: Sequence[str]) -> None:
-    """A warning where values that change over the whole run jump: the run has another length than the checkpoint's.
+def warn_of_max_steps(folder: str | Path, max_steps: int, *, scheduled: Sequence[str]) -> None:
+    """A warning where values that are scheduled over the run jump, because the run has another number of steps.
 
     Args:
-        folder: of the checkpoint.
-        max_steps: of `GRPOConfig`; below 1 where the epochs are the length.
-        follows: names of the values that change over the run.
+        folder: the checkpoint.
+        max_steps: the option of `GRPOConfig`; below 1 where the run is counted in epochs.
+        scheduled: names of these values.
     """
+    if not scheduled or max_steps < 1:
+        return
     try:
         then = int(json.loads((Path(folder) / "trainer_state.json").read_text())["max_steps"])
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         return
-    if follows and 0 < max_steps != then:
+    if max_steps != then:
         logger.warning(
-            "max_steps: %d, was %d when %s was saved. Over a run these change, so they jump here and follow the "
-            "new length: %s.",
+            "max_steps: %d, was %d when %s was saved. Scheduled over the whole run, these jump here and follow the "
+            "new number of steps: %s.",
             max_steps,
             then,
             folder,
-            ", ".join(follows),
+            ", ".join(scheduled),
         )

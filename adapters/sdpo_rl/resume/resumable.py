@@ -112,9 +112,7 @@ class ResumableTrainer(BASE):
             is_deepspeed = self.is_deepspeed_enabled
             options.warn_of_learning_rates(checkpoint_folder, given, restored, is_deepspeed=is_deepspeed)
             if self.sdpo_config.enabled:
-                options.warn_of_length(
-                    checkpoint_folder, self.args.max_steps, follows=self._changes_over_the_run()
-                )
+                options.warn_of_max_steps(checkpoint_folder, self.args.max_steps, scheduled=self._scheduled())
             defaults = dataclasses.asdict(type(self.sdpo_config)())
             options.warn_of_differences(checkpoint_folder, self._options, defaults, version=__version__)
         if self.sdpo_config.enabled and checkpoint_folder is not None:
@@ -123,7 +121,7 @@ class ResumableTrainer(BASE):
                 checkpoint_folder, self._stores, self._unwrapped, on_resume=on_resume
             )
 
-    def _changes_over_the_run(self) -> list[str]:
+    def _scheduled(self) -> list[str]:
         """Names of the values whose schedule has the length of the run."""
         schedule = self.args.lr_scheduler_type
         is_constant = str(getattr(schedule, "value", schedule)).startswith("constant")
