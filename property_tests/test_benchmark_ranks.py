@@ -46,29 +46,48 @@ def test_launches_are_compared_with_one_process() -> None:
     four["runs"]["fsdp2"]["4"] = {
         "same rows": measured([2.0, 4.4]),
         "rows each": measured([9.0], seconds=1.25),
+        "grpo": measured([9.0], seconds=0.8),
         "float32": measured([1.0, 2.0, 4.0, 8.0]),
         "resumed": measured([4.0, 6.0], first=3),
     }
     one["runs"]["fsdp2"]["1"]["float32"] = measured([1.0, 2.0, 4.0, 10.0])
     one["runs"]["fsdp2"]["1"]["micro-batches"] = measured([2.0, 5.0])
+    one["runs"]["fsdp2"]["1"]["grpo"] = measured([8.0], seconds=0.4)
     one["runs"]["fsdp2"]["1"]["resumed"] = {"failed": "out of memory"}
     plain["runs"]["ddp"]["1"] = {"float32": measured([1.0, 2.0, 5.0, 10.0])}
     compared = join([four, one, plain])["compared"]
     assert compared["fsdp2 on 4, same rows"] == pytest.approx({"steps": 2, "relative": 0.1, "absolute": 0.4})
     assert compared["fsdp2 on 4, rows each"] == pytest.approx({"weak scaling": 0.8})
+    assert compared["fsdp2 on 4, grpo"] == pytest.approx({"weak scaling": 0.5})
     assert compared["fsdp2 on 4, float32"] == pytest.approx({"steps": 4, "relative": 0.2, "absolute": 2.0})
     assert compared["fsdp2 on 4, resumed"] == pytest.approx({"steps": 2, "relative": 0.25, "absolute": 2.0})
     assert compared["fsdp2 on 1, float32"] == pytest.approx({"steps": 4, "relative": 0.2, "absolute": 1.0})
     assert compared["fsdp2 on 1, micro-batches"] == pytest.approx(
         {"steps": 2, "relative": 0.25, "absolute": 1.0}
     )
-    assert len(compared) == 6
+    assert len(compared) == 7
 
 
 def test_launches_with_other_options_are_not_joined() -> None:
     other = result("ddp", 1, options={"shape": "7b"})
     with pytest.raises(ValueError, match="expected those of all launches alike"):
         join([result("ddp", 2), other])
+
+
+def test_a_run_of_two_launches_has_the_steps_of_both() -> None:
+    first, again = result("ddp", 2), result("ddp", 2)
+    first["runs"]["ddp"]["2"] = {
+        "same rows": measured([2.0], seconds=1.0),
+        "float32": {"failed": "no memory"},
+    }
+    again["runs"]["ddp"]["2"] = {"same rows": measured([2.1], seconds=3.0), "float32": measured([1.0])}
+    again["runs"]["ddp"]["2"]["same rows"]["peak_bytes"] = 2**31
+    for results in ([first, again], [first, again, first]):
+        runs = join(results)["runs"]["ddp"]["2"]
+        assert runs["float32"] == measured([1.0])
+    one = join([first, again])["runs"]["ddp"]["2"]["same rows"]
+    assert one == measured([2.0]) | {"steps": [1.0] * 5 + [3.0] * 5, "peak_bytes": 2**31}
+    assert ranks.median_seconds(one) == 2.0
 
 
 @pytest.mark.parametrize("failing", [["2"], ["1"], ["2", "1"]])

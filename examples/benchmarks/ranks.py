@@ -15,12 +15,14 @@ is a launch by `accelerate launch` with a file of `examples/accelerate`. Its run
 * With `--float32 SHAPE`: `float32` is `same rows` of that shape without mixed precision; on the largest number of
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
   compared with the run that saved it. DeepSpeed reads its optimizer's state on as many processes only.
+* With `--grpo`: `grpo` is TRL's own loss, with `--rows` rows on each process, and its weak scaling.
 * On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
 
 Reported: the losses of all steps, the median time of a step after the first two, the peak of allocated memory and
 the bytes of the teacher in each process.
 
-A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined:
+A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined.
+A run of several launches counts with the steps of all, because single steps differ:
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/benchmarks/ranks.py \\
         --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch FOLDER ...
@@ -71,8 +73,8 @@ RANKS_SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
                  intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True),
 }  # fmt: skip
-RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed")
-WARMUP, TIMED = 2, 5
+RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed", "grpo")
+WARMUP = 2
 COMMON = ("shape", "training", "rows", "steps", "completion", "lengths", "group", "prompt_tokens")
 Result = dict[str, Any]
 
@@ -99,12 +101,13 @@ def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str,
     if processes == 1:
         runs["micro-batches"] = {"micro_batches": 2}
     else:
-        steps = min(options.steps, WARMUP + TIMED)
-        runs["rows each"] = {"rows": options.rows * processes, "steps": steps}
+        runs["rows each"] = {"rows": options.rows * processes}
     if options.float32:
         runs["float32"] = {**exact, "save": half if processes == most else None}
     if options.float32 and (processes == most or not kind.startswith("zero")):
         runs["resumed"] = {**exact, "checkpoint": str(folder / f"checkpoint-{half}")}
+    if options.grpo:
+        runs["grpo"] = {"grpo": True, "rows": options.rows * processes}
     return {name: changes for name, changes in runs.items() if name in (options.only or runs)}
 
 
@@ -151,7 +154,7 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
     trainer = SDPOTrainer(
         model=make_model(RANKS_SHAPES[options.shape], device, dtype, lora),
         args=arguments,
-        sdpo_config=SDPOConfig(k=100, **TEMPLATES),
+        sdpo_config=SDPOConfig(enabled=not options.grpo, k=100, **TEMPLATES),
         processing_class=make_tokenizer(),
         # Two rewards, for advantages; neither is a success.
         reward_funcs=[lambda completions, **_: [0.25 * (row % 2) for row in range(len(completions))]],
@@ -201,7 +204,8 @@ def work(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, changes in runs_of(options, kind, processes).items():
             first = options.steps // 2 if "checkpoint" in changes else 0
-            fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first, "micro_batches": 1}
+            fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first}
+            fixed |= {"micro_batches": 1, "grpo": False}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
                 names = (*COMMON, "dtype", "float32", "checkpointing")
@@ -237,7 +241,7 @@ def launch(options: argparse.Namespace, kind: str, processes: int, result: Path)
     for name in (*COMMON, "dtype", "float32", "scratch"):
         if getattr(options, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    command += ["--checkpointing"] * options.checkpointing
+    command += ["--checkpointing"] * options.checkpointing + ["--grpo"] * options.grpo
     command += ["--only", *options.only] if options.only else []
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     known = json.loads(result.read_text()) if result.exists() else {"runs": {kind: {str(processes): {}}}}
@@ -247,8 +251,16 @@ def launch(options: argparse.Namespace, kind: str, processes: int, result: Path)
     result.write_text(json.dumps(known))
 
 
+def repeated(run: Result, again: Result) -> Result:
+    """A run of two launches: the steps of both, the higher numbers of bytes, the losses of the first."""
+    if "failed" in run or "failed" in again:
+        return again if "failed" in run else run
+    peaks = {name: max(run[name], again[name]) for name in ("peak_bytes", "teacher_bytes")}
+    return {**run, **peaks, "steps": run["steps"] + again["steps"]}
+
+
 def join(results: list[Result]) -> Result:
-    """The record of several launches.
+    """The record of several launches; a run that several of them have counts with all its steps.
 
     Raises:
         ValueError: launches with other options.
@@ -261,7 +273,9 @@ def join(results: list[Result]) -> Result:
                 raise ValueError(f"{key}: expected those of all launches alike, got {result[key]}")
         for kind, launches in result["runs"].items():
             for processes, runs in launches.items():
-                record["runs"].setdefault(kind, {}).setdefault(processes, {}).update(runs)
+                known = record["runs"].setdefault(kind, {}).setdefault(processes, {})
+                for name, run in runs.items():
+                    known[name] = repeated(known[name], run) if name in known else run
     return {**record, "compared": compare(record["runs"])}
 
 
@@ -302,11 +316,12 @@ def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str
             pairs = {name: reference.get(name, {}) for name, reference in references.items()}
             pairs |= dict.fromkeys(("rows each", "micro-batches"), one.get("same rows", {}))
             pairs["resumed"] = most.get("float32", {})
+            pairs["grpo"] = one.get("grpo", {}) if processes != "1" else {}
             for name, other in pairs.items():
                 run, label = measured.get(name, {}), f"{kind} on {processes}, {name}"
                 if "losses" not in run or "losses" not in other:
                     continue
-                if name == "rows each":
+                if name in ("rows each", "grpo"):
                     found[label] = {"weak scaling": median_seconds(other) / median_seconds(run)}
                 else:
                     found[label] = difference(run, other)
@@ -336,6 +351,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=RANKS_SHAPES, default="tiny")
     parser.add_argument("--training", choices=("lora", "full"), default="lora")
+    parser.add_argument("--grpo", action="store_true", help="also run TRL's own loss")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
         "--float32", choices=RANKS_SHAPES, help="also compare losses of this shape in float32, and resume"
