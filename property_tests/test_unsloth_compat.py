@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +206,59 @@ def test_the_variable_is_zero_inside_and_as_before_outside(monkeypatch: pytest.M
         with pytest.raises(KeyError):
             fail_inside(name)
         assert os.environ.get(name) == before
+
+
+# --- attention of packed rows -----------------------------------------------------------------------------
+
+
+def lent(monkeypatch: pytest.MonkeyPatch, present: Any, setting: str | None, kernel: Any) -> Any:
+    """`varlen_attn` of Unsloth's attention, after the trainer has seen what it found in torch."""
+    attention = ModuleType("attention_dispatch")
+    vars(attention)["_TORCH_VARLEN_ATTN"] = present
+    monkeypatch.setitem(sys.modules, unsloth_compat._ATTENTION, attention)
+    monkeypatch.setattr(unsloth_compat, "grouped_kernel", lambda: kernel)
+    if setting is not None:
+        monkeypatch.setenv("UNSLOTH_TORCH_VARLEN", setting)
+    unsloth_compat.use_varlen_kernel()
+    return vars(attention)["_TORCH_VARLEN_ATTN"]
+
+
+def test_unsloth_gets_the_kernel_where_it_found_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def kernel(*args: Any, **options: Any) -> str:
+        calls.append((args, options))
+        return "output"
+
+    found = lent(monkeypatch, None, None, kernel)
+    assert found(1, 2, scale=None, window_size=(-1, 0), enable_gqa=True) == "output"
+    assert calls == [((1, 2), {"scale": None, "window_size": (-1, 0)})]
+
+
+def kernel_of_unsloth() -> None:
+    """What Unsloth found in torch 2.12."""
+
+
+@pytest.mark.parametrize(
+    ("present", "setting", "kernel"),
+    [(kernel_of_unsloth, None, print), (None, "0", print), (None, "OFF", print), (None, None, None)],
+)
+def test_unsloth_keeps_its_own_attention(
+    monkeypatch: pytest.MonkeyPatch, present: Any, setting: str | None, kernel: Any
+) -> None:
+    assert lent(monkeypatch, present, setting, kernel) is present
+
+
+def test_nothing_is_lent_without_unsloths_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsloth_compat, "grouped_kernel", lambda: print)
+    for absent in ({}, {unsloth_compat._ATTENTION: ModuleType("another release")}):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "modules", {**sys.modules, **absent})
+            if not absent:
+                patch.delitem(sys.modules, unsloth_compat._ATTENTION, raising=False)
+            unsloth_compat.use_varlen_kernel()
+            for module in absent.values():
+                assert not hasattr(module, "_TORCH_VARLEN_ATTN")
 
 
 # --- old log-probabilities --------------------------------------------------------------------------------

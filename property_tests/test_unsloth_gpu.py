@@ -15,7 +15,10 @@ import test_unsloth_fast
 import tiny
 import torch
 import unsloth_driver as driver
+import unsloth_layouts
 from test_unsloth_sdpo import RUNS, TOLERANCE, differences, long_remark
+
+from sdpo_rl.step import row_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -181,10 +184,12 @@ def observe_packed() -> dict[str, Any]:
     """Hidden states and gradients of rows that together exceed `max_seq_length`, packed and one by one."""
     from functools import partial
 
+    from sdpo_rl.compat.unsloth import use_varlen_kernel
     from sdpo_rl.step import forward, model_check, packing
     from sdpo_rl.step.batch import TokenBatch, left_pad
     from sdpo_rl.step.call_cost import call_cost
 
+    use_varlen_kernel()  # as the trainer does
     model = quantized_model(lora_dropout=0.0, max_position_embeddings=4096)
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -205,15 +210,17 @@ def observe_packed() -> dict[str, Any]:
     found = []
     for layout, division in (("packed", [[0, 1, 2, 3]]), ("groups", [[0], [1], [2], [3]])):
         calls = packing.model_calls(batch, layout, division)
-        head = packing.run_calls(
-            partial(forward.completion_head, model, model),
-            calls,
-            arguments=[forward.call_arguments(model, call) for call in calls],
-            rows=len(rows),
-            length=batch.completion_length,
-        )
-        model.zero_grad()
-        (head.hidden.float() * probe).mean().backward()
+        with unsloth_layouts.attention() as paths:
+            head = packing.run_calls(
+                partial(forward.completion_head, model, model),
+                calls,
+                arguments=[forward.call_arguments(model, call) for call in calls],
+                rows=len(rows),
+                length=batch.completion_length,
+            )
+            model.zero_grad()
+            (head.hidden.float() * probe).mean().backward()
+        seen[f"attention of {layout}"] = sorted(paths)
         grads = [p.grad.float().flatten() for p in model.parameters() if p.grad is not None]
         found.append((head.hidden.detach().float(), torch.cat(grads)))
     for name, packed, alone in zip(("hidden", "gradient"), *found, strict=True):
@@ -282,6 +289,8 @@ def test_packed_rows_may_exceed_max_seq_length(tmp_path: Path) -> None:
     assert seen["layout"] == ["packed", ""]
     assert seen["limit"] == 4096
     assert seen["overhead_tokens"] == 450
+    if row_attention.grouped_kernel() is not None:
+        assert seen["attention of packed"] == ["training packed bfloat16 sdpa: _torch_varlen_packed"]
     # Of bfloat16; a row that attends another changes by far more.
     assert seen["hidden"] < 0.02
     assert seen["gradient"] < 0.05

@@ -78,7 +78,7 @@ def _by_layout(
         return {}, {}
     totals, paths = {}, {}
     for name in LAYOUTS:
-        with _layout(trainer, name), _attention() as paths[name]:
+        with _layout(trainer, name), attention() as paths[name]:
             totals[name] = _total_and_gradient(trainer, compute)
     gaps = {name: _gaps(values, totals["alone"]) for name, values in totals.items()}
     return gaps, {name: sorted(seen) for name, seen in paths.items()}
@@ -117,7 +117,7 @@ def _gaps(values: torch.Tensor, alone: torch.Tensor) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _attention() -> Iterator[set[str]]:
+def attention() -> Iterator[set[str]]:
     """Collects how Unsloth's attention was called, and which kernels it called."""
     from unsloth.utils import attention_dispatch as dispatch
 

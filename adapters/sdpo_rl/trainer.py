@@ -203,6 +203,7 @@ class SDPOTrainer(ResumableTrainer):
             reward_rules.check_columns(reward_funcs, kwargs)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
+            unsloth_compat.use_varlen_kernel()
         if self.sdpo_config.enabled:
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
             _validate.check_not_compiled(model)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..step.row_attention import grouped_kernel
 
 IMPORT_ORDER = (
     "    from unsloth import FastLanguageModel, PatchFastRL\n"
@@ -17,6 +20,7 @@ IMPORT_ORDER = (
     "    from trl import GRPOConfig"
 )
 _HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
+_ATTENTION = "unsloth.utils.attention_dispatch"
 
 
 def is_unsloth(trainer_class: type) -> bool:
@@ -82,6 +86,23 @@ def check_construction(model: Any, args: Any, peft_config: Any) -> None:
             "sequences silently; lower it, or load the model with a larger max_seq_length (prompt + completion, "
             "and reprompt + completion, must fit)"
         )
+
+
+def use_varlen_kernel() -> None:
+    """With torch 2.11, packed rows take one call of attention in each layer of Unsloth, as with later releases.
+
+    Unsloth calls torch's `varlen_attn` with `enable_gqa`, an argument since torch 2.12, and one row at a time where
+    there is none. The kernel below it takes fewer heads of keys and values than of queries in torch 2.11, too.
+    """
+    attention, kernel = sys.modules.get(_ATTENTION), grouped_kernel()
+    disabled = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in ("0", "false", "no", "off")
+    if disabled or kernel is None or getattr(attention, "_TORCH_VARLEN_ATTN", kernel) is not None:
+        return
+
+    def varlen_attn(*args: Any, enable_gqa: bool, **options: Any) -> Tensor:
+        return kernel(*args, **options)
+
+    vars(attention)["_TORCH_VARLEN_ATTN"] = varlen_attn
 
 
 @contextmanager

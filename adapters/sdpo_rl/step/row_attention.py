@@ -71,6 +71,12 @@ _TAKES_GROUPS = _KERNEL is _flash  # keys and values may have fewer heads than q
 _HEAD_DIM_MULTIPLE = 8  # the kernel needs a head_dim that is a multiple of it
 
 
+def grouped_kernel() -> Callable[..., Tensor] | None:
+    """What has the arguments of `varlen_attn` and takes fewer heads of keys and values; `None` without it."""
+    available = torch.backends.cuda.is_flash_attention_available()
+    return _KERNEL if _TAKES_GROUPS and available else None
+
+
 class Rows(NamedTuple):
     """Which tokens of a packed sequence belong to each row.
 
