@@ -86,7 +86,7 @@ def test_a_run_of_two_launches_has_the_steps_of_both() -> None:
         runs = join(results)["runs"]["ddp"]["2"]
         assert runs["float32"] == measured([1.0])
     one = join([first, again])["runs"]["ddp"]["2"]["same rows"]
-    assert one == measured([2.0]) | {"steps": [1.0] * 5 + [3.0] * 5, "peak_bytes": 2**31}
+    assert one == measured([2.0]) | {"steps": [1.0] * 5 + [3.0] * 5}
     assert ranks.median_seconds(one) == 2.0
 
 

@@ -252,11 +252,10 @@ def launch(options: argparse.Namespace, kind: str, processes: int, result: Path)
 
 
 def repeated(run: Result, again: Result) -> Result:
-    """A run of two launches: the steps of both, the higher numbers of bytes, the losses of the first."""
+    """A run of two launches: that of the first with the steps of both, or that of the one that did not fail."""
     if "failed" in run or "failed" in again:
         return again if "failed" in run else run
-    peaks = {name: max(run[name], again[name]) for name in ("peak_bytes", "teacher_bytes")}
-    return {**run, **peaks, "steps": run["steps"] + again["steps"]}
+    return {**run, "steps": run["steps"] + again["steps"]}
 
 
 def join(results: list[Result]) -> Result:
