@@ -183,10 +183,7 @@ def test_a_question_with_a_record_that_was_not_judged_shows_the_samples() -> Non
     assert run["right_samples"] == pytest.approx(fmean(judged["log"]["reward"][-5:]))
     (supervised, *_) = LEARNS["supervised"]
     assert supervised["right_samples"] is None
-    assert {name for name, by_arm in BY_QUESTION.items() if tables.is_of_samples(by_arm)} == {
-        "grpo learning rate",
-        "large batches",
-    }
+    assert {name for name, by_arm in BY_QUESTION.items() if tables.is_of_samples(by_arm)} == {"large batches"}
 
 
 def test_what_the_pages_begin_with_is_in_the_records() -> None:
@@ -506,7 +503,7 @@ def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
     }
     old = [run["question"] for run in records if run.get("accuracy") != curves.JUDGED]
     assert f"{len(old)} of these records were evaluated by a comparison" in (ROOT / "DEBT.md").read_text()
-    assert set(old) == {"grpo learning rate", "large batches"}
+    assert set(old) == {"large batches"}
 
 
 def test_the_example_lists_every_question_and_module() -> None:
