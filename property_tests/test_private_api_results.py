@@ -357,7 +357,8 @@ def test_nearly_only_runs_with_a_fast_teacher_have_the_warning_of_cut_completion
     silent = {
         "fast teacher + rate per 256 samples",
         "SDPO",
-        "α=0, rate 0.01 per 64",
+        *(f"α=0, rate {rate} per 64" for rate in (0, 0.0025, 0.01)),
+        *(f"α=0.5, rate {rate} per 64" for rate in (0, 0.0025)),
         "α=0.1",
         "SRPO, 0.04 per update",
     }
@@ -369,10 +370,12 @@ def test_nearly_only_runs_with_a_fast_teacher_have_the_warning_of_cut_completion
 
 def test_how_many_recorded_runs_have_the_warnings_that_they_should() -> None:
     kept, collapsed = tables.kept_and_collapsed(SHOWN)
-    assert len(collapsed) == 9
-    assert {tables.run_name(run): problem for run in collapsed if (problem := replay.problem(run))} == {}
-    assert len(kept) == 101
-    assert sum(replay.problem(run) is None for run in kept) == 77
+    assert len(collapsed) == 10
+    assert {tables.run_name(run): problem for run in collapsed if (problem := replay.problem(run))} == {
+        "α=0.5, rate 0 per 64, seed 1": "no warning"
+    }
+    assert len(kept) == 106
+    assert sum(replay.problem(run) is None for run in kept) == 80
 
 
 @pytest.mark.parametrize("run", RECORDED, ids=tables.run_name)
