@@ -157,40 +157,6 @@ def observe_other_number(folder: Path) -> str:
     return "resumed"
 
 
-def observe_late_writes(folder: Path, run: Run) -> dict[str, Any]:
-    """A run whose partitions get what is written to them only when the host waits, or when they are read in order.
-
-    A GPU may be as late: DeepSpeed gathers partitions in a stream of its own, which does not wait for the writes.
-    """
-    from sdpo_rl.teacher import shards
-
-    late: list[tuple[Tensor, Tensor]] = []
-
-    def wait(*_: Any) -> None:
-        while late:
-            target, source = late.pop(0)
-            target.copy_(source)
-
-    class Shard(Tensor):
-        """What the trainer sees of a partition."""
-
-        __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
-
-        def copy_(self, source: Tensor) -> Any:  # type: ignore[override]
-            late.append((self.as_subclass(Tensor), source.clone()))
-
-        def clone(self) -> Any:  # type: ignore[override]
-            wait()
-            return self.as_subclass(Tensor).clone()
-
-    local = shards._local_shard
-    with (
-        patch.object(shards, "_local_shard", lambda parameter: local(parameter).as_subclass(Shard)),
-        patch.object(shards, "_wait_for_device", wait, create=True),
-    ):
-        return observe(folder, run, **DEEPSPEED["zero3"])
-
-
 def observe_16_bits(folder: Path, run: Run, stage: str) -> dict[str, Any]:
     """DeepSpeed's weights of 16 bits, which transformers takes for a GPU's."""
     deepspeed = DEEPSPEED[stage]["deepspeed"] | {"bf16": {"enabled": True}}
@@ -212,10 +178,6 @@ def main(folder: Path) -> None:
                 else:
                     seen[name] = observe(folder / name, chunked, **DEEPSPEED["zero3"])
         print(name, "done", flush=True)
-    if world_size() > 1:
-        run = replace(RUNS["untied"], config={"loss_chunk_size": CHUNK, **RUNS["untied"].config})
-        with strategy("zero3"):
-            seen["late writes"] = observe_late_writes(folder / "late writes", run)
     seen["other number"] = observe_other_number(folder)
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
     if torch.distributed.is_initialized():
