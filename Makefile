@@ -43,7 +43,8 @@ test-gpu: $(READY)
 # and it needs a C++ compiler when it runs. It stays installed in .venv, and `test` then runs these tests too.
 test-deepspeed: $(READY)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --no-build-isolation --no-deps $(DEEPSPEED)
-	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py property_tests/test_ranks_deepspeed_head.py
+	$(BIN)/python -m pytest property_tests/test_ranks_deepspeed.py property_tests/test_ranks_deepspeed_head.py \
+	  property_tests/test_ranks_deepspeed_engine.py
 
 # vLLM itself on a CPU, which `test` skips, in an environment of its own. Its builds of torchaudio, torchvision and
 # torchcodec do not fit torch's plain one, and text needs none of them. Compiling kernels would take longer than the tests.

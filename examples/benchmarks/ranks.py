@@ -32,6 +32,7 @@ A run of several launches counts with the steps of all, because single steps dif
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -170,6 +171,24 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
     return trainer
 
 
+def free_engine(trainer: SDPOTrainer) -> None:
+    """Let go of DeepSpeed's engine, which would keep the weights and the optimizer's state of a run for the next.
+
+    `destroy` removes the hooks. Under ZeRO-3 the model also stays in a list, and in a cache of a method.
+    """
+    engine = trainer.model_wrapped
+    if not hasattr(engine, "destroy"):
+        return
+    engine.destroy()
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    module = partitioned_param_coordinator.__name__
+    for cache in gc.get_objects():
+        if isinstance(cache, functools._lru_cache_wrapper) and cache.__module__ == module:
+            cache.cache_clear()
+
+
 def measure(options: argparse.Namespace, device: str) -> Result:
     """One run."""
     gc.collect()
@@ -184,6 +203,7 @@ def measure(options: argparse.Namespace, device: str) -> Result:
     most = trainer.accelerator.gather(bytes_here).view(-1, 2).amax(dim=0).tolist()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     trainer.accelerator.wait_for_everyone()
+    free_engine(trainer)
     return {
         "rows": options.rows,
         "losses": {str(entry["step"]): entry["loss"] for entry in log if entry["step"] > options.first},

@@ -135,14 +135,26 @@ def _resharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
 
 
-def _write(parameters: Mapping[str, nn.Parameter], shards: Mapping[str, Tensor]) -> None:
-    """Copy values into the local shards of the parameters."""
+def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
+    """Copy values into the local shards of the parameters, and wait for ZeRO-3's partitions.
+
+    DeepSpeed gathers partitions in a stream of its own, which does not wait for the stream that writes to them. On
+    a GPU that is behind, the next forward would gather what was in them before.
+    """
     for name, shard in shards.items():
         parameter = parameters[name]
         _local_shard(parameter).copy_(shard)
         if _is_partition(parameter) and parameter.numel():
             # ZeRO-3 keeps small parameters gathered beside their partitions.
             parameter.data.copy_(_gather(parameter, shard))
+    for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
+        _wait_for_device(device)
+
+
+def _wait_for_device(device: torch.device) -> None:
+    """Wait for what the device was given in the current stream."""
+    if device.type != "cpu":
+        torch.get_device_module(device).current_stream(device).synchronize()
 
 
 def _is_partition(parameter: nn.Parameter) -> bool:

@@ -1,0 +1,112 @@
+"""What a rank sees of DeepSpeed's engine, in a process that rank_driver.py starts.
+
+    WORLD_SIZE=2 RANK=0 ... python rank_engine_observations.py FOLDER deepspeed
+
+The result is written to the folder as `WORLD-RANK.pt`.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from programs import EXAMPLES
+from rank_driver import DEEPSPEED, RUNS, make_trainer, rank, strategy, world_size
+from torch import Tensor
+
+sys.path.append(str(EXAMPLES / "benchmarks"))
+
+
+def observe(folder: Path) -> dict[str, Any]:
+    """Losses of every step, and student and teacher afterwards."""
+    from sdpo_rl.teacher import shards
+
+    trainer = make_trainer(folder, RUNS["untied"], **DEEPSPEED["zero3"])
+    trainer.train()
+    own = shards.local_shards(trainer._unwrapped)
+    return {
+        "loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "student": {name: shard.clone() for name, shard in own.items()},
+        "teacher": {name: shard.clone() for name, shard in trainer._teacher.state.params.items()},
+    }
+
+
+def observe_late_writes(folder: Path) -> dict[str, Any]:
+    """A run whose partitions get what is written to them only when the host waits, or when they are read in order.
+
+    A GPU may be as late: DeepSpeed gathers partitions in a stream of its own, which does not wait for the writes.
+    """
+    from sdpo_rl.teacher import shards
+
+    late: list[tuple[Tensor, Tensor]] = []
+
+    def wait(*_: Any) -> None:
+        while late:
+            target, source = late.pop(0)
+            target.copy_(source)
+
+    class Shard(Tensor):
+        """What the trainer sees of a partition."""
+
+        __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+        def copy_(self, source: Tensor) -> Any:  # type: ignore[override]
+            late.append((self.as_subclass(Tensor), source.clone()))
+
+        def clone(self) -> Any:  # type: ignore[override]
+            wait()
+            return self.as_subclass(Tensor).clone()
+
+    local = shards._local_shard
+    with (
+        patch.object(shards, "_local_shard", lambda parameter: local(parameter).as_subclass(Shard)),
+        patch.object(shards, "_wait_for_device", wait),
+    ):
+        return observe(folder)
+
+
+def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:
+    """What of a run is still there after its trainer, without and with the benchmark's `free_engine`."""
+    import ranks
+
+    seen: dict[str, set[str]] = {}
+    for name in ("kept", "freed"):
+        trainer = make_trainer(folder / name, RUNS["untied"], max_steps=2, **DEEPSPEED[kind])
+        trainer.train()
+        engine = trainer.model_wrapped
+        parts = {
+            "engine": weakref.ref(engine),
+            "optimizer": weakref.ref(engine.optimizer),
+            "weight": weakref.ref(trainer._unwrapped.get_output_embeddings().weight),
+            "teacher": weakref.ref(trainer._teacher),
+        }
+        if name == "freed":
+            ranks.free_engine(trainer)
+        del trainer, engine
+        gc.collect()
+        seen[name] = {part for part, reference in parts.items() if reference() is not None}
+    return seen
+
+
+def main(folder: Path) -> None:
+    if world_size() == 1:
+        return
+    seen: dict[str, Any] = {}
+    for name, run in {"plain": observe, "late writes": observe_late_writes}.items():
+        with strategy("zero3"):
+            seen[name] = run(folder / name)
+    for kind in DEEPSPEED:
+        with strategy(kind):
+            seen["freed", kind] = observe_freed(folder / kind, kind)
+    torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
