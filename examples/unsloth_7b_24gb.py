@@ -124,7 +124,7 @@ def load_plain(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def arguments(options: argparse.Namespace, folder: str) -> Any:
-    """Two rows per micro-batch, eight (two prompts with four completions) per optimizer step."""
+    """Two rows per micro-batch; eight, two prompts with four completions, or one micro-batch per optimizer step."""
     import torch
     from trl import GRPOConfig
 
@@ -133,7 +133,7 @@ def arguments(options: argparse.Namespace, folder: str) -> Any:
         num_generations=4,
         max_completion_length=options.completion,
         per_device_train_batch_size=options.batch,
-        gradient_accumulation_steps=8 // options.batch,
+        gradient_accumulation_steps=max(8 // options.batch, 1),
         learning_rate=5e-6,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
@@ -354,7 +354,7 @@ def parse(values: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arm", choices=["sdpo", "grpo"], default="sdpo")
     parser.add_argument("--no-unsloth", action="store_true", help="plain TRL, transformers and PEFT")
     parser.add_argument("--base", choices=["4bit", "bf16"], default="4bit")
-    parser.add_argument("--batch", type=int, choices=[1, 2, 4, 8], default=2, help="rows per micro-batch")
+    parser.add_argument("--batch", type=int, choices=[1, 2, 4, 8, 32], default=2, help="rows per micro-batch")
     parser.add_argument("--completion", type=int, default=256, help="max_completion_length")
     parser.add_argument(
         "--reprompt", type=int, default=0, help="feedback that fills reprompts to this length"

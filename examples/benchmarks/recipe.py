@@ -51,11 +51,14 @@ TOGETHER: dict[str, list[str]] = {
     "Unsloth 4-bit SDPO, chunk from free memory": ["--chunk", "0", "--steps", "2"],
 }
 PEER_CASE = {PEER + ", Unsloth 4-bit, 4 rows": ["--batch", "4", "--steps", "2"]}
-# Given completions of different lengths, whose rows are padded or not.
+# Given completions of different lengths, whose rows are padded or not. Few rows wait for the launch of kernels on a
+# fast GPU, many do not.
+RAGGED_ROWS = (8, 32)
 RAGGED = {
-    f"Unsloth 4-bit SDPO, 8 ragged rows, {packing}": [
-        *("--batch", "8", "--completion", "1024", "--steps", "4", "--limit-gib", "0")
+    f"Unsloth 4-bit SDPO, {rows} ragged rows, {packing}": [
+        *("--batch", str(rows), "--completion", "1024", "--steps", "12", "--limit-gib", "0")
     ]
+    for rows in RAGGED_ROWS
     for packing in ("padded", "auto")
 }
 LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
@@ -190,11 +193,14 @@ def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
     if sdpo and grpo:
         result["step time SDPO / GRPO"] = typical(sdpo["step_seconds"]) / typical(grpo["step_seconds"])
         result["peak SDPO - GRPO, GiB"] = sdpo["peak_gib"] - grpo["peak_gib"]
-    padded, auto = (done.get(name) for name in RAGGED)
-    if padded and auto:
-        result["step time auto / padded"] = typical(auto["step_seconds"]) / typical(padded["step_seconds"])
-        if padded["peak_gib"]:  # 0 on a CPU
-            result["peak auto / padded"] = auto["peak_gib"] / padded["peak_gib"]
+    for rows in RAGGED_ROWS:
+        names = (f"Unsloth 4-bit SDPO, {rows} ragged rows, {packing}" for packing in ("padded", "auto"))
+        padded, auto = (done.get(name) for name in names)
+        if padded and auto:
+            times = [typical(case["step_seconds"]) for case in (auto, padded)]
+            result[f"step time auto / padded, {rows} rows"] = times[0] / times[1]
+            if padded["peak_gib"]:  # 0 on a CPU
+                result[f"peak auto / padded, {rows} rows"] = auto["peak_gib"] / padded["peak_gib"]
     fast, plain = (done.get(name) for name in LOADING)
     if fast and plain:
         result["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]
