@@ -249,6 +249,19 @@ def test_unsloth_keeps_its_own_attention(
     assert lent(monkeypatch, present, setting, kernel) is present
 
 
+@needs_unsloth
+def test_unsloth_compiles_no_packed_layer_and_none_in_evaluation() -> None:
+    """What docs/unsloth.md says; a program that is compiled needs a GPU, so this reads Unsloth's condition."""
+    find = "import importlib.util as u; print(u.find_spec('unsloth').submodule_search_locations[0])"
+    found = subprocess.run([driver.python(), "-c", find], capture_output=True, text=True, check=True)
+    models = Path(found.stdout.strip()) / "models"
+    source = (models / "_block_compile.py").read_text()
+    _, _, condition = source.partition("mode == _OFF\n            or not self.training")
+    assert condition
+    assert 'kwargs.get("packed_seq_lengths") is not None' in condition.partition("return original")[0]
+    assert "Off before torch 2.11" in (models / "llama.py").read_text()
+
+
 def test_nothing_is_lent_without_unsloths_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unsloth_compat, "grouped_kernel", lambda: print)
     for absent in ({}, {unsloth_compat._ATTENTION: ModuleType("another release")}):
