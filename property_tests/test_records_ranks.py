@@ -126,6 +126,7 @@ def test_what_is_said_of_the_times() -> None:
         # The losses themselves: 1e-4 in bf16 and 1e-6 in float32.
         assert compared[f"{kind} on 2, same rows"]["absolute"] < 1e-4
         assert compared[f"{kind} on 2, float32"]["absolute"] < 1e-6
+        assert compared[f"{kind} on 2, resumed"]["relative"] < 1e-4
         scaling[kind] = weak_scaling(compared, kind) or 0.0
         assert (scaling[kind] > 0.93) == (kind != "zero3")
     debt = page("DEBT.md")
