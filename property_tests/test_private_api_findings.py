@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import shlex
 import sys
 from collections import Counter
 from itertools import combinations, pairwise
@@ -541,7 +542,46 @@ def test_the_settings_that_were_tried_have_a_slow_teacher() -> None:
     assert f"These runs end after {last} completions" in text
 
 
+def test_runs_that_came_back_are_counted() -> None:
+    """`fall` knows a fall to the end alone."""
+    kept, _ = tables.kept_and_collapsed(SHOWN)
+    low = {tables.run_name(run): curves.lowest_share(run) for run in kept}
+    half = [run for run in kept if low[tables.run_name(run)][0] < replay.COLLAPSED]
+    early = [
+        (low[tables.run_name(run)][1] or 0) - replay.warnings(run, evaluations=True)["length_limit"]
+        for run in half
+    ]
+    assert len(half) == 5
+    below = sum(share < curves.FALLEN for share, _ in low.values())
+    text = page("docs/choosing.md")
+    assert f"Of the {len(kept)} runs that learned, {below} were below 0.8 of their best before" in text
+    assert f"`length_limit`, {min(early)} completions before its lowest evaluation or more" in text
+
+
+def test_the_commands_of_the_records_and_pages_are_taken() -> None:
+    for path in figures.RECORDS.glob("*.json"):
+        run = json.loads(path.read_text())
+        program, *given = shlex.split(run["command"].removeprefix("python "))
+        assert program == "examples/private_api/train.py"
+        if run["question"] == "settings":
+            given[given.index("compiled")] = "graph"  # see records/README.md
+        options = train.arguments(given)
+        assert (options.arm, options.seed, options.question) == (run["arm"], run["seed"], run["question"])
+    commands = [
+        line for line in (ROOT / "docs/results.md").read_text().splitlines() if "private_api/run.py" in line
+    ]
+    (lasting,) = [line for line in commands if "--question lasting --seeds" in line]
+    assert "--sampling graph --every-step 'SDPO, chosen settings' 'fast teacher' " in lasting
+    (style,) = [line for line in commands if "--task house_style" in line]
+    assert style.endswith("--seeds 0 1 2 --arms SDPO 'SDPO, chosen settings' GRPO --sampling graph")
+
+
 def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
+    debt = (ROOT / "DEBT.md").read_text()
+    assert "GRPO's learning rates on one seed" in debt
+    assert {run["settings"]["alpha"] for runs in BY_QUESTION["support"].values() for run in runs} == {0.5}
+    assert {arm for arm in LASTING if "fast teacher +" in arm} == {"fast teacher + hybrid λ=0.5"}
+    assert not any(run["question"] == "kit_strict" or run["task"] == "kit_strict" for run in RECORDED)
     assert "fewer than three seeds" not in (ROOT / "DEBT.md").read_text()
     few = {
         question: sum(len(runs) < 3 for runs in by_arm.values()) for question, by_arm in BY_QUESTION.items()

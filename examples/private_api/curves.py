@@ -108,6 +108,21 @@ def fall(run: Run, share: float = FALLEN) -> int | None:
     return start if largest >= LEARNED else None
 
 
+def lowest_share(run: Run, learned: float = 0.5) -> tuple[float, int | None]:
+    """The smallest share of its best so far at which a run is, and the samples there, once its best is `learned`.
+
+    Examples:
+        >>> lowest_share({"points": [[0, 0, 0.0], [64, 0, 0.4], [128, 0, 0.8], [192, 0, 0.2], [256, 0, 0.8]]})
+        (0.25, 192)
+    """
+    largest, lowest, place = 0.0, 1.0, None
+    for samples, _, accuracy in run["points"]:
+        largest = max(largest, accuracy)
+        if largest >= learned and accuracy < lowest * largest:
+            lowest, place = accuracy / largest, int(samples)
+    return lowest, place
+
+
 def summary(runs: Sequence[Run]) -> str:
     """The held-out accuracy of every arm, as text."""
     chosen, rows = table(runs)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import findings
 import pages
 import tables
+from arms import arms
 from curves import ACCURACY, Run, band
 from drawing import Band, draw
 from environment import HELD_OUT
@@ -56,11 +57,14 @@ QUESTIONS = {
         "How fast may the teacher follow the student?",
         "The rate is the student's weight in one update of the teacher. An update follows each generation batch.",
     ),
-    "alpha": Question("Which α?", "All other settings are those of SDPO above."),
+    "alpha": Question(
+        "Which α?",
+        "All other settings are those of SDPO above, with the teacher's rate 0.01 per batch of 64.",
+    ),
     "support": Question(
         "Which K?",
         "The student's K most probable tokens with all others as one category, without the others, and the whole "
-        "vocabulary.",
+        "vocabulary; all with α=0.5 and the teacher's rate 0.01 per batch of 64.",
     ),
     "cures": Question(
         "What helps with a fast teacher?",
@@ -167,7 +171,7 @@ def section(
     seeds = sorted({run["seed"] for of_arm in by_arm.values() for run in of_arm})
     task = [] if first["task"] == "kit" else ["--task", first["task"]]
     command = ["python", "examples/private_api/run.py", "--model", first["model"], *task]
-    command += ["--question", question, "--seeds", *map(str, seeds)]
+    command += ["--question", question, "--seeds", *map(str, seeds), *options(question, by_arm)]
     found = "\n".join(f"* {sentence}" for sentence in findings.said(sentences, by_arm))
     if (first["task"], above) != ("kit", "## "):
         text = ""  # it names arms that other tasks do not have
@@ -175,6 +179,17 @@ def section(
         text += " Accuracy is that of samples, because no judge evaluated some of these runs."
     parts = [f"{above}{heading}", text, found, f"![{heading}](images/{file})", tables.results(by_arm)]
     return "\n\n".join(filter(None, [*parts, f"```bash\n{shlex.join(command)}\n```"]))
+
+
+def options(question: str, by_arm: tables.Runs) -> list[str]:
+    """Further options of the command that makes these runs, as far as each arm has one choice."""
+    every_step = [
+        arm for arm, runs in by_arm.items() if all("--every-step" in run["command"] for run in runs)
+    ]
+    found = [] if by_arm.keys() == {arm.name for arm in arms(question)} else ["--arms", *by_arm]
+    if all("--sampling graph" in run["command"] for runs in by_arm.values() for run in runs):
+        found += ["--sampling", "graph"]
+    return [*found, "--every-step", *every_step] if len(every_step) == len(by_arm) else found
 
 
 def figure(question: str, by_arm: tables.Runs) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from string import Formatter
 
-from curves import ACCURACY, LEARNED, PROBABILITY, Run, at, best, fall
+from curves import ACCURACY, LEARNED, PROBABILITY, Run, at, best, fall, lowest_share
 
 EARLY_SAMPLES = 2240  # when `early` is measured on the private API
 
@@ -121,9 +121,11 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "With the default rate of the teacher and a share of GRPO that grows linearly from half to all of the "
         "loss (λ=0.5 to 1) no seed falls. With a learning rate that falls to 0, the setting that was chosen [on "
         "other seeds](#which-settings-last), they end at {each[default rate + hybrid λ=0.5 to 1, decay]}, the "
-        "highest accuracy of each, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the samples are right; "
+        "highest accuracy of each, no evaluation is below {lowest[default rate + hybrid λ=0.5 to 1, decay]} of the "
+        "best before, and {right[default rate + hybrid λ=0.5 to 1, decay]} of the samples are right; "
         "after 9600 completions they are at {fifth[default rate + hybrid λ=0.5 to 1, decay]} on average. With a "
-        "constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}.",
+        "constant learning rate they end at {each[default rate + hybrid λ=0.5 to 1]}; the lowest evaluation is at "
+        "{lowest[default rate + hybrid λ=0.5 to 1]} of the best before.",
         "The fast teacher alone collapses on all three seeds: from a best of {bests[fast teacher]} to {each[fast "
         "teacher]}. The earliest fall below 0.8 of the best is after {first_fall[fast teacher]} completions. At "
         "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
@@ -286,7 +288,7 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
     number per seed: `each` has the
     accuracy at the end, `bests` the best accuracy, and `begins` the samples of the first evaluation at which a
     tenth of the answers is right. `first_fall` is the smallest number of samples after which a seed is below .8 of
-    its best for good. It and `begins` may be "never".
+    its best for good. It and `begins` may be "never". `lowest` is the smallest share of a seed's best so far.
 
     Args:
         by_arm: the runs of each arm, in the order of seeds.
@@ -312,6 +314,9 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
         arm: _listed([str(begins(run) or "never") for run in runs]) for arm, runs in by_arm.items()
     }
     falls = {arm: [samples for run in runs if (samples := fall(run))] for arm, runs in by_arm.items()}
+    found["lowest"] = {
+        arm: f"{min(lowest_share(run)[0] for run in runs):.2f}" for arm, runs in by_arm.items()
+    }
     found["first_fall"] = {arm: str(min(samples, default="never")) for arm, samples in falls.items()}
     return found
 

@@ -379,15 +379,16 @@ def setup(runs: Sequence[Run], held_out: int) -> str:
     usual = min(run["samples"] for run in runs)
     minutes = [run["seconds"] / 60 for run in runs if run["samples"] == usual]
     memory = [run["peak_gib"] for run in runs if run["peak_gib"] is not None]
-    tokens = TASKS[runs[0]["task"]].max_completion
+    task = TASKS[runs[0]["task"]]
+    different = len({str(question.prompt) for question in task.held_out(held_out)})
     rows = [
         ["model", each("model")],
         ["SHA-256 of its weights", each("weights_sha256") or NONE],
-        ["completions", f"{GROUP} for each prompt at temperature 1, of at most {tokens} tokens"],
+        ["completions", f"{GROUP} for each prompt at temperature 1, of at most {task.max_completion} tokens"],
         ["device", each("device")],
         ["versions", f"Python {each('python')}, {', '.join(texts)}"],
         ["runs", f"{len(runs)}, most of {usual} completions"],
-        ["held-out questions", str(held_out)],
+        ["held-out questions", f"{held_out}, {different} of them different"],
         ["minutes of such a run, with others on the same device", spread(minutes, "{:.1f}".format)],
         ["GiB of a run at most", f"{max(memory):.1f}" if memory else NONE],
     ]
