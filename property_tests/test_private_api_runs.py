@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 sys.path.insert(0, str(EXAMPLES / "private_api"))
 
 import arms
+import checks
 import curves
 import house_style
 import jobs
 import train
-from environment import Environment
+from environment import Environment, Question
 from kit_task import KIT
 from record import log_columns, write
 
@@ -339,6 +340,76 @@ def test_a_longer_arm_expects_more_samples(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["run.py", *given, "--output", str(tmp_path)])
     found = {(job.length, *job.expected.values()) for job in program.jobs(program.arguments())}
     assert found == {(1, "Owner/Name", 64), (5, "Owner/Name", 320)}
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("", "an empty file (cut off?)"),
+        (" \n", "an empty file (cut off?)"),
+        ('{"complete": tr', "15 bytes that are not JSON (cut off?)"),
+        ("\udcff", "1 bytes that are not JSON (cut off?)"),
+        ("[]", "JSON without 'complete' and 'points'"),
+        ('{"complete": true}', "JSON without 'complete' and 'points'"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    got: str,
+) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(content, errors="surrogateescape")
+    message = f"{path}: expected a record, got {got}; remove the file and start again"
+    with pytest.raises(ValueError) as error:
+        checks.read(path)
+    assert str(error.value) == message
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        program_of("report").main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+
+
+def test_the_report_names_a_missing_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "no.json")])
+    with pytest.raises(SystemExit, match="2"):
+        program_of("report").main()
+    assert "no.json: expected a record, got no file" in capsys.readouterr().err
+
+
+def refusal(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, *given: str) -> str:
+    """The last line of what a program says that refuses its arguments before any run."""
+    if hasattr(program, "run_all"):
+        monkeypatch.setattr(program, "run_all", lambda *_, **__: pytest.fail("a run started"))
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr(sys, "argv", ["x.py", *given])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        program.main()
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("x.py: error: ")
+
+
+def test_one_run_refuses_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--model", "m", "--arm", "SDPO", "--output", str(tmp_path))
+    for option in ("--points", "--samples"):
+        line = refusal(train, monkeypatch, capsys, *common, option, "0")
+        assert line == f"argument {option}: expected a positive integer, got '0'"
+    assert "expected a file, got the folder" in refusal(train, monkeypatch, capsys, *common)
+    assert "'GRPO', 'SDPO, shuffled" in refusal(train, monkeypatch, capsys, *common, "--arm", "x")
+
+
+def test_columns_of_several_types_are_refused() -> None:
+    def question(value: object) -> Question:
+        return Question([{"role": "user", "content": "q"}], "a", {"kind": "x", "wanted": value})
+
+    train.check_columns(KIT, [question(value) for value in (1, None, 2)])
+    with pytest.raises(ValueError, match=r"task 'kit': .* column 'wanted' of .* got int, str; write them"):
+        train.check_columns(KIT, [question(value) for value in (1, "one")])
 
 
 def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:
