@@ -5,9 +5,9 @@ A module of `run.py`; nothing to run.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import read
 from curves import Run, one_line
 
 SECONDS_TO_STOP = 10.0
@@ -38,11 +39,6 @@ class Job:
     expected: Mapping[str, Any] = field(default_factory=dict)  # values that a record at this path must have
 
 
-def read(path: Path) -> Run | None:
-    """A record, also of a run that was stopped; `None` without one."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def check_records(todo: Sequence[Job]) -> None:
     """Refuse records of other runs at the paths of these: a complete one would be shown as the result of a job.
 
@@ -50,17 +46,42 @@ def check_records(todo: Sequence[Job]) -> None:
         todo: the runs; `expected` of each is compared with its record, complete or not.
 
     Raises:
-        ValueError: a record has another value; the message names each of them.
+        ValueError: a file has another value or is no record; the message has a line for each such file.
     """
-    found = [
-        f"{job.record}: expected a record of {name} {value!r}, got {record.get(name)!r}"
-        for job in todo
-        if (record := read(job.record)) is not None
-        for name, value in job.expected.items()
-        if record.get(name) != value
-    ]
+    found = []
+    for job in todo:
+        try:
+            record = read(job.record)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if record is not None and (differences := _differences(record, job.expected)):
+            found.append(
+                f"{job.record}: expected a record of {'; of '.join(differences)}; pass another --output, or remove "
+                "the file"
+            )
     if found:
-        raise ValueError("\n".join(found) + "; pass another --output, or remove these records")
+        raise ValueError("\n".join(found))
+
+
+def _differences(record: Run, expected: Mapping[str, Any]) -> list[str]:
+    """What a record has other than expected; of settings only those that differ."""
+    differences = []
+    for name, value in expected.items():
+        got = _points(record) if name == "points" else record.get(name)
+        if got == value:
+            continue
+        if isinstance(value, dict) and isinstance(got, dict):
+            names = [key for key in {**value, **got} if key not in value or value[key] != got.get(key, ...)]
+            value, got = ({key: of[key] for key in names if key in of} for of in (value, got))
+        differences.append(f"{name} {value!r}, got {got!r}")
+    return differences
+
+
+def _points(record: Run) -> int | None:
+    """The number of points that a run was to have, which only its command says."""
+    words = shlex.split(record.get("command", ""))
+    return int(words[words.index("--points") + 1]) if "--points" in words else None
 
 
 def run_all(

@@ -1,6 +1,6 @@
-"""A tiny random model with a tokenizer and a chat template, which the tests train.
+"""A tiny random model with a tokenizer and a chat template, for `--model tiny`: it learns nothing.
 
-A module; nothing to run.
+A module of `run.py`; nothing to run.
 """
 
 from __future__ import annotations
