@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -418,9 +419,11 @@ def test_the_program_refuses_other_records_before_any_run(
     monkeypatch.setattr(program, "report", lambda *_: None)
     given = (*common, "--arms", "SDPO", "supervised", "--output", str(tmp_path / "out"))
     monkeypatch.setattr(sys, "argv", ["run.py", *given])
+    handler = signal.getsignal(signal.SIGTERM)
     if message is None:
         assert program.main() == 0
         assert [[job.arm for job in todo] for todo in started] == [["SDPO", "supervised"]]
+        assert signal.getsignal(signal.SIGTERM) is handler
         return
     with pytest.raises(SystemExit) as error:
         program.main()
@@ -521,6 +524,52 @@ def test_a_model_that_no_run_could_use_is_refused_once(
     line = refusal(run_program(monkeypatch), monkeypatch, capsys, "--model", name)
     start = f"--model: expected a model folder or a hub id with a chat template, got {name!r}: "
     assert line.startswith(start + reason.partition(", please")[0])
+
+
+SLEEPS = """
+import os, sys, time, types
+from pathlib import Path
+
+def sleep(given):  # in the place of a training, which goes on writing
+    Path(given[-1]).with_suffix(".pid").write_text(str(os.getpid()))
+    time.sleep(120)
+
+sys.path.insert(0, {folder!r})
+sys.modules["train"] = types.SimpleNamespace(main=sleep)
+sys.modules["record"] = types.SimpleNamespace(weights_hash=lambda _: None)  # what it imports takes seconds
+import run
+raise SystemExit(run.main())
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigterm_ends_the_runs_as_well(model_folder: Path, tmp_path: Path) -> None:
+    given = ("--model", str(model_folder), "--arms", "SDPO", "GRPO", "--jobs", "2", "--output", str(tmp_path))
+    program = subprocess.Popen([sys.executable, "-c", SLEEPS.format(folder=str(HERE)), *given])
+    ids: list[int] = []
+    try:
+        until = time.monotonic() + 120
+        while len(ids) < 2 and program.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+            ids = [int(text) for path in tmp_path.rglob("*.pid") if (text := path.read_text())]
+        assert len(ids) == 2
+        assert all(map(is_alive, ids))
+        program.terminate()
+        assert program.wait(30) == 143
+        assert not any(map(is_alive, ids))
+    finally:
+        program.kill()
+        program.wait()
+        for process in filter(is_alive, ids):
+            os.kill(process, signal.SIGKILL)
 
 
 def test_columns_of_several_types_are_refused() -> None:

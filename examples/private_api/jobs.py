@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -123,7 +125,8 @@ def run_all(
                     report(job)
                 elif free(place) >= min(job.memory, per_device):
                     waiting.remove(job)
-                    running[start(job, train, place, threads)] = (job, place)
+                    with _without_sigterm():
+                        running[start(job, train, place, threads)] = (job, place)
                 else:
                     break  # a smaller one that passed it would delay it
             if running:
@@ -138,8 +141,21 @@ def run_all(
                 failures += failed
                 report(job, failed=failed)
     finally:
-        stop(running)  # after an interrupt, for example
+        stop(running)  # after an interrupt or SIGTERM, for example
     return failures
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """Let SIGTERM wait: a process that is not among those that run yet would go on after this one."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start(job: Job, train: Train, device: str | None, threads: int) -> BaseProcess:
@@ -154,6 +170,9 @@ def start(job: Job, train: Train, device: str | None, threads: int) -> BaseProce
 
 
 def _run(job: Job, train: Train, device: str | None, threads: int) -> None:
+    if sys.platform != "win32":  # the mask and the handler are those of the process that started this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if "OMP_NUM_THREADS" not in os.environ:

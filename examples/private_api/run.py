@@ -18,8 +18,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, SAMPLING, Arm, arms, recorded_as
 from checks import check_model, is_below_a_file, positive, read
@@ -31,6 +32,7 @@ from tasks import TASKS
 TINY = "tiny"  # of `--model`; ./tiny is a folder
 SAMPLES, POINTS = 9600, 30
 TINY_SAMPLES, TINY_POINTS = 128, 2
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a program that SIGTERM ended
 
 
 def record_path(folder: Path, task: str, question: str, arm: Arm, seed: int) -> Path:
@@ -200,6 +202,12 @@ def arguments() -> argparse.Namespace:
     return options
 
 
+def terminated(*_: Any) -> NoReturn:
+    """End as after an interrupt, so that the runs are stopped; a second signal does not end that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(TERMINATED)
+
+
 def main() -> int:
     options = arguments()
     # Imports ask whether there is a GPU. This answer leaves CUDA alone, so that the runs can be forks.
@@ -221,6 +229,7 @@ def main() -> int:
         raise SystemExit(f"run.py: {error}") from None
     from train import main as train
 
+    before = signal.signal(signal.SIGTERM, terminated)
     failures = run_all(
         todo,
         train,
@@ -228,6 +237,7 @@ def main() -> int:
         per_device=options.jobs,
         minutes=options.minutes,
     )
+    signal.signal(signal.SIGTERM, before)
     for question in options.question:
         report(question, options)
     return 1 if failures else 0
