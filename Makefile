@@ -3,7 +3,6 @@
 PYTHON ?= python3
 SEEDS ?= 1
 JOBS ?= 2
-OUTPUT ?= output/private_api
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -23,9 +22,9 @@ demo: $(READY)
 	$(BIN)/python examples/demo/run.py --seeds $(SEEDS) --output output/demo
 
 # A pretrained model on whatever device is there: make demo-llm MODEL=Qwen/Qwen2.5-Coder-0.5B-Instruct
-# Each model needs an OUTPUT folder of its own.
+# Each model needs an OUTPUT folder of its own. MODEL=tiny is a random model, to see that everything runs.
 demo-llm: $(READY)
-	HF_HUB_OFFLINE=0 $(BIN)/python examples/private_api/run.py --model "$(MODEL)" --output "$(OUTPUT)"
+	HF_HUB_OFFLINE=0 $(BIN)/python examples/private_api/run.py --model "$(MODEL)" $(if $(OUTPUT),--output "$(OUTPUT)")
 
 checkpoint: $(READY)
 	$(BIN)/python examples/demo/pretrain.py --output examples/demo/checkpoint

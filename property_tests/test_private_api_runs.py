@@ -6,6 +6,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,19 +18,20 @@ from typing import Any
 
 import pytest
 from private_api_cases import HERE, drawn, save_model
-from programs import EXAMPLES, run
+from programs import EXAMPLES, ROOT, run
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 sys.path.insert(0, str(EXAMPLES / "private_api"))
 
 import arms
+import checks
 import curves
 import house_style
 import jobs
 import train
-from environment import Environment
+from environment import Environment, Question
 from kit_task import KIT
-from record import log_columns, write
+from record import description, log_columns, weights_hash, write
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +160,24 @@ def test_a_long_log_is_thinned_unless_every_step_is_kept() -> None:
     assert log_columns([], every_step=False) == {}
 
 
-def test_small_runs_and_their_reports(model_folder: Path, tmp_path: Path) -> None:
-    arguments = ("--model", str(model_folder), "--samples", "128", "--points", "2", "--output", "out")
+def make_line(*variables: str) -> list[str]:
+    """The command of `make demo-llm`, without the environment that it would set up."""
+    make = ("make", "-n", "-s", "demo-llm", "READY=", *variables)
+    line = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return shlex.split(line)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_make_target_passes_model_and_folder() -> None:
+    program = ["HF_HUB_OFFLINE=0", ".venv/bin/python", "examples/private_api/run.py"]
+    assert make_line("MODEL=tiny") == [*program, "--model", "tiny"]
+    assert make_line("MODEL=A/B", "OUTPUT=a b") == [*program, "--model", "A/B", "--output", "a b"]
+    assert make_line() == [*program, "--model", ""]
+
+
+def test_small_runs_of_the_tiny_model_and_their_reports(model_folder: Path, tmp_path: Path) -> None:
+    """What `make demo-llm MODEL=tiny` runs, on some arms of two questions."""
+    arguments = ("--model", "tiny", "--output", "out")
     chosen = ("--arms", "SDPO", "supervised", "K=100")
     questions = ("--question", "learns", "support")
     printed = run(tmp_path, str(HERE / "run.py"), *arguments, *questions, *chosen, "--jobs", "2")
@@ -164,10 +185,11 @@ def test_small_runs_and_their_reports(model_folder: Path, tmp_path: Path) -> Non
     records = [json.loads(path.read_text()) for path in (tmp_path / "out" / "records").glob("*.json")]
     # K=100 is the setting of SDPO, which runs once.
     assert sorted(record["arm"] for record in records) == sorted(chosen[1:-1])
+    assert {record["model"] for record in records} == {"tiny"}
+    assert {record["weights_sha256"] for record in records} == {weights_hash(model_folder)}
     for record in records:
         assert record["complete"]
         assert [point[0] for point in record["points"]] == [0, 64, 128]
-        assert len(record["weights_sha256"]) == 64
         assert len(record["before"]) == len(record["after"]) == 6
         assert record["log"].get("step", []) == ([] if record["method"] == "supervised" else [1, 2])
         assert str(tmp_path) not in json.dumps(record)
@@ -265,80 +287,298 @@ def test_runs_end_with_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "not enough values to unpack" in capsys.readouterr().err
 
 
-def test_records_of_another_model_or_length_are_refused(tmp_path: Path) -> None:
+def test_records_of_another_run_are_refused(tmp_path: Path) -> None:
     """Else they would be shown as those of this model, since the run of a complete record is not repeated."""
-    todo = []
-    for name in ("own", "missing", "model", "samples"):
-        path = tmp_path / f"{name}.json"
-        todo.append(jobs.Job(name, 0, path, (), expected={"model": "B", "samples": 640}))
-    own = {"model": "B", "samples": 640}
+    expected = {"model": "B", "samples": 640, "points": 30, "settings": {"alpha": 0.5, "k": 100}}
+    own = {**expected, "points": [], "command": "python train.py --points 30 --output FILE"}
+    todo = [
+        jobs.Job(name, 0, tmp_path / f"{name}.json", (), expected=expected)
+        for name in ("own", "missing", "model", "samples", "points", "settings", "cut")
+    ]
     todo[0].record.write_text(json.dumps({**own, "complete": False}))
     jobs.check_records(todo)
+    todo[6].record.write_text(json.dumps(own)[:40])
     for complete in (True, False):
-        todo[2].record.write_text(json.dumps({**own, "model": "A", "complete": complete}))
-        todo[3].record.write_text(json.dumps({**own, "samples": 128, "complete": complete}))
+        for job, change in zip(
+            todo[2:],
+            (
+                {"model": "A"},
+                {"samples": 128, "model": "A"},
+                {"command": "python train.py --points 2 --output FILE"},
+                {"settings": {"alpha": 0.1, "k": 100, "tail": "renormalize"}},
+            ),
+            strict=False,
+        ):
+            job.record.write_text(json.dumps({**own, "complete": complete, **change}))
         with pytest.raises(ValueError, match="pass another --output") as error:
             jobs.check_records(todo)
-        lines = str(error.value).splitlines()
-        assert lines[0] == f"{todo[2].record}: expected a record of model 'B', got 'A'"
-        assert lines[1].startswith(
-            f"{todo[3].record}: expected a record of samples 640, got 128; pass another"
-        )
-        assert len(lines) == 2
+        what_to_do = "; pass another --output, or remove the file"
+        assert str(error.value).splitlines() == [
+            f"{todo[2].record}: expected a record of model 'B', got 'A'{what_to_do}",
+            f"{todo[3].record}: expected a record of model 'B', got 'A'; of samples 640, got 128{what_to_do}",
+            f"{todo[4].record}: expected a record of points 30, got 2{what_to_do}",
+            f"{todo[5].record}: expected a record of settings {{'alpha': 0.5}}, "
+            f"got {{'alpha': 0.1, 'tail': 'renormalize'}}{what_to_do}",
+            f"{todo[6].record}: expected a record, got 40 bytes that are not JSON (cut off?); "
+            "remove the file and start again",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ("", "an empty file (cut off?)"),
+        (" \n", "an empty file (cut off?)"),
+        ('{"complete": tr', "15 bytes that are not JSON (cut off?)"),
+        ("\udcff", "1 bytes that are not JSON (cut off?)"),
+        ("[]", "JSON without 'complete' and 'points'"),
+        ('{"complete": true}', "JSON without 'complete' and 'points'"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+    got: str,
+) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(content, errors="surrogateescape")
+    message = f"{path}: expected a record, got {got}; remove the file and start again"
+    with pytest.raises(ValueError) as error:
+        checks.read(path)
+    assert str(error.value) == message
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        program_of("report").main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+
+
+def test_the_report_names_a_missing_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "no.json")])
+    with pytest.raises(SystemExit, match="2"):
+        program_of("report").main()
+    assert "no.json: expected a record, got no file" in capsys.readouterr().err
+
+
+def test_what_a_run_records_is_what_is_expected_of_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every arm: else a run that is started again would refuse its own records."""
+    program = run_program(monkeypatch)
+    questions = ("--question", *arms.QUESTIONS)
+    given = ("--model", str(model_folder), "--samples", "64", "--points", "3", *questions)
+    monkeypatch.setattr(sys, "argv", ["run.py", *given, "--output", str(tmp_path)])
+    monkeypatch.setattr("record.weights_hash", lambda _: "of the folder")
+    todo = program.jobs(program.arguments())
+    for job in todo:
+        options = train.arguments(job.arguments)
+        arm = next(arm for arm in arms.arms(options.question) if arm.name == options.arm)
+        write(job.record, {**description(options, arm), "complete": False, "points": []})
+    assert len(todo) > 40
+    assert {job.expected["weights_sha256"] for job in todo} == {"of the folder"}
+    jobs.check_records(todo)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "other"}, "kit-learns-supervised-0.json: expected a record of model 'tiny', got 'other'"),
-        ({"samples": 64}, "kit-learns-supervised-0.json: expected a record of samples 128, got 64"),
-        (None, None),
+        ({"model": "other"}, "expected a record of model 'tiny', got 'other'"),
+        ({"weights_sha256": "f00"}, "expected a record of weights_sha256 '{}', got 'f00'"),
+        ({"samples": 64}, "expected a record of samples 128, got 64"),
+        ({"command": "train.py --points 5"}, "expected a record of points 2, got 5"),
+        ({"learning_rate": 2e-5}, "expected a record of learning_rate 1e-05, got 2e-05"),
+        ({"method": "sdpo"}, "expected a record of method 'supervised', got 'sdpo'"),
+        ({}, None),
     ],
+    ids=lambda value: next(iter(value), "own") if isinstance(value, dict) else "",
 )
 def test_the_program_refuses_other_records_before_any_run(
     model_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    change: dict | None,
+    change: dict,
     message: str | None,
 ) -> None:
     tiny = tmp_path / "tiny"
     tiny.symlink_to(model_folder)
     # Only the last of the two runs has a record.
     records = tmp_path / "out" / "records"
-    record = {
-        "arm": "supervised",
-        "seed": 0,
-        "seconds": 1.0,
-        "complete": True,
-        "model": "tiny",
-        "samples": 128,
-    }
-    record |= {"points": [[0, 0.0, 0.0], [128, 0.5, 0.5]], **(change or {})}
-    write(records / "kit-learns-supervised-0.json", record)
+    common = ("--model", str(tiny), "--samples", "128", "--points", "2")
+    target = records / "kit-learns-supervised-0.json"
+    options = train.arguments([*common, "--arm", "supervised", "--output", str(target)])
+    supervised = next(arm for arm in arms.arms("learns") if arm.name == "supervised")
+    record = {**description(options, supervised), "seconds": 1.0, "complete": True}
+    write(target, {**record, "points": [[0, 0.0, 0.0], [128, 0.5, 0.5]], **change})
     program = run_program(monkeypatch)
     started = []
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # which the program sets
     monkeypatch.setattr(program, "run_all", lambda todo, *_, **__: started.append(todo))
     monkeypatch.setattr(program, "report", lambda *_: None)
-    given = ("--model", str(tiny), "--samples", "128", "--arms", "SDPO", "supervised")
-    monkeypatch.setattr(sys, "argv", ["run.py", *given, "--output", str(tmp_path / "out")])
+    given = (*common, "--arms", "SDPO", "supervised", "--output", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["run.py", *given])
+    handler = signal.getsignal(signal.SIGTERM)
     if message is None:
         assert program.main() == 0
         assert [[job.arm for job in todo] for todo in started] == [["SDPO", "supervised"]]
+        assert signal.getsignal(signal.SIGTERM) is handler
         return
     with pytest.raises(SystemExit) as error:
         program.main()
-    assert message in str(error.value)
+    expected = message.format(weights_hash(model_folder))
+    assert str(error.value) == f"run.py: {target}: {expected}; pass another --output, or remove the file"
     assert started == []
 
 
-def test_a_longer_arm_expects_more_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_compared_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = run_program(monkeypatch)
     given = ("--model", "Owner/Name", "--samples", "64", "--question", "learns", "lasting")
     monkeypatch.setattr(sys, "argv", ["run.py", *given, "--output", str(tmp_path)])
-    found = {(job.length, *job.expected.values()) for job in program.jobs(program.arguments())}
+    todo = program.jobs(program.arguments())
+    assert all("weights_sha256" not in job.expected for job in todo)
+    # A longer arm expects more samples.
+    found = {(job.length, job.expected["model"], job.expected["samples"]) for job in todo}
     assert found == {(1, "Owner/Name", 64), (5, "Owner/Name", 320)}
+
+
+def refusal(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, *given: str) -> str:
+    """The last line of what a program says that refuses its arguments before any run."""
+    if hasattr(program, "run_all"):
+        monkeypatch.setattr(program, "run_all", lambda *_, **__: pytest.fail("a run started"))
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr(sys, "argv", ["x.py", *given])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        program.main()
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("x.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(
+            ((option, value), f"argument {option}: expected a positive integer, got {value!r}")
+            for option in ("--points", "--samples", "--jobs")
+            for value in ("0", "-3", "1.5")
+        ),
+        (("--output", "file"), "--output: expected a folder, got 'file', which is a file or below one"),
+        (("--output", "file/in"), "--output: expected a folder, got 'file/in', which is a file or below one"),
+        (("--arms", "SDPO, chosen"), "GRPO', 'SDPO, shuffled feedback', "),
+        (("--arms", "SDPO, chosen", "x"), "'supervised'; got 'SDPO, chosen', 'x'"),
+        (("--model", ""), "make demo-llm MODEL=tiny"),
+    ],
+    ids=str,
+)
+def test_arguments_that_no_run_could_use_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert message in refusal(run_program(monkeypatch), monkeypatch, capsys, "--model", "m", *given)
+
+
+def test_one_run_refuses_them_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--model", "m", "--arm", "SDPO", "--output", str(tmp_path))
+    for option in ("--points", "--samples"):
+        line = refusal(train, monkeypatch, capsys, *common, option, "0")
+        assert line == f"argument {option}: expected a positive integer, got '0'"
+    assert "expected a file, got the folder" in refusal(train, monkeypatch, capsys, *common)
+    assert "'GRPO', 'SDPO, shuffled" in refusal(train, monkeypatch, capsys, *common, "--arm", "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./missing", "no such folder"),
+        ("a/b/missing", "no such folder"),
+        ("file", "it is a file"),
+        ("empty", "no config.json in the folder"),
+        ("no weights", "no weights in the folder"),
+        ("no template", "its tokenizer has no chat template"),
+        ("refuses", "no system turn, please"),
+        ("Owner/Unknown", "We couldn't connect to 'https://huggingface.co'"),
+    ],
+)
+def test_a_model_that_no_run_could_use_is_refused_once(
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("empty").mkdir()
+    shutil.copytree(model_folder, "no weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(model_folder, "no template", ignore=shutil.ignore_patterns("*.jinja"))
+    shutil.copytree(model_folder, "refuses")
+    Path("refuses", "chat_template.jinja").write_text("{{ raise_exception('no system turn,\nplease') }}")
+    line = refusal(run_program(monkeypatch), monkeypatch, capsys, "--model", name)
+    start = f"--model: expected a model folder or a hub id with a chat template, got {name!r}: "
+    assert line.startswith(start + reason.partition(", please")[0])
+
+
+SLEEPS = """
+import os, sys, time, types
+from pathlib import Path
+
+def sleep(given):  # in the place of a training, which goes on writing
+    Path(given[-1]).with_suffix(".pid").write_text(str(os.getpid()))
+    time.sleep(120)
+
+sys.path.insert(0, {folder!r})
+sys.modules["train"] = types.SimpleNamespace(main=sleep)
+sys.modules["record"] = types.SimpleNamespace(weights_hash=lambda _: None)  # what it imports takes seconds
+import run
+raise SystemExit(run.main())
+"""
+
+
+def is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigterm_ends_the_runs_as_well(model_folder: Path, tmp_path: Path) -> None:
+    given = ("--model", str(model_folder), "--arms", "SDPO", "GRPO", "--jobs", "2", "--output", str(tmp_path))
+    program = subprocess.Popen([sys.executable, "-c", SLEEPS.format(folder=str(HERE)), *given])
+    ids: list[int] = []
+    try:
+        until = time.monotonic() + 120
+        while len(ids) < 2 and program.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+            ids = [int(text) for path in tmp_path.rglob("*.pid") if (text := path.read_text())]
+        assert len(ids) == 2
+        assert all(map(is_alive, ids))
+        program.terminate()
+        assert program.wait(30) == 143
+        assert not any(map(is_alive, ids))
+    finally:
+        program.kill()
+        program.wait()
+        for process in filter(is_alive, ids):
+            os.kill(process, signal.SIGKILL)
+
+
+def test_columns_of_several_types_are_refused() -> None:
+    def question(value: object) -> Question:
+        return Question([{"role": "user", "content": "q"}], "a", {"kind": "x", "wanted": value})
+
+    train.check_columns(KIT, [question(value) for value in (1, None, 2)])
+    with pytest.raises(ValueError, match=r"task 'kit': .* column 'wanted' of .* got int, str; write them"):
+        train.check_columns(KIT, [question(value) for value in (1, "one")])
 
 
 def test_runs_share_a_device_by_their_memory(tmp_path: Path) -> None:

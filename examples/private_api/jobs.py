@@ -5,12 +5,14 @@ A module of `run.py`; nothing to run.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
+import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import read
 from curves import Run, one_line
 
 SECONDS_TO_STOP = 10.0
@@ -38,11 +41,6 @@ class Job:
     expected: Mapping[str, Any] = field(default_factory=dict)  # values that a record at this path must have
 
 
-def read(path: Path) -> Run | None:
-    """A record, also of a run that was stopped; `None` without one."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def check_records(todo: Sequence[Job]) -> None:
     """Refuse records of other runs at the paths of these: a complete one would be shown as the result of a job.
 
@@ -50,17 +48,42 @@ def check_records(todo: Sequence[Job]) -> None:
         todo: the runs; `expected` of each is compared with its record, complete or not.
 
     Raises:
-        ValueError: a record has another value; the message names each of them.
+        ValueError: a file has another value or is no record; the message has a line for each such file.
     """
-    found = [
-        f"{job.record}: expected a record of {name} {value!r}, got {record.get(name)!r}"
-        for job in todo
-        if (record := read(job.record)) is not None
-        for name, value in job.expected.items()
-        if record.get(name) != value
-    ]
+    found = []
+    for job in todo:
+        try:
+            record = read(job.record)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        if record is not None and (differences := _differences(record, job.expected)):
+            found.append(
+                f"{job.record}: expected a record of {'; of '.join(differences)}; pass another --output, or remove "
+                "the file"
+            )
     if found:
-        raise ValueError("\n".join(found) + "; pass another --output, or remove these records")
+        raise ValueError("\n".join(found))
+
+
+def _differences(record: Run, expected: Mapping[str, Any]) -> list[str]:
+    """What a record has other than expected; of settings only those that differ."""
+    differences = []
+    for name, value in expected.items():
+        got = _points(record) if name == "points" else record.get(name)
+        if got == value:
+            continue
+        if isinstance(value, dict) and isinstance(got, dict):
+            names = [key for key in {**value, **got} if key not in value or value[key] != got.get(key, ...)]
+            value, got = ({key: of[key] for key in names if key in of} for of in (value, got))
+        differences.append(f"{name} {value!r}, got {got!r}")
+    return differences
+
+
+def _points(record: Run) -> int | None:
+    """The number of points that a run was to have, which only its command says."""
+    words = shlex.split(record.get("command", ""))
+    return int(words[words.index("--points") + 1]) if "--points" in words else None
 
 
 def run_all(
@@ -102,7 +125,8 @@ def run_all(
                     report(job)
                 elif free(place) >= min(job.memory, per_device):
                     waiting.remove(job)
-                    running[start(job, train, place, threads)] = (job, place)
+                    with _without_sigterm():
+                        running[start(job, train, place, threads)] = (job, place)
                 else:
                     break  # a smaller one that passed it would delay it
             if running:
@@ -117,8 +141,21 @@ def run_all(
                 failures += failed
                 report(job, failed=failed)
     finally:
-        stop(running)  # after an interrupt, for example
+        stop(running)  # after an interrupt or SIGTERM, for example
     return failures
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """Let SIGTERM wait: a process that is not among those that run yet would go on after this one."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start(job: Job, train: Train, device: str | None, threads: int) -> BaseProcess:
@@ -133,6 +170,9 @@ def start(job: Job, train: Train, device: str | None, threads: int) -> BaseProce
 
 
 def _run(job: Job, train: Train, device: str | None, threads: int) -> None:
+    if sys.platform != "win32":  # the mask and the handler are those of the process that started this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if "OMP_NUM_THREADS" not in os.environ:

@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+from checks import is_below_a_file, read
 from curves import ACCURACY, PROBABILITY, Run, band, by_arm, summary, table
 from drawing import draw
 from style import PAGE as STYLE
@@ -103,7 +103,17 @@ def main() -> None:
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, default=Path("output/private_api"))
     options = parser.parse_args()
-    runs = [json.loads(path.read_text()) for path in options.records]
+    runs = []
+    for path in options.records:
+        try:
+            record = read(path)
+        except ValueError as error:
+            parser.error(str(error))
+        if record is None:
+            parser.error(f"{path}: expected a record, got no file; pass records that `train.py` wrote")
+        runs.append(record)
+    if is_below_a_file(options.output):
+        parser.error(f"--output: expected a folder, got the file {str(options.output)!r}; pass another one")
     print(summary(runs))
     print(write_report(runs, options.output))
 

@@ -26,6 +26,7 @@ import torch
 import transformers
 import trl
 from arms import GROUP, QUESTIONS, SAMPLING, Arm, arms
+from checks import positive
 from environment import HELD_OUT, Environment, Question, Reward
 from evaluation import Score, answer_ids, autocast, complete, end_turns_with_eos, evaluate, prompt_ids
 from record import LOGGED, description, log_columns, write
@@ -133,6 +134,7 @@ def run_arm(
     if arm.method == "supervised":
         supervise(model, tokenizer, arm, questions, seed=seed, steps=steps, curve=curve)
         return curve
+    check_columns(task, questions)
     settings = {"enabled": False} if arm.method == "grpo" else arm.all_settings()
     with TemporaryDirectory() as folder:
         trainer = SDPOTrainer(
@@ -243,11 +245,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--samples",
-        type=int,
+        type=positive,
         default=9600,
         help='completions to draw; arms of "lasting", "lasting settings", "large batches" draw 5 times',
     )
-    parser.add_argument("--points", type=int, default=30, help="evaluations after the first one")
+    parser.add_argument("--points", type=positive, default=30, help="evaluations after the first one")
     parser.add_argument("--every-step", action="store_true", help="keep the log of every step of a long run")
     parser.add_argument(
         "--sampling",
@@ -259,7 +261,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(given)
     names = [arm.name for arm in arms(options.question)]
     if options.arm not in names:
-        parser.error(f"--arm: expected one of {', '.join(names)}, got {options.arm!r}")
+        parser.error(f"--arm: expected one of {', '.join(map(repr, names))}; got {options.arm!r}")
+    if options.output.is_dir():
+        parser.error(f"--output: expected a file, got the folder {str(options.output)!r}")
     return options
 
 
@@ -276,6 +280,25 @@ def check_split(task: Environment, held_out: Sequence[Question], seed: int) -> N
             f"task {task.name!r}: expected training questions that are not held out, got {common!r} in both; draw "
             "other questions for the split 'test'"
         )
+
+
+def check_columns(task: Environment, questions: Sequence[Question]) -> None:
+    """Refuse columns whose values have several types, which a table cannot hold.
+
+    Raises:
+        ValueError: a column has; the message names it.
+    """
+    types: dict[str, set[str]] = {}
+    for question in questions:
+        for name, value in question.columns.items():
+            if value is not None:
+                types.setdefault(name, set()).add(type(value).__name__)
+    for name, found in types.items():
+        if len(found) > 1:
+            raise ValueError(
+                f"task {task.name!r}: expected values of one type in the column {name!r} of `Question.columns`, "
+                f"got {', '.join(sorted(found))}; write them as text, for example with repr()"
+            )
 
 
 def main(given: Sequence[str] | None = None) -> None:
