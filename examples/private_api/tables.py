@@ -5,7 +5,6 @@ A module of `figures.py`; nothing to run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -14,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, QUESTIONS, arms, recorded_as
+from checks import read
 from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall
 from margins import (
     largest_cut_rise,
@@ -70,8 +70,8 @@ MARGINS: tuple[tuple[str, float, Callable[[Run], float]], ...] = (
 
 def load(folder: Path) -> list[Run]:
     """The records of complete runs; on the private API with the accuracy of samples where no judge evaluated."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [shown(run) for run in runs if run["complete"]]
+    runs = [read(path) for path in sorted(folder.glob("*.json"))]
+    return [shown(run) for run in runs if run is not None and run["complete"]]
 
 
 def shown(run: Run) -> Run:
