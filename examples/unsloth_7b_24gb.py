@@ -124,7 +124,7 @@ def load_plain(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def arguments(options: argparse.Namespace, folder: str) -> Any:
-    """Two rows per micro-batch; eight, two prompts with four completions, or one micro-batch per optimizer step."""
+    """An optimizer step has eight rows, two prompts with four completions, or one micro-batch if that has more."""
     import torch
     from trl import GRPOConfig
 

@@ -65,7 +65,7 @@ def observe_late_writes(folder: Path) -> dict[str, Any]:
     local = shards._local_shard
     with (
         patch.object(shards, "_local_shard", lambda parameter: local(parameter).as_subclass(Shard)),
-        patch.object(shards, "_wait_for_device", wait),
+        patch.object(shards, "_wait_for_writes", wait),
     ):
         return observe(folder)
 

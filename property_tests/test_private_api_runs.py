@@ -346,7 +346,7 @@ def test_a_file_that_is_no_record_is_named(
     path.write_text(content, errors="surrogateescape")
     message = f"{path}: expected a record, got {got}; remove the file and start again"
     with pytest.raises(ValueError) as error:
-        checks.read(path)
+        checks.read_record(path)
     assert str(error.value) == message
     monkeypatch.setattr(sys, "argv", ["report.py", str(path)])
     with pytest.raises(SystemExit, match="2"):
@@ -465,7 +465,7 @@ def refusal(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, *given: 
         (("--output", "file"), "--output: expected a folder, got 'file', which is a file or below one"),
         (("--output", "file/in"), "--output: expected a folder, got 'file/in', which is a file or below one"),
         (("--arms", "SDPO, chosen"), "GRPO', 'SDPO, shuffled feedback', "),
-        (("--arms", "SDPO, chosen", "x"), "'supervised'; got 'SDPO, chosen', 'x'"),
+        (("--arms", "SDPO, chosen", "x"), "'supervised', each in quotes; got 'SDPO, chosen', 'x'"),
         (("--model", ""), "make demo-llm MODEL=tiny"),
     ],
     ids=str,

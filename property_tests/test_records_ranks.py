@@ -77,10 +77,10 @@ def sentences() -> Iterator[str]:
         for kind in ("zero3", "fsdp2")
         for count in COUNTS
     ]
+    seconds.insert(2, f"{median_seconds(runs['zero3']['2']['rows each']):.2f}")
     yield (
-        "a step takes {} s on one GPU and {} s on two, where FSDP2 with the same shards takes {} and {} s".format(
-            *seconds
-        )
+        "The same 32 rows take {} s on one GPU and {} s on two, 64 rows on two {} s; FSDP2, which shards the same "
+        "tensors, takes {} and {} s for the 32".format(*seconds)
     )
     fsdp2, zero2 = (runs[kind]["1"]["same rows"]["losses"].values() for kind in ("fsdp2", "zero2"))
     first, *ratios = (ours / theirs for ours, theirs in zip(fsdp2, zero2, strict=True))
@@ -130,7 +130,7 @@ def test_what_is_said_of_the_times() -> None:
         scaling[kind] = weak_scaling(compared, kind) or 0.0
         assert (scaling[kind] > 0.93) == (kind != "zero3")
     debt = page("DEBT.md")
-    assert f"ZeRO-3's weak scaling is {scaling['zero3']:.2f} there, against 0.93 that was wanted" in debt
+    assert f"ZeRO-3's weak scaling is {scaling['zero3']:.2f} there" in debt
     assert f"FSDP2, with the same shards, has {scaling['fsdp2']:.2f}" in debt
 
 

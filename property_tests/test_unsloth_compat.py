@@ -211,7 +211,7 @@ def test_the_variable_is_zero_inside_and_as_before_outside(monkeypatch: pytest.M
 # --- attention of packed rows -----------------------------------------------------------------------------
 
 
-def lent(monkeypatch: pytest.MonkeyPatch, present: Any, setting: str | None, kernel: Any) -> Any:
+def varlen_attn_after(monkeypatch: pytest.MonkeyPatch, present: Any, setting: str | None, kernel: Any) -> Any:
     """`varlen_attn` of Unsloth's attention, after the trainer has seen what it found in torch."""
     attention = ModuleType("attention_dispatch")
     vars(attention)["_TORCH_VARLEN_ATTN"] = present
@@ -230,7 +230,7 @@ def test_unsloth_gets_the_kernel_where_it_found_none(monkeypatch: pytest.MonkeyP
         calls.append((args, options))
         return "output"
 
-    found = lent(monkeypatch, None, None, kernel)
+    found = varlen_attn_after(monkeypatch, None, None, kernel)
     assert found(1, 2, scale=None, window_size=(-1, 0), enable_gqa=True) == "output"
     assert calls == [((1, 2), {"scale": None, "window_size": (-1, 0)})]
 
@@ -246,7 +246,7 @@ def kernel_of_unsloth() -> None:
 def test_unsloth_keeps_its_own_attention(
     monkeypatch: pytest.MonkeyPatch, present: Any, setting: str | None, kernel: Any
 ) -> None:
-    assert lent(monkeypatch, present, setting, kernel) is present
+    assert varlen_attn_after(monkeypatch, present, setting, kernel) is present
 
 
 @needs_unsloth
@@ -260,9 +260,12 @@ def test_unsloth_compiles_no_packed_layer_and_none_in_evaluation() -> None:
     assert condition
     assert 'kwargs.get("packed_seq_lengths") is not None' in condition.partition("return original")[0]
     assert "Off before torch 2.11" in (models / "llama.py").read_text()
+    attention = (models.parent / "utils" / "attention_dispatch.py").read_text()
+    assert "\n_TORCH_VARLEN_ATTN = _load_torch_varlen_attn()" in attention  # what `use_varlen_kernel` sets
+    assert "if _TORCH_VARLEN_ATTN is None or not Q.is_cuda" in attention
 
 
-def test_nothing_is_lent_without_unsloths_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_set_without_unsloths_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unsloth_compat, "grouped_kernel", lambda: print)
     for absent in ({}, {unsloth_compat._ATTENTION: ModuleType("another release")}):
         with monkeypatch.context() as patch:

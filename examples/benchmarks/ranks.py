@@ -1,8 +1,8 @@
 """Training on several processes beside one: the same losses, time with as many rows each, memory, resuming.
 
-    python examples/benchmarks/ranks.py --shape 7b --training lora --kinds ddp --processes 4 2 1 --rows 8 \\
+    python examples/benchmarks/ranks.py --shape 7b --training lora --kinds ddp --processes 2 1 --rows 8 \\
         --checkpointing --float32 small --output examples/benchmarks/records/ranks-7b-lora-h200.json
-    python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 --processes 4 2 1 \\
+    python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 --processes 2 1 \\
         --rows 32 --checkpointing --float32 small --output examples/benchmarks/records/ranks-1.5b-full-h200.json
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
@@ -22,7 +22,7 @@ Reported: the losses of all steps, the median time of a step after the first two
 the bytes of the teacher in each process.
 
 A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined.
-A run of several launches counts with the steps of all, because single steps differ:
+Of a run that several launches measured the record has the steps of all, and the losses and bytes of the first:
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/benchmarks/ranks.py \\
         --worker fsdp2.json --kinds fsdp2 --processes 4 2 1 --scratch FOLDER ...
@@ -108,7 +108,7 @@ def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str,
     if options.float32 and (processes == most or not kind.startswith("zero")):
         runs["resumed"] = {**exact, "checkpoint": str(folder / f"checkpoint-{half}")}
     if options.grpo:
-        runs["grpo"] = {"grpo": True, "rows": options.rows * processes}
+        runs["grpo"] = {"enabled": False, "rows": options.rows * processes}
     return {name: changes for name, changes in runs.items() if name in (options.only or runs)}
 
 
@@ -155,7 +155,7 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
     trainer = SDPOTrainer(
         model=make_model(RANKS_SHAPES[options.shape], device, dtype, lora),
         args=arguments,
-        sdpo_config=SDPOConfig(enabled=not options.grpo, k=100, **TEMPLATES),
+        sdpo_config=SDPOConfig(enabled=options.enabled, k=100, **TEMPLATES),
         processing_class=make_tokenizer(),
         # Two rewards, for advantages; neither is a success.
         reward_funcs=[lambda completions, **_: [0.25 * (row % 2) for row in range(len(completions))]],
@@ -184,6 +184,7 @@ def free_engine(trainer: SDPOTrainer) -> None:
 
     parameter_offload.FWD_MODULE_STACK.clear()
     module = partitioned_param_coordinator.__name__
+    # The method is behind a decorator that leaves no name by which its cache can be reached.
     for cache in gc.get_objects():
         if isinstance(cache, functools._lru_cache_wrapper) and cache.__module__ == module:
             cache.cache_clear()
@@ -225,7 +226,7 @@ def work(options: argparse.Namespace) -> None:
         for name, changes in runs_of(options, kind, processes).items():
             first = options.steps // 2 if "checkpoint" in changes else 0
             fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first}
-            fixed |= {"micro_batches": 1, "grpo": False}
+            fixed |= {"micro_batches": 1, "enabled": True}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
                 names = (*COMMON, "dtype", "float32", "checkpointing")
@@ -289,7 +290,10 @@ def join(results: list[Result]) -> Result:
         for key in ("options", "environment"):
             # A launch that failed before its first result has neither.
             if key in result and record.setdefault(key, result[key]) != result[key]:
-                raise ValueError(f"{key}: expected those of all launches alike, got {result[key]}")
+                raise ValueError(
+                    f"{key}: expected those of all launches alike, {record[key]} as in the first, got "
+                    f"{result[key]}; join launches with the same options"
+                )
         for kind, launches in result["runs"].items():
             for processes, runs in launches.items():
                 known = record["runs"].setdefault(kind, {}).setdefault(processes, {})
@@ -402,7 +406,10 @@ def main() -> None:
     if options.join:
         results = [json.loads(path.read_text()) for path in options.join]
     elif set(options.kinds) - {"ddp"} and not torch.cuda.is_available():
-        parser.error("--kinds: expected ddp on a machine without a GPU, where Accelerate shards nothing")
+        parser.error(
+            "--kinds: expected ddp on a machine without a GPU, where Accelerate shards nothing, got "
+            f"{' '.join(options.kinds)}"
+        )
     else:
         results = measure_all(options)
     record = join(results)

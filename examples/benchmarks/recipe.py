@@ -51,11 +51,16 @@ TOGETHER: dict[str, list[str]] = {
     "Unsloth 4-bit SDPO, chunk from free memory": ["--chunk", "0", "--steps", "2"],
 }
 PEER_CASE = {PEER + ", Unsloth 4-bit, 4 rows": ["--batch", "4", "--steps", "2"]}
-# Given completions of different lengths, whose rows are padded or not. Few rows wait for the launch of kernels on a
-# fast GPU, many do not.
-RAGGED_ROWS = (8, 32)
+
+
+def ragged(rows: int, packing: str) -> str:
+    """The name of a case with given completions of different lengths, whose rows are padded or not."""
+    return f"Unsloth 4-bit SDPO, {rows} ragged rows, {packing}"
+
+
+RAGGED_ROWS = (8, 32)  # with few rows a fast GPU waits for kernel launches, with many it does not
 RAGGED = {
-    f"Unsloth 4-bit SDPO, {rows} ragged rows, {packing}": [
+    ragged(rows, packing): [
         *("--batch", str(rows), "--completion", "1024", "--steps", "12", "--limit-gib", "0")
     ]
     for rows in RAGGED_ROWS
@@ -194,8 +199,7 @@ def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
         result["step time SDPO / GRPO"] = typical(sdpo["step_seconds"]) / typical(grpo["step_seconds"])
         result["peak SDPO - GRPO, GiB"] = sdpo["peak_gib"] - grpo["peak_gib"]
     for rows in RAGGED_ROWS:
-        names = (f"Unsloth 4-bit SDPO, {rows} ragged rows, {packing}" for packing in ("padded", "auto"))
-        padded, auto = (done.get(name) for name in names)
+        padded, auto = (done.get(ragged(rows, packing)) for packing in ("padded", "auto"))
         if padded and auto:
             times = [typical(case["step_seconds"]) for case in (auto, padded)]
             result[f"step time auto / padded, {rows} rows"] = times[0] / times[1]

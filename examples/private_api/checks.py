@@ -13,7 +13,7 @@ from typing import Any
 from curves import Run
 from environment import Messages
 
-LONGEST_REASON = 200  # characters of a reason
+LONGEST_REASON = 200  # characters: an error of the hub is a page long
 
 
 def positive(text: str) -> int:
@@ -29,12 +29,12 @@ def positive(text: str) -> int:
     return value
 
 
-def is_below_a_file(path: Path) -> bool:
+def cannot_be_a_folder(path: Path) -> bool:
     """Whether a folder cannot be made at a path, since it or a folder above it is a file."""
     return any(part.exists() and not part.is_dir() for part in (path, *path.parents))
 
 
-def read(path: Path) -> Run | None:
+def read_record(path: Path) -> Run | None:
     """A record, also of a run that was stopped; `None` without one.
 
     Raises:
@@ -65,11 +65,12 @@ def check_model(given: str, prompt: Messages) -> None:
         prompt: of a task, which the chat template must be able to write.
 
     Raises:
-        ValueError: the message is the option's.
+        ValueError: the model cannot be used; the message names `--model`.
     """
     if (reason := _problem(given, prompt)) is not None:
         raise ValueError(
-            f"--model: expected a model folder or a hub id with a chat template, got {given!r}: {reason}"
+            f"--model: expected a model folder or a hub id with a chat template, got {given!r}: {reason}; pass "
+            "the folder of an instruct model, or its id (without a network it must be in the cache)"
         )
 
 

@@ -108,8 +108,8 @@ def fall(run: Run, share: float = FALLEN) -> int | None:
     return start if largest >= LEARNED else None
 
 
-def lowest_share(run: Run, learned: float = 0.5) -> tuple[float, int | None]:
-    """The smallest share of its best so far at which a run is, and the samples there, once its best is `learned`.
+def lowest_share(run: Run, best_from: float = 0.5) -> tuple[float, int | None]:
+    """The lowest accuracy as a share of the best until then, and the samples there, once the best is `best_from`.
 
     Examples:
         >>> lowest_share({"points": [[0, 0, 0.0], [64, 0, 0.4], [128, 0, 0.8], [192, 0, 0.2], [256, 0, 0.8]]})
@@ -118,7 +118,7 @@ def lowest_share(run: Run, learned: float = 0.5) -> tuple[float, int | None]:
     largest, lowest, place = 0.0, 1.0, None
     for samples, _, accuracy in run["points"]:
         largest = max(largest, accuracy)
-        if largest >= learned and accuracy < lowest * largest:
+        if largest >= best_from and accuracy < lowest * largest:
             lowest, place = accuracy / largest, int(samples)
     return lowest, place
 

@@ -171,7 +171,7 @@ def section(
     seeds = sorted({run["seed"] for of_arm in by_arm.values() for run in of_arm})
     task = [] if first["task"] == "kit" else ["--task", first["task"]]
     command = ["python", "examples/private_api/run.py", "--model", first["model"], *task]
-    command += ["--question", question, "--seeds", *map(str, seeds), *options(question, by_arm)]
+    command += ["--question", question, "--seeds", *map(str, seeds), *further_options(question, by_arm)]
     found = "\n".join(f"* {sentence}" for sentence in findings.said(sentences, by_arm))
     if (first["task"], above) != ("kit", "## "):
         text = ""  # it names arms that other tasks do not have
@@ -181,8 +181,8 @@ def section(
     return "\n\n".join(filter(None, [*parts, f"```bash\n{shlex.join(command)}\n```"]))
 
 
-def options(question: str, by_arm: tables.Runs) -> list[str]:
-    """Further options of the command that makes these runs, as far as each arm has one choice."""
+def further_options(question: str, by_arm: tables.Runs) -> list[str]:
+    """Of the command that makes these runs; `--every-step` where every run of every arm has it."""
     every_step = [
         arm for arm, runs in by_arm.items() if all("--every-step" in run["command"] for run in runs)
     ]

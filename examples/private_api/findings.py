@@ -65,15 +65,15 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "{best[α=0, rate 0.01 per 256]}. With α=0.5 little is learned in so few steps, least with the fastest: "
         "{end[α=0.5, rate 0 per 256]}, {end[α=0.5, rate 0.0025 per 256]}, {end[α=0.5, rate 0.01 per 256]} and "
         "{end[α=0.5, rate 0.05 per 256]}.",
-        "So with α=0 the rate belongs to completions rather than to updates: 0.05 per 256 of them is the best of "
-        "the rates that were run, in both sizes of batch. In batches of 64 it is 0.013 in one update, and ends "
-        "above 0.05 in one update on every seed ([below](#what-helps-with-a-fast-teacher)). In batches of 256 it "
-        "is 0.05 in one update, and ends above 0.01 on every seed. The number of steps counts as well: 0.0025 per "
-        "64 and 0.01 per 256 are the same rate per completion, and end at {end[α=0, rate 0.0025 per 64]} and "
-        "{end[α=0, rate 0.01 per 256]}. With α=0.5 the batches of 256 learn too little to tell.",
-        "Four times that rate, 0.05 per 64 completions, collapses with α=0 in batches of 64 ([further "
-        "below](#does-it-last)) and learns nothing in [batches of "
-        "256](#is-a-teacher-too-fast-per-completion-or-per-update).",
+        "So with α=0 one rate per completion, 0.05 per 256, ends highest in both sizes of batch: it is 0.013 in "
+        "one update of 64 ([below](#what-helps-with-a-fast-teacher)) and 0.05 in one of 256. The number of steps "
+        "counts as well: 0.0025 per 64 and 0.01 per 256 are the same rate per completion, and end at {end[α=0, "
+        "rate 0.0025 per 64]} and {end[α=0, rate 0.01 per 256]}. With α=0.5 the batches of 256 learn too little "
+        "to tell.",
+        "The rate of one update has a limit of its own. 0.05 per 64 completions, four times as fast, collapses "
+        "with α=0 in batches of 64 ([further below](#does-it-last)), and in [batches of "
+        "256](#is-a-teacher-too-fast-per-completion-or-per-update), where it is 0.19 in one update, nothing is "
+        "learned.",
     ),
     "alpha": (
         "More is learned with a smaller α: {end[α=0]}, {end[α=0.1]}, {end[α=0.5]} and {end[α=1]} with 0, 0.1, 0.5 "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import read
+from checks import read_record
 from curves import Run, one_line
 
 SECONDS_TO_STOP = 10.0
@@ -53,7 +53,7 @@ def check_records(todo: Sequence[Job]) -> None:
     found = []
     for job in todo:
         try:
-            record = read(job.record)
+            record = read_record(job.record)
         except ValueError as error:
             found.append(str(error))
             continue
@@ -119,7 +119,7 @@ def run_all(
         while waiting or running:
             for job in list(waiting):
                 place = max(devices, key=free)
-                is_complete = (known := read(job.record)) is not None and known["complete"]
+                is_complete = (known := read_record(job.record)) is not None and known["complete"]
                 if is_complete or time.monotonic() >= deadline:
                     waiting.remove(job)
                     report(job)
@@ -136,7 +136,7 @@ def run_all(
                 stop(running)
             for process in [process for process in running if process.exitcode is not None]:
                 job, _ = running.pop(process)
-                failed = process.exitcode != 0 or read(job.record) is None
+                failed = process.exitcode != 0 or read_record(job.record) is None
                 failed = failed and time.monotonic() < deadline
                 failures += failed
                 report(job, failed=failed)
@@ -147,7 +147,7 @@ def run_all(
 
 @contextmanager
 def _without_sigterm() -> Iterator[None]:
-    """Let SIGTERM wait: a process that is not among those that run yet would go on after this one."""
+    """Let SIGTERM wait, in a program without other threads, while a process is not yet among those to stop."""
     if sys.platform == "win32":
         yield
         return
@@ -203,7 +203,7 @@ def log_of(job: Job) -> Path:
 
 def report(job: Job, *, failed: bool = False) -> None:
     """Print the result of a run."""
-    record = read(job.record)
+    record = read_record(job.record)
     if failed:
         print(
             f"{job.arm}, seed {job.seed}: failed\n{log_of(job).read_text()[-2000:]}",

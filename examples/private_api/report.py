@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
-from checks import is_below_a_file, read
+from checks import cannot_be_a_folder, read_record
 from curves import ACCURACY, PROBABILITY, Run, band, by_arm, summary, table
 from drawing import draw
 from style import PAGE as STYLE
@@ -106,14 +106,17 @@ def main() -> None:
     runs = []
     for path in options.records:
         try:
-            record = read(path)
+            record = read_record(path)
         except ValueError as error:
             parser.error(str(error))
         if record is None:
             parser.error(f"{path}: expected a record, got no file; pass records that `train.py` wrote")
         runs.append(record)
-    if is_below_a_file(options.output):
-        parser.error(f"--output: expected a folder, got the file {str(options.output)!r}; pass another one")
+    if cannot_be_a_folder(options.output):
+        parser.error(
+            f"--output: expected a folder, got {str(options.output)!r}, which is a file or below one; pass another "
+            "one"
+        )
     print(summary(runs))
     print(write_report(runs, options.output))
 

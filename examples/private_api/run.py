@@ -6,8 +6,8 @@
 `--model` is a hub id or a folder; HuggingFaceTB/SmolLM2-135M-Instruct is another small model that it takes.
 `tiny` is a random model that the program writes: it learns nothing and only shows that everything runs. Each run of
 `train.py` is a process; `--jobs` of them share a device. An arm that several questions have runs once. Runs whose
-record is complete are not repeated, so the command can be stopped and started again. Records of another model, of
-another number of samples or of other settings are refused: each needs an `--output` of its own.
+record is complete are not repeated, so the command can be stopped and started again. Records of other weights,
+samples, points or settings are refused: they need an `--output` of their own.
 
 Seeds 100, 101, … are for choosing settings (GRPO's learning rate, the best arm), seeds 0, 1, 2 for what is shown: a
 setting that was chosen by the seeds that it is shown with looks better than it is.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, SAMPLING, Arm, arms, recorded_as
-from checks import check_model, is_below_a_file, positive, read
+from checks import cannot_be_a_folder, check_model, positive, read_record
 from curves import model_name, summary
 from jobs import Job, check_records, run_all
 from report import write_report
@@ -107,7 +107,7 @@ def report(question: str, options: argparse.Namespace) -> None:
     for name, arm in chosen_arms(options):
         for seed in options.seeds if name == question else []:
             path = record_path(options.output, options.task, *recorded_as(name, arm), seed)
-            if (record := read(path)) is not None:
+            if (record := read_record(path)) is not None:
                 runs.append({**record, "arm": arm.name})
     if runs:
         print(f"\n{question}\n{summary(runs)}")
@@ -190,15 +190,16 @@ def arguments() -> argparse.Namespace:
     options.samples = options.samples or (TINY_SAMPLES if is_tiny else SAMPLES)
     options.points = options.points or (TINY_POINTS if is_tiny else POINTS)
     options.output = options.output or Path("output", f"private_api_{TINY}" if is_tiny else "private_api")
-    if is_below_a_file(options.output):
+    if cannot_be_a_folder(options.output):
         parser.error(
-            f"--output: expected a folder, got {str(options.output)!r}, which is a file or below one"
+            f"--output: expected a folder, got {str(options.output)!r}, which is a file or below one; pass "
+            "another one"
         )
     names = [arm.name for question in options.question for arm in arms(question)]
     for option, given in (("--arms", options.arms or []), ("--every-step", options.every_step)):
         if unknown := [name for name in given if name not in names]:
             expected, got = (", ".join(map(repr, some)) for some in (names, unknown))
-            parser.error(f"{option}: expected some of {expected}; got {got}")
+            parser.error(f"{option}: expected some of {expected}, each in quotes; got {got}")
     return options
 
 

@@ -16,7 +16,7 @@ CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 
 
 def save_model(folder: Path) -> Path:
-    """Write the model to a folder, the same one each time; its tokens are characters."""
+    """Write the model, always with the same weights, to a folder; its tokens are characters."""
     entries = {entry: index for index, entry in enumerate(SPECIAL + CHARACTERS)}
     backend = Tokenizer(models.WordLevel(entries, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -31,7 +31,6 @@ def save_model(folder: Path) -> Path:
         "{% if add_generation_prompt %}<assistant>{% endif %}",
     )
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(entries),
         hidden_size=32,
@@ -40,5 +39,7 @@ def save_model(folder: Path) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen2ForCausalLM(config).save_pretrained(folder)
     return folder

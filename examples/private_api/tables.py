@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, QUESTIONS, arms, recorded_as
-from checks import read
+from checks import read_record
 from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall
 from margins import (
     largest_cut_rise,
@@ -70,7 +70,7 @@ MARGINS: tuple[tuple[str, float, Callable[[Run], float]], ...] = (
 
 def load(folder: Path) -> list[Run]:
     """The records of complete runs; on the private API with the accuracy of samples where no judge evaluated."""
-    runs = [read(path) for path in sorted(folder.glob("*.json"))]
+    runs = [read_record(path) for path in sorted(folder.glob("*.json"))]
     return [shown(run) for run in runs if run is not None and run["complete"]]
 
 
@@ -388,7 +388,7 @@ def setup(runs: Sequence[Run], held_out: int) -> str:
         ["device", each("device")],
         ["versions", f"Python {each('python')}, {', '.join(texts)}"],
         ["runs", f"{len(runs)}, most of {usual} completions"],
-        ["held-out questions", f"{held_out}, {different} of them different"],
+        ["held-out questions", f"{held_out}, of which {different} are distinct"],
         ["minutes of such a run, with others on the same device", spread(minutes, "{:.1f}".format)],
         ["GiB of a run at most", f"{max(memory):.1f}" if memory else NONE],
     ]

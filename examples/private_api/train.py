@@ -263,7 +263,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     if options.arm not in names:
         parser.error(f"--arm: expected one of {', '.join(map(repr, names))}; got {options.arm!r}")
     if options.output.is_dir():
-        parser.error(f"--output: expected a file, got the folder {str(options.output)!r}")
+        parser.error(
+            f"--output: expected a file, got the folder {str(options.output)!r}; add a name, as run.json"
+        )
     return options
 
 

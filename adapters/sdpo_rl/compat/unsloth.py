@@ -92,11 +92,13 @@ def use_varlen_kernel() -> None:
     """With torch 2.11, packed rows take one call of attention in each layer of Unsloth, as with later releases.
 
     Unsloth calls torch's `varlen_attn` with `enable_gqa`, an argument since torch 2.12, and one row at a time where
-    there is none. The kernel below it takes fewer heads of keys and values than of queries in torch 2.11, too.
+    there is none. The kernel below it takes fewer heads of keys and values than of queries in torch 2.11, too. This
+    sets an attribute of Unsloth's module, for the whole process.
     """
     attention, kernel = sys.modules.get(_ATTENTION), grouped_kernel()
     disabled = os.environ.get("UNSLOTH_TORCH_VARLEN", "1").lower() in ("0", "false", "no", "off")
-    if disabled or kernel is None or getattr(attention, "_TORCH_VARLEN_ATTN", kernel) is not None:
+    found_none = attention is not None and vars(attention).get("_TORCH_VARLEN_ATTN", ...) is None
+    if disabled or kernel is None or not found_none:
         return
 
     def varlen_attn(*args: Any, enable_gqa: bool, **options: Any) -> Tensor:

@@ -30,9 +30,9 @@ CUT_RISE_WITH_ENTROPY, CUT_RISE_ALONE = 0.125, 0.25
 # is for starts near 0: the rise is .1 to .3 in the recordings that learn, and .7 in the one that collapses.
 ENTROPY_RATIO, _ENTROPY_RISE = 4.0, 0.5
 # Fall of the training reward from its best, as a fraction of the range of logged rewards. Of the runs that learned,
-# those of 9600 completions stayed below .17 in the records, and those of the recordings below .18, but for two: .23
-# with text of the teacher's prompt in the completions, and .24 where the rewards are small and the fall is within
-# their noise. Eight that went on to 48000 fell by .21 to .37: text of the teacher's prompt stands in their
+# those of 9600 completions stayed below .17 in the records, but for two: .23 with text of the teacher's prompt in
+# the completions, and .24 where the rewards are small and the fall is within their noise. Those of the recordings
+# stayed below .18. Eight that went on to 48000 fell by .21 to .37: text of the teacher's prompt stands in their
 # completions.
 REWARD_FALL = 0.2
 # The two changes must also be this many standard errors of the difference of the two means. Without this

@@ -72,7 +72,11 @@ _HEAD_DIM_MULTIPLE = 8  # the kernel needs a head_dim that is a multiple of it
 
 
 def grouped_kernel() -> Callable[..., Tensor] | None:
-    """What has the arguments of `varlen_attn` and takes fewer heads of keys and values; `None` without it."""
+    """A kernel for rows of different lengths that takes fewer heads of keys and values than of queries.
+
+    Returns:
+        Called as `varlen_attn`, with `scale` and `window_size`; `None` where torch has none.
+    """
     available = torch.backends.cuda.is_flash_attention_available()
     return _KERNEL if _TAKES_GROUPS and available else None
 

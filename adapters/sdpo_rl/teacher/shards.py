@@ -148,11 +148,11 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
             # ZeRO-3 keeps small parameters gathered beside their partitions.
             parameter.data.copy_(_gather(parameter, shard))
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
-        _wait_for_device(device)
+        _wait_for_writes(device)
 
 
-def _wait_for_device(device: torch.device) -> None:
-    """Wait for what the device was given in the current stream."""
+def _wait_for_writes(device: torch.device) -> None:
+    """Let the host wait for the current stream, since a gather in another stream would not."""
     if device.type != "cpu":
         torch.get_device_module(device).current_stream(device).synchronize()
 
