@@ -54,6 +54,18 @@ class Arm:
         """The arguments of `SDPOConfig`; none without SDPO."""
         return {**SDPO_SETTINGS, **self.settings} if self.method == "sdpo" else {}
 
+    def recorded(self) -> dict[str, Any]:
+        """What a record says about the arm, besides its name."""
+        return {
+            "method": self.method,
+            "learning_rate": self.learning_rate,
+            "learning_rate_decay": self.decay,
+            "samples_per_step": self.samples_per_step,
+            "shuffled_feedback": self.shuffled_feedback,
+            "lora_rank": self.lora_rank,
+            "settings": self.all_settings(),
+        }
+
 
 _FAST_TEACHER: dict[str, Any] = {"alpha": 0.0, "teacher_update_rate": 0.05}
 

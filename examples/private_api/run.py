@@ -63,7 +63,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
                 **({} if weights is None else {"weights_sha256": weights}),
                 "samples": options.samples * arm.length,
                 "points": options.points,
-                **values_of(recorded_arm),
+                **recorded_arm.recorded(),
             }
             found.setdefault(path, Job(arm.name, seed, path, given, arm.length, arm.memory, expected))
     return list(found.values())
@@ -76,19 +76,6 @@ def weights_of(model: str) -> str | None:
     from record import weights_hash
 
     return weights_hash(Path(model))
-
-
-def values_of(arm: Arm) -> dict[str, Any]:
-    """What a record says about its arm."""
-    return {
-        "method": arm.method,
-        "learning_rate": arm.learning_rate,
-        "learning_rate_decay": arm.decay,
-        "samples_per_step": arm.samples_per_step,
-        "shuffled_feedback": arm.shuffled_feedback,
-        "lora_rank": arm.lora_rank,
-        "settings": arm.all_settings(),
-    }
 
 
 def chosen_arms(options: argparse.Namespace) -> list[tuple[str, Arm]]:
