@@ -9,8 +9,8 @@ Random weights of a published shape and given completions, as in `step.py`. Ever
 is a launch by `accelerate launch` with a file of `examples/accelerate`. Its runs, one after the other:
 
 * `same rows`: the processes share `--rows` rows. The losses are compared with those of one process of this kind.
-* `micro-batches`: on one process, the same rows in two micro-batches. Its losses differ from those of `same rows`
-  as far as rounding makes them, where rows are split.
+* `micro-batches`: on one process, the same rows in two gradient-accumulation steps. Its difference from `same rows`
+  shows how much rounding alone changes the losses where a batch is split.
 * `rows each`: each process has `--rows` rows. Weak scaling is the time of one process over this time.
 * With `--float32 SHAPE`: `float32` is `same rows` of that shape without mixed precision; on the largest number of
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
@@ -19,7 +19,7 @@ is a launch by `accelerate launch` with a file of `examples/accelerate`. Its run
 * On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
 
 Reported: the losses of all steps, the median time of a step after the first two, the peak of allocated memory and
-the bytes of the teacher in each process.
+the bytes of the teacher, each the largest over the processes.
 
 A launch can also be started by hand, on some of the GPUs, and the results of launches with the same options joined.
 Of a run that several launches measured the record has the steps of all, and the losses and bytes of the first:
@@ -239,7 +239,7 @@ def work(options: argparse.Namespace) -> None:
                 }
                 options.worker.write_text(json.dumps(result))
     if torch.distributed.is_initialized():
-        # A process that ends while others still communicate with it stops them.
+        # A process that ends early would make the collectives of the others fail.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -388,8 +388,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--group", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=RUNS, help="no other runs")
-    parser.add_argument("--scratch", help="folder for checkpoints; default: a temporary one")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="measure only these runs")
+    parser.add_argument(
+        "--scratch", help="folder for checkpoints; needed with --worker, otherwise a temporary one"
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--join", nargs="+", type=Path, help="results of launches started by hand")
     parser.add_argument("--worker", type=Path, help="be a process of a launch; its result goes to this file")
