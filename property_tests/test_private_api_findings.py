@@ -44,13 +44,14 @@ CURES, SETTINGS, LEARNS, LASTING = (
     BY_QUESTION[question] for question in ("cures", "settings", "learns", "lasting")
 )
 CHOSEN = "SDPO, chosen settings"
-FAST = {arm: runs for arm, runs in LASTING.items() if arm not in arms.LASTING}
+LASTING_FAST = {arm: runs for arm, runs in LASTING.items() if fast_teacher(runs[0])}
+GROWING = "fast teacher + hybrid λ=0.5 to 1"
 
 
-def page(name: str) -> str:
-    """In one line, without what is generated."""
-    text = figures.PLACE.sub("", (ROOT / name).read_text())
-    return " ".join(text.split())
+def page(name: str, *, generated: bool = False) -> str:
+    """In one line, without what is generated unless that is asked for."""
+    text = (ROOT / name).read_text()
+    return " ".join((text if generated else figures.PLACE.sub("", text)).split())
 
 
 def ends(by_arm: tables.Runs, arm: str) -> list[float]:
@@ -213,10 +214,7 @@ def test_what_the_pages_begin_with_is_in_the_records() -> None:
     short, long = (curves.at(by_arm["fast teacher"][1], 9600, curves.ACCURACY) for by_arm in (CURES, LASTING))
     assert (short, round(long, 2)) == (0, 0.86)
     assert "the two can be as far apart as two seeds" in page("docs/results.md")
-    # With a fast teacher nothing lasts: the best of some seed is well above its end.
     assert all(run["points"][-1][0] == 48000 for runs in LASTING.values() for run in runs)
-    for runs in FAST.values():
-        assert any(curves.best(run) - run["points"][-1][curves.ACCURACY] > 0.3 for run in runs)
     chosen, constant = (LASTING[arm] for arm in arms.LASTING)
     assert all(run["points"][-1][curves.ACCURACY] == curves.best(run) for run in chosen)
     assert all(run["points"][-1][curves.ACCURACY] > 0.9 * curves.best(run) for run in constant)
@@ -235,6 +233,44 @@ def test_what_the_pages_begin_with_is_in_the_records() -> None:
     assert [run["seed"] for arm in ("α=0", "α=0.5") for run in SETTINGS[arm]] == [100, 101] * 2
     presets = (SDPOConfig.preset(name) for name in ("generalization", "rich_feedback", "test_time"))
     assert {config.alpha for config in presets} == {0.5, 1.0}
+
+
+def test_two_of_seven_switches_keep_what_a_fast_teacher_learned() -> None:
+    """Over the completions in which the fast teacher alone loses it on every seed."""
+    switches = [arm for arm in LASTING if arm.startswith("fast teacher + ")]
+    low = {arm: min(curves.lowest_share(run, curves.LEARNED)[0] for run in LASTING[arm]) for arm in switches}
+    assert len(switches) == 7
+    assert {arm for arm in switches if low[arm] >= curves.FALLEN} == {GROWING, "fast teacher + SRPO"}
+    assert {run["seed"] for run in LASTING[GROWING]} == {0, 1, 2}
+    short = {
+        arm.removeprefix("fast teacher + ")
+        for arm, runs in CURES.items()
+        if min(curves.best(run) for run in runs) > 0.5 and all(curves.fall(run) is None for run in runs)
+    }
+    assert short == set(arms.HOLDING_CURES)
+    settings = LASTING[GROWING][0]["settings"]
+    alone = LASTING["fast teacher"][0]["settings"]
+    assert settings == {**alone, "grpo_weight": 0.5, "grpo_weight_final": 1.0}
+    text = page("docs/choosing.md")
+    assert "Six switches end at 0.8 of their best or more on every seed" in text
+    assert "two of seven stay there throughout" in text
+    assert "two of three seeds of [the private API](results.md#does-it-last) fell below 0.8" in text
+    slow = LASTING["fast teacher + rate per 256 samples"]
+    assert sum(curves.fall(run) is not None for run in slow) == 2
+    growing = [
+        run
+        for by_arm in (LASTING, BY_QUESTION["lasting settings"])
+        for arm, runs in by_arm.items()
+        for run in runs
+        if "to 1" in arm
+    ]
+    assert len(growing) == 15
+    assert [curves.fall(run) for run in growing] == [None] * 15
+    srpo = [run for run in SHOWN if run["settings"] == LASTING["fast teacher + SRPO"][0]["settings"]]
+    srpo = [run for run in srpo if run["samples_per_step"] == 64]
+    ended = sorted(run["points"][-1][curves.ACCURACY] for run in srpo)
+    assert (len(ended), round(ended[0], 2), ended[1] > 0.7) == (8, 0.16, True)
+    assert "of eight runs one learned next to nothing" in text
 
 
 def test_the_chosen_settings_are_as_the_pages_name_them() -> None:
@@ -304,12 +340,14 @@ def test_what_is_said_of_runs_that_collapse() -> None:
         assert max(run["log"]["reward"][: run["points"][best][0] // 64]) < 0.7
         assert all(point[curves.ACCURACY] == 0 for point in run["points"][12:])
     assert "is incorrect because" in LASTING["fast teacher"][0]["after"][0]["reply"]
-    for runs in FAST.values():
-        for run in runs:
+    for arm in ("fast teacher", CHOSEN, "fast teacher + hybrid λ=0.5", "fast teacher + hybrid λ=0.1"):
+        for run in LASTING[arm]:
             phrases = ("orrect", "olution:", "feedback", "Learned:")
             assert sum(any(phrase in reply["reply"] for phrase in phrases) for reply in run["after"]) >= 4
+    for runs in LASTING_FAST.values():
+        for run in runs:
             cut = run["log"][margins.CUT]
-            assert max(fmean(cut[end - 15 : end]) for end in range(15, len(cut))) > fmean(cut[:5]) + 0.2
+            assert max(fmean(cut[end - 15 : end]) for end in range(15, len(cut))) > fmean(cut[:5]) + 0.15
     # The judge accepts a call with such text beside it.
     reply = LASTING[CHOSEN][0]["after"][0]
     assert "Correctly solve" in reply["reply"]
@@ -321,11 +359,11 @@ def test_what_is_said_of_runs_that_collapse() -> None:
         if curves.fall(run, replay.COLLAPSED) is not None
     ]
     warned = [lost - at for lost, at in said if at is not None]
-    assert (len(said), len(warned)) == (10, 9)
     assert (
-        f"nine of the ten runs that fell below half of their best had it, at least {min(warned)} comp" in text
+        f"So {len(warned)} of the {len(said)} runs that fell below half of their best had it, at least "
+        f"{min(warned)} completions before" in text
     )
-    # The tenth.
+    assert len(said) - len(warned) == 1
     frozen = BY_QUESTION["rate"]["α=0.5, rate 0 per 64"][1]
     assert curves.fall(frozen, replay.COLLAPSED) is not None
     assert replay.warnings(frozen, evaluations=True) == {}
@@ -337,12 +375,20 @@ def test_what_is_said_of_runs_that_collapse() -> None:
     assert all(abs(after - before) > 0.07 for before, after in pairwise(values[-8:]))
     assert sum(after < before for before, after in pairwise(values[-8:])) == 3
     templates = template_phrases(Templates(), with_feedback=True)
-    recite = [
-        sum(has_phrase(reply["reply"], reply["question"], templates) for reply in run["after"])
-        for runs in FAST.values()
-        for run in runs
-    ]
-    assert sum(count > 0 for count in recite) == 7
+    recite = {
+        arm: [
+            sum(has_phrase(reply["reply"], reply["question"], templates) for reply in run["after"]) > 3
+            for run in runs
+        ]
+        for arm, runs in LASTING_FAST.items()
+    }
+    results = page("docs/results.md", generated=True)
+    assert sum(map(len, recite.values())) == 21
+    assert sum(map(sum, recite.values())) == 14
+    assert "In fourteen of these 21 runs most of the recorded replies" in results
+    with_switch = (GROWING, "fast teacher + SRPO", "fast teacher + SRPO routing")
+    assert [sum(recite[arm]) for arm in with_switch] == [1, 1, 2]
+    assert "on one seed, with SRPO on one, with its routing alone on two" in results
     slow = [reply for arm in arms.LASTING for run in LASTING[arm] for reply in run["after"]]
     assert not any(has_phrase(reply["reply"], reply["question"], templates) for reply in slow)
     for arm in arms.LASTING:
@@ -373,26 +419,22 @@ def test_what_is_said_of_text_of_the_templates() -> None:
         in text
     )
     assert [round(run["points"][-1][curves.ACCURACY], 1) for run in fast] == [1.0, 0.5]
-    assert "in seven of them from the teacher's prompt" in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_what_is_said_of_when_to_stop() -> None:
-    long = [run for runs in FAST.values() for run in runs]
-    assert len(long) == 9
-    for run in long:
-        reached = [point[0] for point in run["points"] if point[curves.ACCURACY] >= 0.95 * curves.best(run)]
-        assert reached[0] <= 48000 / 5
+    long = [run for runs in LASTING_FAST.values() for run in runs]
     more = BY_QUESTION["lasting settings"]
     fast = [*long, *(run for runs in more.values() for run in runs if fast_teacher(run))]
     early = [
         next(at for at, _, accuracy in run["points"] if accuracy >= 0.95 * curves.best(run)) <= 48000 / 5
         for run in fast
     ]
-    assert (len(fast), sum(early), sum(curves.fall(run) is not None for run in fast)) == (15, 14, 7)
+    assert sum(curves.fall(run) is not None for run in fast) == 10
     text = page("docs/choosing.md")
+    assert f"Of {len(fast)} long runs with a fast teacher" in text
     assert (
-        "fourteen reach 0.95 of their best within the first fifth of their completions, and seven end below 0.8"
-        in text
+        f"{sum(early)} reach 0.95 of their best within the first fifth of their completions, and ten end below "
+        "0.8 of it" in text
     )
     slow = [run for arm in arms.LASTING for run in (*LASTING[arm], *more[arm])]
     assert len(slow) == 10
@@ -551,7 +593,7 @@ def test_runs_that_came_back_are_counted() -> None:
         (low[tables.run_name(run)][1] or 0) - replay.warnings(run, evaluations=True)["length_limit"]
         for run in half
     ]
-    assert len(half) == 5
+    assert len(half) == 6
     below = sum(share < curves.FALLEN for share, _ in low.values())
     text = page("docs/choosing.md")
     assert (
@@ -583,7 +625,6 @@ def test_what_has_no_runs_is_in_the_list_of_debts() -> None:
     debt = (ROOT / "DEBT.md").read_text()
     assert "GRPO's learning rates on one seed" in debt
     assert {run["settings"]["alpha"] for runs in BY_QUESTION["support"].values() for run in runs} == {0.5}
-    assert {arm for arm in LASTING if "fast teacher +" in arm} == {"fast teacher + hybrid λ=0.5"}
     assert not any(run["question"] == "kit_strict" or run["task"] == "kit_strict" for run in RECORDED)
     assert "fewer than three seeds" not in (ROOT / "DEBT.md").read_text()
     few = {
@@ -674,8 +715,9 @@ def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
     rises = sorted(
         (margins.largest_cut_rise(run, entropy_rose=True), str(tables.outcome(run))) for run in other
     )
-    assert 0.1 < rises[-4][0] < 0.11
-    assert [outcome for _, outcome in rises[-3:]] == ["learned nothing"] * 3
+    assert 0.1 < rises[-5][0] < 0.11
+    assert [outcome for _, outcome in rises[-4:]] == [*["learned nothing"] * 3, "fell"]
+    assert 0.5 < rises[-1][0] < 0.51
     adapters = [margins.largest_cut_rise(run, entropy_rose=True) for run in slow if run["lora_rank"]]
     assert (len(slow) - len(other), len(adapters), sum(rise > 0.11 for rise in adapters)) == (6, 6, 5)
     alone: dict[bool, list[float]] = {False: [], True: []}
@@ -684,8 +726,9 @@ def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
             margins.largest_cut_rise(run, entropy_rose=False)
         )
     assert 0.1 < max(alone[False]) < 0.11
-    *below, second, first = sorted(alone[True])
-    assert (len(below), 0.23 < below[-1] < 0.24, round(second, 2), round(first, 2)) == (12, True, 0.44, 0.46)
+    below, beyond = sorted(alone[True])[:12], sorted(alone[True])[12:]
+    assert 0.23 < below[-1] < 0.24
+    assert (len(beyond), round(beyond[0], 2), round(beyond[-1], 2)) == (5, 0.28, 0.49)
     falls = {run["samples"]: [0.0] for run in learned}
     for run in learned:
         falls[run["samples"]].append(margins.largest_reward_fall(run))
@@ -702,9 +745,9 @@ def test_runs_are_as_near_to_the_limits_as_their_comments_say() -> None:
     assert "reward" in replay.warnings(named[0.23], evaluations=False)
     assert replay.warnings(named[0.24], evaluations=True) == {}
     assert fmean(named[0.23]["log"]["self_distillation/reprompt_text_fraction"][-15:]) > 0.6
-    assert 0.21 < sorted(falls[48000])[-8] < max(falls[48000]) < 0.37
-    assert sorted(falls[48000])[-9] < 0.2
-    assert 3.7 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.8
+    assert 0.21 < sorted(falls[48000])[-12] < max(falls[48000]) < 0.42
+    assert sorted(falls[48000])[-13] < 0.2
+    assert 3.8 < max(margins.largest_entropy_ratio(run) for run in RECORDED) < 3.9
     first = [sum(run["log"][margins.CUT][step : step + 5]) / 5 for run in learned for step in range(16)]
     assert 0.27 < max(first) < 0.3
 

@@ -139,8 +139,12 @@ def readme_private_api() -> Iterator[str]:
     yield f"In runs five times as long these settings end at {long}"
     assert ends("kit-lasting-fast-teacher", samples=48000) == [0, 0, 0]
     yield "α=0 with the faster teacher alone loses [everything on all seeds](docs/results.md#does-it-last)"
+    one = listed(ends("kit-lasting-fast-teacher-hybrid-λ=0.5-to-1", samples=48000))
+    yield f"a share of GRPO that grows from half to all of the loss, it ends at {one}."
     lasts = listed(ends("kit-lasting-default-rate-hybrid-λ=0.5-to-1-decay", samples=48000))
-    yield f"settings chosen among seven on other seeds end at {lasts}, each seed's highest accuracy."
+    yield (
+        f"chosen among seven on other seeds) each seed ends at its highest accuracy, {lasts}, and replies stay free"
+    )
     reached = ends(f"house_style-learns-{chosen}")
     (alone,) = {*ends("house_style-learns-GRPO"), *ends("house_style-learns-SDPO")}
     yield (

@@ -130,16 +130,24 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "teacher]}. The earliest fall below 0.8 of the best is after {first_fall[fast teacher]} completions. At "
         "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
         "`The feedback from unsuccessful attempts is incorrect because` …",
-        "With half of the loss from GRPO the fast teacher lasts longer, not for good: after 24000 completions it "
-        "is at {half[fast teacher + hybrid λ=0.5]}, where the fast teacher alone is at {half[fast teacher]}, and "
-        "it ends at {each[fast teacher + hybrid λ=0.5]}. The settings that were chosen by shorter runs, with "
-        "twice the learning rate, end at {each[SDPO, chosen settings]}.",
-        "In all nine runs with the fast teacher fixed phrases come to stand beside the calls, in seven of them "
-        "from the teacher's prompt, such as `Correctly solve the original question.`, and more completions reach "
-        "the length limit. The judge accepts text beside a right call, so the reward does not penalize it. With "
-        "the default rate samples have such text, too ([in numbers](metrics.md#text-of-the-templates)). The "
-        "recorded replies of these six runs, which are greedy, have none; those of the runs for choosing with "
-        "seed 100 begin with `Correct solution:`.",
+        "With one switch the fast teacher keeps what it learned in two cases. With a share of GRPO that grows from "
+        "half to all of the loss it ends at {each[fast teacher + hybrid λ=0.5 to 1]}, with {right[fast teacher + "
+        "hybrid λ=0.5 to 1]} of the samples right, and no evaluation is below {lowest[fast teacher + hybrid λ=0.5 "
+        "to 1]} of the best before. With SRPO as published it ends at {each[fast teacher + SRPO]}, and none is "
+        "below {lowest[fast teacher + SRPO]}. With SRPO's routing alone it ends at {each[fast teacher + SRPO "
+        "routing]}, but one seed was at {lowest[fast teacher + SRPO routing]} of its best on the way.",
+        "The other switches that hold [after 9600 completions](#what-helps-with-a-fast-teacher) do not last: the "
+        "default rate ends at {each[fast teacher + rate per 256 samples]}, half of the loss from GRPO throughout "
+        "at {each[fast teacher + hybrid λ=0.5]}, a teacher that restarts at {each[fast teacher + teacher "
+        "restart]}, and a tenth from GRPO at {each[fast teacher + hybrid λ=0.1]}. The settings that were chosen by "
+        "shorter runs, half from GRPO with twice the learning rate, end at {each[SDPO, chosen settings]}.",
+        "With the fast teacher fixed phrases come to stand beside the calls. In fourteen of these 21 runs most of "
+        "the recorded replies, which are greedy, have text of the teacher's prompt, such as `Correctly solve the "
+        "original question.`: with the growing share of GRPO on one seed, with SRPO on one, with its routing alone "
+        "on two. The judge accepts text beside a right call, so the reward does not penalize it, and more "
+        "completions reach the length limit. With the default rate samples have such text, too ([in "
+        "numbers](metrics.md#text-of-the-templates)), but the recorded replies of the six runs with a growing "
+        "share of GRPO have none; those of the runs for choosing with seed 100 begin with `Correct solution:`.",
     ),
     "lasting settings": (
         "Of seven settings one ends at its highest accuracy on both seeds, {each[default rate + hybrid λ=0.5 to "
@@ -176,7 +184,7 @@ OTHER_FINDINGS: dict[tuple[str, str], tuple[str, ...]] = {
     ),
 }
 # In the prose of a page, by the name of their place: the questions whose runs they are about, and the text. An arm
-# that several of them have is named with its question.
+# that several of them have needs its question behind its name.
 SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "results summary": (
         ("learns", "cures", "lasting", "large batches"),
@@ -189,23 +197,26 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "and loses all of it within 48000 completions: it learns to recite its teacher's prompt. The log shows it "
         "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before, but "
         "in other runs, which keep what they learned, as well.\n"
-        "* Half of the loss from GRPO delays this collapse. After 9600 completions the seeds are at {each[fast "
-        "teacher + hybrid λ=0.5 (cures)]}, with {right[fast teacher + hybrid λ=0.5 (cures)]} of the samples right, "
-        "after 48000 at {each[fast teacher + hybrid λ=0.5 (lasting)]}.\n"
-        "* With the default rate of the teacher, a share of GRPO that grows from half to all of the loss, and a "
-        "learning rate that falls, what was learned lasts: after 48000 completions the seeds are at {each[default "
-        "rate + hybrid λ=0.5 to 1, decay (lasting)]}, the highest accuracy of each. These settings, the preset "
-        "`long_run`, were chosen among seven, on other seeds.\n"
+        "* One switch is enough to keep the accuracy. With a share of GRPO that grows from half to all of the loss "
+        "the seeds are at {each[fast teacher + hybrid λ=0.5 to 1]} after 48000 completions, and no evaluation is "
+        "below {lowest[fast teacher + hybrid λ=0.5 to 1]} of the best before; with SRPO as published they are at "
+        "{each[fast teacher + SRPO (lasting)]}, and none is below {lowest[fast teacher + SRPO (lasting)]}. A half "
+        "throughout delays the collapse: {each[fast teacher + hybrid λ=0.5 (lasting)]}. With such a fast teacher "
+        "text of its prompt comes to stand beside the calls all the same.\n"
+        "* With the default rate of the teacher as well, and a learning rate that falls, the replies stay free of "
+        "it: after 48000 completions the seeds are at {each[default rate + hybrid λ=0.5 to 1, decay]}, the highest "
+        "accuracy of each. These settings, the preset `long_run`, were chosen among seven, on other seeds.\n"
         "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
         "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
     "choosing summary": (
         ("learns", "alpha", "cures", "lasting", "settings", "rate"),
         "* **The teacher's rate.** On the private API, with α=0, the default ends at {each[fast teacher + rate "
-        "per 256 samples]}, with {right[fast teacher + rate per 256 samples]} of the samples right. With 0.05 per "
-        "batch of 64 it ends at {each[fast teacher (cures)]}, with {right[fast teacher (cures)]} of the samples "
-        "right, and after 48000 completions at {each[fast teacher (lasting)]}. A teacher that never moves ends at "
-        "{each[α=0, rate 0 per 64]}.\n"
+        "per 256 samples (cures)]}, with {right[fast teacher + rate per 256 samples (cures)]} of the samples "
+        "right. With 0.05 per batch of 64 it ends at {each[fast teacher (cures)]}, with {right[fast teacher "
+        "(cures)]} of the samples right. After 48000 completions the two are at {each[fast teacher + rate per 256 "
+        "samples (lasting)]}, and at {each[fast teacher (lasting)]}. A teacher that never moves ends at {each[α=0, "
+        "rate 0 per 64]}.\n"
         "* **α.** On the private API α=0 ends at {end[α=0 (alpha)]} and α=0.5 at {end[α=0.5 (alpha)]}, with the "
         "rate 0.01 per batch of 64. On the embedded task α=0 ends lower, and with a fast teacher it collapses "
         "([the divergence](#the-divergence)).\n"
@@ -213,11 +224,11 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "{right[α=0 (settings)]} to {right[α=0, hybrid λ=0.5]} with α=0 (two seeds), and from "
         "{right[fast teacher (cures)]} to {right[fast teacher + hybrid λ=0.5 (cures)]} with a "
         "fast teacher, too. A share that grows from half to all of the loss, with the default rate of the teacher "
-        "and a learning rate that falls, is at {each[default rate + hybrid λ=0.5 to 1, decay (lasting)]} after "
+        "and a learning rate that falls, is at {each[default rate + hybrid λ=0.5 to 1, decay]} after "
         "48000 completions.\n"
         "* **Small differences** in these tables mean nothing: a function is mostly answered or not as a whole, "
-        "so 0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO]} "
-        "on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
+        "so 0.1 is about one of twelve functions. The fast teacher with SRPO ends at {each[fast teacher + SRPO "
+        "(cures)]} on three seeds, and at {each[α=0, SRPO, rate 0.05]} on two others.",
     ),
     "choosing rate": (
         ("cures", "settings", "rate"),
@@ -268,13 +279,20 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "choosing lasting": (
         ("lasting",),
         "In runs five times as long on the private API the fast teacher alone ends at {each[fast teacher]}. With "
-        "half of the loss from GRPO it ends at {each[fast teacher + hybrid λ=0.5]}, and with twice the learning "
-        "rate, too, at {each[SDPO, chosen settings]}. So GRPO's part delays the collapse: at the same learning "
-        "rate the earliest fall below 0.8 of the best is after {first_fall[fast teacher + hybrid λ=0.5]} "
-        "completions with it, and after {first_fall[fast teacher]} without.\n\n"
-        "With the default rate of the teacher and a share of GRPO that grows from half to all of the loss no seed "
-        "falls: {each[default rate + hybrid λ=0.5 to 1]}, and {each[default rate + hybrid λ=0.5 to 1, decay]} with "
-        "a learning rate that falls to 0, the highest accuracy of each seed.",
+        "one switch it ends:\n\n"
+        "* at {each[fast teacher + hybrid λ=0.5 to 1]} with a share of GRPO that grows from half to all of the "
+        "loss (`grpo_weight=0.5, grpo_weight_final=1.0`), and at {each[fast teacher + hybrid λ=0.5]} with half of "
+        "it throughout: GRPO's part alone delays the collapse, from {first_fall[fast teacher]} completions to "
+        "{first_fall[fast teacher + hybrid λ=0.5]} at the earliest, and the growing share prevents it;\n"
+        "* at {each[fast teacher + SRPO]} with SRPO as published, never below {lowest[fast teacher + SRPO]} of the "
+        "best before, and at {each[fast teacher + SRPO routing]} with its routing alone, which was at {lowest[fast "
+        "teacher + SRPO routing]} of it on one seed on the way;\n"
+        "* at {each[fast teacher + rate per 256 samples]} with the default rate, and at {each[fast teacher + "
+        "teacher restart]} with a teacher that restarts.\n\n"
+        "With the default rate of the teacher and the growing share of GRPO no seed falls: {each[default rate + "
+        "hybrid λ=0.5 to 1]}, and {each[default rate + hybrid λ=0.5 to 1, decay]} with a learning rate that falls "
+        "to 0, the highest accuracy of each seed. The recorded replies of these runs have no text of the teacher's "
+        "prompt, which a fast teacher brings in.",
     ),
 }
 
