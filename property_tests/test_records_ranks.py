@@ -93,8 +93,8 @@ def sentences() -> Iterator[str]:
     one, two = (zero3[count]["grpo"] for count in COUNTS)
     theirs = [statistics.median(one["steps"][part]) for part in (slice(None), slice(8), LAST)]
     yield (
-        "TRL's own loss pays for that, too: {:.2f} s for 32 rows on one GPU ({:.2f} and {:.2f} in its two "
-        "launches), {:.2f} s for 64 on two".format(*theirs, median_seconds(two))
+        "With TRL's own loss a step is longer on two GPUs, too: {:.2f} s for 32 rows on one ({:.2f} and {:.2f} in "
+        "its two launches), {:.2f} s for 64 on two".format(*theirs, median_seconds(two))
     )
     every, last = lost(zero3, slice(None)), lost(zero3, LAST)
     for ours, trl in (every, last):
