@@ -143,7 +143,7 @@ def readme_private_api() -> Iterator[str]:
     yield f"a share of GRPO that grows from half to all of the loss, it ends at {one}."
     lasts = listed(ends("kit-lasting-default-rate-hybrid-λ=0.5-to-1-decay", samples=48000))
     yield (
-        f"chosen among seven on other seeds) each seed ends at its highest accuracy, {lasts}, and replies stay free"
+        f"chosen among seven on other seeds) each seed ends at its highest accuracy, {lasts}, and nearly all"
     )
     reached = ends(f"house_style-learns-{chosen}")
     (alone,) = {*ends("house_style-learns-GRPO"), *ends("house_style-learns-SDPO")}

@@ -81,7 +81,7 @@ _SRPO: dict[str, Any] = {
     "token_weights": "confidence",
 }
 
-# A fast teacher with one switch. Steps without a signal change nothing in any of them.
+# A fast teacher with one remedy, of one option or a few. Steps without a signal change nothing in any of them.
 _CURES: tuple[Arm, ...] = (
     _cure("rate per 256 samples", teacher_rate_samples=256),
     _cure("batch-token-mean", loss_aggregation="batch-token-mean"),

@@ -130,24 +130,29 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "teacher]}. The earliest fall below 0.8 of the best is after {first_fall[fast teacher]} completions. At "
         "the end each recorded reply is about the feedback of the teacher's prompt, which the student never sees: "
         "`The feedback from unsuccessful attempts is incorrect because` …",
-        "With one switch the fast teacher keeps what it learned in two cases. With a share of GRPO that grows from "
-        "half to all of the loss it ends at {each[fast teacher + hybrid λ=0.5 to 1]}, with {right[fast teacher + "
-        "hybrid λ=0.5 to 1]} of the samples right, and no evaluation is below {lowest[fast teacher + hybrid λ=0.5 "
-        "to 1]} of the best before. With SRPO as published it ends at {each[fast teacher + SRPO]}, and none is "
-        "below {lowest[fast teacher + SRPO]}. With SRPO's routing alone it ends at {each[fast teacher + SRPO "
-        "routing]}, but one seed was at {lowest[fast teacher + SRPO routing]} of its best on the way.",
-        "The other switches that hold [after 9600 completions](#what-helps-with-a-fast-teacher) do not last: the "
+        "Of seven remedies, one at a time, two keep every evaluation above 0.8 of the best before, on these "
+        "seeds. With a share of GRPO that grows from half to all of the loss the fast teacher ends at {each[fast "
+        "teacher + hybrid λ=0.5 to 1]}, with {right[fast teacher + hybrid λ=0.5 to 1]} of the samples right, and "
+        "no evaluation is below {lowest[fast teacher + hybrid λ=0.5 to 1]}; with twice the learning rate, on two "
+        "other seeds, this was not so ([below](#which-settings-last)). With SRPO as published it ends at "
+        "{each[fast teacher + SRPO]}; none is below {lowest[fast teacher + SRPO]}, where one seed ends. With "
+        "SRPO's routing alone it ends at {each[fast teacher + SRPO routing]}, but one seed was at {lowest[fast "
+        "teacher + SRPO routing]} of its best on the way.",
+        "The other remedies that hold [after 9600 completions](#what-helps-with-a-fast-teacher) do not last: the "
         "default rate ends at {each[fast teacher + rate per 256 samples]}, half of the loss from GRPO throughout "
         "at {each[fast teacher + hybrid λ=0.5]}, a teacher that restarts at {each[fast teacher + teacher "
-        "restart]}, and a tenth from GRPO at {each[fast teacher + hybrid λ=0.1]}. The settings that were chosen by "
-        "shorter runs, half from GRPO with twice the learning rate, end at {each[SDPO, chosen settings]}.",
-        "With the fast teacher fixed phrases come to stand beside the calls. In fourteen of these 21 runs most of "
-        "the recorded replies, which are greedy, have text of the teacher's prompt, such as `Correctly solve the "
-        "original question.`: with the growing share of GRPO on one seed, with SRPO on one, with its routing alone "
-        "on two. The judge accepts text beside a right call, so the reward does not penalize it, and more "
-        "completions reach the length limit. With the default rate samples have such text, too ([in "
-        "numbers](metrics.md#text-of-the-templates)), but the recorded replies of the six runs with a growing "
-        "share of GRPO have none; those of the runs for choosing with seed 100 begin with `Correct solution:`.",
+        "restart]}, and a tenth from GRPO at {each[fast teacher + hybrid λ=0.1]}. The settings that were chosen "
+        "by shorter runs, half from GRPO with twice the learning rate, end at {each[SDPO, chosen settings]}.",
+        "In fourteen of the 21 runs whose teacher moves by 0.05 per 64 completions most of the recorded replies, "
+        "which are greedy, have text of the teacher's prompt, such as `Correctly solve the original question.`: "
+        "with the growing share of GRPO on one seed, with SRPO on one, with its routing alone on two. On another "
+        "seed of the growing share each reply has other words that the question does not ask for (`Further:`), "
+        "and on both nearly all completions are cut. The judge accepts text beside a right call, so the reward "
+        "does not penalize it; one that accepts nothing beside a call would reject these replies.",
+        "With the default rate and a growing share nearly all completions end, and the recorded replies of these "
+        "six runs have no text of the teacher's prompt. Samples have it ([in "
+        "numbers](metrics.md#text-of-the-templates)), and so have recorded replies of three of the four runs for "
+        "choosing.",
     ),
     "lasting settings": (
         "Of seven settings one ends at its highest accuracy on both seeds, {each[default rate + hybrid λ=0.5 to "
@@ -156,9 +161,10 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "Without GRPO the default rate (fast teacher + rate per 256 samples) ends at {each[fast teacher + rate "
         "per 256 samples]}, after a best of {bests[fast teacher + rate per 256 samples]}, and {right[fast teacher "
         "+ rate per 256 samples]} of the samples are right.",
-        "With a fast teacher neither the routing of SRPO ({each[fast teacher + SRPO routing]}) nor a learning "
-        "rate that falls ({each[SDPO, chosen settings, decay]}) nor a growing share of GRPO ({each[SDPO, chosen "
-        "settings, λ=0.5 to 1]}) ends near its best on both seeds.",
+        "With a fast teacher the routing of SRPO does not end near its best on both seeds ({each[fast teacher + "
+        "SRPO routing]}), nor, with twice the learning rate, a learning rate that falls ({each[SDPO, chosen "
+        "settings, decay]}) or a growing share of GRPO ({each[SDPO, chosen settings, λ=0.5 to 1]}), which was at "
+        "{lowest[SDPO, chosen settings, λ=0.5 to 1]} of its best on the way.",
     ),
     "lora": (
         "With the learning rate 3e-4 adapters end at {each[LoRA r=16, lr 0.0003]}, within the range of all weights "
@@ -195,17 +201,21 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "feedback, with both settings.\n"
         "* With α=0 and this fast teacher alone, the model reaches {bests[fast teacher (lasting)]} on three seeds "
         "and loses all of it within 48000 completions: it learns to recite its teacher's prompt. The log shows it "
-        "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before, but "
-        "in other runs, which keep what they learned, as well.\n"
-        "* One switch is enough to keep the accuracy. With a share of GRPO that grows from half to all of the loss "
-        "the seeds are at {each[fast teacher + hybrid λ=0.5 to 1]} after 48000 completions, and no evaluation is "
-        "below {lowest[fast teacher + hybrid λ=0.5 to 1]} of the best before; with SRPO as published they are at "
-        "{each[fast teacher + SRPO (lasting)]}, and none is below {lowest[fast teacher + SRPO (lasting)]}. A half "
-        "throughout delays the collapse: {each[fast teacher + hybrid λ=0.5 (lasting)]}. With such a fast teacher "
-        "text of its prompt comes to stand beside the calls all the same.\n"
-        "* With the default rate of the teacher as well, and a learning rate that falls, the replies stay free of "
-        "it: after 48000 completions the seeds are at {each[default rate + hybrid λ=0.5 to 1, decay]}, the highest "
-        "accuracy of each. These settings, the preset `long_run`, were chosen among seven, on other seeds.\n"
+        "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before, but in other "
+        "runs, which keep what they learned, as well.\n"
+        "* One remedy can be enough to keep the accuracy: of seven, two do on these seeds. With a share of GRPO "
+        "that grows from half to all of the loss they are at {each[fast teacher + hybrid λ=0.5 to 1]} after 48000 "
+        "completions, and no evaluation is below {lowest[fast teacher + hybrid λ=0.5 to 1]} of the best before; "
+        "with twice the learning rate, on two other seeds, [this was not so](#which-settings-last). With SRPO as "
+        "published they are at {each[fast teacher + SRPO (lasting)]}, and none is below {lowest[fast teacher + "
+        "SRPO (lasting)]}, where one of them ends; on the embedded task it [does not "
+        "last](#embedded-five-times-the-samples). A half of GRPO throughout delays the collapse: {each[fast "
+        "teacher + hybrid λ=0.5 (lasting)]}.\n"
+        "* With the default rate of the teacher as well, and a learning rate that falls, the seeds are at "
+        "{each[default rate + hybrid λ=0.5 to 1, decay]}, the highest accuracy of each, and nearly all "
+        "completions still end. These settings, the preset `long_run`, were chosen among seven, on other seeds.\n"
+        "* Text of the teacher's prompt comes to stand beside the calls with most settings, in samples if not in "
+        "greedy replies: the judge of this task accepts it.\n"
         "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
         "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
@@ -279,20 +289,24 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
     "choosing lasting": (
         ("lasting",),
         "In runs five times as long on the private API the fast teacher alone ends at {each[fast teacher]}. With "
-        "one switch it ends:\n\n"
+        "one remedy it ends:\n\n"
         "* at {each[fast teacher + hybrid λ=0.5 to 1]} with a share of GRPO that grows from half to all of the "
-        "loss (`grpo_weight=0.5, grpo_weight_final=1.0`), and at {each[fast teacher + hybrid λ=0.5]} with half of "
-        "it throughout: GRPO's part alone delays the collapse, from {first_fall[fast teacher]} completions to "
-        "{first_fall[fast teacher + hybrid λ=0.5]} at the earliest, and the growing share prevents it;\n"
-        "* at {each[fast teacher + SRPO]} with SRPO as published, never below {lowest[fast teacher + SRPO]} of the "
-        "best before, and at {each[fast teacher + SRPO routing]} with its routing alone, which was at {lowest[fast "
-        "teacher + SRPO routing]} of it on one seed on the way;\n"
+        "loss (`grpo_weight=0.5, grpo_weight_final=1.0`): no evaluation is below {lowest[fast teacher + hybrid "
+        "λ=0.5 to 1]} of the best before. With twice the learning rate two other seeds [went "
+        "lower](results.md#which-settings-last);\n"
+        "* at {each[fast teacher + hybrid λ=0.5]} with half of it throughout, which delays the last fall below "
+        "0.8 of the best from {first_fall[fast teacher]} completions to {first_fall[fast teacher + hybrid λ=0.5]} "
+        "at the earliest, and at {each[fast teacher + hybrid λ=0.1]} with a tenth;\n"
+        "* at {each[fast teacher + SRPO]} with SRPO as published, never below {lowest[fast teacher + SRPO]} of "
+        "the best before, where one seed ends, and at {each[fast teacher + SRPO routing]} with its routing alone, "
+        "which was at {lowest[fast teacher + SRPO routing]} of it on one seed on the way;\n"
         "* at {each[fast teacher + rate per 256 samples]} with the default rate, and at {each[fast teacher + "
         "teacher restart]} with a teacher that restarts.\n\n"
         "With the default rate of the teacher and the growing share of GRPO no seed falls: {each[default rate + "
         "hybrid λ=0.5 to 1]}, and {each[default rate + hybrid λ=0.5 to 1, decay]} with a learning rate that falls "
-        "to 0, the highest accuracy of each seed. The recorded replies of these runs have no text of the teacher's "
-        "prompt, which a fast teacher brings in.",
+        "to 0, the highest accuracy of each seed. Whether the distillation adds anything late in such a run is "
+        "not known: GRPO alone from a checkpoint at which most samples are right was not run. From the start GRPO "
+        "learns nothing here.",
     ),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, QUESTIONS, arms, recorded_as
 from checks import read_record
-from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall
+from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall, lowest_share
 from margins import (
     largest_cut_rise,
     largest_entropy_ratio,
@@ -199,12 +199,13 @@ def short(by_arm: Runs) -> str:
             str(len(by_arm[arm])),
             spread([run["points"][-1][ACCURACY] for run in by_arm[arm]]),
             kept(by_arm[arm]),
+            lowest(by_arm[arm]),
             falls(by_arm[arm]),
         ]
         for arm in order
     ]
     end = "accuracy of samples at the end" if is_of_samples(by_arm) else "accuracy at the end"
-    head = ["", "seeds", end, "end / best", f"fell below {FALLEN:g} of its best"]
+    head = ["", "seeds", end, "end / best", "lowest / best before", f"fell below {FALLEN:g} of its best"]
     return markdown(head, rows)
 
 
@@ -212,6 +213,12 @@ def kept(runs: Sequence[Run]) -> str:
     """Accuracy at the end over the best, of the seed where it is lowest."""
     learned = [run for run in runs if best(run) >= LEARNED]
     return f"{min(run['points'][-1][ACCURACY] / best(run) for run in learned):.2f}" if learned else NONE
+
+
+def lowest(runs: Sequence[Run]) -> str:
+    """The lowest accuracy of any evaluation over the best before it, of all seeds."""
+    learned = [run for run in runs if best(run) >= 0.5]
+    return f"{min(lowest_share(run)[0] for run in learned):.2f}" if learned else NONE
 
 
 def falls(runs: Sequence[Run]) -> str:

@@ -57,8 +57,8 @@ _MANY_ANSWERS = 0.25
 
 _SLOW_DOWN = (
     "Resume from a checkpoint before that with a lower learning rate, a slower teacher (a smaller "
-    "teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or a growing part of GRPO's loss "
-    "(grpo_weight=0.5, grpo_weight_final=1.0)."
+    "teacher_update_rate, at most 0.05 with teacher_rate_samples=256), or, without routing, more of GRPO's loss "
+    "(grpo_weight=0.5 or larger; grpo_weight_final=1.0 makes it grow)."
 )
 
 _REWARD, _CUT, _ENTROPY = "reward", "completions/clipped_ratio", "self_distillation/student_entropy"
