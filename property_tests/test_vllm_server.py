@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +32,12 @@ from sdpo_rl.compat.vllm_server import lasting
 
 # Two buckets hold the 88 KB of the tiny model's weights: embeddings with the first layer, then the second layer.
 BUCKETS = {"one bucket": GIB, "two buckets": 50_000}
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+LORA = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "task_type": "CAUSAL_LM",
+}
 ADAPTERS: dict[str, Any] = {
     "full": None,
     "lora": LORA,
@@ -199,17 +206,108 @@ def test_no_copy_outlives_its_reader() -> None:
     }
 
 
+def test_merge_and_copy_are_in_the_trainers_stream_and_the_reader_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+
+    class Stream:
+        device = "cuda:0"
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    trainers, readers = Stream("trainer"), Stream("reader")
+    present = [readers]
+
+    @contextmanager
+    def entered(stream: Stream) -> Iterator[None]:
+        present.append(stream)
+        yield
+        present.pop()
+
+    class Weight(Tensor):
+        def clone(self) -> Any:  # type: ignore[override]
+            events.append(f"{present[-1].name} copies")
+            return super().clone()
+
+    def merged() -> Iterator[tuple[str, Tensor]]:
+        events.append(f"{present[-1].name} merges")
+        yield "weight", torch.zeros(2).as_subclass(Weight)
+        events.append(f"{present[-1].name} subtracts")
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: present[-1])
+    for _ in lasting(merged(), copied=True, stream=trainers):
+        events.append(f"{present[-1].name} reads")
+    order = [
+        "trainer merges",
+        "trainer copies",
+        "reader waits for trainer",
+        "reader reads",
+        "trainer subtracts",
+    ]
+    assert events == order
+    assert present == [readers]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("copied", [True, False], ids=["merged while they are sent", "trained before"])
+def test_readers_in_other_streams_get_what_the_trainers_stream_computes(copied: bool) -> None:
+    """Two streams read in turn and wait for nothing, as in vLLM; the computation before is late."""
+    trainers = torch.cuda.current_stream()
+
+    def read(stream: Any) -> bool:
+        weights = [torch.zeros(2**20, device="cuda") for _ in range(6)]
+        torch.cuda.synchronize()
+
+        def change(by: int) -> None:
+            for weight in weights:
+                weight.add_(by)
+
+        def sent() -> Iterator[tuple[str, Tensor]]:
+            if copied:
+                torch.cuda._sleep(10**8)
+                change(1)
+            yield from ((str(i), weight) for i, weight in enumerate(weights))
+            if copied:
+                change(-1)
+
+        if not copied:
+            torch.cuda._sleep(10**8)
+            change(1)
+        streams, buckets = [torch.cuda.Stream() for _ in range(2)], []
+        named = lasting(sent(), copied=copied, stream=stream)
+        for turn in range(3):
+            with torch.cuda.stream(streams[turn % 2]):
+                buckets.append(torch.cat([tensor for _, tensor in islice(named, 2)]))
+        assert next(named, None) is None
+        torch.cuda.synchronize()
+        assert {float(weight.mean()) for weight in weights} == {0.0 if copied else 1.0}
+        return all(bool((bucket == 1).all()) for bucket in buckets)
+
+    assert read(trainers)
+    assert not read(None), "the counter-example: each in the stream of its reader"
+
+
 def test_a_client_that_sends_otherwise_is_refused(tmp_path: Path) -> None:
     class Other(Client):
         update_named_params = None  # type: ignore[assignment]
 
-    with pytest.raises(RuntimeError, match=r"have `update_named_params`, got one without it.*install trl==1\.15"):
+    with pytest.raises(
+        RuntimeError, match=r"have `update_named_params`, got one without it.*install trl==1\.15"
+    ):
         make(tmp_path, "lora", client=Other)
 
 
 def test_the_upgrade_check_names_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [finding.problem for finding in upgrade_check.check_server()] == ["", ""]
-    monkeypatch.setattr("trl.generation.vllm_client.VLLMClient.update_named_params", lambda self, params: None)
+    monkeypatch.setattr(
+        "trl.generation.vllm_client.VLLMClient.update_named_params", lambda self, params: None
+    )
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "sync_weights", lambda self: None)
     assert [finding.problem for finding in upgrade_check.check_server()] == [
         "no parameter metadata, named_params",
@@ -229,9 +327,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("run", ["untied", "lora with a trained head"])
-def test_the_main_process_sends_what_all_gather(
-    ranks: list[dict[Any, Any]], strategy: str, run: str
-) -> None:
+def test_the_main_process_sends_what_all_gather(ranks: list[dict[Any, Any]], strategy: str, run: str) -> None:
     main, other = (rank[strategy, run] for rank in ranks)
     assert main["syncs"] == 2
     assert main["changed"] > 1000 * MERGED  # by the step before

@@ -14,12 +14,12 @@ from torch import Tensor
 def keep_sent_weights(trainer: Any) -> None:
     """The tensors that the trainer sends to a vLLM server keep their values until vLLM has read them.
 
-    TRL merges an adapter into the base, sends the parameters themselves and subtracts the adapter after the last one.
+    TRL adds an adapter to the base, sends the parameters themselves, and subtracts the adapter after the last one.
     vLLM keeps the tensors that it is given until they fill a bucket of 1 GiB, and copies them then: the last bucket
-    after the subtraction. All of a small model would arrive without its adapter, and the last layers of a large one.
-    So parameters of a model with an adapter are sent as copies. vLLM lets go of a bucket that it has copied.
+    after the subtraction. A small model would arrive without its adapter, and of a large one the last layers. So
+    the parameters of a model with an adapter are sent as copies. vLLM lets go of a bucket that it has copied.
 
-    Changes the client of the main process alone. The other processes send nothing, and gather as before.
+    This changes the client, which the main process alone has. The others send nothing, and gather as before.
 
     Args:
         trainer: a `GRPOTrainer` whose constructor has run.
@@ -70,5 +70,6 @@ def lasting(
         if stream is not None:
             reader = torch.cuda.current_stream(stream.device)
             reader.wait_stream(stream)
-            tensor.record_stream(reader)
+            if tensor.is_cuda:
+                tensor.record_stream(reader)
         yield name, tensor
