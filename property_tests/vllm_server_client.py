@@ -1,7 +1,7 @@
 """A stand-in for TRL's client of a vLLM server, and the weights that the server should receive.
 
-It does with the tensors what vLLM does: it keeps them until they fill a bucket or there are no more, and then copies
-them.
+It does with the tensors what vLLM does: it keeps them until they fill a bucket or there are no more, and copies
+them then.
 """
 
 from __future__ import annotations
