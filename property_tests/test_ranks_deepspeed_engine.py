@@ -1,4 +1,4 @@
-"""DeepSpeed's engine gathers the weights that were written last, and the benchmark lets go of it after a run.
+"""DeepSpeed's engine gathers the weights that were written last, for a vLLM server too, and a benchmark frees it.
 
 Skipped where DeepSpeed is not installed.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import rank_driver as driver
+import rank_server_observations as server
 import torch
 
 pytest.importorskip("deepspeed")
@@ -38,3 +39,22 @@ def test_a_run_of_the_benchmark_leaves_nothing_of_the_engine(seen: dict[str, Any
     """By itself DeepSpeed leaves all of it but the teacher, which is not its own."""
     for rank in RANKS:
         assert seen[rank]["freed", stage] == {"kept": {"engine", "optimizer", "weight"}, "freed": set()}
+
+
+@pytest.fixture(scope="session")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("server")
+    driver.launch(folder, "deepspeed", "rank_server_observations.py")
+    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in RANKS}
+
+
+@pytest.mark.parametrize("name", server.NAMES)
+def test_a_server_gets_the_gathered_weights_with_the_adapter(sent: dict[str, Any], name: str) -> None:
+    main, other = (sent[rank]["zero3", name] for rank in RANKS)
+    assert (main["sends"], other["sends"]) == (True, False)
+    assert main["syncs"] == 2
+    assert main["changed"] > 1e-3
+    assert main["difference"] < 1e-6
+    for rank in (main, other):
+        for parameter, weight in rank["before"].items():
+            torch.testing.assert_close(rank["after"][parameter], weight, rtol=1e-6, atol=1e-6)

@@ -14,15 +14,15 @@ from test_records import DEBT, README, RECORDS, ROOT, record
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 PAGE = (ROOT / "docs" / "vllm.md").read_text()
-RUNS = ("0.5b-lora", "7b-lora", "7b-lora-nosleep", "0.5b-full", "7b-full")
+RUNS = ("0.5b-lora", "7b-lora", "7b-lora-nosleep", "0.5b-full", "7b-full", "7b-full-nosleep")
 LORA = [run for run in RUNS if "lora" in run]
-STEPS = {run: "3" if run == "7b-lora-nosleep" else "2" for run in RUNS}
+STEPS = {run: "3" if run.endswith("nosleep") else "2" for run in RUNS}
 ENGINES = {"generate": "`generate`", "vllm": "vLLM", "vllm-sleep": "vLLM, sleep mode"}
 TRAINING = {"lora": "LoRA", "full": "all weights"}
 SHARES = ("rollout", "teacher", "student", "optimizer", "rest")
 GAP = "sampling/sampling_logp_difference/mean"
 # Runs whose record has the share of weights that differ and of those that a step changed, and the engine.
-COUNTED = {"7b-full": "vllm-sleep", "7b-lora-nosleep": "vllm"}
+COUNTED = {"7b-full": "vllm-sleep", "7b-full-nosleep": "vllm", "7b-lora-nosleep": "vllm"}
 
 
 def results(run: str) -> dict[str, Any]:
@@ -95,6 +95,7 @@ def of_time_and_memory() -> Iterator[str]:
     yield f"7B step with LoRA takes {awake} without sleep mode and {sleeping} with it"
     card = [f"{gib(result, 'student'):.1f} GiB" for result in (awake_7b, asleep_7b)]
     yield f"its student's step has {card[0]} of the card in use without and {card[1]} with it"
+    yield from of_all_weights()
     (seconds,) = {
         f"{results(run)['vllm-sleep']['parts']['sleep']:.1f}" for run in ("0.5b-lora", "7b-lora", "7b-full")
     }
@@ -105,6 +106,18 @@ def of_time_and_memory() -> Iterator[str]:
     again = asleep["start_seconds"]
     starts = {result["start_seconds"] for run in RUNS for result in with_vllm(run).values()} - {again}
     yield f"takes {min(starts):.0f} to {max(starts):.0f} s, and {again:.0f} s for the second engine"
+
+
+def of_all_weights() -> Iterator[str]:
+    runs = {"7b-full-nosleep": "vllm", "7b-full": "vllm-sleep"}
+    awake, asleep = (
+        f"{record(f'rollout-{run}-h200')['summary'][engine]['seconds']:.2f} s" for run, engine in runs.items()
+    )
+    yield f"With all weights of 7B the step takes {awake} without sleep mode and {asleep} with it"
+    card = [f"{gib(results(run)[engine], 'student'):.1f} GiB" for run, engine in runs.items()]
+    yield f"and has {card[0]} of the card in use without and {card[1]} with it"
+    allocated = max(results("7b-full-nosleep")["vllm"]["peak_bytes"].values()) / 2**30
+    yield f"PyTorch had up to {allocated:.1f} GiB allocated without it"
 
 
 def of_the_two_models() -> Iterator[str]:
@@ -121,7 +134,8 @@ def of_the_two_models() -> Iterator[str]:
         for value in result["logged"][GAP]
     }
     yield f"that of the 7B model stayed at {stayed}"
-    yield f"{gaps('7b-lora', '7b-lora-nosleep', '7b-full')} for the 7B model, with LoRA and with all weights"
+    every = gaps("7b-lora", "7b-lora-nosleep", "7b-full", "7b-full-nosleep")
+    yield f"{every} for the 7B model, with LoRA and with all weights"
     full = fmean(results("0.5b-full")["vllm"]["logged"][GAP])
     yield f"{full:.3f} for the 0.5B model with all weights in float32"
     yield from of_counted_weights()
@@ -137,8 +151,9 @@ def of_the_two_models() -> Iterator[str]:
 
 
 def of_counted_weights() -> Iterator[str]:
-    full, lora = (results(run)[engine] for run, engine in COUNTED.items())
-    yield f"the step changed {full['weights_changed'][0] * 100:.1f} % of the engine's weights"
+    *full, lora = (results(run)[engine] for run, engine in COUNTED.items())
+    (share,) = {f"{result['weights_changed'][0] * 100:.1f}" for result in full}
+    yield f"the step changed {share} % of the engine's weights"
     (changed,), (_, unequal) = lora["weights_changed"], lora["weights_unequal"]
     yield f"changed {changed * 100:.1f} %, and after the second sync {unequal * 100:.2f} % differed"
     yield f"by at most {short(lora['weight_differences'][1])} of the largest weight of a matrix"
@@ -190,9 +205,8 @@ def test_every_record_of_the_rollout_is_on_the_page() -> None:
         assert known["gpu"] == "NVIDIA H200"
         options = record(f"rollout-{run}-h200")["options"]
         assert (options["completion"], options["utilization"], options["steps"]) == ("256", "0.3", STEPS[run])
-    assert (
-        "medians of two steps, of three for 7B with LoRA without sleep mode, after one of warm-up"
-        in " ".join(PAGE.split())
+    assert "medians of two steps, of three for 7B without sleep mode, after one of warm-up" in " ".join(
+        PAGE.split()
     )
 
 
@@ -236,6 +250,7 @@ def test_what_the_page_lists_is_what_ran() -> None:
         ["vllm"],
         ["vllm"],
         ["vllm-sleep"],
+        ["vllm"],
     ]
 
 
@@ -246,7 +261,9 @@ def test_in_sleep_mode_the_students_step_has_the_memory_of_a_step_without_vllm(r
 
 
 def test_differences_of_the_weights_are_those_of_rounding() -> None:
-    assert results("7b-full")["vllm-sleep"]["weight_differences"] == [0, 0]
+    for run in ("7b-full", "7b-full-nosleep"):
+        for result in results(run).values():
+            assert result["weight_differences"] == [0, 0]
     assert max(results("0.5b-full")["vllm"]["weight_differences"]) < 2**-8  # half of the last bit, at most
     for run in LORA:
         for result in with_vllm(run).values():
@@ -259,8 +276,9 @@ def test_the_weights_of_a_step_arrive() -> None:
     for run in RUNS:
         for engine, result in with_vllm(run).items():
             assert ("weights_changed" in result) == (COUNTED.get(run) == engine)
-    full, lora = (results(run)[engine] for run, engine in COUNTED.items())
-    assert full["weights_unequal"] == [0, 0]
-    assert full["weights_changed"][0] > 0
+    *full, lora = (results(run)[engine] for run, engine in COUNTED.items())
+    for result in full:
+        assert result["weights_unequal"] == [0, 0]
+        assert result["weights_changed"][0] > 0
     before, after = lora["weights_unequal"]
     assert before == 0 < after < lora["weights_changed"][0] / 50

@@ -27,6 +27,7 @@ from .compat.generation import GenerationCalls
 from .compat.multimodal import freeze_unreached_by_text
 from .compat.training_hooks import TrainingHooks
 from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
+from .compat.vllm_server import keep_sent_weights
 from .compat.vocabulary import check_vocabulary
 from .config import SDPOConfig
 from .credit.tokens import LogitSettings
@@ -138,7 +139,8 @@ class SDPOTrainer(ResumableTrainer):
         **kwargs: everything else that `GRPOTrainer` takes.
 
     Raises:
-        RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order.
+        RuntimeError: `trl.GRPOTrainer` was patched after this class was made; the message has the right order. Or
+            TRL's client of a vLLM server has no `update_named_params`.
         ValueError: an empty dataset or prompt, fewer prompts than a batch has, a prompt that does not end
             with a user or tool turn, two columns of feedback, neither rewards nor texts for the teacher, neither a
             pad token nor an end-of-sequence token, K beyond the vocabulary, a batch size that is no multiple of the
@@ -221,6 +223,7 @@ class SDPOTrainer(ResumableTrainer):
         self._step_stack: ExitStack | None = None
         super().__init__(model=model, args=args, **kwargs)
         without_rewards.remove_placeholder(self)
+        keep_sent_weights(self)
         self._generation_calls = GenerationCalls(
             self.accelerator.device,
             context_length=step_forward.context_length(self._unwrapped),

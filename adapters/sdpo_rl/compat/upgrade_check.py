@@ -364,6 +364,30 @@ def check_models() -> list[Finding]:
     return findings
 
 
+def check_server() -> list[Finding]:
+    """What the weights that are sent to a vLLM server rely on."""
+    client = importlib.import_module("trl.generation.vllm_client").VLLMClient
+    engine = importlib.import_module("trl.generation.vllm_generation").VLLMGeneration
+    send = getattr(client, "update_named_params", None)
+    names = ("metadata", "named_params")
+    missing = [name for name in names if send and name not in inspect.signature(send).parameters]
+    lacks = f"no parameter {', '.join(missing)}" if missing else ""
+    call = "self.vllm_client.update_named_params("
+    calls = call in inspect.getsource(engine.sync_weights)
+    return [
+        Finding(
+            f"VLLMClient.update_named_params({', '.join(names)})",
+            "a vLLM server gets copies of merged weights",
+            lacks if send else "gone",
+        ),
+        Finding(
+            f"VLLMGeneration.sync_weights mentions {call}",
+            "a vLLM server gets its weights by it",
+            "" if calls else f"no longer mentions {call}",
+        ),
+    ]
+
+
 def patch_with_unsloth() -> str:
     """Import Unsloth and let it patch TRL. Returns why not, where that cannot be done; else nothing."""
     if importlib.util.find_spec("unsloth") is None:
@@ -382,7 +406,7 @@ def check_installation() -> tuple[list[Finding], str]:
     skipped = patch_with_unsloth()
     trl = importlib.import_module("trl")
     findings = check(trl.GRPOTrainer, trl.GRPOConfig, EXPECTATIONS, unsloth=is_unsloth(trl.GRPOTrainer))
-    findings += check_models()
+    findings += check_models() + check_server()
     if not skipped and not is_unsloth(trl.GRPOTrainer):
         findings.append(
             Finding("PatchFastRL rewrites trl.GRPOTrainer", "the trainer derives from it", "it did not")
