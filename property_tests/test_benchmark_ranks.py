@@ -74,6 +74,15 @@ def test_launches_with_other_options_are_not_joined() -> None:
         join([result("ddp", 2), other])
 
 
+def test_a_process_of_a_launch_needs_the_folder_of_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ranks.py", "--worker", "x.json"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        ranks.main()
+    assert "--worker: expected --scratch as well" in capsys.readouterr().err
+
+
 def test_a_run_of_two_launches_has_the_steps_of_both() -> None:
     first, again = result("ddp", 2), result("ddp", 2)
     first["runs"]["ddp"]["2"] = {

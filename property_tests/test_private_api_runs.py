@@ -462,6 +462,7 @@ def refusal(program: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, *given: 
             for option in ("--points", "--samples", "--jobs")
             for value in ("0", "-3", "1.5")
         ),
+        (("--seeds", "0", "-1"), "argument --seeds: expected an integer of 0 or more, got '-1'"),
         (("--output", "file"), "--output: expected a folder, got 'file', which is a file or below one"),
         (("--output", "file/in"), "--output: expected a folder, got 'file/in', which is a file or below one"),
         (("--arms", "SDPO, chosen"), "GRPO', 'SDPO, shuffled feedback', "),
@@ -489,6 +490,8 @@ def test_one_run_refuses_them_too(
     for option in ("--points", "--samples"):
         line = refusal(train, monkeypatch, capsys, *common, option, "0")
         assert line == f"argument {option}: expected a positive integer, got '0'"
+    line = refusal(train, monkeypatch, capsys, *common, "--seed", "-1")
+    assert line == "argument --seed: expected an integer of 0 or more, got '-1'"
     assert "expected a file, got the folder" in refusal(train, monkeypatch, capsys, *common)
     assert "'GRPO', 'SDPO, shuffled" in refusal(train, monkeypatch, capsys, *common, "--arm", "x")
 

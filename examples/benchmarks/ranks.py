@@ -403,6 +403,11 @@ def main() -> None:
             f"{max(options.processes)} processes, got {options.rows}"
         )
     if options.worker:
+        if not options.scratch:
+            parser.error(
+                "--worker: expected --scratch as well, a folder that all launches share: one on fewer processes "
+                "reads the checkpoint of that on most"
+            )
         work(options)
         return
     if options.join:

@@ -29,6 +29,18 @@ def positive(text: str) -> int:
     return value
 
 
+def non_negative(text: str) -> int:
+    """An integer of 0 or more of the command line, as a seed has to be.
+
+    Examples:
+        >>> non_negative("0")
+        0
+    """
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of 0 or more, got {text!r}")
+    return int(text)
+
+
 def cannot_be_a_folder(path: Path) -> bool:
     """Whether a folder cannot be made at a path, since it or a folder above it is a file."""
     return any(part.exists() and not part.is_dir() for part in (path, *path.parents))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from arms import FIRST_SEED_FOR_CHOOSING, QUESTIONS, SAMPLING, Arm, arms, recorded_as
-from checks import cannot_be_a_folder, check_model, positive, read_record
+from checks import cannot_be_a_folder, check_model, non_negative, positive, read_record
 from curves import model_name, summary
 from jobs import Job, check_records, run_all
 from report import write_report
@@ -113,7 +113,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", help="some of the questions' arms; default: all")
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=non_negative,
         nargs="+",
         default=[0],
         help=f"0, 1, 2 for results; from {FIRST_SEED_FOR_CHOOSING} on for choosing settings, which no result shows",

@@ -26,7 +26,7 @@ import torch
 import transformers
 import trl
 from arms import GROUP, QUESTIONS, SAMPLING, Arm, arms
-from checks import positive
+from checks import non_negative, positive
 from environment import HELD_OUT, Environment, Question, Reward
 from evaluation import Score, answer_ids, autocast, complete, end_turns_with_eos, evaluate, prompt_ids
 from record import LOGGED, description, log_columns, write
@@ -242,7 +242,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="kit")
     parser.add_argument("--question", choices=QUESTIONS, default="learns")
     parser.add_argument("--arm", required=True, help="the name of one of the question's arms")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=non_negative, default=0)
     parser.add_argument(
         "--samples",
         type=positive,
