@@ -115,9 +115,9 @@ def of_all_weights() -> Iterator[str]:
     )
     yield f"With all weights of 7B the step takes {awake} without sleep mode and {asleep} with it"
     card = [f"{gib(results(run)[engine], 'student'):.1f} GiB" for run, engine in runs.items()]
-    yield f"and has {card[0]} of the card in use without and {card[1]} with it"
+    yield f"with it; its student's step has {card[0]} of the card in use without and {card[1]} with it"
     allocated = max(results("7b-full-nosleep")["vllm"]["peak_bytes"].values()) / 2**30
-    yield f"PyTorch had up to {allocated:.1f} GiB allocated without it"
+    yield f"PyTorch had at most {allocated:.1f} GiB allocated"
 
 
 def of_the_two_models() -> Iterator[str]:

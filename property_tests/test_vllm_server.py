@@ -28,7 +28,7 @@ from vllm_server_client import GIB, Client, expected_weights, largest_difference
 
 from sdpo_rl import SDPOTrainer
 from sdpo_rl.compat import upgrade_check
-from sdpo_rl.compat.vllm_server import lasting
+from sdpo_rl.compat.vllm_server import safe_to_keep
 
 # Two buckets hold the 88 KB of the tiny model's weights: embeddings with the first layer, then the second layer.
 BUCKETS = {"one bucket": GIB, "two buckets": 50_000}
@@ -193,15 +193,15 @@ def test_no_copy_outlives_its_reader() -> None:
             yield str(step), base
         base.fill_(-1)
 
-    for name, tensor in lasting(changing(), copied=True):
+    for name, tensor in safe_to_keep(changing(), copied=True):
         alive.append(weakref.ref(tensor))
         assert tensor.tolist() == [float(name)] * 3
         del tensor
         assert sum(each() is not None for each in alive) <= 1
     assert len(alive) == 5
-    kept = dict(lasting(changing(), copied=True))
+    kept = dict(safe_to_keep(changing(), copied=True))
     assert [tensor.tolist() for tensor in kept.values()] == [[float(step)] * 3 for step in range(5)]
-    assert {tuple(tensor.tolist()) for _, tensor in lasting(changing(), copied=False)} == {
+    assert {tuple(tensor.tolist()) for _, tensor in safe_to_keep(changing(), copied=False)} == {
         (float(step),) * 3 for step in range(5)
     }
 
@@ -241,7 +241,7 @@ def test_merge_and_copy_are_in_the_trainers_stream_and_the_reader_waits(
 
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: present[-1])
-    for _ in lasting(merged(), copied=True, stream=trainers):
+    for _ in safe_to_keep(merged(), copied=True, stream=trainers):
         events.append(f"{present[-1].name} reads")
     order = [
         "trainer merges",
@@ -280,7 +280,7 @@ def test_readers_in_other_streams_get_what_the_trainers_stream_computes(copied: 
             torch.cuda._sleep(10**8)
             change(1)
         streams, buckets = [torch.cuda.Stream() for _ in range(2)], []
-        named = lasting(sent(), copied=copied, stream=stream)
+        named = safe_to_keep(sent(), copied=copied, stream=stream)
         for turn in range(3):
             with torch.cuda.stream(streams[turn % 2]):
                 buckets.append(torch.cat([tensor for _, tensor in islice(named, 2)]))
@@ -298,7 +298,7 @@ def test_a_client_that_sends_otherwise_is_refused(tmp_path: Path) -> None:
         update_named_params = None  # type: ignore[assignment]
 
     with pytest.raises(
-        RuntimeError, match=r"have `update_named_params`, got one without it.*install trl==1\.15"
+        RuntimeError, match=r"have `update_named_params`, got one without it.*install 'trl>=1\.15,<1\.17'"
     ):
         make(tmp_path, "lora", client=Other)
 

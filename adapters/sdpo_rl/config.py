@@ -412,8 +412,8 @@ class SDPOConfig:
         of `GRPOConfig`.
 
         `long_run` (docs/results.md, "Does it last?"): α=0, K=100, rate .05, and a share of GRPO that grows from .5
-        to 1, for a learning rate that falls to 0. Of the settings in long recorded runs of a pretrained model these
-        alone end at the best of all five seeds. They need rewards.
+        to 1, for a learning rate that falls to 0. Of the four settings that have five seeds in long recorded runs
+        of a pretrained model, these alone end at the highest accuracy of every seed. They need rewards.
 
         `opsd` and `sdft` introduce the feedback, from a column of the dataset, as a reference solution, and take
         KL(teacher‖student) over the vocabulary. `opsd` (arXiv 2601.18734 v3, figure 2, §3.2, §4.1, §4.3.1): a

@@ -71,7 +71,7 @@ QUESTIONS: dict[str, Question] = {
     # Does SDPO learn what GRPO cannot? Supervised steps on the right answers are for comparison.
     "learns": Question((*demo.ARMS, demo.Arm(SUPERVISED, DEMO.learning_rate))),
     "alpha": Question(tuple(_sdpo(f"α={alpha:g}", alpha=alpha) for alpha in (0.0, 0.1, 0.5, 1.0))),
-    # Each cure alone on a setting that collapses.
+    # Each remedy alone on a setting that collapses.
     "cures": Question(
         (
             _sdpo("collapsing", alpha=0.0),

@@ -19,6 +19,7 @@ JUDGED, SAMPLED = "judged", "sampled"
 # A run has fallen if its accuracy stays below the first number times the best before, to the end. A run whose best
 # is below the second number has learned nothing that it could lose.
 FALLEN, LEARNED = 0.8, 0.1
+BEST_FROM = 0.5  # accuracy of a run that learned enough to see it go up and down
 
 
 def model_name(given: str) -> str:
@@ -108,7 +109,7 @@ def fall(run: Run, share: float = FALLEN) -> int | None:
     return start if largest >= LEARNED else None
 
 
-def lowest_share(run: Run, best_from: float = 0.5) -> tuple[float, int | None]:
+def lowest_share(run: Run, best_from: float = BEST_FROM) -> tuple[float, int | None]:
     """The lowest accuracy as a share of the best until then, and the samples there, once the best is `best_from`.
 
     Examples:

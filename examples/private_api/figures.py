@@ -116,13 +116,12 @@ def blocks_and_images(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, st
         if by_question[question]:
             texts[f"short {question}"] = tables.short(by_question[question])
     for name, (questions, sentence) in findings.SENTENCES.items():
-        arms = Counter(arm for question in questions for arm in by_question[question])
-        about = {
-            name: of_arm
-            for question in questions
-            for arm, of_arm in by_question[question].items()
-            for name in (f"{arm} ({question})", *([arm] if arms[arm] == 1 else []))
+        found = {
+            (arm, question): of_arm for question in questions for arm, of_arm in by_question[question].items()
         }
+        count = Counter(arm for arm, _ in found)
+        about = {f"{arm} ({question})": of_arm for (arm, question), of_arm in found.items()}
+        about |= {arm: of_arm for (arm, _), of_arm in found.items() if count[arm] == 1}
         texts[name] = "".join(findings.said([sentence], about))
     if by_question["rate"]:
         texts["rates"] = tables.rates(by_question["rate"])

@@ -135,9 +135,9 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "teacher + hybrid λ=0.5 to 1]}, with {right[fast teacher + hybrid λ=0.5 to 1]} of the samples right, and "
         "no evaluation is below {lowest[fast teacher + hybrid λ=0.5 to 1]}; with twice the learning rate, on two "
         "other seeds, this was not so ([below](#which-settings-last)). With SRPO as published it ends at "
-        "{each[fast teacher + SRPO]}; none is below {lowest[fast teacher + SRPO]}, where one seed ends. With "
-        "SRPO's routing alone it ends at {each[fast teacher + SRPO routing]}, but one seed was at {lowest[fast "
-        "teacher + SRPO routing]} of its best on the way.",
+        "{each[fast teacher + SRPO]}; the lowest evaluation is at {lowest[fast teacher + SRPO]} of the best "
+        "before, at the end of one run. With SRPO's routing alone it ends at {each[fast teacher + SRPO routing]}, "
+        "but one seed was at {lowest[fast teacher + SRPO routing]} of its best on the way.",
         "The other remedies that hold [after 9600 completions](#what-helps-with-a-fast-teacher) do not last: the "
         "default rate ends at {each[fast teacher + rate per 256 samples]}, half of the loss from GRPO throughout "
         "at {each[fast teacher + hybrid λ=0.5]}, a teacher that restarts at {each[fast teacher + teacher "
@@ -149,10 +149,10 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "seed of the growing share each reply has other words that the question does not ask for (`Further:`), "
         "and on both nearly all completions are cut. The judge accepts text beside a right call, so the reward "
         "does not penalize it; one that accepts nothing beside a call would reject these replies.",
-        "With the default rate and a growing share nearly all completions end, and the recorded replies of these "
-        "six runs have no text of the teacher's prompt. Samples have it ([in "
-        "numbers](metrics.md#text-of-the-templates)), and so have recorded replies of three of the four runs for "
-        "choosing.",
+        "With the default rate and a growing share at most a tenth of the completions of the last tenth of the "
+        "steps are cut, and the recorded replies of these six runs have no text of the teacher's prompt. Samples "
+        "of some runs have it ([in numbers](metrics.md#text-of-the-templates)), and so have recorded replies of "
+        "three of the four runs for choosing.",
     ),
     "lasting settings": (
         "Of seven settings one ends at its highest accuracy on both seeds, {each[default rate + hybrid λ=0.5 to "
@@ -162,9 +162,10 @@ FINDINGS: dict[str, tuple[str, ...]] = {
         "per 256 samples]}, after a best of {bests[fast teacher + rate per 256 samples]}, and {right[fast teacher "
         "+ rate per 256 samples]} of the samples are right.",
         "With a fast teacher the routing of SRPO does not end near its best on both seeds ({each[fast teacher + "
-        "SRPO routing]}), nor, with twice the learning rate, a learning rate that falls ({each[SDPO, chosen "
-        "settings, decay]}) or a growing share of GRPO ({each[SDPO, chosen settings, λ=0.5 to 1]}), which was at "
-        "{lowest[SDPO, chosen settings, λ=0.5 to 1]} of its best on the way.",
+        "SRPO routing]}), after a dip to {lowest[fast teacher + SRPO routing]} of it, nor, with twice the "
+        "learning rate, a learning rate that falls ({each[SDPO, chosen settings, decay]}) or a growing share of "
+        "GRPO ({each[SDPO, chosen settings, λ=0.5 to 1]}), which was at {lowest[SDPO, chosen settings, λ=0.5 to "
+        "1]} of its best on the way.",
     ),
     "lora": (
         "With the learning rate 3e-4 adapters end at {each[LoRA r=16, lr 0.0003]}, within the range of all weights "
@@ -203,19 +204,22 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "and loses all of it within 48000 completions: it learns to recite its teacher's prompt. The log shows it "
         "early: [a warning](choosing.md#before-a-collapse) comes thousands of completions before, but in other "
         "runs, which keep what they learned, as well.\n"
-        "* One remedy can be enough to keep the accuracy: of seven, two do on these seeds. With a share of GRPO "
-        "that grows from half to all of the loss they are at {each[fast teacher + hybrid λ=0.5 to 1]} after 48000 "
-        "completions, and no evaluation is below {lowest[fast teacher + hybrid λ=0.5 to 1]} of the best before; "
-        "with twice the learning rate, on two other seeds, [this was not so](#which-settings-last). With SRPO as "
-        "published they are at {each[fast teacher + SRPO (lasting)]}, and none is below {lowest[fast teacher + "
-        "SRPO (lasting)]}, where one of them ends; on the embedded task it [does not "
-        "last](#embedded-five-times-the-samples). A half of GRPO throughout delays the collapse: {each[fast "
-        "teacher + hybrid λ=0.5 (lasting)]}.\n"
-        "* With the default rate of the teacher as well, and a learning rate that falls, the seeds are at "
-        "{each[default rate + hybrid λ=0.5 to 1, decay]}, the highest accuracy of each, and nearly all "
-        "completions still end. These settings, the preset `long_run`, were chosen among seven, on other seeds.\n"
-        "* Text of the teacher's prompt comes to stand beside the calls with most settings, in samples if not in "
-        "greedy replies: the judge of this task accepts it.\n"
+        "* Of seven remedies, one at a time, two keep every evaluation at 0.8 of the best before or more, on "
+        "these seeds. With a share of GRPO that grows from half to all of the loss the seeds end at {each[fast "
+        "teacher + hybrid λ=0.5 to 1]} after 48000 completions, and the lowest evaluation is at {lowest[fast "
+        "teacher + hybrid λ=0.5 to 1]} of the best before; on two other seeds, with twice the learning rate, [one "
+        "went far lower](#which-settings-last). With SRPO as published they end at {each[fast teacher + SRPO "
+        "(lasting)]}, and the lowest is at {lowest[fast teacher + SRPO (lasting)]} of the best before, at the end "
+        "of one run; on the embedded task SRPO [does not last](#embedded-five-times-the-samples). Its routing "
+        "alone ends at {each[fast teacher + SRPO routing (lasting)]}, after a dip to {lowest[fast teacher + SRPO "
+        "routing (lasting)]} of the best on one seed. Half of the loss from GRPO throughout delays the collapse: "
+        "{each[fast teacher + hybrid λ=0.5 (lasting)]}.\n"
+        "* With the growing share of GRPO, the default rate of the teacher and a learning rate that falls, the "
+        "seeds end at {each[default rate + hybrid λ=0.5 to 1, decay]}, the highest accuracy of each, and in the "
+        "last tenth of the steps at most a tenth of the completions are cut at the length limit. These settings, "
+        "the preset `long_run`, were chosen among seven, on other seeds.\n"
+        "* With most settings text of the teacher's prompt appears beside the calls, at least in samples: the "
+        "judge of this task accepts it.\n"
         "* In batches of 256, with the teacher's rate of the chosen settings per completion, nothing is learned: "
         "{end[hybrid λ=0.5, 0.19 per update, lr 2e-05]} on three seeds.",
     ),
@@ -292,14 +296,14 @@ SENTENCES: dict[str, tuple[tuple[str, ...], str]] = {
         "one remedy it ends:\n\n"
         "* at {each[fast teacher + hybrid λ=0.5 to 1]} with a share of GRPO that grows from half to all of the "
         "loss (`grpo_weight=0.5, grpo_weight_final=1.0`): no evaluation is below {lowest[fast teacher + hybrid "
-        "λ=0.5 to 1]} of the best before. With twice the learning rate two other seeds [went "
+        "λ=0.5 to 1]} of the best before. With twice the learning rate one of two other seeds [went far "
         "lower](results.md#which-settings-last);\n"
-        "* at {each[fast teacher + hybrid λ=0.5]} with half of it throughout, which delays the last fall below "
-        "0.8 of the best from {first_fall[fast teacher]} completions to {first_fall[fast teacher + hybrid λ=0.5]} "
-        "at the earliest, and at {each[fast teacher + hybrid λ=0.1]} with a tenth;\n"
+        "* at {each[fast teacher + hybrid λ=0.5]} with half of it throughout: the earliest fall below 0.8 of the "
+        "best that lasts to the end comes after {first_fall[fast teacher + hybrid λ=0.5]} completions instead of "
+        "{first_fall[fast teacher]}; and at {each[fast teacher + hybrid λ=0.1]} with a tenth;\n"
         "* at {each[fast teacher + SRPO]} with SRPO as published, never below {lowest[fast teacher + SRPO]} of "
         "the best before, where one seed ends, and at {each[fast teacher + SRPO routing]} with its routing alone, "
-        "which was at {lowest[fast teacher + SRPO routing]} of it on one seed on the way;\n"
+        "which was at {lowest[fast teacher + SRPO routing]} of the best before on one seed;\n"
         "* at {each[fast teacher + rate per 256 samples]} with the default rate, and at {each[fast teacher + "
         "teacher restart]} with a teacher that restarts.\n\n"
         "With the default rate of the teacher and the growing share of GRPO no seed falls: {each[default rate + "
@@ -316,7 +320,7 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
 
     Means over seeds: `end` is the accuracy at the end, `best` the best accuracy, `early` the accuracy after
     `early` samples, `probability` the probability of the right answer at the end, and `right` the share of right
-    samples there; `half` and `fifth` are the accuracy after a half and a fifth of the samples. Lists with one
+    samples there; `fifth` is the accuracy after a fifth of the samples. Lists with one
     number per seed: `each` has the
     accuracy at the end, `bests` the best accuracy, and `begins` the samples of the first evaluation at which a
     tenth of the answers is right. `first_fall` is the smallest number of samples after which a seed is below .8 of
@@ -330,7 +334,6 @@ def numbers(by_arm: Mapping[str, Sequence[Run]], early: int) -> dict[str, dict[s
         "end": lambda run: float(run["points"][-1][ACCURACY]),
         "best": best,
         "early": lambda run: at(run, early, ACCURACY),
-        "half": lambda run: at(run, run["points"][-1][0] // 2, ACCURACY),
         "fifth": lambda run: at(run, run["points"][-1][0] // 5, ACCURACY),
         "probability": lambda run: float(run["points"][-1][PROBABILITY]),
         "right": lambda run: math.nan if run.get("right_samples") is None else float(run["right_samples"]),

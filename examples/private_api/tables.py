@@ -14,7 +14,20 @@ from typing import Any
 
 from arms import CHOOSING, FIRST_SEED_FOR_CHOOSING, GROUP, QUESTIONS, arms, recorded_as
 from checks import read_record
-from curves import ACCURACY, FALLEN, JUDGED, LEARNED, PROBABILITY, SAMPLED, Run, at, best, fall, lowest_share
+from curves import (
+    ACCURACY,
+    BEST_FROM,
+    FALLEN,
+    JUDGED,
+    LEARNED,
+    PROBABILITY,
+    SAMPLED,
+    Run,
+    at,
+    best,
+    fall,
+    lowest_share,
+)
 from margins import (
     largest_cut_rise,
     largest_entropy_ratio,
@@ -216,9 +229,9 @@ def kept(runs: Sequence[Run]) -> str:
 
 
 def lowest(runs: Sequence[Run]) -> str:
-    """The lowest accuracy of any evaluation over the best before it, of all seeds."""
-    learned = [run for run in runs if best(run) >= 0.5]
-    return f"{min(lowest_share(run)[0] for run in learned):.2f}" if learned else NONE
+    """The lowest accuracy of any evaluation over the best until then, of the seed where it is lowest."""
+    shares = [lowest_share(run)[0] for run in runs if best(run) >= BEST_FROM]
+    return f"{min(shares):.2f}" if shares else NONE
 
 
 def falls(runs: Sequence[Run]) -> str:
@@ -251,7 +264,7 @@ def outcome(run: Run) -> str | None:
         return "fell"
     if best(run) < LEARNED:
         return "learned nothing"
-    return "learned" if best(run) >= 0.5 else None
+    return "learned" if best(run) >= BEST_FROM else None
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:

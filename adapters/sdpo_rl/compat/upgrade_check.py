@@ -371,14 +371,14 @@ def check_server() -> list[Finding]:
     send = getattr(client, "update_named_params", None)
     names = ("metadata", "named_params")
     missing = [name for name in names if send and name not in inspect.signature(send).parameters]
-    lacks = f"no parameter {', '.join(missing)}" if missing else ""
+    problem = "gone" if send is None else f"no parameter {', '.join(missing)}" if missing else ""
     call = "self.vllm_client.update_named_params("
     calls = call in inspect.getsource(engine.sync_weights)
     return [
         Finding(
             f"VLLMClient.update_named_params({', '.join(names)})",
             "a vLLM server gets copies of merged weights",
-            lacks if send else "gone",
+            problem,
         ),
         Finding(
             f"VLLMGeneration.sync_weights mentions {call}",

@@ -17,7 +17,7 @@ def keep_sent_weights(trainer: Any) -> None:
     TRL adds an adapter to the base, sends the parameters themselves, and subtracts the adapter after the last one.
     vLLM keeps the tensors that it is given until they fill a bucket of 1 GiB, and copies them then: the last bucket
     after the subtraction. A small model would arrive without its adapter, and of a large one the last layers. So
-    the parameters of a model with an adapter are sent as copies. vLLM lets go of a bucket that it has copied.
+    the parameters of a model with an adapter are sent as copies. vLLM keeps two buckets: about 2 GiB of copies.
 
     This changes the client, which the main process alone has. The others send nothing, and gather as before.
 
@@ -28,27 +28,27 @@ def keep_sent_weights(trainer: Any) -> None:
         RuntimeError: TRL's client has another method for sending weights.
     """
     engine = getattr(trainer, "vllm_generation", None)
-    client = getattr(engine, "vllm_client", None)
-    if engine is None or client is None:
+    if engine is None or engine.mode != "server" or not trainer.accelerator.is_main_process:
         return
+    client = getattr(engine, "vllm_client", None)
     send = getattr(client, "update_named_params", None)
     if send is None:
         raise RuntimeError(
             "vllm_mode='server': expected TRL's client of a vLLM server to have `update_named_params`, got one "
             f"without it from TRL {trl.__version__}, which may send weights that no longer have the adapter; "
-            "install trl==1.15.0, or set vllm_mode='colocate'"
+            "install 'trl>=1.15,<1.17', or set vllm_mode='colocate'"
         )
     device = trainer.accelerator.device
 
     def update_named_params(metadata: Any, named_params: Iterator[tuple[str, Tensor]]) -> Any:
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        return send(metadata, lasting(named_params, copied=is_peft_model(engine.model), stream=stream))
+        return send(metadata, safe_to_keep(named_params, copied=is_peft_model(engine.model), stream=stream))
 
     client.update_named_params = update_named_params
 
 
-def lasting(
-    named_params: Iterator[tuple[str, Tensor]], *, copied: bool, stream: Any = None
+def safe_to_keep(
+    named_params: Iterator[tuple[str, Tensor]], *, copied: bool, stream: torch.cuda.Stream | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The same names and values, which a reader may keep.
 
@@ -56,10 +56,10 @@ def lasting(
         named_params: an iterator that may change a tensor when it moves on.
         copied: whether it does.
         stream: of a GPU, where the tensors are computed. vLLM reads them in streams of its own, which wait neither
-            for this one nor for each other; here each waits for the tensors that it gets. `None`: on a CPU.
+            for this one nor for each other; here each waits for the tensors that it gets. `None`: without CUDA.
     """
     while True:
-        # Merging, copying and subtracting in one stream cannot overtake each other.
+        # In one stream merging, copying and subtracting keep their order.
         with torch.cuda.stream(stream):
             named = next(named_params, None)
             if named is None:
