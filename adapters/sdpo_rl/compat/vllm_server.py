@@ -32,7 +32,7 @@ def keep_sent_weights(trainer: Any) -> None:
         return
     client = getattr(engine, "vllm_client", None)
     send = getattr(client, "update_named_params", None)
-    if send is None:
+    if client is None or send is None:
         raise RuntimeError(
             "vllm_mode='server': expected TRL's client of a vLLM server to have `update_named_params`, got one "
             f"without it from TRL {trl.__version__}, which may send weights that no longer have the adapter; "
