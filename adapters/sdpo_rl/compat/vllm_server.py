@@ -28,7 +28,7 @@ def keep_sent_weights(trainer: Any) -> None:
         RuntimeError: TRL's client has another method for sending weights.
     """
     engine = getattr(trainer, "vllm_generation", None)
-    if engine is None or engine.mode != "server" or not trainer.accelerator.is_main_process:
+    if engine is None or trainer.vllm_mode != "server" or not trainer.accelerator.is_main_process:
         return
     client = getattr(engine, "vllm_client", None)
     send = getattr(client, "update_named_params", None)
