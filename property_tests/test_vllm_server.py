@@ -298,7 +298,7 @@ def test_a_client_that_sends_otherwise_is_refused(tmp_path: Path) -> None:
         update_named_params = None  # type: ignore[assignment]
 
     with pytest.raises(
-        RuntimeError, match=r"have `update_named_params`, got one without it.*install 'trl>=1\.15,<1\.17'"
+        RuntimeError, match=r"have `update_named_params`, got none in.*install 'trl>=1\.15,<1\.17'"
     ):
         make(tmp_path, "lora", client=Other)
 

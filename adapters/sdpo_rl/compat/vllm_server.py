@@ -1,4 +1,4 @@
-"""The weights that TRL sends to a vLLM server, so that what arrives is what TRL meant to send."""
+"""TRL's weight transfer to a vLLM server, made safe for adapters and CUDA streams."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from torch import Tensor
 
 
 def keep_sent_weights(trainer: Any) -> None:
-    """The tensors that the trainer sends to a vLLM server keep their values until vLLM has read them.
+    """Makes the tensors that are sent to a vLLM server keep their values until vLLM has read them.
 
-    TRL adds an adapter to the base, sends the parameters themselves, and subtracts the adapter after the last one.
-    vLLM keeps the tensors that it is given until they fill a bucket of 1 GiB, and copies them then: the last bucket
-    after the subtraction. A small model would arrive without its adapter, and of a large one the last layers. So
-    the parameters of a model with an adapter are sent as copies. vLLM keeps two buckets: about 2 GiB of copies.
+    TRL merges the adapter into the base, sends the parameters themselves, and unmerges it after the last one.
+    vLLM holds references until they fill a bucket of 1 GiB, and only then copies them: the last bucket after the
+    unmerge. A small model would arrive without its adapter, a large one without it in its last layers. So the
+    parameters of a model with an adapter are sent as copies: up to two buckets at once. With or without an
+    adapter, vLLM's streams wait for the trainer's.
 
-    This changes the client, which the main process alone has. The others send nothing, and gather as before.
+    This patches the client, which only the main process has. The others only take part in gathering.
 
     Args:
         trainer: a `GRPOTrainer` whose constructor has run.
 
     Raises:
-        RuntimeError: TRL's client has another method for sending weights.
+        RuntimeError: TRL's client is missing, or lacks the method that sends weights.
     """
-    engine = getattr(trainer, "vllm_generation", None)
-    if engine is None or trainer.vllm_mode != "server" or not trainer.accelerator.is_main_process:
+    if not trainer.use_vllm or trainer.vllm_mode != "server" or not trainer.accelerator.is_main_process:
         return
+    engine = getattr(trainer, "vllm_generation", None)
     client = getattr(engine, "vllm_client", None)
     send = getattr(client, "update_named_params", None)
-    if client is None or send is None:
+    if engine is None or client is None or send is None:
         raise RuntimeError(
-            "vllm_mode='server': expected TRL's client of a vLLM server to have `update_named_params`, got one "
-            f"without it from TRL {trl.__version__}, which may send weights that no longer have the adapter; "
+            "vllm_mode='server': expected TRL's client of a vLLM server to have `update_named_params`, got none in "
+            f"TRL {trl.__version__}, whose server might get weights without the adapter; "
             "install 'trl>=1.15,<1.17', or set vllm_mode='colocate'"
         )
     device = trainer.accelerator.device
@@ -54,12 +55,12 @@ def safe_to_keep(
 
     Args:
         named_params: an iterator that may change a tensor when it moves on.
-        copied: whether it does.
-        stream: of a GPU, where the tensors are computed. vLLM reads them in streams of its own, which wait neither
-            for this one nor for each other; here each waits for the tensors that it gets. `None`: without CUDA.
+        copied: yield copies.
+        stream: the GPU stream that computes the tensors. vLLM reads in streams of its own, which wait neither for
+            it nor for each other; here each reader waits for its tensors. `None`: without CUDA.
     """
     while True:
-        # In one stream merging, copying and subtracting keep their order.
+        # In one stream, merging, copying and unmerging keep their order.
         with torch.cuda.stream(stream):
             named = next(named_params, None)
             if named is None:
