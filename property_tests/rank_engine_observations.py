@@ -8,6 +8,7 @@ The result is written to the folder as `WORLD-RANK.pt`.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -15,18 +16,38 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from programs import EXAMPLES
-from rank_driver import DEEPSPEED, RUNS, make_trainer, rank, strategy, world_size
+from rank_driver import DEEPSPEED, RUNS, Run, make_trainer, rank, strategy, world_size
 from torch import Tensor
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 
+# Runs with the decoder layers gathered at once, and without.
+LAYERED = {
+    "lora": Run({"learning_rate": 0.5, "gradient_checkpointing": True}, adapter="lora"),
+    "generated from parts": Run({"gradient_checkpointing": True, "ds3_gather_for_generation": False}),
+    **{
+        name: RUNS[name]
+        for name in (
+            "untied",
+            "whole logits",
+            "the second rank has nothing to learn",
+            "a GRPO part with masks and ratios of rows",
+            "trust region",
+            "several forwards",
+        )
+    },
+}
 
-def observe(folder: Path) -> dict[str, Any]:
-    """Losses of every step, and student and teacher afterwards."""
+
+def observe(folder: Path, run: Run = RUNS["untied"], *, generates: bool = False) -> dict[str, Any]:
+    """Losses of every step, and student and teacher afterwards. `generates`: completions are TRL's own."""
     from sdpo_rl.teacher import shards
 
-    trainer = make_trainer(folder, RUNS["untied"], **DEEPSPEED["zero3"])
+    trainer = make_trainer(folder, run, **DEEPSPEED["zero3"])
+    if generates:
+        del trainer._generate_single_turn
     trainer.train()
     own = shards.local_shards(trainer._unwrapped)
     return {
@@ -70,6 +91,43 @@ def observe_late_writes(folder: Path) -> dict[str, Any]:
         return observe(folder)
 
 
+def observe_layers(folder: Path, name: str, *, layered: bool) -> dict[str, Any]:
+    """A run; how often DeepSpeed gathered for a module, and the gathers made by exchanges of weights."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from sdpo_rl.teacher import shards
+
+    fetch, gather, write = (
+        PartitionedParameterCoordinator.fetch_sub_module,
+        dist.all_gather_into_tensor,
+        shards._write,
+    )
+    counts, exchanging = {"modules": 0, "gathers of exchanges": 0}, False
+
+    def count_module(*args: Any, **kwargs: Any) -> None:
+        counts["modules"] += 1
+        fetch(*args, **kwargs)
+
+    def count_gather(*args: Any, **kwargs: Any) -> Any:
+        counts["gathers of exchanges"] += exchanging
+        return gather(*args, **kwargs)
+
+    def mark_write(*args: Any) -> None:
+        nonlocal exchanging
+        exchanging = True
+        write(*args)
+        exchanging = False
+
+    variables = {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Qwen2DecoderLayer"} if layered else {}
+    with (
+        patch.dict(os.environ, variables),
+        patch.object(PartitionedParameterCoordinator, "fetch_sub_module", count_module),
+        patch.object(dist, "all_gather_into_tensor", count_gather),
+        patch.object(shards, "_write", mark_write),
+    ):
+        return observe(folder, LAYERED[name], generates=name == "generated from parts") | counts
+
+
 def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:
     """What of a run is still there after its trainer, without and with the benchmark's `free_engine`."""
     import ranks
@@ -100,6 +158,10 @@ def main(folder: Path) -> None:
     for name, run in {"plain": observe, "late writes": observe_late_writes}.items():
         with strategy("zero3"):
             seen[name] = run(folder / name)
+    for name in LAYERED:
+        for layered in (False, True):
+            with strategy("zero3"):
+                seen[name, layered] = observe_layers(folder / f"{name}-{layered}", name, layered=layered)
     for kind in DEEPSPEED:
         with strategy(kind):
             seen["freed", kind] = observe_freed(folder / kind, kind)

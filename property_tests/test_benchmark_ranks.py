@@ -83,6 +83,55 @@ def test_a_process_of_a_launch_needs_the_folder_of_all(
     assert "--worker: expected --scratch as well" in capsys.readouterr().err
 
 
+def test_a_process_with_whole_layers_needs_their_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(ranks.LAYERS_VARIABLE, raising=False)
+    command = ["ranks.py", "--worker", "x.json", "--scratch", "x", "--kinds", "zero3-layers"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        ranks.main()
+    assert "--deepspeed_moe_layer_cls_names Qwen2DecoderLayer, got None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ranks.KINDS)
+def test_a_launch_has_the_file_of_its_kind(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def launched(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "not here")
+
+    monkeypatch.setattr(ranks.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ranks.subprocess, "run", launched)
+    monkeypatch.setattr(sys, "argv", ["ranks.py", "--kinds", kind, "--processes", "2"])
+    ranks.main()
+    (command,) = commands
+    file = Path(command[command.index("--config_file") + 1])
+    assert file.exists()
+    assert file.stem == kind.removesuffix("-layers")
+    option = "--deepspeed_moe_layer_cls_names"
+    assert (option in command) == (kind == "zero3-layers")
+    if option in command:
+        assert command[command.index(option) + 1] == "Qwen2DecoderLayer"
+
+
+def test_accelerate_passes_the_class_of_the_layers_in_this_variable() -> None:
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    arguments = ["--use_deepspeed", "--zero_stage", "3", "--mixed_precision", "no"]
+    arguments += ["--deepspeed_moe_layer_cls_names", "A", "x.py"]
+    options = launch_command_parser().parse_args(arguments)
+    # As the launcher sets them from a file.
+    options.num_machines, options.num_processes, options.main_process_port = 1, 1, 0
+    options.deepspeed_fields_from_accelerate_config = []
+    _, variables = prepare_deepspeed_cmd_env(options)
+    assert variables[ranks.LAYERS_VARIABLE] == "A"
+
+
 def test_a_run_of_two_launches_has_the_steps_of_both() -> None:
     first, again = result("ddp", 2), result("ddp", 2)
     first["runs"]["ddp"]["2"] = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import model_families
 import pytest
 import tiny
 import torch
@@ -591,7 +592,7 @@ def test_advice_follows_the_settings(tmp_path: Path) -> None:
 
 FAST: dict[str, Any] = {
     "backend": "auto", "precision": "4-bit", "checkpointing": "on (unsloth)", "unsloth": True,
-    "weight_bytes": 5, "gpu_bytes": 24,
+    "split_layers": "", "weight_bytes": 5, "gpu_bytes": 24,
 }  # fmt: skip
 
 
@@ -608,6 +609,7 @@ def test_a_fast_run_has_no_reasons() -> None:
         ({"precision": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
         ({"precision": "bfloat16", "weight_bytes": 14, "unsloth": False}, ["58%", "BitsAndBytesConfig"]),
         ({"gpu_bytes": 192}, ["gradient checkpointing", "3%"]),
+        ({"split_layers": "ALayer", "gpu_bytes": 0}, ["ZeRO-3", "--deepspeed_moe_layer_cls_names ALayer"]),
     ],
 )
 def test_every_reason_has_a_fix(change: dict[str, Any], words: list[str]) -> None:
@@ -621,6 +623,55 @@ def test_one_warning_at_construction(tmp_path: Path, caplog: pytest.LogCaptureFi
         tiny.trainer(tmp_path, sdpo_config=tiny.config(loss_backend="logits"))
         tiny.trainer(tmp_path, sdpo_config=tiny.config(loss_backend="auto"))
     assert sum("slower than it needs" in record.message for record in caplog.records) == 1
+
+
+def split_layers(
+    trainer: Any, *, model: Any = None, stage: int = 3, named: str | None = None, **options: Any
+) -> str:
+    """What `_split_layers` finds under DeepSpeed; `named` are the classes that accelerate was given."""
+    plugin = SimpleNamespace(
+        zero_stage=stage,
+        transformer_moe_cls_names=named,
+        deepspeed_config={"zero_optimization": {"stage": stage, **options}},
+    )
+    run = SimpleNamespace(
+        args=trainer.args, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    )
+    return advice._split_layers(run, trainer.model if model is None else model)
+
+
+def test_layers_that_zero3_gathers_in_parts_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", raising=False)
+    trainer = tiny.trainer(tmp_path)
+    assert advice._split_layers(trainer, trainer.model) == ""
+    assert split_layers(trainer) == "Qwen2DecoderLayer"
+    assert split_layers(trainer, stage=2) == ""
+    assert split_layers(trainer, named="Qwen2DecoderLayer") == ""
+    assert split_layers(trainer, leaf_module={"classes": ["Qwen2DecoderLayer"]}) == ""
+    assert split_layers(trainer, stage3_module_granularity_threshold=4_000_000) == ""
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", "Qwen2DecoderLayer")
+    assert split_layers(trainer) == ""
+
+
+def test_layers_without_a_gradient_are_not_named(tmp_path: Path) -> None:
+    """The image encoder of a multimodal model; the layers of an adapter whose inputs need no gradient."""
+    from peft import LoraConfig
+
+    plain = tiny.trainer(tmp_path / "plain")
+    model = model_families.random_model("qwen3_vl")
+    assert split_layers(plain, model=model) == "Qwen3VLTextDecoderLayer,Qwen3VLVisionBlock"
+    model.model.visual.requires_grad_(False)
+    assert split_layers(tiny.trainer(tmp_path / "a", gradient_checkpointing=True), model=model) == (
+        "Qwen3VLTextDecoderLayer"
+    )
+    for checkpointing, expected in ((True, "Qwen2DecoderLayer"), (False, "")):
+        lora = LoraConfig(r=4, target_modules=["q_proj"])
+        trainer = tiny.trainer(
+            tmp_path / str(checkpointing), peft_config=lora, gradient_checkpointing=checkpointing
+        )
+        assert split_layers(trainer) == expected
 
 
 # --- the report, without Unsloth --------------------------------------------------------------------------

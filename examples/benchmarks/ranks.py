@@ -2,11 +2,13 @@
 
     python examples/benchmarks/ranks.py --shape 7b --training lora --kinds ddp --processes 2 1 --rows 8 \\
         --checkpointing --float32 small --output examples/benchmarks/records/ranks-7b-lora-h200.json
-    python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 --processes 2 1 \\
-        --rows 32 --checkpointing --float32 small --output examples/benchmarks/records/ranks-1.5b-full-h200.json
+    python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 zero3-layers \\
+        --processes 2 1 --rows 32 --checkpointing --float32 small --grpo \\
+        --output examples/benchmarks/records/ranks-1.5b-full-h200.json
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
-is a launch by `accelerate launch` with a file of `examples/accelerate`. Its runs, one after the other:
+is a launch by `accelerate launch` with a file of `examples/accelerate`; `zero3-layers` is `zero3` with the class of
+the decoder layers named, so that DeepSpeed gathers each of them as a whole. Its runs, one after the other:
 
 * `same rows`: the processes share `--rows` rows. The losses are compared with those of one process of this kind.
 * `micro-batches`: on one process, the same rows in two gradient-accumulation steps. Its difference from `same rows`
@@ -66,7 +68,9 @@ from sdpo_rl import SDPOConfig, SDPOTrainer
 from sdpo_rl.diagnose.report import teacher_bytes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate"
-KINDS = ("ddp", "fsdp2", "zero2", "zero3")
+KINDS = ("ddp", "fsdp2", "zero2", "zero3", "zero3-layers")
+LAYER_CLASS = "Qwen2DecoderLayer"
+LAYERS_VARIABLE = "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"  # set by `accelerate launch` from its option
 RANKS_SHAPES: dict[str, dict[str, Any]] = {
     **SHAPES,
     "small": dict(hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
@@ -252,7 +256,9 @@ def launch(options: argparse.Namespace, kind: str, processes: int, result: Path)
     variables = dict(os.environ)
     if torch.cuda.is_available():
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-        command += ["--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", str(processes)]
+        config, _, layers = kind.partition("-")
+        command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
+        command += ["--deepspeed_moe_layer_cls_names", LAYER_CLASS] if layers else []
     else:  # Accelerate's files of several GPUs start one process on a CPU
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes)]
@@ -407,6 +413,11 @@ def main() -> None:
             parser.error(
                 "--worker: expected --scratch as well, a folder that all launches share: one on fewer processes "
                 "reads the checkpoint of that on most"
+            )
+        if "zero3-layers" in options.kinds and os.environ.get(LAYERS_VARIABLE) != LAYER_CLASS:
+            parser.error(
+                "--kinds: zero3-layers: expected a launch with accelerate's option --deepspeed_moe_layer_cls_names "
+                f"{LAYER_CLASS}, got {os.environ.get(LAYERS_VARIABLE)!r} in its variable {LAYERS_VARIABLE}"
             )
         work(options)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,10 @@ logger = logging.getLogger("sdpo_rl")
 # below the second, activations fit without gradient checkpointing.
 _LARGE_WEIGHTS = 0.5
 _SMALL_WEIGHTS = 0.05
+
+# Where accelerate passes its option to the processes, and DeepSpeed's own options for the same.
+_LAYERS_VARIABLE = "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"
+_LAYERS_OPTIONS = ("leaf_module", "stage3_module_granularity_threshold")
 
 
 class OutOfMemoryAdviceError(torch.cuda.OutOfMemoryError):
@@ -90,6 +95,7 @@ def warn_if_slow(trainer: Any) -> None:
         precision=base_precision(model),
         checkpointing=checkpointing(model, trainer.args),
         unsloth=hasattr(model, "for_training"),
+        split_layers=_split_layers(trainer, model),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         gpu_bytes=gpu_bytes,
     )
@@ -97,13 +103,43 @@ def warn_if_slow(trainer: Any) -> None:
         logger.warning("This run is slower than it needs to be:\n%s", "\n".join(f"  - {r}" for r in reasons))
 
 
+def _split_layers(trainer: Any, model: Any) -> str:
+    """Classes of the layers that ZeRO-3 gathers in parts, separated by commas; empty where it need not."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    if plugin is None or plugin.zero_stage != 3:
+        return ""
+    options = plugin.deepspeed_config.get("zero_optimization", {})
+    if (
+        plugin.transformer_moe_cls_names
+        or os.environ.get(_LAYERS_VARIABLE)
+        or any(option in options for option in _LAYERS_OPTIONS)
+    ):
+        return ""
+    if checkpointing(model, trainer.args) == "off" and not all(p.requires_grad for p in model.parameters()):
+        return ""  # DeepSpeed fails at a whole layer whose input needs no gradient
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    found = {
+        name
+        for module in model.modules()
+        if (name := type(module).__name__) in layers and any(p.requires_grad for p in module.parameters())
+    }
+    return ",".join(sorted(found))
+
+
 def slow_reasons(
-    *, backend: str, precision: str, checkpointing: str, unsloth: bool, weight_bytes: int, gpu_bytes: int
+    *,
+    backend: str,
+    precision: str,
+    checkpointing: str,
+    unsloth: bool,
+    split_layers: str,
+    weight_bytes: int,
+    gpu_bytes: int,
 ) -> list[str]:
     """Why a run is slow, each reason with what to change. `gpu_bytes` is 0 without a GPU.
 
     Examples:
-        >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True,
+        >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True, split_layers="",
         ...              weight_bytes=5, gpu_bytes=24)
         ["loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"]
     """
@@ -111,6 +147,11 @@ def slow_reasons(
     if backend == "logits":
         reasons.append(
             "loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"
+        )
+    if split_layers:
+        reasons.append(
+            "ZeRO-3 gathers the weights of a layer one by one; name the class of the layers, and it gathers each "
+            f"layer at once: accelerate launch --deepspeed_moe_layer_cls_names {split_layers}"
         )
     if not gpu_bytes:
         return reasons

@@ -143,10 +143,11 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
     """
     for name, shard in shards.items():
         parameter = parameters[name]
+        if _is_partition(parameter) and parameter.ds_status.name == "AVAILABLE":
+            # ZeRO-3 keeps some parameters gathered. The next forward gathers them among others, many in a call.
+            # At its begin DeepSpeed frees those whose gather is in flight now.
+            parameter.partition()
         _local_shard(parameter).copy_(shard)
-        if _is_partition(parameter) and parameter.numel():
-            # ZeRO-3 keeps small parameters gathered beside their partitions.
-            parameter.data.copy_(_gather(parameter, shard))
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
         _wait_for_writes(device)
 
