@@ -1,0 +1,80 @@
+"""A vLLM server on a second GPU samples with the weights of every step.
+
+Skipped without vLLM and two GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import ROOT
+from test_records import record
+
+DRIVER = ROOT / "property_tests" / "vllm_server_driver.py"
+RECORDS = {mode: f"server-{mode}-h200" for mode in ("lora", "full")}
+TOLERANCE = 3e-5  # of test_vllm.py
+
+
+def check(found: Any) -> None:
+    """The gap is vLLM's bfloat16 in every step; with any other weights it is several times as large."""
+    steps = found["steps"]
+    assert len(steps) == 3
+    for step in steps:
+        gap = step["gap"]["mean"]
+        assert 0 < gap < 0.05
+        assert step["gap to the server's folder"]["mean"] > 10 * gap
+    for step in steps[1:]:
+        assert step["gap before the last update"]["mean"] > 5 * step["gap"]["mean"]
+    for step, logged in zip(steps, found["logged"], strict=True):
+        assert logged["sampling/sampling_logp_difference/mean"] == pytest.approx(
+            step["gap"]["mean"], rel=1e-3
+        )
+    assert max(found["difference"].values()) < TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes no two processes on one GPU")
+@pytest.mark.parametrize("mode", RECORDS)
+def test_a_server_samples_with_the_weights_of_every_step(mode: str, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    first, second = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")[:2]
+    file = tmp_path / "seen.json"
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), mode, str(file), second],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": first},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    check(json.loads(file.read_text()))
+
+
+@pytest.mark.parametrize("mode", RECORDS)
+def test_a_recorded_server_sampled_with_the_weights_of_every_step(mode: str) -> None:
+    found = record(RECORDS[mode])
+    assert found["mode"] == mode
+    check(found)
+    lost = json.loads(json.dumps(found))
+    lost["steps"][1]["gap"]["mean"] = lost["steps"][1]["gap before the last update"]["mean"]
+    with pytest.raises(AssertionError):
+        check(lost)
+
+
+def test_the_page_has_the_gaps_on_record() -> None:
+    page = " ".join((ROOT / "docs" / "vllm.md").read_text().split())
+    lora, full = (record(name)["steps"][1] for name in RECORDS.values())
+    gap, earlier = "gap", "gap before the last update"
+    assert (
+        f"the mean gap of a token's log-probability was {lora[gap]['mean']:.3f} with LoRA and "
+        f"{full[gap]['mean']:.3f} with all weights. Against the weights before that update it would have been "
+        f"{lora[earlier]['mean']:.2f} and {full[earlier]['mean']:.2f}."
+    ) in page
