@@ -16,14 +16,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from programs import EXAMPLES
 from rank_driver import DEEPSPEED, RUNS, Run, make_trainer, rank, strategy, world_size
 from torch import Tensor
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 
-# Runs with the decoder layers gathered at once, and without.
+# Runs with whole layers, and without.
 LAYERED = {
     "lora": Run({"learning_rate": 0.5, "gradient_checkpointing": True}, adapter="lora"),
     "generated from parts": Run({"gradient_checkpointing": True, "ds3_gather_for_generation": False}),
@@ -92,40 +91,25 @@ def observe_late_writes(folder: Path) -> dict[str, Any]:
 
 
 def observe_layers(folder: Path, name: str, *, layered: bool) -> dict[str, Any]:
-    """A run; how often DeepSpeed gathered for a module, and the gathers made by exchanges of weights."""
+    """A run, and how many modules DeepSpeed gathered weights for."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    from sdpo_rl.teacher import shards
-
-    fetch, gather, write = (
-        PartitionedParameterCoordinator.fetch_sub_module,
-        dist.all_gather_into_tensor,
-        shards._write,
-    )
-    counts, exchanging = {"modules": 0, "gathers of exchanges": 0}, False
+    fetch, modules = PartitionedParameterCoordinator.fetch_sub_module, 0
 
     def count_module(*args: Any, **kwargs: Any) -> None:
-        counts["modules"] += 1
+        nonlocal modules
+        modules += 1
         fetch(*args, **kwargs)
-
-    def count_gather(*args: Any, **kwargs: Any) -> Any:
-        counts["gathers of exchanges"] += exchanging
-        return gather(*args, **kwargs)
-
-    def mark_write(*args: Any) -> None:
-        nonlocal exchanging
-        exchanging = True
-        write(*args)
-        exchanging = False
 
     variables = {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Qwen2DecoderLayer"} if layered else {}
     with (
         patch.dict(os.environ, variables),
         patch.object(PartitionedParameterCoordinator, "fetch_sub_module", count_module),
-        patch.object(dist, "all_gather_into_tensor", count_gather),
-        patch.object(shards, "_write", mark_write),
     ):
-        return observe(folder, LAYERED[name], generates=name == "generated from parts") | counts
+        return {
+            **observe(folder, LAYERED[name], generates=name == "generated from parts"),
+            "modules": modules,
+        }
 
 
 def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:

@@ -83,15 +83,27 @@ def test_a_process_of_a_launch_needs_the_folder_of_all(
     assert "--worker: expected --scratch as well" in capsys.readouterr().err
 
 
-def test_a_process_with_whole_layers_needs_their_class(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "expected", "found"),
+    [("zero3-layers", "Qwen2DecoderLayer", None), ("zero3", None, "Qwen2DecoderLayer")],
+)
+def test_a_process_of_zero3_has_the_class_of_its_kind(
+    kind: str,
+    expected: str | None,
+    found: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delenv(ranks.LAYERS_VARIABLE, raising=False)
-    command = ["ranks.py", "--worker", "x.json", "--scratch", "x", "--kinds", "zero3-layers"]
+    if found:
+        monkeypatch.setenv(ranks.LAYERS_VARIABLE, found)
+    command = ["ranks.py", "--worker", "x.json", "--scratch", "x", "--kinds", kind]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match=r"^2$"):
         ranks.main()
-    assert "--deepspeed_moe_layer_cls_names Qwen2DecoderLayer, got None" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{kind}: expected {expected} as accelerate's option" in said
+    assert said.endswith(f"got {found}")
 
 
 @pytest.mark.parametrize("kind", ranks.KINDS)
@@ -99,9 +111,11 @@ def test_a_launch_has_the_file_of_its_kind(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []
+    monkeypatch.setenv(ranks.LAYERS_VARIABLE, "OfAnotherLaunch")
 
-    def launched(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def launched(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command)
+        assert ranks.LAYERS_VARIABLE not in settings["env"]
         return subprocess.CompletedProcess(command, 1, "", "not here")
 
     monkeypatch.setattr(ranks.torch.cuda, "is_available", lambda: True)

@@ -7,6 +7,7 @@ the paper says is shown in test_trainer_step.py.
 from __future__ import annotations
 
 import os
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,13 +222,38 @@ def test_unsupported_strategies_are_refused() -> None:
         plugin = None if fsdp_version is None else SimpleNamespace(fsdp_version=fsdp_version)
         return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), distributed_type=kind)
 
-    check_strategy(accelerator("FSDP", 2), generate_every=2, accumulation_steps=4)
-    check_strategy(accelerator("MULTI_GPU"), generate_every=2, accumulation_steps=4)
-    check_strategy(accelerator("DEEPSPEED"), generate_every=4, accumulation_steps=2)
+    check = partial(check_strategy, replaces_weights=True)
+    check(accelerator("FSDP", 2), generate_every=2, accumulation_steps=4)
+    check(accelerator("MULTI_GPU"), generate_every=2, accumulation_steps=4)
+    check(accelerator("DEEPSPEED"), generate_every=4, accumulation_steps=2)
     with pytest.raises(ValueError, match=r"FSDP version 1 .*fsdp_version: 2"):
-        check_strategy(accelerator("FSDP", 1), generate_every=1, accumulation_steps=1)
+        check(accelerator("FSDP", 1), generate_every=1, accumulation_steps=1)
     with pytest.raises(ValueError, match=r"DeepSpeed .*\(2\) must be a multiple of .*\(4\)"):
-        check_strategy(accelerator("DEEPSPEED"), generate_every=2, accumulation_steps=4)
+        check(accelerator("DEEPSPEED"), generate_every=2, accumulation_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"zero_hpz_partition_size": 2}, r"zero_hpz_partition_size: expected 1, got 2; .*'live'"),
+        ({"offload_param": {"device": "nvme"}}, r"offload_param: expected .* got 'nvme', .*'live'"),
+    ],
+)
+def test_weights_that_are_gathered_from_elsewhere_are_refused(options: dict[str, Any], words: str) -> None:
+    """DeepSpeed would compute the teacher's forward with the student's weights."""
+
+    def check(options: dict[str, Any], *, stage: int = 3, replaces_weights: bool = True) -> None:
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": options})
+        state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=plugin)
+        accelerator = SimpleNamespace(state=state, distributed_type="DEEPSPEED")
+        check_strategy(accelerator, generate_every=1, accumulation_steps=1, replaces_weights=replaces_weights)
+
+    with pytest.raises(ValueError, match=words):
+        check(options)
+    check(options, replaces_weights=False)
+    check(options, stage=2)
+    check({"zero_hpz_partition_size": 1, "offload_param": {"device": "cpu"}})
+    check({"offload_param": None})
 
 
 def test_a_teacher_follows_its_model_to_another_device() -> None:

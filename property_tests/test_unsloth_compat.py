@@ -592,7 +592,7 @@ def test_advice_follows_the_settings(tmp_path: Path) -> None:
 
 FAST: dict[str, Any] = {
     "backend": "auto", "precision": "4-bit", "checkpointing": "on (unsloth)", "unsloth": True,
-    "split_layers": "", "weight_bytes": 5, "gpu_bytes": 24,
+    "layer_classes": "", "weight_bytes": 5, "gpu_bytes": 24,
 }  # fmt: skip
 
 
@@ -609,7 +609,7 @@ def test_a_fast_run_has_no_reasons() -> None:
         ({"precision": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
         ({"precision": "bfloat16", "weight_bytes": 14, "unsloth": False}, ["58%", "BitsAndBytesConfig"]),
         ({"gpu_bytes": 192}, ["gradient checkpointing", "3%"]),
-        ({"split_layers": "ALayer", "gpu_bytes": 0}, ["ZeRO-3", "--deepspeed_moe_layer_cls_names ALayer"]),
+        ({"layer_classes": "ALayer", "gpu_bytes": 0}, ["ZeRO-3", "--deepspeed_moe_layer_cls_names ALayer"]),
     ],
 )
 def test_every_reason_has_a_fix(change: dict[str, Any], words: list[str]) -> None:
@@ -625,10 +625,10 @@ def test_one_warning_at_construction(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert sum("slower than it needs" in record.message for record in caplog.records) == 1
 
 
-def split_layers(
+def layer_classes(
     trainer: Any, *, model: Any = None, stage: int = 3, named: str | None = None, **options: Any
 ) -> str:
-    """What `_split_layers` finds under DeepSpeed; `named` are the classes that accelerate was given."""
+    """What `_layer_classes` finds under DeepSpeed; `named` are the classes that accelerate was given."""
     plugin = SimpleNamespace(
         zero_stage=stage,
         transformer_moe_cls_names=named,
@@ -637,41 +637,58 @@ def split_layers(
     run = SimpleNamespace(
         args=trainer.args, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     )
-    return advice._split_layers(run, trainer.model if model is None else model)
+    return advice._layer_classes(run, trainer.model if model is None else model)
 
 
-def test_layers_that_zero3_gathers_in_parts_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_layers_of_a_zero3_run_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", raising=False)
     trainer = tiny.trainer(tmp_path)
-    assert advice._split_layers(trainer, trainer.model) == ""
-    assert split_layers(trainer) == "Qwen2DecoderLayer"
-    assert split_layers(trainer, stage=2) == ""
-    assert split_layers(trainer, named="Qwen2DecoderLayer") == ""
-    assert split_layers(trainer, leaf_module={"classes": ["Qwen2DecoderLayer"]}) == ""
-    assert split_layers(trainer, stage3_module_granularity_threshold=4_000_000) == ""
+    assert advice._layer_classes(trainer, trainer.model) == ""
+    assert layer_classes(trainer) == "Qwen2DecoderLayer"
+    assert layer_classes(trainer, stage=2) == ""
+    assert layer_classes(trainer, named="Qwen2DecoderLayer") == ""
+    assert layer_classes(trainer, leaf_module={"classes": ["Qwen2DecoderLayer"]}) == ""
+    assert layer_classes(trainer, stage3_module_granularity_threshold=4_000_000) == ""
+    assert layer_classes(trainer, module_granularity_threshold=4_000_000) == ""
+    assert layer_classes(trainer, stage3_module_granularity_threshold=0, leaf_module={}) != ""
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES", "Qwen2DecoderLayer")
-    assert split_layers(trainer) == ""
+    assert layer_classes(trainer) == ""
 
 
-def test_layers_without_a_gradient_are_not_named(tmp_path: Path) -> None:
-    """The image encoder of a multimodal model; the layers of an adapter whose inputs need no gradient."""
+def test_layers_that_are_not_trained_are_not_named(tmp_path: Path) -> None:
+    """As the image encoder of a multimodal model, which the trainer freezes."""
+    trainer = tiny.trainer(tmp_path)
+    model = model_families.random_model("qwen3_vl")
+    assert layer_classes(trainer, model=model) == "Qwen3VLTextDecoderLayer,Qwen3VLVisionBlock"
+    model.model.visual.requires_grad_(False)
+    assert layer_classes(trainer, model=model) == "Qwen3VLTextDecoderLayer"
+
+
+def test_layers_are_named_where_their_input_has_a_gradient(tmp_path: Path) -> None:
+    """Otherwise DeepSpeed's backward fails with whole layers."""
     from peft import LoraConfig
 
-    plain = tiny.trainer(tmp_path / "plain")
-    model = model_families.random_model("qwen3_vl")
-    assert split_layers(plain, model=model) == "Qwen3VLTextDecoderLayer,Qwen3VLVisionBlock"
-    model.model.visual.requires_grad_(False)
-    assert split_layers(tiny.trainer(tmp_path / "a", gradient_checkpointing=True), model=model) == (
-        "Qwen3VLTextDecoderLayer"
-    )
-    for checkpointing, expected in ((True, "Qwen2DecoderLayer"), (False, "")):
+    def trainer(name: str, *, checkpointing: bool = False) -> Any:
         lora = LoraConfig(r=4, target_modules=["q_proj"])
-        trainer = tiny.trainer(
-            tmp_path / str(checkpointing), peft_config=lora, gradient_checkpointing=checkpointing
-        )
-        assert split_layers(trainer) == expected
+        return tiny.trainer(tmp_path / name, peft_config=lora, gradient_checkpointing=checkpointing)
+
+    assert layer_classes(trainer("checkpointed", checkpointing=True)) == "Qwen2DecoderLayer"
+    adapter = trainer("adapter")
+    assert layer_classes(adapter) == ""
+    adapter.model.enable_input_require_grads()
+    assert layer_classes(adapter) == "Qwen2DecoderLayer"
+    frozen = tiny.trainer(tmp_path / "frozen")
+    frozen.model.get_input_embeddings().requires_grad_(False)
+    assert layer_classes(frozen) == ""
+
+
+def test_parts_of_a_layer_are_not_named(tmp_path: Path) -> None:
+    """`_no_split_modules` is about devices: it may have parts of a layer, or nothing."""
+    trainer = tiny.trainer(tmp_path)
+    trainer.model._no_split_modules = {"Qwen2MLP", "Qwen2DecoderLayer"}
+    assert layer_classes(trainer) == "Qwen2DecoderLayer"
+    trainer.model._no_split_modules = None
+    assert layer_classes(trainer) == ""
 
 
 # --- the report, without Unsloth --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from programs import ROOT
-from test_records import record
+from test_records import bound, record
 
 DRIVER = ROOT / "property_tests" / "vllm_server_driver.py"
 RECORDS = {mode: f"server-{mode}-h200" for mode in ("lora", "full")}
@@ -78,3 +78,6 @@ def test_the_page_has_the_gaps_on_record() -> None:
         f"{full[gap]['mean']:.3f} with all weights. Against the weights before that update it would have been "
         f"{lora[earlier]['mean']:.2f} and {full[earlier]['mean']:.2f}."
     ) in page
+    differences = [record(name)["difference"] for name in RECORDS.values()]
+    loss, gradient = (max(found[what] for found in differences) for what in ("loss", "gradient"))
+    assert f"by at most {bound(loss)} and {bound(gradient)}." in page

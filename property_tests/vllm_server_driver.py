@@ -3,14 +3,15 @@
     CUDA_VISIBLE_DEVICES=0 python property_tests/vllm_server_driver.py lora FILE 1
 
 The last argument is the GPU of the server: NCCL takes no two processes on one card. The server starts from other
-weights than the trainer. Written to FILE, for each step: the mean and largest gap of a token's log-probability,
-trainer minus server; the same with the weights that the trainer had before its last update, and with those that the
-server started from. Both are large where every weight sync arrived. Loss and gradient are compared with the
-reference of the tests.
+weights than the trainer. Written to FILE, for each step: the mean and largest difference of a token's
+log-probability between trainer and server; the same with the weights that the trainer had before its last update,
+and with those that the server started from. From the second step on the last two are large if every weight sync
+arrived. Loss and gradient are compared with the reference of the tests.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -71,13 +72,12 @@ def wait_for(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
+    """End the server, and vLLM's engine, which may outlive it."""
     for kind in (signal.SIGTERM, signal.SIGKILL):
-        if server.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, kind)
-            try:
-                server.wait(15)
-            except subprocess.TimeoutExpired:
-                continue
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(15)
 
 
 def size(gaps: list[list[float]]) -> Result:

@@ -243,6 +243,7 @@ class SDPOTrainer(ResumableTrainer):
             accelerator,
             generate_every=schedule.generate_every,
             accumulation_steps=schedule.gradient_accumulation_steps,
+            replaces_weights=config.teacher_mode != "live",
         )
         # Before the teacher's store, the optimizer and DDP have a list of what is trained.
         self._frozen = [] if _IS_UNSLOTH else freeze_unreached_by_text(model)

@@ -8,7 +8,7 @@
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
 is a launch by `accelerate launch` with a file of `examples/accelerate`; `zero3-layers` is `zero3` with the class of
-the decoder layers named, so that DeepSpeed gathers each of them as a whole. Its runs, one after the other:
+the decoder layers named, so that DeepSpeed gathers whole layers. Its runs, one after the other:
 
 * `same rows`: the processes share `--rows` rows. The losses are compared with those of one process of this kind.
 * `micro-batches`: on one process, the same rows in two gradient-accumulation steps. Its difference from `same rows`
@@ -253,7 +253,7 @@ def work(options: argparse.Namespace) -> None:
 
 def launch(options: argparse.Namespace, kind: str, processes: int, result: Path) -> None:
     """Run `work` on several processes; adds what it failed with to the results."""
-    variables = dict(os.environ)
+    variables = {name: value for name, value in os.environ.items() if name != LAYERS_VARIABLE}
     if torch.cuda.is_available():
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         config, _, layers = kind.partition("-")
@@ -414,11 +414,13 @@ def main() -> None:
                 "--worker: expected --scratch as well, a folder that all launches share: one on fewer processes "
                 "reads the checkpoint of that on most"
             )
-        if "zero3-layers" in options.kinds and os.environ.get(LAYERS_VARIABLE) != LAYER_CLASS:
-            parser.error(
-                "--kinds: zero3-layers: expected a launch with accelerate's option --deepspeed_moe_layer_cls_names "
-                f"{LAYER_CLASS}, got {os.environ.get(LAYERS_VARIABLE)!r} in its variable {LAYERS_VARIABLE}"
-            )
+        expected = {"zero3": None, "zero3-layers": LAYER_CLASS}
+        for kind in set(options.kinds) & expected.keys():
+            if os.environ.get(LAYERS_VARIABLE) != expected[kind]:
+                parser.error(
+                    f"--kinds: {kind}: expected {expected[kind]} as accelerate's option "
+                    f"--deepspeed_moe_layer_cls_names, got {os.environ.get(LAYERS_VARIABLE)}"
+                )
         work(options)
         return
     if options.join:

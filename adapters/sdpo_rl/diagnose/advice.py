@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from .report import base_precision, checkpointing
 
@@ -21,7 +22,7 @@ _SMALL_WEIGHTS = 0.05
 
 # Where accelerate passes its option to the processes, and DeepSpeed's own options for the same.
 _LAYERS_VARIABLE = "ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES"
-_LAYERS_OPTIONS = ("leaf_module", "stage3_module_granularity_threshold")
+_LAYERS_OPTIONS = ("leaf_module", "stage3_module_granularity_threshold", "module_granularity_threshold")
 
 
 class OutOfMemoryAdviceError(torch.cuda.OutOfMemoryError):
@@ -95,7 +96,7 @@ def warn_if_slow(trainer: Any) -> None:
         precision=base_precision(model),
         checkpointing=checkpointing(model, trainer.args),
         unsloth=hasattr(model, "for_training"),
-        split_layers=_split_layers(trainer, model),
+        layer_classes=_layer_classes(trainer, model),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         gpu_bytes=gpu_bytes,
     )
@@ -103,27 +104,40 @@ def warn_if_slow(trainer: Any) -> None:
         logger.warning("This run is slower than it needs to be:\n%s", "\n".join(f"  - {r}" for r in reasons))
 
 
-def _split_layers(trainer: Any, model: Any) -> str:
-    """Classes of the layers that ZeRO-3 gathers in parts, separated by commas; empty where it need not."""
+def _layer_classes(trainer: Any, model: Any) -> str:
+    """Classes to name so that ZeRO-3 gathers whole layers, separated by commas.
+
+    Empty without ZeRO-3, where classes are named already, and where naming them would fail.
+    """
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
         return ""
-    options = plugin.deepspeed_config.get("zero_optimization", {})
+    options = plugin.deepspeed_config["zero_optimization"]
     if (
         plugin.transformer_moe_cls_names
         or os.environ.get(_LAYERS_VARIABLE)
-        or any(option in options for option in _LAYERS_OPTIONS)
+        or any(options.get(option) for option in _LAYERS_OPTIONS)
     ):
         return ""
-    if checkpointing(model, trainer.args) == "off" and not all(p.requires_grad for p in model.parameters()):
-        return ""  # DeepSpeed fails at a whole layer whose input needs no gradient
-    layers = set(getattr(model, "_no_split_modules", None) or ())
+    if checkpointing(model, trainer.args) == "off" and not _embeddings_have_a_gradient(model):
+        return ""  # DeepSpeed's backward fails at a whole layer whose input has no gradient
+    names = set(getattr(model, "_no_split_modules", None) or ())
     found = {
-        name
-        for module in model.modules()
-        if (name := type(module).__name__) in layers and any(p.requires_grad for p in module.parameters())
+        type(layer).__name__
+        for layers in model.modules()
+        if isinstance(layers, nn.ModuleList)
+        for layer in layers
+        if type(layer).__name__ in names and any(p.requires_grad for p in layer.parameters())
     }
     return ",".join(sorted(found))
+
+
+def _embeddings_have_a_gradient(model: Any) -> bool:
+    """Whether they are trained, or `enable_input_require_grads` was called."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_input_embeddings().weight.requires_grad or bool(
+        getattr(base, "_require_grads_hooks", None)
+    )
 
 
 def slow_reasons(
@@ -132,14 +146,14 @@ def slow_reasons(
     precision: str,
     checkpointing: str,
     unsloth: bool,
-    split_layers: str,
+    layer_classes: str,
     weight_bytes: int,
     gpu_bytes: int,
 ) -> list[str]:
     """Why a run is slow, each reason with what to change. `gpu_bytes` is 0 without a GPU.
 
     Examples:
-        >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True, split_layers="",
+        >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True, layer_classes="",
         ...              weight_bytes=5, gpu_bytes=24)
         ["loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"]
     """
@@ -148,10 +162,10 @@ def slow_reasons(
         reasons.append(
             "loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"
         )
-    if split_layers:
+    if layer_classes:
         reasons.append(
-            "ZeRO-3 gathers the weights of a layer one by one; name the class of the layers, and it gathers each "
-            f"layer at once: accelerate launch --deepspeed_moe_layer_cls_names {split_layers}"
+            "ZeRO-3 gathers the weights of every module separately; if a layer fits a GPU, let it gather whole "
+            f"layers: accelerate launch --deepspeed_moe_layer_cls_names {layer_classes}"
         )
     if not gpu_bytes:
         return reasons

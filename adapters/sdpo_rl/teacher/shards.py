@@ -24,12 +24,21 @@ Tensors = dict[str, Tensor]  # by parameter name
 _WRAPPER = "_checkpoint_wrapped_module."
 
 
-def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps: int) -> None:
+def check_strategy(
+    accelerator: Any, *, generate_every: int, accumulation_steps: int, replaces_weights: bool
+) -> None:
     """Refuse the distributed strategies under which the loss or the teacher would be wrong.
+
+    Args:
+        accelerator: Accelerate's.
+        generate_every: micro-batches of one generation batch.
+        accumulation_steps: micro-batches of an optimizer step.
+        replaces_weights: whether the teacher's weights take the place of the student's in its forward.
 
     Raises:
         ValueError: FSDP 1, whose sharded parameters have no names of their own; or, under DeepSpeed, an optimizer
-            step that spans several generation batches.
+            step that spans several generation batches, or weights that are gathered from elsewhere than their
+            partitions.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
@@ -42,6 +51,28 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
             "under DeepSpeed an optimizer step must lie within one generation batch, because its gradient cannot "
             "be rescaled once all its tokens are counted: steps_per_generation * num_iterations "
             f"({generate_every}) must be a multiple of gradient_accumulation_steps ({accumulation_steps})"
+        )
+    if replaces_weights:
+        _check_partitions(getattr(accelerator.state, "deepspeed_plugin", None))
+
+
+def _check_partitions(plugin: Any) -> None:
+    """Refuse ZeRO-3 with copies of the weights beside the partitions: the teacher's forward would gather those."""
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    options = plugin.deepspeed_config["zero_optimization"]
+    copies = options.get("zero_hpz_partition_size", 1)
+    if copies > 1:
+        raise ValueError(
+            f"zero_hpz_partition_size: expected 1, got {copies}; DeepSpeed would gather the teacher's forward from "
+            "its second copy of the student's weights. Remove it from zero_optimization, or set "
+            "SDPOConfig(teacher_mode='live')"
+        )
+    device = (options.get("offload_param") or {}).get("device")
+    if device == "nvme":
+        raise ValueError(
+            "offload_param: expected the device 'cpu' or 'none', got 'nvme', where the teacher's weights cannot "
+            "replace the student's; change it in zero_optimization, or set SDPOConfig(teacher_mode='live')"
         )
 
 
@@ -143,11 +174,10 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
     """
     for name, shard in shards.items():
         parameter = parameters[name]
-        if _is_partition(parameter) and parameter.ds_status.name == "AVAILABLE":
-            # ZeRO-3 keeps some parameters gathered. The next forward gathers them among others, many in a call.
-            # At its begin DeepSpeed frees those whose gather is in flight now.
-            parameter.partition()
         _local_shard(parameter).copy_(shard)
+        if _is_partition(parameter) and parameter.numel():
+            # ZeRO-3 keeps small parameters gathered beside their partitions.
+            parameter.data.copy_(_gather(parameter, shard))
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
         _wait_for_writes(device)
 
