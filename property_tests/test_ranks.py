@@ -7,7 +7,6 @@ the paper says is shown in test_trainer_step.py.
 from __future__ import annotations
 
 import os
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ import tiny
 import torch
 from filelock import FileLock
 
-from sdpo_rl.teacher.shards import check_strategy
+from sdpo_rl.teacher.shards import check_partitions, check_strategy
 from sdpo_rl.teacher.store import TeacherStore
 
 TOLERANCE = 1e-5
@@ -222,38 +221,58 @@ def test_unsupported_strategies_are_refused() -> None:
         plugin = None if fsdp_version is None else SimpleNamespace(fsdp_version=fsdp_version)
         return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), distributed_type=kind)
 
-    check = partial(check_strategy, replaces_weights=True)
-    check(accelerator("FSDP", 2), generate_every=2, accumulation_steps=4)
-    check(accelerator("MULTI_GPU"), generate_every=2, accumulation_steps=4)
-    check(accelerator("DEEPSPEED"), generate_every=4, accumulation_steps=2)
+    check_strategy(accelerator("FSDP", 2), generate_every=2, accumulation_steps=4)
+    check_strategy(accelerator("MULTI_GPU"), generate_every=2, accumulation_steps=4)
+    check_strategy(accelerator("DEEPSPEED"), generate_every=4, accumulation_steps=2)
     with pytest.raises(ValueError, match=r"FSDP version 1 .*fsdp_version: 2"):
-        check(accelerator("FSDP", 1), generate_every=1, accumulation_steps=1)
+        check_strategy(accelerator("FSDP", 1), generate_every=1, accumulation_steps=1)
     with pytest.raises(ValueError, match=r"DeepSpeed .*\(2\) must be a multiple of .*\(4\)"):
-        check(accelerator("DEEPSPEED"), generate_every=2, accumulation_steps=4)
+        check_strategy(accelerator("DEEPSPEED"), generate_every=2, accumulation_steps=4)
+
+
+def with_options(options: dict[str, Any], stage: int = 3) -> Any:
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": options})
+    return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"zero_hpz_partition_size": 2}, r"zero_hpz_partition_size: expected 1, got 2; .*'live'"),
+        ({"zero_hpz_partition_size": "2"}, r"zero_hpz_partition_size: expected 1, got '2'; .*'live'"),
         ({"offload_param": {"device": "nvme"}}, r"offload_param: expected .* got 'nvme', .*'live'"),
     ],
 )
 def test_weights_that_are_gathered_from_elsewhere_are_refused(options: dict[str, Any], words: str) -> None:
     """DeepSpeed would compute the teacher's forward with the student's weights."""
-
-    def check(options: dict[str, Any], *, stage: int = 3, replaces_weights: bool = True) -> None:
-        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": options})
-        state = SimpleNamespace(fsdp_plugin=None, deepspeed_plugin=plugin)
-        accelerator = SimpleNamespace(state=state, distributed_type="DEEPSPEED")
-        check_strategy(accelerator, generate_every=1, accumulation_steps=1, replaces_weights=replaces_weights)
-
     with pytest.raises(ValueError, match=words):
-        check(options)
-    check(options, replaces_weights=False)
-    check(options, stage=2)
-    check({"zero_hpz_partition_size": 1, "offload_param": {"device": "cpu"}})
-    check({"offload_param": None})
+        check_partitions(with_options(options))
+    check_partitions(with_options(options, stage=2))
+
+
+@pytest.mark.parametrize("copies", [0, 1, "auto", None])
+def test_weights_in_partitions_are_not_refused(copies: Any) -> None:
+    check_partitions(with_options({}))
+    check_partitions(with_options({"zero_hpz_partition_size": copies, "offload_param": {"device": "cpu"}}))
+    check_partitions(with_options({"offload_param": None}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"teacher_mode": "live"}, 0),
+        ({"teacher_mode": "live", "anchor_weight": 0.5, "loss_backend": "auto"}, 1),
+        ({"teacher_mode": "ema"}, 1),
+    ],
+)
+def test_only_a_run_that_replaces_weights_needs_them(
+    settings: dict[str, Any], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher's, or those of the start for `anchor_weight`."""
+    checked: list[Any] = []
+    monkeypatch.setattr("sdpo_rl.teacher.shards.check_partitions", checked.append)
+    tiny.trainer(tmp_path, sdpo_config=tiny.config(**settings))
+    assert len(checked) == expected
 
 
 def test_a_teacher_follows_its_model_to_another_device() -> None:

@@ -609,7 +609,8 @@ def test_a_fast_run_has_no_reasons() -> None:
         ({"precision": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
         ({"precision": "bfloat16", "weight_bytes": 14, "unsloth": False}, ["58%", "BitsAndBytesConfig"]),
         ({"gpu_bytes": 192}, ["gradient checkpointing", "3%"]),
-        ({"layer_classes": "ALayer", "gpu_bytes": 0}, ["ZeRO-3", "--deepspeed_moe_layer_cls_names ALayer"]),
+        ({"backend": "torch", "weight_bytes": None, "gpu_bytes": 192}, ["loss_backend='torch'"]),
+        ({"layer_classes": "ALayer", "gpu_bytes": 0}, ["ZeRO-3", "--deepspeed_moe_layer_cls_names ALayer,"]),
     ],
 )
 def test_every_reason_has_a_fix(change: dict[str, Any], words: list[str]) -> None:
@@ -625,19 +626,29 @@ def test_one_warning_at_construction(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert sum("slower than it needs" in record.message for record in caplog.records) == 1
 
 
-def layer_classes(
-    trainer: Any, *, model: Any = None, stage: int = 3, named: str | None = None, **options: Any
-) -> str:
-    """What `_layer_classes` finds under DeepSpeed; `named` are the classes that accelerate was given."""
+def under_deepspeed(trainer: Any, *, stage: int = 3, named: str | None = None, **options: Any) -> Any:
+    """What the advice reads of a trainer under DeepSpeed; `named` are the classes that accelerate was given."""
     plugin = SimpleNamespace(
         zero_stage=stage,
         transformer_moe_cls_names=named,
         deepspeed_config={"zero_optimization": {"stage": stage, **options}},
     )
-    run = SimpleNamespace(
+    return SimpleNamespace(
         args=trainer.args, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     )
+
+
+def layer_classes(trainer: Any, *, model: Any = None, **settings: Any) -> str:
+    run = under_deepspeed(trainer, **settings)
     return advice._layer_classes(run, trainer.model if model is None else model)
+
+
+def test_nothing_is_said_of_weights_that_zero3_divides(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    whole = advice._weight_bytes(trainer, trainer.model)
+    assert whole == 4 * sum(p.numel() for p in trainer.model.parameters())
+    assert advice._weight_bytes(under_deepspeed(trainer, stage=2), trainer.model) == whole
+    assert advice._weight_bytes(under_deepspeed(trainer), trainer.model) is None
 
 
 def test_the_layers_of_a_zero3_run_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -688,6 +699,8 @@ def test_parts_of_a_layer_are_not_named(tmp_path: Path) -> None:
     trainer.model._no_split_modules = {"Qwen2MLP", "Qwen2DecoderLayer"}
     assert layer_classes(trainer) == "Qwen2DecoderLayer"
     trainer.model._no_split_modules = None
+    assert layer_classes(trainer) == ""
+    trainer.model.get_input_embeddings = lambda: None
     assert layer_classes(trainer) == ""
 
 

@@ -23,7 +23,7 @@ TOLERANCE = 3e-5  # of test_vllm.py
 
 
 def check(found: Any) -> None:
-    """The gap is vLLM's bfloat16 in every step; with any other weights it is several times as large."""
+    """The gap is vLLM's bfloat16 in every step; with any other weights it is at least five times as large."""
     steps = found["steps"]
     assert len(steps) == 3
     for step in steps:
@@ -46,15 +46,20 @@ def test_a_server_samples_with_the_weights_of_every_step(mode: str, tmp_path: Pa
     pytest.importorskip("vllm")
     first, second = (os.environ.get("CUDA_VISIBLE_DEVICES") or "0,1").split(",")[:2]
     file = tmp_path / "seen.json"
-    done = subprocess.run(
-        [sys.executable, str(DRIVER), mode, str(file), second],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": first},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(DRIVER), mode, str(file), second],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": first, "TORCH_COMPILE_DISABLE": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            code = process.wait(timeout=400)
+        finally:
+            process.terminate()  # it stops the server, also after a timeout
+            process.wait(timeout=60)
+    assert code == 0, log.read_text()[-6000:]
     check(json.loads(file.read_text()))
 
 

@@ -177,6 +177,8 @@ def train(folder: Path, port: int, lora: bool) -> Result:
 
 
 def main(mode: str, file: Path, gpu: str) -> None:
+    # The server has a session of its own: it ends only where this process ends it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     port = free_port()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -243,7 +243,6 @@ class SDPOTrainer(ResumableTrainer):
             accelerator,
             generate_every=schedule.generate_every,
             accumulation_steps=schedule.gradient_accumulation_steps,
-            replaces_weights=config.teacher_mode != "live",
         )
         # Before the teacher's store, the optimizer and DDP have a list of what is trained.
         self._frozen = [] if _IS_UNSLOTH else freeze_unreached_by_text(model)
@@ -263,6 +262,8 @@ class SDPOTrainer(ResumableTrainer):
         self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
         self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
         self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
+        if config.teacher_mode != "live" or self._start is not None:
+            shards.check_partitions(accelerator)
         self._stores = checkpoint.stores(self._teacher, self._start)
         self._transform = step_head.head_transform(model.config)
         self._forward_mode: ForwardMode | None = None  # unknown until the first forward

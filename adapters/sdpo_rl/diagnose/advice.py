@@ -97,11 +97,24 @@ def warn_if_slow(trainer: Any) -> None:
         checkpointing=checkpointing(model, trainer.args),
         unsloth=hasattr(model, "for_training"),
         layer_classes=_layer_classes(trainer, model),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=_weight_bytes(trainer, model),
         gpu_bytes=gpu_bytes,
     )
     if reasons:
         logger.warning("This run is slower than it needs to be:\n%s", "\n".join(f"  - {r}" for r in reasons))
+
+
+def _zero3_plugin(trainer: Any) -> Any:
+    """Accelerate's settings of ZeRO-3, or `None`."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return plugin if plugin is not None and plugin.zero_stage == 3 else None
+
+
+def _weight_bytes(trainer: Any, model: Any) -> int | None:
+    """The bytes that the weights take of a GPU; `None` under ZeRO-3, which divides them."""
+    if _zero3_plugin(trainer) is not None:
+        return None
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _layer_classes(trainer: Any, model: Any) -> str:
@@ -109,8 +122,8 @@ def _layer_classes(trainer: Any, model: Any) -> str:
 
     Empty without ZeRO-3, where classes are named already, and where naming them would fail.
     """
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is None or plugin.zero_stage != 3:
+    plugin = _zero3_plugin(trainer)
+    if plugin is None:
         return ""
     options = plugin.deepspeed_config["zero_optimization"]
     if (
@@ -135,9 +148,8 @@ def _layer_classes(trainer: Any, model: Any) -> str:
 def _embeddings_have_a_gradient(model: Any) -> bool:
     """Whether they are trained, or `enable_input_require_grads` was called."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_input_embeddings().weight.requires_grad or bool(
-        getattr(base, "_require_grads_hooks", None)
-    )
+    weight = getattr(base.get_input_embeddings(), "weight", None)
+    return getattr(weight, "requires_grad", False) or bool(getattr(base, "_require_grads_hooks", None))
 
 
 def slow_reasons(
@@ -147,10 +159,12 @@ def slow_reasons(
     checkpointing: str,
     unsloth: bool,
     layer_classes: str,
-    weight_bytes: int,
+    weight_bytes: int | None,
     gpu_bytes: int,
 ) -> list[str]:
     """Why a run is slow, each reason with what to change. `gpu_bytes` is 0 without a GPU.
+
+    `weight_bytes` are those on one GPU; with `None` nothing is said of them.
 
     Examples:
         >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True, layer_classes="",
@@ -165,13 +179,16 @@ def slow_reasons(
     if layer_classes:
         reasons.append(
             "ZeRO-3 gathers the weights of every module separately; if a layer fits a GPU, let it gather whole "
-            f"layers: accelerate launch --deepspeed_moe_layer_cls_names {layer_classes}"
+            f"layers: accelerate launch --deepspeed_moe_layer_cls_names {layer_classes}, or, with a DeepSpeed "
+            "configuration of your own, zero_optimization.leaf_module.classes"
         )
     if not gpu_bytes:
         return reasons
-    fraction = weight_bytes / gpu_bytes
     if backend == "torch":
         reasons.append("loss_backend='torch' on a GPU; 'auto' uses the kernels")
+    if weight_bytes is None:
+        return reasons
+    fraction = weight_bytes / gpu_bytes
     if precision not in ("4-bit", "8-bit") and fraction > _LARGE_WEIGHTS:
         how = "FastLanguageModel.from_pretrained(..., load_in_4bit=True)" if unsloth else "BitsAndBytesConfig"
         reasons.append(

@@ -24,21 +24,12 @@ Tensors = dict[str, Tensor]  # by parameter name
 _WRAPPER = "_checkpoint_wrapped_module."
 
 
-def check_strategy(
-    accelerator: Any, *, generate_every: int, accumulation_steps: int, replaces_weights: bool
-) -> None:
+def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps: int) -> None:
     """Refuse the distributed strategies under which the loss or the teacher would be wrong.
-
-    Args:
-        accelerator: Accelerate's.
-        generate_every: micro-batches of one generation batch.
-        accumulation_steps: micro-batches of an optimizer step.
-        replaces_weights: whether the teacher's weights take the place of the student's in its forward.
 
     Raises:
         ValueError: FSDP 1, whose sharded parameters have no names of their own; or, under DeepSpeed, an optimizer
-            step that spans several generation batches, or weights that are gathered from elsewhere than their
-            partitions.
+            step that spans several generation batches.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
@@ -52,27 +43,32 @@ def check_strategy(
             "be rescaled once all its tokens are counted: steps_per_generation * num_iterations "
             f"({generate_every}) must be a multiple of gradient_accumulation_steps ({accumulation_steps})"
         )
-    if replaces_weights:
-        _check_partitions(getattr(accelerator.state, "deepspeed_plugin", None))
 
 
-def _check_partitions(plugin: Any) -> None:
-    """Refuse ZeRO-3 with copies of the weights beside the partitions: the teacher's forward would gather those."""
+def check_partitions(accelerator: Any) -> None:
+    """Refuse options of ZeRO-3 with which a forward would not gather the weights that were written for it.
+
+    Raises:
+        ValueError: DeepSpeed gathers from a second copy of the weights, or keeps the partitions on a disk.
+    """
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
         return
     options = plugin.deepspeed_config["zero_optimization"]
-    copies = options.get("zero_hpz_partition_size", 1)
-    if copies > 1:
+    copies = options.get("zero_hpz_partition_size")
+    # DeepSpeed takes 0, "auto" and `None` for the default, and a number as text.
+    if str(copies) not in ("0", "1", "auto", "None"):
         raise ValueError(
-            f"zero_hpz_partition_size: expected 1, got {copies}; DeepSpeed would gather the teacher's forward from "
-            "its second copy of the student's weights. Remove it from zero_optimization, or set "
-            "SDPOConfig(teacher_mode='live')"
+            f"zero_hpz_partition_size: expected 1, got {copies!r}; for the teacher's forward DeepSpeed would "
+            "gather its second copy of the student's weights. Remove the option from zero_optimization, or set "
+            "SDPOConfig(teacher_mode='live') without anchor_weight"
         )
     device = (options.get("offload_param") or {}).get("device")
     if device == "nvme":
         raise ValueError(
             "offload_param: expected the device 'cpu' or 'none', got 'nvme', where the teacher's weights cannot "
-            "replace the student's; change it in zero_optimization, or set SDPOConfig(teacher_mode='live')"
+            "replace the student's; change it in zero_optimization, or set SDPOConfig(teacher_mode='live') without "
+            "anchor_weight"
         )
 
 
