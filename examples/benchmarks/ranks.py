@@ -5,8 +5,8 @@
     python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 zero3-layers ddp \\
         --processes 2 1 --rows 32 --checkpointing --float32 small --grpo --output record.json
 
-The record of the second, `ranks-1.5b-full-h200.json`, was joined from single launches (below): of `ddp` it has the
-float32 run on one process, and of TRL's own loss the runs of the two kinds of ZeRO-3.
+The second command gives more than its record, `ranks-1.5b-full-h200.json`, which was joined from single launches
+(below). It has of `ddp` only the float32 run on one process, of TRL's own loss only the runs under ZeRO-3.
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
 is a launch by `accelerate launch` with a file of `examples/accelerate`; `zero3-layers` is `zero3` with the class of
