@@ -22,8 +22,8 @@ from torch import Tensor
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 
-# Runs with whole layers, and without.
-LAYERED = {
+# Each runs with whole layers, and without.
+WHOLE_LAYER_RUNS = {
     "lora": Run({"learning_rate": 0.5, "gradient_checkpointing": True}, adapter="lora"),
     "generated from parts": Run({"gradient_checkpointing": True, "ds3_gather_for_generation": False}),
     **{
@@ -90,7 +90,7 @@ def observe_late_writes(folder: Path) -> dict[str, Any]:
         return observe(folder)
 
 
-def observe_layers(folder: Path, name: str, *, layered: bool) -> dict[str, Any]:
+def observe_layers(folder: Path, name: str, *, whole: bool) -> dict[str, Any]:
     """A run, and how many modules DeepSpeed gathered weights for."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -101,13 +101,13 @@ def observe_layers(folder: Path, name: str, *, layered: bool) -> dict[str, Any]:
         modules += 1
         fetch(*args, **kwargs)
 
-    variables = {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Qwen2DecoderLayer"} if layered else {}
+    variables = {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Qwen2DecoderLayer"} if whole else {}
     with (
         patch.dict(os.environ, variables),
         patch.object(PartitionedParameterCoordinator, "fetch_sub_module", count_module),
     ):
         return {
-            **observe(folder, LAYERED[name], generates=name == "generated from parts"),
+            **observe(folder, WHOLE_LAYER_RUNS[name], generates=name == "generated from parts"),
             "modules": modules,
         }
 
@@ -142,10 +142,10 @@ def main(folder: Path) -> None:
     for name, run in {"plain": observe, "late writes": observe_late_writes}.items():
         with strategy("zero3"):
             seen[name] = run(folder / name)
-    for name in LAYERED:
-        for layered in (False, True):
+    for name in WHOLE_LAYER_RUNS:
+        for whole in (False, True):
             with strategy("zero3"):
-                seen[name, layered] = observe_layers(folder / f"{name}-{layered}", name, layered=layered)
+                seen[name, whole] = observe_layers(folder / f"{name}-{whole}", name, whole=whole)
     for kind in DEEPSPEED:
         with strategy(kind):
             seen["freed", kind] = observe_freed(folder / kind, kind)

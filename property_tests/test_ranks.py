@@ -18,7 +18,7 @@ import tiny
 import torch
 from filelock import FileLock
 
-from sdpo_rl.teacher.shards import check_partitions, check_strategy
+from sdpo_rl.teacher.shards import check_strategy, check_zero3_options
 from sdpo_rl.teacher.store import TeacherStore
 
 TOLERANCE = 1e-5
@@ -240,21 +240,21 @@ def with_options(options: dict[str, Any], stage: int = 3) -> Any:
     [
         ({"zero_hpz_partition_size": 2}, r"zero_hpz_partition_size: expected 1, got 2; .*'live'"),
         ({"zero_hpz_partition_size": "2"}, r"zero_hpz_partition_size: expected 1, got '2'; .*'live'"),
-        ({"offload_param": {"device": "nvme"}}, r"offload_param: expected .* got 'nvme', .*'live'"),
+        ({"offload_param": {"device": "nvme"}}, r"offload_param: expected .* got 'nvme'; .*'live'"),
     ],
 )
 def test_weights_that_are_gathered_from_elsewhere_are_refused(options: dict[str, Any], words: str) -> None:
     """DeepSpeed would compute the teacher's forward with the student's weights."""
     with pytest.raises(ValueError, match=words):
-        check_partitions(with_options(options))
-    check_partitions(with_options(options, stage=2))
+        check_zero3_options(with_options(options))
+    check_zero3_options(with_options(options, stage=2))
 
 
 @pytest.mark.parametrize("copies", [0, 1, "auto", None])
 def test_weights_in_partitions_are_not_refused(copies: Any) -> None:
-    check_partitions(with_options({}))
-    check_partitions(with_options({"zero_hpz_partition_size": copies, "offload_param": {"device": "cpu"}}))
-    check_partitions(with_options({"offload_param": None}))
+    check_zero3_options(with_options({}))
+    check_zero3_options(with_options({"zero_hpz_partition_size": copies, "offload_param": {"device": "cpu"}}))
+    check_zero3_options(with_options({"offload_param": None}))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_only_a_run_that_replaces_weights_needs_them(
 ) -> None:
     """The teacher's, or those of the start for `anchor_weight`."""
     checked: list[Any] = []
-    monkeypatch.setattr("sdpo_rl.teacher.shards.check_partitions", checked.append)
+    monkeypatch.setattr("sdpo_rl.teacher.shards.check_zero3_options", checked.append)
     tiny.trainer(tmp_path, sdpo_config=tiny.config(**settings))
     assert len(checked) == expected
 

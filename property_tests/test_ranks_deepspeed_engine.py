@@ -35,10 +35,10 @@ def test_the_next_forward_waits_for_what_was_written_to_partitions(seen: dict[st
             assert all(torch.equal(late[model][name], shard) for name, shard in plain[model].items())
 
 
-@pytest.mark.parametrize("name", engine.LAYERED)
+@pytest.mark.parametrize("name", engine.WHOLE_LAYER_RUNS)
 def test_whole_layers_change_no_result(seen: dict[str, Any], name: str) -> None:
     for rank in RANKS:
-        whole, parts = (seen[rank][name, layered] for layered in (True, False))
+        whole, parts = (seen[rank][name, at_once] for at_once in (True, False))
         assert whole["modules"] < parts["modules"] / 2
         assert whole["loss"] == pytest.approx(parts["loss"], rel=1e-4, abs=1e-8)
         for model in ("student", "teacher"):

@@ -591,14 +591,17 @@ def test_advice_follows_the_settings(tmp_path: Path) -> None:
 # --- speed ------------------------------------------------------------------------------------------------
 
 FAST: dict[str, Any] = {
-    "backend": "auto", "precision": "4-bit", "checkpointing": "on (unsloth)", "unsloth": True,
+    "backend": "auto", "quantizable_base": "", "checkpointing": "on (unsloth)", "unsloth": True,
     "layer_classes": "", "weight_bytes": 5, "gpu_bytes": 24,
 }  # fmt: skip
 
 
 def test_a_fast_run_has_no_reasons() -> None:
     assert advice.slow_reasons(**FAST) == []
-    assert advice.slow_reasons(**FAST | {"precision": "bfloat16", "gpu_bytes": 80, "weight_bytes": 14}) == []
+    assert (
+        advice.slow_reasons(**FAST | {"quantizable_base": "bfloat16", "gpu_bytes": 80, "weight_bytes": 14})
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -606,8 +609,11 @@ def test_a_fast_run_has_no_reasons() -> None:
     [
         ({"backend": "logits"}, ["loss_backend='logits'", "auto"]),
         ({"backend": "torch"}, ["loss_backend='torch'", "kernels"]),
-        ({"precision": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
-        ({"precision": "bfloat16", "weight_bytes": 14, "unsloth": False}, ["58%", "BitsAndBytesConfig"]),
+        ({"quantizable_base": "bfloat16", "weight_bytes": 14}, ["58%", "load_in_4bit=True"]),
+        (
+            {"quantizable_base": "bfloat16", "weight_bytes": 14, "unsloth": False},
+            ["58%", "BitsAndBytesConfig"],
+        ),
         ({"gpu_bytes": 192}, ["gradient checkpointing", "3%"]),
         ({"backend": "torch", "weight_bytes": None, "gpu_bytes": 192}, ["loss_backend='torch'"]),
         ({"layer_classes": "ALayer", "gpu_bytes": 0}, ["ZeRO-3", "--deepspeed_moe_layer_cls_names ALayer,"]),
@@ -643,12 +649,29 @@ def layer_classes(trainer: Any, *, model: Any = None, **settings: Any) -> str:
     return advice._layer_classes(run, trainer.model if model is None else model)
 
 
-def test_nothing_is_said_of_weights_that_zero3_divides(tmp_path: Path) -> None:
+def test_nothing_is_said_of_weights_that_are_sharded(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path)
     whole = advice._weight_bytes(trainer, trainer.model)
     assert whole == 4 * sum(p.numel() for p in trainer.model.parameters())
     assert advice._weight_bytes(under_deepspeed(trainer, stage=2), trainer.model) == whole
     assert advice._weight_bytes(under_deepspeed(trainer), trainer.model) is None
+    fsdp = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(), deepspeed_plugin=None))
+    assert advice._weight_bytes(SimpleNamespace(accelerator=fsdp), trainer.model) is None
+
+
+def test_only_a_base_that_is_not_trained_could_be_quantized(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    adapter = tiny.trainer(tmp_path / "a", peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
+    assert advice._quantizable_base(adapter.model) == "float32"
+    for parameter in adapter.model.parameters():  # as ZeRO-3 leaves them
+        parameter.ds_shape, parameter.data = parameter.shape, parameter.data.new_empty(0)
+    assert advice._quantizable_base(adapter.model) == "float32"
+    adapter.model.get_base_model().is_loaded_in_4bit = True
+    assert advice._quantizable_base(adapter.model) == ""
+    full = tiny.trainer(tmp_path / "b")
+    assert advice._quantizable_base(full.model) == ""
+    assert "load_in_4bit" not in advice.advice(full)
 
 
 def test_the_layers_of_a_zero3_run_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

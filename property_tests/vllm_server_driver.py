@@ -5,8 +5,9 @@
 The last argument is the GPU of the server: NCCL takes no two processes on one card. The server starts from other
 weights than the trainer. Written to FILE, for each step: the mean and largest difference of a token's
 log-probability between trainer and server; the same with the weights that the trainer had before its last update,
-and with those that the server started from. From the second step on the last two are large if every weight sync
-arrived. Loss and gradient are compared with the reference of the tests.
+and with those that the server started from; and the time of the weight sync. If every sync arrived, the first is
+small (vLLM computes in bfloat16), the last is large, and so is the other from the second step on. Loss and gradient
+are compared with the reference of the tests.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
             server.wait(15)
 
 
-def size(gaps: list[list[float]]) -> Result:
+def summary(gaps: list[list[float]]) -> Result:
     flat = torch.tensor([gap for row in gaps for gap in row]).abs()
     return {"mean": flat.mean().item(), "max": flat.max().item(), "tokens": len(flat)}
 
@@ -116,7 +117,7 @@ def train(folder: Path, port: int, lora: bool) -> Result:
         return answer
 
     engine.sync_weights, engine.generate = timed_sync, watched
-    servers = AutoModelForCausalLM.from_pretrained(folder / "server", dtype=torch.float32)
+    start_model = AutoModelForCausalLM.from_pretrained(folder / "server", dtype=torch.float32)
     steps: list[Result] = []
 
     def weights() -> dict[str, torch.Tensor]:
@@ -140,7 +141,7 @@ def train(folder: Path, port: int, lora: bool) -> Result:
 
     before = weights()
 
-    def note(_: Any, batch: list[Any]) -> None:
+    def record_step(_: Any, batch: list[Any]) -> None:
         nonlocal before
         for row, completion in zip(batch, sampled["completions"], strict=True):
             assert row.completion == list(completion)
@@ -152,15 +153,15 @@ def train(folder: Path, port: int, lora: bool) -> Result:
         load(current)
         steps.append(
             {
-                "gap": size(now),
-                "gap to the server's folder": size(gaps(servers, batch)),
-                "gap before the last update": size(earlier),
+                "gap": summary(now),
+                "gap to the server's start": summary(gaps(start_model, batch)),
+                "gap before the last update": summary(earlier),
                 "sync_seconds": seconds[-1],
             }
         )
         before = current
 
-    difference = compare(trainer, tests.blank(lora), Method(engine_clip=1.5), alter=note)
+    difference = compare(trainer, tests.blank(lora), Method(engine_clip=1.5), alter=record_step)
     return {
         "steps": steps,
         "difference": {name: float(getattr(difference, name)) for name in ("gradient", "loss")},

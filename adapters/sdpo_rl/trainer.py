@@ -263,7 +263,7 @@ class SDPOTrainer(ResumableTrainer):
         self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
         self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
         if config.teacher_mode != "live" or self._start is not None:
-            shards.check_partitions(accelerator)
+            shards.check_zero3_options(accelerator)
         self._stores = checkpoint.stores(self._teacher, self._start)
         self._transform = step_head.head_transform(model.config)
         self._forward_mode: ForwardMode | None = None  # unknown until the first forward

@@ -58,9 +58,14 @@ def advice(trainer: Any) -> str:
         )
     elif unsloth and checkpointing(model, args) != "on (unsloth)":
         lines.append('gradient checkpointing is on; use_gradient_checkpointing="unsloth" also offloads')
-    if base_precision(model) not in ("4-bit", "8-bit"):
+    if dtype := _quantizable_base(model):
         lines.append(
-            f"the base is stored in {base_precision(model)}: load_in_4bit=True needs a quarter of bf16"
+            f"the base is stored in {dtype}: load_in_4bit=True needs about a quarter of the memory of bfloat16"
+        )
+    elif all(parameter.requires_grad for parameter in model.parameters()):
+        lines.append(
+            f"all weights are trained, in {base_precision(model)}: with SDPOTrainer(peft_config=...) gradients, "
+            "optimizer state and teacher are those of the adapters alone"
         )
     batch = args.per_device_train_batch_size
     lines.append(
@@ -93,7 +98,7 @@ def warn_if_slow(trainer: Any) -> None:
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     reasons = slow_reasons(
         backend=trainer.sdpo_config.loss_backend,
-        precision=base_precision(model),
+        quantizable_base=_quantizable_base(model),
         checkpointing=checkpointing(model, trainer.args),
         unsloth=hasattr(model, "for_training"),
         layer_classes=_layer_classes(trainer, model),
@@ -110,9 +115,17 @@ def _zero3_plugin(trainer: Any) -> Any:
     return plugin if plugin is not None and plugin.zero_stage == 3 else None
 
 
+def _quantizable_base(model: Any) -> str:
+    """The dtype of a base that is not trained and not quantized; empty where there is none."""
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        return ""
+    precision = base_precision(model)
+    return "" if precision in ("4-bit", "8-bit", "unknown") else precision
+
+
 def _weight_bytes(trainer: Any, model: Any) -> int | None:
-    """The bytes that the weights take of a GPU; `None` under ZeRO-3, which divides them."""
-    if _zero3_plugin(trainer) is not None:
+    """Bytes of weights on each GPU; `None` under ZeRO-3 and FSDP, which shard them."""
+    if _zero3_plugin(trainer) or getattr(trainer.accelerator.state, "fsdp_plugin", None):
         return None
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -120,7 +133,7 @@ def _weight_bytes(trainer: Any, model: Any) -> int | None:
 def _layer_classes(trainer: Any, model: Any) -> str:
     """Classes to name so that ZeRO-3 gathers whole layers, separated by commas.
 
-    Empty without ZeRO-3, where classes are named already, and where naming them would fail.
+    Empty if ZeRO-3 is off, if classes are named already, or if naming them would make the backward pass fail.
     """
     plugin = _zero3_plugin(trainer)
     if plugin is None:
@@ -155,7 +168,7 @@ def _embeddings_have_a_gradient(model: Any) -> bool:
 def slow_reasons(
     *,
     backend: str,
-    precision: str,
+    quantizable_base: str,
     checkpointing: str,
     unsloth: bool,
     layer_classes: str,
@@ -164,10 +177,11 @@ def slow_reasons(
 ) -> list[str]:
     """Why a run is slow, each reason with what to change. `gpu_bytes` is 0 without a GPU.
 
-    `weight_bytes` are those on one GPU; with `None` nothing is said of them.
+    `weight_bytes` are those on each GPU; `None` leaves out what depends on them. `quantizable_base` is the dtype of
+    a base that could be quantized, or empty.
 
     Examples:
-        >>> slow_reasons(backend="logits", precision="4-bit", checkpointing="off", unsloth=True, layer_classes="",
+        >>> slow_reasons(backend="logits", quantizable_base="", checkpointing="off", unsloth=True, layer_classes="",
         ...              weight_bytes=5, gpu_bytes=24)
         ["loss_backend='logits' computes and stores whole logits; 'auto' computes them in chunks"]
     """
@@ -189,11 +203,11 @@ def slow_reasons(
     if weight_bytes is None:
         return reasons
     fraction = weight_bytes / gpu_bytes
-    if precision not in ("4-bit", "8-bit") and fraction > _LARGE_WEIGHTS:
+    if quantizable_base and fraction > _LARGE_WEIGHTS:
         how = "FastLanguageModel.from_pretrained(..., load_in_4bit=True)" if unsloth else "BitsAndBytesConfig"
         reasons.append(
-            f"the base is stored in {precision} and fills {fraction:.0%} of the GPU, so batches must be small; "
-            f"quantize it: {how}"
+            f"the base is stored in {quantizable_base} and fills {fraction:.0%} of the GPU, so batches must be "
+            f"small; quantize it: {how}"
         )
     if checkpointing != "off" and fraction < _SMALL_WEIGHTS:
         reasons.append(

@@ -191,8 +191,10 @@ def base_precision(model: Any) -> str:
     for bits in (4, 8):
         if getattr(base, f"is_loaded_in_{bits}bit", False):
             return f"{bits}-bit"
-    frozen = next((p for p in base.parameters() if p.dim() == 2 and p.is_floating_point()), None)
-    return "unknown" if frozen is None else str(frozen.dtype).removeprefix("torch.")
+    # ZeRO-3 leaves an empty vector of a matrix that is not gathered now.
+    shapes = ((getattr(p, "ds_shape", p.shape), p) for p in base.parameters() if p.is_floating_point())
+    matrix = next((p for shape, p in shapes if len(shape) == 2), None)
+    return "unknown" if matrix is None else str(matrix.dtype).removeprefix("torch.")
 
 
 def checkpointing(model: Any, args: Any) -> str:

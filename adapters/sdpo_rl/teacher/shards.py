@@ -45,30 +45,30 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
         )
 
 
-def check_partitions(accelerator: Any) -> None:
+def check_zero3_options(accelerator: Any) -> None:
     """Refuse options of ZeRO-3 with which a forward would not gather the weights that were written for it.
 
     Raises:
-        ValueError: DeepSpeed gathers from a second copy of the weights, or keeps the partitions on a disk.
+        ValueError: DeepSpeed gathers from secondary partitions (ZeRO++ hpZ), or keeps the partitions on a disk.
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
         return
     options = plugin.deepspeed_config["zero_optimization"]
-    copies = options.get("zero_hpz_partition_size")
-    # DeepSpeed takes 0, "auto" and `None` for the default, and a number as text.
-    if str(copies) not in ("0", "1", "auto", "None"):
+    hpz_size = options.get("zero_hpz_partition_size")
+    # DeepSpeed takes the number as text as well; the others mean its default, 1.
+    if str(hpz_size) not in ("0", "1", "auto", "None"):
         raise ValueError(
-            f"zero_hpz_partition_size: expected 1, got {copies!r}; for the teacher's forward DeepSpeed would "
-            "gather its second copy of the student's weights. Remove the option from zero_optimization, or set "
-            "SDPOConfig(teacher_mode='live') without anchor_weight"
+            f"zero_hpz_partition_size: expected 1, got {hpz_size!r}; for the teacher's forward DeepSpeed would "
+            "gather its secondary partitions, which have the student's weights. Remove the option from "
+            "zero_optimization, or set SDPOConfig(teacher_mode='live') without anchor_weight"
         )
     device = (options.get("offload_param") or {}).get("device")
     if device == "nvme":
         raise ValueError(
-            "offload_param: expected the device 'cpu' or 'none', got 'nvme', where the teacher's weights cannot "
-            "replace the student's; change it in zero_optimization, or set SDPOConfig(teacher_mode='live') without "
-            "anchor_weight"
+            "offload_param: expected the device 'cpu' or 'none', got 'nvme'; the teacher's weights are written "
+            "into the partitions, which must be in memory. Change it in zero_optimization, or set "
+            "SDPOConfig(teacher_mode='live') without anchor_weight"
         )
 
 
