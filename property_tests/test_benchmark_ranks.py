@@ -120,9 +120,12 @@ def test_a_launch_has_the_file_of_its_kind(
 
     monkeypatch.setattr(ranks.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ranks.subprocess, "run", launched)
-    monkeypatch.setattr(sys, "argv", ["ranks.py", "--kinds", kind, "--processes", "2"])
-    ranks.main()
-    (command,) = commands
+    flags = ["--checkpointing", "--grpo", "--no-gather"]
+    for chosen in (flags, []):
+        monkeypatch.setattr(sys, "argv", ["ranks.py", "--kinds", kind, "--processes", "2", *chosen])
+        ranks.main()
+        assert [flag for flag in flags if flag in commands[-1]] == chosen
+    command = commands[-1]
     file = Path(command[command.index("--config_file") + 1])
     assert file.exists()
     assert file.stem == kind.removesuffix("-layers")

@@ -65,6 +65,7 @@ def rows(name: str, record: dict[str, Any]) -> Iterator[str]:
         cells = [
             f"[{LABELS[kind]}, {options['shape'].upper()}, {TRAINING[options['training']]}]"
             f"(../examples/benchmarks/records/{name})",
+            options["rows"],
             each("peak_bytes", 2**30, 1),
             each("teacher_bytes", 2**20, 0),
             worst("same rows", "relative", "absolute"),
@@ -102,6 +103,11 @@ def sentences() -> Iterator[str]:
             single = [f"{seconds:.2f}" for seconds in sorted(launches(run["steps"]))]
             ranges.append(", ".join(single) if len(single) < 3 else f"{single[0]} to {single[-1]}")
         yield f"| {label} | {' | '.join([*medians, *ranges])} |"
+    other_host = median_seconds(
+        record("ranks-1.5b-full-more-rows-h200")["runs"]["zero3-layers"]["2"]["same rows"]
+    )
+    here = median_seconds(runs["zero3-layers"]["2"]["rows each"])
+    yield f"two GPUs took {other_host:.2f} s for the 64 rows that took {here:.2f} s here"
     scaled = [
         [
             launches(runs["zero3"]["1"][alone]["steps"])[i] / launches(runs["zero3"]["2"][both]["steps"])[i]
@@ -188,10 +194,13 @@ def test_what_is_said_of_the_times() -> None:
         scaling[kind] = weak_scaling(compared, kind) or 0.0
         assert (scaling[kind] > 0.93) == (not kind.startswith("zero3"))
     debt = page("DEBT.md")
-    trl = weak_scaling(record("ranks-1.5b-full-h200")["compared"], "zero3-layers", "grpo")
+    (ours, trl), (more, more_trl) = (
+        [weak_scaling(record(name)["compared"], "zero3-layers", run) for run in ("rows each", "grpo")]
+        for name in ("ranks-1.5b-full-h200", "ranks-1.5b-full-more-rows-h200")
+    )
     assert (
-        f"ZeRO-3's weak scaling with whole layers is {scaling['zero3-layers']:.2f} there, and {trl:.2f} with "
-        "TRL's own loss"
+        f"ZeRO-3's weak scaling with whole layers is {ours:.2f} there, and {trl:.2f} with TRL's own loss, with 64 "
+        f"rows on each GPU {more:.2f} and {more_trl:.2f}"
     ) in debt
     assert f"FSDP2, with the same shards, has {scaling['fsdp2']:.2f}" in debt
 
@@ -218,7 +227,7 @@ def test_a_row_has_the_worst_differences(tmp_path: Path) -> None:
         return {"peak_bytes": int(peak * 2**30), "teacher_bytes": int(teacher * 2**20)}
 
     known = {
-        "options": {"shape": "1.5b", "training": "full"},
+        "options": {"shape": "1.5b", "training": "full", "rows": "8"},
         "runs": {
             "fsdp2": {
                 "2": {"same rows": run(1, 1), "rows each": run(10.25, 50)},
@@ -241,10 +250,10 @@ def test_a_row_has_the_worst_differences(tmp_path: Path) -> None:
     }
     (tmp_path / "ranks-x.json").write_text(json.dumps(known))
     assert on_record(tmp_path) == [
-        "| [FSDP2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | 40.0, 10.2 | 100, 50 "
+        "| [FSDP2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | 8 | 40.0, 10.2 | 100, 50 "
         "| 2e-3 (3e-8) | 2e-3 | 4e-7 (1e-11) | 0 | 0.96 |",
-        "| [ZeRO-2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | –, 30.0 | –, 100 "
+        "| [ZeRO-2, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | 8 | –, 30.0 | –, 100 "
         "| – | – | – | – | – |",
-        "| [ZeRO-3, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | –, 30.0 | –, 100 "
+        "| [ZeRO-3, 1.5B, all weights](../examples/benchmarks/records/ranks-x.json) | 8 | –, 30.0 | –, 100 "
         "| – | – | – | – | 0.76 (0.80) |",
     ]

@@ -20,6 +20,7 @@ the decoder layers named, so that DeepSpeed gathers whole layers. Its runs, one 
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
   compared with the run that saved it. DeepSpeed reads its optimizer's state on as many processes only.
 * With `--grpo`: `grpo` is TRL's own loss, with `--rows` rows on each process, and its weak scaling.
+* With `--no-gather`: under ZeRO-3, TRL does not gather the whole model for a generation, as it does not with vLLM.
 * On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
 
 Reported: the losses of all steps, the median time of a step after the first two, the peak of allocated memory and
@@ -82,6 +83,7 @@ RANKS_SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed", "grpo")
 WARMUP = 2
+FLAGS = ("checkpointing", "grpo", "no_gather")
 COMMON = ("shape", "training", "rows", "steps", "completion", "lengths", "group", "prompt_tokens")
 Result = dict[str, Any]
 
@@ -157,6 +159,7 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
         logging_steps=1,
         disable_tqdm=True,
         shuffle_dataset=False,
+        ds3_gather_for_generation=not options.no_gather,
     )
     trainer = SDPOTrainer(
         model=make_model(RANKS_SHAPES[options.shape], device, dtype, lora),
@@ -235,7 +238,8 @@ def work(options: argparse.Namespace) -> None:
             fixed |= {"micro_batches": 1, "enabled": True}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
-                names = (*COMMON, "dtype", "float32", "checkpointing")
+                # Named where it is set, so that a record is joined with launches that are older than this option.
+                names = (*COMMON, "dtype", "float32", "checkpointing", *["no_gather"] * options.no_gather)
                 result = {
                     "options": {name: str(getattr(options, name)) for name in names},
                     "environment": environment(
@@ -270,7 +274,7 @@ def launch(options: argparse.Namespace, kind: str, processes: int, result: Path)
     for name in (*COMMON, "dtype", "float32", "scratch"):
         if getattr(options, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    command += ["--checkpointing"] * options.checkpointing + ["--grpo"] * options.grpo
+    command += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(options, name)]
     command += ["--only", *options.only] if options.only else []
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
     known = json.loads(result.read_text()) if result.exists() else {"runs": {kind: {str(processes): {}}}}
@@ -361,19 +365,20 @@ def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str
 
 def show(record: Result) -> None:
     """Print a record."""
-    print(f"{'run':28}{'s/step':>10}{'peak GiB':>10}{'teacher GiB':>13}")
+    width = 2 + max(len(f"{kind} on 1, {name}") for kind in KINDS for name in RUNS)
+    print(f"{'run':{width}}{'s/step':>10}{'peak GiB':>10}{'teacher GiB':>13}")
     for kind, launches in record["runs"].items():
         for processes, runs in launches.items():
             for name, run in runs.items():
                 label = f"{kind} on {processes}, {name}"
                 if "failed" in run:
-                    print(f"{label:28}failed: {(run['failed'].strip().splitlines() or ['?'])[-1][:80]}")
+                    print(f"{label:{width}}failed: {(run['failed'].strip().splitlines() or ['?'])[-1][:80]}")
                     continue
                 seconds = median_seconds(run)
                 peak, teacher = (run[f"{what}_bytes"] / 2**30 for what in ("peak", "teacher"))
-                print(f"{label:28}{seconds:10.3f}{peak:10.2f}{teacher:13.3f}")
+                print(f"{label:{width}}{seconds:10.3f}{peak:10.2f}{teacher:13.3f}")
     for label, values in record["compared"].items():
-        print(f"{label:28}" + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+        print(f"{label:{width}}" + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
 
 
 def main() -> None:
@@ -396,6 +401,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int)
     parser.add_argument("--group", type=int, default=2)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument(
+        "--no-gather", action="store_true", help="GRPOConfig(ds3_gather_for_generation=False)"
+    )
     parser.add_argument("--only", nargs="+", choices=RUNS, help="measure only these runs")
     parser.add_argument(
         "--scratch", help="folder for checkpoints; needed with --worker, otherwise a temporary one"
