@@ -83,6 +83,19 @@ def test_a_process_of_a_launch_needs_the_folder_of_all(
     assert "--worker: expected --scratch as well" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3-layers"])
+def test_a_configuration_of_deepspeed_is_for_zero2_or_zero3(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ranks.py", "--kinds", "zero3", kind, "--deepspeed", "x.json"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        ranks.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.endswith(
+        f"--deepspeed: expected --kinds zero2 or zero3, whose configuration it is, got zero3 {kind}"
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "expected", "found"),
     [("zero3-layers", "Qwen2DecoderLayer", None), ("zero3", None, "Qwen2DecoderLayer")],
@@ -133,6 +146,29 @@ def test_a_launch_has_the_file_of_its_kind(
     assert (option in command) == (kind == "zero3-layers")
     if option in command:
         assert command[command.index(option) + 1] == "Qwen2DecoderLayer"
+
+
+def test_a_launch_with_a_configuration_of_deepspeed_has_no_file_of_accelerate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+
+    def launched(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        assert settings["env"].get("ACCELERATE_TORCH_DEVICE") is None
+        return subprocess.CompletedProcess(command, 1, "", "not here")
+
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+    monkeypatch.setattr(ranks.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ranks.subprocess, "run", launched)
+    monkeypatch.setattr(
+        sys, "argv", ["ranks.py", "--kinds", "zero3", "--processes", "2", "--deepspeed", "x.json"]
+    )
+    ranks.main()
+    (command,) = commands
+    assert "--config_file" not in command
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+    assert command[command.index("--deepspeed") + 1] == "x.json"
 
 
 def test_accelerate_passes_the_class_of_the_layers_in_this_variable() -> None:

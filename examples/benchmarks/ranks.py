@@ -20,7 +20,8 @@ the decoder layers named, so that DeepSpeed gathers whole layers. Its runs, one 
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
   compared with the run that saved it. DeepSpeed reads its optimizer's state on as many processes only.
 * With `--grpo`: `grpo` is TRL's own loss, with `--rows` rows on each process, and its weak scaling.
-* With `--no-gather`: under ZeRO-3, TRL does not gather the whole model for a generation, as it does not with vLLM.
+* With `--deepspeed FILE`: that configuration in the place of Accelerate's file, for `zero2` and `zero3`.
+* With `--no-gather`: under ZeRO-3, TRL does not gather the whole model for a generation, which no run has.
 * On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
 
 Reported: the losses of all steps, the median time of a step after the first two, the peak of allocated memory and
@@ -160,6 +161,7 @@ def make_trainer(options: argparse.Namespace, device: str, clock: Clock) -> SDPO
         disable_tqdm=True,
         shuffle_dataset=False,
         ds3_gather_for_generation=not options.no_gather,
+        deepspeed=options.deepspeed,
     )
     trainer = SDPOTrainer(
         model=make_model(RANKS_SHAPES[options.shape], device, dtype, lora),
@@ -238,8 +240,9 @@ def work(options: argparse.Namespace) -> None:
             fixed |= {"micro_batches": 1, "enabled": True}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
-                # Named where it is set, so that a record is joined with launches that are older than this option.
-                names = (*COMMON, "dtype", "float32", "checkpointing", *["no_gather"] * options.no_gather)
+                names = [*COMMON, "dtype", "float32", "checkpointing"]
+                # Named where they are set, so that a record is joined with launches that are older than these.
+                names += [name for name in ("no_gather", "deepspeed") if getattr(options, name)]
                 result = {
                     "options": {name: str(getattr(options, name)) for name in names},
                     "environment": environment(
@@ -260,7 +263,7 @@ def work(options: argparse.Namespace) -> None:
 def launch(options: argparse.Namespace, kind: str, processes: int, result: Path) -> None:
     """Run `work` on several processes; adds what it failed with to the results."""
     variables = {name: value for name, value in os.environ.items() if name != LAYERS_VARIABLE}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not options.deepspeed:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         config, _, layers = kind.partition("-")
         command += ["--config_file", str(CONFIGS / f"{config}.yaml"), "--num_processes", str(processes)]
@@ -268,10 +271,12 @@ def launch(options: argparse.Namespace, kind: str, processes: int, result: Path)
     else:  # Accelerate's files of several GPUs start one process on a CPU
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes)]
-        variables["ACCELERATE_TORCH_DEVICE"] = "cpu"  # the default, cpu:0, is no place to restore a tensor to
+        if not torch.cuda.is_available():
+            # The default, cpu:0, is no place to restore a tensor to.
+            variables["ACCELERATE_TORCH_DEVICE"] = "cpu"
     command += [str(Path(__file__).resolve()), "--worker", str(result), "--kinds", kind]
     command += ["--processes", *map(str, options.processes)]
-    for name in (*COMMON, "dtype", "float32", "scratch"):
+    for name in (*COMMON, "dtype", "float32", "deepspeed", "scratch"):
         if getattr(options, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(options, name)]
@@ -404,6 +409,7 @@ def main() -> None:
     parser.add_argument(
         "--no-gather", action="store_true", help="GRPOConfig(ds3_gather_for_generation=False)"
     )
+    parser.add_argument("--deepspeed", help="file of GRPOConfig(deepspeed=...)")
     parser.add_argument("--only", nargs="+", choices=RUNS, help="measure only these runs")
     parser.add_argument(
         "--scratch", help="folder for checkpoints; needed with --worker, otherwise a temporary one"
@@ -417,6 +423,11 @@ def main() -> None:
         parser.error(
             f"--rows: expected a multiple of {whole}, whole groups of {options.group} for each of "
             f"{max(options.processes)} processes, got {options.rows}"
+        )
+    if options.deepspeed and not {"zero2", "zero3"}.issuperset(options.kinds):
+        parser.error(
+            "--deepspeed: expected --kinds zero2 or zero3, whose configuration it is, got "
+            f"{' '.join(options.kinds)}"
         )
     if options.worker:
         if not options.scratch:
