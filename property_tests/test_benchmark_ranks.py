@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -81,6 +82,17 @@ def test_a_process_of_a_launch_needs_the_folder_of_all(
     with pytest.raises(SystemExit, match=r"^2$"):
         ranks.main()
     assert "--worker: expected --scratch as well" in capsys.readouterr().err
+
+
+def test_a_record_has_the_configuration_of_deepspeed_and_no_path(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    options = dict.fromkeys((*ranks.COMMON, "dtype", "float32", "checkpointing"), 1)
+    plain = argparse.Namespace(**options, no_gather=False, deepspeed=None)
+    changed = argparse.Namespace(**options, no_gather=True, deepspeed=str(file))
+    known = {"no_gather": "True", "deepspeed": {"zero_optimization": {"stage": 3}}}
+    assert ranks.recorded(plain) == dict.fromkeys(options, "1")
+    assert ranks.recorded(changed) == ranks.recorded(plain) | known
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3-layers"])

@@ -240,11 +240,8 @@ def work(options: argparse.Namespace) -> None:
             fixed |= {"micro_batches": 1, "enabled": True}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
-                names = [*COMMON, "dtype", "float32", "checkpointing"]
-                # Named where they are set, so that a record is joined with launches that are older than these.
-                names += [name for name in ("no_gather", "deepspeed") if getattr(options, name)]
                 result = {
-                    "options": {name: str(getattr(options, name)) for name in names},
+                    "options": recorded(options),
                     "environment": environment(
                         "cpu" if device == "cpu" else "cuda", "accelerate", "deepspeed"
                     ),
@@ -258,6 +255,16 @@ def work(options: argparse.Namespace) -> None:
 
 
 # --- in the process that the user starts ------------------------------------------------------------------
+
+
+def recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that launches of one record share; a record without the last two joins with older launches."""
+    known = {name: str(getattr(options, name)) for name in (*COMMON, "dtype", "float32", "checkpointing")}
+    if options.no_gather:
+        known["no_gather"] = "True"
+    if options.deepspeed:
+        known["deepspeed"] = json.loads(Path(options.deepspeed).read_text())
+    return known
 
 
 def launch(options: argparse.Namespace, kind: str, processes: int, result: Path) -> None:
