@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -432,6 +433,15 @@ def test_the_program_refuses_other_records_before_any_run(
     assert started == []
 
 
+def test_a_longer_run_says_how_its_samples_follow_from_the_option(tmp_path: Path) -> None:
+    target = tmp_path / "record.json"
+    write(target, {"complete": True, "points": [], "samples": 48000})
+    for length, words in ((1, "samples 640, got"), (5, "samples 640 (5 times --samples), got")):
+        job = jobs.Job("SDPO", 0, target, (), length, expected={"samples": 640})
+        with pytest.raises(ValueError, match=re.escape(f"expected a record of {words} 48000;")):
+            jobs.check_records([job])
+
+
 def test_a_hub_id_is_compared_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = run_program(monkeypatch)
     given = ("--model", "Owner/Name", "--samples", "64", "--question", "learns", "lasting")
@@ -641,6 +651,35 @@ def test_the_report_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
     assert curves.mean_curve(records[:2], curves.PROBABILITY) == [(0, 0.0), (64, 0.05)]
     assert report.plot(records, 1, "p") == report.plot(records, 1, "p")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--batches", "0"), "--batches: expected a positive integer, got '0'"),
+        (("--seed", "-1"), "--seed: expected an integer of 0 or more, got '-1'"),
+        (("--output", "."), "--output: expected a JSON file in a folder, got '.'"),
+        (("--output", "{file}/probe.json"), "--output: expected a JSON file in a folder, got"),
+        (("--model", "{file}"), "--model: expected a model folder or a hub id with a chat template"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_probe_refuses_what_no_arm_could_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: tuple[str, ...],
+    message: str,
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    program = program_of("probe")
+    defaults = ("--model", str(tmp_path), "--output", str(tmp_path / "probe.json"))
+    changed = [word.format(file=file) for word in given]
+    monkeypatch.setattr(sys, "argv", ["probe.py", *defaults, *changed])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        program.main()
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_probe_of_all_arms(model_folder: Path, tmp_path: Path) -> None:

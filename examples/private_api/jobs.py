@@ -57,7 +57,7 @@ def check_records(todo: Sequence[Job]) -> None:
         except ValueError as error:
             found.append(str(error))
             continue
-        if record is not None and (differences := _differences(record, job.expected)):
+        if record is not None and (differences := _differences(record, job)):
             found.append(
                 f"{job.record}: expected a record of {'; of '.join(differences)}; pass another --output, or remove "
                 "the file"
@@ -66,17 +66,18 @@ def check_records(todo: Sequence[Job]) -> None:
         raise ValueError("\n".join(found))
 
 
-def _differences(record: Run, expected: Mapping[str, Any]) -> list[str]:
+def _differences(record: Run, job: Job) -> list[str]:
     """What a record has other than expected; of settings only those that differ."""
     differences = []
-    for name, value in expected.items():
+    for name, value in job.expected.items():
         got = _points(record) if name == "points" else record.get(name)
         if got == value:
             continue
         if isinstance(value, dict) and isinstance(got, dict):
             names = [key for key in {**value, **got} if key not in value or value[key] != got.get(key, ...)]
             value, got = ({key: of[key] for key in names if key in of} for of in (value, got))
-        differences.append(f"{name} {value!r}, got {got!r}")
+        multiple = f" ({job.length} times --samples)" if name == "samples" and job.length > 1 else ""
+        differences.append(f"{name} {value!r}{multiple}, got {got!r}")
     return differences
 
 

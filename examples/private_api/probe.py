@@ -22,6 +22,7 @@ import torch
 import transformers
 import trl
 from arms import GROUP, QUESTIONS, Arm
+from checks import cannot_be_a_folder, check_model, non_negative, positive
 from environment import Environment, Reward
 from evaluation import end_turns_with_eos
 from kit_task import KIT
@@ -81,13 +82,21 @@ def main() -> None:
     parser.add_argument(
         "--arms", nargs="+", default=[arm.name for arm in ARMS], help="names of arms; default: all"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batches", type=int, default=2, help="generation batches of each arm")
+    parser.add_argument("--seed", type=non_negative, default=0)
+    parser.add_argument("--batches", type=positive, default=2, help="generation batches of each arm")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
     by_name = {arm.name: arm for arm in ARMS}
     if unknown := [name for name in options.arms if name not in by_name]:
         parser.error(f"--arms: expected some of {', '.join(by_name)}, got {', '.join(unknown)}")
+    if options.output.is_dir() or cannot_be_a_folder(options.output.parent):
+        parser.error(
+            f"--output: expected a JSON file in a folder, got {str(options.output)!r}; pass another one"
+        )
+    try:
+        check_model(options.model, TASKS[options.task].held_out(1)[0].prompt)
+    except ValueError as error:
+        parser.error(str(error))
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
