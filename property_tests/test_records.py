@@ -212,7 +212,7 @@ def readme_step() -> Iterator[str]:
     yield f"a 7B step of the table takes {peer} of the time of TRL's SDPO and {grpo} of that of GRPO"
     once = record("step-7b-prompts-h200")["ratios"]
     time, memory = (once[f"{measure} sdpo[packed]/grpo"] for measure in ("time", "memory"))
-    yield f"takes {time:.2f} of the time and {memory:.2f} of the memory of GRPO"
+    yield f"takes {time:.2f} of the time and {memory:.2f} of the memory above the weights of GRPO"
     few = record("step-7b-ragged-h200")["ratios"]
     grpo, peer = (few[f"time sdpo[packed]/{name}"] for name in ("grpo", "trl-sdpo"))
     yield f"prompts of 135 tokens it takes {grpo:.2f} of the time of GRPO and {peer:.2f} of that of TRL's SDPO"
@@ -276,19 +276,19 @@ def accuracy() -> Iterator[str]:
     yield f"norm of the hidden gradient by {bound(max(row['gradient_norm'] for row in ours))} at most"
     least, most = among(peers, "value_median")
     norm = among(peers, "gradient_norm")[1]
-    yield f"medians are {least} to {most} and the gradient's norm is off by up to {norm}"
+    yield f"medians are {least} to {most}, and the gradient's norm is off by up to {norm}"
 
 
 def readme_recipe() -> Iterator[str]:
     cases = record("recipe-h200")["cases"]
-    yield f"trains within {cases['Unsloth 4-bit SDPO']['peak_gib']:.2f} GiB"
-    yield f"Unsloth's GRPO takes {cases['Unsloth 4-bit GRPO']['peak_gib']:.2f} GiB"
+    yield f"trains with at most {cases['Unsloth 4-bit SDPO']['peak_gib']:.2f} GiB allocated"
+    yield f"Unsloth's GRPO with {cases['Unsloth 4-bit GRPO']['peak_gib']:.2f} GiB"
 
 
 def numerics_accuracy() -> Iterator[str]:
     least_and_worst, _, medians = accuracy()
     yield least_and_worst.replace(" (median), ", " (median), and ")
-    yield medians.partition(" and the gradient")[0]
+    yield medians.partition(", and the gradient")[0]
 
 
 def recipe_gib(name: str) -> str:
@@ -365,7 +365,7 @@ def ablation() -> Iterator[str]:
     }
     without = [worst[arm] for arm in ("no_correction", "no_exact_logits")]
     flat = known["accuracy"]["flat"]["no_correction"]["value_max"]
-    yield f"off by {exponent(worst['on'])} at most, without them by {exponent(flat)} to {exponent(max(without))}"
+    yield f"error is {bound(worst['on'])} at most, without them {bound(flat)} to {bound(max(without))}"
 
     losses = known["loss"].values()
     gains = [1 - median(loss["ms"]["on"]) / median(loss["ms"]["no_shared_buffer"]) for loss in losses]
@@ -375,7 +375,7 @@ def ablation() -> Iterator[str]:
         (median(wide["ms"]["no_shared_buffer"]) - median(wide["ms"]["on"])) / 1e3 / min(steps["7b"]["on"])
     )
     more = wide["gib"]["on"] / wide["gib"]["no_shared_buffer"] - 1
-    yield f"{of_step * 100:.1f} % of a 7B step, for {more * 100:.0f} % more memory of the loss"
+    yield f"which is {of_step * 100:.1f} % of a 7B step, for {more * 100:.0f} % more memory of the loss"
 
 
 PAGES = [
@@ -404,7 +404,10 @@ PAGES = [
     (LORA, f"{recipe_gib('Unsloth 4-bit SDPO')} with SDPO in 4 bits"),
     (LORA, f"{recipe_gib('TRL bf16 SDPO')} in bfloat16 without Unsloth"),
     ((RECIPES / "lora_24gb.yaml").read_text(), f"{recipe_gib('TRL bf16 SDPO')} at the peak in the record"),
-    ((RECIPES / "unsloth_4bit.yaml").read_text(), f"{recipe_gib('Unsloth 4-bit SDPO')} at the peak (record"),
+    (
+        (RECIPES / "unsloth_4bit.yaml").read_text(),
+        f"{recipe_gib('Unsloth 4-bit SDPO')} allocated at the peak (record",
+    ),
 ]
 
 

@@ -79,13 +79,17 @@ def rows(name: str, record: dict[str, Any]) -> Iterator[str]:
 
 def sentences() -> Iterator[str]:
     """What docs/many-gpus.md says of the records besides the table."""
-    lora = record("ranks-7b-lora-h200")
-    resumed = [bound(lora["compared"][f"ddp on {count}, resumed"]["relative"]) for count in ("2", "1")]
-    yield "DDP's losses differ by at most {} on two, and by {} on one".format(*resumed)
+    lora, full = record("ranks-7b-lora-h200"), record("ranks-1.5b-full-h200")
+    resumed = [
+        bound(known["compared"][f"{kind} on {count}, resumed"]["relative"])
+        for count in ("2", "1")
+        for kind, known in (("ddp", lora), ("fsdp2", full))
+    ]
+    yield "losses differ by at most {} (DDP) and {} (FSDP2) on two, and by {} and {} on one".format(*resumed)
     one, two = lora["runs"]["ddp"]["1"]["same rows"]["steps"], lora["runs"]["ddp"]["2"]["rows each"]["steps"]
     each = [statistics.median(one[part]) / statistics.median(two[part]) for part in (slice(8), slice(8, 16))]
     yield "the two of DDP gave a weak scaling of {:.2f} and {:.2f}".format(*each)
-    runs = record("ranks-1.5b-full-h200")["runs"]
+    runs = full["runs"]
     # The last launch of ZeRO-3 and those with whole layers are of one session.
     parts, whole = (
         [launches(run["steps"]) for run in three_runs(runs[kind])] for kind in ("zero3", "zero3-layers")
@@ -107,7 +111,10 @@ def sentences() -> Iterator[str]:
         record("ranks-1.5b-full-more-rows-h200")["runs"]["zero3-layers"]["2"]["same rows"]
     )
     here = median_seconds(runs["zero3-layers"]["2"]["rows each"])
-    yield f"two GPUs took {other_host:.2f} s for the 64 rows that took {here:.2f} s here"
+    yield (
+        f"64 rows on two GPUs, with whole layers, took {other_host:.2f} s in the launch of the record with 64 rows "
+        f"on each GPU, and {here:.2f} s here"
+    )
     scaled = [
         [
             launches(runs["zero3"]["1"][alone]["steps"])[i] / launches(runs["zero3"]["2"][both]["steps"])[i]

@@ -68,7 +68,8 @@ def compiled_peaks() -> str:
 
 def lines() -> list[tuple[str, str]]:
     few, many = ([ratio(what, rows) for what in ("step time", "peak")] for rows in ROWS)
-    many_rows = f"take {many[0]} of the time of the padded step and {many[1]} of its peak ([record]("
+    padded_step = f"take {many[0]} of the time of the padded step"
+    many_rows = f"{padded_step} and {many[1]} of its peak, with the weights ([record]("
     plain, compiled = (
         sorted(
             ratio("step time", 8, known)

@@ -226,7 +226,7 @@ def test_the_memory_that_the_engine_needs(monkeypatch: pytest.MonkeyPatch) -> No
     options = record("rollout-7b-lora-h200")["options"]
     needed = int(options["rows"]) * (135 + int(options["completion"])) * each / 2**30
     text = " ".join(PAGE.split())
-    assert f"{parameters(shape) * 2 / 2**30:.1f} GiB of weights for the 7B model" in text
+    assert f"vLLM's weights in bfloat16 ({parameters(shape) * 2 / 2**30:.1f} GiB for 7B)" in text
     assert f"{each / 1024:.0f} KiB for each token" in text
     assert f"{needed:.1f} GiB for the 16 rows" in text
 

@@ -11,6 +11,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from trainer_logs import FOUR
 from transformers import set_seed
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "numerics.md"
@@ -35,7 +36,8 @@ STARTS: dict[str, Any] = {
 def run(output: Path, name: str, before: int, seed: int = 42) -> tuple[list[Any], dict[str, Tensor]]:
     """What is logged besides times, and the trained weights of a run in a process whose generator was elsewhere."""
     torch.manual_seed(before)
-    trainer = tiny.trainer(output, seed=seed, **STARTS[name]())
+    config = tiny.config(demonstration_policy="random")
+    trainer = tiny.trainer(output, sdpo_config=config, seed=seed, **FOUR, **STARTS[name]())
     trainer.train()
     logged = [
         {key: value for key, value in entry.items() if not re.search("time|runtime|_per_second", key)}

@@ -1,4 +1,4 @@
-"""What users of GRPO expect of the trainer: its arguments, GRPO itself where it is disabled, seeds."""
+"""What users of GRPO expect of the trainer: its arguments, GRPO itself where it is disabled."""
 
 from __future__ import annotations
 
@@ -141,21 +141,20 @@ def test_a_model_by_its_name(tmp_path: Path) -> None:
     assert same(trainable(trainer.model), trainable(counter_example.model))
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_another(tmp_path: Path) -> None:
-    def run(name: str, seed: int) -> dict[str, torch.Tensor]:
-        trainer = tiny.trainer(
-            tmp_path / name,
-            sdpo_config=tiny.config(demonstration_policy="random"),
-            peft_config=LoraConfig(r=2, target_modules=["q_proj"]),
-            seed=seed,
-            **FOUR,
+def test_a_process_that_sees_several_gpus_is_refused(tmp_path: Path) -> None:
+    """By TRL: the Trainer would use `nn.DataParallel`."""
+    arguments = tiny.arguments(tmp_path)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match=r"nn\.DataParallel.*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        SDPOTrainer(
+            model=tiny.model(),
+            args=arguments,
+            sdpo_config=tiny.config(),
+            processing_class=tiny.tokenizer(),
+            reward_funcs=tiny.judge,
+            train_dataset=tiny.conversations(),
         )
-        trainer.train()
-        return trainable(trainer.model)
-
-    first, second, other = run("a", 7), run("b", 7), run("c", 8)
-    assert same(first, second)
-    assert not same(first, other)
 
 
 def test_callbacks_are_called(tmp_path: Path) -> None:
