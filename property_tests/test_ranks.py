@@ -241,6 +241,7 @@ def with_options(options: dict[str, Any], stage: int = 3) -> Any:
         ({"zero_hpz_partition_size": 2}, r"zero_hpz_partition_size: expected 1, got 2; .*'live'"),
         ({"zero_hpz_partition_size": "2"}, r"zero_hpz_partition_size: expected 1, got '2'; .*'live'"),
         ({"offload_param": {"device": "nvme"}}, r"offload_param: expected .* got 'nvme'; .*'live'"),
+        ({"offload_param": {"device": "cpu"}}, r"offload_param: expected .* got 'cpu'; .*'live'"),
     ],
 )
 def test_weights_that_are_gathered_from_elsewhere_are_refused(options: dict[str, Any], words: str) -> None:
@@ -253,7 +254,9 @@ def test_weights_that_are_gathered_from_elsewhere_are_refused(options: dict[str,
 @pytest.mark.parametrize("copies", [0, 1, "auto", None])
 def test_weights_in_partitions_are_not_refused(copies: Any) -> None:
     check_zero3_options(with_options({}))
-    check_zero3_options(with_options({"zero_hpz_partition_size": copies, "offload_param": {"device": "cpu"}}))
+    check_zero3_options(
+        with_options({"zero_hpz_partition_size": copies, "offload_param": {"device": "none"}})
+    )
     check_zero3_options(with_options({"offload_param": None}))
 
 

@@ -14,11 +14,14 @@ import tiny
 import torch
 from teacher_cases import IDS, MODELS, check, logits, lora, overwritten, quantized, run
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.func import functional_call
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from sdpo_rl import SDPOConfig
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
+from sdpo_rl.step.modules import replaced_parameters
 from sdpo_rl.teacher.store import TeacherStore
 
 # --- averages and forwards --------------------------------------------------------------------------------
@@ -186,3 +189,28 @@ def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path,
     arithmetic = ((1 - coef) * first.double().softmax(-1) + coef * now.double().softmax(-1)).log()
     for wrong in (arithmetic, geometric(now, first, coef)):
         assert abs(value([first, now]) - expected(wrong)) > 1e-3
+
+
+def test_wrappers_of_activation_checkpointing_keep_the_weights_of_the_teacher() -> None:
+    """They change the names of the parameters; the teacher has those without them."""
+    model = tiny.model().eval()
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Qwen2DecoderLayer))
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    store = TeacherStore(model, tiny.config(teacher_mode="frozen"), seed=0)
+    store.on_train_begin(model)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        start = model(tokens).logits
+        for name, parameter in model.named_parameters():
+            if "layers" in name:
+                parameter.add_(1.0)
+        assert not torch.equal(model(tokens).logits, start)
+        (params,) = store.forwards(model, training=True)
+        assert params is not None
+        with replaced_parameters(model, params):
+            assert torch.equal(model(tokens).logits, start)
+        with (
+            pytest.raises(KeyError, match="unknown"),
+            replaced_parameters(model, {**params, "unknown": tokens}),
+        ):
+            pass

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from peft import LoraConfig, get_peft_model
 from reference_step import Method, Recorder, ReferenceStep, compare, reprompt, undecided
 from torch import Tensor
@@ -97,7 +98,7 @@ def test_every_option(tmp_path: Path, option: str, split: str, backend: str) -> 
 @pytest.mark.parametrize("adapters", [True, False], ids=["adapters", "all weights"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_an_anchor(tmp_path: Path, split: str, adapters: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """The reference of adapters is the model without them, that of all weights is the model at the start."""
+    """The reference is the model at the start: of new adapters the model without them."""
     trainer = tiny.trainer(
         tmp_path,
         sdpo_config=tiny.config(anchor_weight=0.7, loss_backend="auto", is_clip=None),
@@ -116,6 +117,39 @@ def test_an_anchor(tmp_path: Path, split: str, adapters: bool, caplog: pytest.Lo
     logged = [entry["self_distillation/anchor"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged[0] == pytest.approx(0.0, abs=1e-6)
     assert logged[2] > 1e-3
+
+
+@pytest.mark.parametrize("start", ["trained before", "PiSSA"])
+def test_an_anchor_of_an_adapter_that_is_not_zero(tmp_path: Path, start: str) -> None:
+    """The model that training begins with is then another than the one without adapters."""
+
+    def adapted() -> Any:
+        method = "pissa" if start == "PiSSA" else False
+        settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=method, task_type="CAUSAL_LM")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return get_peft_model(tiny.model(), settings)
+
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(anchor_weight=0.7, loss_backend="auto", is_clip=None),
+        reward_funcs=tiny.parity,
+        start=adapted(),
+        learning_rate=0.1,
+        max_steps=3,
+    )
+    first = adapted().eval()
+    tokens = torch.arange(2, 10)[None]
+    with torch.no_grad(), first.disable_adapter():
+        without = first(tokens).logits
+    with torch.no_grad():
+        assert (first(tokens).logits - without).abs().max() > 1e-3, (
+            "the counter-example: the model without it"
+        )
+    trainer.train()
+    logged = [entry["self_distillation/anchor"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0] == pytest.approx(0.0, abs=1e-6)
+    assert logged[2] > 1e-6
 
 
 @pytest.mark.parametrize("option", OPTIONS)

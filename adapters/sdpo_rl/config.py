@@ -101,9 +101,8 @@ class SDPOConfig:
             Default 1.0: all. Where the rows fit a chunk of the fused loss and there is no GRPO part, the product
             for the gradient of the hidden states has these tokens alone.
         anchor_weight: c of c·KL(student‖reference), added to the divergence of each token, from whole logits
-            (StableOPD, arXiv 2604.08527). The reference is the model without its adapter (or with the adapter
-            it was loaded with), the one that TRL loads for `beta`, or else a copy of the trainable weights that
-            training begins with, in their dtype. Default 0.0: none.
+            (StableOPD, arXiv 2604.08527). The reference is the model that training begins with: a copy of its
+            trainable weights, in their dtype; with `beta` that of TRL. Default 0.0: none.
         is_clip: upper truncation of π_θ/π_old per token; `None` turns the weights off. Default 2.0
             (reference).
         rollout_is_clip: the same for π_old/π_rollout, when the inference engine or a `rollout_func` reports its own

@@ -261,7 +261,7 @@ class SDPOTrainer(ResumableTrainer):
         samples_per_tick = schedule.samples_per_tick(config.teacher_tick)
         self._teacher = TeacherStore(model, config, seed=self.args.seed, samples_per_tick=samples_per_tick)
         self._ticks = TickSchedule(per_generation_batch=config.teacher_tick == "generation_batch")
-        self._start = start_of_training(model, config, self.ref_model, seed=self.args.seed)
+        self._start = start_of_training(model, config, self.ref_model, beta=self.beta, seed=self.args.seed)
         if config.teacher_mode != "live" or self._start is not None:
             shards.check_zero3_options(accelerator)
         self._stores = checkpoint.stores(self._teacher, self._start)

@@ -61,13 +61,13 @@ def reference(
 ) -> Iterator[tuple[Any, Any, Any]]:
     """GRPO's reference model, wrapped and not, and the weights that replace its own; `None`: its own.
 
-    A PEFT model is its own reference, with a copy of the adapter that it was loaded with, or without any.
+    For `beta` a PEFT model is its own reference, with a copy of the adapter it was loaded with, or without any.
 
     Args:
         model: of the run, wrapped for several processes or not.
         unwrapped: the model inside `model`.
         ref_model: that TRL loaded; `None`: none.
-        start: the weights that training began with, where neither that nor an adapter gives a reference.
+        start: the weights that training began with, where `beta` has no reference.
         accelerator: of the run.
         training: as for `TeacherStore.forwards`.
     """

@@ -8,6 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..teacher import shards
+
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """The model and the modules below it, each once; not in the order of `model.modules()`.
@@ -33,9 +35,9 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 def replaced_parameters(model: nn.Module, params: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with other tensors in place of the named parameters; its own are restored on exit.
 
-    A tied parameter is replaced in every module that holds it. `torch.func.functional_call` with `tie_weights=True`
-    does not restore a parameter of a module that has two names; with `tie_weights=False` it must be given every
-    name of a tied parameter.
+    The names are those of `shards.parameters_by_name`. A tied parameter is replaced in every module that holds it.
+    `torch.func.functional_call` with `tie_weights=True` does not restore a parameter of a module that has two
+    names; with `tie_weights=False` it must be given every name of a tied parameter.
 
     Examples:
         >>> import torch
@@ -44,7 +46,8 @@ def replaced_parameters(model: nn.Module, params: Mapping[str, Tensor]) -> Itera
         ...     layer(torch.tensor([3.0]))
         tensor([6.])
     """
-    tensors = {parameter: params[name] for name, parameter in model.named_parameters() if name in params}
+    own = shards.parameters_by_name(model)
+    tensors = {own[name]: tensor for name, tensor in params.items()}
     slots = [
         (module._parameters, key, parameter)
         for module in all_modules(model)

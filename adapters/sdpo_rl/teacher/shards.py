@@ -49,7 +49,7 @@ def check_zero3_options(accelerator: Any) -> None:
     """Refuse options of ZeRO-3 with which a forward would not gather the weights that were written for it.
 
     Raises:
-        ValueError: DeepSpeed gathers from secondary partitions (ZeRO++ hpZ), or keeps the partitions on a disk.
+        ValueError: DeepSpeed gathers from secondary partitions (ZeRO++ hpZ), or offloads the partitions.
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None or plugin.zero_stage != 3:
@@ -64,11 +64,11 @@ def check_zero3_options(accelerator: Any) -> None:
             "zero_optimization, or set SDPOConfig(teacher_mode='live') without anchor_weight"
         )
     device = (options.get("offload_param") or {}).get("device")
-    if device == "nvme":
+    if device in ("cpu", "nvme"):
         raise ValueError(
-            "offload_param: expected the device 'cpu' or 'none', got 'nvme'; the teacher's weights are written "
-            "into the partitions, which must be in memory. Change it in zero_optimization, or set "
-            "SDPOConfig(teacher_mode='live') without anchor_weight"
+            f"offload_param: expected the device 'none', got {device!r}; the teacher's weights are written into "
+            "the partitions, and compared over all processes, which needs them on the GPU. Remove the option from "
+            "zero_optimization, or set SDPOConfig(teacher_mode='live') without anchor_weight"
         )
 
 
@@ -83,6 +83,11 @@ def is_sharded(model: nn.Module) -> bool:
 def is_partitioned(model: nn.Module) -> bool:
     """Whether the parameters are ZeRO-3 partitions, which are gathered only for their own module's forward."""
     return any(_is_partition(parameter) for parameter in model.parameters())
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by the names that they have without torch's wrappers of activation checkpointing."""
+    return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
 
 
 def local_shards(model: nn.Module) -> Tensors:
@@ -103,6 +108,7 @@ def swap_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> Iterator[None
         _write(parameters, shards)
         yield
     finally:
+        _wait_for_copies(originals)
         # The forward left units unsharded, with the swapped values.
         _write(_resharded_parameters(model), originals)
 
@@ -159,7 +165,7 @@ def _resharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-    return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
+    return parameters_by_name(model)
 
 
 def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
@@ -176,6 +182,12 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
             parameter.data.copy_(_gather(parameter, shard))
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
         _wait_for_writes(device)
+
+
+def _wait_for_copies(shards: Mapping[str, Tensor]) -> None:
+    """Let the host wait for the GPU where shards are in CPU memory, from which the GPU may still have to copy."""
+    if torch.accelerator.is_available() and any(shard.device.type == "cpu" for shard in shards.values()):
+        torch.accelerator.synchronize()
 
 
 def _wait_for_writes(device: torch.device) -> None:
