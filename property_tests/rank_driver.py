@@ -59,6 +59,7 @@ class Run:
     silent: tuple[int, ...] = ()  # generation batches without a success
     experts: bool = False
     multimodal: bool = False
+    stream: bool = False
     alike: bool = True  # all ranks start with the same weights; otherwise the first rank's count
 
 
@@ -71,6 +72,10 @@ RUNS = {
     "micro-batches": Run({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
     "a step over two generation batches": Run(
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 2}
+    ),
+    "a stream whose pass ends within a step": Run(
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "steps_per_generation": 4},
+        stream=True,
     ),
     "two passes of two steps": Run(
         {"per_device_train_batch_size": 2, "steps_per_generation": 2, "num_iterations": 2}
@@ -167,6 +172,7 @@ SHARDED_RUNS = [
     "lora with a trained head",
     "whole logits",
     "a step over two generation batches",
+    "a stream whose pass ends within a step",
     "the second rank has nothing to learn",
     "nobody has anything to learn",
     "steps without signal around one with",
@@ -203,7 +209,8 @@ EXPERTS = {
 
 
 # DeepSpeed steps within the backward pass: a step cannot wait for a second generation batch.
-DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name != "a step over two generation batches"]
+OVER_TWO_BATCHES = {"a step over two generation batches", "a stream whose pass ends within a step"}
+DEEPSPEED_RUNS = [name for name in SHARDED_RUNS if name not in OVER_TWO_BATCHES]
 
 
 # --- in the testing process -------------------------------------------------------------------------------
@@ -391,6 +398,7 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
 
     rewards = tiny.judge if run.feedback else tiny.parity
     hints = {} if run.judged else {"feedback": [f"hint {row}" for row in range(8)]}
+    rows = tiny.conversations(**hints)
     torch.manual_seed(0)
     if run.multimodal:
         start = model_families.random_model("qwen3_vl")
@@ -402,7 +410,7 @@ def make_trainer(folder: Path, run: Run, *, batches: int = 0, **changes: Any) ->
         sdpo_config=tiny.config(**run.config),
         start=start,
         reward_funcs=rewards if run.judged else None,
-        train_dataset=tiny.conversations(**hints),
+        train_dataset=rows.to_iterable_dataset() if run.stream else rows,
         peft_config=adapter if run.adapter else None,
         **settings,
     )

@@ -19,7 +19,7 @@ from sdpo_rl.step.denominator import StepWindow
 class Schedule:
     slots: int  # micro-batches per generation batch
     iterations: int  # passes over each
-    steps: list[int]  # micro-batches of each optimizer step
+    steps: list[list[int]]  # of each optimizer step the length that is said at each of its micro-batches
     counts: list[list[int]]  # active tokens, by generation batch and slot
 
     @property
@@ -27,11 +27,16 @@ class Schedule:
         return self.slots * self.iterations
 
 
+LENGTH = st.integers(1, 5)
+# The last micro-batches of a stream's pass belong to the first step of the next pass, whose length is said again.
+STEP = LENGTH.map(lambda length: [length] * length) | st.lists(LENGTH, min_size=1, max_size=6)
+
+
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
     slots, iterations = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    steps = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
-    batches = -(-sum(steps) // (slots * iterations))
+    steps = draw(st.lists(STEP, min_size=1, max_size=6))
+    batches = -(-sum(map(len, steps)) // (slots * iterations))
     row = st.lists(st.integers(0, 6), min_size=slots, max_size=slots)
     return Schedule(slots, iterations, steps, draw(st.lists(row, min_size=batches, max_size=batches)))
 
@@ -42,9 +47,9 @@ DIVERGENCE_ALONE = (0.0, 1.0)
 def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], list[float]]:
     """The accumulated gradient of each step, where every active token contributes `value`; and the true counts."""
     gradients, counts, micro = [], [], 0
-    for length in schedule.steps:
+    for lengths in schedule.steps:
         gradient, logs, count = 0.0, 0.0, 0
-        for index in range(length):
+        for index, length in enumerate(lengths):
             generation, slot = micro // schedule.generate_every, micro % schedule.slots
             if micro % schedule.generate_every == 0:
                 distilled = torch.tensor(schedule.counts[generation])
@@ -58,7 +63,7 @@ def run(window: Any, schedule: Schedule, value: float) -> tuple[list[float], lis
             assert denominator >= 1
             here = schedule.counts[generation][slot]
             loss = value * here / denominator
-            logged, correction = window.end_micro_batch(loss, ends_step=index == length - 1)
+            logged, correction = window.end_micro_batch(loss, ends_step=index == len(lengths) - 1)
             gradient += float(loss)
             logs += float(logged)
             count += here
@@ -78,8 +83,10 @@ def property_a_step_is_a_mean_over_its_active_tokens(window: Any, schedule: Sche
 def property_no_correction_where_all_counts_are_known(window: Any, schedule: Schedule) -> None:
     tracked = window()
     run(tracked, schedule, 1.0)
-    last = sum(schedule.steps[:-1]) // schedule.generate_every
-    if last == (sum(schedule.steps) - 1) // schedule.generate_every:
+    *before, last = schedule.steps
+    begin = sum(map(len, before))
+    is_known = begin // schedule.generate_every == (begin + len(last) - 1) // schedule.generate_every
+    if is_known and last[0] == len(last):
         assert tracked.correction() is None
 
 
@@ -92,17 +99,28 @@ class PerMicroBatch(StepWindow):
         return self._counts[step % len(self._counts)].clamp(min=1.0) * length
 
 
+class BelievesTheLength(StepWindow):
+    """Exact also where the step has more micro-batches than was said at its beginning."""
+
+    def end_micro_batch(self, loss: Tensor, *, ends_step: bool) -> tuple[Tensor, Tensor | None]:
+        self._length = self.index + 1
+        return super().end_micro_batch(loss, ends_step=ends_step)
+
+
 class AlwaysCorrects(StepWindow):
     def correction(self) -> Tensor | None:
         return torch.ones(())
 
 
 CLAIMS = [
-    Claim(
-        property_a_step_is_a_mean_over_its_active_tokens,
-        StepWindow,
-        PerMicroBatch,
-        {"schedule": schedules()},
+    *(
+        Claim(
+            property_a_step_is_a_mean_over_its_active_tokens,
+            StepWindow,
+            wrong,
+            {"schedule": schedules()},
+        )
+        for wrong in (PerMicroBatch, BelievesTheLength)
     ),
     Claim(
         property_no_correction_where_all_counts_are_known,

@@ -84,6 +84,13 @@ ACCUMULATION: dict[str, dict[str, Any]] = {
         "max_steps": -1,
         "train_dataset": tiny.conversations(3),
     },
+    "a stream whose pass ends within a step": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 3,
+        "steps_per_generation": 4,
+        "max_steps": 5,
+        "train_dataset": tiny.conversations().to_iterable_dataset(),
+    },
     "two passes over a generation batch": {"num_iterations": 2},
     "two passes of two steps": {
         "num_iterations": 2,
@@ -408,6 +415,7 @@ ERRORS: list[tuple[Plant, dict[str, Any], Method]] = [
     (importance_weights_forgotten, {"num_iterations": 2}, Method()),
     (one_position_late, {}, Method()),
     (first_estimate_is_kept, ACCUMULATION["two generation batches in one step"], Method()),
+    (first_estimate_is_kept, ACCUMULATION["a stream whose pass ends within a step"], Method()),
 ]
 
 

@@ -81,7 +81,8 @@ class StepWindow:
     micro-batches has one loss and one gradient. The counts of a generation batch are known before its first
     micro-batch. If a step spans several generation batches, the later counts are not known yet: all its
     micro-batches then share one estimate, and the accumulated gradient is multiplied by `correction` once the true
-    count is known.
+    count is known. So it is where the step has another length than was said at its beginning: the Trainer takes no
+    step after the last micro-batches of a stream's pass where they are too few, and adds those of the next pass.
 
     Attributes:
         index: of the next micro-batch in its optimizer step.
@@ -97,6 +98,7 @@ class StepWindow:
         self._signals: list[list[int]] = []
         self._denominator: Tensor | None = None
         self._seen: Tensor | None = None
+        self._length = 0  # of the step, as said at its beginning
         self._exact = True
 
     def set_counts(self, counts: Tensor, signals: Tensor) -> None:
@@ -117,7 +119,7 @@ class StepWindow:
 
         Args:
             step: micro-batches before this one.
-            length: micro-batches of the optimizer step.
+            length: micro-batches of the optimizer step as known now; only what its first micro-batch has is used.
             generate_every: micro-batches from one generation batch to the next.
             part_weights: of the policy loss and of the divergence in the step.
 
@@ -136,6 +138,7 @@ class StepWindow:
             ]
             # Not indexed by a list, which would be copied to the device and wait for the forwards.
             total = torch.stack([self._counts[slot] for slot in known]).sum()
+            self._length = length
             self._exact = len(known) == length
             self._denominator = (total * (length / len(known))).clamp(min=1.0)
             self._seen = torch.zeros_like(total)
@@ -156,6 +159,7 @@ class StepWindow:
         self._loss = self._loss + loss
         if not ends_step:
             return loss, None
+        self._exact = self._exact and self.index == self._length
         step_loss, self._loss, self.index = self._loss, 0.0, 0
         correction = self.correction()
         # The earlier micro-batches were logged with the estimate; this one makes up for it.
