@@ -1,8 +1,8 @@
 """Runs of several ranks, each in a new process that communicates over gloo, and the trainers they build.
 
 A rank runs rank_observations.py, rank_head_observations.py or rank_engine_observations.py; test_ranks.py,
-test_ranks_deepspeed.py, test_ranks_deepspeed_head.py, test_ranks_deepspeed_engine.py and
-test_generation_batch_ranks.py read what it saw.
+test_ranks_deepspeed.py, test_ranks_deepspeed_head.py, test_ranks_deepspeed_engine.py,
+test_generation_batch_ranks.py and test_own_logs.py read what it saw.
 
 Rollouts are written down instead of sampled, by the place of a row among the rows of all ranks, so that any
 number of ranks trains on the same ones.

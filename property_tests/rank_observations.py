@@ -3,6 +3,7 @@
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER torch
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER deepspeed
     WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER batches
+    WORLD_SIZE=2 RANK=0 ... python rank_observations.py FOLDER logs
 
 The result is written to the folder as `WORLD-RANK.pt`.
 """
@@ -410,6 +411,34 @@ def observe_table(folder: Path) -> Observed:
     return {name: list(column) for name, column in trainer._logs["extra"].items()}
 
 
+def observe_own_logs(folder: Path) -> Observed:
+    """The log of a run, and that of one in which the main process alone logs around every step."""
+    from transformers import TrainerCallback
+
+    class Talks(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.is_world_process_zero:
+                trainer.log({"mine": 1.0})
+
+        on_step_end = on_step_begin
+
+    run = Run({"max_steps": 4, "logging_steps": 2, "log_completions": True})
+    seen: Observed = {}
+    for name in ("silent", "talking"):
+        with strategy("ddp"):
+            trainer = make_trainer(folder / f"{name} {world_size()}", run)
+            if name == "talking":
+                trainer.add_callback(Talks())
+            trainer.train()
+        seen[name] = [
+            {key: value for key, value in entry.items() if not key.startswith("step_")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+    seen["own"] = [entry for entry in trainer.state.log_history if "mine" in entry]
+    return seen
+
+
 def leave_process_group() -> None:
     """The end of a process of a group.
 
@@ -435,6 +464,13 @@ def main_batches(folder: Path) -> None:
         for adapter in ("", "lora")
     }
     torch.save(seen, folder / f"{world_size()}-{rank()}.pt")
+    leave_process_group()
+
+
+def main_logs(folder: Path) -> None:
+    import torch
+
+    torch.save(observe_own_logs(folder), folder / f"{world_size()}-{rank()}.pt")
     leave_process_group()
 
 
@@ -492,4 +528,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"torch": main, "deepspeed": main_deepspeed, "batches": main_batches}[sys.argv[2]](Path(sys.argv[1]))
+    mains = {"torch": main, "deepspeed": main_deepspeed, "batches": main_batches, "logs": main_logs}
+    mains[sys.argv[2]](Path(sys.argv[1]))

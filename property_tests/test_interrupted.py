@@ -68,6 +68,23 @@ def test_training_again_divides_by_the_counts_of_its_own_steps(
     assert denominators == [sum(counts[:4])] * 4 + [sum(counts[4:])] * 4
 
 
+def test_training_again_controls_the_entropy_of_its_own_steps(tmp_path: Path) -> None:
+    """TRL's controller sees the mean entropy of the step's tokens, those of the unfinished step not included."""
+    trainer = tiny.trainer(
+        tmp_path,
+        sdpo_config=tiny.config(grpo_weight=0.5),
+        **FOUR,
+        max_steps=1,
+        entropy_coef=0.2,
+        use_adaptive_entropy=True,
+        entropy_target=1.0,
+    )
+    interrupt(trainer, 2)
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert trainer._last_world_entropy == pytest.approx(entry["self_distillation/policy_entropy"], rel=1e-6)
+
+
 def test_what_an_interrupted_reward_function_said_is_forgotten(tmp_path: Path) -> None:
     """Its `last_feedback`, and what it logged."""
 

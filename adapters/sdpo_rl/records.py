@@ -109,6 +109,10 @@ class Records:
         if self._table is not None:
             self._table.fill(columns, column_names(taken)[1], self._gather)
 
+    def write_own(self, step: int, logs: Mapping[str, Any]) -> None:
+        """Write an entry that the user logged; warnings and rows wait for the next of the Trainer."""
+        self._log.add(step, logs, {})
+
     def write(self, step: int, logs: Mapping[str, Any], warnings: Mapping[str, str], *, mode: str) -> None:
         """Write an entry of the log, the warnings since the last, by name, and the rows of a training step."""
         self._log.add(step, logs, warnings)

@@ -25,7 +25,7 @@ from .compat import unsloth as unsloth_compat
 from .compat.adapters import trainable_preserved
 from .compat.generation import GenerationCalls
 from .compat.multimodal import freeze_unreached_by_text
-from .compat.training_hooks import TrainingHooks
+from .compat.training_hooks import TrainingHooks, is_log_of_trainer, log_alone
 from .compat.trl import default_arguments, parsed_response, reference, torch_kernel
 from .compat.vllm_server import keep_sent_weights
 from .compat.vocabulary import check_vocabulary
@@ -657,6 +657,7 @@ class SDPOTrainer(ResumableTrainer):
         self._step += -self._step % self._schedule.generate_every
         self._ticks.generation_batches = self._step // self._schedule.generate_every
         self._forget_metrics("train")
+        step_entropy.forget_unfinished_step(self)
         self._feedback.forget()
 
     def _forget_metrics(self, mode: str) -> None:
@@ -688,7 +689,11 @@ class SDPOTrainer(ResumableTrainer):
             self._teacher.tick(self._unwrapped)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """TRL's logging, with the means of the metrics since the last time."""
+        """TRL's logging, with the means of the metrics since the last time; a user's own log is logged as it is."""
+        if self.sdpo_config.enabled and not is_log_of_trainer(logs):
+            log_alone(self, logs, *args, **kwargs)  # perhaps of one process
+            self._records.write_own(self.state.global_step, logs)
+            return
         if self.sdpo_config.enabled:
             mode = self._mode
             means = self._sums[mode].means(self._sum)

@@ -1,11 +1,47 @@
-"""The events of the Trainer's loop that have no method to override."""
+"""The events of the Trainer's loop that have no method to override, and which logs are its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+
+_RUNTIME = "_runtime"
+
+
+def is_log_of_trainer(logs: Mapping[str, Any]) -> bool:
+    """Whether the Trainer logs this, on all processes: steps, the end of training, or an evaluation.
+
+    Steps have a loss and a learning rate, the others a loss and a runtime under their prefix, which an evaluation
+    may choose. Anything else is a call of the user, perhaps on one process.
+
+    Examples:
+        >>> is_log_of_trainer({"loss": 0.1, "learning_rate": 1e-5})
+        True
+        >>> is_log_of_trainer({"eval_loss": 0.1, "eval_runtime": 2.0, "eval_accuracy": 0.5})
+        True
+        >>> is_log_of_trainer({"my_loss": 0.1, "judge_runtime": 2.0})
+        False
+    """
+    prefixes = [name.removesuffix(_RUNTIME) for name in logs if name.endswith(_RUNTIME)]
+    return {"loss", "learning_rate"} <= logs.keys() or any(f"{prefix}_loss" in logs for prefix in prefixes)
+
+
+def log_alone(trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    """What the user logs, without the metrics, which TRL would log with it and clear.
+
+    A log of the Trainer that is due stays due: transformers takes any log for it.
+
+    Args:
+        trainer: a GRPOTrainer.
+        logs: as for `Trainer.log`.
+        *args: as for `Trainer.log`.
+        **kwargs: as for `Trainer.log`.
+    """
+    is_due = trainer.control.should_log
+    Trainer.log(trainer, logs, *args, **kwargs)
+    trainer.control.should_log = is_due
 
 
 class TrainingHooks(TrainerCallback):

@@ -44,6 +44,16 @@ def bonus_coef(trainer: Any) -> float:
     return float(getattr(trainer, "entropy_coef", 0.0))
 
 
+def forget_unfinished_step(trainer: Any) -> None:
+    """Of TRL's controller; what it learned from finished steps stays.
+
+    Args:
+        trainer: a GRPOTrainer.
+    """
+    if hasattr(trainer, "_entropy_window_stats"):
+        trainer._entropy_window_stats = None
+
+
 def update_bonus(trainer: Any, metrics: Metrics, *, ends_step: bool) -> None:
     """Count the entropies of a micro-batch; at the end of a step, move TRL's controller (arXiv 2505.22312).
 
