@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from sdpo_rl import SDPOConfig
 from sdpo_rl.resume import checkpoint, progress
 from sdpo_rl.step import metrics
 from sdpo_rl.teacher import shards
+from sdpo_rl.teacher.store import TeacherStore
 
 WHOLE_BATCH = {"steps_per_generation": 2}
 HALF_BATCH = {"steps_per_generation": 4}
@@ -154,6 +156,108 @@ def test_a_run_that_stops_between_checkpoints_resumes_exactly(
     with pytest.raises(InterruptedError):
         trainer.train()
     assert differences(expected, outcome(run(tmp_path / "cut", resume=True, **case))) == []
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------
+
+
+def preparing(folder: Path, dtype: torch.dtype | None, **case: Any) -> Any:
+    """A trainer that makes trainable parameters another dtype when it prepares the model, before training."""
+    trainer = build(folder, **{"max_steps": 3, "save_steps": 2, "optim": "sgd", **case})
+    prepare = trainer.accelerator.prepare
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        for model in args:
+            if isinstance(model, nn.Module):
+                for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                    parameter.data = parameter.data.to(dtype or parameter.dtype)
+        return prepare(*args, **kwargs)
+
+    trainer.accelerator.prepare = cast
+    return trainer
+
+
+CASTS = {  # the dtypes of the model that is given and of the prepared one
+    "Accelerate's FSDP2": (torch.bfloat16, torch.float32),
+    "DeepSpeed with bf16": (torch.float32, torch.bfloat16),
+}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "ema": {"teacher_mode": "ema"},
+    "bfloat16 ema": {"teacher_mode": "ema", "teacher_dtype": "bfloat16"},
+    "frozen": {"teacher_mode": "frozen"},
+    "offloaded": {"teacher_mode": "frozen", "teacher_offload": "cpu"},
+    "trust region": {"teacher_mode": "trust_region"},
+    "anchor": {"teacher_mode": "live", "anchor_weight": 0.3},
+}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize(("given", "prepared"), CASTS.values(), ids=CASTS)
+def test_a_run_whose_parameters_are_cast_when_prepared_resumes(
+    tmp_path: Path, given: torch.dtype, prepared: torch.dtype, teacher: str
+) -> None:
+    case: dict[str, Any] = {"start": lambda: tiny.model().to(given), "sdpo": TEACHERS[teacher]}
+    whole = preparing(tmp_path / "whole", prepared, **case)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    cut = preparing(tmp_path / "cut", prepared, **case)
+    cut.train(resume_from_checkpoint=True)
+    for name, store in whole._stores.items():
+        if store.rule in ("frozen", "trust_region"):
+            assert {tensor.dtype for tensor in store.state.params.values()} == {prepared}
+            assert differences(store.state.params, cut._stores[name].state.params) == []
+    if given == torch.float32:  # FSDP2 loads the student after the cast; here it would be rounded
+        assert differences(outcome(whole), outcome(cut)) == []
+
+
+@pytest.mark.parametrize("teacher", [name for name in TEACHERS if "ema" not in name])
+def test_a_teacher_of_another_dtype_than_the_prepared_model_is_refused(tmp_path: Path, teacher: str) -> None:
+    """To load it would round it without a word."""
+    sdpo = TEACHERS[teacher]
+    preparing(tmp_path, None, max_steps=2, sdpo=sdpo).train()
+    name = "reference" if teacher == "anchor" else "teacher"
+    trainer = preparing(tmp_path, torch.bfloat16, sdpo=sdpo)
+    with pytest.raises(ValueError) as error:
+        trainer.train(resume_from_checkpoint=True)
+    message = str(error.value)
+    assert f"checkpoint-2: expected this run's sdpo/{name}.safetensors, got another: " in message
+    assert "its 'model.embed_tokens.weight' is torch.float32, not torch.bfloat16" in message
+    assert "SDPOConfig(teacher_on_resume='restart')" in message
+    restarted = preparing(tmp_path, torch.bfloat16, sdpo={**sdpo, "teacher_on_resume": "restart"})
+    restarted.train(resume_from_checkpoint=True)
+    assert restarted.state.global_step == 3
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", ["frozen", "ema"])
+def test_a_teacher_of_every_dtype_can_be_saved_and_loaded(
+    tmp_path: Path, mode: str, dtype: torch.dtype
+) -> None:
+    model = tiny.model().to(dtype)
+    saved, loaded = (TeacherStore(model, tiny.config(teacher_mode=mode), seed=0) for _ in range(2))
+    saved.restart(model)
+    checkpoint.save_teacher(str(tmp_path), saved, model, writes=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    checkpoint.load_teacher(str(tmp_path), loaded, model)
+    assert differences(saved.state.params, loaded.state.params) == []
+    assert all(tensor.any() for name, tensor in loaded.state.params.items() if "embed" in name)
+    other = torch.bfloat16 if dtype == torch.float16 else torch.float16
+    message = rf"embed_tokens.weight' is {dtype}, not {other}"
+    if mode == "frozen":
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_teacher(str(tmp_path), loaded, model.to(other))
+
+
+def test_a_float16_run_with_a_frozen_teacher_resumes(tmp_path: Path) -> None:
+    case: dict[str, Any] = {"start": lambda: tiny.model().half(), "sdpo": {"teacher_mode": "frozen"}}
+    expected = outcome(run(tmp_path / "whole", max_steps=2, **case))
+    trainer = resumed(tmp_path / "whole", tmp_path / "cut", 1, max_steps=2, **case)
+    assert differences(expected, outcome(trainer)) == []
 
 
 # --- counter-examples: what happens where something is forgotten ------------------------------------------

@@ -40,7 +40,8 @@ REFERENCE = "reference.safetensors"
 _STATE = "trainer_state.json"
 _ADAPTER = "adapter_config.json"
 _MOST_NAMED = 8  # differences in one error message
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
+# Of parameters that torch's optimizers can train; they refuse those of 8 bits.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _FIX = (
     "resume with the configuration of the checkpoint, or start the teacher again from the loaded student with "
     "SDPOConfig(teacher_on_resume='restart')"
@@ -214,10 +215,10 @@ def save_teachers(folder: str, stores: Stores, model: nn.Module, *, writes: bool
         save_teacher(folder, store, model, writes=writes, name=name)
 
 
-def check_teachers(folder: str, stores: Stores, model: nn.Module) -> None:
+def check_teachers(folder: str, stores: Stores, model: nn.Module, *, prepared: bool) -> None:
     """`check_teacher` of every store."""
     for name, store in stores.items():
-        check_teacher(folder, store, model, name=name)
+        check_teacher(folder, store, model, prepared=prepared, name=name)
 
 
 def continue_teachers(folder: str, stores: Stores, model: nn.Module, *, on_resume: str) -> None:
@@ -239,8 +240,18 @@ def save_teacher(
         write(Path(folder) / FOLDER / name, tensors, {"format": "pt", "sdpo_teacher": json.dumps(about)})
 
 
-def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: str = TEACHER) -> None:
+def check_teacher(
+    folder: str, store: TeacherStore, model: nn.Module, *, prepared: bool, name: str = TEACHER
+) -> None:
     """Check that the checkpoint's teacher can replace the run's.
+
+    Args:
+        folder: of the checkpoint.
+        store: the run's.
+        model: the unwrapped model.
+        prepared: whether the model was prepared for training. Until then its dtypes are not compared: Accelerate
+            makes trainable parameters float32 for FSDP2, DeepSpeed bfloat16 with its bf16.
+        name: of the file.
 
     Raises:
         ValueError: there is none, its file is damaged, or its rule, names, shapes or dtypes differ; each difference
@@ -263,10 +274,11 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: s
         for key in sorted(saved & layout.keys()):
             shape, dtype = layout[key]
             entry = file.get_slice(key)
-            saved_shape, saved_dtype = tuple(entry.get_shape()), _DTYPES.get(entry.get_dtype())
+            saved_shape, saved_dtype = tuple(entry.get_shape()), entry.get_dtype()
+            saved_dtype = _DTYPES.get(saved_dtype, saved_dtype)
             if shape is not None and saved_shape != shape:
                 differences.append(f"its {key!r} has shape {saved_shape}, not {shape}")
-            if saved_dtype != dtype:
+            if prepared and saved_dtype != dtype:
                 differences.append(f"its {key!r} is {saved_dtype}, not {dtype}")
     if differences:
         more = len(differences) - _MOST_NAMED
@@ -275,12 +287,12 @@ def check_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: s
 
 
 def load_teacher(folder: str, store: TeacherStore, model: nn.Module, *, name: str = TEACHER) -> None:
-    """Load the checkpoint's teacher from a file, one tensor at a time.
+    """Load the checkpoint's teacher from a file, one tensor at a time, once the model was prepared for training.
 
     Raises:
         ValueError: as `check_teacher`.
     """
-    check_teacher(folder, store, model, name=name)
+    check_teacher(folder, store, model, prepared=True, name=name)
     with _open(Path(folder) / FOLDER / name) as file:
         tensors = ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 - no mapping
         store.load(model, tensors, ticks=_about(file)["ticks"])

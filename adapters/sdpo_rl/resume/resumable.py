@@ -50,7 +50,7 @@ class ResumableTrainer(BASE):
         self._resume = checkpoint.resume_point(choice, self.args.output_dir, has_length=has_length)
         folder = self._resume.folder
         if isinstance(folder, str) and self.sdpo_config.teacher_on_resume == "restore":
-            checkpoint.check_teachers(folder, self._stores, self._unwrapped)
+            checkpoint.check_teachers(folder, self._stores, self._unwrapped, prepared=False)
         return folder
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:

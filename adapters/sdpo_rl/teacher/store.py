@@ -140,11 +140,16 @@ class TeacherStore:
     # --- checkpoints -------------------------------------------------------------------------------------
 
     def layout(self, model: nn.Module) -> dict[str, tuple[tuple[int, ...] | None, torch.dtype]]:
-        """Shape and dtype of every tensor of the full state; the shape is `None` for a sharded model."""
+        """Shape and dtype of every tensor of the full state of a start; the shape is `None` for a sharded model.
+
+        They are those of the model as it is now: the state may be of the model before it was prepared.
+        """
         sharded = shards.is_sharded(model)
+        params = shards.local_shards(model)
+        empty = self._teacher.init({name: tensor.new_empty(0) for name, tensor in params.items()}).params
         return {
-            name: (None if sharded else tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self.state.params.items()
+            name: (None if sharded else tuple(params[name].shape), tensor.dtype)
+            for name, tensor in empty.items()
         }
 
     def full_state(self, model: nn.Module, *, keep: bool) -> Tensors:
