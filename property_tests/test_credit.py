@@ -417,8 +417,14 @@ def test_a_run_starts_its_files_again(tmp_path: Path) -> None:
     assert [entry["step"] for entry in log_of(tmp_path) if "loss" in entry] == [1, 2]
     assert not [entry for entry in log_of(tmp_path) if "eval_loss" in entry]
     assert sorted({row["step"] for row in rows_of(tmp_path)}) == [1, 2]
+    second = (tmp_path / files.LOG).read_bytes(), (tmp_path / files.CREDIT).read_bytes()
     tiny.trainer(tmp_path).train()  # without rows: those of the run before would be taken for its own
     assert not (tmp_path / files.CREDIT).exists()
+    # The files of both runs before are kept.
+    names = sorted(path.name for path in tmp_path.glob("*.jsonl"))
+    stems = [Path(name).stem for name in (files.CREDIT, files.LOG)]
+    assert names == sorted([files.LOG, *(f"{stem}.{number}.jsonl" for stem in stems for number in (1, 2))])
+    assert second == tuple((tmp_path / f"{stem}.2.jsonl").read_bytes() for stem in reversed(stems))
 
 
 @pytest.mark.parametrize("kept", [1, 2])

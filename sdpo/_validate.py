@@ -235,12 +235,19 @@ def check_alpha(alpha: object) -> float:
     )
 
 
+def check_top_k(k: Any, *, vocabulary: int) -> int:
+    """The number of tokens of a top K: an integer of 1 or more, at most the vocabulary size."""
+    fix = f": min(k, {vocabulary})" if isinstance(k, int) and k > vocabulary else ""
+    return check_int(
+        "k", k, low=1, high=vocabulary, meaning=f"a number of tokens, at most the vocabulary size{fix}"
+    )
+
+
 def check_support_size(support: str, k: int | None, *, vocabulary: int) -> None:
     """Demand a known support, with a k if it is a top K and without one else."""
     check_choice("support", support, ("student", "teacher", "full", "sampled"))
     if support in ("student", "teacher"):
-        meaning = f"a number of tokens, at most the vocabulary size: min(k, {vocabulary})"
-        check_int("k", k, low=1, high=vocabulary, meaning=meaning)
+        check_top_k(k, vocabulary=vocabulary)
     else:
         _check_unused("k", k, support)
 

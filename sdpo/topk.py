@@ -22,6 +22,7 @@ from sdpo._validate import (
     check_int,
     check_shape,
     check_tensor,
+    check_top_k,
 )
 
 
@@ -85,9 +86,7 @@ def topk_log_probs(logits: Tensor, *, k: int) -> TopK:
     """
     check_distribution("logits", logits)
     vocabulary = logits.shape[-1]
-    k = check_int(
-        "k", k, low=1, high=vocabulary, meaning=f"at most the vocabulary size, min(k, {vocabulary})"
-    )
+    k = check_top_k(k, vocabulary=vocabulary)
     # Chosen among the logits, not the log-probabilities: normalising rounds, and may tie what was not tied.
     indices = logits.topk(k, dim=-1).indices
     log_probs, log_tail = _gather(logits, indices)

@@ -177,11 +177,23 @@ def _with_a_fix(message: str) -> str:
     return message.rstrip(".")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a name that is written twice: the last value would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
+                raise yaml.YAMLError(f"{key.value} is in lines {seen[key.value]} and {line}")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"--config: expected a YAML file, got {path!r} ({error}); correct the path or the file"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -40,6 +41,8 @@ class RunLog:
     def begin(self, step: int, *, options: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         """Start new files, or continue those of the run that is resumed after `step`: the log, and the rows.
 
+        The files of an earlier run are kept under other names.
+
         Args:
             step: optimizer steps before the checkpoint; 0 starts again.
             options: of the run, by name.
@@ -58,7 +61,7 @@ class RunLog:
             if step and path.is_file():
                 keep_until(path, step)
             else:
-                path.unlink(missing_ok=True)
+                set_aside(path)
         if not self._path.is_file():
             append(self._path, history)
         append(self._path, [{"step": step, "options": options}])
@@ -93,6 +96,13 @@ def warn_of_end(path: Path, step: int, error: Exception) -> None:
         step,
         error,
     )
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file of an earlier run, `x.jsonl`, to the first free name of `x.1.jsonl`, `x.2.jsonl`, ..."""
+    if path.is_file():
+        names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
 def append(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
