@@ -274,7 +274,8 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             "the dataset's column of feedback is not removed": ("_signature_columns",),
             "whether the model itself generates": ("use_vllm",),
             "experts are balanced as in GRPO": ("aux_loss_enabled", "router_aux_loss_coef"),
-            "the reference model of the anchor": ("ref_model",),
+            "the reference model of the anchor": ("ref_model", "beta"),
+            "a log of the user does not replace one that is due": ("control",),
             "a sharded model is loaded differently": ("is_fsdp_enabled",),
         }.items()
         for name in names
