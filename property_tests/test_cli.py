@@ -264,6 +264,7 @@ def test_k_beyond_the_vocabulary_is_refused_before_the_weights_are_loaded(
             ("--config", "twice.yaml"),
             "expected a YAML file, got 'twice.yaml' (alpha is in lines 1 and 3); correct the path or the file",
         ),
+        (("--config", "one_line.yaml"), "got 'one_line.yaml' (alpha is in lines 1 and 1)"),
         (("--config", "recipe.yaml", "--alpha", "7"), "alpha: expected a number in [0, 1], got 7.0"),
         (
             ("--config", "recipe.yaml", "--dataset", "no.jsonl"),
@@ -333,6 +334,7 @@ def test_a_mistake_ends_with_one_line_and_the_fix(
     project: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     (project / "wrong.yaml").write_text("aplha: 0.5\n")
+    (project / "one_line.yaml").write_text("{alpha: 0.5, alpha: 0.9}\n")
     (project / "twice.yaml").write_text("alpha: 0.5\nk: 20\nalpha: 0.9\n")
     (project / "list.yaml").write_text("- 1\n")
     recipe_lines = (project / "recipe.yaml").read_text().splitlines(keepends=True)

@@ -183,9 +183,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
             line = key.start_mark.line + 1
-            if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
+            if key.value in seen:
                 raise yaml.YAMLError(f"{key.value} is in lines {seen[key.value]} and {line}")
+            seen[key.value] = line
         return super().construct_mapping(node, deep)
 
 
