@@ -29,9 +29,9 @@ def is_log_of_trainer(logs: Mapping[str, Any]) -> bool:
 
 
 def log_alone(trainer: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-    """What the user logs, without the metrics, which TRL would log with it and clear.
+    """Log the user's values only; `GRPOTrainer.log` would also log its accumulated metrics and clear them.
 
-    A log of the Trainer that is due stays due: transformers takes any log for it.
+    Any log resets `control.should_log`; it is restored, so that a log that the Trainer has scheduled still happens.
 
     Args:
         trainer: a GRPOTrainer.

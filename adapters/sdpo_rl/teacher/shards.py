@@ -81,7 +81,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether the parameters are ZeRO-3 partitions, which are gathered only for their own module's forward."""
+    """Whether ZeRO-3 partitions the parameters, so that most are gathered only while their module runs."""
     return any(_is_partition(parameter) for parameter in model.parameters())
 
 
@@ -91,7 +91,7 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local_shards(model: nn.Module) -> Tensors:
-    """This rank's shard of every trainable parameter, by name, in its memory; unsharded parameters as they are."""
+    """This rank's shards of the trainable parameters, by name, sharing their storage; else the parameters."""
     trainable = {name: p for name, p in _resharded_parameters(model).items() if p.requires_grad}
     return {name: _local_shard(p) for name, p in trainable.items()} if is_sharded(model) else {**trainable}
 
@@ -155,7 +155,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def _has_process_group() -> bool:
-    """Whether there are several ranks at all: spares a single process the traversal of the modules."""
+    """Whether a process group is initialized; without one, the modules need not be traversed."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -178,20 +178,20 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
         parameter = parameters[name]
         _local_shard(parameter).copy_(shard)
         if _is_partition(parameter) and parameter.numel():
-            # ZeRO-3 keeps small parameters gathered beside their partitions.
+            # ZeRO-3 keeps persistent (small) parameters gathered beside their partitions.
             parameter.data.copy_(_gather(parameter, shard))
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
         _wait_for_writes(device)
 
 
 def _wait_for_copies(shards: Mapping[str, Tensor]) -> None:
-    """Let the host wait for the GPU where shards are in CPU memory, from which the GPU may still have to copy."""
+    """With CPU offload, block until the GPU has copied the parameters' shards, before they are overwritten."""
     if torch.accelerator.is_available() and any(shard.device.type == "cpu" for shard in shards.values()):
         torch.accelerator.synchronize()
 
 
 def _wait_for_writes(device: torch.device) -> None:
-    """Let the host wait for the current stream, since a gather in another stream would not."""
+    """Block the host until the current stream is done; a gather in another stream would not wait for it."""
     if device.type != "cpu":
         torch.get_device_module(device).current_stream(device).synchronize()
 
