@@ -2,8 +2,8 @@
 
 A local shard is what this rank stores of a parameter. Under DDP and ZeRO-2 that is the whole parameter, under FSDP2
 (`fully_shard`) the local tensor of a `DTensor`, under ZeRO-3 a flat partition. The teacher is stored in the same
-shards, so that each rank holds its part only. These are collective, every rank must call them: the forward inside
-`swap_shards`, `full_tensors`, `global_ratio`, `any_rank`.
+shards, so that each rank holds its part only. These calls are collective, so every rank must make them:
+`swap_shards` (entry, exit and the forward inside it), `full_tensors`, `global_ratio`, `any_rank`.
 """
 
 from __future__ import annotations
