@@ -11,6 +11,8 @@ import gc
 import os
 import sys
 import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +21,7 @@ import torch
 from programs import EXAMPLES
 from rank_driver import DEEPSPEED, RUNS, Run, make_trainer, rank, strategy, world_size
 from torch import Tensor
+from transformers import TrainerCallback
 
 sys.path.append(str(EXAMPLES / "benchmarks"))
 
@@ -26,6 +29,7 @@ sys.path.append(str(EXAMPLES / "benchmarks"))
 WHOLE_LAYER_RUNS = {
     "lora": Run({"learning_rate": 0.5, "gradient_checkpointing": True}, adapter="lora"),
     "generated from parts": Run({"gradient_checkpointing": True, "ds3_gather_for_generation": False}),
+    "generated": Run({"gradient_checkpointing": True}),
     **{
         name: RUNS[name]
         for name in (
@@ -40,11 +44,15 @@ WHOLE_LAYER_RUNS = {
 }
 
 
-def observe(folder: Path, run: Run = RUNS["untied"], *, generates: bool = False) -> dict[str, Any]:
+def observe(
+    folder: Path, run: Run = RUNS["untied"], *, generates: bool = False, callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
     """Losses of every step, and student and teacher afterwards. `generates`: completions are TRL's own."""
     from sdpo_rl.teacher import shards
 
     trainer = make_trainer(folder, run, **DEEPSPEED["zero3"])
+    for callback in callbacks:
+        trainer.add_callback(callback)
     if generates:
         del trainer._generate_single_turn
     trainer.train()
@@ -107,9 +115,33 @@ def observe_layers(folder: Path, name: str, *, whole: bool) -> dict[str, Any]:
         patch.object(PartitionedParameterCoordinator, "fetch_sub_module", count_module),
     ):
         return {
-            **observe(folder, WHOLE_LAYER_RUNS[name], generates=name == "generated from parts"),
+            **observe(folder, WHOLE_LAYER_RUNS[name], generates=name.startswith("generated")),
             "modules": modules,
         }
+
+
+def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
+    """A run, and how often each of its steps dropped a trace; not `own`: teacher and student have one trace."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from sdpo_rl.step import forward
+
+    drop, dropped = PartitionedParameterCoordinator._invalidate_trace, [0]
+
+    def count(coordinator: Any) -> None:
+        dropped[-1] += 1
+        drop(coordinator)
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            dropped.append(0)
+
+    with (
+        patch.object(PartitionedParameterCoordinator, "_invalidate_trace", count),
+        nullcontext() if own else patch.object(forward, "own_trace", lambda _: nullcontext()),
+    ):
+        run = Run({"gradient_checkpointing": True, "max_steps": 6})
+        return {**observe(folder, run, callbacks=[Steps()]), "dropped": dropped[:-1]}
 
 
 def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:
@@ -142,6 +174,9 @@ def main(folder: Path) -> None:
     for name, run in {"plain": observe, "late writes": observe_late_writes}.items():
         with strategy("zero3"):
             seen[name] = run(folder / name)
+    for own in (False, True):
+        with strategy("zero3"):
+            seen["traces", own] = observe_traces(folder / f"traces-{own}", own=own)
     for name in WHOLE_LAYER_RUNS:
         for whole in (False, True):
             with strategy("zero3"):

@@ -35,6 +35,18 @@ def test_the_next_forward_waits_for_what_was_written_to_partitions(seen: dict[st
             assert all(torch.equal(late[model][name], shard) for name, shard in plain[model].items())
 
 
+def test_teacher_and_student_have_a_trace_each_that_is_never_dropped(seen: dict[str, Any]) -> None:
+    """With one trace for both each step drops it once, at the student's backward pass; results are the same."""
+    for rank in RANKS:
+        own, shared = (seen[rank]["traces", each] for each in (True, False))
+        assert own["dropped"][-3:] == [0, 0, 0]
+        assert min(shared["dropped"][-3:]) > 0
+        assert own["loss"] == shared["loss"]
+        for model in ("student", "teacher"):
+            for parameter, shard in shared[model].items():
+                assert torch.equal(own[model][parameter], shard)
+
+
 @pytest.mark.parametrize("name", engine.WHOLE_LAYER_RUNS)
 def test_whole_layers_change_no_result(seen: dict[str, Any], name: str) -> None:
     for rank in RANKS:

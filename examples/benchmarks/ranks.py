@@ -20,6 +20,8 @@ the decoder layers named, so that DeepSpeed gathers whole layers. Its runs, one 
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
   compared with the run that saved it. DeepSpeed reads its optimizer's state on as many processes only.
 * With `--grpo`: `grpo` is TRL's own loss, with `--rows` rows on each process, and its weak scaling.
+* With `--one-trace`: under ZeRO-3 `one trace` is `rows each` (on one process `same rows`) with one trace of
+  DeepSpeed for the forwards of teacher and student, where the library has one for each.
 * With `--deepspeed FILE`: that configuration in the place of Accelerate's file, for `zero2` and `zero3`.
 * With `--no-gather`: under ZeRO-3, TRL does not gather the whole model for a generation, which no run has.
 * On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
@@ -48,8 +50,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -70,6 +74,7 @@ from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
 from sdpo_rl.diagnose.report import teacher_bytes
+from sdpo_rl.step import forward
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate"
 KINDS = ("ddp", "fsdp2", "zero2", "zero3", "zero3-layers")
@@ -82,9 +87,9 @@ RANKS_SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
                  intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True),
 }  # fmt: skip
-RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed", "grpo")
+RUNS = ("same rows", "micro-batches", "rows each", "one trace", "float32", "resumed", "grpo")
 WARMUP = 2
-FLAGS = ("checkpointing", "grpo", "no_gather")
+FLAGS = ("checkpointing", "grpo", "no_gather", "one_trace")
 COMMON = ("shape", "training", "rows", "steps", "completion", "lengths", "group", "prompt_tokens")
 Result = dict[str, Any]
 
@@ -112,6 +117,8 @@ def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str,
         runs["micro-batches"] = {"micro_batches": 2}
     else:
         runs["rows each"] = {"rows": options.rows * processes}
+    if options.one_trace and kind.startswith("zero3"):
+        runs["one trace"] = {"own_trace": False, "rows": options.rows * processes}
     if options.float32:
         runs["float32"] = {**exact, "save": half if processes == most else None}
     if options.float32 and (processes == most or not kind.startswith("zero")):
@@ -209,7 +216,8 @@ def measure(options: argparse.Namespace, device: str) -> Result:
         torch.cuda.reset_peak_memory_stats()
     clock = Clock()
     trainer = make_trainer(options, device, clock)
-    trainer.train(resume_from_checkpoint=options.checkpoint)
+    with nullcontext() if options.own_trace else patch.object(forward, "own_trace", lambda _: nullcontext()):
+        trainer.train(resume_from_checkpoint=options.checkpoint)
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else 0
     bytes_here = torch.tensor([peak, teacher_bytes(trainer)[0]], device=trainer.accelerator.device)
     most = trainer.accelerator.gather(bytes_here).view(-1, 2).amax(dim=0).tolist()
@@ -237,7 +245,7 @@ def work(options: argparse.Namespace) -> None:
         for name, changes in runs_of(options, kind, processes).items():
             first = options.steps // 2 if "checkpoint" in changes else 0
             fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first}
-            fixed |= {"micro_batches": 1, "enabled": True}
+            fixed |= {"micro_batches": 1, "enabled": True, "own_trace": True}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
                 result = {
@@ -364,12 +372,15 @@ def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str
             pairs |= dict.fromkeys(("rows each", "micro-batches"), one.get("same rows", {}))
             pairs["resumed"] = most.get("float32", {})
             pairs["grpo"] = one.get("grpo", {}) if processes != "1" else {}
+            pairs["one trace"] = measured.get("same rows" if processes == "1" else "rows each", {})
             for name, other in pairs.items():
                 run, label = measured.get(name, {}), f"{kind} on {processes}, {name}"
                 if "losses" not in run or "losses" not in other:
                     continue
                 if name in ("rows each", "grpo"):
                     found[label] = {"weak scaling": median_seconds(other) / median_seconds(run)}
+                elif name == "one trace":
+                    found[label] = {"own traces / one trace": median_seconds(other) / median_seconds(run)}
                 else:
                     found[label] = difference(run, other)
     return found
@@ -415,6 +426,9 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument(
         "--no-gather", action="store_true", help="GRPOConfig(ds3_gather_for_generation=False)"
+    )
+    parser.add_argument(
+        "--one-trace", action="store_true", help="also run ZeRO-3 with one trace for teacher and student"
     )
     parser.add_argument("--deepspeed", help="file of GRPOConfig(deepspeed=...)")
     parser.add_argument("--only", nargs="+", choices=RUNS, help="measure only these runs")

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 import sdpo
 
+from ..compat.zero3 import own_trace
 from ..teacher import shards
 from .batch import RowGroup
 from .head import linear_head
@@ -256,9 +257,10 @@ def _run(
         router_losses.append(router_loss(outputs))
         return outputs
     if params is None:
-        return model(**arguments)
+        with own_trace(model):
+            return model(**arguments)
     if shards.is_sharded(unwrapped):
-        with shards.swap_shards(unwrapped, params):
+        with shards.swap_shards(unwrapped, params), own_trace(model):
             return model(**arguments)
     with replaced_parameters(unwrapped, params):
         return unwrapped(**arguments)

@@ -177,9 +177,9 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
     for name, shard in shards.items():
         parameter = parameters[name]
         _local_shard(parameter).copy_(shard)
-        if _is_partition(parameter) and parameter.numel():
-            # ZeRO-3 keeps persistent (small) parameters gathered beside their partitions.
-            parameter.data.copy_(_gather(parameter, shard))
+        if _is_partition(parameter) and parameter.ds_status.name == "AVAILABLE":
+            # ZeRO-3 keeps small parameters gathered. Released, the next forward gathers them with their layer.
+            parameter.partition()
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
         _wait_for_writes(device)
 
