@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import __version__, _validate
-from .compat import checkpointing, completions_table, model_card, peft_lora, trackers
+from .compat import checkpointing, completions_table, model_card, peft_lora, trackers, unsloth_lora
 from .compat import unsloth as unsloth_compat
 from .compat.adapters import trainable_preserved
 from .compat.generation import GenerationCalls
@@ -486,7 +486,8 @@ class SDPOTrainer(ResumableTrainer):
         if self._step_stack is not None:
             # Until backward has run; not during the rollout and its rewards, which may merge adapters.
             if self._may_fuse_lora:
-                self._step_stack.enter_context(peft_lora.fused_lora_forward(self._unwrapped))
+                fused_lora = unsloth_lora.fused_attention if _IS_UNSLOTH else peft_lora.fused_lora_forward
+                self._step_stack.enter_context(fused_lora(self._unwrapped))
             if self._may_be_reentrant:
                 self._step_stack.enter_context(checkpointing.reentrant_checkpointing(self._unwrapped))
             self._step_stack.enter_context(grouped_heads())
@@ -753,11 +754,9 @@ class SDPOTrainer(ResumableTrainer):
 
     @property
     def _may_fuse_lora(self) -> bool:
-        """Whether the option is on, and nobody compiles or rewrites the model or saves products of its forward."""
+        """Whether the option is on, and nobody compiles the model or saves products of its forward."""
         saves_products = (self.args.gradient_checkpointing_kwargs or {}).get("context_fn") is not None
-        return self.sdpo_config.fused_lora_forward and not (
-            _IS_UNSLOTH or self.args.torch_compile or saves_products
-        )
+        return self.sdpo_config.fused_lora_forward and not (self.args.torch_compile or saves_products)
 
     @property
     def _may_be_reentrant(self) -> bool:

@@ -6,7 +6,8 @@
 
 Every case runs in its own process with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
 whose times are compared run one at a time on an idle GPU; the others, which only measure memory, run together. A
-case that fails or exceeds the limit leaves the end of its log in the record, and the others continue.
+case that fails or exceeds the limit leaves the end of its log in the record, and the others continue. The case
+"in turn" compares layouts within one process, which has another of them in each step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +61,17 @@ def ragged(rows: int, packing: str) -> str:
 
 
 RAGGED_ROWS = (8, 32)  # with few rows a fast GPU waits for kernel launches, with many it does not
+RAGGED_OPTIONS = ["--completion", "1024", "--limit-gib", "0"]
 RAGGED = {
-    ragged(rows, packing): [
-        *("--batch", str(rows), "--completion", "1024", "--steps", "12", "--limit-gib", "0")
-    ]
+    ragged(rows, packing): [*RAGGED_OPTIONS, "--batch", str(rows), "--steps", "12"]
     for rows in RAGGED_ROWS
     for packing in ("padded", "auto")
 }
+# Layout and `fused_lora_forward` of the steps of one process, in turn: the speed of a host changes with time.
+TURNS = {"padded": ("padded", True), "auto": ("auto", True), "auto, PEFT's forward": ("auto", False)}
+FIRST_ROUNDS = 3  # compile, and are not counted
+IN_TURN = ragged(8, "in turn")
+RAGGED[IN_TURN] = [*RAGGED_OPTIONS, "--batch", "8", "--steps", str(len(TURNS) * (FIRST_ROUNDS + 15))]
 LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
 
 
@@ -112,8 +118,37 @@ def build_ragged(packing: str, options: argparse.Namespace, model: Any, args: An
 
     lengths = argparse.Namespace(lengths="lognormal", rows=options.batch, completion=options.completion)
     step.fix_completions(model, step.completion_lengths(lengths), options.completion)
-    sdpo_config = SDPOConfig(alpha=0.5, k=100, loss_chunk_size=options.chunk or None, packing=packing)
-    return SDPOTrainer(model=model, args=args, sdpo_config=sdpo_config, **shared)
+    config = SDPOConfig(alpha=0.5, k=100, loss_chunk_size=options.chunk or None)
+    trainer = SDPOTrainer(
+        model=model,
+        args=args,
+        sdpo_config=replace(config, packing=packing if packing != "in turn" else "auto"),
+        **shared,
+    )
+    if packing == "in turn":
+        trainer.add_callback(take_turns(trainer))
+    return trainer
+
+
+def take_turns(trainer: Any) -> Any:
+    """A callback that begins each step with the settings of its turn."""
+    from transformers import TrainerCallback
+
+    from sdpo_rl.step.runner import ChosenLayout
+
+    class Turns(TrainerCallback):
+        chosen: Any = None  # the layout that the first step found
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if trainer._forward_mode is None:
+                return
+            self.chosen = self.chosen or trainer._forward_mode.layout
+            packing, fused = list(TURNS.values())[state.global_step % len(TURNS)]
+            layout = ChosenLayout("padded") if packing == "padded" else self.chosen
+            trainer._forward_mode = trainer._forward_mode._replace(layout=layout)
+            trainer._sdpo_config = replace(trainer.sdpo_config, fused_lora_forward=fused)
+
+    return Turns()
 
 
 # --- all cases --------------------------------------------------------------------------------------------
@@ -190,6 +225,15 @@ def typical(seconds: list[float]) -> float:
     return statistics.median(seconds[1:] or seconds or [float("nan")])
 
 
+def turns(seconds: list[float]) -> dict[str, float]:
+    """The median time of a step of each turn."""
+    counted = range(len(TURNS) * FIRST_ROUNDS, len(seconds))
+    return {
+        name: statistics.median(seconds[step] for step in counted if step % len(TURNS) == turn)
+        for turn, name in enumerate(TURNS)
+    }
+
+
 def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
     """SDPO over Unsloth's GRPO and ragged rows over padded ones: step time and peak; loading time."""
     result: dict[str, float] = {}
@@ -205,6 +249,10 @@ def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
             result[f"step time auto / padded, {rows} rows"] = times[0] / times[1]
             if padded["peak_gib"]:  # 0 on a CPU
                 result[f"peak auto / padded, {rows} rows"] = auto["peak_gib"] / padded["peak_gib"]
+    if IN_TURN in done:
+        seconds = turns(done[IN_TURN]["step_seconds"])
+        for name in list(TURNS)[1:]:
+            result[f"step time {name} / padded, 8 rows in turn"] = seconds[name] / seconds["padded"]
     fast, plain = (done.get(name) for name in LOADING)
     if fast and plain:
         result["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]

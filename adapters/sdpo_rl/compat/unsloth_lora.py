@@ -1,0 +1,71 @@
+"""Unsloth's LoRA function for attention whose projections have a bias, as those of Qwen2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..step.modules import all_modules
+from ..teacher import shards
+
+_PLAIN = "unsloth.models.llama", "original_apply_qkv"
+_FUSED = "unsloth.kernels", "apply_lora_qkv"
+_SLOT = "apply_qkv"  # of an attention module: the function that computes its queries, keys and values
+
+
+@contextmanager
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """Queries, keys and values by Unsloth's LoRA function also where they have a bias; PEFT's forward is back afterwards.
+
+    The function computes base and adapters of the three projections at once. It adds no bias, so Unsloth leaves
+    projections with one to PEFT, which takes several kernels for each. Here the biases are added to what it returns.
+    Float32 weights keep PEFT's forward, as with Unsloth, and so do sharded ones.
+    """
+    plain, fused = (getattr(sys.modules.get(module), name, None) for module, name in (_PLAIN, _FUSED))
+    layers = []
+    if plain is not None and fused is not None and not shards.is_sharded(model):
+        layers = [m for m in all_modules(model) if vars(m).get(_SLOT) is plain and _has_biased_adapters(m)]
+
+    def projections(attention: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():  # a compiler fuses these operations itself
+            return tuple(plain(attention, hidden))
+        parameters = [layer.base_layer._parameters for layer in _projections(attention)]
+        biases = [each["bias"] for each in parameters]
+        try:
+            for each in parameters:
+                each["bias"] = None  # where the function calls PEFT's forward, it would be added there
+            outputs = fused(attention, hidden)
+        finally:
+            for each, bias in zip(parameters, biases, strict=True):
+                each["bias"] = bias
+        return tuple(
+            output if bias is None else output + bias.to(output.dtype)
+            for output, bias in zip(outputs, biases, strict=True)
+        )
+
+    try:
+        for layer in layers:
+            vars(layer)[_SLOT] = projections
+        yield
+    finally:
+        for layer in layers:
+            vars(layer)[_SLOT] = plain
+
+
+def _has_biased_adapters(attention: Any) -> bool:
+    layers = _projections(attention)
+    if not all(hasattr(layer, "lora_A") for layer in layers):
+        return False
+    bases = [layer.base_layer for layer in layers]  # 4-bit ones are an `nn.Linear`, too
+    return any(getattr(base, "bias", None) is not None for base in bases) and all(
+        isinstance(base, nn.Linear) and base.weight.dtype is not torch.float32 for base in bases
+    )
+
+
+def _projections(attention: Any) -> list[Any]:
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
