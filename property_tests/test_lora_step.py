@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from sdpo_rl import trainer as trainer_module
-from sdpo_rl.compat import peft_lora
+from sdpo_rl.compat import peft_lora, unsloth_lora
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 2 * len(LINEAR)
@@ -216,17 +216,30 @@ def test_it_is_off_where_a_checkpoint_saves_products(tmp_path: Path, monkeypatch
         run(tmp_path, **SELECTIVE).train()
 
 
-@pytest.mark.parametrize("reason", ["torch_compile", "Unsloth"])
-def test_it_is_off_where_others_compile_or_rewrite_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
-) -> None:
+def test_it_is_off_where_the_model_is_compiled(tmp_path: Path) -> None:
     trainer = run(tmp_path)
     assert trainer._may_fuse_lora
-    if reason == "Unsloth":
-        monkeypatch.setattr(trainer_module, "_IS_UNSLOTH", True)
-        assert not trainer._may_fuse_lora
-        return
     trainer.args.torch_compile = True
     seen = watched(trainer)
     trainer.train()
     assert ("loss", 0) in seen
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_under_unsloth_its_function_takes_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool
+) -> None:
+    trainer = run(tmp_path, max_steps=2, num_iterations=1, sdpo_config=tiny.config(fused_lora_forward=on))
+    entered: list[Any] = []
+
+    @contextmanager
+    def fused_attention(model: Any) -> Iterator[None]:
+        entered.append(model)
+        yield
+
+    monkeypatch.setattr(trainer_module, "_IS_UNSLOTH", True)
+    monkeypatch.setattr(unsloth_lora, "fused_attention", fused_attention)
+    seen = watched(trainer)
+    trainer.train()
+    assert ("loss", 0) in seen
+    assert entered == [trainer.model] * 2 * on

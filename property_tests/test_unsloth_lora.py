@@ -1,4 +1,4 @@
-"""Unsloth's LoRA function where attention has biases: the values and gradients of PEFT's forward, and its limits."""
+"""Unsloth's LoRA function where attention has biases: values and gradients are those of PEFT's forward."""
 
 from __future__ import annotations
 

@@ -61,17 +61,21 @@ def ragged(rows: int, packing: str) -> str:
 
 
 RAGGED_ROWS = (8, 32)  # with few rows a fast GPU waits for kernel launches, with many it does not
-RAGGED_OPTIONS = ["--completion", "1024", "--limit-gib", "0"]
+
+
+def ragged_options(rows: int, steps: int) -> list[str]:
+    """The arguments of such a case."""
+    return ["--batch", str(rows), "--completion", "1024", "--steps", str(steps), "--limit-gib", "0"]
+
+
 RAGGED = {
-    ragged(rows, packing): [*RAGGED_OPTIONS, "--batch", str(rows), "--steps", "12"]
-    for rows in RAGGED_ROWS
-    for packing in ("padded", "auto")
+    ragged(rows, packing): ragged_options(rows, 12) for rows in RAGGED_ROWS for packing in ("padded", "auto")
 }
 # Layout and `fused_lora_forward` of the steps of one process, in turn: the speed of a host changes with time.
 TURNS = {"padded": ("padded", True), "auto": ("auto", True), "auto, PEFT's forward": ("auto", False)}
 FIRST_ROUNDS = 3  # compile, and are not counted
 IN_TURN = ragged(8, "in turn")
-RAGGED[IN_TURN] = [*RAGGED_OPTIONS, "--batch", "8", "--steps", str(len(TURNS) * (FIRST_ROUNDS + 15))]
+ALTERNATING = {IN_TURN: ragged_options(8, len(TURNS) * (FIRST_ROUNDS + 15))}
 LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
 
 
@@ -126,11 +130,11 @@ def build_ragged(packing: str, options: argparse.Namespace, model: Any, args: An
         **shared,
     )
     if packing == "in turn":
-        trainer.add_callback(take_turns(trainer))
+        trainer.add_callback(alternate(trainer))
     return trainer
 
 
-def take_turns(trainer: Any) -> Any:
+def alternate(trainer: Any) -> Any:
     """A callback that begins each step with the settings of its turn."""
     from transformers import TrainerCallback
 
@@ -164,7 +168,7 @@ def launch(name: str, arguments: list[str], options: argparse.Namespace) -> dict
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--output", str(result)]
     if name.startswith(PEER):
         command += ["--peer-path", str(options.peer_path.resolve())]
-    if name in RAGGED:
+    if name in RAGGED or name in ALTERNATING:
         command += ["--packing", name.rpartition(", ")[2]]
     command += [
         "--",
@@ -287,7 +291,7 @@ def main() -> None:
     began = time.perf_counter()
     recipe.make_weights(options.weights, options.shape)
     print(f"weights ready after {time.perf_counter() - began:.0f} s", flush=True)
-    timed, together = {**TIMED, **RAGGED}, copy.copy(TOGETHER)
+    timed, together = {**TIMED, **RAGGED, **ALTERNATING}, copy.copy(TOGETHER)
     if options.peer_path:
         together |= PEER_CASE
     if options.cases:

@@ -20,13 +20,14 @@ _SLOT = "apply_qkv"  # of an attention module: the function that computes its qu
 
 @contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Queries, keys and values by Unsloth's LoRA function also where they have a bias; PEFT's forward is back afterwards.
+    """Queries, keys and values by Unsloth's LoRA function also where they have a bias; PEFT's is back afterwards.
 
     The function computes base and adapters of the three projections at once. It adds no bias, so Unsloth leaves
-    projections with one to PEFT, which takes several kernels for each. Here the biases are added to what it returns.
-    Float32 weights keep PEFT's forward, as with Unsloth, and so do sharded ones.
+    projections with one to PEFT, which takes several kernels for each. Here the biases are added to what it
+    returns. Float32 weights keep PEFT's forward, as with Unsloth, and so do sharded ones.
     """
-    plain, fused = (getattr(sys.modules.get(module), name, None) for module, name in (_PLAIN, _FUSED))
+    functions: list[Any] = [getattr(sys.modules.get(module), name, None) for module, name in (_PLAIN, _FUSED)]
+    plain, fused = functions
     layers = []
     if plain is not None and fused is not None and not shards.is_sharded(model):
         layers = [m for m in all_modules(model) if vars(m).get(_SLOT) is plain and _has_biased_adapters(m)]

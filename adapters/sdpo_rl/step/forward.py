@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 
 import sdpo
 
-from ..compat.zero3 import own_trace
 from ..teacher import shards
 from .batch import RowGroup
 from .head import linear_head
 from .modules import all_modules, replaced_parameters
 from .packing import ModelCall
 from .row_attention import row_masks
+from .zero3 import own_trace
 
 
 def forward_arguments(

@@ -20,7 +20,7 @@ def own_trace(model: Any) -> Iterator[None]:
     it gathers the weights of the next ones ahead; at another order it drops the trace. The teacher's forward ends
     where the student's goes on with its backward pass, so with one trace for both it would drop it in every step.
     """
-    offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+    offload: Any = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
     coordinator = getattr(offload, "param_coordinator", None)
     if coordinator is None or torch.is_grad_enabled():
         yield
