@@ -121,12 +121,21 @@ def observe_layers(folder: Path, name: str, *, whole: bool) -> dict[str, Any]:
 
 
 def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
-    """A run, and how often each of its steps dropped a trace; not `own`: teacher and student have one trace."""
+    """A run, how often each step dropped a trace, and how many parameters were gathered one by one.
+
+    Not `own`: teacher and student have one trace.
+    """
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     from sdpo_rl.step import forward
+    from sdpo_rl.teacher import shards
 
     drop, dropped = PartitionedParameterCoordinator._invalidate_trace, [0]
+    gather, gathered = shards._gather, []
+
+    def gather_one(parameter: Any, shard: Tensor) -> Tensor:
+        gathered.append(parameter)
+        return gather(parameter, shard)
 
     def count(coordinator: Any) -> None:
         dropped[-1] += 1
@@ -138,10 +147,15 @@ def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
 
     with (
         patch.object(PartitionedParameterCoordinator, "_invalidate_trace", count),
+        patch.object(shards, "_gather", gather_one),
         nullcontext() if own else patch.object(forward, "own_trace", lambda _: nullcontext()),
     ):
         run = Run({"gradient_checkpointing": True, "max_steps": 6})
-        return {**observe(folder, run, callbacks=[Steps()]), "dropped": dropped[:-1]}
+        return {
+            **observe(folder, run, callbacks=[Steps()]),
+            "dropped": dropped[:-1],
+            "gathered": len(gathered),
+        }
 
 
 def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:

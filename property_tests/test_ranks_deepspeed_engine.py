@@ -41,6 +41,7 @@ def test_teacher_and_student_have_a_trace_each_that_is_never_dropped(seen: dict[
         own, shared = (seen[rank]["traces", each] for each in (True, False))
         assert own["dropped"][-3:] == [0, 0, 0]
         assert min(shared["dropped"][-3:]) > 0
+        assert own["gathered"] == 0
         assert own["loss"] == shared["loss"]
         for model in ("student", "teacher"):
             for parameter, shard in shared[model].items():

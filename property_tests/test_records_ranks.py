@@ -149,6 +149,19 @@ def sentences() -> Iterator[str]:
     yield f"up to {max(ratios):.1f} times"
 
 
+def test_one_trace_makes_no_difference_on_one_gpu() -> None:
+    known = record("zero3-traces-h200")
+    ((kind, launched),) = known["runs"].items()
+    assert (kind, [*launched]) == ("zero3-layers", ["1"])
+    own, one = (launched["1"][run]["steps"] for run in ("same rows", "one trace"))
+    assert compare(known["runs"]) == known["compared"]
+    (compared,) = known["compared"].values()
+    assert compared["own traces / one trace"] == statistics.median(own) / statistics.median(one)
+    text = page("docs/many-gpus.md")
+    assert f"a step took {compared['own traces / one trace']:.2f} of the time of a step with one trace" in text
+    assert f"single steps took {min(own):.2f} to {max(own):.2f} s, so there it makes no difference" in text
+
+
 def three_runs(runs: dict[str, Any]) -> list[Any]:
     """Of 32 rows on one GPU and on two, and of 64 rows on two."""
     names = (("1", "same rows"), ("2", "same rows"), ("2", "rows each"))

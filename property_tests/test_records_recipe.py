@@ -23,11 +23,14 @@ NAMES = {
     "compiled, beside tests": "recipe-ragged-8-rows-compiled-h200",
     "compiled, idle machine": "recipe-ragged-8-rows-compiled-again-h200",
     "compiled, idle machine again": "recipe-ragged-8-rows-compiled-third-h200",
+    "compiled, idle machine once more": "recipe-ragged-8-rows-compiled-fourth-h200",
+    "compiled, idle machine at last": "recipe-ragged-8-rows-compiled-fifth-h200",
 }
+IN_TURN = {"first": "recipe-ragged-8-rows-in-turn-h200", "second": "recipe-ragged-8-rows-in-turn-again-h200"}
 EIGHT = {label: record(name) for label, name in NAMES.items()}  # launches of 8 rows
 ALONE = [known for known in EIGHT.values() if known != KNOWN]  # of 8 rows and no others
 IDLE = EIGHT["idle machine"]
-LABEL_END = re.compile(" again$| once more$")
+LABEL_END = re.compile(" again$| once more$| at last$")
 ROWS = (8, 32)
 SHOWN = {8: IDLE, 32: KNOWN}  # the launches whose figures the pages have
 LATER = slice(1, None)  # the first step includes one-time set-up
@@ -78,11 +81,11 @@ def lines() -> list[tuple[str, str]]:
         )
         for is_compiled in (False, True)
     )
-    assert (len(plain), len(compiled)) == (5, 3)
+    assert (len(plain), len(compiled)) == (5, 5)
     few_rows = f"8 rows {statistics.median(map(float, plain)):.2f} and {few[1]} (medians of five launches"
     launches = f"{min(plain + compiled)} to {max(plain + compiled)}"
     assert [min(compiled), max(compiled)] == [min(plain + compiled), max(plain + compiled)]
-    middle, middle_compiled = plain[2], compiled[1]
+    middle, middle_compiled = plain[2], compiled[2]
     padded, auto = (
         [f"{bound(case['step_seconds'][LATER]):.2f}" for bound in (min, max)] for case in cases(8)
     )
@@ -96,7 +99,7 @@ def lines() -> list[tuple[str, str]]:
         (CHANGELOG, f"and 32 rows {many[0]}"),
         (
             DEBT,
-            f"take {launches} of the time of the padded step on an H200, by launch, at the median of three "
+            f"take {launches} of the time of the padded step on an H200, by launch, at the median of five "
             f"{middle_compiled} with layers that Unsloth compiles, of five {middle} without",
         ),
         (DEBT, f"32 rows take {many[0]}"),
@@ -156,7 +159,35 @@ def test_every_launch_of_eight_rows_has_a_row() -> None:
     rows = [
         line for line in UNSLOTH.splitlines() if "records/recipe-ragged-" in line and line.startswith("|")
     ]
-    assert rows == expected
+    assert [row for row in rows if "-in-turn-" not in row] == expected
+
+
+def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsloth's function saves time; losses of all layouts are the same to rounding."""
+    recipe = benchmark("recipe", monkeypatch)
+    saved, ratios = [], []
+    for label, name in IN_TURN.items():
+        known = record(name)
+        assert {case: values["arguments"] for case, values in known["cases"].items()} == recipe.ALTERNATING
+        assert recipe.ratios(known["cases"]) == pytest.approx(known["ratios"])
+        case = known["cases"][recipe.IN_TURN]
+        padded, auto, peft = recipe.turns(case["step_seconds"]).values()
+        link = f"[{label}](../examples/benchmarks/records/{name}.json)"
+        cells = [link, *(f"{seconds:.2f} s" for seconds in (auto, peft, padded))]
+        assert (
+            f"| {' | '.join([*cells, f'{auto / padded:.2f}', f'{auto / peft:.2f}'])} |"
+            in UNSLOTH.splitlines()
+        )
+        saved.append(f"{1 - auto / peft:.0%}".rstrip("%"))
+        ratios.append(f"{auto / padded:.2f}")
+        losses = [log["loss"] for log in case["logs"][:-1]]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
+    text = " ".join(UNSLOTH.split())
+    assert "the function saved {} and {} % of the packed step".format(*saved) in text
+    assert "{} and {} % of a step of 8 packed rows".format(*saved) in PERFORMANCE
+    assert "{} and {} in turn with padded steps".format(*ratios) in DEBT
+    first = record(IN_TURN["first"])["cases"][recipe.IN_TURN]
+    assert f"the first needed {first['import_seconds']:.0f} s for its imports" in text
 
 
 def test_the_records_hold_the_cases_and_ratios_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
