@@ -183,11 +183,11 @@ def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         losses = [log["loss"] for log in case["logs"][:-1]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
     text = " ".join(UNSLOTH.split())
-    assert "the function saved {} and {} % of the packed step".format(*saved) in text
+    assert "The function saves {} and {} % of the packed step".format(*saved) in text
     assert "{} and {} % of a step of 8 packed rows".format(*saved) in PERFORMANCE
     assert "{} and {} in turn with padded steps".format(*ratios) in DEBT
-    first = record(IN_TURN["first"])["cases"][recipe.IN_TURN]
-    assert f"the first needed {first['import_seconds']:.0f} s for its imports" in text
+    assert len(case["step_seconds"]) == len(recipe.TURNS) * (recipe.FIRST_ROUNDS + 15)
+    assert "medians of 15 steps each" in text
 
 
 def test_the_records_hold_the_cases_and_ratios_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,8 +202,9 @@ class SDPOConfig:
             otherwise.
         max_tokens_per_forward: largest number of tokens, padding included, of a forward of more than one row.
             Default `None`: chosen from the shapes. It has no effect on `padded`.
-        fused_lora_forward: compute a plain LoRA layer by one autograd function in a training step, under Unsloth by
-            its function also attention that has biases; `False` keeps PEFT's forward. Default `True` (ours).
+        fused_lora_forward: compute a plain LoRA layer by one autograd function in a training step; under Unsloth,
+            whose own functions do so, also queries, keys and values that have a bias. `False` keeps PEFT's forward
+            there. Default `True` (ours).
         fast_checkpointing_toggle: disable gradient checkpointing for a rollout by the flags of the modules;
             `False` leaves that to TRL. Default `True` (ours).
         diagnostics_patience: generation batches without a single active row before a warning. Default 10.

@@ -7,7 +7,7 @@
 Every case runs in its own process with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
 whose times are compared run one at a time on an idle GPU; the others, which only measure memory, run together. A
 case that fails or exceeds the limit leaves the end of its log in the record, and the others continue. The case
-"in turn" compares layouts within one process, which has another of them in each step.
+"in turn" compares layouts within one process, which changes the layout from step to step.
 """
 
 from __future__ import annotations

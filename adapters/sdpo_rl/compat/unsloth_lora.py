@@ -1,4 +1,4 @@
-"""Unsloth's LoRA function for attention whose projections have a bias, as those of Qwen2."""
+"""Unsloth's LoRA function for queries, keys and values whose projections have a bias, as those of Qwen2."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
         parameter = parameters[name]
         _local_shard(parameter).copy_(shard)
         if _is_partition(parameter) and parameter.ds_status.name == "AVAILABLE":
-            # ZeRO-3 keeps small parameters gathered. Released, the next forward gathers them with their layer.
+            # ZeRO-3 keeps small parameters gathered. Once released, they are gathered with their module or layer.
             parameter.partition()
     for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
         _wait_for_writes(device)
