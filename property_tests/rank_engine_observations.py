@@ -44,6 +44,9 @@ WHOLE_LAYER_RUNS = {
 }
 
 
+FAILING = ("model.layers.0.input_layernorm", "model.layers.1.mlp.down_proj")
+
+
 def observe(
     folder: Path, run: Run = RUNS["untied"], *, generates: bool = False, callbacks: Sequence[Any] = ()
 ) -> dict[str, Any]:
@@ -158,6 +161,47 @@ def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
         }
 
 
+def observe_coordinators(folder: Path) -> int:
+    """How many of DeepSpeed's coordinators a run of six generations leaves, each of which may keep a trace."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    def living() -> int:
+        gc.collect()
+        return sum(type(each) is PartitionedParameterCoordinator for each in gc.get_objects())
+
+    before = living()
+    observe(folder, Run({"gradient_checkpointing": True, "max_steps": 6}), generates=True)
+    return living() - before
+
+
+def observe_error(folder: Path, module: str) -> dict[str, Any]:
+    """A run whose second teacher's forward fails within a module: the error, and the student before and after."""
+    from sdpo_rl.teacher import shards
+
+    trainer = make_trainer(folder, RUNS["untied"], **DEEPSPEED["zero3"])
+    seen: dict[str, Any] = {}
+
+    def student() -> dict[str, Tensor]:
+        return {name: shard.clone() for name, shard in shards.local_shards(trainer._unwrapped).items()}
+
+    def fail(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            raise MemoryError(module)
+
+    class SecondStep(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                seen["before"] = student()
+                trainer._unwrapped.get_submodule(module).register_forward_pre_hook(fail)
+
+    trainer.add_callback(SecondStep())
+    try:
+        trainer.train()
+    except MemoryError as error:
+        seen["error"] = str(error)
+    return {**seen, "after": student()}
+
+
 def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:
     """What of a run is still there after its trainer, without and with the benchmark's `free_engine`."""
     import ranks
@@ -191,6 +235,11 @@ def main(folder: Path) -> None:
     for own in (False, True):
         with strategy("zero3"):
             seen["traces", own] = observe_traces(folder / f"traces-{own}", own=own)
+    with strategy("zero3"):
+        seen["coordinators"] = observe_coordinators(folder / "coordinators")
+    for module in FAILING:
+        with strategy("zero3"):
+            seen["error", module] = observe_error(folder / module, module)
     for name in WHOLE_LAYER_RUNS:
         for whole in (False, True):
             with strategy("zero3"):

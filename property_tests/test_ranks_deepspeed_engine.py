@@ -48,6 +48,22 @@ def test_teacher_and_student_have_a_trace_each_that_is_never_dropped(seen: dict[
                 assert torch.equal(own[model][parameter], shard)
 
 
+def test_generations_leave_no_coordinators(seen: dict[str, Any]) -> None:
+    """DeepSpeed's own and ours; a cache of DeepSpeed keeps each that ever was."""
+    assert [seen[rank]["coordinators"] for rank in RANKS] == [2, 2]
+
+
+@pytest.mark.parametrize("module", engine.FAILING)
+def test_the_student_is_back_after_an_error_in_the_teacher_s_forward(
+    seen: dict[str, Any], module: str
+) -> None:
+    for rank in RANKS:
+        run = seen[rank]["error", module]
+        assert module in run["error"]
+        assert run["before"].keys() == run["after"].keys()
+        assert all(torch.equal(run["after"][name], shard) for name, shard in run["before"].items())
+
+
 @pytest.mark.parametrize("name", engine.WHOLE_LAYER_RUNS)
 def test_whole_layers_change_no_result(seen: dict[str, Any], name: str) -> None:
     for rank in RANKS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +45,20 @@ def projections(attention: Any) -> list[Any]:
 
 def attentions(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "q_proj")]
+
+
+def add_hook(layer: Any) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def add_hook_of_the_base(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda *_: None)
+
+
+def remove_modules_of_factors(layer: Any) -> None:
+    """As AdaLoRA, which has parameters."""
+    del layer.lora_A
+    layer.lora_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(2, 2))})
 
 
 def adapted(
@@ -107,6 +122,16 @@ def test_other_layers_keep_the_forward_of_peft(settings: dict[str, Any], fused: 
     model = adapted(**settings)
     with fused_attention(model):
         assert all(attention.apply_qkv is plain for attention in attentions(model))
+
+
+@pytest.mark.parametrize("change", [add_hook, add_hook_of_the_base, remove_modules_of_factors])
+def test_a_changed_layer_keeps_the_forward_of_peft(change: Callable[[Any], None], fused: Fused) -> None:
+    model = adapted()
+    first, second = attentions(model)
+    change(first.k_proj)
+    with fused_attention(model):
+        assert first.apply_qkv is plain
+        assert second.apply_qkv is not plain
 
 
 def test_compiled_layers_keep_the_forward_of_peft(fused: Fused, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def fused_lora_forward(model: nn.Module) -> Iterator[None]:
 def _fused_forwards(model: nn.Module) -> list[_FusedForward]:
     """One for each plain LoRA layer."""
     peft: Any = sys.modules.get("peft.tuners.lora.layer")  # imported by whoever built a LoRA layer
-    if peft is None or _has_global_hook():
+    if peft is None or has_global_hook():
         return []
     if getattr(peft.Linear.forward, "__globals__", None) is not vars(peft):  # another library replaced it
         return []
@@ -54,7 +54,7 @@ def _fused_forwards(model: nn.Module) -> list[_FusedForward]:
     return [forward for forward in map(_FusedForward, layers) if forward.is_plain()]
 
 
-def _has_global_hook() -> bool:
+def has_global_hook() -> bool:
     """Whether a hook of all modules is registered; torch 2.6 has no function that says so."""
     kinds = ("backward_pre_hooks", "backward_hooks", "forward_pre_hooks", "forward_hooks")
     return any(getattr(torch_module, f"_global_{kind}") for kind in kinds)
@@ -131,9 +131,13 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Whether a call runs the class's forward and nothing else."""
-    return not (
-        "forward" in vars(module)
-        or module._forward_pre_hooks
+    return "forward" not in vars(module) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module, or its backward pass, runs a hook of this module."""
+    return bool(
+        module._forward_pre_hooks
         or module._forward_hooks
         or module._backward_pre_hooks
         or module._backward_hooks

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..step.modules import all_modules
 from ..teacher import shards
+from .peft_lora import has_global_hook, has_hooks
 
 _PLAIN = "unsloth.models.llama", "original_apply_qkv"
 _FUSED = "unsloth.kernels", "apply_lora_qkv"
@@ -24,12 +25,12 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 
     The function computes base and adapters of the three projections at once. It adds no bias, so Unsloth leaves
     projections with one to PEFT, which takes several kernels for each. Here the biases are added to what it
-    returns. Float32 weights keep PEFT's forward, as with Unsloth, and so do sharded ones.
+    returns. Float32 weights keep PEFT's forward, as with Unsloth, and so do sharded ones and modules with hooks.
     """
     functions: list[Any] = [getattr(sys.modules.get(module), name, None) for module, name in (_PLAIN, _FUSED)]
     plain, fused = functions
     layers = []
-    if plain is not None and fused is not None and not shards.is_sharded(model):
+    if plain is not None and fused is not None and not (shards.is_sharded(model) or has_global_hook()):
         layers = [m for m in all_modules(model) if vars(m).get(_SLOT) is plain and _has_biased_adapters(m)]
 
     def projections(attention: Any, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -60,7 +61,10 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
 
 def _has_biased_adapters(attention: Any) -> bool:
     layers = _projections(attention)
-    if not all(hasattr(layer, "lora_A") for layer in layers):
+    # AdaLoRA's `lora_A` has no modules.
+    if not all(isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) for layer in layers):
+        return False
+    if any(has_hooks(module) for layer in layers for module in all_modules(layer)):
         return False
     bases = [layer.base_layer for layer in layers]  # 4-bit ones are an `nn.Linear`, too
     return any(getattr(base, "bias", None) is not None for base in bases) and all(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_OWN = "_sdpo_coordinator"  # an attribute of DeepSpeed's object: the second coordinator, and when it was made
+_OWN = "_sdpo_coordinator"  # an attribute of DeepSpeed's object: the second coordinator, and a number of its hooks
 
 
 @contextmanager
@@ -25,12 +25,14 @@ def own_trace(model: Any) -> Iterator[None]:
     if coordinator is None or torch.is_grad_enabled():
         yield
         return
-    # TRL removes DeepSpeed's hooks for a generation. Those registered afterwards give modules other numbers.
     own, numbers = getattr(offload, _OWN, (None, None))
-    if numbers != offload.module.ds_id:
+    if own is None:
         own = copy.copy(coordinator)
         own._clear_trace_structures()  # otherwise both would record into one list
-        setattr(offload, _OWN, (own, offload.module.ds_id))
+    elif numbers != offload.module.ds_id and not own.is_invalid_trace():
+        # TRL removes DeepSpeed's hooks for a generation. Those registered afterwards give modules other numbers.
+        own._invalidate_trace()
+    setattr(offload, _OWN, (own, offload.module.ds_id))
     offload.param_coordinator = own
     try:
         yield

@@ -175,12 +175,14 @@ def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
     a GPU that is behind, the next forward would gather what was in them before.
     """
     for name, shard in shards.items():
-        parameter = parameters[name]
-        _local_shard(parameter).copy_(shard)
-        if _is_partition(parameter) and parameter.ds_status.name == "AVAILABLE":
+        _local_shard(parameters[name]).copy_(shard)
+    partitioned = [parameters[name] for name in shards if _is_partition(parameters[name])]
+    for parameter in partitioned:
+        if parameter.ds_status.name == "AVAILABLE":
             # ZeRO-3 keeps small parameters gathered. Once released, they are gathered with their module or layer.
+            parameter.ds_active_sub_modules.clear()  # an exception in a forward leaves the modules that ran
             parameter.partition()
-    for device in {parameters[name].ds_tensor.device for name in shards if _is_partition(parameters[name])}:
+    for device in {parameter.ds_tensor.device for parameter in partitioned}:
         _wait_for_writes(device)
 
 
