@@ -7,7 +7,8 @@
 Every case runs in its own process with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
 whose times are compared run one at a time on an idle GPU; the others, which only measure memory, run together. A
 case that fails or exceeds the limit leaves the end of its log in the record, and the others continue. The case
-"in turn" compares layouts within one process, which changes the layout from step to step.
+"in turn" compares layouts within one process, which changes the layout from step to step; the records of
+`--cases ragged` are from before it.
 """
 
 from __future__ import annotations

@@ -21,26 +21,29 @@ _SLOT = "apply_qkv"  # of an attention module: the function that computes its qu
 
 @contextmanager
 def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Queries, keys and values by Unsloth's LoRA function also where they have a bias; PEFT's is back afterwards.
+    """Use Unsloth's LoRA function also for query, key and value projections with a bias; undo this on exit.
 
-    The function computes base and adapters of the three projections at once. It adds no bias, so Unsloth leaves
-    projections with one to PEFT, which takes several kernels for each. Here the biases are added to what it
-    returns. Float32 weights keep PEFT's forward, as with Unsloth, and so do sharded ones and modules with hooks.
+    The function computes the base layers and adapters of all three projections at once. It adds no bias, so
+    Unsloth leaves projections that have one to PEFT, which runs several kernels for each. Here, the biases are
+    added to the function's output. PEFT's forward stays in use for float32 weights (as in Unsloth itself),
+    sharded models and modules with hooks.
     """
     functions: list[Any] = [getattr(sys.modules.get(module), name, None) for module, name in (_PLAIN, _FUSED)]
     plain, fused = functions
-    layers = []
+    attentions = []
     if plain is not None and fused is not None and not (shards.is_sharded(model) or has_global_hook()):
-        layers = [m for m in all_modules(model) if vars(m).get(_SLOT) is plain and _has_biased_adapters(m)]
+        attentions = [
+            m for m in all_modules(model) if vars(m).get(_SLOT) is plain and _has_biased_adapters(m)
+        ]
 
-    def projections(attention: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    def qkv_with_biases(attention: Any, hidden: Tensor) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():  # a compiler fuses these operations itself
             return tuple(plain(attention, hidden))
         parameters = [layer.base_layer._parameters for layer in _projections(attention)]
         biases = [each["bias"] for each in parameters]
         try:
             for each in parameters:
-                each["bias"] = None  # where the function calls PEFT's forward, it would be added there
+                each["bias"] = None  # the function may call PEFT's forward, which would add the bias too
             outputs = fused(attention, hidden)
         finally:
             for each, bias in zip(parameters, biases, strict=True):
@@ -51,12 +54,12 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
         )
 
     try:
-        for layer in layers:
-            vars(layer)[_SLOT] = projections
+        for attention in attentions:
+            vars(attention)[_SLOT] = qkv_with_biases
         yield
     finally:
-        for layer in layers:
-            vars(layer)[_SLOT] = plain
+        for attention in attentions:
+            vars(attention)[_SLOT] = plain
 
 
 def _has_biased_adapters(attention: Any) -> bool:

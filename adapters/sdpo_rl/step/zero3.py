@@ -9,28 +9,30 @@ from typing import Any
 
 import torch
 
-_OWN = "_sdpo_coordinator"  # an attribute of DeepSpeed's object: the second coordinator, and a number of its hooks
+# Attribute of DeepSpeed's object: our coordinator, and the root module's `ds_id` when it was last used.
+_OWN = "_sdpo_coordinator"
 
 
 @contextmanager
 def own_trace(model: Any) -> Iterator[None]:
-    """Forwards without a gradient, if `model` is an engine of DeepSpeed's ZeRO-3, have a trace of their own.
+    """Give forwards without gradients a trace of their own if `model` is a DeepSpeed ZeRO-3 engine.
 
-    DeepSpeed records the modules that run between the starts of two forwards. While they run in that order again,
-    it gathers the weights of the next ones ahead; at another order it drops the trace. The teacher's forward ends
-    where the student's goes on with its backward pass, so with one trace for both it would drop it in every step.
+    DeepSpeed records the modules that run from the start of one forward to the start of the next. While that
+    order repeats, it gathers the next modules' weights ahead of use; when the order differs, it drops the trace.
+    A backward pass follows the student's forward but not the teacher's, so DeepSpeed would drop a shared trace in
+    every step.
     """
     offload: Any = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
     coordinator = getattr(offload, "param_coordinator", None)
     if coordinator is None or torch.is_grad_enabled():
         yield
         return
-    own, numbers = getattr(offload, _OWN, (None, None))
+    own, root_id = getattr(offload, _OWN, (None, None))
     if own is None:
         own = copy.copy(coordinator)
-        own._clear_trace_structures()  # otherwise both would record into one list
-    elif numbers != offload.module.ds_id and not own.is_invalid_trace():
-        # TRL removes DeepSpeed's hooks for a generation. Those registered afterwards give modules other numbers.
+        own._clear_trace_structures()  # the copy is shallow: this gives it lists of its own
+    elif root_id != offload.module.ds_id and not own.is_invalid_trace():
+        # TRL removes DeepSpeed's hooks for a generation; registering them again gives every module a new `ds_id`.
         own._invalidate_trace()
     setattr(offload, _OWN, (own, offload.module.ds_id))
     offload.param_coordinator = own
