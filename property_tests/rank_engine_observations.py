@@ -68,36 +68,23 @@ def observe(
 
 
 def observe_late_writes(folder: Path) -> dict[str, Any]:
-    """A run whose partitions get what is written to them only when the host waits, or when they are read in order.
+    """A run in which copies of the teacher's weights get their values only when the host waits.
 
-    A GPU may be as late: DeepSpeed gathers partitions in a stream of its own, which does not wait for the writes.
+    A GPU may be as late: DeepSpeed gathers weights in a stream of its own, which does not wait for the copies.
     """
-    from sdpo_rl.teacher import shards
+    from sdpo_rl.teacher import partitions
 
     late: list[tuple[Tensor, Tensor]] = []
 
+    def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        late.extend(zip(targets, values, strict=True))
+
     def wait(*_: Any) -> None:
         while late:
-            target, source = late.pop(0)
-            target.copy_(source)
+            target, value = late.pop(0)
+            target.copy_(value)
 
-    class Shard(Tensor):
-        """What the trainer sees of a partition."""
-
-        __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
-
-        def copy_(self, source: Tensor) -> Any:  # type: ignore[override]
-            late.append((self.as_subclass(Tensor), source.clone()))
-
-        def clone(self) -> Any:  # type: ignore[override]
-            wait()
-            return self.as_subclass(Tensor).clone()
-
-    local = shards._local_shard
-    with (
-        patch.object(shards, "_local_shard", lambda parameter: local(parameter).as_subclass(Shard)),
-        patch.object(shards, "_wait_for_writes", wait),
-    ):
+    with patch.object(partitions, "_write", write), patch.object(partitions, "_wait_for_writes", wait):
         return observe(folder)
 
 
@@ -124,21 +111,21 @@ def observe_layers(folder: Path, name: str, *, whole: bool) -> dict[str, Any]:
 
 
 def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
-    """A run, how often each step dropped a trace, and how many parameters were gathered one by one.
+    """A run, how often each step dropped a trace, and how many parameters were released for the teacher's weights.
 
     Not `own`: teacher and student have one trace.
     """
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     from sdpo_rl.step import forward
-    from sdpo_rl.teacher import shards
+    from sdpo_rl.teacher import partitions
 
     drop, dropped = PartitionedParameterCoordinator._invalidate_trace, [0]
-    gather, gathered = shards._gather, []
+    release, released = partitions._release, [0]
 
-    def gather_one(parameter: Any, shard: Tensor) -> Tensor:
-        gathered.append(parameter)
-        return gather(parameter, shard)
+    def count_released(parameters: Sequence[Any]) -> None:
+        released[-1] += sum(map(partitions._is_gathered, parameters))
+        release(parameters)
 
     def count(coordinator: Any) -> None:
         dropped[-1] += 1
@@ -147,17 +134,18 @@ def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
     class Steps(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             dropped.append(0)
+            released.append(0)
 
     with (
         patch.object(PartitionedParameterCoordinator, "_invalidate_trace", count),
-        patch.object(shards, "_gather", gather_one),
+        patch.object(partitions, "_release", count_released),
         nullcontext() if own else patch.object(forward, "own_trace", lambda _: nullcontext()),
     ):
         run = Run({"gradient_checkpointing": True, "max_steps": 6})
         return {
             **observe(folder, run, callbacks=[Steps()]),
             "dropped": dropped[:-1],
-            "gathered": len(gathered),
+            "released": released[:-1],
         }
 
 

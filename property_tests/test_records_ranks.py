@@ -62,8 +62,9 @@ def rows(name: str, record: dict[str, Any]) -> Iterator[str]:
             runs = [launches.get(count, {}).get(FULL[count]) for count in COUNTS]
             return ", ".join("–" if run is None else f"{run[what] / unit:.{digits}f}" for run in runs)
 
+        label = LABELS[kind] + (", not gathered" if options.get("no_gather") else "")
         cells = [
-            f"[{LABELS[kind]}, {options['shape'].upper()}, {TRAINING[options['training']]}]"
+            f"[{label}, {options['shape'].upper()}, {TRAINING[options['training']]}]"
             f"(../examples/benchmarks/records/{name})",
             options["rows"],
             each("peak_bytes", 2**30, 1),
@@ -149,19 +150,49 @@ def sentences() -> Iterator[str]:
     yield f"up to {max(ratios):.1f} times"
 
 
-def test_no_difference_of_the_traces_is_seen_on_one_gpu() -> None:
-    known = record("zero3-traces-h200")
-    ((kind, launched),) = known["runs"].items()
-    assert (kind, [*launched]) == ("zero3-layers", ["1"])
-    own, one = (launched["1"][run]["steps"] for run in ("same rows", "one trace"))
-    assert compare(known["runs"]) == known["compared"]
-    (compared,) = known["compared"].values()
-    assert compared["own traces / one trace"] == statistics.median(own) / statistics.median(one)
-    text = page("docs/many-gpus.md")
-    assert (
-        f"a step took {compared['own traces / one trace']:.2f} of the time of a step with one trace" in text
+NOT_GATHERED = [record(f"ranks-1.5b-full-no-gather{launch}-h200") for launch in ("", "-again", "-third")]
+
+
+def listed(values: list[float]) -> str:
+    *first, last = (f"{value:.2f}" for value in values)
+    return f"{', '.join(first)} and {last}"
+
+
+def test_three_launches_without_gathering() -> None:
+    """The median is above 0.93, as with TRL's loss; no gain by a trace for each can be seen."""
+    text, debt = page("docs/many-gpus.md"), page("DEBT.md")
+    ours, trl = (
+        [weak_scaling(known["compared"], "zero3-layers", run) or 0.0 for known in NOT_GATHERED]
+        for run in ("rows each", "grpo")
     )
-    assert f"single steps took {min(own):.2f} to {max(own):.2f} s, so no difference can be seen" in text
+    middle, middle_trl = map(statistics.median, (ours, trl))
+    assert middle > 0.93
+    assert (
+        f"Without that gathering ZeRO-3's weak scaling was {listed(ours)} in three launches, at the median "
+        f"{middle:.2f}; with TRL's own loss {listed(trl)}, at the median {middle_trl:.2f}."
+    ) in text
+    assert f"{middle:.2f} and {middle_trl:.2f}, the medians of three launches" in debt
+    ratios = {
+        count: [
+            known["compared"][f"zero3-layers on {count}, one trace"]["own traces / one trace"]
+            for known in NOT_GATHERED
+        ]
+        for count in COUNTS
+    }
+    assert (
+        f"steps took {listed(ratios['2'])} of the time of steps with one trace for both on two GPUs, and "
+        f"{listed(ratios['1'])} on one"
+    ) in text
+    assert f"steps took {listed(ratios['2'])} of the time of steps with one trace for both" in debt
+    (own, one), *_ = {
+        tuple(
+            known["runs"]["zero3-layers"]["2"][run]["peak_bytes"] / 2**30
+            for run in ("rows each", "one trace")
+        )
+        for known in NOT_GATHERED
+    }
+    assert f"Their peak on two was {own:.1f} GiB, with one trace {one:.1f} GiB." in text
+    assert f"and {own - one:.1f} GiB more" in debt
 
 
 def three_runs(runs: dict[str, Any]) -> list[Any]:

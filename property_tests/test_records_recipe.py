@@ -26,7 +26,12 @@ NAMES = {
     "compiled, idle machine once more": "recipe-ragged-8-rows-compiled-fourth-h200",
     "compiled, idle machine at last": "recipe-ragged-8-rows-compiled-fifth-h200",
 }
-IN_TURN = {"first": "recipe-ragged-8-rows-in-turn-h200", "second": "recipe-ragged-8-rows-in-turn-again-h200"}
+IN_TURN = {
+    "first": "recipe-ragged-8-rows-in-turn-h200",
+    "second": "recipe-ragged-8-rows-in-turn-again-h200",
+    "third": "recipe-ragged-8-rows-in-turn-third-h200",
+}
+LATEST = record("recipe-ragged-8-rows-fused-projections-h200")  # with Unsloth's function for a bias, too
 EIGHT = {label: record(name) for label, name in NAMES.items()}  # launches of 8 rows
 ALONE = [known for known in EIGHT.values() if known != KNOWN]  # of 8 rows and no others
 IDLE = EIGHT["idle machine"]
@@ -162,6 +167,15 @@ def test_every_launch_of_eight_rows_has_a_row() -> None:
     assert [row for row in rows if "-in-turn-" not in row] == expected
 
 
+def test_the_launch_with_the_function() -> None:
+    padded, auto = (f"{median(case):.2f} s" for case in cases(8, LATEST))
+    found = ratio("step time", 8, LATEST)
+    link = "../examples/benchmarks/records/recipe-ragged-8-rows-fused-projections-h200.json"
+    text = " ".join(UNSLOTH.split())
+    assert f"a packed step took {auto} and a padded one {padded}, a ratio of [{found}]({link})" in text
+    assert f"{found} in one compiled launch" in DEBT
+
+
 def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unsloth's function saves time; losses of all layouts are the same to rounding."""
     recipe = benchmark("recipe", monkeypatch)
@@ -183,9 +197,9 @@ def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         losses = [log["loss"] for log in case["logs"][:-1]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
     text = " ".join(UNSLOTH.split())
-    assert "The function saves {} and {} % of the packed step".format(*saved) in text
-    assert "{} and {} % of a step of 8 packed rows".format(*saved) in PERFORMANCE
-    assert "{} and {} in turn with padded steps".format(*ratios) in DEBT
+    assert "The function saves {}, {} and {} % of the packed step".format(*saved) in text
+    assert "{}, {} and {} % of a step of 8 packed rows".format(*saved) in PERFORMANCE
+    assert "{}, {} and {} in turn with padded steps".format(*ratios) in DEBT
     assert len(case["step_seconds"]) == len(recipe.TURNS) * (recipe.FIRST_ROUNDS + 15)
     assert "medians of 15 steps each" in text
 
@@ -195,9 +209,9 @@ def test_the_records_hold_the_cases_and_ratios_of_the_benchmark(monkeypatch: pyt
     assert {name: case["arguments"] for name, case in KNOWN["cases"].items()} == recipe.RAGGED
     eight = {name: arguments for name, arguments in recipe.RAGGED.items() if " 8 ragged" in name}
     assert len(ALONE) == len(EIGHT) - 1
-    for known in (WITHOUT, *ALONE):
+    for known in (WITHOUT, *ALONE, LATEST):
         assert {name: case["arguments"] for name, case in known["cases"].items()} == eight
-    for known in (WITHOUT, *EIGHT.values()):
+    for known in (WITHOUT, *EIGHT.values(), LATEST):
         assert recipe.ratios(known["cases"]) == pytest.approx(known["ratios"])
     for rows in ROWS:
         assert [case["limit_gib"] for case in cases(rows)] == [0, 0]
@@ -205,7 +219,7 @@ def test_the_records_hold_the_cases_and_ratios_of_the_benchmark(monkeypatch: pyt
 
 def test_what_is_gained() -> None:
     """Less with fewer rows; no time without the kernel; the loss is the same to rounding."""
-    for rows, known in ((32, KNOWN), (8, WITHOUT), *((8, launch) for launch in EIGHT.values())):
+    for rows, known in ((32, KNOWN), (8, WITHOUT), *((8, launch) for launch in EIGHT.values()), (8, LATEST)):
         padded, auto = cases(rows, known)
         assert auto["peak_gib"] < padded["peak_gib"]
         assert (median(auto) < median(padded)) == (known is not WITHOUT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from . import partitions
 
 Tensors = dict[str, Tensor]  # by parameter name
 
@@ -66,9 +69,9 @@ def check_zero3_options(accelerator: Any) -> None:
     device = (options.get("offload_param") or {}).get("device")
     if device in ("cpu", "nvme"):
         raise ValueError(
-            f"offload_param: expected the device 'none', got {device!r}; the teacher's weights are written into "
-            "the partitions, and compared over all processes, which needs them on the GPU. Remove the option from "
-            "zero_optimization, or set SDPOConfig(teacher_mode='live') without anchor_weight"
+            f"offload_param: expected the device 'none', got {device!r}; the teacher's weights take the "
+            "place of the partitions, and are compared over all processes, which needs them on the GPU. Remove the "
+            "option from zero_optimization, or set SDPOConfig(teacher_mode='live') without anchor_weight"
         )
 
 
@@ -77,12 +80,13 @@ def is_sharded(model: nn.Module) -> bool:
     if not _has_process_group():
         return False
     # An unsharded FSDP unit shows plain parameters, so the modules tell, not the parameters.
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or is_partitioned(model)
+    return is_partitioned(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def is_partitioned(model: nn.Module) -> bool:
     """Whether ZeRO-3 partitions the parameters, so that most are gathered only while their module runs."""
-    return any(_is_partition(parameter) for parameter in model.parameters())
+    # It partitions all of a model or none.
+    return any(partitions.is_partition(parameter) for parameter in islice(model.parameters(), 1))
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,11 +102,15 @@ def local_shards(model: nn.Module) -> Tensors:
 
 @contextmanager
 def swap_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> Iterator[None]:
-    """A sharded model with other values in its local shards; its own are copied back, bit for bit, afterwards.
+    """A sharded model with other values in its local shards; its own are back, bit for bit, afterwards.
 
     `torch.func.functional_call` would mix plain tensors with sharded ones, which torch refuses.
     """
     parameters = _resharded_parameters(model)
+    if is_partitioned(model):
+        with partitions.replaced_partitions([parameters[name] for name in shards], list(shards.values())):
+            yield
+        return
     originals = {name: _local_shard(parameters[name]).clone() for name in shards}
     try:
         _write(parameters, shards)
@@ -169,21 +177,8 @@ def _resharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _write(parameters: Mapping[str, Any], shards: Mapping[str, Tensor]) -> None:
-    """Copy values into the local shards of the parameters, and wait for ZeRO-3's partitions.
-
-    DeepSpeed gathers partitions in a stream of its own, which does not wait for the stream that writes to them. On
-    a GPU that is behind, the next forward would gather what was in them before.
-    """
     for name, shard in shards.items():
         _local_shard(parameters[name]).copy_(shard)
-    partitioned = [parameters[name] for name in shards if _is_partition(parameters[name])]
-    for parameter in partitioned:
-        if parameter.ds_status.name == "AVAILABLE":
-            # ZeRO-3 keeps small parameters gathered. Once released, they are gathered with their module or layer.
-            parameter.ds_active_sub_modules.clear()  # an exception in a forward leaves the modules that ran
-            parameter.partition()
-    for device in {parameter.ds_tensor.device for parameter in partitioned}:
-        _wait_for_writes(device)
 
 
 def _wait_for_copies(shards: Mapping[str, Tensor]) -> None:
@@ -192,24 +187,10 @@ def _wait_for_copies(shards: Mapping[str, Tensor]) -> None:
         torch.accelerator.synchronize()
 
 
-def _wait_for_writes(device: torch.device) -> None:
-    """Block the host until the current stream is done; a gather in another stream would not wait for it."""
-    if device.type != "cpu":
-        torch.get_device_module(device).current_stream(device).synchronize()
-
-
-def _is_partition(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_tensor")
-
-
 def _local_shard(parameter: Any) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.to_local().detach()
-    if not _is_partition(parameter):
-        return parameter.detach()
-    # All partitions are equally long, so the last ones end with padding.
-    start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
-    return parameter.ds_tensor.detach()[: max(parameter.ds_numel - start, 0)]
+    return partitions.local(parameter) if partitions.is_partition(parameter) else parameter.detach()
 
 
 def _cut_shard(parameter: Any, tensor: Tensor) -> Tensor:
@@ -219,10 +200,7 @@ def _cut_shard(parameter: Any, tensor: Tensor) -> Tensor:
         return distribute_tensor(
             tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
         ).to_local()
-    if not _is_partition(parameter):
-        return tensor
-    start = parameter.ds_tensor.numel() * dist.get_rank(parameter.ds_process_group)
-    return tensor.flatten()[start : start + parameter.ds_tensor.numel()]
+    return partitions.cut(parameter, tensor) if partitions.is_partition(parameter) else tensor
 
 
 def _gather(parameter: Any, shard: Tensor) -> Tensor:
@@ -236,11 +214,4 @@ def _gather(parameter: Any, shard: Tensor) -> Tensor:
             shape=parameter.shape,
             stride=parameter.stride(),
         ).full_tensor()
-    if not _is_partition(parameter):
-        return shard
-    group = parameter.ds_process_group
-    padded = shard.new_zeros(parameter.ds_tensor.numel(), device=parameter.ds_tensor.device)
-    padded[: shard.numel()] = shard
-    gathered = padded.new_empty(padded.numel() * dist.get_world_size(group))
-    dist.all_gather_into_tensor(gathered, padded, group=group)
-    return gathered[: parameter.ds_numel].view(parameter.ds_shape)
+    return partitions.gather(parameter, shard) if partitions.is_partition(parameter) else shard

@@ -33,7 +33,8 @@ class TeacherStore:
     Memory, in copies of the trainable parameters: the state takes one in their own dtype (`frozen`, `trust_region`,
     or an average of the same dtype), two as a float32 average of bfloat16 parameters. A teacher forward takes one
     more copy, in the model's dtype, if the state has another dtype or is offloaded; it is freed before the student
-    forward. A sharded model copies its own shards aside instead. With LoRA all of this is megabytes.
+    forward. Of a sharded model this copy is always made: of the teacher's shards under ZeRO-3, of the student's
+    under FSDP2. With LoRA all of this is megabytes.
 
     Attributes:
         state: the core's `TeacherState`.
@@ -89,7 +90,7 @@ class TeacherStore:
             return [None] * count
         student = self._student(model)
         params = self.state.params
-        if not shards.is_sharded(model):  # `swap_shards` casts when it copies
+        if not shards.is_sharded(model):  # `swap_shards` casts
             params = _cast_like(params, student)
         return [params, None][:count]
 
