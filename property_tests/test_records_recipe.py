@@ -104,8 +104,8 @@ def lines() -> list[tuple[str, str]]:
         (CHANGELOG, f"and 32 rows {many[0]}"),
         (
             DEBT,
-            f"take {launches} of the time of the padded step on an H200, by launch, at the median of five "
-            f"{middle_compiled} with layers that Unsloth compiles, of five {middle} without",
+            f"they took {launches}, by launch, at the median of five {middle_compiled} with layers that Unsloth "
+            f"compiles, of five {middle} without",
         ),
         (DEBT, f"32 rows take {many[0]}"),
         (
@@ -113,7 +113,7 @@ def lines() -> list[tuple[str, str]]:
             f'single steps took {auto[0]} to {auto[1]} s with `"auto"` '
             f'and {padded[0]} to {padded[1]} s with `"padded"`',
         ),
-        (UNSLOTH, f"eight gave {launches} of the time of the padded step"),
+        (UNSLOTH, f"eight rows took {launches} of the time of the padded step"),
         (UNSLOTH, f"The median ratio is {middle} without compiling and {middle_compiled} with it"),
         (
             UNSLOTH,
@@ -173,7 +173,7 @@ def test_the_launch_with_the_function() -> None:
     link = "../examples/benchmarks/records/recipe-ragged-8-rows-fused-projections-h200.json"
     text = " ".join(UNSLOTH.split())
     assert f"a packed step took {auto} and a padded one {padded}, a ratio of [{found}]({link})" in text
-    assert f"{found} in one compiled launch" in DEBT
+    assert f"take {found} of the time of the padded step on an H200 in one compiled launch" in DEBT
 
 
 def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

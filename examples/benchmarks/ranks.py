@@ -10,7 +10,7 @@
 
 The second command gives more than its record, `ranks-1.5b-full-h200.json`, which was joined from single launches
 (below). It has of `ddp` only the float32 run on one process, of TRL's own loss only the runs under ZeRO-3. The
-three records of the third, of one launch each, have no run `in turn`; two have only the other runs that are timed.
+three records of the third, of one session each, have no run `in turn`; two have only its other timed runs.
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
 is a launch by `accelerate launch` with a file of `examples/accelerate`; `zero3-layers` is `zero3` with the class of
@@ -117,18 +117,19 @@ class TracesInTurn(TrainerCallback):
     """Turns of `TURN` steps: with a trace each for teacher and student, then with one for both, and so on."""
 
     def __init__(self) -> None:
+        # `measure` replaces it later.
         self._own_trace, self._step = forward.own_trace, 0
 
     def own_trace(self, model: Any) -> AbstractContextManager[None]:
-        """That of the library, in its turns."""
+        """The library's in the first turn, the third and so on; in the others nothing."""
         return self._own_trace(model) if self._step // TURN % 2 == 0 else nullcontext()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step = state.global_step
 
     def timed(self, steps: Sequence[float], turn: int) -> list[float]:
-        """The timed steps of every second turn, from the first (0) or the second (1) on."""
-        # A trace begins anew in each turn, and is complete in its third step.
+        """The seconds of the timed steps in turns with even numbers (`turn` 0) or odd ones (1), counted from 0."""
+        # In the first steps of a turn traces may be recorded.
         return [seconds for i, seconds in enumerate(steps) if i // TURN % 2 == turn and i % TURN > WARMUP]
 
 

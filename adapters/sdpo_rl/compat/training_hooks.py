@@ -61,5 +61,5 @@ class TrainingHooks(TrainerCallback):
         self._step_end()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the training stops where there was no batch."""
+        """Also after an epoch without a batch, before the Trainer stops because of it."""
         self._epoch_end()

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-# Attribute of DeepSpeed's object: our coordinator, and the root module's `ds_id` when it was last used.
+# Attribute of `parameter_offload`: the coordinator of forwards without gradients, which keeps their trace, and the
+# root module's `ds_id` when it was last used.
 _OWN = "_sdpo_coordinator"
 
 

@@ -44,15 +44,15 @@ def gather(parameter: Any, part: Tensor) -> Tensor:
 
 @contextmanager
 def replaced_partitions(parameters: Sequence[Any], parts: Sequence[Tensor]) -> Iterator[None]:
-    """Partitioned parameters with other values, `parts`, of which they point to copies until the end.
+    """Let the partitions of the parameters point to copies of `parts` [D], this rank's values, until the end.
 
-    Parameters that DeepSpeed keeps gathered point to full tensors of these values, gathered in one collective.
-    What the parameters had before is not written to, and is back afterwards.
+    Parameters that DeepSpeed keeps gathered point to full tensors of these values, from one collective for each
+    dtype and group. What the parameters pointed to before is not overwritten; they point to it again afterwards.
     """
     kept = [parameter for parameter in parameters if parameter.ds_persist and _is_gathered(parameter)]
     others = set(parameters).difference(kept)
-    own = [(parameter, parameter.ds_tensor.data) for parameter in parameters]
-    own_full = [(parameter, parameter.data) for parameter in kept]
+    before = [(parameter, parameter.ds_tensor.data) for parameter in parameters]
+    full_before = [(parameter, parameter.data) for parameter in kept]
     copies = dict(zip(parameters, _copies(parameters, parts), strict=True))
     full = _gather_together(kept, [copies[parameter] for parameter in kept])
     _release(others)
@@ -63,16 +63,16 @@ def replaced_partitions(parameters: Sequence[Any], parts: Sequence[Tensor]) -> I
             parameter.data = tensor
         yield
     finally:
-        for parameter, partition in own:
+        for parameter, partition in before:
             parameter.ds_tensor.data = partition
-        for parameter, tensor in own_full:
-            if _is_gathered(parameter):
+        for parameter, tensor in full_before:
+            if _is_gathered(parameter):  # otherwise DeepSpeed gathers it again
                 parameter.data = tensor
         _release(others)
 
 
 def _copies(parameters: Sequence[Any], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the parts, as long as the partitions and in their dtypes, when the host has waited for them."""
+    """Copies of the parts, padded to the partitions' lengths, in their dtypes; waits until they are written."""
     copies = [torch.empty_like(parameter.ds_tensor) for parameter in parameters]
     for copy, part in zip(copies, parts, strict=True):
         if len(part) < len(copy):
@@ -120,7 +120,7 @@ def _release(parameters: Iterable[Any]) -> None:
     """Free the full tensors of parameters, so that DeepSpeed gathers them again."""
     for parameter in parameters:
         if _is_gathered(parameter):
-            parameter.ds_active_sub_modules.clear()  # an exception in a forward leaves the modules that ran
+            parameter.ds_active_sub_modules.clear()  # not empty after an exception in a forward
             parameter.partition()
 
 

@@ -30,6 +30,11 @@ _WRAPPER = "_checkpoint_wrapped_module."
 def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps: int) -> None:
     """Refuse the distributed strategies under which the loss or the teacher would be wrong.
 
+    Args:
+        accelerator: Accelerate's.
+        generate_every: micro-batches of a generation batch, `steps_per_generation * num_iterations`.
+        accumulation_steps: micro-batches of an optimizer step.
+
     Raises:
         ValueError: FSDP 1, whose sharded parameters have no names of their own; or, under DeepSpeed, an optimizer
             step that spans several generation batches.
@@ -37,7 +42,7 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
         raise ValueError(
-            "FSDP version 1 flattens parameters, so the teacher's weights cannot replace them by name; set "
+            "FSDP version 1 flattens parameters, so they have no names by which to replace them; set "
             "fsdp_version: 2 in the Accelerate config, or GRPOConfig(fsdp_config={'version': 2})"
         )
     if accelerator.distributed_type == "DEEPSPEED" and generate_every % accumulation_steps:
@@ -49,7 +54,7 @@ def check_strategy(accelerator: Any, *, generate_every: int, accumulation_steps:
 
 
 def check_zero3_options(accelerator: Any) -> None:
-    """Refuse options of ZeRO-3 with which a forward would not gather the weights that were written for it.
+    """Refuse options of ZeRO-3 with which the teacher's forward would not gather the teacher's weights.
 
     Raises:
         ValueError: DeepSpeed gathers from secondary partitions (ZeRO++ hpZ), or offloads the partitions.
@@ -59,7 +64,7 @@ def check_zero3_options(accelerator: Any) -> None:
         return
     options = plugin.deepspeed_config["zero_optimization"]
     hpz_size = options.get("zero_hpz_partition_size")
-    # DeepSpeed takes the number as text as well; the others mean its default, 1.
+    # DeepSpeed takes the number as text as well. No value, 0 and "auto" mean its default, 1.
     if str(hpz_size) not in ("0", "1", "auto", "None"):
         raise ValueError(
             f"zero_hpz_partition_size: expected 1, got {hpz_size!r}; for the teacher's forward DeepSpeed would "
@@ -79,7 +84,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether some parameter is stored in parts, so that `torch.func.functional_call` cannot replace it."""
     if not _has_process_group():
         return False
-    # An unsharded FSDP unit shows plain parameters, so the modules tell, not the parameters.
+    # An unsharded FSDP unit shows plain parameters, so its modules are examined instead.
     return is_partitioned(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
@@ -95,16 +100,16 @@ def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def local_shards(model: nn.Module) -> Tensors:
-    """This rank's shards of the trainable parameters, by name, sharing their storage; else the parameters."""
+    """The trainable parameters by name: of a sharded model this rank's shards, sharing their storage."""
     trainable = {name: p for name, p in _resharded_parameters(model).items() if p.requires_grad}
     return {name: _local_shard(p) for name, p in trainable.items()} if is_sharded(model) else {**trainable}
 
 
 @contextmanager
 def swap_shards(model: nn.Module, shards: Mapping[str, Tensor]) -> Iterator[None]:
-    """A sharded model with other values in its local shards; its own are back, bit for bit, afterwards.
+    """A sharded model with `shards`, by parameter name, as local shards; afterwards it has its own, bit for bit.
 
-    `torch.func.functional_call` would mix plain tensors with sharded ones, which torch refuses.
+    Under FSDP2 `torch.func.functional_call` would mix plain tensors with sharded ones, which torch refuses.
     """
     parameters = _resharded_parameters(model)
     if is_partitioned(model):
