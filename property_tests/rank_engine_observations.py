@@ -167,7 +167,10 @@ def observe_coordinators(folder: Path) -> int:
 
 
 def observe_error(folder: Path, module: str) -> dict[str, Any]:
-    """A run whose second teacher's forward fails within a module: the error, and the student before and after."""
+    """A run whose second teacher's forward fails within a module.
+
+    Seen: the error, the student before and after, and the parameters that DeepSpeed would refuse to release.
+    """
     from sdpo_rl.teacher import shards
 
     trainer = make_trainer(folder, RUNS["untied"], **DEEPSPEED["zero3"])
@@ -191,7 +194,8 @@ def observe_error(folder: Path, module: str) -> dict[str, Any]:
         trainer.train()
     except MemoryError as error:
         seen["error"] = str(error)
-    return {**seen, "after": student()}
+    active = [name for name, p in trainer._unwrapped.named_parameters() if p.ds_active_sub_modules]
+    return {**seen, "after": student(), "active": active}
 
 
 def observe_freed(folder: Path, kind: str) -> dict[str, set[str]]:

@@ -64,6 +64,7 @@ def test_the_student_is_back_after_an_error_in_the_teacher_s_forward(
         assert module in run["error"]
         assert run["before"].keys() == run["after"].keys()
         assert all(torch.equal(run["after"][name], shard) for name, shard in run["before"].items())
+        assert run["active"] == []
 
 
 @pytest.mark.parametrize("name", engine.WHOLE_LAYER_RUNS)

@@ -66,6 +66,7 @@ def replaced_partitions(parameters: Sequence[Any], parts: Sequence[Tensor]) -> I
         for parameter, partition in before:
             parameter.ds_tensor.data = partition
         for parameter, tensor in full_before:
+            parameter.ds_active_sub_modules.clear()  # not empty after an exception in a forward
             if _is_gathered(parameter):  # otherwise DeepSpeed gathers it again
                 parameter.data = tensor
         _release(others)
