@@ -12,7 +12,6 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -110,60 +109,23 @@ def observe_layers(folder: Path, name: str, *, whole: bool) -> dict[str, Any]:
         }
 
 
-def observe_traces(folder: Path, *, own: bool) -> dict[str, Any]:
-    """A run, how often each step dropped a trace, and how many parameters were released for the teacher's weights.
-
-    Not `own`: teacher and student have one trace.
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    from sdpo_rl.step import forward
+def observe_released(folder: Path) -> dict[str, Any]:
+    """A run, and how many gathered parameters each step released for the teacher's weights."""
     from sdpo_rl.teacher import partitions
 
-    drop, dropped = PartitionedParameterCoordinator._invalidate_trace, [0]
     release, released = partitions._release, [0]
 
-    def count_released(parameters: Sequence[Any]) -> None:
+    def count(parameters: Sequence[Any]) -> None:
         released[-1] += sum(map(partitions._is_gathered, parameters))
         release(parameters)
 
-    def count(coordinator: Any) -> None:
-        dropped[-1] += 1
-        drop(coordinator)
-
     class Steps(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            dropped.append(0)
             released.append(0)
 
-    with (
-        patch.object(PartitionedParameterCoordinator, "_invalidate_trace", count),
-        patch.object(partitions, "_release", count_released),
-        nullcontext() if own else patch.object(forward, "own_trace", lambda _: nullcontext()),
-    ):
-        run = Run({"gradient_checkpointing": True, "max_steps": 6})
-        return {
-            **observe(folder, run, callbacks=[Steps()]),
-            "dropped": dropped[:-1],
-            "released": released[:-1],
-        }
-
-
-def observe_coordinators(folder: Path) -> int:
-    """How many of DeepSpeed's coordinators a run of three generations leaves, each of which may keep a trace.
-
-    With three forwards of the teacher for each generation: a trace is complete, and cached, from the second on.
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-
-    def living() -> int:
-        gc.collect()
-        return sum(type(each) is PartitionedParameterCoordinator for each in gc.get_objects())
-
-    before = living()
-    run = Run({"gradient_checkpointing": True, "num_iterations": 3, "max_steps": 9})
-    observe(folder, run, generates=True)
-    return living() - before
+    run = Run({"gradient_checkpointing": True, "max_steps": 6})
+    with patch.object(partitions, "_release", count):
+        return {**observe(folder, run, callbacks=[Steps()]), "released": released[:-1]}
 
 
 def observe_error(folder: Path, module: str) -> dict[str, Any]:
@@ -228,11 +190,8 @@ def main(folder: Path) -> None:
     for name, run in {"plain": observe, "late writes": observe_late_writes}.items():
         with strategy("zero3"):
             seen[name] = run(folder / name)
-    for own in (False, True):
-        with strategy("zero3"):
-            seen["traces", own] = observe_traces(folder / f"traces-{own}", own=own)
     with strategy("zero3"):
-        seen["coordinators"] = observe_coordinators(folder / "coordinators")
+        seen["released"] = observe_released(folder / "released")
     for module in FAILING:
         with strategy("zero3"):
             seen["error", module] = observe_error(folder / module, module)

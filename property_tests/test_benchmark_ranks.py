@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,31 +67,6 @@ def test_launches_are_compared_with_one_process() -> None:
         {"steps": 2, "relative": 0.25, "absolute": 1.0}
     )
     assert len(compared) == 7
-
-
-def test_steps_with_own_traces_are_compared_with_those_in_turn_with_one() -> None:
-    turns = ranks.TracesInTurn()
-    seconds = [1.0 if step % 16 < 8 else 2.0 for step in range(ranks.TURN * ranks.TURNS)]
-    seconds[0::8] = seconds[1::8] = seconds[2::8] = [9.0] * ranks.TURNS  # not timed
-    run = {**measured([2.0]), "steps": turns.timed(seconds, 0), "one_trace_steps": turns.timed(seconds, 1)}
-    assert run["steps"] == [1.0] * 15
-    assert run["one_trace_steps"] == [2.0] * 15
-    launch = result("zero3", 2)
-    launch["runs"]["zero3"]["2"] = {"in turn": run}
-    record = join([launch, launch])
-    assert record["compared"] == {"zero3 on 2, in turn": {"own traces / one trace": 0.5}}
-    assert len(record["runs"]["zero3"]["2"]["in turn"]["one_trace_steps"]) == 30
-
-
-def test_the_library_s_traces_are_those_of_every_second_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    used: list[int] = []
-    monkeypatch.setattr(ranks.forward, "own_trace", lambda model: used.append(model) or nullcontext())
-    turns = ranks.TracesInTurn()
-    for step in range(4 * ranks.TURN):
-        turns.on_step_begin(None, argparse.Namespace(global_step=step), None)
-        with turns.own_trace(step):
-            pass
-    assert used == [*range(8), *range(16, 24)]
 
 
 def test_launches_with_other_options_are_not_joined() -> None:

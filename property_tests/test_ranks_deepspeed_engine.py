@@ -35,24 +35,9 @@ def test_the_teacher_s_forward_waits_for_the_copies_of_its_weights(seen: dict[st
             assert all(torch.equal(late[model][name], shard) for name, shard in plain[model].items())
 
 
-def test_each_has_a_trace_that_is_never_dropped_and_small_parameters_stay_gathered(
-    seen: dict[str, Any],
-) -> None:
-    """With one trace for both each step drops it once, at the student's backward pass; results are the same."""
-    for rank in RANKS:
-        own, shared = (seen[rank]["traces", each] for each in (True, False))
-        assert own["dropped"][-3:] == [0, 0, 0]
-        assert min(shared["dropped"][-3:]) > 0
-        assert own["released"] == [0] * 6
-        assert own["loss"] == shared["loss"]
-        for model in ("student", "teacher"):
-            for parameter, shard in shared[model].items():
-                assert torch.equal(own[model][parameter], shard)
-
-
-def test_generations_leave_no_coordinators(seen: dict[str, Any]) -> None:
-    """DeepSpeed's own and ours; a cache of DeepSpeed keeps each that ever was."""
-    assert [seen[rank]["coordinators"] for rank in RANKS] == [2, 2]
+def test_small_parameters_stay_gathered(seen: dict[str, Any]) -> None:
+    """A released one would be gathered again, alone, in each forward."""
+    assert [seen[rank]["released"]["released"] for rank in RANKS] == [[0] * 6] * 2
 
 
 @pytest.mark.parametrize("module", engine.FAILING)

@@ -18,6 +18,8 @@ from transformers import ProgressCallback, TrainerCallback
 
 import sdpo_rl
 from sdpo_rl import SDPOConfig, SDPOTrainer
+from sdpo_rl import trainer as trainer_module
+from sdpo_rl.compat import unsloth as unsloth_compat
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
@@ -122,6 +124,19 @@ def test_lora_layers_have_the_forward_of_peft_where_the_fused_one_is_off(tmp_pat
     trainer.train()
     assert any(replaced) == fused
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_unsloth_s_attention_is_changed_for_sdpo_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enabled: bool
+) -> None:
+    """Unsloth's GRPO packs rows, too; with `enabled=False` its numbers are Unsloth's."""
+    changed: list[bool] = []
+    monkeypatch.setattr(trainer_module, "_IS_UNSLOTH", True)
+    monkeypatch.setattr(unsloth_compat, "check_construction", lambda *_: None)
+    monkeypatch.setattr(unsloth_compat, "use_varlen_kernel", lambda: changed.append(True))
+    tiny.trainer(tmp_path, sdpo_config=tiny.config(enabled=enabled))
+    assert changed == [True] * enabled
 
 
 def test_a_trainer_patched_too_late_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

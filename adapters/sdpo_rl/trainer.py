@@ -205,8 +205,9 @@ class SDPOTrainer(ResumableTrainer):
             reward_rules.check_columns(reward_funcs, kwargs)
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
-            unsloth_compat.use_varlen_kernel()
         if self.sdpo_config.enabled:
+            if _IS_UNSLOTH:  # its own loss packs rows, too, and stays as it is
+                unsloth_compat.use_varlen_kernel()
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
             _validate.check_not_compiled(model)
             _validate.check_prefixes(args, model, kwargs.get("peft_config"))

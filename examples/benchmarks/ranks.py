@@ -5,12 +5,13 @@
     python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds fsdp2 zero2 zero3 zero3-layers ddp \\
         --processes 2 1 --rows 32 --checkpointing --float32 small --grpo --output record.json
     python examples/benchmarks/ranks.py --shape 1.5b --training full --kinds zero3-layers --processes 2 1 \\
-        --rows 32 --checkpointing --float32 small --grpo --no-gather --one-trace \\
+        --rows 32 --checkpointing --float32 small --grpo --no-gather \\
         --output examples/benchmarks/records/ranks-1.5b-full-no-gather-h200.json
 
 The second command gives more than its record, `ranks-1.5b-full-h200.json`, which was joined from single launches
 (below). It has of `ddp` only the float32 run on one process, of TRL's own loss only the runs under ZeRO-3. The
-three records of the third, of one session each, have no run `in turn`; two have only its other timed runs.
+records of the third, of one session each, also have runs of an option that is gone (`one trace` and `in turn`), and
+only the first has its float32 runs.
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
 is a launch by `accelerate launch` with a file of `examples/accelerate`; `zero3-layers` is `zero3` with the class of
@@ -24,9 +25,6 @@ the decoder layers named, so that DeepSpeed gathers whole layers. Its runs, one 
   processes it also saves a checkpoint after half of the steps. `resumed` goes on from that checkpoint, and is
   compared with the run that saved it. DeepSpeed reads its optimizer's state on as many processes only.
 * With `--grpo`: `grpo` is TRL's own loss, with `--rows` rows on each process, and its weak scaling.
-* With `--one-trace`: under ZeRO-3 `one trace` is `rows each` (on one process `same rows`) with one trace of
-  DeepSpeed for the forwards of teacher and student, where the library has one for each. `in turn` is one run of
-  both, a few steps each in turn, because hosts differ less from step to step than from run to run.
 * With `--deepspeed FILE`: that configuration in the place of Accelerate's file, for `zero2` and `zero3`.
 * With `--no-gather`: under ZeRO-3, TRL does not gather the whole model for a generation, which no run has.
 * On one process, the float32 losses of a kind are compared with those of `ddp`, where that was measured.
@@ -54,11 +52,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -79,7 +74,6 @@ from trl import GRPOConfig
 
 from sdpo_rl import SDPOConfig, SDPOTrainer
 from sdpo_rl.diagnose.report import teacher_bytes
-from sdpo_rl.step import forward
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate"
 KINDS = ("ddp", "fsdp2", "zero2", "zero3", "zero3-layers")
@@ -91,11 +85,12 @@ RANKS_SHAPES: dict[str, dict[str, Any]] = {
                   intermediate_size=1408, vocab_size=32768, tie_word_embeddings=True),
     "1.5b": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
                  intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True),
+    "3b": dict(hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
+               intermediate_size=11008, vocab_size=151936, tie_word_embeddings=True),
 }  # fmt: skip
-RUNS = ("same rows", "micro-batches", "rows each", "one trace", "in turn", "float32", "resumed", "grpo")
+RUNS = ("same rows", "micro-batches", "rows each", "float32", "resumed", "grpo")
 WARMUP = 2
-TURN, TURNS = 8, 6  # steps of a turn, and turns
-FLAGS = ("checkpointing", "grpo", "no_gather", "one_trace")
+FLAGS = ("checkpointing", "grpo", "no_gather")
 COMMON = ("shape", "training", "rows", "steps", "completion", "lengths", "group", "prompt_tokens")
 Result = dict[str, Any]
 
@@ -113,26 +108,6 @@ class SaveOnce(TrainerCallback):
         control.should_save = state.global_step == self.step
 
 
-class TracesInTurn(TrainerCallback):
-    """Turns of `TURN` steps: with a trace each for teacher and student, then with one for both, and so on."""
-
-    def __init__(self) -> None:
-        # `measure` replaces it later.
-        self._own_trace, self._step = forward.own_trace, 0
-
-    def own_trace(self, model: Any) -> AbstractContextManager[None]:
-        """The library's in the first turn, the third and so on; in the others nothing."""
-        return self._own_trace(model) if self._step // TURN % 2 == 0 else nullcontext()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._step = state.global_step
-
-    def timed(self, steps: Sequence[float], turn: int) -> list[float]:
-        """The seconds of the timed steps in turns with even numbers (`turn` 0) or odd ones (1), counted from 0."""
-        # In the first steps of a turn traces may be recorded.
-        return [seconds for i, seconds in enumerate(steps) if i // TURN % 2 == turn and i % TURN > WARMUP]
-
-
 def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str, dict[str, Any]]:
     """What a launch measures by name, as changes to its options."""
     most, half = max(options.processes), options.steps // 2
@@ -143,9 +118,6 @@ def runs_of(options: argparse.Namespace, kind: str, processes: int) -> dict[str,
         runs["micro-batches"] = {"micro_batches": 2}
     else:
         runs["rows each"] = {"rows": options.rows * processes}
-    if options.one_trace and kind.startswith("zero3"):
-        runs["one trace"] = {"traces": "one", "rows": options.rows * processes}
-        runs["in turn"] = {"traces": "in turn", "rows": options.rows * processes, "steps": TURN * TURNS}
     if options.float32:
         runs["float32"] = {**exact, "save": half if processes == most else None}
     if options.float32 and (processes == most or not kind.startswith("zero")):
@@ -241,25 +213,19 @@ def measure(options: argparse.Namespace, device: str) -> Result:
     if device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    clock, turns = Clock(), TracesInTurn()
+    clock = Clock()
     trainer = make_trainer(options, device, clock)
-    trainer.add_callback(turns)
-    traces = {"own": forward.own_trace, "one": lambda _: nullcontext(), "in turn": turns.own_trace}
-    with patch.object(forward, "own_trace", traces[options.traces]):
-        trainer.train(resume_from_checkpoint=options.checkpoint)
+    trainer.train(resume_from_checkpoint=options.checkpoint)
     peak = torch.cuda.max_memory_allocated() if device != "cpu" else 0
     bytes_here = torch.tensor([peak, teacher_bytes(trainer)[0]], device=trainer.accelerator.device)
     most = trainer.accelerator.gather(bytes_here).view(-1, 2).amax(dim=0).tolist()
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     trainer.accelerator.wait_for_everyone()
     free_engine(trainer)
-    in_turn = options.traces == "in turn"
-    one_trace = {"one_trace_steps": turns.timed(clock.steps, 1)} if in_turn else {}
     return {
         "rows": options.rows,
         "losses": {str(entry["step"]): entry["loss"] for entry in log if entry["step"] > options.first},
-        "steps": turns.timed(clock.steps, 0) if in_turn else clock.steps[WARMUP:],
-        **one_trace,
+        "steps": clock.steps[WARMUP:],
         "peak_bytes": most[0],
         "teacher_bytes": most[1],
     }
@@ -277,7 +243,7 @@ def work(options: argparse.Namespace) -> None:
         for name, changes in runs_of(options, kind, processes).items():
             first = options.steps // 2 if "checkpoint" in changes else 0
             fixed = {"folder": folder, "save": None, "checkpoint": None, "first": first}
-            fixed |= {"micro_batches": 1, "enabled": True, "traces": "own"}
+            fixed |= {"micro_batches": 1, "enabled": True}
             found[name] = measure(argparse.Namespace(**{**vars(options), **fixed, **changes}), device)
             if rank == 0:
                 result = {
@@ -340,7 +306,7 @@ def repeated(run: Result, again: Result) -> Result:
     """A run of two launches: that of the first with the steps of both, or that of the one that did not fail."""
     if "failed" in run or "failed" in again:
         return again if "failed" in run else run
-    return {**run, **{name: run[name] + again[name] for name in ("steps", "one_trace_steps") if name in run}}
+    return {**run, "steps": run["steps"] + again["steps"]}
 
 
 def join(results: list[Result]) -> Result:
@@ -380,14 +346,14 @@ def _relative(off: float, loss: float) -> float:
     return off / abs(loss) if loss else off * math.inf
 
 
-def _largest(values: Sequence[float]) -> float:
+def _largest(values: list[float]) -> float:
     # `max` skips NaN after the first value.
     return max(values) if values and not any(map(math.isnan, values)) else math.nan
 
 
-def median_seconds(run: Result, steps: str = "steps") -> float:
+def median_seconds(run: Result) -> float:
     """The median time of a step; NaN without a timed one."""
-    return statistics.median(run[steps]) if run[steps] else math.nan
+    return statistics.median(run["steps"]) if run["steps"] else math.nan
 
 
 def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str, float]]:
@@ -404,19 +370,12 @@ def compare(runs: dict[str, dict[str, dict[str, Result]]]) -> dict[str, dict[str
             pairs |= dict.fromkeys(("rows each", "micro-batches"), one.get("same rows", {}))
             pairs["resumed"] = most.get("float32", {})
             pairs["grpo"] = one.get("grpo", {}) if processes != "1" else {}
-            pairs["in turn"] = measured.get("in turn", {})
-            pairs["one trace"] = measured.get("same rows" if processes == "1" else "rows each", {})
             for name, other in pairs.items():
                 run, label = measured.get(name, {}), f"{kind} on {processes}, {name}"
                 if "losses" not in run or "losses" not in other:
                     continue
                 if name in ("rows each", "grpo"):
                     found[label] = {"weak scaling": median_seconds(other) / median_seconds(run)}
-                elif name == "one trace":
-                    found[label] = {"own traces / one trace": median_seconds(other) / median_seconds(run)}
-                elif name == "in turn":
-                    ratio = median_seconds(run) / median_seconds(run, "one_trace_steps")
-                    found[label] = {"own traces / one trace": ratio}
                 else:
                     found[label] = difference(run, other)
     return found
@@ -462,9 +421,6 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument(
         "--no-gather", action="store_true", help="GRPOConfig(ds3_gather_for_generation=False)"
-    )
-    parser.add_argument(
-        "--one-trace", action="store_true", help="also run ZeRO-3 with one trace for teacher and student"
     )
     parser.add_argument("--deepspeed", help="file of GRPOConfig(deepspeed=...)")
     parser.add_argument("--only", nargs="+", choices=RUNS, help="measure only these runs")

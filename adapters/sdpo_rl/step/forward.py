@@ -19,7 +19,6 @@ from .head import linear_head
 from .modules import all_modules, replaced_parameters
 from .packing import ModelCall
 from .row_attention import row_masks
-from .zero3 import own_trace
 
 
 def forward_arguments(
@@ -257,10 +256,9 @@ def _run(
         router_losses.append(router_loss(outputs))
         return outputs
     if params is None:
-        with own_trace(model):
-            return model(**arguments)
+        return model(**arguments)
     if shards.is_sharded(unwrapped):
-        with shards.swap_shards(unwrapped, params), own_trace(model):
+        with shards.swap_shards(unwrapped, params):
             return model(**arguments)
     with replaced_parameters(unwrapped, params):
         return unwrapped(**arguments)
