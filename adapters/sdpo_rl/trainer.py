@@ -206,7 +206,7 @@ class SDPOTrainer(ResumableTrainer):
         if _IS_UNSLOTH:
             unsloth_compat.check_construction(model, args, kwargs.get("peft_config"))
         if self.sdpo_config.enabled:
-            if _IS_UNSLOTH:  # its own loss packs rows, too, and stays as it is
+            if _IS_UNSLOTH:  # Unsloth's GRPO packs rows, too, and stays as it is
                 unsloth_compat.use_varlen_kernel()
             k = self.sdpo_config.k if self.sdpo_config.uses_topk else None
             _validate.check_not_compiled(model)

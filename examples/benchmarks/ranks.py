@@ -10,8 +10,8 @@
 
 The second command gives more than its record, `ranks-1.5b-full-h200.json`, which was joined from single launches
 (below). It has of `ddp` only the float32 run on one process, of TRL's own loss only the runs under ZeRO-3. The
-records of the third, of one session each, also have runs of an option that is gone (`one trace` and `in turn`), and
-only the first has its float32 runs.
+records of the third, of one session each, also have runs of an option that is gone (`one trace` and `in turn`);
+only the first has the float32 runs and the micro-batches. The fourth was joined from launches before that.
 
 Random weights of a published shape and given completions, as in `step.py`. Every kind on every number of processes
 is a launch by `accelerate launch` with a file of `examples/accelerate`; `zero3-layers` is `zero3` with the class of
