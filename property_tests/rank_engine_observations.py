@@ -109,23 +109,34 @@ def observe_layers(folder: Path, name: str, *, whole: bool) -> dict[str, Any]:
         }
 
 
-def observe_released(folder: Path) -> dict[str, Any]:
-    """A run, and how many gathered parameters each step released for the teacher's weights."""
+def observe_steps(folder: Path) -> dict[str, list[int]]:
+    """How often each step of a run dropped DeepSpeed's trace, and how many gathered parameters it released."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
     from sdpo_rl.teacher import partitions
 
+    drop, dropped = PartitionedParameterCoordinator._invalidate_trace, [0]
     release, released = partitions._release, [0]
 
-    def count(parameters: Sequence[Any]) -> None:
+    def count_dropped(coordinator: Any) -> None:
+        dropped[-1] += 1
+        drop(coordinator)
+
+    def count_released(parameters: Sequence[Any]) -> None:
         released[-1] += sum(map(partitions._is_gathered, parameters))
         release(parameters)
 
     class Steps(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            dropped.append(0)
             released.append(0)
 
-    run = Run({"gradient_checkpointing": True, "max_steps": 6})
-    with patch.object(partitions, "_release", count):
-        return {**observe(folder, run, callbacks=[Steps()]), "released": released[:-1]}
+    with (
+        patch.object(PartitionedParameterCoordinator, "_invalidate_trace", count_dropped),
+        patch.object(partitions, "_release", count_released),
+    ):
+        observe(folder, Run({"gradient_checkpointing": True, "max_steps": 6}), callbacks=[Steps()])
+    return {"dropped": dropped[:-1], "released": released[:-1]}
 
 
 def observe_error(folder: Path, module: str) -> dict[str, Any]:
@@ -191,7 +202,7 @@ def main(folder: Path) -> None:
         with strategy("zero3"):
             seen[name] = run(folder / name)
     with strategy("zero3"):
-        seen["released"] = observe_released(folder / "released")
+        seen["steps"] = observe_steps(folder / "steps")
     for module in FAILING:
         with strategy("zero3"):
             seen["error", module] = observe_error(folder / module, module)

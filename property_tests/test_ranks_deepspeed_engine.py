@@ -37,7 +37,13 @@ def test_the_teacher_s_forward_waits_for_the_copies_of_its_weights(seen: dict[st
 
 def test_small_parameters_stay_gathered(seen: dict[str, Any]) -> None:
     """A released one would be gathered again, alone, in each forward."""
-    assert [seen[rank]["released"]["released"] for rank in RANKS] == [[0] * 6] * 2
+    assert [seen[rank]["steps"]["released"] for rank in RANKS] == [[0] * 6] * 2
+
+
+def test_every_step_drops_the_trace_of_both_forwards(seen: dict[str, Any]) -> None:
+    """What docs/many-gpus.md and DEBT.md say."""
+    for rank in RANKS:
+        assert min(seen[rank]["steps"]["dropped"][-3:]) > 0
 
 
 @pytest.mark.parametrize("module", engine.FAILING)

@@ -24,6 +24,12 @@ LABELS = {
     "zero3-layers": "ZeRO-3, whole layers",
 }
 TRAINING = {"lora": "LoRA", "full": "all weights"}
+SESSIONS = {  # the table has their lines in the order of the names
+    "ranks-1.5b-full-no-gather-h200.json": "first",
+    "ranks-1.5b-full-no-gather-again-h200.json": "second",
+    "ranks-1.5b-full-no-gather-third-h200.json": "third",
+    "ranks-1.5b-full-no-gather-fourth-h200.json": "fourth",
+}
 COUNTS = ("1", "2")
 FULL = {"1": "same rows", "2": "rows each"}  # the runs with as many rows in each process
 LAUNCH = 8  # the timed steps of a launch
@@ -63,8 +69,9 @@ def rows(name: str, record: dict[str, Any]) -> Iterator[str]:
             return ", ".join("–" if run is None else f"{run[what] / unit:.{digits}f}" for run in runs)
 
         label = LABELS[kind] + (", not gathered" if options.get("no_gather") else "")
+        session = f", {SESSIONS[name]} session" if name in SESSIONS else ""
         cells = [
-            f"[{label}, {options['shape'].upper()}, {TRAINING[options['training']]}]"
+            f"[{label}, {options['shape'].upper()}, {TRAINING[options['training']]}{session}]"
             f"(../examples/benchmarks/records/{name})",
             options["rows"],
             each("peak_bytes", 2**30, 1),
@@ -124,9 +131,8 @@ def sentences() -> Iterator[str]:
         for i in (-1, -2)
     ]
     yield (
-        "the last two of ZeRO-3 {:.2f} ({:.2f} with TRL's loss) and {:.2f} ({:.2f})".format(
-            *scaled[1], *scaled[0]
-        )
+        "the last two launches of ZeRO-3 without whole layers {:.2f} ({:.2f} with TRL's loss) and "
+        "{:.2f} ({:.2f})".format(*scaled[1], *scaled[0])
     )
     largest = {
         dtype: max(
@@ -150,9 +156,7 @@ def sentences() -> Iterator[str]:
     yield f"up to {max(ratios):.1f} times"
 
 
-NOT_GATHERED = [
-    record(f"ranks-1.5b-full-no-gather{launch}-h200") for launch in ("", "-again", "-third", "-fourth")
-]
+NOT_GATHERED = [record(name.removesuffix(".json")) for name in SESSIONS]
 TIMED_IN_TURN = 15  # the steps of a launch with a separate trace, and as many without
 LARGER = record("ranks-3b-full-no-gather-h200")
 
