@@ -197,10 +197,14 @@ def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     saved, ratios = [], []
     for label, name in IN_TURN.items():
         known = record(name)
-        assert {case: values["arguments"] for case, values in known["cases"].items()} == recipe.ALTERNATING
+        name_of_case = recipe.ragged(8, "in turn")
+        assert {case: values["arguments"] for case, values in known["cases"].items()} == {
+            name_of_case: recipe.ALTERNATING[name_of_case]
+        }
         assert recipe.ratios(known["cases"]) == pytest.approx(known["ratios"])
-        case = known["cases"][recipe.IN_TURN]
-        padded, auto, peft = recipe.turns(case["step_seconds"]).values()
+        case = known["cases"][name_of_case]
+        turns = recipe.TURNS["in turn"]
+        padded, auto, peft = recipe.median_of_turns(case["step_seconds"], turns).values()
         link = f"[{label}](../examples/benchmarks/records/{name}.json)"
         cells = [link, *(f"{seconds:.2f} s" for seconds in (auto, peft, padded))]
         assert (
@@ -215,7 +219,7 @@ def test_layouts_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "The function saves {}, {} and {} % of the packed step".format(*saved) in text
     assert "{}, {} and {} % of a step of 8 packed rows".format(*saved) in PERFORMANCE
     assert "{}, {} and {} in turn with padded steps".format(*ratios) in DEBT
-    assert len(case["step_seconds"]) == len(recipe.TURNS) * (recipe.FIRST_ROUNDS + 15)
+    assert len(case["step_seconds"]) == len(turns) * (recipe.FIRST_ROUNDS + 15)
     assert "medians of 15 steps each" in text
 
 
