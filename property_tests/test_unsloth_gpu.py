@@ -229,7 +229,7 @@ def observe_packed() -> dict[str, Any]:
 
 
 def observe_compiled() -> dict[str, Any]:
-    """Packed rows of several steps in compiled layers, against the same layers uncompiled, and the graphs so far."""
+    """Packed rows of several steps in compiled layers, against the same layers uncompiled, and the graphs."""
     from torch._dynamo.utils import counters
 
     model = quantized_model(lora_dropout=0.0)
