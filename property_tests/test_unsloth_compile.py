@@ -263,14 +263,42 @@ def test_a_second_step_has_the_same_functions(unsloth: Unsloth) -> None:
     assert seen[0] == seen[1]
 
 
-def test_an_evaluation_and_padded_rows_run_as_unsloth_runs_them(unsloth: Unsloth) -> None:
+def test_padded_rows_run_as_unsloth_runs_them(unsloth: Unsloth) -> None:
     hidden = torch.randn(1, 6, WIDTH, dtype=torch.float64)
     unsloth.model.eval()
-    expected = unsloth.run(hidden, [2, 4]), unsloth.run(hidden)
+    expected = unsloth.run(hidden)
     with compiled_packed_rows(unsloth.model):
-        assert torch.equal(unsloth.run(hidden, [2, 4]), expected[0])
-        assert torch.equal(unsloth.run(hidden), expected[1])
+        assert torch.equal(unsloth.run(hidden), expected)
     assert unsloth.compiled_calls == 0
+
+
+def test_packed_rows_in_evaluation_mode_are_compiled(unsloth: Unsloth) -> None:
+    """As those of the teacher; the modules within a layer stay in evaluation mode, and afterwards the layer is."""
+    hidden = torch.randn(1, 6, WIDTH, dtype=torch.float64)
+    unsloth.model.eval()
+    expected = unsloth.run(hidden, [2, 4])
+    modes = []
+    for layer in unsloth.model:
+        layer.self_attn.register_forward_hook(lambda module, *_: modes.append(module.training))
+    with compiled_packed_rows(unsloth.model), torch.no_grad():
+        found = unsloth.run(hidden, [2, 4])
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    assert unsloth.compiled_calls == len(unsloth.model)
+    assert not any(modes)
+    assert not any(module.training for module in unsloth.model.modules())
+
+
+def test_the_mode_is_back_after_an_error(unsloth: Unsloth) -> None:
+    layer = unsloth.model.eval()[0]
+    with compiled_packed_rows(unsloth.model), pytest.raises(TypeError):
+        layer(
+            torch.zeros(1, 3, WIDTH),
+            packed_seq_lengths=torch.tensor([1, 2]),
+            attention_mask=1,
+            unknown=2,
+            hidden=3,
+        )
+    assert not layer.training
 
 
 def other_attention(unsloth: Unsloth) -> None:

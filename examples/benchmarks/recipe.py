@@ -93,7 +93,6 @@ TURNS: dict[str, dict[str, Turn]] = {
     },
     "compiled in turn": {
         "padded, PEFT's forward": Turn("padded", fused=False),
-        "padded": Turn("padded"),
         "auto, not compiled": Turn("auto", compiled=False),
         "auto": Turn("auto"),
     },

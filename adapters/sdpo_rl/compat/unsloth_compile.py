@@ -38,8 +38,9 @@ def compiled_packed_rows(model: nn.Module) -> Iterator[None]:
 
     Unsloth compiles each decoder layer for training. It leaves packed rows uncompiled, because its attention reads
     their lengths on the host. Here, a layer gets them as an argument of another name, and attention is one call of
-    a kernel that takes them on the GPU. In 16 bits on a GPU, for layers of Llama, Mistral, Qwen2 and Qwen3; the
-    others, and the forwards of a model in evaluation mode, run as Unsloth runs them.
+    a kernel that takes them on the GPU. The teacher's forward, for which the model is in evaluation mode, is
+    compiled, too. All this in 16 bits on a GPU, for layers of Llama, Mistral, Qwen2 and Qwen3; the others run as
+    Unsloth runs them.
     """
     kernel = grouped_kernel()
     layers = [] if kernel is None or shards.is_sharded(model) else _compiled_layers(model)
@@ -88,13 +89,19 @@ def _namespace(layer: Any) -> dict[str, Any]:
 
 
 def _forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    lengths = kwargs.get("packed_seq_lengths")
-    if lengths is not None and layer.training and _kernel_takes(hidden_states):
-        rows = PackedRows(*_found(_FIND_ROWS)(kwargs, hidden_states.device))
-        torch._dynamo.maybe_mark_dynamic(rows.cu_seqlens, 0)
-        kwargs = {name: value for name, value in kwargs.items() if name != "packed_seq_lengths"}
-        kwargs["packed_rows"] = rows
-    return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    forward = type(layer).forward
+    if kwargs.get("packed_seq_lengths") is None or not _kernel_takes(hidden_states):
+        return forward(layer, hidden_states, *args, **kwargs)
+    rows = PackedRows(*_found(_FIND_ROWS)(kwargs, hidden_states.device))
+    torch._dynamo.maybe_mark_dynamic(rows.cu_seqlens, 0)
+    del kwargs["packed_seq_lengths"]
+    # Unsloth compiles a layer in training mode; dropout depends on the modes of the modules within the layer.
+    attributes, mode = vars(layer), layer.training
+    attributes["training"] = True
+    try:
+        return forward(layer, hidden_states, *args, packed_rows=rows, **kwargs)
+    finally:
+        attributes["training"] = mode
 
 
 def _kernel_takes(hidden_states: Tensor) -> bool:

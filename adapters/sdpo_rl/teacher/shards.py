@@ -95,8 +95,26 @@ def is_partitioned(model: nn.Module) -> bool:
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by the names that they have without torch's wrappers of activation checkpointing."""
-    return {name.replace(_WRAPPER, ""): parameter for name, parameter in model.named_parameters()}
+    """All parameters by the names that they have without torch's wrappers of activation checkpointing.
+
+    Names and order are otherwise those of `model.named_parameters()`, which nests one generator for each level of the
+    model. With adapters a model has thousands of modules, and a step asks several times; this is one loop.
+    """
+    found: dict[nn.Parameter, str] = {}  # a tied parameter has its first name
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, prefix + name)
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                waiting.append((f"{prefix}{name}.", child))
+    return {name.replace(_WRAPPER, ""): parameter for parameter, name in found.items()}
 
 
 def local_shards(model: nn.Module) -> Tensors:
