@@ -6,6 +6,7 @@ forward. Both must give the same logits, and every averaged parameter must be se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sdpo_rl import SDPOConfig
 from sdpo_rl.step import forward as step_forward
 from sdpo_rl.step import loss as step_loss
 from sdpo_rl.step.modules import replaced_parameters
+from sdpo_rl.teacher import shards
 from sdpo_rl.teacher.store import TeacherStore
 
 # --- averages and forwards --------------------------------------------------------------------------------
@@ -189,6 +191,34 @@ def test_the_trust_region_lies_between_the_start_and_the_student(tmp_path: Path,
     arithmetic = ((1 - coef) * first.double().softmax(-1) + coef * now.double().softmax(-1)).log()
     for wrong in (arithmetic, geometric(now, first, coef)):
         assert abs(value([first, now]) - expected(wrong)) > 1e-3
+
+
+def check_names(found: dict[str, nn.Parameter], model: nn.Module) -> None:
+    expected = dict(model.named_parameters())
+    assert list(found) == list(expected)
+    assert all(found[name] is parameter for name, parameter in expected.items())
+
+
+def nested() -> nn.Module:
+    """A model with tied parameters, modules that have several names, and empty places."""
+    shared, tied = nn.Linear(2, 2), nn.Linear(2, 2)
+    tied.weight = shared.weight
+    inner = nn.ModuleDict({"a": nn.ModuleList([shared, nn.ReLU()]), "b": tied, "empty": nn.ModuleList()})
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), inner, shared, inner, nn.Linear(2, 1))
+    model.register_module("none", None)
+    model.register_parameter("last", nn.Parameter(torch.zeros(1)))
+    return model
+
+
+@pytest.mark.parametrize("make", [nested, lambda: lora(tiny.model())], ids=["nested", "adapters"])
+def test_names_of_parameters_are_those_of_torch_in_their_order(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    found = shards.parameters_by_name(model)
+    check_names(found, model)
+    with pytest.raises(AssertionError):
+        check_names(dict(reversed(found.items())), model)
+    with pytest.raises(AssertionError):  # every name of a tied parameter
+        check_names(dict(nested().named_parameters(remove_duplicate=False)), nested())
 
 
 def test_wrappers_of_activation_checkpointing_keep_the_weights_of_the_teacher() -> None:

@@ -228,57 +228,6 @@ def observe_packed() -> dict[str, Any]:
     return seen
 
 
-def observe_compiled() -> dict[str, Any]:
-    """Packed rows of several steps in compiled layers, against the same layers uncompiled, and the graphs."""
-    from torch._dynamo.utils import counters
-
-    model = quantized_model(lora_dropout=0.0)
-    trainer = sdpo_trainer(
-        model,
-        {"packing": "packed"},
-        max_steps=5,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-    )
-    layers = [module for module in model.modules() if type(module).__name__ == "Qwen2DecoderLayer"]
-    true = trainer._micro_batch_output
-    seen: dict[str, Any] = {"gaps": [], "graphs": [], "positions": set()}
-
-    @contextlib.contextmanager
-    def uncompiled() -> Any:
-        forwards = [vars(layer).pop("forward") for layer in layers]
-        try:
-            yield
-        finally:
-            for layer, forward in zip(layers, forwards, strict=True):
-                vars(layer)["forward"] = forward
-
-    def output(*args: Any, **kwargs: Any) -> Any:
-        def compute() -> Any:
-            return true(*args, **kwargs)
-
-        with torch.no_grad():  # the first micro-batch tests the model, too
-            metrics = compute().metrics
-        if not metrics:
-            return compute()
-        with uncompiled():
-            expected = unsloth_layouts.total_and_gradient(trainer, compute)
-        found = unsloth_layouts.total_and_gradient(trainer, compute)
-        seen["gaps"].append(unsloth_layouts.gaps(found, expected))
-        seen["graphs"].append(counters["stats"]["unique_graphs"])
-        seen["positions"].add(float(metrics["self_distillation/student_padding_fraction"][1]))
-        return compute()
-
-    trainer._micro_batch_output = output
-    trainer.train()
-    modes = {(vars(each)["_unsloth_block_mode"], vars(each)["_unsloth_block_checked"]) for each in layers}
-    return seen | {
-        "positions": sorted(seen["positions"]),
-        "modes": sorted(modes),
-        "breaks": {str(key): count for key, count in counters["graph_break"].items()},
-    }
-
-
 def observe_exact(runs: list[str]) -> dict[str, Any]:
     """Runs of the CPU suite, in float32, by FastLanguageModel's kernels and attention."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -345,22 +294,6 @@ def test_packed_rows_may_exceed_max_seq_length(tmp_path: Path) -> None:
     # Of bfloat16; a row that attends another changes by far more.
     assert seen["hidden"] < 0.02
     assert seen["gradient"] < 0.05
-
-
-@pytest.mark.skipif(row_attention.grouped_kernel() is None, reason="torch has no kernel for packed rows")
-def test_packed_rows_are_compiled(tmp_path: Path) -> None:
-    """Loss and gradient are those of the uncompiled layers; other lengths are not compiled again."""
-    seen = driver.run("test_unsloth_gpu:observe_compiled", tmp_path, gpu=True, compiled=True, timeout=400)
-    print(seen)
-    assert seen["modes"] == [
-        [1, 3]
-    ]  # Unsloth's marks of a layer that was compiled with and without gradients
-    assert len(seen["positions"]) > 2  # forwards of several lengths
-    # Of bfloat16; a row that attends another changes by far more.
-    assert max(gap["loss"] for gap in seen["gaps"]) < 0.02
-    assert max(gap["gradient"] for gap in seen["gaps"]) < 0.05
-    half = len(seen["graphs"]) // 2
-    assert seen["graphs"][half] == seen["graphs"][-1]
 
 
 def test_grpo_is_unsloths_own(tmp_path: Path) -> None:

@@ -60,14 +60,10 @@ def run(
     *,
     interpreter: bool = False,
     gpu: bool = False,
-    compiled: bool = False,
     timeout: float = 240.0,
     **arguments: Any,
 ) -> Any:
-    """The result of `MODULE:FUNCTION` in a fresh process whose working directory is `cwd`.
-
-    With `compiled`, Unsloth compiles the layers, as it does by default on a GPU.
-    """
+    """The result of `MODULE:FUNCTION` in a fresh process whose working directory is `cwd`."""
     machine = ["--interpreter"] if interpreter else ["--gpu"] if gpu else []
     command = [python(), str(HERE / "unsloth_driver.py"), *machine, function, json.dumps(arguments)]
     paths = [str(HERE), str(HERE.parent), str(HERE.parent / "adapters"), os.environ.get("PYTHONPATH", "")]
@@ -75,7 +71,6 @@ def run(
     if gpu:
         del environment["UNSLOTH_ALLOW_CPU"]
     environment |= {"TRITON_INTERPRET": "1"} if interpreter else {}
-    environment |= {"UNSLOTH_COMPILE_DISABLE": "0"} if compiled else {}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not results:

@@ -45,9 +45,9 @@ def watch(trainer: Any, limit: int | None = None) -> list[dict[str, Any]]:
 
     def output(*args: Any, **kwargs: Any) -> Any:
         # Before the run's own forward: nothing may replace weights between that and its backward.
-        compared, paths = {}, {}
+        gaps, attention = {}, {}
         if limit is None or len(found) < limit:
-            compared, paths = _by_layout(trainer, partial(compute, *args, **kwargs))
+            gaps, attention = _by_layout(trainer, partial(compute, *args, **kwargs))
         result = compute(*args, **kwargs)
         if result.metrics:
             # A metric is a sum and a count.
@@ -58,8 +58,8 @@ def watch(trainer: Any, limit: int | None = None) -> list[dict[str, Any]]:
                     "layout": list(trainer._forward_mode.layout[:2]),
                     "teacher_forwards": int(forwards),
                     "teacher_positions": int(positions),
-                    "gaps": compared,
-                    "attention": paths,
+                    "gaps": gaps,
+                    "attention": attention,
                 }
             )
         return result
@@ -79,9 +79,9 @@ def _by_layout(
     totals, paths = {}, {}
     for name in LAYOUTS:
         with _layout(trainer, name), attention() as paths[name]:
-            totals[name] = total_and_gradient(trainer, compute)
-    compared = {name: gaps(values, totals["alone"]) for name, values in totals.items()}
-    return compared, {name: sorted(seen) for name, seen in paths.items()}
+            totals[name] = _total_and_gradient(trainer, compute)
+    gaps = {name: _gaps(values, totals["alone"]) for name, values in totals.items()}
+    return gaps, {name: sorted(seen) for name, seen in paths.items()}
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ def _layout(trainer: Any, name: str) -> Iterator[None]:
         del trainer._check_model
 
 
-def total_and_gradient(trainer: Any, compute: Callable[[], Any]) -> torch.Tensor:
+def _total_and_gradient(trainer: Any, compute: Callable[[], Any]) -> torch.Tensor:
     """[1 + n] float64: the loss, and the gradients of all trainable parameters."""
     parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     total = compute().total
@@ -108,8 +108,7 @@ def total_and_gradient(trainer: Any, compute: Callable[[], Any]) -> torch.Tensor
     return torch.cat([part.detach().double().flatten() for part in (total, *gradients)])
 
 
-def gaps(values: torch.Tensor, alone: torch.Tensor) -> dict[str, float]:
-    """Of loss and gradient, both relative."""
+def _gaps(values: torch.Tensor, alone: torch.Tensor) -> dict[str, float]:
     gap = values - alone
     return {
         "loss": float(gap[0].abs() / alone[0].abs()),

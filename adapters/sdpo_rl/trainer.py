@@ -20,15 +20,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import __version__, _validate
-from .compat import (
-    checkpointing,
-    completions_table,
-    model_card,
-    peft_lora,
-    trackers,
-    unsloth_compile,
-    unsloth_lora,
-)
+from .compat import checkpointing, completions_table, model_card, peft_lora, trackers, unsloth_lora
 from .compat import unsloth as unsloth_compat
 from .compat.adapters import trainable_preserved
 from .compat.generation import GenerationCalls
@@ -497,8 +489,6 @@ class SDPOTrainer(ResumableTrainer):
             if self._may_fuse_lora:
                 fused_lora = unsloth_lora.fused_attention if _IS_UNSLOTH else peft_lora.fused_lora_forward
                 self._step_stack.enter_context(fused_lora(self._unwrapped))
-            if _IS_UNSLOTH and not self.args.torch_compile:
-                self._step_stack.enter_context(unsloth_compile.compiled_packed_rows(self._unwrapped))
             if self._may_be_reentrant:
                 self._step_stack.enter_context(checkpointing.reentrant_checkpointing(self._unwrapped))
             self._step_stack.enter_context(grouped_heads())

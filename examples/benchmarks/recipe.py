@@ -6,29 +6,27 @@
 
 Every case runs in its own process with a time limit, on the same random weights of the Qwen2.5-7B shape. Cases
 whose times are compared run one at a time on an idle GPU; the others, which only measure memory, run together. A
-case that fails or exceeds the limit leaves the end of its log in the record, and the others continue. The cases
-"in turn" compare settings within one process, which changes them from step to step; the records of `--cases ragged`
-are from before them.
+case that fails or exceeds the limit leaves the end of its log in the record, and the others continue. The case
+"in turn" compares layouts within one process, which changes the layout from step to step; the records of
+`--cases ragged` are from before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
@@ -74,36 +72,11 @@ def ragged_options(rows: int, steps: int) -> list[str]:
 RAGGED = {
     ragged(rows, packing): ragged_options(rows, 12) for rows in RAGGED_ROWS for packing in ("padded", "auto")
 }
-
-
-class Turn(NamedTuple):
-    """The settings of every n-th step of one process: the speed of a host changes with time."""
-
-    packing: str
-    fused: bool = True  # `fused_lora_forward`
-    compiled: bool = True  # packed rows in the layers that Unsloth compiles
-
-
-# By the last part of a case's name; ratios are to the first turn.
-TURNS: dict[str, dict[str, Turn]] = {
-    "in turn": {
-        "padded": Turn("padded"),
-        "auto": Turn("auto"),
-        "auto, PEFT's forward": Turn("auto", fused=False),
-    },
-    "compiled in turn": {
-        "padded, PEFT's forward": Turn("padded", fused=False),
-        "auto, not compiled": Turn("auto", compiled=False),
-        "auto": Turn("auto"),
-    },
-}
+# Layout and `fused_lora_forward` of the steps of one process, in turn: the speed of a host changes with time.
+TURNS = {"padded": ("padded", True), "auto": ("auto", True), "auto, PEFT's forward": ("auto", False)}
 FIRST_ROUNDS = 3  # compile, and are not counted
-TIMED_ROUNDS = 15
-ALTERNATING = {
-    ragged(rows, name): ragged_options(rows, len(turns) * (FIRST_ROUNDS + TIMED_ROUNDS))
-    for name, turns in TURNS.items()
-    for rows in (RAGGED_ROWS if "compiled" in name else RAGGED_ROWS[:1])
-}
+IN_TURN = ragged(8, "in turn")
+ALTERNATING = {IN_TURN: ragged_options(8, len(TURNS) * (FIRST_ROUNDS + 15))}
 LOADING = ("Unsloth 4-bit SDPO", "TRL 4-bit SDPO")
 
 
@@ -154,22 +127,19 @@ def build_ragged(packing: str, options: argparse.Namespace, model: Any, args: An
     trainer = SDPOTrainer(
         model=model,
         args=args,
-        sdpo_config=replace(config, packing="auto" if packing in TURNS else packing),
+        sdpo_config=replace(config, packing=packing if packing != "in turn" else "auto"),
         **shared,
     )
-    if packing in TURNS:
-        trainer.add_callback(alternate(trainer, list(TURNS[packing].values())))
+    if packing == "in turn":
+        trainer.add_callback(alternate(trainer))
     return trainer
 
 
-def alternate(trainer: Any, turns: list[Turn]) -> Any:
+def alternate(trainer: Any) -> Any:
     """A callback that begins each step with the settings of its turn."""
     from transformers import TrainerCallback
 
-    from sdpo_rl.compat import unsloth_compile
     from sdpo_rl.step.runner import ChosenLayout
-
-    compiled_packed_rows = unsloth_compile.compiled_packed_rows
 
     class Turns(TrainerCallback):
         chosen: Any = None  # the layout that the first step found
@@ -178,13 +148,10 @@ def alternate(trainer: Any, turns: list[Turn]) -> Any:
             if trainer._forward_mode is None:
                 return
             self.chosen = self.chosen or trainer._forward_mode.layout
-            turn = turns[state.global_step % len(turns)]
-            layout = ChosenLayout("padded") if turn.packing == "padded" else self.chosen
+            packing, fused = list(TURNS.values())[state.global_step % len(TURNS)]
+            layout = ChosenLayout("padded") if packing == "padded" else self.chosen
             trainer._forward_mode = trainer._forward_mode._replace(layout=layout)
-            trainer._sdpo_config = replace(trainer.sdpo_config, fused_lora_forward=turn.fused)
-            unsloth_compile.compiled_packed_rows = (
-                compiled_packed_rows if turn.compiled else contextlib.nullcontext
-            )
+            trainer._sdpo_config = replace(trainer.sdpo_config, fused_lora_forward=fused)
 
     return Turns()
 
@@ -263,12 +230,12 @@ def typical(seconds: list[float]) -> float:
     return statistics.median(seconds[1:] or seconds or [float("nan")])
 
 
-def median_of_turns(seconds: list[float], names: Collection[str]) -> dict[str, float]:
+def turns(seconds: list[float]) -> dict[str, float]:
     """The median time of a step of each turn."""
-    counted = range(len(names) * FIRST_ROUNDS, len(seconds))
+    counted = range(len(TURNS) * FIRST_ROUNDS, len(seconds))
     return {
-        name: statistics.median(seconds[step] for step in counted if step % len(names) == turn)
-        for turn, name in enumerate(names)
+        name: statistics.median(seconds[step] for step in counted if step % len(TURNS) == turn)
+        for turn, name in enumerate(TURNS)
     }
 
 
@@ -287,11 +254,10 @@ def ratios(records: dict[str, dict[str, Any]]) -> dict[str, float]:
             result[f"step time auto / padded, {rows} rows"] = times[0] / times[1]
             if padded["peak_gib"]:  # 0 on a CPU
                 result[f"peak auto / padded, {rows} rows"] = auto["peak_gib"] / padded["peak_gib"]
-    for rows, (case, turns) in itertools.product(RAGGED_ROWS, TURNS.items()):
-        if ragged(rows, case) in done:
-            first, *others = median_of_turns(done[ragged(rows, case)]["step_seconds"], turns).items()
-            for name, seconds in others:
-                result[f"step time {name} / {first[0]}, {rows} rows {case}"] = seconds / first[1]
+    if IN_TURN in done:
+        seconds = turns(done[IN_TURN]["step_seconds"])
+        for name in list(TURNS)[1:]:
+            result[f"step time {name} / padded, 8 rows in turn"] = seconds[name] / seconds["padded"]
     fast, plain = (done.get(name) for name in LOADING)
     if fast and plain:
         result["loading time plain / Unsloth"] = plain["load_seconds"] / fast["load_seconds"]

@@ -97,8 +97,8 @@ def is_partitioned(model: nn.Module) -> bool:
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by the names that they have without torch's wrappers of activation checkpointing.
 
-    Names and order are otherwise those of `model.named_parameters()`, which nests one generator for each level of the
-    model. With adapters a model has thousands of modules, and a step asks several times; this is one loop.
+    Names and order are otherwise those of `model.named_parameters()`, which nests one generator for each level of
+    the model. With adapters a model has thousands of modules, and a step asks several times; this is one loop.
     """
     found: dict[nn.Parameter, str] = {}  # a tied parameter has its first name
     seen: set[nn.Module] = set()
