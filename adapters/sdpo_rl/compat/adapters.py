@@ -31,4 +31,6 @@ def trainable_preserved(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, is_trainable in places:
-            module.get_parameter(name).requires_grad_(is_trainable)
+            parameter = module._parameters[name]
+            if parameter is not None and parameter.requires_grad != is_trainable:
+                parameter.requires_grad_(is_trainable)
