@@ -253,8 +253,8 @@ def test_packed_rows_that_are_compiled_save_little() -> None:
         saved.append(f"{1 - seconds['compiled'] / seconds['auto']:.0%}".rstrip("%"))
         losses = [log["loss"] for log in case["logs"][:-1]]
         assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-2)
-    assert "it saved {} and {} % of the packed step".format(*saved) in " ".join(UNSLOTH.split())
     assert saved == ["1", "1"]
+    assert "it saved 1 % of the packed step" in " ".join(UNSLOTH.split())
     assert "compiling them saved 1 %" in DEBT
 
 
