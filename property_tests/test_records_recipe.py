@@ -279,6 +279,9 @@ def test_the_ratio_follows_the_speed_of_the_host() -> None:
         f"it took {times[0]} to {times[-1]} s of a step where eight packed rows take {min(slow)} to {max(slow)} of "
         f"the time, and {fast_time} s where they take {min(fast)} and {max(fast)}"
     ) in " ".join(UNSLOTH.split())
+    launches = [cases(8, known)[1] for known in LATEST.values()]  # of packed rows, each a process of its own
+    by_host = sorted(launches, key=lambda case: statistics.median(case["generation_seconds"][LATER]))
+    assert by_host == sorted(launches, key=median)
 
 
 def test_the_records_hold_the_cases_and_ratios_of_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
